@@ -1,0 +1,25 @@
+"""Measure the accepted length and the speed-up of an exported draft."""
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig
+
+from specforge_exp.config import Config, from_omegaconf
+from specforge_exp.errors import InputError
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> object:
+    from specforge_exp.stages.bench import bench  # torch loads where the stage runs, not for --help
+
+    try:
+        return bench(from_omegaconf(cfg))
+    except InputError as error:
+        raise CompactHydraException(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

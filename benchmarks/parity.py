@@ -1,0 +1,157 @@
+"""Compare our losses and gradients with a peer's, recorded in .npz files.
+
+    python benchmarks/parity.py FILE.npz...
+
+A file with `step_loss` is speculators' (each step already multiplied by decay**k), one with
+`ploss` SpecForge's (not multiplied). loss_rel is the largest relative difference of a step's
+loss, grad_rel the largest difference of a gradient relative to the largest entry of its tensor.
+The last line is JSON; the exit status is 1 when a file is above the tolerances.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from specforge_exp.config import DraftConfig, LossConfig
+from specforge_exp.drafts.eagle3 import Eagle3
+from specforge_exp.errors import InputError
+from specforge_exp.losses import opd
+from specforge_exp.training.objective import Outcome, Sample
+
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-6, 1e-5
+REFUSED = ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")
+SPECULATORS_TERMS = {
+    "kl_div": "lambda_ce",
+    "rkl": "lambda_rkl",
+    "tv": "lambda_tv",
+    "nla": "lambda_lk_alpha",
+}
+SPECFORGE_TERMS = {"none": "lambda_ce", "alpha": "lambda_lk_alpha", "lambda": "lambda_lk"}
+
+
+def loss_config(meta: dict[str, Any], speculators: bool) -> LossConfig:
+    """The weights that a file's `loss_fn` (a name or a JSON mixture) or `lk` means."""
+    if speculators:
+        text = meta.get("loss_fn", "kl_div")
+        mixture = json.loads(text) if text.lstrip().startswith("{") else {text: 1.0}
+        known = SPECULATORS_TERMS
+    else:
+        mixture = {meta.get("lk", "none"): 1.0}
+        known = SPECFORGE_TERMS
+    unknown = [name for name in mixture if name not in known]
+    if unknown:
+        raise InputError(f"loss {', '.join(unknown)} is not known; known: {', '.join(known)}")
+    weights: dict[str, Any] = {known[name]: float(w) for name, w in mixture.items()}
+    return LossConfig(name="peer", **weights)
+
+
+def build_draft(weights: dict[str, Tensor], meta: dict[str, Any]) -> Eagle3:
+    """A draft with the file's weights; sizes come from the arrays."""
+    H, V = weights["fc.weight"].shape[0], weights["embed_tokens.weight"].shape[0]
+    E = int(meta["head_dim"])
+    config = LlamaConfig(
+        hidden_size=H,
+        target_hidden_size=weights["fc.weight"].shape[1] // 3,
+        intermediate_size=weights["midlayer.mlp.gate_proj.weight"].shape[0],
+        num_attention_heads=weights["midlayer.self_attn.q_proj.weight"].shape[0] // E,
+        num_key_value_heads=weights["midlayer.self_attn.k_proj.weight"].shape[0] // E,
+        head_dim=E,
+        rms_norm_eps=meta["rms_eps"],
+        rope_parameters={"rope_type": "default", "rope_theta": meta["rope_theta"]},
+        vocab_size=V,
+        draft_vocab_size=weights["lm_head.weight"].shape[0],
+    )
+    draft = Eagle3(config, weights["embed_tokens.weight"], weights["d2t"], weights["t2d"])
+    own = {
+        k: v for k, v in weights.items() if k not in ("embed_tokens.weight", "target_head.weight")
+    }
+    draft.load_state_dict(own)
+    return draft
+
+
+def run(arrays: Any, meta: dict[str, Any], speculators: bool) -> tuple[Eagle3, Outcome]:
+    """One forward and backward of the peer's preset on the file's weights and inputs."""
+    weights = {k[2:]: torch.from_numpy(arrays[k]) for k in arrays.files if k.startswith("w/")}
+    inputs = {k[3:]: torch.from_numpy(arrays[k]) for k in arrays.files if k.startswith("in/")}
+    draft = build_draft(weights, meta)
+    last = inputs["last_hidden_states"].float()
+    if speculators:  # its verifier norm has unit weight and the stored states are from before it
+        last = last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + meta["rms_eps"])
+    cfg = DraftConfig(
+        name="peer",
+        ttt_length=int(meta["ttt"]),
+        ttt_decay=meta["decay" if speculators else "ploss_decay"],
+        supervision="speculators" if speculators else "specforge",
+    )
+    valid = None if speculators else inputs.get("attention_mask")
+    turns = (inputs["loss_mask"] > 0).long()
+    aux = inputs["aux_hidden_states"].float()
+    sample = Sample(inputs["input_ids"], turns, aux, last, valid)
+    head_weight = weights["target_head.weight"]
+    loss = (opd, loss_config(meta, speculators))
+    window_K = draft.denominators(cfg, turns)
+    outcome = draft.objective(sample, lambda x: x @ head_weight.T, loss, cfg, window_K)
+    outcome.loss.backward()
+    return draft, outcome
+
+
+def compare(path: Path) -> dict[str, float]:
+    """loss_rel and grad_rel of one file; InputError when it is not a file we can reproduce."""
+    try:
+        arrays = np.load(path, allow_pickle=False)
+        meta = json.loads(str(arrays["meta"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is not a parity file: {error}") from None
+    for name in REFUSED:
+        if meta.get(name):
+            raise InputError(f"{path}: {name} is not part of this draft, so it cannot be compared")
+    speculators = "step_loss" in arrays.files
+    draft, outcome = run(arrays, meta, speculators)
+    steps = np.arange(int(meta["ttt"]))
+    mine = outcome.step_loss_K.double().numpy()
+    reference = arrays["step_loss" if speculators else "ploss"]
+    if speculators:
+        mine = mine * meta["decay"] ** steps
+    loss_rel = float((abs(mine - reference) / np.maximum(abs(reference), 1e-8)).max())
+    grad_rel = 0.0
+    gradients = {name: p.grad for name, p in draft.named_parameters()}
+    for key in (k for k in arrays.files if k.startswith("g/")):
+        gradient = gradients[key[2:].replace("layers.0.", "midlayer.")]
+        ours = np.zeros_like(arrays[key]) if gradient is None else gradient.numpy()
+        largest = max(float(abs(arrays[key]).max()), 1e-12)
+        grad_rel = max(grad_rel, float(abs(ours - arrays[key]).max()) / largest)
+    return {"loss_rel": loss_rel, "grad_rel": grad_rel}
+
+
+def main() -> int:
+    """Compare every file, print a line each and the JSON summary."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", type=Path)
+    torch.set_num_threads(1)
+    results = {}
+    try:
+        for path in parser.parse_args().files:
+            results[path.name] = compare(path)
+            print(path.name, *(f"{k} {v:.2e}" for k, v in results[path.name].items()))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    ok = all(
+        r["loss_rel"] <= LOSS_TOLERANCE and r["grad_rel"] <= GRADIENT_TOLERANCE
+        for r in results.values()
+    )
+    print(json.dumps({"files": results, "ok": ok}))
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

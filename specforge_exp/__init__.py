@@ -1,0 +1,1 @@
+"""Train draft models for speculative decoding and measure what they earn."""

@@ -1,0 +1,108 @@
+"""Checkpoints: `step-000100/` holds draft.safetensors, optimizer.safetensors and state.json.
+
+Written under another name and renamed; nothing is pickled.
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from specforge_exp.artifacts import Fingerprint, disk_errors
+from specforge_exp.errors import InputError
+from specforge_exp.provenance import write_json
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a step's folder holds."""
+
+    step: int
+    """Optimiser steps done."""
+    draft: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    record: dict[str, Any]
+    """inputs and settings of the run that wrote it."""
+
+
+def step_folders(run_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in run_dir.glob("step-*") if path.suffix != ".partial")
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    draft: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    fingerprint: Fingerprint,
+) -> Path:
+    """Write a checkpoint and return its folder; InputError when the disk is full."""
+    folder = run_dir / f"step-{step:06d}"
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with disk_errors(partial):
+        partial.mkdir(parents=True)
+        names = [name for name, _ in draft.named_parameters()]
+        moments = {
+            f"{names[index]}:{key}": value
+            for index, state in optimizer.state_dict()["state"].items()
+            for key, value in state.items()
+        }
+        save_file(
+            {k: v.contiguous() for k, v in draft.state_dict().items()},
+            partial / "draft.safetensors",
+        )
+        save_file(moments, partial / "optimizer.safetensors")
+        record = {"inputs": fingerprint.inputs, "settings": fingerprint.settings}
+        write_json(partial / "state.json", {"step": step, **record})
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    return folder
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Load a checkpoint on the CPU; InputError when a file is missing or truncated."""
+    try:
+        record = json.loads((folder / "state.json").read_text())
+        draft = load_file(folder / "draft.safetensors")
+        optimizer = load_file(folder / "optimizer.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"the checkpoint {folder} cannot be read: {error}") from None
+    return Checkpoint(record["step"], draft, optimizer, record)
+
+
+def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint that can be read; a broken one is reported and passed over."""
+    for folder in reversed(step_folders(run_dir)):
+        try:
+            return read_checkpoint(folder)
+        except InputError as error:
+            log.warning("%s; falling back to the one before it", error)
+    return None
+
+
+def restore(checkpoint: Checkpoint, draft: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's weights and moments in place."""
+    draft.load_state_dict(checkpoint.draft)
+    names = [name for name, _ in draft.named_parameters()]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in checkpoint.optimizer.items():
+        parameter, _, key = name.rpartition(":")
+        state.setdefault(names.index(parameter), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def forget_old(run_dir: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for folder in step_folders(run_dir)[:-keep]:
+        shutil.rmtree(folder)

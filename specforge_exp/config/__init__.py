@@ -1,0 +1,148 @@
+"""The typed configuration that every stage shares.
+
+Hydra composes `conf/` against `Config`, so a misspelt key or a wrong type is refused by name.
+`from_omegaconf` turns the result into plain objects; rules that span fields live in
+`__post_init__` and name the fields.
+"""
+
+import re
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from specforge_exp.config.checks import at_least, one_of, safe_name
+from specforge_exp.config.choices import (
+    DataConfig,
+    DraftConfig,
+    LearningRates,
+    LossConfig,
+    ModelConfig,
+    Source,
+)
+from specforge_exp.config.stages import (
+    BenchConfig,
+    EngineConfig,
+    ExportConfig,
+    PathsConfig,
+    PrepConfig,
+    PreprocessConfig,
+    RegenConfig,
+    TrackerConfig,
+    TrainerConfig,
+)
+from specforge_exp.errors import InputError
+
+__all__ = [
+    "BenchConfig",
+    "Config",
+    "DataConfig",
+    "DraftConfig",
+    "EngineConfig",
+    "ExportConfig",
+    "LearningRates",
+    "LossConfig",
+    "ModelConfig",
+    "PathsConfig",
+    "PrepConfig",
+    "PreprocessConfig",
+    "RegenConfig",
+    "Source",
+    "TrackerConfig",
+    "TrainerConfig",
+    "from_omegaconf",
+    "locate",
+]
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+
+@dataclass
+class Config:
+    """Everything a run depends on; the fields at the top are those people type."""
+
+    run_name: str = MISSING
+    """Folder of the run under paths.checkpoints."""
+    sweep_name: str = "sweep"
+    """Folder of a multirun's records under paths.checkpoints/sweeps."""
+    lr: float = 1e-4
+    """Peak learning rate; by default the loss's own `lrs` at `lr_point`."""
+    lr_point: str = "mid"
+    """low, mid or high: which of the loss's own learning rates."""
+    seed: int = 0
+    """Draft initialisation, order of the data, sampling."""
+    epochs: int = 10
+    """Passes over the training conversations."""
+    max_steps: int | None = None
+    """Stop after this many optimiser steps; null: after `epochs`."""
+    max_length: int = 2048
+    """Tokens of one conversation, at most."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu or cuda."""
+    threads: int | None = None
+    """CPU threads of torch; null: its own choice."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=lambda: LossConfig(lambda_ce=1.0))
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    prep: PrepConfig = field(default_factory=PrepConfig)
+    regen: RegenConfig = field(default_factory=RegenConfig)
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+
+    def __post_init__(self) -> None:
+        safe_name("run_name", self.run_name)
+        safe_name("sweep_name", self.sweep_name)
+        one_of("lr_point", self.lr_point, ("low", "mid", "high"))
+        one_of("device", self.device, ("auto", "cpu", "cuda"))
+        if self.lr <= 0:
+            raise InputError(f"lr={self.lr} must be above 0")
+        for name, minimum in (("epochs", 1), ("max_steps", 1), ("max_length", 2), ("threads", 1)):
+            at_least(name, vars(self)[name], minimum)
+        if self.max_length < self.draft.ttt_length + 2:
+            raise InputError(
+                f"max_length={self.max_length} leaves nothing to learn for "
+                f"draft.ttt_length={self.draft.ttt_length}; it needs ttt_length + 2 tokens"
+            )
+
+
+def from_omegaconf(cfg: DictConfig) -> Config:
+    """Resolve what Hydra composed into a `Config`; raises InputError for what does not fit."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        listed = ", ".join(f"{key}=..." for key in missing)
+        raise InputError(f"these options have no value; give them on the command line: {listed}")
+    try:
+        config = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise InputError(str(error).splitlines()[0]) from None
+    assert isinstance(config, Config)
+    return config
+
+
+def locate(dotted: str) -> Any:
+    """Import `package.module.name`; raises InputError when there is no such thing."""
+    module, _, name = dotted.rpartition(".")
+    try:
+        return vars(import_module(module))[name]
+    except (ImportError, KeyError, ValueError):
+        raise InputError(
+            f"_target_={dotted} does not name an importable function or class"
+        ) from None
+
+
+def folder_name(path: str) -> str:
+    """Last part of a path or hub id, in characters that every file system takes."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(path).name).strip("-.") or "unnamed"
+
+
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+OmegaConf.register_new_resolver("repository", lambda path: str(REPOSITORY / path), replace=True)

@@ -1,0 +1,27 @@
+"""Checks that configuration fields share; every message names the field and what is valid."""
+
+import re
+
+from omegaconf import MISSING
+
+from specforge_exp.errors import InputError
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse `value` unless it is one of `allowed`, naming the key and what is valid."""
+    if value not in allowed:
+        raise InputError(f"{key}={value} is not valid; choose one of: {', '.join(allowed)}")
+
+
+def at_least(key: str, value: float | None, minimum: float) -> None:
+    """Refuse a number below `minimum`; null passes."""
+    if value is not None and value < minimum:
+        raise InputError(f"{key}={value} must be at least {minimum}")
+
+
+def safe_name(key: str, value: str) -> None:
+    """Refuse a name that cannot be a folder name on every file system."""
+    if value != MISSING and not SAFE_NAME.fullmatch(value):
+        raise InputError(f"{key}={value!r} may only hold letters, digits and . _ + -")

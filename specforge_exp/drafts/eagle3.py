@@ -1,0 +1,234 @@
+"""The EAGLE-3 draft: one decoder layer that is fed the target's hidden states and its own.
+
+State h_0 = fc(g) with g the target's three auxiliary hidden states. One layer:
+a = attention(cat(norm(embedding), norm(h))); h = h + a; h = h + mlp(norm(h)); logits =
+lm_head(norm(h)); the un-normed h is the next step's state. (EAGLE-3, arXiv 2503.01840)
+
+Shape suffixes: B batch, S slots, H hidden, A three target hidden sizes, D draft vocabulary,
+V target vocabulary, N query heads, M key-value heads, E head size, P positions.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from specforge_exp.attention import causal_bias, rotate, unroll_attention
+from specforge_exp.config import DraftConfig, LossConfig
+from specforge_exp.drafts.eagle3_decoder import Eagle3Decoder
+from specforge_exp.drafts.eagle3_training import denominators, objective
+from specforge_exp.drafts.vocabulary import check_mapping
+from specforge_exp.errors import InputError
+from specforge_exp.losses import LossFunction
+from specforge_exp.target import Target
+from specforge_exp.training.objective import Outcome, Sample
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keeps shape and dtype."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (self.weight * wide).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """The projections of the layer; q, k and v read cat(norm(embedding), norm(h))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        H, E = config.hidden_size, config.head_dim
+        N, M = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(2 * H, N * E, bias=False)
+        self.k_proj = nn.Linear(2 * H, M * E, bias=False)
+        self.v_proj = nn.Linear(2 * H, M * E, bias=False)
+        self.o_proj = nn.Linear(N * E, H, bias=False)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        H, size = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(H, size, bias=False)
+        self.up_proj = nn.Linear(H, size, bias=False)
+        self.down_proj = nn.Linear(size, H, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Midlayer(nn.Module):
+    """The one decoder layer; input_layernorm is the embedding's, hidden_norm the state's."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        H, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(H, eps)
+        self.hidden_norm = RMSNorm(H, eps)
+        self.post_attention_layernorm = RMSNorm(H, eps)
+
+
+class Eagle3(nn.Module):
+    """An EAGLE-3 draft. Parameter names are those of the files that SGLang and vLLM load.
+
+    Args:
+        config: shapes, rotary embedding and `draft_vocab_size`.
+        embed_VH: the target's embeddings; frozen, shared and not saved.
+        d2t: [D] int64, target id = draft id + d2t[draft id].
+        t2d: [V] bool, which target ids the draft can propose.
+    """
+
+    d2t: Tensor
+    t2d: Tensor
+    embed_VH: Tensor
+
+    def __init__(self, config: LlamaConfig, embed_VH: Tensor, d2t: Tensor, t2d: Tensor) -> None:
+        super().__init__()
+        H = config.hidden_size
+        self.config = config
+        self.fc = nn.Linear(3 * config.target_hidden_size, H, bias=False)
+        self.midlayer = Midlayer(config)
+        self.norm = RMSNorm(H, config.rms_norm_eps)
+        self.lm_head = nn.Linear(H, config.draft_vocab_size, bias=False)
+        self.rotary = LlamaRotaryEmbedding(config)
+        check_mapping(d2t, t2d)
+        self.register_buffer("d2t", d2t)
+        self.register_buffer("t2d", t2d)
+        self.register_buffer("embed_VH", embed_VH, persistent=False)
+
+    @classmethod
+    def new(
+        cls, target: Target, cfg: DraftConfig, mapping: dict[str, Tensor], seed: int
+    ) -> "Eagle3":
+        """A fresh draft, in fp32, that starts from what the target already knows.
+
+        The head starts as the target's own rows and the last norm as the target's, so that the
+        first steps teach the layer and not the vocabulary.
+        """
+        torch.manual_seed(seed)
+        config = draft_config(target.model.config, cfg)
+        draft = cls(config, target.embed_VH, mapping["d2t"].clone(), mapping["t2d"].clone())
+        with torch.no_grad():
+            for weight in draft.parameters():
+                if weight.dim() > 1:
+                    weight.normal_(std=0.02)
+            head_VH = target.head_weight_VH
+            draft.lm_head.weight.copy_(head_VH[draft.draft_ids_D.to(head_VH.device)].float())
+            draft.norm.weight.copy_(target.final_norm_H.float())
+        return draft
+
+    @property
+    def draft_ids_D(self) -> Tensor:
+        """Target id of every draft id."""
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def denominators(self, cfg: DraftConfig, turns_BT: Tensor) -> Tensor:
+        """See `eagle3_training.denominators`."""
+        return denominators(cfg, turns_BT)
+
+    def objective(
+        self,
+        sample: Sample,
+        head: Callable[[Tensor], Tensor],
+        loss: tuple[LossFunction, LossConfig],
+        cfg: DraftConfig,
+        window_K: Tensor,
+    ) -> Outcome:
+        """See `eagle3_training.objective`."""
+        return objective(self, sample, head, loss, cfg, window_K)
+
+    def decoder(self) -> Eagle3Decoder:
+        """A decoder for one request."""
+        return Eagle3Decoder(self)
+
+    def project(self, tokens_BS: Tensor, state_BSH: Tensor, positions_BS: Tensor) -> list[Tensor]:
+        """Rotated queries and keys, and values: [B, S, heads, E] each."""
+        attn, layer = self.midlayer.self_attn, self.midlayer
+        embedded = F.embedding(tokens_BS, self.embed_VH).to(state_BSH.dtype)
+        x = torch.cat([layer.input_layernorm(embedded), layer.hidden_norm(state_BSH)], -1)
+        shape = (*tokens_BS.shape, -1, self.config.head_dim)
+        q, k, v = (proj(x).view(shape) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+        cos, sin = self.rotary(state_BSH.float(), positions_BS)
+        return [rotate(q, cos, sin), rotate(k, cos, sin), v]
+
+    def finish(self, state_BSH: Tensor, attended_BSX: Tensor) -> Tensor:
+        """The layer after its attention: the un-normed next state."""
+        state_BSH = state_BSH + self.midlayer.self_attn.o_proj(attended_BSX)
+        normed = self.midlayer.post_attention_layernorm(state_BSH)
+        out: Tensor = state_BSH + self.midlayer.mlp(normed)
+        return out
+
+    def unroll(
+        self, tokens_BL: Tensor, aux_BSA: Tensor, steps: int, valid_BS: Tensor | None
+    ) -> Iterator[Tensor]:
+        """The training forward: states of steps 0..steps-1, [B, S, H] each, un-normed.
+
+        Args:
+            tokens_BL: L = S + steps - 1 tokens; slot i of step k reads token i + k.
+            aux_BSA: the target's auxiliary hidden states of every slot.
+            steps: how often the draft is fed its own state.
+            valid_BS: nonzero where a token is real; None: everywhere.
+        """
+        B, S, _ = aux_BSA.shape
+        bias = causal_bias(valid_BS, S, aux_BSA.device)
+        positions_BS = torch.arange(S, device=aux_BSA.device).expand(B, S)
+        state_BSH = self.fc(aux_BSA)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for step in range(steps):
+            q, k, v = self.project(tokens_BL[:, step : step + S], state_BSH, positions_BS + step)
+            keys.append(k)
+            values.append(v)
+            state_BSH = self.finish(state_BSH, unroll_attention(q, keys, values, bias))
+            yield state_BSH
+
+
+def draft_config(target_config: Any, draft: DraftConfig) -> LlamaConfig:
+    """Shapes of a draft for this target: one Llama layer as wide as the target's.
+
+    Raises:
+        InputError: the draft's vocabulary is larger than the target's.
+    """
+    text = target_config.get_text_config()
+    size = draft.draft_vocab_size or text.vocab_size
+    if size > text.vocab_size:
+        raise InputError(
+            f"draft.draft_vocab_size={size} is above the target's vocabulary of {text.vocab_size}; "
+            "null takes all of it"
+        )
+    heads = text.num_attention_heads
+    return LlamaConfig(
+        architectures=["LlamaForCausalLMEagle3"],
+        hidden_size=text.hidden_size,
+        target_hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", heads),
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        rms_norm_eps=text.rms_norm_eps,
+        rope_parameters=text.rope_parameters,
+        max_position_embeddings=text.max_position_embeddings,
+        vocab_size=text.vocab_size,
+        draft_vocab_size=size,
+        tie_word_embeddings=False,
+        attention_bias=False,
+        pad_token_id=None,
+    )

@@ -1,0 +1,35 @@
+"""Where every artifact lives: pure functions of the configuration."""
+
+from pathlib import Path
+
+from specforge_exp.config import Config
+
+
+def prompts_dir(cfg: Config) -> Path:
+    """Folder that prep writes: train.jsonl and eval.jsonl."""
+    return Path(cfg.paths.datasets) / cfg.data.name
+
+
+def regen_dir(cfg: Config) -> Path:
+    """Folder that regen writes: the same conversations with the target's own answers."""
+    return Path(cfg.paths.datasets) / f"{cfg.data.name}--{cfg.model.name}"
+
+
+def tokens_dir(cfg: Config) -> Path:
+    """Folder that preprocess writes: token shards and vocab_mapping.pt."""
+    return Path(cfg.paths.datasets) / f"{cfg.data.name}--{cfg.model.name}.tokens"
+
+
+def run_dir(cfg: Config) -> Path:
+    """Folder of a training run."""
+    return Path(cfg.paths.checkpoints) / cfg.run_name
+
+
+def export_dir(cfg: Config) -> Path:
+    """Folder that serving engines load."""
+    return run_dir(cfg) / "export"
+
+
+def bench_file(cfg: Config) -> Path:
+    """What bench measured."""
+    return run_dir(cfg) / "bench.json"

@@ -1,0 +1,163 @@
+"""The frozen target model: hidden states and logits for training and verification.
+
+Shape suffixes: B batch, T tokens, H hidden, A = 3 H, V vocabulary, N rows.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicCache
+
+from specforge_exp.config import ModelConfig
+from specforge_exp.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `device=` means; InputError when there is no GPU to use."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device=cuda, but torch sees no GPU; use device=auto or device=cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def aux_layer_ids(layers: int, chosen: list[int] | None) -> list[int]:
+    """The 0-based layers whose outputs feed the draft: 1, N/2-1, N-4 unless chosen.
+
+    Raises:
+        InputError: the target has too few layers for the default, or a chosen one does not exist.
+    """
+    if chosen is not None:
+        if any(not 0 <= layer < layers for layer in chosen):
+            raise InputError(f"model.aux_layers={chosen}: this target has layers 0..{layers - 1}")
+        return list(chosen)
+    if layers < 7:
+        raise InputError(
+            f"the target has {layers} layers; the default auxiliary layers need at least 7. "
+            "Name three with model.aux_layers=[a,b,c]"
+        )
+    return [1, layers // 2 - 1, layers - 4]
+
+
+@dataclass
+class Target:
+    """A loaded target. `features` and `step` run without gradients."""
+
+    model: Any
+    aux_layers: list[int]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def embed_VH(self) -> Tensor:
+        """Input embeddings."""
+        weight: Tensor = self.model.get_input_embeddings().weight.detach()
+        return weight
+
+    @property
+    def head_weight_VH(self) -> Tensor:
+        """Output embeddings."""
+        weight: Tensor = self.model.get_output_embeddings().weight.detach()
+        return weight
+
+    @property
+    def final_norm_H(self) -> Tensor:
+        """Weight of the norm before the head."""
+        weight: Tensor = self.model.base_model.norm.weight.detach()
+        return weight
+
+    @torch.no_grad()
+    def head(self, hidden_NH: Tensor) -> Tensor:
+        """Logits [N, V] of post-norm hidden states."""
+        logits: Tensor = self.model.get_output_embeddings()(hidden_NH)
+        return logits
+
+    @torch.no_grad()
+    def features(self, ids_BT: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, Tensor]:
+        """Auxiliary hidden states [B, T, 3H] and post-norm last hidden states [B, T, H].
+
+        Args:
+            ids_BT: tokens; padding belongs on the right, where causal attention hides it.
+            cache: keys and values of the tokens before these; extended in place.
+        """
+        captured: dict[int, Tensor] = {}
+        layers = self.model.base_model.layers
+
+        def keep(index: int) -> Any:
+            def hook(_module: Any, _inputs: Any, output: Any) -> None:
+                captured[index] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        handles = [layers[i].register_forward_hook(keep(i)) for i in self.aux_layers]
+        try:
+            out = self.model.base_model(ids_BT, past_key_values=cache, use_cache=cache is not None)
+        finally:
+            for handle in handles:
+                handle.remove()
+        aux_BTA = torch.cat([captured[i] for i in self.aux_layers], -1)
+        return aux_BTA, out.last_hidden_state
+
+    def eos_ids(self) -> set[int]:
+        """Tokens that end an answer."""
+        listed = self.model.generation_config.eos_token_id
+        if listed is None:
+            listed = self.model.config.get_text_config().eos_token_id
+        if listed is None:
+            return set()
+        return {listed} if isinstance(listed, int) else set(listed)
+
+
+def load_target(cfg: ModelConfig, device: torch.device, dtype: str = "auto") -> Target:
+    """Load the target's weights, frozen.
+
+    Args:
+        cfg: which model.
+        device: where to.
+        dtype: "auto" takes float32 on a CPU and bfloat16 on a GPU.
+
+    Raises:
+        InputError: it cannot be found or read, or has too few layers.
+    """
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(cfg.path, dtype=DTYPES[dtype])
+    except (OSError, ValueError) as error:
+        raise InputError(not_loadable(cfg, error)) from None
+    model.requires_grad_(False).eval().to(device)
+    layers = model.config.get_text_config().num_hidden_layers
+    return Target(model, aux_layer_ids(layers, cfg.aux_layers))
+
+
+def load_tokenizer(cfg: ModelConfig) -> Any:
+    """The target's tokenizer; InputError when it is missing, slow, or has no chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(cfg.path)
+    except (OSError, ValueError) as error:
+        raise InputError(not_loadable(cfg, error)) from None
+    if not tokenizer.is_fast:
+        raise InputError(f"{cfg.path}: its tokenizer has no tokenizer.json; a fast one is needed")
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{cfg.path}: its tokenizer has no chat template, so conversations cannot be rendered; "
+            "add a chat_template.jinja to the folder or use the instruction-tuned model"
+        )
+    return tokenizer
+
+
+def not_loadable(cfg: ModelConfig, error: Exception) -> str:
+    """One line on why a model cannot be loaded and what to do."""
+    kind = "folder" if Path(cfg.path).is_dir() else "hub id or folder"
+    reason = str(error).strip().splitlines()[0]
+    return f"model.path={cfg.path} cannot be loaded as a {kind}: {reason}"
