@@ -2,8 +2,9 @@
 
 Every category is a grammar: tables of slot values whose product enumerates all prompts, prompt
 patterns, an answer pattern and a follow-up turn. Patterns use two marks: ``<a|b|c>`` is one of the
-alternatives and ``{slot}`` a slot value, which may itself name slots. Earlier alternatives are
-likelier than later ones, so that the text has a clear mode at every fork and yet a real entropy.
+alternatives (``<adj>`` one of that pool of words) and ``{slot}`` a slot value, which may itself
+name slots. Earlier alternatives are likelier than later ones, so that the text has a clear mode
+at every fork and yet a real entropy.
 """
 
 import hashlib
@@ -20,6 +21,14 @@ CATEGORIES = ("stories", "arithmetic", "howto", "objects", "python")
 _SECOND_TURN_SHARE = 0.3
 _SLOT = re.compile(r"\{(\w+)\}")
 _CHOICE = re.compile(r"<([^<>]*)>")
+_POOLS = {
+    "adj": "quiet warm bright gentle wide cold soft strange merry tidy lovely proud golden simple "
+    "famous dusty lively plain noble hidden clever rare fresh funny deep calm grand modern",
+    "adverb": "slowly quickly carefully calmly suddenly happily bravely quietly proudly gladly "
+    "often gently kindly simply boldly always neatly wisely safely surely",
+    "friend": "Nora Leo Mia Paul Sara Tom Ruth Karl Jane Hugo Emma Oscar Lena Fred Julia Sam",
+    "digit": "1 2 3 4 5 6 7 8 9",
+}
 
 
 class _Grammar(NamedTuple):
@@ -37,11 +46,9 @@ _STORIES = _Grammar(
         "animal": "fox bear rabbit mouse turtle hedgehog badger squirrel duck goat",
         "thing danger": """
 lost key / a door that would not open
-silver bell / a storm that came too fast
 torn map / a path that went in circles
 paper boat / a river that ran too wild
 red kite / a wind that never stopped
-broken lantern / a night without any stars
 wooden flute / a silence that felt too long
 tiny seed / a summer without any rain""",
         "place helper": """
@@ -56,29 +63,30 @@ mountain / a wise hermit""",
         "Write a short story about {name} the {animal} and a {thing} in the {place}.",
         "Tell me a story about a {animal} called {name} who finds a {thing} in the {place}.",
         "Please write a tale set in the {place}, with a {animal} named {name} and a {thing}.",
-        "Can you tell a bedtime story about a {thing}, the {place} and {name} the {animal}?",
     ),
     answer=(
         "<Once upon a time|Long ago|One bright morning|One cold evening>, a "
-        "<small|young|curious|brave|shy> {animal} named {name} <lived in|walked through|came to> "
-        "the {place}. <One day|Near the old bridge|Under a tall tree|After breakfast>, {name} "
-        "<found|discovered|stumbled upon> a {thing} <lying in the grass|hidden under some "
-        "leaves|beside a flat stone>. <Nobody knew where it came from|It looked very old|It "
-        "seemed to be waiting for someone>. <But soon|Then|That same day> {name} <had to "
-        "face|met|was surprised by> {danger}. <Luckily,|Just in time,|After a while,> {helper} "
-        "<came to help|offered some good advice|showed the {animal} what to do>, and <together "
-        "they|the two of them|side by side they> <used the {thing} to set things right|solved "
-        "the problem|found a way>. <From that day on|In the end|When night fell>, {name} <kept "
-        "the {thing} close|was never lonely again|slept well and dreamed of the {place}|told "
-        "everyone in the {place} about the {thing}>."
+        "<small|young|curious|brave|shy> <and|but> <adj> {animal} named {name} <adverb> <lived "
+        "in|walked through|came to> the {place}. <One day|Near the old bridge|Under a tall "
+        "tree|After breakfast>, {name} <adverb> <found|discovered|stumbled upon> a {thing} "
+        "<lying in|hidden in|half buried in> the <adj> <grass|leaves|sand>. <Nobody knew where "
+        "it came from|It looked very old|It seemed to be waiting for someone>. <But "
+        "soon|Then|That same day> {name} <had to face|met|was surprised by> {danger}. "
+        "<Luckily,|Just in time,|After a while,> {helper} <adverb> <came to help|offered some "
+        "good advice|showed the {animal} what to do>, and <together they|the two of them|side by "
+        "side they> <used the {thing} to set things right|solved the problem|found a way>. "
+        "<friend> and <friend> <cheered|sang|danced> for a <adj> hour. <From that day on|In the "
+        "end|When night fell>, {name} <kept the {thing} close|was never lonely again|slept well "
+        "and dreamed of the {place}|told everyone in the {place} about the {thing}>."
     ),
     followup=(
         "What is the moral of the story?",
-        "<The moral is that|The story teaches us that|I would say that> <asking for help is "
-        "a kind of courage|small things can matter a lot|friends make hard days easier>. "
-        "{name} the {animal} <could not|was not able to> <face|deal with> {danger} alone, "
-        "but <with the help of|thanks to> {helper} the {thing} became <useful|a treasure|a "
-        "gift>, and <everyone|every creature> in the {place} <was happy|felt safe> again.",
+        "<The moral is that|The story teaches us that|I would say that> <asking for help is a "
+        "kind of courage|small things can matter a lot|friends make hard days easier>. {name} "
+        "the <adj> {animal} <could not|was not able to> <face|deal with> {danger} alone, but "
+        "<adverb>, <with the help of|thanks to> {helper}, the {thing} became a <adj> "
+        "<treasure|gift|sign>, and <everyone|every creature> in the {place} <was happy|felt "
+        "safe> again.",
     ),
 )
 _ARITHMETIC = _Grammar(
@@ -99,21 +107,23 @@ finds {b} more but loses 1 / add {b} to {a} and take away 1 / {a} + {b} - 1 = {n
         "Solve this problem step by step: {name} has {a} {item} and {event}. How many now?",
     ),
     answer=(
-        "<Let us solve this step by step|Let us think about it|We can work this out in two "
-        "steps|Here is how to solve it>. <First,|To begin,|At the start,> {name} has {a} {item}. "
-        "<Next,|Then|After that,> {name} {event}, so we <need to|have to|must|should> {action}. "
-        "<This gives|That means|In numbers, this is|We get> {equation}. <To check the result, we "
-        "can|As a quick check, we may|If you want to be sure,> <go backwards and reach {a} "
-        "again|count the {item} one by one|draw the {item} on a sheet of paper>. <So the answer "
-        "is {result}|Therefore, {name} now has {result} {item}|The answer is {result} {item}|In "
-        "total, {name} ends up with {result} {item}>."
+        "<Let us|We can|I will> <adverb> <solve this step by step|work this out|think about it>. "
+        "<First,|To begin,|At the start,> {name} has {a} <adj> {item}. <Next,|Then|After that,> "
+        "{name} <adverb> {event}, so we <need to|have to|must|should> {action}. <This gives|That "
+        "means|In numbers, this is|We get> {equation}. <friend> can <adverb> <check the "
+        "result|make sure of it|test this> <with real {item}|by going backwards|on a sheet of "
+        "paper>, and so can <friend>. <It is a|This was a|What a> <adj> "
+        "<problem|question|exercise>! <So the answer is {result}|Therefore, {name} now has "
+        "{result} {item}|The answer is {result} {item}|In total, {name} ends up with {result} "
+        "{item}>."
     ),
     followup=(
         "Can you explain why?",
-        "<Of course.|Sure.|Yes.> The number of {item} changes because {name} {event}. "
-        "<Before that|At first> there <were|are> {a} {item}, and <the change tells us to|for "
-        "this reason we> {action}. <The only sum we need|All we have to write down> is "
-        "{equation}, <which is why|and so> the <final|correct> answer is {result} {item}.",
+        "<Of course.|Sure.|Yes.> The number of <adj> {item} changes because {name} <adverb> "
+        "{event}. <Before that|At first> there <were|are> {a} {item}, and <the change tells us "
+        "to|for this reason we> {action}. <The only sum we need|All we have to write down> is "
+        "{equation}, <which is why|and so> the <final|correct> answer is {result} {item}. "
+        "<friend> <thinks so|agrees> too.",
     ),
 )
 _HOWTO = _Grammar(
@@ -138,16 +148,12 @@ a beginner / every step is new
 a busy parent / there is so much else to do
 an old friend / good company helps
 my neighbour / we want to do it well
-a new teacher / the class will watch
 my brother / patience is not easy
-my sister / she likes clear steps
 a tourist / everything is strange at first""",
         "time": "morning afternoon evening weekend holiday",
         "budget": """
-without spending money
 on a small budget
 with simple tools
-in a small flat
 in under an hour
 without making a mess
 for the first time
@@ -159,26 +165,26 @@ without any help""",
         "How can {person} {task} {budget} this {time}?",
         "Give me a list of steps for {person} to {task} {budget} in the {time}.",
         "Explain to {person} how to {task} {budget} on a free {time}.",
-        "List the steps to {task} {budget}. It is for {person}, this {time}.",
     ),
     answer=(
         "<Here is a simple way to|Here are the steps to|This is how to|Follow these steps to> "
         "{task} {budget}:\n\n1. <Get|Find|Prepare> {tool} <and a free {time}|and some time this "
-        "{time}|before the {time} begins>.\n2. <First|Carefully|Slowly>, {first}.\n3. "
-        "<Then|Next|After that>, {second}.\n4. <Finally|At last|When that is done>, "
-        "{third}.\n\n<Take your time|Do not rush|Work with care>, <because|since> {reason}. <If "
-        "something goes wrong|If you are not sure|If the result is not perfect>, <go back one "
-        "step|ask someone for advice|try again tomorrow>. <With a little practice|After two or "
-        "three tries|Before long>, {person} <can do it easily|will enjoy it|will know every step "
-        "by heart>."
+        "{time}|before the {time} begins>.\n2. <First|To begin|At first>, <adverb> {first}.\n3. "
+        "<Then|Next|After that>, <adverb> {second}.\n4. <Finally|At last|When that is done>, "
+        "<adverb> {third}.\n\nA <adj> <mood|plan|place> and some <adj> <music|light|company> "
+        "<help a lot|make it easier>, <because|since> {reason}. <If something goes wrong|If you "
+        "are not sure|If the result is not perfect>, <adverb> <go back one step|try once "
+        "more|start again>, or ask <friend> for <adj> advice. <With a little practice|After two "
+        "or three tries|Before long>, {person} <can do it easily|will enjoy it|will know every "
+        "step by heart>."
     ),
     followup=(
         "Which step is the hardest?",
-        "<I think that|Most people say that|Usually> the <second|third> step <is the hardest|"
-        "needs the most care>: {second}. Keep {tool} <close at hand|ready the whole time>, and "
-        "<do not forget|remember> that {reason}. <Once you have done it well|After that>, <all "
-        "that is left|the last step> is <easy|quick>: {third}. <A calm {time} helps too, and so "
-        "does|What also helps is> <a cup of tea|some music|good company>.",
+        "<I think that|Most people say that|Usually> the <second|third> step <is the "
+        "hardest|needs the most care>: <adverb> {second}. Keep {tool} <close at hand|ready the "
+        "whole time>, and <do not forget|remember> that {reason}. <Once you have done it "
+        "well|After that>, <all that is left|the last step> is <easy|quick>: {third}. <A calm "
+        "{time} helps too, and so does|What also helps is> a <adj> <friend|cup of tea|song>.",
     ),
 )
 _OBJECTS = _Grammar(
@@ -190,15 +196,12 @@ lamp / shade / read at night / bedroom
 clock / face / know the time / hallway
 box / lid / store letters / attic
 bench / back / sit in the sun / park
-basket / rim / carry fruit / market
 table / top / share a meal / living room
 whistle / mouthpiece / call the players / stadium
 shelf / edge / keep books in order / library
-gate / hinge / close the path / farm
 bucket / rim / carry water / stable
 mirror / frame / see your face / bathroom
 spoon / handle / stir soup / kitchen
-drum / skin / keep the beat / music room
 ladder / step / reach high places / barn""",
         "color": "red blue green yellow white black brown grey",
         "material feel": """
@@ -215,30 +218,30 @@ stone / rough and cold""",
     prompts=(
         "Describe a {size} {color} {material} {object}.",
         "What is a {size} {color} {material} {object} good for?",
-        "Tell me some facts about a {size} {material} {object} that is {color}.",
         "Write a description of a {color} {object}. It is {size} and {material}.",
     ),
     answer=(
-        "<A {size} {material} {object}|This {size} {object}|The {color} {object}> is <something "
-        "you often see in|most at home in|usually found in> the {place}. <Its {part} is|The "
-        "{part} is|You will notice that the {part} is> {color}, and <the {material} surface "
-        "feels|in your hand it feels|to the touch it is> {feel}. <People use it to|Its main "
-        "purpose is to|It helps you to> {use}, <though some|but a few people|and some> <keep it "
-        "only because it is beautiful|give it away as a present|pass it on to their children>. "
-        "<Because it is {size}|Thanks to its shape|As it is {material}>, it <fits almost "
-        "anywhere|is easy to recognise|lasts for many years>. <To keep it clean|To care for "
-        "it|Now and then>, <wipe the {part} with a damp cloth|brush off the dust|rub the {part} "
-        "with a little oil>. <A good {object} is worth its price|With some care it stays "
-        "{color}|It makes any {place} a nicer place>."
+        "<A {size} {material} {object}|This {size} {object}|The {color} {object}> is a <adj> "
+        "<thing|item|object> <that you often see in|at home in|usually found in> the {place}. "
+        "<Its {part} is|The {part} is|You will notice that the {part} is> <adj> and {color}, and "
+        "<the {material} surface feels|in your hand it feels|to the touch it is> {feel}. "
+        "<People|Most of us|Many families> <adverb> use it to {use}, <though some|but a few "
+        "people|and some> <adverb> keep it <for guests|only because it is beautiful|as a present "
+        "for their children>. <Because it is {size}|Thanks to its shape|As it is {material}>, it "
+        "<fits almost anywhere|is easy to recognise|lasts for many years>. <friend> and <friend> "
+        "each have a <adj> one. <To keep it clean|To care for it|Now and then>, <adverb> <wipe "
+        "the {part} with a damp cloth|brush off the dust|rub the {part} with a little oil>. <A "
+        "good {object} is worth its price|With some care it stays {color}|It makes any {place} a "
+        "nicer place>."
     ),
     followup=(
         "Where should I put it?",
-        "<The best place is|I would put it in|It belongs in> the {place}, <because|since> "
-        "that is where <you want to|people like to> {use}. <Keep|Place> the {object} <away "
-        "from strong sun|in a dry corner|near the window>, so that the {color} {part} <does "
-        "not fade|stays bright>. <A {material} {object}|Something {size}> also looks "
-        "<good|lovely> <on its own|beside other {material} things>, and <it is easy to move|you "
-        "can always try another spot>.",
+        "<The best place is|I would put it in|It belongs in> the <adj> {place}, <because|since> "
+        "that is where <you want to|people like to> {use}. <Keep|Place> the {object} <away from "
+        "strong sun|in a dry corner|near the window>, so that the {color} {part} <adverb> "
+        "<keeps its shine|stays bright>. <A {material} {object}|Something {size}> also looks "
+        "<adj> <on its own|beside other {material} things>, and <it is easy to move|you can "
+        "always try another spot>.",
     ),
 )
 _PYTHON = _Grammar(
@@ -257,7 +260,6 @@ checks whether all {noun} reach {n} / check / all(x >= {n} for x in {noun})""",
         "noun": "numbers prices ages scores weights heights lengths grades points times",
         "n": "2 3 4 5 6 7 8 9 10 12 15 20",
         "style note": """
-short / it fits on one line
 clear / every name says what it means
 small / there is nothing to import
 simple / a beginner can read it
@@ -269,24 +271,25 @@ pure / the list itself is not changed""",
         "I need a {style} Python function. It {goal}. Can you write it?",
     ),
     answer=(
-        "<Here is a {style} function that {goal}|This {style} function {goal}|The following "
-        'function {goal}>:\n\n```python\ndef {verb}_{noun}({noun}):\n    <"""Return the result '
-        'for a list of {noun}."""|"""Work on a list of {noun}."""|# The {noun} are given as a '
-        "list.>\n    <return {expression}|result = {expression}\n    return result>\n```\n\n<It "
-        "takes|The function takes|It needs> a list of {noun} and <walks through it once|looks "
-        "at every value|does the work in one step>. <I like that|The good thing is that|Note "
-        "that> {note}. <You can call it with|Try it with|For example, call it with> "
-        "`{verb}_{noun}([<1, 5, 9|3, 6, 12|2, 4, 8, 16>])` <to see how it works|and print the "
-        "result|in your own program>. <If the list is empty|When there are no {noun}>, <nothing "
-        "breaks|it still works|no error is raised>."
+        "<Here is a|This is a|I wrote a> <adj> function that {goal}:\n\n```python\ndef "
+        '{verb}_{noun}({noun}):\n    <"""Return the result for a list of {noun}."""|"""Work on a '
+        'list of {noun}."""|# The {noun} are given as a list.>\n    <return {expression}|result '
+        "= {expression}\n    return result>\n```\n\n<It takes|The function takes|It needs> a "
+        "list of {noun} and <adverb> <walks through it once|looks at every value|does the work "
+        "in one step>. <I like that|The good thing is that|Note that> {note}. <You can call it "
+        "with|Try it with|For example, call it with> `{verb}_{noun}([<digit>, <digit>, "
+        "<digit>])` <to see how it works|and print the result|in your own program>. <If the list "
+        "is empty|When there are no {noun}>, it <adverb> <works as well|goes on without an "
+        "error>. <friend> <uses it|tested it|asked for it> <in|for> a <adj> "
+        "<project|game|lesson>."
     ),
     followup=(
         "Can you explain the code?",
-        "<Sure|Of course|Yes>. The function `{verb}_{noun}` <takes one argument|has a single "
-        "parameter>, the list of {noun}. <The important part|The heart of it> is "
-        "`{expression}`, <which does all the work|and the rest is only a frame around it>. "
-        "<In plain words|In other words>, it {goal}. <It is {style}|I kept it {style}>, so "
-        "{note}, <and you can change the number {n} later|and that makes it easy to test>.",
+        "<Sure|Of course|Yes>. The <adj> function `{verb}_{noun}` <takes one argument|has a "
+        "single parameter>, the list of {noun}. <The important part|The heart of it> is "
+        "`{expression}`, <which does all the work|and the rest is only a frame around it>. <In "
+        "plain words|In other words>, it <adverb> {goal}. <It is {style}|I kept it {style}>, so "
+        "{note}, and <friend> <can change the number {n} later|can easily test it>.",
     ),
 )
 _GRAMMARS = dict(zip(CATEGORIES, (_STORIES, _ARITHMETIC, _HOWTO, _OBJECTS, _PYTHON), strict=True))
@@ -302,9 +305,13 @@ def _pick(options: Sequence[Any], rng: random.Random) -> Any:
     return options[int(len(options) * rng.random() ** 2)]
 
 
+def _alternatives(mark: str) -> list[str]:
+    return _POOLS[mark].split() if mark in _POOLS else mark.split("|")
+
+
 def _fill(pattern: str, slots: dict[str, str], rng: random.Random) -> str:
     # Alternatives first: slot values may hold a bare ">".
-    text = _CHOICE.sub(lambda match: _pick(match[1].split("|"), rng), pattern)
+    text = _CHOICE.sub(lambda match: _pick(_alternatives(match[1]), rng), pattern)
     while _SLOT.search(text):
         text = _SLOT.sub(lambda match: slots[match[1]], text)
     return text

@@ -68,11 +68,11 @@ def test_a_smaller_count_gives_a_prefix(
 
 def test_the_text_does_not_change_between_releases() -> None:
     first = synthetic.generate("bench", 1)[0]
-    assert first["id"] == "synthetic-stories-80ea842d2ba4c96b"
-    assert (
-        first["conversations"][0]["content"]
-        == "Can you tell a bedtime story about a tiny seed, the valley and Iris the duck?"
+    assert first["id"] == "synthetic-stories-369d3e3e8ef250f5"
+    expected = (
+        "Please write a tale set in the harbour, with a squirrel named Iris and a wooden flute."
     )
+    assert first["conversations"][0]["content"] == expected
 
 
 def test_the_seed_changes_order_and_wording() -> None:
@@ -117,9 +117,9 @@ def test_there_are_enough_prompts() -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="'test'.*train, eval, bench"):
+    with pytest.raises(ValueError, match=r"'test'.*train, eval, bench"):
         synthetic.generate("test", 1)
-    with pytest.raises(ValueError, match="'poems'.*stories, arithmetic, howto, objects, python"):
+    with pytest.raises(ValueError, match=r"'poems'.*stories, arithmetic, howto, objects, python"):
         synthetic.generate("train", 1, category="poems")
     with pytest.raises(ValueError, match="negative"):
         synthetic.generate("train", -1)

@@ -37,7 +37,7 @@ PAD, BOT, EOT = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SYSTEM = "You are a helpful assistant."
 SYSTEM_SHARE = 0.25
 TRAIN_COUNT, EVAL_COUNT, BENCH_COUNT = 20000, 100, 50
-ROWS, LENGTH = 4, 320
+ROWS, LENGTH = 4, 384
 PEAK_RATE, WEIGHT_DECAY, WARMUP = 4e-3, 0.05, 60
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -254,7 +254,7 @@ def main() -> None:
     """Train, save, reload and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE, help="directory to write into")
-    parser.add_argument("--steps", type=int, default=2600, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=2300, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.perf_counter()

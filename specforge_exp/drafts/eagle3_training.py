@@ -96,7 +96,7 @@ def teacher_for(
 
 
 def drop_unknown(masks: list[Tensor], teacher: Teacher, t2d: Tensor) -> list[Tensor]:
-    """SpecForge's rule: drop slots where the target's best token is not in the draft's vocabulary."""
+    """SpecForge's rule: drop slots whose target's best token the draft cannot say."""
     kept = []
     for step, mask_BT in enumerate(masks):
         known_N = t2d[teacher.top_P[teacher.index_BT[positions_of(mask_BT, step)]]]
@@ -130,18 +130,19 @@ def objective(
         masks = drop_unknown(masks, teacher, draft.t2d)
     tokens_BL = F.pad(sample.ids_BT[:, 1:], (0, cfg.ttt_length))
     unrolled = draft.unroll(tokens_BL, sample.aux_BTA, cfg.ttt_length, sample.valid_BT)
+    divisors = window_K.tolist()
     values, sums, accepted = [], [], []
     for step, (state_BTH, mask_BT) in enumerate(zip(unrolled, masks, strict=True)):
         logits_ND = draft.lm_head(draft.norm(state_BTH[mask_BT]))
         at_N = teacher.index_BT[positions_of(mask_BT, step)]
         if cfg.supervision == "specforge":
-            value, parts = specforge_step(logits_ND, teacher.rows(at_N), loss_cfg, window_K[step])
+            value, parts = specforge_step(logits_ND, teacher.rows(at_N), loss_cfg, divisors[step])
         elif cfg.supervision == "speculators":
             rows = speculators_rows(logits_ND, teacher.rows(at_N), loss_cfg)
-            value, parts = rows.loss_N.sum() / (window_K[step] + 1e-5), rows.parts
+            value, parts = rows.loss_N.sum() / (divisors[step] + 1e-5), rows.parts
         else:
             rows = function(logits_ND, teacher.rows(at_N), loss_cfg)
-            value, parts = rows.loss_N.sum() / window_K[step].clamp(min=1), rows.parts
+            value, parts = rows.loss_N.sum() / max(1, divisors[step]), rows.parts
         values.append(value)
         measured = measure(draft, logits_ND, teacher, at_N)
         accepted.append(
@@ -180,7 +181,7 @@ def simulated_length(masks: list[Tensor], accepted: list[Tensor]) -> dict[str, T
 
 
 def specforge_step(
-    logits_ND: Tensor, teacher: TeacherRows, cfg: LossConfig, positions: Tensor
+    logits_ND: Tensor, teacher: TeacherRows, cfg: LossConfig, positions: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """SpecForge's value of one step: CE over all positions, LK by means over the mask.
 

@@ -1,0 +1,102 @@
+"""export: a checkpoint -> the folder that SGLang and vLLM load.
+
+Reads checkpoints/<run_name>/step-*/; writes checkpoints/<run_name>/export/, which is reloaded and
+compared with the trained draft before it says done.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specforge_exp import paths
+from specforge_exp.artifacts import Fingerprint, require, reusable, writing
+from specforge_exp.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from specforge_exp.config import Config, locate
+from specforge_exp.drafts.eagle3 import Eagle3
+from specforge_exp.drafts.eagle3_export import load_export, write_export
+from specforge_exp.errors import InputError
+from specforge_exp.provenance import model_digest
+from specforge_exp.target import DTYPES, Target, load_target, pick_device
+from specforge_exp.tokens import read_split
+
+log = logging.getLogger(__name__)
+
+
+def export(cfg: Config) -> Path:
+    """Export the run's draft; returns the folder."""
+    folder = paths.export_dir(cfg)
+    checkpoint = chosen_checkpoint(cfg)
+    target_name = f"the target {cfg.model.path}"
+    digest = model_digest(cfg.model.path)
+    trained_on = checkpoint.record["inputs"]
+    if trained_on.get(target_name) != digest and digest not in trained_on.values():
+        names = ", ".join(name for name in trained_on if name.startswith("the target"))
+        raise InputError(
+            f"{paths.run_dir(cfg)} is a checkpoint of another target: it was trained on {names}, "
+            f"but model.path={cfg.model.path}"
+        )
+    fingerprint = Fingerprint(
+        {target_name: digest, **trained_on},
+        {"export.dtype": cfg.export.dtype, "step": checkpoint.step},
+    )
+    if reusable(folder / "run.json", fingerprint, cfg.export.force, "export"):
+        return folder
+    device = pick_device(cfg.device)
+    target = load_target(cfg.model, device, cfg.model.dtype)
+    mapping = {name: checkpoint.draft[name] for name in ("d2t", "t2d")}
+    draft = locate(cfg.draft._target_).new(target, cfg.draft, mapping, cfg.seed)
+    draft.load_state_dict(checkpoint.draft)
+    draft.to(device)
+    dtype = DTYPES[cfg.export.dtype]
+    with writing(folder, fingerprint, cfg) as partial:
+        write_export(draft, partial, target, cfg.model.path, dtype)
+        agreement = compare(cfg, draft, load_export(partial, target).to(device), target, dtype)
+    log.info(
+        "export: complete: %s: step %d, reloaded with equal logits; rounding to %s keeps %.2f %% "
+        "of the draft's choices", folder, checkpoint.step, cfg.export.dtype, 100 * agreement,
+    )  # fmt: skip
+    return folder
+
+
+def chosen_checkpoint(cfg: Config) -> Checkpoint:
+    """The checkpoint that export.step names, or the newest."""
+    run = paths.run_dir(cfg)
+    command = f"python train.py run_name={cfg.run_name} (with the same options)"
+    if cfg.export.step is not None:
+        return read_checkpoint(require(run / f"step-{cfg.export.step:06d}", command))
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
+        raise InputError(f"{run} holds no checkpoint; make one with: {command}")
+    return checkpoint
+
+
+@torch.no_grad()
+def compare(
+    cfg: Config, trained: Eagle3, loaded: Eagle3, target: Target, dtype: torch.dtype
+) -> float:
+    """Check the reloaded draft on a held-out conversation; returns the share of equal choices.
+
+    Raises:
+        InputError: its logits differ from the trained draft's, rounded to the exported dtype.
+    """
+    tokens = read_split(paths.tokens_dir(cfg), "eval")
+    ids_1T = tokens.ids[0][None].to(target.device)
+    exact_TD = all_logits(trained, target, ids_1T, cfg.draft.ttt_length)
+    for weight in trained.parameters():
+        weight.copy_(weight.to(dtype))
+    rounded_TD = all_logits(trained, target, ids_1T, cfg.draft.ttt_length)
+    loaded_TD = all_logits(loaded, target, ids_1T, cfg.draft.ttt_length)
+    if not torch.equal(rounded_TD, loaded_TD):
+        worst = float((rounded_TD - loaded_TD).abs().max())
+        raise InputError(f"the exported draft's logits differ from the trained one's by {worst}")
+    return float((exact_TD.argmax(-1) == loaded_TD.argmax(-1)).float().mean())
+
+
+def all_logits(draft: Eagle3, target: Target, ids_1T: Tensor, steps: int) -> Tensor:
+    """Logits of every slot and step, fp32."""
+    aux_1TA, _ = target.features(ids_1T)
+    states = draft.unroll(F.pad(ids_1T[:, 1:], (0, steps)), aux_1TA.float(), steps, None)
+    return torch.cat([draft.lm_head(draft.norm(state)) for state in states]).flatten(0, 1)

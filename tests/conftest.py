@@ -1,0 +1,75 @@
+"""Small real things that tests share."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from specforge_exp.config import (
+    Config,
+    DataConfig,
+    DraftConfig,
+    LossConfig,
+    ModelConfig,
+    PathsConfig,
+    Source,
+)
+from specforge_exp.target import Target, load_target, load_tokenizer
+
+torch.set_num_threads(1)
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY = ModelConfig(name="tiny", path=str(REPOSITORY / "assets" / "tiny_target"))
+
+
+def small_target(vocabulary: int = 64, hidden: int = 16, seed: int = 0) -> Target:
+    """A random Qwen3 of 8 layers."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=24, num_hidden_layers=8,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
+        initializer_range=0.3, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).eval().requires_grad_(False)
+    return Target(model, [1, 3, 4])
+
+
+@pytest.fixture
+def random_target() -> Target:
+    return small_target()
+
+
+@pytest.fixture(scope="session")
+def tiny_target() -> Target:
+    return load_target(TINY, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    return load_tokenizer(TINY)
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> Config:
+    """A configuration over the tiny target whose artifacts live in tmp_path."""
+    return Config(
+        run_name="test",
+        lr=1e-3,
+        epochs=1,
+        max_length=256,
+        device="cpu",
+        model=TINY,
+        data=DataConfig(
+            name="small",
+            train=[Source(path="synthetic:train", limit=12)],
+            eval=[Source(path="synthetic:eval", limit=4)],
+        ),
+        loss=LossConfig(name="baseline", lambda_ce=1.0),
+        draft=DraftConfig(name="eagle3", draft_vocab_size=512, ttt_length=3),
+        paths=PathsConfig(str(tmp_path / "datasets"), str(tmp_path / "checkpoints")),
+    )

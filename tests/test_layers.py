@@ -1,0 +1,108 @@
+"""Imports go down only, heavy packages load where they run, and the house stays small."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "specforge_exp"
+RECORDS = {
+    "artifacts", "config", "conversations", "errors", "paths", "provenance", "sources", "synthetic",
+}  # fmt: skip
+HEAVY = {"torch", "transformers", "wandb", "datasets", "modal", "hydra"}
+SCRIPTS = ["prep", "regen", "preprocess", "train", "export", "bench"]
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    """Dotted names of the modules that a file imports."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def layer(dotted: str) -> int:
+    """1 records, 2 parts, 3 stages."""
+    name = dotted.split(".")[1] if "." in dotted else ""
+    return 1 if name in RECORDS or not name else 3 if name == "stages" else 2
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path: Path) -> None:
+    own = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for name in imports(path):
+        top = name.split(".")[0]
+        assert top not in ("hydra", "modal"), f"{own} imports {name}"
+        if top != "specforge_exp" or name == "specforge_exp.paths":
+            continue
+        assert layer(name) <= layer(own), f"{own} imports {name}, a layer above"
+        if layer(own) == 3 and layer(name) == 3:
+            pytest.fail(f"stage {own} imports stage {name}")
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.parent == PACKAGE], ids=lambda p: p.name)
+def test_records_load_nothing_heavy(path: Path) -> None:
+    if path.stem in RECORDS:
+        heavy = {n.split(".")[0] for n in imports(path, top_level_only=True)} & HEAVY
+        assert not heavy, f"{path.name} imports {heavy} at the top"
+
+
+@pytest.mark.parametrize("flag", [["--cfg", "job"], ["--help"]])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_answer_without_heavy_imports(script: str, flag: list[str]) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{script}.py', *{flag!r}]\n"
+        "try:\n"
+        f"    runpy.run_path('{script}.py', run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    assert not stop.code, stop.code\n"
+        "loaded = {'torch', 'modal', 'transformers', 'wandb', 'datasets'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+
+
+SOURCES = [
+    p
+    for p in sorted(ROOT.rglob("*.py"))
+    if not any(part.startswith(".") or part == "artifacts" for part in p.relative_to(ROOT).parts)
+]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_budgets(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= (25 if path.stem in SCRIPTS and path.parent == ROOT else 400)
+    for function in functions(path):
+        size = (function.end_lineno or 0) - function.lineno + 1
+        allowed = 120 if function.name == "fit" and path.parent.name == "training" else 60
+        assert size <= allowed, f"{function.name} has {size} lines"
+        arguments = function.args
+        count = len(arguments.args) + len(arguments.kwonlyargs) + len(arguments.posonlyargs)
+        if path.parent.name != "tests":
+            assert count - (arguments.args[:1] != [] and arguments.args[0].arg == "self") <= 6
+
+
+def test_the_whole_is_small() -> None:
+    kept = [p for p in SOURCES if p.relative_to(ROOT).parts[0] not in ("tests", "benchmarks")]
+    tokens = sum(len(p.read_text()) for p in kept) / 4
+    assert tokens <= 60_000, f"{tokens:.0f} tokens"

@@ -1,0 +1,120 @@
+"""The OPD losses against their closed forms and the laws that hold between them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from specforge_exp import losses
+from specforge_exp.config import LossConfig
+from specforge_exp.errors import InputError
+from specforge_exp.losses import TeacherRows, opd, teacher_rows
+
+N, V, D = 5, 23, 11
+
+
+def rows(seed: int, scale: float = 2.0, temperature: float = 1.0) -> tuple[Tensor, TeacherRows]:
+    """Draft logits and a teacher over a random draft vocabulary, in float64 precision's fp32."""
+    torch.manual_seed(seed)
+    target_NV = scale * torch.randn(N, V)
+    logits_ND = (scale * torch.randn(N, D)).requires_grad_()
+    log_z_N = torch.logsumexp(target_NV / temperature, -1)
+    return logits_ND, teacher_rows(target_NV[:, :D], log_z_N, temperature)
+
+
+def closed_form(name: str, logq: Tensor, teacher: TeacherRows) -> Tensor:
+    """The gradients in z that the module's docstring states."""
+    q, r = logq.exp(), logq - teacher.logp_full_ND()
+    rt = logq - teacher.logp_ND
+    above = (r > 0).float()
+    mass = (q * above).sum(-1, keepdim=True)
+    alpha = losses.acceptance_rate(logq, teacher)[:, None]
+    h = losses.hinge(logq, teacher)[:, None]
+    ce, tv = q - teacher.logp_ND.exp(), q * (above - mass)
+    w = (-alpha).exp()
+    return {
+        "lambda_ce": ce,
+        "lambda_rkl": q * (rt - (q * rt).sum(-1, keepdim=True)),
+        "beta": q * (r.relu() + above - h - mass),
+        "lambda_tv": tv,
+        "lambda_lk_alpha": tv / alpha,
+        "lambda_lk": w * ce + (1 - w) * tv,
+    }[name]
+
+
+@pytest.mark.parametrize("name", list(losses.TERMS))
+@pytest.mark.parametrize("seed", range(5))
+def test_gradient_is_the_closed_form(name: str, seed: int) -> None:
+    logits_ND, teacher = rows(seed)
+    opd(logits_ND, teacher, LossConfig(name="one", **{name: 1.0})).loss_N.sum().backward()
+    expected = closed_form(name, torch.log_softmax(logits_ND.detach(), -1), teacher)
+    torch.testing.assert_close(logits_ND.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.1, 6.0))
+def test_inequalities(seed: int, scale: float) -> None:
+    """TV <= -log alpha <= H, and RKL <= H <= RKL - log C + TV."""
+    logits_ND, teacher = rows(seed, scale)
+    logq = torch.log_softmax(logits_ND.detach(), -1)
+    tv, lk, h = (f(logq, teacher) for f in (losses.total_variation, losses.lk_alpha, losses.hinge))
+    rkl = losses.reverse_kl(logq, teacher)
+    slack = 1e-4 * (1 + h)
+    assert (tv <= lk + slack).all()
+    assert (lk <= h + slack).all()
+    assert (rkl - teacher.log_mass_N <= h + slack).all()
+    assert (h <= rkl - teacher.log_mass_N + tv + slack).all()
+    assert ((tv >= -1e-6) & (tv <= 1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("name", list(losses.TERMS))
+def test_no_gradient_at_the_teacher(name: str) -> None:
+    _, teacher = rows(1)
+    logits_ND = teacher.logp_ND.clone().requires_grad_()
+    opd(logits_ND, teacher, LossConfig(name="one", **{name: 1.0})).loss_N.sum().backward()
+    assert logits_ND.grad is not None
+    assert logits_ND.grad.abs().max() < 1e-5
+    logq = teacher.logp_ND
+    torch.testing.assert_close(losses.hinge(logq, teacher), -teacher.log_mass_N)
+    torch.testing.assert_close(losses.total_variation(logq, teacher), 1 - teacher.log_mass_N.exp())
+
+
+def test_identity_vocabulary_has_all_the_mass() -> None:
+    logits_NV = torch.randn(N, V)
+    teacher = teacher_rows(logits_NV, torch.logsumexp(logits_NV, -1))
+    torch.testing.assert_close(teacher.log_mass_N, torch.zeros(N), atol=1e-6, rtol=0)
+
+
+def test_temperature_divides_both_sides() -> None:
+    logits_ND, teacher = rows(2, temperature=2.0)
+    cfg = LossConfig(name="t", lambda_ce=1.0, temperature=2.0)
+    expected = losses.cross_entropy(torch.log_softmax(logits_ND / 2, -1), teacher)
+    torch.testing.assert_close(opd(logits_ND, teacher, cfg).loss_N, expected)
+
+
+def test_mixture_is_the_weighted_sum() -> None:
+    logits_ND, teacher = rows(3)
+    mixed = opd(logits_ND, teacher, LossConfig(name="m", lambda_ce=0.4, lambda_rkl=0.5, beta=0.1))
+    parts = mixed.parts
+    assert set(parts) == {"ce", "reverse_kl", "hinge"}
+    total = 0.4 * parts["ce"] + 0.5 * parts["reverse_kl"] + 0.1 * parts["hinge"]
+    torch.testing.assert_close(mixed.loss_N.detach(), total)
+
+
+def test_extreme_logits_stay_finite() -> None:
+    logits_ND = torch.tensor([[90.0, -90.0, 0.0]], requires_grad=True)
+    target = torch.tensor([[-90.0, 90.0, 0.0, 5.0]])
+    teacher = teacher_rows(target[:, :3], torch.logsumexp(target, -1))
+    cfg = LossConfig(name="all", **dict.fromkeys(losses.TERMS, 1.0))
+    loss = opd(logits_ND, teacher, cfg).loss_N.sum()
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(logits_ND.grad).all()
+
+
+def test_weights_are_checked() -> None:
+    with pytest.raises(InputError, match="at least one loss weight"):
+        LossConfig(name="none")
+    with pytest.raises(InputError, match="must not be negative"):
+        LossConfig(name="negative", lambda_ce=1.0, beta=-0.1)
