@@ -145,10 +145,11 @@ def speculate(
     while not over:
         drafted, draft_logits = drafter.propose(decoding.chain_length, choice)
         ids_1T = torch.tensor([[answer.tokens[-1], *drafted]], device=target.device)
-        before = cache.get_seq_length()
         aux_1TA, last_1TH = target.features(ids_1T, cache)
         yielded = verify(drafted, draft_logits, target.head(last_1TH[0]), draft_ids_D, choice)
-        cache.crop(before + len(yielded))
+        rejected = len(drafted) + 1 - len(yielded)
+        if rejected:
+            cache.crop(-rejected)
         drafter.commit(aux_1TA[:, : len(yielded)], yielded)
         kept, over = until_end(yielded, decoding.max_tokens - len(answer.tokens), decoding.eos)
         answer.tokens += kept

@@ -12,14 +12,21 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
-from specforge_exp.config import ModelConfig
+from specforge_exp.config import Config, ModelConfig
 from specforge_exp.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that `device=` means; InputError when there is no GPU to use."""
+def set_up_torch(cfg: Config) -> torch.device:
+    """Set the number of CPU threads and return the device that `device=` means.
+
+    Raises:
+        InputError: there is no GPU to use.
+    """
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    name = cfg.device
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device=cuda, but torch sees no GPU; use device=auto or device=cpu")
     if name == "auto":

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from specforge_exp.config import Config
-from specforge_exp.target import load_target, load_tokenizer, pick_device
+from specforge_exp.target import load_target, load_tokenizer, set_up_torch
 
 
 class TransformersEngine:
@@ -18,7 +18,7 @@ class TransformersEngine:
 
     def __init__(self, cfg: Config) -> None:
         self.tokenizer = load_tokenizer(cfg.model)
-        self.target = load_target(cfg.model, pick_device(cfg.device), cfg.model.dtype)
+        self.target = load_target(cfg.model, set_up_torch(cfg), cfg.model.dtype)
         self.options = cfg.regen
         self.eos = sorted(self.target.eos_ids() | tokenizer_eos(self.tokenizer))
 

@@ -23,7 +23,7 @@ from specforge_exp.drafts.eagle3_export import load_export
 from specforge_exp.errors import InputError
 from specforge_exp.provenance import describe, model_digest, sha256, write_json
 from specforge_exp.speculative import Decoding, generate, speculate
-from specforge_exp.target import DTYPES, Target, load_target, load_tokenizer, pick_device
+from specforge_exp.target import DTYPES, Target, load_target, load_tokenizer, set_up_torch
 from specforge_exp.tokens import read_split
 
 log = logging.getLogger(__name__)
@@ -53,9 +53,7 @@ def bench(cfg: Config) -> float:
 
 def measure(cfg: Config) -> dict[str, Any]:
     """Answer all prompts and summarise; the parts of bench.json that are results."""
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    device = pick_device(cfg.device)
+    device = set_up_torch(cfg)
     tokenizer = load_tokenizer(cfg.model)
     target = load_target(cfg.model, device, cfg.bench.dtype)
     draft = load_export(paths.export_dir(cfg), target).to(device, DTYPES[cfg.bench.dtype])

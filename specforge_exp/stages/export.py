@@ -19,7 +19,7 @@ from specforge_exp.drafts.eagle3 import Eagle3
 from specforge_exp.drafts.eagle3_export import load_export, write_export
 from specforge_exp.errors import InputError
 from specforge_exp.provenance import model_digest
-from specforge_exp.target import DTYPES, Target, load_target, pick_device
+from specforge_exp.target import DTYPES, Target, load_target, set_up_torch
 from specforge_exp.tokens import read_split
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def export(cfg: Config) -> Path:
     )
     if reusable(folder / "run.json", fingerprint, cfg.export.force, "export"):
         return folder
-    device = pick_device(cfg.device)
+    device = set_up_torch(cfg)
     target = load_target(cfg.model, device, cfg.model.dtype)
     mapping = {name: checkpoint.draft[name] for name in ("d2t", "t2d")}
     draft = locate(cfg.draft._target_).new(target, cfg.draft, mapping, cfg.seed)

