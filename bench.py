@@ -5,18 +5,18 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
-from specforge_exp.config import Config, from_omegaconf
-from specforge_exp.errors import InputError
+from specforge_exp.config import Config, InputError, from_omegaconf
 
 ConfigStore.instance().store(name="schema", node=Config)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> object:
-    from specforge_exp.stages.bench import bench  # torch loads where the stage runs, not for --help
-
     try:
-        return bench(from_omegaconf(cfg))
+        config = from_omegaconf(cfg)
+        from specforge_exp.stages.bench import bench  # loads torch
+
+        return bench(config)
     except InputError as error:
         raise CompactHydraException(f"error: {error}") from None
 

@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T tokens, H hidden, A = 3 H, V vocabulary, N rows.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
+from transformers.utils import logging as transformers_logging
 
 from specforge_exp.config import Config, ModelConfig
 from specforge_exp.errors import InputError
@@ -136,6 +138,8 @@ def load_target(cfg: ModelConfig, device: torch.device, dtype: str = "auto") -> 
     Raises:
         InputError: it cannot be found or read, or has too few layers.
     """
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     try:

@@ -1,6 +1,7 @@
 """Small real things that tests share."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from specforge_exp.config import (
     PathsConfig,
     Source,
 )
+from specforge_exp.stages.prep import prep
+from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.target import Target, load_target, load_tokenizer
 
 torch.set_num_threads(1)
@@ -63,7 +66,7 @@ def cfg(tmp_path: Path) -> Config:
         epochs=1,
         max_length=256,
         device="cpu",
-        model=TINY,
+        model=replace(TINY),
         data=DataConfig(
             name="small",
             train=[Source(path="synthetic:train", limit=12)],
@@ -73,3 +76,11 @@ def cfg(tmp_path: Path) -> Config:
         draft=DraftConfig(name="eagle3", draft_vocab_size=512, ttt_length=3),
         paths=PathsConfig(str(tmp_path / "datasets"), str(tmp_path / "checkpoints")),
     )
+
+
+@pytest.fixture
+def tokens(cfg: Config) -> Path:
+    """Token shards of the synthetic corpus with its own answers; returns their folder."""
+    cfg.preprocess.source = "prep"
+    prep(cfg)
+    return preprocess(cfg)

@@ -43,6 +43,7 @@ __all__ = [
     "DraftConfig",
     "EngineConfig",
     "ExportConfig",
+    "InputError",
     "LearningRates",
     "LossConfig",
     "ModelConfig",
@@ -86,7 +87,7 @@ class Config:
     """CPU threads of torch; null: its own choice."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    loss: LossConfig = field(default_factory=lambda: LossConfig(lambda_ce=1.0))
+    loss: LossConfig = field(default_factory=LossConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)

@@ -43,7 +43,7 @@ class Source:
     format: str = "conversations"
     """conversations (also from/value and OpenAI messages), chitchat, humaneval or gsm8k."""
     skip: int = 0
-    """Leave out this many records at the start."""
+    """Leave out this many conversations at the start."""
     limit: int | None = None
     """Take at most this many conversations after `skip`; null: all."""
 
@@ -69,7 +69,7 @@ class DataConfig:
     split_eval: float = 0.05
     """Share of the training conversations held out when `eval` is empty (chosen by their id)."""
     sample_size: int | None = None
-    """Keep at most this many training conversations; null: all."""
+    """Keep the first so many training conversations; null: all."""
     max_turns: int | None = None
     """Cut conversations after this many assistant turns; null: keep all."""
 
@@ -127,7 +127,7 @@ class LossConfig:
         weights = self.weights()
         if min(weights.values()) < 0:
             raise InputError(f"loss weights must not be negative: {weights}")
-        if not any(weights.values()):
+        if self.name != MISSING and not any(weights.values()):
             raise InputError(f"at least one loss weight must be above 0: {', '.join(weights)}")
         if self.temperature <= 0:
             raise InputError(f"loss.temperature={self.temperature} must be above 0")

@@ -107,6 +107,9 @@ class TrainerConfig:
     """The cosine ends at this share of lr."""
     weight_decay: float = 0.0
     """AdamW's."""
+    cache_features: bool = False
+    """Keep the target's hidden states in memory, so that only the first epoch runs the target;
+    4 hidden sizes of numbers per token. Changes no number."""
     clip: float = 0.5
     """Largest global gradient norm."""
     log_every: int = 10

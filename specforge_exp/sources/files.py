@@ -5,7 +5,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from specforge_exp.errors import InputError
 
@@ -41,7 +41,7 @@ def parse(name: str, file: IO[bytes]) -> Iterator[Raw | Rejected]:
         raise InputError(f"{name} is not one of: {', '.join(SUFFIXES)}")
     try:
         if name.endswith(".gz"):
-            name, file = name.removesuffix(".gz"), gzip.GzipFile(fileobj=file)
+            name, file = name.removesuffix(".gz"), cast(IO[bytes], gzip.GzipFile(fileobj=file))
         if name.endswith(".parquet"):
             yield from parse_parquet(name, file)
         elif name.endswith(".jsonl"):

@@ -20,6 +20,7 @@ from specforge_exp.provenance import describe, model_digest, sha256, write_json
 from specforge_exp.target import load_target, set_up_torch
 from specforge_exp.tokens import read_split
 from specforge_exp.training.batches import Batch
+from specforge_exp.training.features import cached, uncached
 from specforge_exp.training.loop import Objective, Splits, fit, summary
 from specforge_exp.training.objective import Outcome, Sample
 
@@ -47,6 +48,7 @@ def train(cfg: Config) -> float:
     target = load_target(cfg.model, device, cfg.model.dtype)
     mapping = torch.load(tokens / "vocab_mapping.pt", weights_only=True)
     draft = locate(cfg.draft._target_).new(target, cfg.draft, mapping, cfg.seed).to(device)
+    features = (cached if cfg.trainer.cache_features else uncached)(target.features)
     loss = (locate(cfg.loss._target_), cfg.loss)
 
     def denominators(batch: Batch) -> Tensor:
@@ -54,7 +56,7 @@ def train(cfg: Config) -> float:
         return found
 
     def forward(batch: Batch, window_K: Tensor) -> Outcome:
-        aux_BTA, last_BTH = target.features(batch.ids_BT)
+        aux_BTA, last_BTH = features(batch)
         sample = Sample(batch.ids_BT, batch.turns_BT, aux_BTA, last_BTH)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             outcome: Outcome = draft.objective(sample, target.head, loss, cfg.draft, window_K)
@@ -90,7 +92,7 @@ def fingerprint_of(cfg: Config, tokens: Path) -> Fingerprint:
     settings: dict[str, Any] = {
         name: vars(cfg)[name] for name in ("lr", "seed", "epochs", "max_steps")
     }
-    quiet = ("log_every", "eval_every", "save_every", "keep_last", "resume")
+    quiet = ("log_every", "eval_every", "save_every", "keep_last", "resume", "cache_features")
     for group, node in (("draft", cfg.draft), ("loss", cfg.loss), ("trainer", cfg.trainer)):
         for key, value in asdict(node).items():
             if not (key in quiet or key == "lrs"):

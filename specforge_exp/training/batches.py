@@ -21,8 +21,10 @@ class Batch:
 
     ids_BT: Tensor
     turns_BT: Tensor
-    tokens: int
-    """Without the padding."""
+    numbers: list[int]
+    """Which conversations these are, over both splits: held-out ones count down from -1."""
+    lengths: list[int]
+    """Tokens of each, without the padding."""
 
 
 def epoch_order(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -39,9 +41,12 @@ def epoch_order(lengths: list[int], batch_size: int, seed: int, epoch: int) -> l
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def make_batch(tokens: TokenSet, numbers: list[int], device: torch.device) -> Batch:
+def make_batch(
+    tokens: TokenSet, numbers: list[int], device: torch.device, held_out: bool = False
+) -> Batch:
     """Pad the numbered conversations to the longest of them."""
     ids_BT = pad_sequence([tokens.ids[n] for n in numbers], batch_first=True)
     turns_BT = pad_sequence([tokens.turns[n] for n in numbers], batch_first=True)
-    count = sum(len(tokens.ids[n]) for n in numbers)
-    return Batch(ids_BT.to(device), turns_BT.to(device), count)
+    names = [-1 - n for n in numbers] if held_out else numbers
+    lengths = [len(tokens.ids[n]) for n in numbers]
+    return Batch(ids_BT.to(device), turns_BT.to(device), names, lengths)

@@ -152,7 +152,7 @@ class WindowLog:
         self.loss += float(outcome.loss.detach())
         for name, value in outcome.sums.items():
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
-        self.tokens += batch.tokens
+        self.tokens += sum(batch.lengths)
 
     def flush(self, windows: int) -> dict[str, float]:
         """Means over what was taken; starts anew.
@@ -192,7 +192,7 @@ def evaluate(
     device = next(draft.parameters()).device
     order = sorted(range(len(tokens)), key=lambda number: len(tokens.ids[number]))
     groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    batches = [make_batch(tokens, numbers, device) for numbers in groups]
+    batches = [make_batch(tokens, numbers, device, held_out=True) for numbers in groups]
     window_K = torch.stack([objective.denominators(batch) for batch in batches]).sum(0)
     total = WindowLog()
     for batch in tqdm(batches, desc="evaluate", unit="batch", disable=None, leave=False):

@@ -1,0 +1,60 @@
+"""The six commands, as a user types them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+STAGES = ["prep", "regen", "preprocess", "train", "export", "bench"]
+
+
+def run(stage: str, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable, str(REPOSITORY / f"{stage}.py"), "experiment=smoke",
+        f"paths.datasets={folder / 'datasets'}", f"paths.checkpoints={folder / 'checkpoints'}",
+        *overrides,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=folder, check=False
+    )
+
+
+@pytest.mark.slow
+def test_six_commands(tmp_path: Path) -> None:
+    """Out of order: the missing input is named. In order: a table. Again: reused."""
+    early = run("bench", tmp_path)
+    assert early.returncode == 1
+    assert "python export.py" in early.stderr
+    assert "Traceback" not in early.stderr
+    for stage in STAGES:
+        done = run(stage, tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "%|" not in done.stderr, "a progress bar where there is no terminal"
+    assert "lossless" in done.stdout
+    result = json.loads((tmp_path / "checkpoints" / "smoke" / "bench.json").read_text())
+    assert result["datasets"]["held-out"]["lossless"] is True
+    records = tmp_path / "checkpoints" / "smoke" / ".hydra"
+    assert {folder.name for folder in records.iterdir()} == set(STAGES)
+    for stage in STAGES:
+        again = run(stage, tmp_path)
+        assert again.returncode == 0, again.stderr
+        assert "complete, reused" in again.stdout + again.stderr
+    changed = run("train", tmp_path, "lr=5e-4")
+    assert changed.returncode == 1
+    assert "lr was 0.001, now 0.0005" in changed.stderr
+    assert "Traceback" not in changed.stderr
+
+
+def test_a_bad_line_is_reported_with_its_place(tmp_path: Path) -> None:
+    source = tmp_path / "prompts.jsonl"
+    good = '{"messages": [{"role": "user", "content": "Describe a lamp."}]}\n'
+    source.write_text(good + '{"messages": [\n' + good.replace("lamp", "kettle"))
+    done = run("prep", tmp_path, f"data.train=[{{path: {source}}}]", "data.eval=[]")
+    assert done.returncode == 0, done.stderr
+    assert f"{source}:2" in done.stdout + done.stderr
+    assert "rejected 1" in done.stdout + done.stderr
