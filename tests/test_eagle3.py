@@ -174,5 +174,24 @@ def test_too_large_a_vocabulary_is_refused(random_target: Target) -> None:
 
 def test_seed_decides_the_start() -> None:
     target = small_target()
-    one, two = (small_draft(target).fc.weight for _ in range(2))
+    one, two = (small_draft(target).midlayer.self_attn.q_proj.weight for _ in range(2))
     assert torch.equal(one, two)
+
+
+def test_start_is_the_targets_last_layer(random_target: Target) -> None:
+    draft = small_draft(random_target)
+    layer, mid = random_target.model.base_model.layers[-1], draft.midlayer
+    H = draft.config.hidden_size
+    assert torch.equal(mid.mlp.down_proj.weight, layer.mlp.down_proj.weight)
+    assert torch.equal(mid.self_attn.v_proj.weight[:, H:], layer.self_attn.v_proj.weight)
+    assert torch.equal(mid.hidden_norm.weight, layer.input_layernorm.weight)
+    # Qwen3 norms each head of q and k, which the draft does not, so these are not copied
+    assert not torch.equal(mid.self_attn.q_proj.weight[:, H:], layer.self_attn.q_proj.weight)
+    aux, _ = random_target.features(conversations(0, 1)[0])
+    torch.testing.assert_close(draft.fc(aux), aux[..., -H:])
+    head = random_target.head_weight_VH[draft.draft_ids_D]
+    assert torch.equal(draft.lm_head.weight, head)
+    blank = Eagle3.new(
+        random_target, replace(CFG, start="random"), vocabulary_mapping(torch.ones(V), 40), 0
+    )
+    assert float(blank.lm_head.weight.detach().std()) < 0.03

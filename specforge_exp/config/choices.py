@@ -152,6 +152,8 @@ class DraftConfig:
     """Unrolled steps of training-time test."""
     ttt_decay: float = 0.8
     """Step k weighs ttt_decay**k in the loss."""
+    start: str = "target"
+    """target: a copy of the target's last layer, norm and head; random: nothing but noise."""
     supervision: str = "inference"
     """Which (slot, step) pairs train and how they are averaged: inference (the states that exist
     when serving; the mean per step), or a peer's way: specforge, speculators."""
@@ -163,4 +165,5 @@ class DraftConfig:
         if not 0 < self.ttt_decay <= 1:
             raise InputError(f"draft.ttt_decay={self.ttt_decay} must be in (0, 1]")
         allowed = ("inference", "specforge", "speculators")
+        one_of("draft.start", self.start, ("target", "random"))
         one_of("draft.supervision", self.supervision, allowed)

@@ -117,11 +117,7 @@ class Eagle3(nn.Module):
     def new(
         cls, target: Target, cfg: DraftConfig, mapping: dict[str, Tensor], seed: int
     ) -> "Eagle3":
-        """A fresh draft, in fp32, that starts from what the target already knows.
-
-        The head starts as the target's own rows and the last norm as the target's, so that the
-        first steps teach the layer and not the vocabulary.
-        """
+        """A fresh draft in fp32; `cfg.start` says what it knows already."""
         torch.manual_seed(seed)
         config = draft_config(target.model.config, cfg)
         draft = cls(config, target.embed_VH, mapping["d2t"].clone(), mapping["t2d"].clone())
@@ -129,9 +125,8 @@ class Eagle3(nn.Module):
             for weight in draft.parameters():
                 if weight.dim() > 1:
                     weight.normal_(std=0.02)
-            head_VH = target.head_weight_VH
-            draft.lm_head.weight.copy_(head_VH[draft.draft_ids_D.to(head_VH.device)].float())
-            draft.norm.weight.copy_(target.final_norm_H.float())
+            if cfg.start == "target":
+                start_from_target(draft, target)
         return draft
 
     @property
@@ -232,3 +227,27 @@ def draft_config(target_config: Any, draft: DraftConfig) -> LlamaConfig:
         attention_bias=False,
         pad_token_id=None,
     )
+
+
+def start_from_target(draft: Eagle3, target: Target) -> None:
+    """Begin where the target ends: its last layer, last norm and head, fed its highest state.
+
+    The layer's embedding half stays random and is what the first steps teach. What the target's
+    layer does not have in the same shape (experts, per-head norms on q and k) is left as it is.
+    """
+    H = draft.config.hidden_size
+    theirs = dict(target.model.base_model.layers[-1].named_parameters())
+    theirs["hidden_norm.weight"] = theirs.pop("input_layernorm.weight")
+    for name, weight in draft.midlayer.named_parameters():
+        own = (
+            weight[:, H:]
+            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+            else weight
+        )
+        normed_heads = name.replace("_proj", "_norm") in theirs
+        if name in theirs and theirs[name].shape == own.shape and not normed_heads:
+            own.copy_(theirs[name])
+    draft.fc.weight.zero_()
+    draft.fc.weight[:, -H:] = torch.eye(H)
+    draft.norm.weight.copy_(target.final_norm_H)
+    draft.lm_head.weight.copy_(target.head_weight_VH[draft.draft_ids_D.to(target.device)])
