@@ -111,7 +111,12 @@ def training_ngrams(ids: list[Tensor], turns: list[Tensor]) -> Tensor:
     return torch.cat(keys).unique() if keys else torch.empty(0, dtype=torch.int64)
 
 
-def overlap(answer: list[int], known: Tensor) -> float:
-    """Share of the answer's 8-grams among `known`; 0 for an answer that has none."""
+def overlap(answer: list[int], known: Tensor | None) -> float:
+    """Share of the answer's 8-grams among `known`; 0 for an answer that has none.
+
+    Not a number where nothing is known of the training answers: then no answer counts as novel.
+    """
+    if known is None:
+        return float("nan")
     keys = ngram_keys(torch.tensor(answer))
     return float(torch.isin(keys, known).float().mean()) if len(keys) else 0.0

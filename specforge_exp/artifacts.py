@@ -51,7 +51,13 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def reusable(record_file: Path, fingerprint: Fingerprint, force: bool, stage: str) -> bool:
+def reusable(
+    record_file: Path,
+    fingerprint: Fingerprint,
+    force: bool,
+    stage: str,
+    again: str | None = None,
+) -> bool:
     """True when the artifact is complete and made of the same things.
 
     Args:
@@ -59,6 +65,7 @@ def reusable(record_file: Path, fingerprint: Fingerprint, force: bool, stage: st
         fingerprint: what it would be made of now.
         force: make it again in any case.
         stage: the stage's name, for messages.
+        again: the option that makes it again; None: <stage>.force=true.
 
     Raises:
         InputError: it is complete, but something it was made of has changed.
@@ -69,8 +76,8 @@ def reusable(record_file: Path, fingerprint: Fingerprint, force: bool, stage: st
     if changes:
         raise InputError(
             f"{record_file.parent} is complete, but was made of something else: "
-            f"{'; '.join(changes)}. Make it again with {stage}.force=true, or keep both under "
-            "another name (run_name, data.name or model.name)"
+            f"{'; '.join(changes)}. Make it again with {again or stage + '.force=true'}, or keep "
+            "both under another name (run_name, data.name or model.name)"
         )
     log.info("%s: complete, reused: %s", stage, record_file.parent)
     return True

@@ -113,7 +113,7 @@ def test_a_draft_of_another_target_is_refused(
         load_export(exported, Target(tiny_target.model, [0, 1, 2]))
     other = tmp_path / "other"
     tiny_target.model.save_pretrained(other)
-    with pytest.raises(InputError, match="a checkpoint of another target"):
+    with pytest.raises(InputError, match="holds a checkpoint of another target"):
         export(replace(cfg, model=replace(cfg.model, path=str(other))))
 
 

@@ -65,8 +65,18 @@ def test_complete_is_reused(run: Config) -> None:
     stamp = (paths.run_dir(run) / "step-000002").stat().st_mtime_ns
     assert train(run) == first
     assert (paths.run_dir(run) / "step-000002").stat().st_mtime_ns == stamp
-    with pytest.raises(InputError, match=r"lr was 0\.001, now 0\.002"):
+    with pytest.raises(InputError, match=r"lr was 0\.001, now 0\.002.*trainer\.resume=false"):
         train(replace(run, lr=2e-3))
+
+
+def test_the_last_line_is_a_mean_too(run: Config) -> None:
+    """Five steps in lines of three: the second line averages two."""
+    run.max_steps = 5
+    train(run)
+    single = losses(run)
+    coarse = replace(run, run_name="coarse", trainer=replace(run.trainer, log_every=3))
+    train(coarse)
+    assert losses(coarse)[5] == pytest.approx((single[4] + single[5]) / 2)
 
 
 class Stop(Exception):
@@ -111,8 +121,9 @@ def test_a_checkpoint_of_another_run_is_refused(run: Config) -> None:
     (paths.run_dir(run) / "run.json").unlink()
     with pytest.raises(InputError, match=r"seed was 0, now 1.*trainer\.resume=false"):
         train(replace(run, seed=1))
-    fresh = replace(run, seed=1, trainer=replace(run.trainer, resume=False))
+    fresh = replace(run, seed=1, max_steps=1, trainer=replace(run.trainer, resume=False))
     assert train(fresh) > 1
+    assert [f.name for f in step_folders(paths.run_dir(run))] == ["step-000001"]
 
 
 def test_the_first_step_is_the_gradient_of_the_formula(run: Config) -> None:

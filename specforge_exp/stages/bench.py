@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from specforge_exp.sources import load
 from tqdm import tqdm
 
 from specforge_exp import paths
@@ -22,6 +21,7 @@ from specforge_exp.drafts.eagle3 import Eagle3
 from specforge_exp.drafts.eagle3_export import load_export
 from specforge_exp.errors import InputError
 from specforge_exp.provenance import describe, model_digest, sha256, write_json
+from specforge_exp.sources import load
 from specforge_exp.speculative import Decoding, generate, speculate
 from specforge_exp.target import DTYPES, Target, load_target, load_tokenizer, set_up_torch
 from specforge_exp.tokens import read_split
@@ -34,8 +34,8 @@ def bench(cfg: Config) -> float:
     file, folder = paths.bench_file(cfg), paths.export_dir(cfg)
     command = f"python export.py run_name={cfg.run_name} (with the same options)"
     inputs = {
-        str(folder): sha256(require(folder / "run.json", command)),
-        f"the target {cfg.model.path}": model_digest(cfg.model.path),
+        "the export": sha256(require(folder / "run.json", command)),
+        "the target": model_digest(cfg.model.path),
     }
     options = asdict(cfg.bench)
     del options["force"]
@@ -57,8 +57,7 @@ def measure(cfg: Config) -> dict[str, Any]:
     tokenizer = load_tokenizer(cfg.model)
     target = load_target(cfg.model, device, cfg.bench.dtype)
     draft = load_export(paths.export_dir(cfg), target).to(device, DTYPES[cfg.bench.dtype])
-    train = read_split(paths.tokens_dir(cfg), "train")
-    known = training_ngrams(train.ids, train.turns)
+    known = training_answers(cfg)
     decoding = Decoding(
         max_tokens=cfg.bench.max_tokens,
         chain_length=cfg.bench.chain_length,
@@ -85,6 +84,16 @@ def measure(cfg: Config) -> dict[str, Any]:
     return {"target": cfg.model.path, "draft": str(run), "datasets": found, "average": average}
 
 
+def training_answers(cfg: Config) -> torch.Tensor | None:
+    """Keys of the training answers' 8-grams; None where the token shards are not at hand."""
+    folder = paths.tokens_dir(cfg)
+    if not (folder / "index.json").exists():
+        log.info("bench: %s is not here, so answers are not compared with training ones", folder)
+        return None
+    train = read_split(folder, "train")
+    return training_ngrams(train.ids, train.turns)
+
+
 def data_sets(cfg: Config) -> dict[str, list[dict[str, Any]]]:
     """The conversations of every data set; without any named, the run's held-out ones."""
     if cfg.bench.datasets:
@@ -99,7 +108,7 @@ def answer_all(
     target: Target,
     draft: Eagle3,
     decoding: Decoding,
-    known: torch.Tensor,
+    known: torch.Tensor | None,
 ) -> list[Request]:
     """Answer each prompt with the draft and alone; the first once more before, to warm up."""
     requests = []

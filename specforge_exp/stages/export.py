@@ -29,17 +29,13 @@ def export(cfg: Config) -> Path:
     """Export the run's draft; returns the folder."""
     folder = paths.export_dir(cfg)
     checkpoint = chosen_checkpoint(cfg)
-    target_name = f"the target {cfg.model.path}"
-    digest = model_digest(cfg.model.path)
-    trained_on = checkpoint.record["inputs"]
-    if trained_on.get(target_name) != digest and digest not in trained_on.values():
-        names = ", ".join(name for name in trained_on if name.startswith("the target"))
+    if checkpoint.record["inputs"]["the target"] != model_digest(cfg.model.path):
         raise InputError(
-            f"{paths.run_dir(cfg)} is a checkpoint of another target: it was trained on {names}, "
-            f"but model.path={cfg.model.path}"
+            f"{paths.run_dir(cfg)} holds a checkpoint of another target than "
+            f"model.path={cfg.model.path}; name the model it was trained with"
         )
     fingerprint = Fingerprint(
-        {target_name: digest, **trained_on},
+        checkpoint.record["inputs"],
         {"export.dtype": cfg.export.dtype, "step": checkpoint.step},
     )
     if reusable(folder / "run.json", fingerprint, cfg.export.force, "export"):

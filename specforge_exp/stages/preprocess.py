@@ -35,8 +35,8 @@ def preprocess(cfg: Config) -> Path:
     if cfg.preprocess.source == "regen":
         command += ", or take the data's own answers with preprocess.source=prep"
     files = {name: require(source / f"{name}.jsonl", command) for name in ("train", "eval")}
-    inputs = {str(path): sha256(path) for path in files.values()}
-    inputs[f"the target {cfg.model.path}"] = model_digest(cfg.model.path)
+    inputs = {f"{source.name}/{path.name}": sha256(path) for path in files.values()}
+    inputs["the target"] = model_digest(cfg.model.path)
     settings = {
         "preprocess.source": cfg.preprocess.source,
         "preprocess.overlong": cfg.preprocess.overlong,

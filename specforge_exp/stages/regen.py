@@ -32,8 +32,8 @@ def regen(cfg: Config) -> Path:
     folder, source = paths.regen_dir(cfg), paths.prompts_dir(cfg)
     command = f"python prep.py data={cfg.data.name} (with the same options)"
     files = {name: require(source / f"{name}.jsonl", command) for name in ("train", "eval")}
-    inputs = {str(path): sha256(path) for path in files.values()}
-    inputs[f"the target {cfg.model.path}"] = model_digest(cfg.model.path)
+    inputs = {f"{source.name}/{path.name}": sha256(path) for path in files.values()}
+    inputs["the target"] = model_digest(cfg.model.path)
     settings = {
         "regen.temperature": cfg.regen.temperature,
         "regen.top_p": cfg.regen.top_p,

@@ -5,6 +5,7 @@ at the end, run.json. Run the same command again to continue.
 """
 
 import logging
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from specforge_exp import paths
 from specforge_exp.artifacts import Fingerprint, read_record, require, reusable
+from specforge_exp.checkpoint import step_folders
 from specforge_exp.config import Config, locate
 from specforge_exp.errors import InputError
 from specforge_exp.provenance import describe, model_digest, sha256, write_json
@@ -34,9 +36,10 @@ def train(cfg: Config) -> float:
         paths.tokens_dir(cfg) / "index.json", "python preprocess.py (same options)"
     ).parent
     fingerprint = fingerprint_of(cfg, tokens)
+    again = "trainer.resume=false"
     if not cfg.trainer.resume:
-        (folder / "run.json").unlink(missing_ok=True)
-    if reusable(folder / "run.json", fingerprint, False, "train"):
+        start_over(folder)
+    if reusable(folder / "run.json", fingerprint, False, "train", again):
         return float(read_record(folder / "run.json")["evaluation"]["simulated_length"])
     device = set_up_torch(cfg)
     splits = Splits(read_split(tokens, "train"), read_split(tokens, "eval"))
@@ -78,6 +81,13 @@ def train(cfg: Config) -> float:
     return evaluation["simulated_length"]
 
 
+def start_over(folder: Path) -> None:
+    """Forget a run's checkpoints and its record."""
+    (folder / "run.json").unlink(missing_ok=True)
+    for checkpoint in step_folders(folder):
+        shutil.rmtree(checkpoint)
+
+
 def count(module: torch.nn.Module) -> int:
     """Trained parameters."""
     return sum(weight.numel() for weight in module.parameters())
@@ -86,8 +96,8 @@ def count(module: torch.nn.Module) -> int:
 def fingerprint_of(cfg: Config, tokens: Path) -> Fingerprint:
     """What a run depends on: its tokens, its target and every option that changes a number."""
     inputs = {
-        str(tokens): sha256(tokens / "run.json"),
-        f"the target {cfg.model.path}": model_digest(cfg.model.path),
+        tokens.name: sha256(tokens / "run.json"),
+        "the target": model_digest(cfg.model.path),
     }
     settings: dict[str, Any] = {
         name: vars(cfg)[name] for name in ("lr", "seed", "epochs", "max_steps")

@@ -93,6 +93,7 @@ def fit(
             outcome = objective.forward(batch, window_K)
             outcome.loss.backward()
             window_log.add(outcome, batch)
+        window_log.windows += 1
         norm = torch.nn.utils.clip_grad_norm_(draft.parameters(), options.clip)
         rate = learning_rate(step, total, cfg.lr, options)
         for group in optimizer.param_groups:
@@ -102,7 +103,8 @@ def fit(
         done = step + 1
         if done % options.log_every == 0 or done == total:
             metrics = {"step": done, "epoch": epoch, "lr": rate, "grad_norm": float(norm)}
-            metrics |= window_log.flush(options.log_every)
+            metrics |= window_log.metrics()
+            window_log = WindowLog()
             if not math.isfinite(metrics["loss"]):
                 raise InputError(
                     f"the loss is {metrics['loss']} at step {done}; lower lr ({cfg.lr})"
@@ -142,6 +144,7 @@ class WindowLog:
     """Sums of what happened since the last line of metrics."""
 
     def __init__(self) -> None:
+        self.windows = 0
         self.loss = 0.0
         self.sums: dict[str, Tensor] = {}
         self.tokens = 0
@@ -154,18 +157,13 @@ class WindowLog:
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
         self.tokens += sum(batch.lengths)
 
-    def flush(self, windows: int) -> dict[str, float]:
-        """Means over what was taken; starts anew.
-
-        Args:
-            windows: optimiser steps since the last flush, to average the loss over.
-        """
+    def metrics(self) -> dict[str, float]:
+        """Means over what was taken; the loss is the mean of the windows'."""
         seconds = max(time.monotonic() - self.started, 1e-9)
-        metrics = {"loss": self.loss / windows, **means(self.sums)}
+        metrics = {"loss": self.loss / max(1, self.windows), **means(self.sums)}
         metrics["tokens_per_s"] = self.tokens / seconds
         metrics["supervised_rows_per_s"] = float(self.sums["rows"].sum()) / seconds
         metrics["seconds"] = seconds
-        self.__init__()  # type: ignore[misc]
         return metrics
 
 
@@ -197,8 +195,7 @@ def evaluate(
     total = WindowLog()
     for batch in tqdm(batches, desc="evaluate", unit="batch", disable=None, leave=False):
         total.add(objective.forward(batch, window_K), batch)
-    metrics = total.flush(1)
-    return {k: v for k, v in metrics.items() if not k.endswith(("_per_s", "seconds"))}
+    return {k: v for k, v in total.metrics().items() if not k.endswith(("_per_s", "seconds"))}
 
 
 def summary(metrics: dict[str, float]) -> str:
