@@ -1,6 +1,7 @@
 """Export and bench: the whole pipeline on the tiny target, and the figures it gives."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,18 @@ def test_bench_measures_once(
     assert file.stat().st_mtime_ns != stamp
     with pytest.raises(InputError, match=r"chain_length was 5, now 4.*bench\.force=true"):
         bench(replace(cfg, bench=replace(cfg.bench, chain_length=4)))
+
+
+def test_bench_in_bfloat16_sampled_and_without_tokens(
+    exported: Path, cfg: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(paths.tokens_dir(cfg))
+    cfg.bench = replace(cfg.bench, dtype="bfloat16", temperature=0.7)
+    assert bench(cfg) >= 1
+    figures = json.loads(paths.bench_file(cfg).read_text())["datasets"]["stories"]
+    assert figures["lossless"] is None
+    assert figures["novel"]["prompts"] == 0
+    assert "sampled" in capsys.readouterr().out
 
 
 def test_missing_export_names_the_command(cfg: Config) -> None:

@@ -46,6 +46,13 @@ def test_shards_hold_every_conversation(cfg: Config, source: Path, tiny_tokenize
     assert mapping["t2d"][tokens.ids[0][tokens.turns[0] > 0]].all()
 
 
+def test_the_whole_vocabulary(cfg: Config, source: Path) -> None:
+    cfg.draft.draft_vocab_size = None
+    mapping = torch.load(preprocess(cfg) / "vocab_mapping.pt", weights_only=True)
+    assert mapping["t2d"].all()
+    assert not mapping["d2t"].any()
+
+
 def test_what_cannot_be_trained_on_is_set_aside(cfg: Config, source: Path) -> None:
     put(source, [say("Hi", "Yes.", name="good"), say("only a question", name="bad")])
     folder = preprocess(cfg)

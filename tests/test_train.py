@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
@@ -144,6 +145,17 @@ def test_the_first_step_is_the_gradient_of_the_formula(run: Config) -> None:
             reference = a.optimizer[moment]
             scale = float(reference.abs().max())
             assert float((reference - b.optimizer[moment]).abs().max()) <= 1e-4 * scale
+
+
+def test_a_bfloat16_target_trains_an_fp32_draft(run: Config) -> None:
+    run.max_steps = 2
+    run.model = replace(run.model, dtype="bfloat16")
+    assert train(run) > 1
+    found = newest_checkpoint(paths.run_dir(run))
+    assert found is not None
+    assert {value.dtype for name, value in found.draft.items() if "weight" in name} == {
+        torch.float32
+    }
 
 
 def test_missing_tokens_name_the_command(cfg: Config) -> None:

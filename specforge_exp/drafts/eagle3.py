@@ -184,7 +184,7 @@ class Eagle3(nn.Module):
         B, S, _ = aux_BSA.shape
         bias = causal_bias(valid_BS, S, aux_BSA.device)
         positions_BS = torch.arange(S, device=aux_BSA.device).expand(B, S)
-        state_BSH = self.fc(aux_BSA)
+        state_BSH = self.fc(aux_BSA.to(self.fc.weight.dtype))
         keys: list[Tensor] = []
         values: list[Tensor] = []
         for step in range(steps):

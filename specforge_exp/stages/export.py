@@ -94,5 +94,5 @@ def compare(
 def all_logits(draft: Eagle3, target: Target, ids_1T: Tensor, steps: int) -> Tensor:
     """Logits of every slot and step, fp32."""
     aux_1TA, _ = target.features(ids_1T)
-    states = draft.unroll(F.pad(ids_1T[:, 1:], (0, steps)), aux_1TA.float(), steps, None)
+    states = draft.unroll(F.pad(ids_1T[:, 1:], (0, steps)), aux_1TA, steps, None)
     return torch.cat([draft.lm_head(draft.norm(state)) for state in states]).flatten(0, 1)
