@@ -60,6 +60,12 @@ def test_a_wrong_gradient_is_found(tmp_path: Path) -> None:
     assert parity.compare(wrong)["grad_rel"] > 1e-4
 
 
+def test_not_a_number_never_passes(tmp_path: Path) -> None:
+    source = next(path for path in FILES if path.name == "spec_tiny.npz")
+    wrong = changed(tmp_path, source, **{"g/fc.weight": np.load(source)["g/fc.weight"] * np.nan})
+    assert parity.compare(wrong)["grad_rel"] > 1
+
+
 @pytest.mark.parametrize(
     "name", ["fc_norm", "norm_output", "norm_before_fc", "norm_before_residual"]
 )
