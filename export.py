@@ -5,9 +5,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
-from specforge_exp.config import Config, InputError, from_omegaconf
+from specforge_exp.config import InputError, from_omegaconf, schema
 
-ConfigStore.instance().store(name="schema", node=Config)
+ConfigStore.instance().store(name="schema", node=schema())
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from specforge_exp.config import Config, LossConfig, from_omegaconf, locate
+from specforge_exp.config.keys import unknown_key
 from specforge_exp.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +113,8 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (["loss=nope"], ["baseline", "full-opd", "mixed", "rkl-only"]),
         (["lr=abc"], ["abc", "Float"]),
-        (["trainer.clipp=1"], ["clipp"]),
+        (["trainer.clipp=1"], ["did you mean trainer.clip?", "batch_size, accumulate"]),
+        (["epoch=1"], ["did you mean epochs?", "max_steps"]),
         (["model=local"], ["model.path"]),
         (["draft.supervision=x"], ["inference", "specforge", "speculators"]),
     ],
@@ -127,6 +129,17 @@ def test_bad_input_is_one_clear_error(
     assert "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr
+
+
+KNOWN = (
+    "loss=baseline lr=1 model.chat_template_kwargs.any=1 +new=1 ~loss -m hydra/launcher=basic "
+    "experiment=x bench.datasets.a.limit=3 hydra.verbose=true"
+).split()
+
+
+def test_known_keys_pass() -> None:
+    assert unknown_key(KNOWN, Config) is None
+    assert "data.nam is not an option" in (unknown_key([*KNOWN, "data.nam=x"], Config) or "")
 
 
 def test_cfg_job_is_quick() -> None:

@@ -6,6 +6,7 @@ Hydra composes `conf/` against `Config`, so a misspelt key or a wrong type is re
 """
 
 import re
+import sys
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +24,7 @@ from specforge_exp.config.choices import (
     ModelConfig,
     Source,
 )
+from specforge_exp.config.keys import unknown_key
 from specforge_exp.config.stages import (
     BenchConfig,
     EngineConfig,
@@ -56,8 +58,10 @@ __all__ = [
     "TrainerConfig",
     "from_omegaconf",
     "locate",
+    "schema",
 ]
 
+STAGES = ("prep", "regen", "preprocess", "train", "export", "bench")
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 
@@ -113,6 +117,19 @@ class Config:
                 f"max_length={self.max_length} leaves nothing to learn for "
                 f"draft.ttt_length={self.draft.ttt_length}; it needs ttt_length + 2 tokens"
             )
+
+
+def schema() -> type[Config]:
+    """`Config`, for Hydra's ConfigStore.
+
+    When one of our scripts is running, ends it with the valid keys if its command line has an
+    unknown one: Hydra's own message names the key, but not what would be right.
+    """
+    if Path(sys.argv[0]).stem in STAGES:
+        problem = unknown_key(sys.argv[1:], Config)
+        if problem:
+            sys.exit(f"error: {problem}")
+    return Config
 
 
 def from_omegaconf(cfg: DictConfig) -> Config:
