@@ -74,8 +74,8 @@ def fit(
     start = resume(run_dir, draft, optimizer, fingerprint) if options.resume else 0
     lengths = [len(ids) for ids in splits.train.ids]
     per_epoch = len(windows_of(cfg, lengths, 0))
-    total = min(cfg.epochs * per_epoch, cfg.max_steps or math.inf)
-    total = int(total)
+    whole = cfg.epochs * per_epoch
+    total = min(whole, cfg.max_steps or whole)
     tracker = open_tracker(cfg, run_dir, start)
     evaluation: dict[str, float] = {}
     window_log = WindowLog()
@@ -94,6 +94,8 @@ def fit(
             outcome.loss.backward()
             window_log.add(outcome, batch)
         window_log.windows += 1
+        if not math.isfinite(window_log.loss):  # before it reaches the weights or a checkpoint
+            raise InputError(f"the loss is {window_log.loss} at step {step + 1}; lower lr={cfg.lr}")
         norm = torch.nn.utils.clip_grad_norm_(draft.parameters(), options.clip)
         rate = learning_rate(step, total, cfg.lr, options)
         for group in optimizer.param_groups:
@@ -105,10 +107,6 @@ def fit(
             metrics = {"step": done, "epoch": epoch, "lr": rate, "grad_norm": float(norm)}
             metrics |= window_log.metrics()
             window_log = WindowLog()
-            if not math.isfinite(metrics["loss"]):
-                raise InputError(
-                    f"the loss is {metrics['loss']} at step {done}; lower lr ({cfg.lr})"
-                )
             tracker.log(metrics)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", tau=f"{metrics['simulated_length']:.2f}")
         if done % options.eval_every == 0 or done == total:
