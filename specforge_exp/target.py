@@ -117,15 +117,6 @@ class Target:
         aux_BTA = torch.cat([captured[i] for i in self.aux_layers], -1)
         return aux_BTA, out.last_hidden_state
 
-    def eos_ids(self) -> set[int]:
-        """Tokens that end an answer."""
-        listed = self.model.generation_config.eos_token_id
-        if listed is None:
-            listed = self.model.config.get_text_config().eos_token_id
-        if listed is None:
-            return set()
-        return {listed} if isinstance(listed, int) else set(listed)
-
 
 def load_target(cfg: ModelConfig, device: torch.device, dtype: str = "auto") -> Target:
     """Load the target's weights, frozen.

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from specforge_exp.chat import eos_token_ids
 from specforge_exp.config import Config
 from specforge_exp.target import load_target, load_tokenizer, set_up_torch
 
@@ -20,7 +21,7 @@ class TransformersEngine:
         self.tokenizer = load_tokenizer(cfg.model)
         self.target = load_target(cfg.model, set_up_torch(cfg), cfg.model.dtype)
         self.options = cfg.regen
-        self.eos = sorted(self.target.eos_ids() | tokenizer_eos(self.tokenizer))
+        self.eos = sorted(eos_token_ids(cfg.model.path, self.tokenizer))
 
     @torch.no_grad()
     def answers(self, prompts: list[list[int]], seed: int) -> Iterator[tuple[str, int, bool]]:
@@ -54,8 +55,3 @@ class TransformersEngine:
             kept = row if end is None else row[:end]
             text = self.tokenizer.decode(kept, skip_special_tokens=True)
             yield text, len(kept) + (end is not None), end is not None
-
-
-def tokenizer_eos(tokenizer: Any) -> set[int]:
-    """The tokenizer's own end token, if it has one."""
-    return set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
