@@ -90,14 +90,14 @@ def run(arrays: Any, meta: dict[str, Any], speculators: bool) -> tuple[Eagle3, O
         ttt_decay=meta["decay" if speculators else "ploss_decay"],
         supervision="speculators" if speculators else "specforge",
     )
-    valid = None if speculators else inputs.get("attention_mask")
-    turns = (inputs["loss_mask"] > 0).long()
-    aux = inputs["aux_hidden_states"].float()
-    sample = Sample(inputs["input_ids"], turns, aux, last, valid)
-    head_weight = weights["target_head.weight"]
+    # Padding on the right stays: it is never seen, and SpecForge divides by it too.
+    lengths = [inputs["input_ids"].shape[1]] * len(inputs["input_ids"])
+    turns = (inputs["loss_mask"] > 0).long().flatten()
+    aux = inputs["aux_hidden_states"].float().flatten(0, 1)
+    sample = Sample(inputs["input_ids"].flatten(), turns, lengths, aux, last.flatten(0, 1))
     loss = (opd, loss_config(meta, speculators))
-    window_K = draft.denominators(cfg, turns)
-    outcome = draft.objective(sample, lambda x: x @ head_weight.T, loss, cfg, window_K)
+    window_K = draft.denominators(cfg, turns, lengths)
+    outcome = draft.objective(sample, weights["target_head.weight"], loss, cfg, window_K)
     outcome.loss.backward()
     return draft, outcome
 

@@ -1,10 +1,11 @@
-"""Checkpoints: `step-000100/` holds draft.safetensors, optimizer.safetensors and state.json.
+"""Checkpoints: `step-000100/` holds draft, optimizer and loop .safetensors and state.json.
 
 Written under another name and renamed; nothing is pickled.
 """
 
 import json
 import logging
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,18 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What is to be saved after a step."""
+
+    step: int
+    """Optimiser steps done."""
+    draft: nn.Module
+    optimizer: torch.optim.Optimizer
+    partial: dict[str, Tensor]
+    """A half-finished line of metrics."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """What a step's folder holds."""
 
@@ -30,6 +43,10 @@ class Checkpoint:
     """Optimiser steps done."""
     draft: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    partial: dict[str, Tensor]
+    """A half-finished line of metrics."""
+    random: dict[str, Tensor]
+    """State of torch's generators."""
     record: dict[str, Any]
     """inputs and settings of the run that wrote it."""
 
@@ -39,32 +56,31 @@ def step_folders(run_dir: Path) -> list[Path]:
     return sorted(path for path in run_dir.glob("step-*") if path.suffix != ".partial")
 
 
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    draft: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    fingerprint: Fingerprint,
-) -> Path:
+def save_checkpoint(run_dir: Path, kept: Kept, fingerprint: Fingerprint) -> Path:
     """Write a checkpoint and return its folder; InputError when the disk is full."""
-    folder = run_dir / f"step-{step:06d}"
+    folder = run_dir / f"step-{kept.step:06d}"
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     with disk_errors(partial):
         partial.mkdir(parents=True)
-        names = [name for name, _ in draft.named_parameters()]
+        names = [name for name, _ in kept.draft.named_parameters()]
         moments = {
             f"{names[index]}:{key}": value
-            for index, state in optimizer.state_dict()["state"].items()
+            for index, state in kept.optimizer.state_dict()["state"].items()
             for key, value in state.items()
         }
-        save_file(
-            {k: v.contiguous() for k, v in draft.state_dict().items()},
-            partial / "draft.safetensors",
-        )
+        weights = {k: v.contiguous() for k, v in kept.draft.state_dict().items()}
+        random = {"random:cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["random:cuda"] = torch.cuda.get_rng_state()
+        save_file(weights, partial / "draft.safetensors")
         save_file(moments, partial / "optimizer.safetensors")
+        save_file(kept.partial | random, partial / "loop.safetensors")
         record = {"inputs": fingerprint.inputs, "settings": fingerprint.settings}
-        write_json(partial / "state.json", {"step": step, **record})
+        write_json(partial / "state.json", {"step": kept.step, **record})
+        for path in partial.iterdir():  # a rename may reach the disk before what it names
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     return folder
@@ -76,9 +92,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         record = json.loads((folder / "state.json").read_text())
         draft = load_file(folder / "draft.safetensors")
         optimizer = load_file(folder / "optimizer.safetensors")
+        loop = load_file(folder / "loop.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"the checkpoint {folder} cannot be read: {error}") from None
-    return Checkpoint(record["step"], draft, optimizer, record)
+    random = {name: loop.pop(name) for name in list(loop) if name.startswith("random:")}
+    return Checkpoint(record["step"], draft, optimizer, loop, random, record)
 
 
 def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
@@ -92,7 +110,7 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
 
 
 def restore(checkpoint: Checkpoint, draft: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's weights and moments in place."""
+    """Put a checkpoint's weights, moments and random state in place."""
     draft.load_state_dict(checkpoint.draft)
     names = [name for name, _ in draft.named_parameters()]
     state: dict[int, dict[str, Tensor]] = {}
@@ -100,9 +118,13 @@ def restore(checkpoint: Checkpoint, draft: nn.Module, optimizer: torch.optim.Opt
         parameter, _, key = name.rpartition(":")
         state.setdefault(names.index(parameter), {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    torch.set_rng_state(checkpoint.random["random:cpu"])
+    if torch.cuda.is_available() and "random:cuda" in checkpoint.random:
+        torch.cuda.set_rng_state(checkpoint.random["random:cuda"])
 
 
-def forget_old(run_dir: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
+def forget_old(run_dir: Path, keep: int, spared: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints and that of step `spared`."""
     for folder in step_folders(run_dir)[:-keep]:
-        shutil.rmtree(folder)
+        if folder.name != f"step-{spared or 0:06d}":
+            shutil.rmtree(folder)

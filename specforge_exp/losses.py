@@ -15,6 +15,9 @@ q = softmax(z), r = log q - log p.
 The hinge is the expected -log acceptance of a token sampled from the draft; TV is the expected
 rejection rate; LK-alpha and LK-lambda are the losses of "LK losses" (acceptance-rate training).
 
+`opd` leaves the gradients to autograd and is the reference; `opd_closed` gives the same values and
+puts the gradient of their weighted sum in place of the logits, in a few passes over them.
+
 Shape suffixes: N rows, D draft vocabulary, V target vocabulary.
 """
 
@@ -142,3 +145,87 @@ def opd(logits_ND: Tensor, teacher: TeacherRows, cfg: LossConfig) -> RowLoss:
             total_N = total_N + weight * value_N
             parts[name] = value_N.detach()
     return RowLoss(total_N, parts)
+
+
+def opd_closed(
+    logits_ND: Tensor,
+    teacher: TeacherRows,
+    weights: dict[str, Tensor],
+    floor: float = 0.0,
+    gradient: bool = True,
+) -> dict[str, Tensor]:
+    """Values of the weighted terms per row; the logits become the gradient of their weighted sum.
+
+    With L = sum of q where r <= 0, the gradient of TV is q (L - 1[r<=0]) and every gradient of the
+    table has the form q (a + b r + c r+ - d 1[r<=0]) - e p~: one pass serves any mixture.
+
+    Args:
+        logits_ND: fp32, divided by the temperature; overwritten.
+        teacher: the target at the same rows.
+        weights: weight [N] of each term in the sum, by the term's name (those of TERMS, or kl).
+        floor: lk_alpha holds the acceptance rate at this value below it, as the peers do.
+        gradient: False leaves the logits undefined.
+
+    Returns:
+        The terms named by `weights`, unweighted, and always `alpha`; [N] each.
+    """
+    logq_ND = logits_ND.sub_(torch.logsumexp(logits_ND, -1, keepdim=True))
+    q_ND, target_ND = logq_ND.exp(), teacher.logp_ND.exp()
+    values = {"ce": -torch.linalg.vecdot(target_ND, logq_ND)} if "ce" in weights else {}
+    alpha_N = torch.minimum(q_ND, target_ND * teacher.log_mass_N.exp()[:, None]).sum(-1)
+    if set(weights) <= {"ce"}:
+        if gradient:
+            share_N1 = weights["ce"][:, None]
+            torch.sub(q_ND, target_ND, out=logits_ND).mul_(share_N1)
+        return values | {"alpha": alpha_N}
+    r_ND = logq_ND.sub_(teacher.logp_ND)
+    below_ND = (r_ND <= teacher.log_mass_N[:, None]).to(q_ND.dtype)
+    low_N = torch.linalg.vecdot(q_ND, below_ND)
+    excess_ND = (r_ND - teacher.log_mass_N[:, None]).relu_()
+    values |= closed_values(weights, q_ND, target_ND, r_ND, excess_ND)
+    if "lk_alpha" in weights:
+        least_ND = torch.minimum(r_ND, teacher.log_mass_N[:, None]) + teacher.logp_ND
+        values["lk_alpha"] = -torch.logsumexp(least_ND, -1)
+    if "tv" in weights:
+        values["tv"] = 1 - alpha_N
+    tv_N, share_N = zeros_and(weights, "tv"), zeros_and(weights, "ce") + zeros_and(weights, "kl")
+    if "lk_alpha" in weights:
+        known_N = alpha_N > floor
+        tv_N = tv_N + torch.where(known_N, weights["lk_alpha"] * values["lk_alpha"].exp(), 0)
+        if floor:
+            values["lk_alpha"] = -alpha_N.clamp(min=floor).log()
+    if "lk_lambda" in weights:
+        lean_N = (-alpha_N).exp()
+        kl_N = -torch.linalg.vecdot(target_ND, r_ND)
+        values["lk_lambda"] = lean_N * kl_N + (1 - lean_N) * (1 - alpha_N)
+        tv_N = tv_N + weights["lk_lambda"] * (1 - lean_N)
+        share_N = share_N + weights["lk_lambda"] * lean_N
+    if gradient:
+        b_N, c_N = zeros_and(weights, "reverse_kl"), zeros_and(weights, "hinge")
+        d_N = c_N + tv_N
+        a_N = share_N + d_N * low_N
+        a_N = a_N - b_N * values.get("reverse_kl", 0) - c_N * values.get("hinge", 0)
+        r_ND.mul_(b_N[:, None]).add_(a_N[:, None]).addcmul_(excess_ND, c_N[:, None])
+        r_ND.addcmul_(below_ND, d_N[:, None], value=-1).mul_(q_ND)
+        r_ND.addcmul_(target_ND, share_N[:, None], value=-1)
+    return values | {"alpha": alpha_N}
+
+
+def closed_values(
+    weights: dict[str, Tensor], q_ND: Tensor, target_ND: Tensor, r_ND: Tensor, excess_ND: Tensor
+) -> dict[str, Tensor]:
+    """The terms that are one product of two distributions' tensors."""
+    values = {}
+    if "kl" in weights:
+        values["kl"] = -torch.linalg.vecdot(target_ND, r_ND)
+    if "reverse_kl" in weights:
+        values["reverse_kl"] = torch.linalg.vecdot(q_ND, r_ND)
+    if "hinge" in weights:
+        values["hinge"] = torch.linalg.vecdot(q_ND, excess_ND)
+    return values
+
+
+def zeros_and(weights: dict[str, Tensor], name: str) -> Tensor:
+    """A term's weight, 0 where it has none."""
+    found = weights.get(name)
+    return torch.zeros_like(next(iter(weights.values()))) if found is None else found

@@ -20,6 +20,11 @@ def tokens_dir(cfg: Config) -> Path:
     return Path(cfg.paths.datasets) / f"{cfg.data.name}--{cfg.model.name}.tokens"
 
 
+def features_dir(cfg: Config) -> Path:
+    """Folder of the target's hidden states that target.cache=disk writes."""
+    return Path(cfg.paths.datasets) / f"{cfg.data.name}--{cfg.model.name}.features"
+
+
 def run_dir(cfg: Config) -> Path:
     """Folder of a training run."""
     return Path(cfg.paths.checkpoints) / cfg.run_name

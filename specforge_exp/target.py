@@ -85,6 +85,16 @@ class Target:
         weight: Tensor = self.model.base_model.norm.weight.detach()
         return weight
 
+    @property
+    def parameters(self) -> int:
+        """Weights that a token passes through, for FLOP counts: all but the embeddings."""
+        counted: int = self.model.base_model.num_parameters() - self.embed_VH.numel()
+        return counted
+
+    def forget_layers(self) -> None:
+        """Free the layers; embeddings, norm and head stay."""
+        self.model.base_model.layers = None
+
     @torch.no_grad()
     def head(self, hidden_NH: Tensor) -> Tensor:
         """Logits [N, V] of post-norm hidden states."""

@@ -54,6 +54,17 @@ def open_tracker(cfg: Config, run_dir: Path, start_step: int) -> Tracker:
     return Tracker(file, start_wandb(cfg, run_dir) if cfg.tracker.name == "wandb" else None)
 
 
+def best_step(folder: Path) -> int | None:
+    """The evaluated step with the longest simulated accepted length, from metrics.jsonl."""
+    file = folder / "metrics.jsonl"
+    if not file.exists():
+        return None
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    evaluated = [line for line in lines if "eval/simulated_length" in line]
+    best = max(evaluated, key=lambda line: line["eval/simulated_length"], default=None)
+    return int(best["step"]) if best else None
+
+
 def start_wandb(cfg: Config, run_dir: Path) -> Any:
     """A W&B run that resumes under the same id; offline when no key is found."""
     try:

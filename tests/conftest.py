@@ -24,6 +24,7 @@ from specforge_exp.config import (
 from specforge_exp.stages.prep import prep
 from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.target import Target, load_target, load_tokenizer
+from specforge_exp.tokens import TokenSet
 
 torch.set_num_threads(1)
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -84,3 +85,8 @@ def tokens(cfg: Config) -> Path:
     cfg.preprocess.source = "prep"
     prep(cfg)
     return preprocess(cfg)
+
+
+def conversation_set(turns: list[list[int]]) -> TokenSet:
+    """Conversations with these turns and rising ids."""
+    return TokenSet([torch.arange(len(t)) for t in turns], [torch.tensor(t) for t in turns])

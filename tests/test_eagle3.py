@@ -4,21 +4,28 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import small_target
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import reference
 from torch import Tensor
 
+from specforge_exp import attention
 from specforge_exp.config import DraftConfig, LossConfig
+from specforge_exp.drafts import head_loss, teacher
 from specforge_exp.drafts.eagle3 import Eagle3, draft_config
-from specforge_exp.drafts.eagle3_training import denominators, turn_masks
+from specforge_exp.drafts.eagle3_chains import document_bounds, make_chains, turn_masks
+from specforge_exp.drafts.eagle3_training import denominators
+from specforge_exp.drafts.eagle3_unroll import unroll
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
-from specforge_exp.losses import acceptance_rate, opd, teacher_rows
+from specforge_exp.losses import RowLoss, TeacherRows, opd
 from specforge_exp.target import Target
 from specforge_exp.training.objective import Outcome, Sample
 
 K, T, V = 4, 14, 64
 CFG = DraftConfig(name="eagle3", draft_vocab_size=40, ttt_length=K)
+TURNS = [0, 0, 1, 1, 1, 1, 1, 0, 0, 2, 2, 2, 2, 0]
 LOSS = (opd, LossConfig(name="m", lambda_ce=0.4, lambda_rkl=0.5, beta=0.1))
 
 
@@ -28,63 +35,26 @@ def small_draft(target: Target, size: int = 40) -> Eagle3:
     return Eagle3.new(target, cfg, vocabulary_mapping(counts, size), seed=3)
 
 
-def conversations(seed: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Random tokens; two assistant turns and a prompt before, between and after them."""
-    ids = torch.randint(0, V, (rows, T), generator=torch.Generator().manual_seed(seed))
-    turns = torch.tensor([0, 0, 1, 1, 1, 1, 1, 0, 0, 2, 2, 2, 2, 0])
-    return ids, turns.expand(rows, T)
+def conversation(seed: int, turns: list[int] = TURNS) -> tuple[Tensor, Tensor]:
+    """Random tokens; by default two assistant turns and a prompt before, between and after them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, V, (len(turns),), generator=generator), torch.tensor(turns)
 
 
-def outcome(draft: Eagle3, target: Target, ids: Tensor, turns: Tensor, window: Tensor) -> Outcome:
-    aux, last = target.features(ids)
-    return draft.objective(Sample(ids, turns, aux, last), target.head, LOSS, CFG, window)
+def packed(target: Target, *conversations: tuple[Tensor, Tensor]) -> Sample:
+    """Conversations one after the other, each seen by the target alone."""
+    ids, turns = (torch.cat(column) for column in zip(*conversations, strict=True))
+    states = [target.features(i[None]) for i, _ in conversations]
+    aux, last = (torch.cat([x[0] for x in column]) for column in zip(*states, strict=True))
+    return Sample(ids, turns, [len(i) for i, _ in conversations], aux, last)
 
 
-def test_decoder_repeats_the_unroll(random_target: Target) -> None:
-    """Every state of the training unroll is the one that serving reaches."""
-    draft = small_draft(random_target)
-    ids, _ = conversations(0, 1)
-    aux, _ = random_target.features(ids)
-    states = list(draft.unroll(F.pad(ids[:, 1:], (0, K)), aux, K, None))
-    for slot in (0, 3, T - K - 2):
-        decoder = draft.decoder()
-        half = slot // 2 + 1  # two commits, as after two verifications
-        tokens = ids[0, 1 : slot + 2].tolist()
-        decoder.commit(aux[:, :half], tokens[:half])
-        if tokens[half:]:
-            decoder.propose(K, lambda logits: int(logits.argmax()))  # forgotten by the next commit
-            decoder.commit(aux[:, half : slot + 1], tokens[half:])
-        state = decoder.state_11H
-        for step in range(K):
-            torch.testing.assert_close(state[0, 0], states[step][0, slot], rtol=1e-4, atol=1e-5)
-            token = ids[:, slot + 2 + step][None]
-            state = decoder.advance(token, state, slot + 1 + step)
+def divisors(sample: Sample, cfg: DraftConfig = CFG) -> Tensor:
+    return denominators(cfg, sample.turns_T, sample.lengths)
 
 
-def test_supervision_is_what_serving_reaches() -> None:
-    turns = torch.tensor([[0, 1, 1, 1, 0, 2, 2, 0]])
-    masks = [mask[0].nonzero().flatten().tolist() for mask in turn_masks("inference", turns, 3)]
-    assert masks == [[0, 1, 4], [0], []]
-    assert denominators(replace(CFG, ttt_length=3), turns).tolist() == [3, 1, 0]
-
-
-def test_loss_of_a_row_by_hand(random_target: Target) -> None:
-    """One supervised slot: the loss is the formula on that row's logits."""
-    draft = small_draft(random_target)
-    ids, _ = conversations(5, 1)
-    turns = torch.zeros(1, T, dtype=torch.long)
-    turns[0, 6:8] = 1
-    window = denominators(CFG, turns)
-    found = outcome(draft, random_target, ids, turns, window)
-    assert found.sums["rows"].tolist() == [1, 0, 0, 0]
-    aux, last = random_target.features(ids)
-    state = next(draft.unroll(F.pad(ids[:, 1:], (0, K)), aux, K, None))
-    logits = draft.lm_head(draft.norm(state[0, 5:6]))
-    full = random_target.head(last[0, 6:7])
-    rows = teacher_rows(full[:, draft.draft_ids_D], torch.logsumexp(full, -1))
-    torch.testing.assert_close(found.loss, opd(logits, rows, LOSS[1]).loss_N[0])
-    alpha = acceptance_rate(torch.log_softmax(logits, -1), rows)
-    torch.testing.assert_close(found.sums["alpha"][0], alpha[0].detach())
+def outcome(draft: Eagle3, target: Target, sample: Sample, window: Tensor) -> Outcome:
+    return draft.objective(sample, target.head_weight_VH, LOSS, CFG, window)
 
 
 def gradients(draft: Eagle3) -> dict[str, Tensor]:
@@ -93,41 +63,171 @@ def gradients(draft: Eagle3) -> dict[str, Tensor]:
     return found
 
 
-def test_window_is_normalised_once(random_target: Target) -> None:
-    """Two batches of one, with one divisor, are a batch of two; padding changes nothing."""
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], rel: float = 1e-5) -> None:
+    """Every gradient within `rel` of its tensor's largest entry."""
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max())
+        assert float((found[name] - gradient).abs().max()) <= rel * scale, name
+
+
+MIXTURES = [
+    {"lambda_ce": 1.0},
+    {"lambda_ce": 0.4, "lambda_rkl": 0.5, "beta": 0.1},
+    {"lambda_lk": 1.0, "lambda_tv": 0.3, "lambda_lk_alpha": 0.2},
+]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("weights", MIXTURES, ids="+".join)
+def test_the_fast_path_is_the_reference(
+    random_target: Target, weights: dict[str, float], temperature: float
+) -> None:
+    """Losses, metrics and gradients of two packed conversations."""
     draft = small_draft(random_target)
-    ids, turns = conversations(7, 2)
-    turns = turns.clone()
-    turns[1, 8:] = 0  # unequal counts, so that a mean of means would differ
-    window = denominators(CFG, turns)
-    whole = outcome(draft, random_target, ids, turns, window)
+    loss_cfg = LossConfig(name="m", temperature=temperature, **weights)
+    sample = packed(random_target, conversation(1), conversation(2, [0, 1, 1, 1, 0]))
+    window = divisors(sample)
+    head = random_target.head_weight_VH
+    total, sums = reference(draft, sample, head, (CFG, loss_cfg), window)
+    total.backward()
+    expected = gradients(draft)
+    found = draft.objective(sample, head, (opd, loss_cfg), CFG, window)
+    found.loss.backward()
+    torch.testing.assert_close(found.loss, total.detach(), rtol=1e-5, atol=0)
+    assert_same(gradients(draft), expected)
+    for name, value in sums.items():
+        torch.testing.assert_close(found.sums[name].float(), value.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_loss_of_ones_own_is_differentiated(random_target: Target) -> None:
+    """A `_target_` that is not `opd` goes through autograd row by row, to the same numbers."""
+    draft = small_draft(random_target)
+    sample = packed(random_target, conversation(1))
+    window = divisors(sample)
+    first = outcome(draft, random_target, sample, window)
+    first.loss.backward()
+    expected = gradients(draft)
+
+    def own(logits: Tensor, teacher: TeacherRows, cfg: LossConfig) -> RowLoss:
+        return opd(logits, teacher, cfg)
+
+    second = draft.objective(sample, random_target.head_weight_VH, (own, LOSS[1]), CFG, window)
+    second.loss.backward()
+    torch.testing.assert_close(second.loss, first.loss)
+    assert_same(gradients(draft), expected)
+
+
+def test_chunks_change_nothing(random_target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One position, row or block at a time instead of all together."""
+    draft = small_draft(random_target)
+    sample = packed(random_target, conversation(1), conversation(3))
+    window = divisors(sample)
+    first = outcome(draft, random_target, sample, window)
+    first.loss.backward()
+    expected = gradients(draft)
+    monkeypatch.setattr(head_loss, "POSITIONS", 3)
+    monkeypatch.setattr(head_loss, "LOGITS", 5 * 40)
+    monkeypatch.setitem(head_loss.BLOCK, "cpu", 2 * 40)
+    monkeypatch.setitem(teacher.TILE_ELEMENTS, "cpu", 20)
+    monkeypatch.setattr(attention, "BLOCK_ROWS", 2)
+    second = outcome(draft, random_target, sample, window)
+    second.loss.backward()
+    torch.testing.assert_close(second.loss, first.loss)
+    assert_same(gradients(draft), expected)
+
+
+def test_checkpointing_changes_no_number(random_target: Target) -> None:
+    draft = small_draft(random_target)
+    sample = packed(random_target, conversation(1), conversation(3))
+    window = divisors(sample)
+    first = outcome(draft, random_target, sample, window)
+    first.loss.backward()
+    expected = gradients(draft)
+    draft.gradient_checkpointing = True
+    second = outcome(draft, random_target, sample, window)
+    second.loss.backward()
+    assert torch.equal(second.loss, first.loss)
+    for name, gradient in gradients(draft).items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=12), min_size=2, max_size=4))
+def test_packed_is_unpacked(turns: list[list[int]]) -> None:
+    """Conversations in one forward, or one after the other with one divisor."""
+    target = small_target()
+    draft = small_draft(target)
+    each = [packed(target, conversation(i, sorted(t))) for i, t in enumerate(turns)]
+    together = packed(target, *(conversation(i, sorted(t)) for i, t in enumerate(turns)))
+    window = divisors(together)
+    assert torch.equal(window, sum(divisors(sample) for sample in each))
+    whole = outcome(draft, target, together, window)
     whole.loss.backward()
     expected = gradients(draft)
-    parts = [outcome(draft, random_target, ids[i][None], turns[i][None], window) for i in (0, 1)]
-    sum(part.loss for part in parts).backward()
+    parts = [outcome(draft, target, sample, window) for sample in each]
+    for part in parts:
+        part.loss.backward()
     torch.testing.assert_close(sum(part.loss for part in parts), whole.loss)
-    for name, gradient in gradients(draft).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
-    padded = outcome(draft, random_target, F.pad(ids, (0, 5)), F.pad(turns, (0, 5)), window)
-    torch.testing.assert_close(padded.loss, whole.loss)
+    assert_same(gradients(draft), expected, 2e-5)
+
+
+def test_decoder_repeats_the_unroll(random_target: Target) -> None:
+    """Every state of the training unroll is the one that serving reaches."""
+    draft = small_draft(random_target)
+    sample = packed(random_target, conversation(0, [1] * T))
+    aux = sample.aux_TA[None]
+    carried = make_chains("inference", sample.turns_T, sample.lengths, K)
+    with torch.no_grad():
+        states = unroll(draft, carried, sample.ids_T, sample.aux_TA)
+    for slot in (0, 3, T - K - 2):
+        row = carried.slot_R.tolist().index(slot)
+        decoder = draft.decoder()
+        half = slot // 2 + 1  # two commits, as after two verifications
+        tokens = sample.ids_T[1 : slot + 2].tolist()
+        decoder.commit(aux[:, :half], tokens[:half])
+        if tokens[half:]:
+            decoder.propose(K, lambda logits: int(logits.argmax()))  # forgotten by the next commit
+            decoder.commit(aux[:, half : slot + 1], tokens[half:])
+        state = decoder.state_11H
+        for step in range(K):
+            torch.testing.assert_close(state[0, 0], states[step][row], rtol=1e-4, atol=1e-5)
+            token = sample.ids_T[slot + 2 + step][None, None]
+            state = decoder.advance(token, state, slot + 1 + step)
+
+
+def test_supervision_is_what_serving_reaches() -> None:
+    """Per conversation: the second one's turn 1 has nothing to do with the first one's."""
+    turns = torch.tensor([0, 1, 1, 1, 0, 2, 2, 0, 1, 1, 0])
+    _, end = document_bounds([8, 3], turns.device)
+    masks = [m.nonzero().flatten().tolist() for m in turn_masks("inference", turns, end, 3)]
+    assert masks == [[0, 1, 4], [0], []]
+    across = [m.nonzero().flatten().tolist() for m in turn_masks("speculators", turns, end, 1)]
+    assert across == [[0, 1, 2, 4, 5, 8]]
+    assert denominators(replace(CFG, ttt_length=3), turns, [8, 3]).tolist() == [3, 1, 0]
+
+
+def test_rows_are_carried_as_long_as_they_are_needed() -> None:
+    """Longest chains first, so that the rows of a step are the first of the step before."""
+    carried = make_chains("inference", torch.tensor([0, 1, 1, 1, 0, 2, 2, 0]), [8], 3)
+    assert carried.slot_R.tolist() == [0, 1, 4]
+    assert carried.counts == [3, 1, 0]
+    assert carried.reads(1).tolist() == [2]
+    shifted = make_chains("specforge", torch.tensor([0, 0, 0, 1, 0]), [5], 3)
+    assert shifted.slot_R.tolist() == [1, 2, 3]  # slot 1 counts at its last step only
+    assert [mask.tolist() for mask in shifted.supervised] == [
+        [False, False, True], [False, True], [True],
+    ]  # fmt: skip
 
 
 def test_unsupervised_tail_has_no_influence(random_target: Target) -> None:
     draft = small_draft(random_target)
-    ids, turns = conversations(9, 1)
-    window = denominators(CFG, turns)
+    ids, turns = conversation(9)
     changed = ids.clone()
-    changed[0, -1] = (changed[0, -1] + 1) % V
-    first, second = (outcome(draft, random_target, x, turns, window).loss for x in (ids, changed))
+    changed[-1] = (changed[-1] + 1) % V
+    samples = [packed(random_target, (x, turns)) for x in (ids, changed)]
+    first, second = (outcome(draft, random_target, s, divisors(s)).loss for s in samples)
     torch.testing.assert_close(first, second)
-
-
-def test_simulated_length_is_a_mean_of_products(random_target: Target) -> None:
-    draft = small_draft(random_target)
-    ids, turns = conversations(11, 1)
-    found = outcome(draft, random_target, ids, turns, denominators(CFG, turns))
-    assert found.sums["length_slots"] == 1  # turn one has five tokens: one slot with all four steps
-    assert 1 <= float(found.sums["length"]) <= 1 + K
 
 
 def test_identity_vocabulary(random_target: Target) -> None:
@@ -135,8 +235,8 @@ def test_identity_vocabulary(random_target: Target) -> None:
     draft = small_draft(random_target, size=V)
     assert draft.d2t.tolist() == [0] * V
     assert draft.t2d.all()
-    ids, turns = conversations(13, 1)
-    found = outcome(draft, random_target, ids, turns, denominators(CFG, turns))
+    sample = packed(random_target, conversation(13))
+    found = outcome(draft, random_target, sample, divisors(sample))
     found.loss.backward()
     assert torch.isfinite(found.loss)
     torch.testing.assert_close(draft.lm_head.weight, random_target.head_weight_VH)
@@ -144,9 +244,8 @@ def test_identity_vocabulary(random_target: Target) -> None:
 
 def test_no_supervised_row_is_no_gradient(random_target: Target) -> None:
     draft = small_draft(random_target)
-    ids, _ = conversations(15, 1)
-    turns = torch.zeros(1, T, dtype=torch.long)
-    found = outcome(draft, random_target, ids, turns, denominators(CFG, turns))
+    sample = packed(random_target, conversation(15, [0] * T))
+    found = outcome(draft, random_target, sample, divisors(sample))
     found.loss.backward()
     assert found.loss.item() == 0
     assert all(not p.grad.any() for p in draft.parameters() if p.grad is not None)
@@ -155,16 +254,31 @@ def test_no_supervised_row_is_no_gradient(random_target: Target) -> None:
 def test_one_conversation_can_be_learnt(random_target: Target) -> None:
     """Overfitting one sample drives the acceptance rate of every step towards 1."""
     draft = small_draft(random_target, size=V)
-    ids, turns = conversations(17, 1)
-    window = denominators(CFG, turns)
+    sample = packed(random_target, conversation(17))
+    window = divisors(sample)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2)
     for _ in range(150):
-        found = outcome(draft, random_target, ids, turns, window)
+        found = outcome(draft, random_target, sample, window)
         optimizer.zero_grad()
         found.loss.backward()
         optimizer.step()
+        optimizer.zero_grad()
     alpha = found.sums["alpha"] / found.sums["rows"].clamp(min=1)
     assert alpha.min() > 0.9
+
+
+def test_flops_count_what_is_needed(random_target: Target) -> None:
+    """Twice the conversations, twice the work; prompts cost fc and the embedding's half."""
+    draft = small_draft(random_target)
+    one = packed(random_target, conversation(1))
+    two = packed(random_target, conversation(1), conversation(2))
+    flops = [outcome(draft, random_target, s, divisors(s)).flops for s in (one, two)]
+    assert flops[1] == 2 * flops[0]
+    prompt = packed(random_target, conversation(1, [0] * T))
+    attn = draft.midlayer.self_attn
+    half = sum(w.weight.numel() for w in (attn.q_proj, attn.k_proj, attn.v_proj)) // 2
+    expected = 6 * T * (draft.fc.weight.numel() + half)
+    assert outcome(draft, random_target, prompt, divisors(prompt)).flops == expected
 
 
 def test_too_large_a_vocabulary_is_refused(random_target: Target) -> None:
@@ -187,7 +301,7 @@ def test_start_is_the_targets_last_layer(random_target: Target) -> None:
     assert torch.equal(mid.hidden_norm.weight, layer.input_layernorm.weight)
     # Qwen3 norms each head of q and k, which the draft does not, so these are not copied
     assert not torch.equal(mid.self_attn.q_proj.weight[:, H:], layer.self_attn.q_proj.weight)
-    aux, _ = random_target.features(conversations(0, 1)[0])
+    aux, _ = random_target.features(conversation(0)[0][None])
     torch.testing.assert_close(draft.fc(aux), aux[..., -H:])
     head = random_target.head_weight_VH[draft.draft_ids_D]
     assert torch.equal(draft.lm_head.weight, head)

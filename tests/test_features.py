@@ -1,48 +1,138 @@
-"""Remembering the target's states changes no number."""
+"""Where the target's states come from changes no number."""
 
+import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import conversation_set
 from test_train import losses
+from torch import Tensor
 
-from specforge_exp.config import Config, TrainerConfig
+from specforge_exp import paths
+from specforge_exp.config import Config, TargetConfig, TrainerConfig
+from specforge_exp.errors import InputError
 from specforge_exp.stages.train import train
 from specforge_exp.target import Target
-from specforge_exp.tokens import TokenSet
 from specforge_exp.training.batches import make_batch
-from specforge_exp.training.features import cached
+from specforge_exp.training.feature_cache import compared, plan
+from specforge_exp.training.features import computed, remembered
+
+CPU = torch.device("cpu")
 
 
-def test_cached_and_live_training_give_the_same_losses(cfg: Config, tokens: Path) -> None:
+@pytest.fixture
+def run(cfg: Config, tokens: Path) -> Config:
     cfg.trainer = TrainerConfig(batch_size=3, log_every=1, eval_every=4)
     cfg.epochs = 3
-    train(cfg)
-    remembered = replace(cfg, run_name="remembered")
-    remembered.trainer = replace(cfg.trainer, cache_features=True)
-    train(remembered)
-    assert losses(remembered) == pytest.approx(losses(cfg), rel=2e-5)
+    return cfg
 
 
-def test_the_target_runs_once_per_conversation(random_target: Target) -> None:
-    calls: list[torch.Size] = []
+def cached(run: Config, cache: str, name: str | None = None) -> Config:
+    return replace(run, run_name=name or cache, target=TargetConfig(cache=cache))
 
-    def features(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        calls.append(ids.shape)
+
+def test_three_ways_to_the_same_losses(run: Config) -> None:
+    """To the bit: computed in every step, kept in memory, read from disk."""
+    train(run)
+    for cache in ("memory", "disk"):
+        train(cached(run, cache))
+        assert losses(cached(run, cache)) == losses(run)
+
+
+def test_the_disk_cache_says_its_size_and_serves_every_loss(
+    run: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    run.max_steps = 2
+    train(cached(run, "disk"))
+    assert "GB for" in caplog.text
+    folder = paths.features_dir(run)
+    shards = {p: p.stat().st_mtime_ns for p in folder.glob("*.safetensors")}
+    assert shards
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the target ran")
+
+    monkeypatch.setattr(Target, "features", refuse)
+    other = cached(run, "disk", "other")
+    other.loss = replace(run.loss, name="rkl", lambda_ce=0.0, lambda_rkl=1.0)
+    train(other)
+    assert shards == {p: p.stat().st_mtime_ns for p in folder.glob("*.safetensors")}
+
+
+def test_an_unfinished_cache_goes_on(run: Config) -> None:
+    """A shard and the index are missing: only that shard is made again, and it is the same."""
+    run.max_steps = 2
+    train(cached(run, "disk"))
+    folder = paths.features_dir(run)
+    (folder / "index.json").unlink()
+    shard = folder / "00000.safetensors"
+    before = shard.read_bytes()
+    shard.unlink()
+    train(cached(run, "disk", "again"))
+    assert shard.read_bytes() == before
+    assert (folder / "index.json").exists()
+
+
+@pytest.mark.parametrize("key", ["max_length", "model.dtype", "the target"])
+def test_a_cache_of_something_else_is_refused(run: Config, key: str) -> None:
+    run.max_steps = 2
+    train(cached(run, "disk"))
+    record = paths.features_dir(run) / "made_of.json"
+    content = json.loads(record.read_text())
+    content["inputs" if key == "the target" else "settings"][key] = "another"
+    record.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=rf"{key} (was another|has changed).*target\.cache=none"):
+        train(cached(run, "disk", "again"))
+
+
+def test_a_broken_shard_names_the_remedy(run: Config) -> None:
+    run.max_steps = 2
+    train(cached(run, "disk"))
+    shard = paths.features_dir(run) / "00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"00000\.safetensors cannot be read.*remove it"):
+        train(cached(run, "disk", "again"))
+
+
+def test_a_full_disk_is_refused_before_writing(
+    run: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(InputError, match=r"target\.cache=disk needs .* GB free"):
+        train(cached(run, "disk"))
+    assert not list(paths.features_dir(run).glob("*.safetensors"))
+
+
+def test_only_supervised_conversations_are_cached() -> None:
+    tokens = conversation_set([[0, 1, 1], [0, 0, 0, 0], [1, 1], [1, 0]])
+    assert plan({1: tokens, -1: tokens}, 5) == [
+        [(1, 0), (1, 2)], [(1, 3), (-1, 0)], [(-1, 2), (-1, 3)],
+    ]  # fmt: skip
+    assert compared(torch.tensor([0, 1, 1, 0, 0, 2])).tolist() == [False, *[True] * 3, False, True]
+
+
+def test_the_target_sees_one_conversation_at_a_time(random_target: Target) -> None:
+    """Its states do not depend on the batch, and memory asks once per conversation."""
+    calls: list[int] = []
+
+    def features(ids: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(ids.shape[1])
         return random_target.features(ids)
 
-    lookup = cached(features)
-    ids = [torch.arange(n) for n in (5, 9, 7)]
-    tokens = TokenSet(ids, [torch.ones_like(i) for i in ids])
-    device = torch.device("cpu")
-    first = lookup(make_batch(tokens, [0, 1], device))
-    again = lookup(make_batch(tokens, [0, 1], device))
-    assert len(calls) == 1
-    for a, b in zip(first, again, strict=True):
-        torch.testing.assert_close(a[1], b[1])
-        torch.testing.assert_close(a[0, :5], b[0, :5])
-        assert not b[0, 5:].any()
-    lookup(make_batch(tokens, [0, 1], device, held_out=True))
-    lookup(make_batch(tokens, [2, 1], device))
-    assert len(calls) == 3
+    tokens = conversation_set([[1] * 5, [1] * 9, [1] * 7])
+    together, alone = (make_batch(tokens, n, CPU) for n in ([0, 1, 2], [1]))
+    aux, last = computed(features)(together)
+    assert torch.equal(aux[5:14], computed(features)(alone)[0])
+    calls.clear()
+    lookup = remembered(features)
+    for _ in range(2):
+        found = lookup(together)
+        assert torch.equal(found[0], aux)
+        assert torch.equal(found[1], last)
+    assert calls == [5, 9, 7]
+    lookup(make_batch(tokens, [1], CPU, held_out=True))
+    assert calls == [5, 9, 7, 9]

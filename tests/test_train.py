@@ -1,30 +1,19 @@
 """The training loop: it learns, resumes where it was, and refuses what does not belong."""
 
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
-from hypothesis import given
-from hypothesis import strategies as st
 
 from specforge_exp import paths
 from specforge_exp.checkpoint import newest_checkpoint, read_checkpoint, step_folders
 from specforge_exp.config import Config, TrainerConfig
 from specforge_exp.errors import InputError
+from specforge_exp.stages.export import chosen_checkpoint
 from specforge_exp.stages.train import train
-from specforge_exp.training import loop
-from specforge_exp.training.batches import epoch_order
-from specforge_exp.training.schedule import learning_rate
 
 
 def metrics(cfg: Config) -> list[dict[str, Any]]:
@@ -78,31 +67,6 @@ def test_the_last_line_is_a_mean_too(run: Config) -> None:
     coarse = replace(run, run_name="coarse", trainer=replace(run.trainer, log_every=3))
     train(coarse)
     assert losses(coarse)[5] == pytest.approx((single[4] + single[5]) / 2)
-
-
-class Stop(Exception):
-    """Stands for a kill at some step."""
-
-
-def test_resumed_equals_uninterrupted(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped after step 5, continued from the checkpoint of step 4: the same losses after."""
-    train(run)
-    expected = losses(run)
-    again = replace(run, run_name="again")
-    original = loop.learning_rate
-
-    def stop(step: int, *rest: Any) -> float:
-        if step == 5:
-            raise Stop
-        return original(step, *rest)
-
-    monkeypatch.setattr(loop, "learning_rate", stop)
-    with pytest.raises(Stop):
-        train(again)
-    assert list(losses(again)) == [1, 2, 3, 4, 5]
-    monkeypatch.setattr(loop, "learning_rate", original)
-    train(again)
-    assert losses(again) == expected
 
 
 def test_a_truncated_checkpoint_falls_back(run: Config, caplog: pytest.LogCaptureFixture) -> None:
@@ -192,60 +156,61 @@ def test_no_pickle_is_read(run: Config) -> None:
     assert read_checkpoint(paths.run_dir(run) / "step-000002").step == 2
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 5), st.integers(0, 3))
-def test_every_conversation_once_an_epoch(lengths: list[int], size: int, epoch: int) -> None:
-    order = epoch_order(lengths, size, seed=4, epoch=epoch)
-    assert sorted(n for batch in order for n in batch) == list(range(len(lengths)))
-    assert order == epoch_order(lengths, size, seed=4, epoch=epoch)
-    assert all(len(batch) <= size for batch in order)
-
-
-def test_learning_rate() -> None:
-    cfg = TrainerConfig(warmup_ratio=0.1, min_lr_ratio=0.1)
-    rates = [learning_rate(step, 100, 1.0, cfg) for step in range(101)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9] == pytest.approx(1.0)
-    assert max(rates) == pytest.approx(1.0)
-    assert rates[100] == pytest.approx(0.1)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-
-
-@pytest.mark.slow
-def test_sigkill_and_the_same_command_again(run: Config, tmp_path: Path) -> None:
-    """A real process, killed with SIGKILL once a checkpoint is there, then started again."""
-    overrides = [
-        "experiment=smoke", "loss=baseline", f"paths.datasets={run.paths.datasets}",
-        f"paths.checkpoints={tmp_path / 'killed'}", "run_name=killed", "data.name=small",
-        "max_length=256", "draft.ttt_length=3", "max_steps=30", "epochs=30", "lr=1e-3",
-        "trainer.batch_size=2", "trainer.log_every=1", "trainer.save_every=1",
-    ]  # fmt: skip
-    command = [sys.executable, str(REPOSITORY / "train.py"), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    folder = tmp_path / "killed" / "killed"
-    process = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
-    while not step_folders(folder) and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder / "run.json").exists()
-    done = subprocess.run(
-        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    assert re.search(r"continuing after step \d+", done.stdout + done.stderr)
-    steps = [
-        json.loads(line)["step"]
-        for line in (folder / "metrics.jsonl").read_text().splitlines()
-        if '"loss"' in line
-    ]
-    assert steps == list(range(1, 31))
-    third = subprocess.run(
-        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    assert "complete, reused" in third.stdout + third.stderr
-
-
 def test_loss_is_finite_or_training_stops(run: Config) -> None:
+    """It names the conversations, and the checkpoint from before is still there."""
     run.lr = 1e30
-    run.trainer.clip = 1e30
-    with pytest.raises(InputError, match=r"the loss is (nan|inf).*lower lr"):
+    run.trainer = replace(run.trainer, clip=1e30, save_every=1)
+    with pytest.raises(
+        InputError, match=r"the loss is (nan|inf) at step \d, on training conv"
+    ) as e:
         train(run)
+    assert "step-000001 is kept" in str(e.value)
+    found = newest_checkpoint(paths.run_dir(run))
+    assert found is not None
+    assert all(torch.isfinite(value).all() for value in found.draft.values())
+
+
+def test_the_best_checkpoint_is_kept(run: Config) -> None:
+    """Evaluated every step with a rate that ruins the draft: the best is not the newest."""
+    run.lr = 0.05
+    run.trainer = replace(run.trainer, eval_every=1, save_every=9, keep_last=1, keep_best=True)
+    train(run)
+    lengths = {m["step"]: m["eval/simulated_length"] for m in metrics(run) if "eval/loss" in m}
+    best = max(lengths, key=lambda step: lengths[step])
+    assert best != 9
+    kept = [folder.name for folder in step_folders(paths.run_dir(run))]
+    assert kept == [f"step-{best:06d}", "step-000009"]
+    run.export.best = True
+    assert chosen_checkpoint(run).step == best
+
+
+@pytest.mark.parametrize("layout", ["accumulated", "packed", "checkpointed"])
+def test_layout_changes_no_loss(run: Config, layout: str) -> None:
+    """Windows of four conversations: in one forward, in four, packed, recomputed."""
+    whole = replace(run, run_name="whole", trainer=replace(run.trainer, batch_size=4, accumulate=1))
+    train(whole)
+    options = {
+        "accumulated": {"batch_size": 1, "accumulate": 4},
+        "packed": {"batch_size": 2, "accumulate": 2, "pack_tokens": 300},
+        "checkpointed": {"batch_size": 4, "accumulate": 1, "gradient_checkpointing": True},
+    }[layout]
+    other = replace(run, run_name=layout, trainer=replace(run.trainer, **options))
+    train(other)
+    assert losses(other) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_metrics_have_the_same_keys_everywhere(run: Config) -> None:
+    run.max_steps = 2
+    train(run)
+    (line, *_) = metrics(run)
+    speed = {"tokens_per_s", "supervised_tokens_per_s", "mfu", "peak_memory_mb", "data_wait"}
+    assert speed <= set(line)
+    assert 0 < line["mfu"] < 1
+    assert 0 <= line["data_wait"] < 1
+    assert line["supervised_tokens_per_s"] < line["tokens_per_s"]
+
+
+@pytest.mark.parametrize(("gpus", "size"), [(3, 4), (2, 1)])
+def test_a_batch_that_does_not_divide_is_refused(gpus: int, size: int) -> None:
+    with pytest.raises(InputError, match=rf"batch_size={size} .*trainer\.gpus={gpus}"):
+        TrainerConfig(gpus=gpus, batch_size=size)

@@ -33,6 +33,7 @@ from specforge_exp.config.stages import (
     PrepConfig,
     PreprocessConfig,
     RegenConfig,
+    TargetConfig,
     TrackerConfig,
     TrainerConfig,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "PreprocessConfig",
     "RegenConfig",
     "Source",
+    "TargetConfig",
     "TrackerConfig",
     "TrainerConfig",
     "from_omegaconf",
@@ -99,6 +101,7 @@ class Config:
     prep: PrepConfig = field(default_factory=PrepConfig)
     regen: RegenConfig = field(default_factory=RegenConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)

@@ -94,22 +94,45 @@ class PreprocessConfig:
 
 
 @dataclass
+class TargetConfig:
+    """How training gets the target's hidden states."""
+
+    cache: str = "none"
+    """none: run the target in every step; memory: keep its states, 4 hidden sizes of numbers per
+    token; disk: write them beside the tokens, once for all epochs and runs. Changes no number."""
+
+    def __post_init__(self) -> None:
+        one_of("target.cache", self.cache, ("none", "memory", "disk"))
+
+
+@dataclass
 class TrainerConfig:
     """python train.py"""
 
     batch_size: int = 1
-    """Conversations per forward."""
+    """Conversations per forward, over all GPUs."""
     accumulate: int = 1
     """Forwards per optimiser step."""
+    pack_tokens: int | None = None
+    """Lay the batch_size * accumulate conversations of a step into as few forwards of at most this
+    many tokens per GPU as possible; null: into `accumulate` forwards. Changes no number."""
+    gpus: int = 1
+    """Processes on this machine, one per GPU (on a CPU: processes over gloo)."""
+    gradient_checkpointing: bool = False
+    """Compute every unroll step again in the backward pass: less memory, about a tenth more time.
+    Changes no number."""
+    schedule: str = "cosine"
+    """Learning rate after the warm-up: cosine, linear, constant or wsd (constant, then a decay)."""
     warmup_ratio: float = 0.015
     """Share of all steps in which the learning rate rises linearly."""
+    decay_ratio: float = 0.2
+    """wsd: share of all steps at the end in which it falls."""
+    decay_shape: str = "linear"
+    """wsd: linear or cosine."""
     min_lr_ratio: float = 0.0
-    """The cosine ends at this share of lr."""
+    """The schedule ends at this share of lr."""
     weight_decay: float = 0.0
     """AdamW's."""
-    cache_features: bool = False
-    """Keep the target's hidden states in memory, so that only the first epoch runs the target;
-    4 hidden sizes of numbers per token. Changes no number."""
     clip: float = 0.5
     """Largest global gradient norm."""
     log_every: int = 10
@@ -119,20 +142,34 @@ class TrainerConfig:
     save_every: int = 500
     """Steps between checkpoints; there is always one at the end."""
     keep_last: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_best: bool = False
+    """Also save and keep the evaluation with the longest simulated accepted length."""
     resume: bool = True
     """Continue from the newest checkpoint of this run; false: start over."""
 
     def __post_init__(self) -> None:
-        names = "batch_size accumulate log_every eval_every save_every keep_last".split()
-        for name in names:
+        names = "batch_size accumulate pack_tokens gpus log_every eval_every save_every keep_last"
+        for name in names.split():
             at_least(f"trainer.{name}", vars(self)[name], 1)
-        for name in ("warmup_ratio", "min_lr_ratio"):
+        for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
             if not 0 <= vars(self)[name] <= 1:
                 raise InputError(f"trainer.{name}={vars(self)[name]} must be in [0, 1]")
+        one_of("trainer.schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
+        one_of("trainer.decay_shape", self.decay_shape, ("linear", "cosine"))
+        if self.schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
+            raise InputError(
+                f"trainer.warmup_ratio={self.warmup_ratio} and trainer.decay_ratio="
+                f"{self.decay_ratio} leave no step between them; their sum must be at most 1"
+            )
         at_least("trainer.weight_decay", self.weight_decay, 0)
         if self.clip <= 0:
             raise InputError(f"trainer.clip={self.clip} must be above 0")
+        if self.batch_size % self.gpus:
+            raise InputError(
+                f"trainer.batch_size={self.batch_size} conversations cannot be shared evenly by "
+                f"trainer.gpus={self.gpus}; make batch_size a multiple of gpus"
+            )
 
 
 @dataclass
@@ -140,7 +177,9 @@ class ExportConfig:
     """python export.py"""
 
     step: int | None = None
-    """The checkpoint to export; null: the newest."""
+    """The checkpoint to export; null: the newest, or the best (see `best`)."""
+    best: bool = False
+    """Export the checkpoint that trainer.keep_best kept."""
     dtype: str = "bfloat16"
     """Weights in the exported file: bfloat16 or float32."""
     force: bool = False

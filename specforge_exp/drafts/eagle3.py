@@ -8,7 +8,6 @@ Shape suffixes: B batch, S slots, H hidden, A three target hidden sizes, D draft
 V target vocabulary, N query heads, M key-value heads, E head size, P positions.
 """
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,30 +16,16 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from specforge_exp.attention import causal_bias, rotate, unroll_attention
+from specforge_exp.attention import rotate
 from specforge_exp.config import DraftConfig, LossConfig
 from specforge_exp.drafts.eagle3_decoder import Eagle3Decoder
 from specforge_exp.drafts.eagle3_training import denominators, objective
 from specforge_exp.drafts.vocabulary import check_mapping
 from specforge_exp.errors import InputError
+from specforge_exp.layers import RMSNorm
 from specforge_exp.losses import LossFunction
 from specforge_exp.target import Target
 from specforge_exp.training.objective import Outcome, Sample
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in fp32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Keeps shape and dtype."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (self.weight * wide).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -108,6 +93,7 @@ class Eagle3(nn.Module):
         self.norm = RMSNorm(H, config.rms_norm_eps)
         self.lm_head = nn.Linear(H, config.draft_vocab_size, bias=False)
         self.rotary = LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
         check_mapping(d2t, t2d)
         self.register_buffer("d2t", d2t)
         self.register_buffer("t2d", t2d)
@@ -134,20 +120,20 @@ class Eagle3(nn.Module):
         """Target id of every draft id."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
-    def denominators(self, cfg: DraftConfig, turns_BT: Tensor) -> Tensor:
+    def denominators(self, cfg: DraftConfig, turns_T: Tensor, lengths: list[int]) -> Tensor:
         """See `eagle3_training.denominators`."""
-        return denominators(cfg, turns_BT)
+        return denominators(cfg, turns_T, lengths)
 
     def objective(
         self,
         sample: Sample,
-        head: Callable[[Tensor], Tensor],
+        target_head_VH: Tensor,
         loss: tuple[LossFunction, LossConfig],
         cfg: DraftConfig,
         window_K: Tensor,
     ) -> Outcome:
         """See `eagle3_training.objective`."""
-        return objective(self, sample, head, loss, cfg, window_K)
+        return objective(self, sample, target_head_VH, loss, cfg, window_K)
 
     def decoder(self) -> Eagle3Decoder:
         """A decoder for one request."""
@@ -169,30 +155,6 @@ class Eagle3(nn.Module):
         normed = self.midlayer.post_attention_layernorm(state_BSH)
         out: Tensor = state_BSH + self.midlayer.mlp(normed)
         return out
-
-    def unroll(
-        self, tokens_BL: Tensor, aux_BSA: Tensor, steps: int, valid_BS: Tensor | None
-    ) -> Iterator[Tensor]:
-        """The training forward: states of steps 0..steps-1, [B, S, H] each, un-normed.
-
-        Args:
-            tokens_BL: L = S + steps - 1 tokens; slot i of step k reads token i + k.
-            aux_BSA: the target's auxiliary hidden states of every slot.
-            steps: how often the draft is fed its own state.
-            valid_BS: nonzero where a token is real; None: everywhere.
-        """
-        B, S, _ = aux_BSA.shape
-        bias = causal_bias(valid_BS, S, aux_BSA.device)
-        positions_BS = torch.arange(S, device=aux_BSA.device).expand(B, S)
-        state_BSH = self.fc(aux_BSA.to(self.fc.weight.dtype))
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        for step in range(steps):
-            q, k, v = self.project(tokens_BL[:, step : step + S], state_BSH, positions_BS + step)
-            keys.append(k)
-            values.append(v)
-            state_BSH = self.finish(state_BSH, unroll_attention(q, keys, values, bias))
-            yield state_BSH
 
 
 def draft_config(target_config: Any, draft: DraftConfig) -> LlamaConfig:

@@ -1,76 +1,100 @@
 """What the draft learns from: the target's distributions at the positions that are needed.
 
-Shape suffixes: B batch, T tokens, P needed positions, N rows, H hidden, D draft vocabulary,
-V target vocabulary.
+The target's logits exist for one tile of the vocabulary at a time; what stays is the columns of
+the draft's vocabulary and the log-sum-exp over all.
+
+Shape suffixes: P positions, N rows, H hidden, D draft vocabulary, V target vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from specforge_exp.losses import TeacherRows, teacher_rows
+from specforge_exp.losses import TeacherRows
 
-CHUNK_ELEMENTS = 2**26
-"""Logits held at once while the teacher's rows are made."""
+TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+"""Logits of the target that exist at once; on a CPU they should stay in its cache."""
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """Once per needed position: logits at the draft's tokens and statistics of all of them."""
+    """The target at some positions."""
 
-    index_BT: Tensor
-    """Row of each position in the tensors below, -1 where it was not needed."""
     logits_PD: Tensor
-    """The target's logits at the draft's tokens."""
+    """The target's logits at the draft's tokens, fp32."""
     log_z_P: Tensor
-    """logsumexp of all logits."""
+    """Their logsumexp."""
+    log_mass_P: Tensor
+    """log of the target's mass on the draft's vocabulary."""
     log_z_loss_P: Tensor
-    """logsumexp of all logits / temperature."""
-    top_P: Tensor
-    """The target's most likely token."""
+    """Like log_z_P, at the loss's temperature."""
+    log_mass_loss_P: Tensor
+    """Like log_mass_P, at the loss's temperature."""
+    best_P: Tensor
+    """Draft id of the most likely token of the draft's vocabulary."""
+    known_P: Tensor
+    """Whether that is the target's most likely token of all (a tie counts)."""
     temperature: float
 
     def rows(self, at_N: Tensor) -> TeacherRows:
         """The comparison's distribution, at the loss's temperature."""
-        return teacher_rows(self.logits_PD[at_N], self.log_z_loss_P[at_N], self.temperature)
+        logits_ND = self.logits_PD[at_N]
+        if self.temperature != 1.0:
+            logits_ND.div_(self.temperature)
+        logits_ND.sub_(self.log_z_loss_P[at_N][:, None])
+        return TeacherRows(logits_ND, self.log_mass_loss_P[at_N])
 
     def plain_rows(self, at_N: Tensor) -> TeacherRows:
         """The distribution that verification uses, at temperature 1."""
-        return teacher_rows(self.logits_PD[at_N], self.log_z_P[at_N])
+        logits_ND = self.logits_PD[at_N].sub_(self.log_z_P[at_N][:, None])
+        return TeacherRows(logits_ND, self.log_mass_P[at_N])
 
 
 @torch.no_grad()
 def make_teacher(
-    head: Callable[[Tensor], Tensor],
-    last_BTH: Tensor,
-    needed_BT: Tensor,
-    draft_ids_D: Tensor,
-    temperature: float = 1.0,
+    head_VH: Tensor, states_PH: Tensor, draft_ids_D: Tensor, temperature: float = 1.0
 ) -> Teacher:
-    """Run the target's head at the needed positions, a bounded number of logits at a time.
+    """One pass over the target's vocabulary.
 
     Args:
-        head: hidden states [N, H] -> logits [N, V].
-        last_BTH: the target's last hidden states, as `head` takes them.
-        needed_BT: bool.
-        draft_ids_D: target id of every draft id.
+        head_VH: the target's output embeddings.
+        states_PH: its post-norm last hidden states.
+        draft_ids_D: target id of every draft id, rising.
         temperature: of the loss.
     """
-    index_BT = torch.full(needed_BT.shape, -1, device=last_BTH.device)
-    states_PH = last_BTH[needed_BT]
-    index_BT[needed_BT] = torch.arange(len(states_PH), device=last_BTH.device)
-    vocabulary = len(head(last_BTH[:1, :1].flatten(0, 1))[0])
-    identity = len(draft_ids_D) == vocabulary
-    made: list[tuple[Tensor, ...]] = []
-    for chunk_NH in states_PH.split(max(1, CHUNK_ELEMENTS // vocabulary)):
-        logits_NV = head(chunk_NH).float()
-        log_z_N = torch.logsumexp(logits_NV, -1)
-        log_z_loss_N = log_z_N
+    P, V, device = len(states_PH), len(head_VH), states_PH.device
+    states_PH = states_PH.to(head_VH.dtype)
+    width = max(1, TILE_ELEMENTS[device.type] // max(1, P))
+    firsts = torch.arange(0, V + width, width, device=device)
+    columns = torch.searchsorted(draft_ids_D, firsts).tolist()
+    logits_PD = torch.empty(P, len(draft_ids_D), device=device)
+    top_P = torch.full((P,), float("-inf"), device=device)
+    every_P, every_loss_P = top_P.clone(), top_P.clone()
+    for index, first in enumerate(range(0, V, width)):
+        tile_PV = (states_PH @ head_VH[first : first + width].T).float()
+        top_P = torch.maximum(top_P, tile_PV.amax(-1))
+        every_P = torch.logaddexp(every_P, torch.logsumexp(tile_PV, -1))
         if temperature != 1.0:
-            log_z_loss_N = torch.logsumexp(logits_NV / temperature, -1)
-        logits_ND = logits_NV if identity else logits_NV[:, draft_ids_D]
-        made.append((logits_ND, log_z_N, log_z_loss_N, logits_NV.argmax(-1)))
-    logits, log_z, log_z_loss, top = (torch.cat(column) for column in zip(*made, strict=True))
-    return Teacher(index_BT, logits, log_z, log_z_loss, top, temperature)
+            scaled_P = torch.logsumexp(tile_PV / temperature, -1)
+            every_loss_P = torch.logaddexp(every_loss_P, scaled_P)
+        wanted = slice(columns[index], columns[index + 1])
+        if wanted.start < wanted.stop:
+            logits_PD[:, wanted] = tile_PV.index_select(1, draft_ids_D[wanted] - first)
+    log_z_P = row_logsumexp(logits_PD)
+    log_z_loss_P = log_z_P
+    if temperature == 1.0:
+        every_loss_P = every_P
+    else:
+        log_z_loss_P = row_logsumexp(logits_PD, temperature)
+    best_P = logits_PD.argmax(-1)
+    known_P = logits_PD.gather(1, best_P[:, None])[:, 0] >= top_P
+    masses = (log_z_P - every_P, log_z_loss_P, log_z_loss_P - every_loss_P)
+    return Teacher(logits_PD, log_z_P, *masses, best_P, known_P, temperature)
+
+
+def row_logsumexp(logits_PD: Tensor, temperature: float = 1.0) -> Tensor:
+    """logsumexp of logits / temperature, some rows at a time: its temporaries stay small."""
+    rows = max(1, TILE_ELEMENTS[logits_PD.device.type] // logits_PD.shape[1])
+    parts = [torch.logsumexp(part / temperature, -1) for part in logits_PD.split(rows)]
+    return torch.cat(parts)

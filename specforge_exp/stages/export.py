@@ -8,7 +8,6 @@ import logging
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from specforge_exp import paths
@@ -16,11 +15,14 @@ from specforge_exp.artifacts import Fingerprint, require, reusable, writing
 from specforge_exp.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from specforge_exp.config import Config, locate
 from specforge_exp.drafts.eagle3 import Eagle3
+from specforge_exp.drafts.eagle3_chains import make_chains
 from specforge_exp.drafts.eagle3_export import load_export, write_export
+from specforge_exp.drafts.eagle3_unroll import unroll
 from specforge_exp.errors import InputError
 from specforge_exp.provenance import model_digest
 from specforge_exp.target import DTYPES, Target, load_target, set_up_torch
 from specforge_exp.tokens import read_split
+from specforge_exp.tracking import best_step
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +60,14 @@ def export(cfg: Config) -> Path:
 
 
 def chosen_checkpoint(cfg: Config) -> Checkpoint:
-    """The checkpoint that export.step names, or the newest."""
+    """The checkpoint that export.step names, the best, or the newest."""
     run = paths.run_dir(cfg)
     command = f"python train.py run_name={cfg.run_name} (with the same options)"
-    if cfg.export.step is not None:
-        return read_checkpoint(require(run / f"step-{cfg.export.step:06d}", command))
+    step = best_step(run) if cfg.export.best and cfg.export.step is None else cfg.export.step
+    if step is not None:
+        if cfg.export.best:
+            command += " trainer.keep_best=true"
+        return read_checkpoint(require(run / f"step-{step:06d}", command))
     checkpoint = newest_checkpoint(run)
     if checkpoint is None:
         raise InputError(f"{run} holds no checkpoint; make one with: {command}")
@@ -94,5 +99,7 @@ def compare(
 def all_logits(draft: Eagle3, target: Target, ids_1T: Tensor, steps: int) -> Tensor:
     """Logits of every slot and step, fp32."""
     aux_1TA, _ = target.features(ids_1T)
-    states = draft.unroll(F.pad(ids_1T[:, 1:], (0, steps)), aux_1TA, steps, None)
-    return torch.cat([draft.lm_head(draft.norm(state)) for state in states]).flatten(0, 1)
+    everywhere_T = torch.ones_like(ids_1T[0])
+    chains = make_chains("speculators", everywhere_T, [len(everywhere_T)], steps)
+    states = unroll(draft, chains, ids_1T[0], aux_1TA[0])
+    return torch.cat([draft.lm_head(draft.norm(state)) for state in states])

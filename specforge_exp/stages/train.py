@@ -6,7 +6,7 @@ at the end, run.json. Run the same command again to continue.
 
 import logging
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,39 @@ from specforge_exp.checkpoint import step_folders
 from specforge_exp.config import Config, locate
 from specforge_exp.errors import InputError
 from specforge_exp.provenance import describe, model_digest, sha256, write_json
-from specforge_exp.target import load_target, set_up_torch
+from specforge_exp.target import Target, load_target, set_up_torch
 from specforge_exp.tokens import read_split
 from specforge_exp.training.batches import Batch
-from specforge_exp.training.features import cached, uncached
-from specforge_exp.training.loop import Objective, Splits, fit, summary
+from specforge_exp.training.feature_cache import from_disk, make_cache
+from specforge_exp.training.features import Features, computed, remembered
+from specforge_exp.training.loop import Objective, Run, Splits, fit
 from specforge_exp.training.objective import Outcome, Sample
+from specforge_exp.training.progress import summary
+from specforge_exp.training.ranks import join, launch, local_device, started
 
 log = logging.getLogger(__name__)
 
 
 def train(cfg: Config) -> float:
-    """Train one draft; returns the simulated accepted length on held-out conversations."""
+    """Train one draft; returns the simulated accepted length on held-out conversations.
+
+    With `trainer.gpus` above 1 it starts that many processes, each of which comes back here.
+    """
     folder = paths.run_dir(cfg)
     tokens = require(
         paths.tokens_dir(cfg) / "index.json", "python preprocess.py (same options)"
     ).parent
     fingerprint = fingerprint_of(cfg, tokens)
-    again = "trainer.resume=false"
-    if not cfg.trainer.resume:
-        start_over(folder)
-    if reusable(folder / "run.json", fingerprint, False, "train", again):
-        return float(read_record(folder / "run.json")["evaluation"]["simulated_length"])
-    device = set_up_torch(cfg)
+    if not started():
+        if not cfg.trainer.resume:
+            start_over(folder)
+        if reusable(folder / "run.json", fingerprint, False, "train", "trainer.resume=false"):
+            return float(read_record(folder / "run.json")["evaluation"]["simulated_length"])
+        check_gpus(cfg)
+        if cfg.trainer.gpus > 1:
+            return float(launch(train, cfg))
+    device = local_device(set_up_torch(cfg))
+    run = Run(folder, fingerprint, join(device))
     splits = Splits(read_split(tokens, "train"), read_split(tokens, "eval"))
     if not len(splits.eval):
         raise InputError(
@@ -51,34 +61,69 @@ def train(cfg: Config) -> float:
     target = load_target(cfg.model, device, cfg.model.dtype)
     mapping = torch.load(tokens / "vocab_mapping.pt", weights_only=True)
     draft = locate(cfg.draft._target_).new(target, cfg.draft, mapping, cfg.seed).to(device)
-    features = (cached if cfg.trainer.cache_features else uncached)(target.features)
+    draft.gradient_checkpointing = cfg.trainer.gradient_checkpointing
+    log.info(
+        "train: %s: %d conversations, %d held out, %.1fM trained parameters, on %d x %s",
+        cfg.run_name, len(splits.train), len(splits.eval), count(draft) / 1e6,
+        run.ranks.world, device,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    objective = make_objective(cfg, draft, target, states_of(cfg, target, splits, run))
+    evaluation = fit(cfg, draft, objective, splits, run)
+    if run.ranks.rank == 0:
+        record = describe(cfg, fingerprint.inputs, fingerprint.settings)
+        write_json(folder / "run.json", {**record, "evaluation": evaluation})
+        log.info("train: complete: %s: %s", folder, summary(evaluation))
+    return evaluation["simulated_length"]
+
+
+def check_gpus(cfg: Config) -> None:
+    """Refuse more GPUs than there are, before anything is loaded."""
+    here = torch.cuda.device_count()
+    if cfg.device != "cpu" and 0 < here < cfg.trainer.gpus:
+        raise InputError(f"trainer.gpus={cfg.trainer.gpus}, but this machine has {here}")
+
+
+def states_of(cfg: Config, target: Target, splits: Splits, run: Run) -> Features:
+    """How a batch gets the target's hidden states, as `target.cache` says."""
+
+    def features(ids_1T: Tensor) -> tuple[Tensor, Tensor]:
+        return target.features(ids_1T.to(target.device))
+
+    if cfg.target.cache == "none":
+        return computed(features)
+    if cfg.target.cache == "memory":
+        return remembered(features)
+    folder = paths.features_dir(cfg)
+    made_of = Fingerprint(
+        run.fingerprint.inputs,
+        {"model.path": cfg.model.path, "model.aux_layers": cfg.model.aux_layers,
+         "model.dtype": str(target.model.dtype), "max_length": cfg.max_length},
+    )  # fmt: skip
+    make_cache(folder, features, {1: splits.train, -1: splits.eval}, made_of, run.ranks)
+    target.forget_layers()
+    return from_disk(folder, target.embed_VH.shape[1])
+
+
+def make_objective(cfg: Config, draft: Any, target: Target, states: Features) -> Objective:
+    """The draft's objective on this target, as the training loop wants it."""
     loss = (locate(cfg.loss._target_), cfg.loss)
+    head_VH = target.head_weight_VH
+    live = 2.0 * target.parameters if cfg.target.cache == "none" else 0.0
+
+    def prepare(batch: Batch) -> Sample:
+        aux_TA, last_TH = states(batch)
+        return Sample(batch.ids_T, batch.turns_T, batch.lengths, aux_TA, last_TH)
 
     def denominators(batch: Batch) -> Tensor:
-        found: Tensor = draft.denominators(cfg.draft, batch.turns_BT)
+        found: Tensor = draft.denominators(cfg.draft, batch.turns_T, batch.lengths)
         return found
 
-    def forward(batch: Batch, window_K: Tensor) -> Outcome:
-        aux_BTA, last_BTH = features(batch)
-        sample = Sample(batch.ids_BT, batch.turns_BT, aux_BTA, last_BTH)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            outcome: Outcome = draft.objective(sample, target.head, loss, cfg.draft, window_K)
-        return outcome
+    def forward(sample: Sample, window_K: Tensor) -> Outcome:
+        outcome: Outcome = draft.objective(sample, head_VH, loss, cfg.draft, window_K)
+        return replace(outcome, flops=outcome.flops + live * len(sample.ids_T))
 
-    log.info(
-        "train: %s: %d conversations, %d held out, %.1fM trained parameters, on %s",
-        cfg.run_name,
-        len(splits.train),
-        len(splits.eval),
-        count(draft) / 1e6,
-        device,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    evaluation = fit(cfg, draft, Objective(denominators, forward), splits, folder, fingerprint)
-    record = describe(cfg, fingerprint.inputs, fingerprint.settings)
-    write_json(folder / "run.json", {**record, "evaluation": evaluation})
-    log.info("train: complete: %s: %s", folder, summary(evaluation))
-    return evaluation["simulated_length"]
+    return Objective(cfg.draft.ttt_length, prepare, denominators, forward)
 
 
 def start_over(folder: Path) -> None:
@@ -102,7 +147,10 @@ def fingerprint_of(cfg: Config, tokens: Path) -> Fingerprint:
     settings: dict[str, Any] = {
         name: vars(cfg)[name] for name in ("lr", "seed", "epochs", "max_steps")
     }
-    quiet = ("log_every", "eval_every", "save_every", "keep_last", "resume", "cache_features")
+    quiet = (  # change no number
+        "log_every", "eval_every", "save_every", "keep_last", "keep_best", "resume",
+        "gpus", "pack_tokens", "gradient_checkpointing",
+    )  # fmt: skip
     for group, node in (("draft", cfg.draft), ("loss", cfg.loss), ("trainer", cfg.trainer)):
         for key, value in asdict(node).items():
             if not (key in quiet or key == "lrs"):

@@ -2,9 +2,11 @@
 
 import logging
 import math
+import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,26 +14,38 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from specforge_exp.artifacts import Fingerprint
-from specforge_exp.checkpoint import forget_old, newest_checkpoint, restore, save_checkpoint
+from specforge_exp.checkpoint import Kept, forget_old, newest_checkpoint, restore, save_checkpoint
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
+from specforge_exp.layers import gradient_of
 from specforge_exp.tokens import TokenSet
-from specforge_exp.tracking import open_tracker
-from specforge_exp.training.batches import Batch, epoch_order, make_batch
-from specforge_exp.training.objective import Outcome
+from specforge_exp.tracking import best_step, open_tracker
+from specforge_exp.training.batches import Batch, epoch_windows, lay_out, make_batch, share
+from specforge_exp.training.interrupt import Interrupt
+from specforge_exp.training.objective import Outcome, Sample
+from specforge_exp.training.progress import WindowLog, means, summary
+from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.schedule import learning_rate
+from specforge_exp.training.speed import peak_flops
 
 log = logging.getLogger(__name__)
+
+EVAL_TOKENS = 4096
+"""Tokens of held-out conversations in one forward, unless trainer.pack_tokens says otherwise."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is trained: `forward` gives a batch's share of an optimiser window's loss."""
+    """What is trained."""
 
+    steps: int
+    """How many divisors a window has."""
+    prepare: Callable[[Batch], Sample]
+    """Add the target's states to a batch; may run in another thread."""
     denominators: Callable[[Batch], Tensor]
     """What a batch adds to the divisors of the window, [K]; known before any forward."""
-    forward: Callable[[Batch, Tensor], Outcome]
-    """(batch, the window's divisors) -> loss and sums."""
+    forward: Callable[[Sample, Tensor], Outcome]
+    """(sample, the window's divisors) -> a share of the window's loss, and sums."""
 
 
 @dataclass(frozen=True)
@@ -42,163 +56,238 @@ class Splits:
     eval: TokenSet
 
 
-def windows_of(cfg: Config, lengths: list[int], epoch: int) -> list[list[list[int]]]:
-    """The optimiser windows of an epoch: each `accumulate` batches of conversation numbers."""
-    batches = epoch_order(lengths, cfg.trainer.batch_size, cfg.seed, epoch)
-    size = cfg.trainer.accumulate
-    return [batches[i : i + size] for i in range(0, len(batches), size)]
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives, what it is made of, and who takes part."""
+
+    folder: Path
+    fingerprint: Fingerprint
+    ranks: Ranks
+
+
+@dataclass(frozen=True)
+class Window:
+    """This process's part of one optimiser step."""
+
+    step: int
+    epoch: int
+    numbers: list[int]
+    """The conversations of all processes."""
+    batches: list[Batch]
+    samples: list[Sample]
 
 
 def fit(
-    cfg: Config,
-    draft: nn.Module,
-    objective: Objective,
-    splits: Splits,
-    run_dir: Path,
-    fingerprint: Fingerprint,
+    cfg: Config, draft: nn.Module, objective: Objective, splits: Splits, run: Run
 ) -> dict[str, float]:
     """Train until `epochs` or `max_steps` and return the last evaluation.
 
-    Continues from the newest checkpoint of the same fingerprint; the order of the data is a
-    function of seed and step, so a resumed run sees what an uninterrupted one would have seen.
+    Continues from the newest checkpoint of the same fingerprint: weights, moments, random state and
+    a half-finished line of metrics come from it, the order of the data from seed and step. SIGTERM
+    and SIGINT save a checkpoint and are raised again.
 
     Raises:
         InputError: the newest checkpoint was made with other options or inputs, or the loss is
             not a number.
     """
-    device = next(draft.parameters()).device
-    options = cfg.trainer
+    device, options, ranks = next(draft.parameters()).device, cfg.trainer, run.ranks
     optimizer = torch.optim.AdamW(
         draft.parameters(), lr=cfg.lr, weight_decay=options.weight_decay, fused=True
     )
-    start = resume(run_dir, draft, optimizer, fingerprint) if options.resume else 0
-    lengths = [len(ids) for ids in splits.train.ids]
-    per_epoch = len(windows_of(cfg, lengths, 0))
-    whole = cfg.epochs * per_epoch
-    total = min(whole, cfg.max_steps or whole)
-    tracker = open_tracker(cfg, run_dir, start)
+    window_log = WindowLog(device, peak_flops(device) * ranks.world)
+    start = resume(run, draft, optimizer, window_log) if options.resume else 0
+    total = total_steps(cfg, splits.train)
+    tracker = open_tracker(cfg, run.folder, start) if ranks.rank == 0 else None
     evaluation: dict[str, float] = {}
-    window_log = WindowLog()
-    windows: list[list[list[int]]] = []
     bar = tqdm(
-        range(start, total), initial=start, total=total, desc="train", unit="step", disable=None
-    )
-    for step in bar:
+        windows(cfg, splits.train, objective, (start, total, ranks), device),
+        initial=start, total=total, desc="train", unit="step",
+        disable=None if ranks.rank == 0 else True,
+    )  # fmt: skip
+    with Interrupt() as interrupt:
+        fetching = time.monotonic()
+        for window in bar:
+            window_log.waited += time.monotonic() - fetching
+            loss = add_gradients(draft, objective, window, ranks, window_log)
+            told = torch.tensor([loss, interrupt.number], dtype=torch.float64, device=device)
+            ranks.add_up(told)
+            loss, stop = told.tolist()
+            done = window.step + 1
+            if not math.isfinite(loss):  # before it reaches the weights or a checkpoint
+                raise InputError(not_finite(cfg, run, loss, window))
+            window_log.end_window(loss)
+            rate = learning_rate(window.step, total, cfg.lr, options)
+            norm = take_step(optimizer, rate, options.clip)
+            last, best = done == total, False
+            if done % options.log_every == 0 or last:
+                metrics = {"step": done, "epoch": window.epoch, "lr": rate}
+                metrics |= {"grad_norm": norm, **window_log.metrics(ranks)}
+                window_log = window_log.next()
+                bar.set_postfix(loss=f"{metrics['loss']:.3f}", tau=metrics["simulated_length"])
+                if tracker:
+                    tracker.log(metrics)
+            if done % options.eval_every == 0 or last:
+                evaluation = evaluate(cfg, draft, objective, splits.eval, ranks)
+                log.info("step %d: held out: %s", done, summary(evaluation))
+                if tracker:
+                    tracker.log({"step": done, **{f"eval/{k}": v for k, v in evaluation.items()}})
+                best = options.keep_best and best_step(run.folder) in (None, done)
+                best = bool(ranks.gather(best)[0])
+            if done % options.save_every == 0 or last or best or stop:
+                save(cfg, run, Kept(done, draft, optimizer, window_log.state(ranks)))
+            if stop and not last:
+                log.info("train: stopped after step %d; run the same command to continue", done)
+                interrupt.reraise(signal.SIGTERM)
+            fetching = time.monotonic()
+    if tracker:
+        tracker.close()
+    return evaluation or evaluate(cfg, draft, objective, splits.eval, ranks)
+
+
+def total_steps(cfg: Config, tokens: TokenSet) -> int:
+    """Optimiser steps of the whole run."""
+    size = cfg.trainer.batch_size * cfg.trainer.accumulate
+    whole = cfg.epochs * -(-len(tokens) // size)
+    return min(whole, cfg.max_steps or whole)
+
+
+def windows(
+    cfg: Config,
+    tokens: TokenSet,
+    objective: Objective,
+    span: tuple[int, int, Ranks],
+    device: torch.device,
+) -> Iterator[Window]:
+    """This process's part of the windows of steps start..total - 1.
+
+    States on disk are read one window ahead, in another thread.
+    """
+    start, total, ranks = span
+    lengths = [len(ids) for ids in tokens.ids]
+    size = cfg.trainer.batch_size * cfg.trainer.accumulate
+    per_epoch = -(-len(lengths) // size)
+
+    def make(step: int) -> Window:
         epoch, index = divmod(step, per_epoch)
-        if index == 0 or not windows:
-            windows = windows_of(cfg, lengths, epoch)
-        batches = [make_batch(splits.train, numbers, device) for numbers in windows[index]]
-        window_K = torch.stack([objective.denominators(batch) for batch in batches]).sum(0)
-        for batch in batches:
-            outcome = objective.forward(batch, window_K)
-            outcome.loss.backward()
-            window_log.add(outcome, batch)
-        window_log.windows += 1
-        if not math.isfinite(window_log.loss):  # before it reaches the weights or a checkpoint
-            raise InputError(f"the loss is {window_log.loss} at step {step + 1}; lower lr={cfg.lr}")
-        norm = torch.nn.utils.clip_grad_norm_(draft.parameters(), options.clip)
-        rate = learning_rate(step, total, cfg.lr, options)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        done = step + 1
-        if done % options.log_every == 0 or done == total:
-            metrics = {"step": done, "epoch": epoch, "lr": rate, "grad_norm": float(norm)}
-            metrics |= window_log.metrics()
-            window_log = WindowLog()
-            tracker.log(metrics)
-            bar.set_postfix(loss=f"{metrics['loss']:.3f}", tau=f"{metrics['simulated_length']:.2f}")
-        if done % options.eval_every == 0 or done == total:
-            evaluation = evaluate(draft, objective, splits.eval, options.batch_size)
-            tracker.log({"step": done, **{f"eval/{k}": v for k, v in evaluation.items()}})
-            log.info("step %d: held out: %s", done, summary(evaluation))
-        if done % options.save_every == 0 or done == total:
-            save_checkpoint(run_dir, done, draft, optimizer, fingerprint)
-            forget_old(run_dir, options.keep_last)
-    tracker.close()
-    return evaluation or evaluate(draft, objective, splits.eval, options.batch_size)
+        numbers = epoch_windows(len(lengths), size, cfg.seed, epoch)[index]
+        mine = share(numbers, lengths, ranks.rank, ranks.world)
+        parts = lay_out(mine, lengths, cfg.trainer)
+        batches = [make_batch(tokens, part, device) for part in parts]
+        return Window(step, epoch, numbers, batches, [objective.prepare(b) for b in batches])
+
+    if cfg.target.cache != "disk":
+        yield from map(make, range(start, total))
+        return
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(make, start) if start < total else None
+        for step in range(start, total):
+            assert ahead is not None
+            window = ahead.result()
+            ahead = reader.submit(make, step + 1) if step + 1 < total else None
+            yield window
+
+
+def add_gradients(
+    draft: nn.Module, objective: Objective, window: Window, ranks: Ranks, window_log: WindowLog
+) -> float:
+    """Forward and backward of a window; gradients end up summed over all processes.
+
+    Returns:
+        This process's share of the window's loss.
+    """
+    parameters = [weight for weight in draft.parameters() if weight.requires_grad]
+    window_K = divisors(objective, window.batches, ranks, parameters[0].device)
+    loss = 0.0
+    for batch, sample in zip(window.batches, window.samples, strict=True):
+        outcome = objective.forward(sample, window_K)
+        outcome.loss.backward()
+        window_log.add(outcome, sum(batch.lengths))
+        loss += float(outcome.loss.detach())
+    ranks.add_up(*(gradient_of(weight) for weight in parameters))
+    return loss
+
+
+def take_step(optimizer: torch.optim.Optimizer, rate: float, clip: float) -> float:
+    """Clip, update the weights and clear the gradients; returns the norm before clipping."""
+    (group,) = optimizer.param_groups
+    norm = float(torch.nn.utils.clip_grad_norm_(group["params"], clip))
+    group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    return norm
+
+
+def divisors(
+    objective: Objective, batches: list[Batch], ranks: Ranks, device: torch.device
+) -> Tensor:
+    """What the sums of each step are divided by, over all processes; [K] float64."""
+    window_K = torch.zeros(objective.steps, dtype=torch.float64, device=device)
+    for batch in batches:
+        window_K += objective.denominators(batch)
+    ranks.add_up(window_K)
+    return window_K
+
+
+def save(cfg: Config, run: Run, kept: Kept) -> None:
+    """The first process writes a checkpoint and removes old ones; the others wait for it."""
+    if run.ranks.rank == 0:
+        save_checkpoint(run.folder, kept, run.fingerprint)
+        spared = best_step(run.folder) if cfg.trainer.keep_best else None
+        forget_old(run.folder, cfg.trainer.keep_last, spared)
+    run.ranks.wait()
 
 
 def resume(
-    run_dir: Path, draft: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: Fingerprint
+    run: Run, draft: nn.Module, optimizer: torch.optim.Optimizer, window_log: WindowLog
 ) -> int:
     """Restore the newest checkpoint, if any; returns the steps already done."""
-    checkpoint = newest_checkpoint(run_dir)
+    checkpoint = newest_checkpoint(run.folder)
     if checkpoint is None:
         return 0
-    changes = fingerprint.changes(checkpoint.record)
+    changes = run.fingerprint.changes(checkpoint.record)
     if changes:
         raise InputError(
-            f"{run_dir} holds a run that was made of something else: {'; '.join(changes)}. "
+            f"{run.folder} holds a run that was made of something else: {'; '.join(changes)}. "
             "Give this one another run_name, or start it over with trainer.resume=false"
         )
     restore(checkpoint, draft, optimizer)
+    window_log.restore(checkpoint.partial, run.ranks.rank)
     log.info("train: continuing after step %d", checkpoint.step)
     return checkpoint.step
 
 
-class WindowLog:
-    """Sums of what happened since the last line of metrics."""
-
-    def __init__(self) -> None:
-        self.windows = 0
-        self.loss = 0.0
-        self.sums: dict[str, Tensor] = {}
-        self.tokens = 0
-        self.started = time.monotonic()
-
-    def add(self, outcome: Outcome, batch: Batch) -> None:
-        """Take the outcome of one forward."""
-        self.loss += float(outcome.loss.detach())
-        for name, value in outcome.sums.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
-        self.tokens += sum(batch.lengths)
-
-    def metrics(self) -> dict[str, float]:
-        """Means over what was taken; the loss is the mean of the windows'."""
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        metrics = {"loss": self.loss / max(1, self.windows), **means(self.sums)}
-        metrics["tokens_per_s"] = self.tokens / seconds
-        metrics["supervised_rows_per_s"] = float(self.sums["rows"].sum()) / seconds
-        metrics["seconds"] = seconds
-        return metrics
-
-
-def means(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Per-step means `name/k`, their mean over steps `name`, and the simulated accepted length."""
-    rows_K = sums["rows"].clamp(min=1)
-    found: dict[str, float] = {}
-    for name, value in sums.items():
-        if name in ("rows", "length", "length_slots"):
-            continue
-        mean_K = value / rows_K
-        found[name] = float(value.sum() / rows_K.sum())
-        found |= {f"{name}/{k}": float(v) for k, v in enumerate(mean_K)}
-    found["simulated_length"] = float(sums["length"] / sums["length_slots"].clamp(min=1))
-    found["supervised"] = float(sums["rows"].sum())
-    return found
+def not_finite(cfg: Config, run: Run, loss: float, window: Window) -> str:
+    """What to do about a loss that is not a number."""
+    names = ", ".join(map(str, window.numbers[:20]))
+    rest = f" and {len(window.numbers) - 20} more" if len(window.numbers) > 20 else ""
+    newest = newest_checkpoint(run.folder)
+    kept = (
+        f"{run.folder / f'step-{newest.step:06d}'} is kept" if newest else "nothing was saved yet"
+    )
+    return (
+        f"the loss is {loss} at step {window.step + 1}, on training conversations {names}{rest} "
+        f"(counted from 0); {kept}. Lower lr={cfg.lr} or trainer.clip={cfg.trainer.clip}, or look "
+        "at these conversations"
+    )
 
 
 @torch.no_grad()
 def evaluate(
-    draft: nn.Module, objective: Objective, tokens: TokenSet, batch_size: int
+    cfg: Config, draft: nn.Module, objective: Objective, tokens: TokenSet, ranks: Ranks
 ) -> dict[str, float]:
     """Loss and metrics over held-out conversations, with one normalisation over all of them."""
     device = next(draft.parameters()).device
-    order = sorted(range(len(tokens)), key=lambda number: len(tokens.ids[number]))
-    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    batches = [make_batch(tokens, numbers, device, held_out=True) for numbers in groups]
-    window_K = torch.stack([objective.denominators(batch) for batch in batches]).sum(0)
-    total = WindowLog()
-    for batch in tqdm(batches, desc="evaluate", unit="batch", disable=None, leave=False):
-        total.add(objective.forward(batch, window_K), batch)
-    return {k: v for k, v in total.metrics().items() if not k.endswith(("_per_s", "seconds"))}
-
-
-def summary(metrics: dict[str, float]) -> str:
-    """One line of the numbers that matter."""
-    return (
-        f"loss {metrics['loss']:.4f}, simulated accepted length {metrics['simulated_length']:.3f}, "
-        f"acceptance rate {metrics['alpha/0']:.3f}, top-1 {metrics['top1/0']:.3f}"
-    )
+    lengths = [len(ids) for ids in tokens.ids]
+    mine = share(range(len(lengths)), lengths, ranks.rank, ranks.world)
+    packed = replace(cfg.trainer, pack_tokens=cfg.trainer.pack_tokens or EVAL_TOKENS)
+    parts = lay_out(mine, lengths, packed)
+    batches = [make_batch(tokens, part, device, held_out=True) for part in parts]
+    window_K = divisors(objective, batches, ranks, device)
+    total, loss = WindowLog(device, 1.0), torch.zeros(1, dtype=torch.float64, device=device)
+    quiet = None if ranks.rank == 0 else True
+    for batch in tqdm(batches, desc="evaluate", unit="batch", disable=quiet, leave=False):
+        outcome = objective.forward(objective.prepare(batch), window_K)
+        total.add(outcome, sum(batch.lengths))
+        loss += outcome.loss.double()
+    ranks.add_up(loss)
+    return {"loss": float(loss), **means(total.everywhere(ranks).sums)}

@@ -1,6 +1,6 @@
 """What the training loop and a draft's objective pass each other.
 
-Shape suffixes: B batch, T tokens, K steps, H hidden, A = 3 H.
+Shape suffixes: T packed tokens, K steps, H hidden, A = 3 H.
 """
 
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sample:
-    """A batch of conversations with what the target says about them."""
+    """Conversations one after the other, with what the target says about them."""
 
-    ids_BT: Tensor
-    turns_BT: Tensor
+    ids_T: Tensor
+    turns_T: Tensor
     """The number of the assistant turn a token belongs to, from 1; 0 elsewhere."""
-    aux_BTA: Tensor
-    last_BTH: Tensor
-    valid_BT: Tensor | None = None
-    """Nonzero where a token is real; None: padding is on the right and hidden by causality."""
+    lengths: list[int]
+    """Tokens of each conversation."""
+    aux_TA: Tensor
+    last_TH: Tensor
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,10 @@ class Outcome:
     """What one forward of the objective gives."""
 
     loss: Tensor
-    """To be differentiated; the sum over an optimiser window is the window's loss."""
+    """To be differentiated as it is; the sum over an optimiser window is the window's loss."""
     step_loss_K: Tensor
     """The loss of each step, not multiplied by ttt_decay**k; detached."""
     sums: dict[str, Tensor]
     """Sums over rows per step ([K], detached); divide by `rows` for a mean."""
+    flops: float = 0.0
+    """Needed floating-point operations of forward and backward."""

@@ -1,0 +1,74 @@
+"""CPU time, wall time and activation memory of a training step, the same way for everybody.
+
+Activation memory is the peak resident size during a step minus the size before it, with parameters
+and gradients held: warm up, free what the set-up left, trim the allocator, reset the peak counter.
+On CUDA it is the allocator's peak minus what is allocated before the step.
+"""
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def status(field: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def settle() -> None:
+    """Give freed memory back, then reset the peak counter."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(step: Callable[[], Any], warmup: int, steps: int, cuda: bool) -> dict[str, float]:
+    """Medians over `steps` calls; gradients must exist after the first call and be kept."""
+    for _ in range(warmup):
+        step()
+    cpu, wall, memory = [], [], []
+    for _ in range(steps):
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        else:
+            settle()
+            before = status("VmRSS")
+        c, t = time.process_time(), time.perf_counter()
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+        cpu.append(time.process_time() - c)
+        wall.append(time.perf_counter() - t)
+        peak = torch.cuda.max_memory_allocated() if cuda else status("VmHWM")
+        memory.append(peak - before)
+    return {
+        "cpu_s": statistics.median(cpu),
+        "wall_s": statistics.median(wall),
+        "activation_mb": statistics.median(memory) / 2**20,
+    }
+
+
+def matmul_rate(device: str, dtype: torch.dtype, n: int = 2048) -> float:
+    """FLOP per second of an n^3 product on this machine, the median of 9."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(10):
+        if device != "cpu":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ b
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / statistics.median(times[1:])

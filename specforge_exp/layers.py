@@ -1,0 +1,147 @@
+"""Layers that save little for the backward pass and add weight gradients straight into `.grad`.
+
+A weight is used once per unroll step, so a gradient tensor per use would be written, read and
+thrown away again; here each use adds its product to the one that exists. Norms and activations are
+computed again from their inputs instead of being kept. Weights may be wider than the data (fp32
+weights, bfloat16 data): products run in the data's dtype and are added in the weight's.
+
+Because of that `torch.autograd.grad` does not see these weights; `loss.backward()` does. Weights
+are kept on the context as they are: what is saved for the backward pass comes back from activation
+checkpointing as a detached copy.
+
+Shape suffixes: R rows, I inputs, O outputs.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keeps shape and dtype."""
+        return (unit_rms(x, self.eps)[0] * self.weight).to(x.dtype)
+
+    def backward(self, x_RI: Tensor, gradient_RI: Tensor) -> Tensor:
+        """Gradient of the input; the weight's is added to its `.grad`."""
+        unit_RI, scale_R1 = unit_rms(x_RI, self.eps)
+        wide_RI = gradient_RI.float()
+        if self.weight.requires_grad:
+            gradient_of(self.weight).add_((wide_RI * unit_RI).sum(0))
+        wide_RI = wide_RI * self.weight
+        inner_R1 = (wide_RI * unit_RI).mean(-1, keepdim=True)
+        return (wide_RI.sub_(unit_RI.mul_(inner_R1)).mul_(scale_R1)).to(x_RI.dtype)
+
+
+def unit_rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x divided by its root mean square, and 1 / that; fp32."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide * scale, scale
+
+
+def gradient_of(weight: Tensor) -> Tensor:
+    """The weight's `.grad`, made when it is missing."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
+
+
+def add_product(weight_OI: Tensor, columns: slice, outer_RO: Tensor, x_RI: Tensor) -> None:
+    """Add outer^T x to those columns of the weight's gradient."""
+    if not weight_OI.requires_grad:
+        return
+    gradient_OI = gradient_of(weight_OI)[:, columns]
+    if gradient_OI.dtype == x_RI.dtype:
+        gradient_OI.addmm_(outer_RO.T, x_RI)
+    else:
+        gradient_OI.add_(outer_RO.T @ x_RI)
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(x_RI)
+        ctx.weight = weight_OI
+        return x_RI @ weight_OI.to(x_RI.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, None]:
+        (x_RI,), weight_OI = ctx.saved_tensors, ctx.weight
+        add_product(weight_OI, slice(None), outer[0], x_RI)
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        return outer[0] @ weight_OI.to(x_RI.dtype), None
+
+
+def linear(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W^T, in x's dtype: [R, O]."""
+    out: Tensor = _Linear.apply(x_RI, weight_OI)
+    return out
+
+
+class _NormLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_RI: Tensor, norm: RMSNorm, columns: slice, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x_RI)
+        ctx.norm, ctx.columns, ctx.weights = norm, columns, weights
+        normed_RI = norm(x_RI)
+        return tuple(normed_RI @ w[:, columns].to(x_RI.dtype).T for w in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        (x_RI,), weights = ctx.saved_tensors, ctx.weights
+        normed_RI = ctx.norm(x_RI)
+        gradient_RI = torch.zeros_like(normed_RI)
+        for weight, outer_RO in zip(weights, outer, strict=True):
+            add_product(weight, ctx.columns, outer_RO, normed_RI)
+            gradient_RI.addmm_(outer_RO, weight[:, ctx.columns].to(x_RI.dtype))
+        del normed_RI
+        gradient_RI = ctx.norm.backward(x_RI, gradient_RI)
+        return gradient_RI if ctx.needs_input_grad[0] else None, None, None, *(None,) * len(weights)
+
+
+def norm_linear(
+    x_RI: Tensor, norm: RMSNorm, columns: slice, *weights: Tensor
+) -> tuple[Tensor, ...]:
+    """norm(x) W[:, columns]^T for each weight; keeps x only."""
+    out: tuple[Tensor, ...] = _NormLinear.apply(x_RI, norm, columns, *weights)
+    return out
+
+
+class _SwigluDown(Function):
+    @staticmethod
+    def forward(ctx: Any, gate_RI: Tensor, up_RI: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_RI, up_RI)
+        ctx.weight = weight_OI
+        return (F.silu(gate_RI) * up_RI) @ weight_OI.to(gate_RI.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None]:
+        (gate_RI, up_RI), weight_OI = ctx.saved_tensors, ctx.weight
+        sigmoid_RI = torch.sigmoid(gate_RI)
+        silu_RI = gate_RI * sigmoid_RI
+        add_product(weight_OI, slice(None), outer[0], silu_RI * up_RI)
+        inner_RI = outer[0] @ weight_OI.to(gate_RI.dtype)
+        up_gradient_RI = inner_RI * silu_RI
+        # silu' = sigmoid + silu - silu * sigmoid
+        slope_RI = torch.addcmul(sigmoid_RI + silu_RI, silu_RI, sigmoid_RI, value=-1)
+        return inner_RI.mul_(up_RI).mul_(slope_RI), up_gradient_RI, None
+
+
+def swiglu_down(gate_RI: Tensor, up_RI: Tensor, weight_OI: Tensor) -> Tensor:
+    """(silu(gate) * up) W^T; keeps gate and up only."""
+    out: Tensor = _SwigluDown.apply(gate_RI, up_RI, weight_OI)
+    return out

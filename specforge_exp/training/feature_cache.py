@@ -1,0 +1,226 @@
+"""The target's hidden states on disk, so that many epochs and runs pay for the target once.
+
+`datasets/<data>--<model>.features/` holds shards with `aux` [N, A] of every token and `last` [M, H]
+of those that a loss can compare with, and index.json, which says where each conversation lies.
+Training reads the rows it needs from the shards; nothing is scanned at the start. Conversations
+without a supervised token are not in it, since nothing can be learnt from them.
+
+Shape suffixes: T packed tokens, A three hidden sizes, H hidden.
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from specforge_exp.artifacts import Fingerprint, disk_errors, read_record
+from specforge_exp.errors import InputError
+from specforge_exp.provenance import write_json
+from specforge_exp.tokens import TokenSet
+from specforge_exp.training.batches import Batch
+from specforge_exp.training.features import Features, Target
+from specforge_exp.training.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one conversation's states lie in its shard."""
+
+    file: str
+    aux: int
+    """First row in `aux`."""
+    last: int
+    """First row in `last`."""
+
+
+def compared(turns_T: Tensor) -> Tensor:
+    """Positions whose distribution a loss may ask for: a turn's tokens and the one after each."""
+    inside_T = turns_T > 0
+    return inside_T | torch.cat([inside_T.new_zeros(1), inside_T[:-1]])
+
+
+def plan(splits: dict[int, TokenSet], shard_tokens: int) -> list[list[tuple[int, int]]]:
+    """Shards of (sign, number) of supervised conversations, about shard_tokens each.
+
+    The sign is 1 for training and -1 for held-out conversations.
+    """
+    shards: list[list[tuple[int, int]]] = [[]]
+    size = 0
+    for sign, tokens in splits.items():
+        for number, turns in enumerate(tokens.turns):
+            if not bool((turns > 0).any()):
+                continue
+            if size and size + len(turns) > shard_tokens:
+                shards.append([])
+                size = 0
+            shards[-1].append((sign, number))
+            size += len(turns)
+    return [shard for shard in shards if shard]
+
+
+def name_of(sign: int, number: int) -> int:
+    """The number by which a batch calls a conversation."""
+    return number if sign > 0 else -1 - number
+
+
+def make_cache(
+    folder: Path,
+    target: Target,
+    splits: dict[int, TokenSet],
+    fingerprint: Fingerprint,
+    ranks: Ranks,
+    shard_tokens: int = 65536,
+) -> None:
+    """Write what is missing; every process takes its part of the shards.
+
+    Raises:
+        InputError: the disk has no room, or the folder holds states of something else.
+    """
+    if (folder / "index.json").exists():
+        return check(folder, fingerprint)
+    if (folder / "made_of.json").exists():
+        check(folder, fingerprint)
+    shards = plan(splits, shard_tokens)
+    ranks.wait()
+    if ranks.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        announce(folder, target, splits, shards)
+        described = {"inputs": fingerprint.inputs, "settings": fingerprint.settings}
+        write_json(folder / "made_of.json", described)
+    ranks.wait()
+    mine = list(enumerate(shards))[ranks.rank :: ranks.world]
+    for index, shard in tqdm(mine, desc="cache", unit="shard", disable=None):
+        path = folder / f"{index:05d}.safetensors"
+        if not path.exists():  # renamed when whole, so one that exists is
+            write_shard(path, target, splits, shard)
+    ranks.wait()
+    if ranks.rank == 0:
+        write_json(folder / "index.json", index_of(splits, shards))
+        log.info("cache: complete: %s", folder)
+    ranks.wait()
+
+
+def announce(
+    folder: Path, target: Target, splits: dict[int, TokenSet], shards: list[list[tuple[int, int]]]
+) -> None:
+    """Say how large the cache will be, and refuse when the disk has less."""
+    turns = [splits[sign].turns[number] for shard in shards for sign, number in shard]
+    aux_1TA, last_1TH = target(torch.zeros(1, 1, dtype=torch.long))
+    tokens, heads = sum(map(len, turns)), sum(int(compared(t).sum()) for t in turns)
+    bytes_needed = (
+        tokens * aux_1TA.shape[-1] * aux_1TA.element_size()
+        + heads * last_1TH.shape[-1] * last_1TH.element_size()
+    )
+    left_out = sum(map(len, splits.values())) - len(turns)
+    log.info(
+        "cache: %.2f GB for %d tokens of %d conversations (%d without supervision left out) in %s",
+        bytes_needed / 1e9,
+        tokens,
+        len(turns),
+        left_out,
+        folder,
+    )
+    done = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    free = shutil.disk_usage(folder).free
+    if bytes_needed - done > free:
+        raise InputError(
+            f"target.cache=disk needs {(bytes_needed - done) / 1e9:.2f} GB in {folder}, which has "
+            f"{free / 1e9:.2f} GB free; make room, set paths.datasets or use target.cache=none"
+        )
+
+
+def write_shard(
+    path: Path, target: Target, splits: dict[int, TokenSet], shard: list[tuple[int, int]]
+) -> None:
+    """Compute and write one shard."""
+    aux, last = [], []
+    for sign, number in shard:
+        tokens = splits[sign]
+        aux_1TA, last_1TH = target(tokens.ids[number][None])
+        aux.append(aux_1TA[0].cpu())
+        last.append(last_1TH[0].cpu()[compared(tokens.turns[number])])
+    partial = path.with_suffix(".partial")
+    with disk_errors(partial):
+        save_file({"aux": torch.cat(aux), "last": torch.cat(last)}, partial)
+        partial.replace(path)
+
+
+def index_of(splits: dict[int, TokenSet], shards: list[list[tuple[int, int]]]) -> dict[str, Any]:
+    """index.json: [file, first row of aux, first row of last] by conversation."""
+    index: dict[str, Any] = {}
+    for number_of_shard, shard in enumerate(shards):
+        aux = last = 0
+        for sign, number in shard:
+            index[str(name_of(sign, number))] = [f"{number_of_shard:05d}.safetensors", aux, last]
+            turns = splits[sign].turns[number]
+            aux, last = aux + len(turns), last + int(compared(turns).sum())
+    return index
+
+
+def check(folder: Path, fingerprint: Fingerprint) -> None:
+    """Refuse a cache of another target or other tokens, by name."""
+    changes = fingerprint.changes(read_record(folder / "made_of.json"))
+    if changes:
+        raise InputError(
+            f"{folder} holds hidden states of something else: {'; '.join(changes)}. "
+            f"Remove it (rm -r {folder}), set paths.datasets, or use target.cache=none"
+        )
+
+
+def from_disk(folder: Path, hidden: int) -> Features:
+    """Read a batch's states from the shards; positions that no loss asks for are 0 in `last`.
+
+    A conversation that is not in the cache has no supervised token: its states are zeros.
+    """
+    index = {int(k): Entry(*v) for k, v in json.loads((folder / "index.json").read_text()).items()}
+    opened: dict[str, Any] = {}
+
+    def read(batch: Batch) -> tuple[Tensor, Tensor]:
+        aux, last = [], []
+        turns = batch.turns_T.cpu().split(batch.lengths)
+        for number, length, turns_T in zip(batch.numbers, batch.lengths, turns, strict=True):
+            wanted_T = compared(turns_T)
+            full_TH = torch.zeros(length, hidden)
+            if number in index:
+                aux_TA, last_MH = rows_of(
+                    folder, opened, index[number], length, int(wanted_T.sum())
+                )
+                full_TH = full_TH.to(last_MH.dtype)
+                full_TH[wanted_T] = last_MH
+            else:
+                aux_TA = torch.zeros(length, 3 * hidden)
+            aux.append(aux_TA)
+            last.append(full_TH)
+        device = batch.ids_T.device
+        return torch.cat(aux).to(device), torch.cat(last).to(device)
+
+    return read
+
+
+def rows_of(
+    folder: Path, opened: dict[str, Any], entry: Entry, tokens: int, compared_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """One conversation's rows; InputError when the shard is missing or broken."""
+    path = folder / entry.file
+    try:
+        if entry.file not in opened:
+            opened[entry.file] = safe_open(path, "pt")
+        shard = opened[entry.file]
+        aux = shard.get_slice("aux")[entry.aux : entry.aux + tokens]
+        last = shard.get_slice("last")[entry.last : entry.last + compared_tokens]
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}); remove it and {folder / 'index.json'}, and run the "
+            "same command: only what is missing is made again"
+        ) from None
+    return aux, last

@@ -1,0 +1,47 @@
+"""SIGTERM and SIGINT ask for a checkpoint; the signal is raised again once it is written."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupt:
+    """Remembers that the process was asked to end.
+
+    A preempted job must save, and must not look successful: `reraise` restores the handlers that
+    were there and sends the signal again.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        for number in SIGNALS:
+            self.before[number] = signal.signal(number, self.remember)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def remember(self, number: int, frame: FrameType | None) -> None:
+        """The handler."""
+        self.number = number
+
+    def reraise(self, otherwise: signal.Signals) -> None:
+        """Send the remembered signal again, to whoever handled it before.
+
+        Args:
+            otherwise: what to send when only another process was asked to end.
+        """
+        number = self.number or otherwise
+        signal.signal(number, self.before[number])
+        signal.raise_signal(number)

@@ -1,0 +1,116 @@
+"""Sums of what happened since the last line of metrics, over all processes."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from specforge_exp.training.objective import Outcome
+from specforge_exp.training.ranks import Ranks
+from specforge_exp.training.speed import peak_memory_mb
+
+PARTIAL = "log:"
+"""Prefix of a half-finished log's tensors in a checkpoint."""
+
+
+class WindowLog:
+    """Collects outcomes; `metrics` gives their means.
+
+    Args:
+        device: where training runs.
+        peak: FLOP per second of all processes together at best.
+    """
+
+    def __init__(self, device: torch.device, peak: float) -> None:
+        self.device, self.peak = device, peak
+        self.loss = self.windows = self.tokens = self.flops = self.waited = 0.0
+        self.sums: dict[str, Tensor] = {}
+        self.started = time.monotonic()
+
+    def next(self) -> "WindowLog":
+        """An empty one."""
+        return WindowLog(self.device, self.peak)
+
+    def add(self, outcome: Outcome, tokens: int) -> None:
+        """Take the outcome of one forward."""
+        for name, value in outcome.sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value.double()
+        self.tokens += tokens
+        self.flops += outcome.flops
+
+    def end_window(self, loss: float) -> None:
+        """Take the loss of an optimiser window, summed over all processes."""
+        self.loss += loss
+        self.windows += 1
+
+    def everywhere(self, ranks: Ranks) -> "WindowLog":
+        """The same with what all processes took."""
+        total = self.next()
+        for part in ranks.gather(
+            (self.tokens, self.flops, self.waited, {k: v.cpu() for k, v in self.sums.items()})
+        ):
+            total.tokens += part[0]
+            total.flops += part[1]
+            total.waited += part[2] / ranks.world
+            for name, value in part[3].items():
+                total.sums[name] = total.sums.get(name, 0) + value
+        total.loss, total.windows, total.started = self.loss, self.windows, self.started
+        return total
+
+    def metrics(self, ranks: Ranks) -> dict[str, float]:
+        """Means over what was taken; the loss is the mean of the windows'.
+
+        tokens_per_s counts every token of the conversations, supervised_tokens_per_s the slots
+        whose first step is trained; data_wait is the share of the time in which batches and the
+        target's states were fetched.
+        """
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        total = self.everywhere(ranks)
+        metrics = {"loss": self.loss / max(1, self.windows), **means(total.sums)}
+        metrics["tokens_per_s"] = total.tokens / seconds
+        metrics["supervised_tokens_per_s"] = float(total.sums["rows"][0]) / seconds
+        metrics["mfu"] = total.flops / seconds / self.peak
+        metrics["peak_memory_mb"] = peak_memory_mb(self.device)
+        metrics["data_wait"] = total.waited / seconds
+        metrics["seconds"] = seconds
+        return metrics
+
+    def state(self, ranks: Ranks) -> dict[str, Tensor]:
+        """What a checkpoint keeps, so that a resumed run logs the line it was about to."""
+        total = self.everywhere(ranks)
+        numbers = [total.loss, total.windows, total.tokens, total.flops]
+        kept = {PARTIAL + "numbers": torch.tensor(numbers, dtype=torch.float64)}
+        return kept | {PARTIAL + name: value for name, value in total.sums.items()}
+
+    def restore(self, kept: dict[str, Tensor], rank: int) -> None:
+        """Take what `state` gave; the sums go to the first process, which had all of them."""
+        numbers = kept[PARTIAL + "numbers"].tolist()
+        self.loss, self.windows = numbers[:2]
+        if rank == 0:
+            self.tokens, self.flops = numbers[2:]
+            for name, value in kept.items():
+                if name.startswith(PARTIAL) and name != PARTIAL + "numbers":
+                    self.sums[name.removeprefix(PARTIAL)] = value.to(self.device)
+
+
+def means(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Per-step means `name/k`, their mean over steps `name`, and the simulated accepted length."""
+    rows_K = sums["rows"].clamp(min=1)
+    found: dict[str, float] = {}
+    for name, value in sums.items():
+        if name in ("rows", "length", "length_slots"):
+            continue
+        mean_K = value / rows_K
+        found[name] = float(value.sum() / rows_K.sum())
+        found |= {f"{name}/{k}": float(v) for k, v in enumerate(mean_K)}
+    found["simulated_length"] = float(sums["length"] / sums["length_slots"].clamp(min=1))
+    found["supervised"] = float(sums["rows"].sum())
+    return found
+
+
+def summary(metrics: dict[str, float]) -> str:
+    """One line of the numbers that matter."""
+    return (
+        f"loss {metrics['loss']:.4f}, simulated accepted length {metrics['simulated_length']:.3f}, "
+        f"acceptance rate {metrics['alpha/0']:.3f}, top-1 {metrics['top1/0']:.3f}"
+    )

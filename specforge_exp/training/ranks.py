@@ -1,0 +1,132 @@
+"""One process per GPU: starting them, joining them, and adding up what they have.
+
+`trainer.gpus` starts them with torchrun's own launcher; a command started by torchrun itself
+(several machines) joins as it is. On a CPU the same code runs over gloo.
+"""
+
+import logging
+import os
+import signal
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from specforge_exp.config import Config
+from specforge_exp.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together."""
+
+    rank: int = 0
+    world: int = 1
+
+    def add_up(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its sum over all processes."""
+        if self.world > 1:
+            handles = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+            for handle in handles:
+                handle.wait()
+
+    def gather(self, thing: Any) -> list[Any]:
+        """Something small of every process, in order."""
+        if self.world == 1:
+            return [thing]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, thing)
+        return found
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def started() -> bool:
+    """Whether torchrun, or `launch`, started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def join(device: torch.device) -> Ranks:
+    """Meet the other processes; alone unless a launcher started this one."""
+    if not started():
+        return Ranks()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if rank:
+        logging.getLogger().setLevel(logging.WARNING)
+    return Ranks(rank, world)
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The GPU of this process."""
+    if device.type == "cuda" and started():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
+def launch(stage: Callable[[Config], Any], cfg: Config) -> Any:
+    """Run a stage in `trainer.gpus` processes and return what the first of them returns.
+
+    Raises:
+        InputError: what a process refused, or that one of them died.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    with tempfile.TemporaryDirectory() as folder:
+        refusal = Path(folder) / "refusal"
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=cfg.trainer.gpus,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            run_id=cfg.run_name,
+            max_restarts=0,
+            monitor_interval=0.1,
+        )
+        try:
+            return elastic_launch(config, work)(stage, cfg, refusal)[0]
+        except SignalException as stop:
+            number = stop.sigval
+        except ChildFailedError as error:
+            if refusal.exists():
+                raise InputError(refusal.read_text()) from None
+            rank, failure = error.get_first_failure()
+            raise InputError(
+                f"process {rank} of trainer.gpus={cfg.trainer.gpus} ended with exit code "
+                f"{failure.exitcode}; what it printed is above. Run the same command to continue"
+            ) from None
+        finally:
+            for caught, handler in handlers.items():
+                signal.signal(caught, handler)
+    signal.raise_signal(number)
+    return None
+
+
+def work(stage: Callable[[Config], Any], cfg: Config, refusal: Path) -> Any:
+    """What each process runs; a refusal is left in a file, since only text crosses over."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        return stage(cfg)
+    except InputError as error:
+        refusal.with_suffix(f".{os.getpid()}").write_text(str(error))
+        refusal.with_suffix(f".{os.getpid()}").replace(refusal)
+        os._exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

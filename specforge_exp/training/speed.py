@@ -1,0 +1,49 @@
+"""How fast training is: tokens per second, MFU, memory, and time spent waiting for data.
+
+MFU = needed FLOP / (seconds * peak FLOP per second * processes). Needed FLOP are those of the
+products in the draft's forward and backward pass (and of the target, when it runs), nothing for
+what is computed twice. The peak is the data sheet's dense bfloat16 figure of a known GPU; elsewhere
+it is the measured rate of a 2048^3 product.
+"""
+
+import resource
+import sys
+import time
+
+import torch
+
+PEAK = {
+    "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12,
+    "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12,
+}  # fmt: skip
+"""Dense bfloat16 FLOP per second by a part of the GPU's name."""
+
+
+def peak_flops(device: torch.device) -> float:
+    """FLOP per second that MFU is measured against."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = [rate for part, rate in PEAK.items() if part in name]
+        if known:
+            return known[0]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return matmul_rate(device, dtype)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP per second of a size^3 product, the best of five."""
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        float((a @ b)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory this process has held: on its GPU, or resident on a CPU; MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
