@@ -43,6 +43,9 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen[str]:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(  # noqa: PLW1509 (a background shell ignores it)
+                signal.SIGINT, signal.SIG_DFL
+            ),
         )
 
 

@@ -1,6 +1,6 @@
 """One EAGLE-3 training step of SpecForge 0.2.0, through the installed package, timed.
 
-    python benchmarks/peers/specforge_step.py FILE --shape JSON --threads 2 --steps 3
+    cd benchmarks && python -m peers.specforge_step FILE --shape JSON --threads 2 --steps 3
 
 Runs in the environment that benchmarks/train_step.py makes. The package's fused loss is a Triton
 kernel; on a CPU its own eager `_compute_loss` stands in.
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inputs import Chats, Shape, load
-from measure import measure
+from peers.inputs import Chats, Shape, load
+from peers.measure import measure
 from torch import Tensor
 
 

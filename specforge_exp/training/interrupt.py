@@ -20,7 +20,8 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         for number in SIGNALS:
-            self.before[number] = signal.signal(number, self.remember)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background jobs ignore
+                self.before[number] = signal.signal(number, self.remember)
         return self
 
     def __exit__(
@@ -43,5 +44,5 @@ class Interrupt:
             otherwise: what to send when only another process was asked to end.
         """
         number = self.number or otherwise
-        signal.signal(number, self.before[number])
+        signal.signal(number, self.before.get(number, signal.SIG_DFL))
         signal.raise_signal(number)

@@ -7,7 +7,9 @@
 import logging
 import os
 import signal
+import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +88,8 @@ def launch(stage: Callable[[Config], Any], cfg: Config) -> Any:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # Processes report what went wrong themselves; the launcher would add its own tracebacks.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     with tempfile.TemporaryDirectory() as folder:
         refusal = Path(folder) / "refusal"
@@ -122,11 +126,14 @@ def work(stage: Callable[[Config], Any], cfg: Config, refusal: Path) -> Any:
     """What each process runs; a refusal is left in a file, since only text crosses over."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        return stage(cfg)
+        result = stage(cfg)
     except InputError as error:
         refusal.with_suffix(f".{os.getpid()}").write_text(str(error))
         refusal.with_suffix(f".{os.getpid()}").replace(refusal)
-        os._exit(1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except Exception:
+        traceback.print_exc()
+    else:
+        dist.destroy_process_group()
+        return result
+    sys.stderr.flush()
+    os._exit(1)  # at once: the others may be waiting for this process

@@ -1,0 +1,82 @@
+"""One EAGLE-3 training step of ours, timed: what benchmarks/train_step.py runs.
+
+    python benchmarks/our_step.py FILE --shape JSON --threads 2 --steps 3
+
+By default with SpecForge's supervision and loss, so that rows and loss must be SpecForge's too.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import parity
+import torch
+from peers.inputs import Chats, Shape, load
+from peers.measure import matmul_rate, measure
+
+from specforge_exp.config import DraftConfig, LossConfig
+from specforge_exp.losses import opd
+from specforge_exp.training.objective import Sample
+
+
+def packed(chats: Chats, device: str, dtype: torch.dtype) -> Sample:
+    """The conversations one after the other, without padding."""
+    ids, mask, aux, last = (
+        torch.cat([value[row, :length] for row, length in enumerate(chats.lengths)]).to(device)
+        for value in (chats.ids_BT, chats.mask_BT, chats.aux_BTA, chats.last_BTH)
+    )
+    return Sample(ids, mask, chats.lengths, aux.to(dtype), last.to(dtype))
+
+
+def main() -> None:
+    """Print the medians as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--shape", default="{}")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--supervision", default="specforge")
+    parser.add_argument("--checkpointing", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    cuda = args.device.startswith("cuda")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    shape = Shape(**json.loads(args.shape))
+    weights, chats = load(args.file)
+    head_VH = weights.pop("target_head.weight").to(args.device, dtype)
+    draft = parity.build_draft(
+        weights, {**vars(shape), "rms_eps": shape.rms_eps, "head_dim": shape.head_dim}
+    ).to(args.device)
+    draft.gradient_checkpointing = args.checkpointing
+    sample = packed(chats, args.device, dtype)
+    padded = float(len(chats.lengths) * max(chats.lengths))
+    del weights, chats
+    cfg = DraftConfig(name="peer", ttt_length=shape.ttt, supervision=args.supervision)
+    loss = (opd, LossConfig(name="peer", lambda_ce=1.0))
+    divisors_K = draft.denominators(cfg, sample.turns_T, sample.lengths)
+    if args.supervision == "specforge":  # it divides by the padding, too
+        divisors_K.fill_(padded)
+    outcomes: list[Any] = []
+
+    def step() -> None:
+        for weight in draft.parameters():
+            if weight.grad is not None:
+                weight.grad.zero_()
+        outcome = draft.objective(sample, head_VH, loss, cfg, divisors_K)
+        outcome.loss.backward()
+        outcomes[:] = [(float(outcome.loss), int(outcome.sums["rows"].sum()), outcome.flops)]
+
+    rate = matmul_rate(args.device, dtype)
+    found: dict[str, Any] = measure(step, args.warmup, args.steps, cuda)
+    rate = (rate + matmul_rate(args.device, dtype)) / 2
+    value, rows, flops = outcomes[0]
+    found |= {"loss": value, "rows": rows, "flops": flops}
+    found["matmul_share"] = flops / found["wall_s"] / rate
+    print(json.dumps({"who": "ours+checkpointing" if args.checkpointing else "ours", **found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What runs beside the peers, and the peers themselves through their installed packages."""

@@ -1,0 +1,130 @@
+"""One EAGLE-3 training step of speculators 0.9.0, through the installed package, timed.
+
+    cd benchmarks && python -m peers.speculators_step FILE --shape JSON --threads 2 --steps 3
+
+Runs in the environment that benchmarks/train_step.py makes. Its head is unfrozen, as everybody
+else's is trained; several conversations are packed into one row, as its own collator does.
+"""
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers.inputs import Chats, Shape, load
+from peers.measure import measure
+from torch import Tensor
+
+
+def build(shape: Shape, weights: dict[str, Tensor], device: str, dtype: torch.dtype) -> Any:
+    """speculators' draft with our weights; its verifier norm has unit weight."""
+    from speculators.config import SpeculatorsConfig, VerifierConfig
+    from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
+    from speculators.proposals.greedy import GreedyTokenProposalConfig
+    from transformers import LlamaConfig
+
+    layer = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inter,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab,
+        num_hidden_layers=1,
+        max_position_embeddings=8192,
+        rms_norm_eps=shape.rms_eps,
+        rope_theta=shape.rope_theta,
+        attention_bias=False,
+    )
+    layer._attn_implementation = "sdpa" if device == "cpu" else "simple_flex_attention"
+    proposal = GreedyTokenProposalConfig(speculative_tokens=shape.ttt)
+    config = Eagle3SpeculatorConfig(
+        transformer_layer_config=layer,
+        draft_vocab_size=shape.draft_vocab,
+        norm_output=False,
+        norm_before_fc=False,
+        norm_before_residual=False,
+        speculators_config=SpeculatorsConfig(
+            algorithm="eagle3",
+            proposal_methods=[proposal],
+            default_proposal_method="greedy",
+            verifier=VerifierConfig(name_or_path=None, architectures=[]),
+        ),
+    )
+    model = Eagle3DraftModel(config)
+    head_weight = weights.pop("target_head.weight")
+    state = {name.replace("midlayer.", "layers.0."): value for name, value in weights.items()}
+    state["verifier_lm_head.weight"] = head_weight[weights["t2d"]]
+    state["verifier_norm.weight"] = torch.ones(shape.hidden)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not missing, missing
+    assert not unexpected, unexpected
+    model = model.to(device, dtype)
+    model.lm_head.weight.requires_grad_(True)
+    return model
+
+
+def make_inputs(chats: Chats, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The conversations, each shifted by speculators' own function, in one row."""
+    from speculators.models.eagle3.data import shift_batch
+
+    parts = []
+    for row, length in enumerate(chats.lengths):
+        shifted = shift_batch(
+            {
+                "input_ids": chats.ids_BT[row, :length],
+                "hidden_states": chats.aux_BTA[row, :length].to(dtype),
+                "verifier_last_hidden_states": chats.last_BTH[row, :length].to(dtype),
+                "loss_mask": chats.mask_BT[row, :length].bool(),
+                "lengths": torch.tensor([length]),
+                "position_ids": torch.arange(length),
+            }
+        )
+        shifted["document_ids"] = torch.full_like(shifted["input_ids"], row)
+        parts.append(shifted)
+    names = [name for name in parts[0] if name != "lengths"]
+    return {n: torch.cat([part[n] for part in parts]).unsqueeze(0).to(device) for n in names}
+
+
+def main() -> None:
+    """Print the medians as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--shape", default="{}")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(args.threads)
+    from speculators.losses import resolve_loss_config
+
+    cuda = args.device.startswith("cuda")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    shape = Shape(**json.loads(args.shape))
+    weights, chats = load(args.file)
+    model = build(shape, weights, args.device, dtype)
+    inputs = make_inputs(chats, args.device, dtype)
+    del weights, chats
+    options: dict[str, Any] = {"ttt_steps": shape.ttt, "ttt_step_loss_decay": 0.8}
+    options["loss_config"] = resolve_loss_config("kl_div", "fused" if cuda else "eager")
+    losses, rows = [], []
+
+    def step() -> None:
+        for weight in model.parameters():
+            if weight.grad is not None:
+                weight.grad.zero_()
+        _, loss, metrics = model(**inputs, **options)
+        loss.backward()
+        losses.append(float(loss))
+        rows.append(sum(float(metrics[f"full_acc_{k}_total"]) for k in range(shape.ttt)))
+
+    found: dict[str, Any] = measure(step, args.warmup, args.steps, cuda)
+    print(json.dumps({"who": "speculators", **found, "loss": losses[-1], "rows": int(rows[-1])}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""One EAGLE-3 training step: ours beside SpecForge 0.2.0 and speculators 0.9.0.
+
+    python benchmarks/train_step.py [--json] [--steps 3] [--threads 2] [--device cpu|cuda]
+    python benchmarks/train_step.py --growth          # ours alone, 512 to 4096 tokens
+
+Everybody gets the same weights, inputs and supervised rows, in a process of its own, one after the
+other: median process CPU time (on CUDA: wall time between synchronisations), wall time, and
+activation memory (see peers/measure.py). The ratios are to SpecForge with its compact teacher.
+
+    unmasked     one conversation of 512 tokens, everything supervised
+    half_prompt  the same, its first half a prompt
+    packed       conversations of 64, 128, .. 512 tokens, half prompt: one padded batch for
+                 SpecForge, packed for speculators and us
+
+The peers run in a virtual environment that the first run makes (a few minutes, 2 GB), eagerly on a
+CPU. matmul_share is the needed FLOP (objective.flops: nothing for what is computed twice) over wall
+time, against a 2048^3 product in the same process.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from peers.inputs import Shape, make_chats, make_weights, save, vocabulary
+
+HERE = Path(__file__).resolve().parent
+CASES = {
+    "unmasked": ([512], 0.0),
+    "half_prompt": ([512], 0.5),
+    "packed": (list(range(64, 513, 64)), 0.5),
+}
+INSTALLS = [
+    ["torch==2.13.0"],
+    ["transformers==5.8.1", "numpy", "safetensors", "pydantic", "pyyaml", "triton", "openai",
+     "aiohttp", "datasets", "loguru", "rich", "typer", "pydantic-settings", "httpx"],
+    ["--no-deps", "specforge==0.2.0", "speculators==0.9.0", "hs-connectors==0.9.0"],
+]  # fmt: skip
+
+
+def peers_python(venv: Path) -> Path:
+    """The interpreter of the peers' environment, made when it is missing."""
+    python, ready = venv / "bin" / "python", venv / "ready"
+    if not ready.exists():
+        print(f"making {venv} for the peers", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        for packages in INSTALLS:
+            command = [str(python), "-m", "pip", "install", "--quiet", *packages]
+            subprocess.run([*command, "--disable-pip-version-check"], check=True)
+        ready.touch()
+    return python
+
+
+def run(python: Path, module: str, file: Path, args: argparse.Namespace, *more: str) -> Any:
+    """One measurement in a process of its own."""
+    command = [str(python), "-m", module, str(file), "--shape", json.dumps(shape_of(args))]
+    command += ["--threads", str(args.threads), "--steps", str(args.steps)]
+    command += ["--device", args.device, *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    if args.device == "cpu":
+        environment["TORCHDYNAMO_DISABLE"] = "1"
+    done = subprocess.run(
+        command, env=environment, cwd=HERE, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{module} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def shape_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The sizes asked for; by default Qwen3-0.6B's with 32000 draft tokens."""
+    names = ("hidden", "inter", "heads", "kv_heads", "head_dim", "vocab", "draft_vocab")
+    return {name: getattr(args, name) for name in names}
+
+
+def show(case: str, result: dict[str, Any], base: dict[str, Any], time: str) -> None:
+    """One line of the table."""
+    print(
+        f"{case:12} {result['who']:19} {result['rows']:6} {result['loss']:8.4f} "
+        f"{result['cpu_s']:8.2f} {result['wall_s']:8.2f} {result['activation_mb']:10.0f} "
+        f"{result[time] / base[time]:6.2f} {result['activation_mb'] / base['activation_mb']:7.2f} "
+        f"{result.get('matmul_share', float('nan')):7.2f}",
+        flush=True,
+    )
+
+
+def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All cases: prints the table and returns the summary."""
+    shape = Shape(**shape_of(args))
+    weights = make_weights(shape, seed=0)
+    chats = {case: make_chats(shape, *CASES[case], seed=1) for case in args.cases}
+    weights |= vocabulary(shape, weights, list(chats.values()))
+    python = args.peers_python or peers_python(args.venv)
+    time = "cpu_s" if args.device == "cpu" else "wall_s"
+    heading = f"{'case':12} {'who':19} {'rows':>6} {'loss':>8} {'CPU s':>8} {'wall s':>8} "
+    print(heading + f"{'activation':>10} {'time':>6} {'memory':>7} {'matmul':>7}")
+    summary: dict[str, Any] = {"cases": {}, "matmul_share": None, "runs": []}
+    for case in args.cases:
+        file = folder / "inputs.npz"
+        save(file, weights, chats[case])
+        base = run(python, "peers.specforge_step", file, args)
+        ours = run(Path(sys.executable), "our_step", file, args)
+        results = [base, run(python, "peers.speculators_step", file, args), ours]
+        if case == "unmasked":
+            summary["matmul_share"] = ours["matmul_share"]
+            checked = run(Path(sys.executable), "our_step", file, args, "--checkpointing")
+            results.append(checked)
+            summary["checkpointing"] = {
+                "cpu_ratio_to_ours": checked[time] / ours[time],
+                "activation_ratio": checked["activation_mb"] / base["activation_mb"],
+            }
+        for result in results:
+            show(case, result, base, time)
+            summary["runs"].append({"case": case, **result})
+        summary["cases"][case] = {
+            "cpu_ratio": ours[time] / base[time],
+            "activation_ratio": ours["activation_mb"] / base["activation_mb"],
+        }
+        if ours["rows"] != base["rows"] or abs(ours["loss"] / base["loss"] - 1) > 1e-4:
+            print(f"warning: {case}: rows or loss differ from SpecForge's", file=sys.stderr)
+    return summary
+
+
+def growth(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Ours alone at growing lengths: time per supervised row, and memory per token."""
+    shape = Shape(**shape_of(args))
+    weights = make_weights(shape, seed=0)
+    lengths = [512, 1024, 2048, 4096]
+    chats = [make_chats(shape, [length], 0.0, seed=1) for length in lengths]
+    weights |= vocabulary(shape, weights, chats)
+    print(f"{'tokens':>6} {'CPU s':>8} {'ms/row':>8} {'activation MB':>14} {'MB/token':>9}")
+    runs: list[dict[str, Any]] = []
+    for length, chat in zip(lengths, chats, strict=True):
+        file = folder / "inputs.npz"
+        save(file, weights, chat)
+        found = run(Path(sys.executable), "our_step", file, args)
+        slope = (found["activation_mb"] - runs[-1]["activation_mb"]) / (length / 2) if runs else 0
+        runs.append({"tokens": length, **found, "mb_per_token": slope})
+        print(
+            f"{length:6} {found['cpu_s']:8.2f} {1000 * found['cpu_s'] / found['rows']:8.2f} "
+            f"{found['activation_mb']:14.0f} {slope:9.3f}",
+            flush=True,
+        )
+    return {"growth": runs}
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as the last line")
+    parser.add_argument("--growth", action="store_true", help="ours alone, 512 to 4096 tokens")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--steps", type=int, default=3, help="measured steps, after one to warm up")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    parser.add_argument("--venv", type=Path, default=cache / "specforge_exp" / "peers")
+    parser.add_argument("--peers-python", type=Path, help="an interpreter that has the peers")
+    for name, value in vars(Shape()).items():
+        if name not in ("ttt", "rope_theta", "rms_eps"):
+            parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        summary = (growth if args.growth else compare)(args, Path(folder))
+    if args.json:
+        print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
