@@ -50,7 +50,7 @@ def main() -> None:
     draft = parity.build_draft(
         weights, {**vars(shape), "rms_eps": shape.rms_eps, "head_dim": shape.head_dim}
     ).to(args.device)
-    draft.gradient_checkpointing = args.checkpointing
+    draft.compute_dtype, draft.gradient_checkpointing = dtype, args.checkpointing
     sample = packed(chats, args.device, dtype)
     padded = float(len(chats.lengths) * max(chats.lengths))
     del weights, chats

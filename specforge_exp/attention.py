@@ -137,8 +137,8 @@ def shared_backward(
 
 def own_scores(q_RMGE: Tensor, keys: list[Tensor]) -> Tensor:
     """Scores of a row's own keys [R, M, G, J] in fp32."""
-    columns = [(q_RMGE * k_RME.unsqueeze(2)).sum(-1) for k_RME in keys]
-    return torch.stack(columns, -1).float()
+    columns = [(q_RMGE.float() * k_RME.float().unsqueeze(2)).sum(-1) for k_RME in keys]
+    return torch.stack(columns, -1)
 
 
 class _ChainAttention(Function):
@@ -169,7 +169,8 @@ class _ChainAttention(Function):
         M, E = k_TME.shape[1:]
         q_RMGE = q_RNE.unflatten(1, (M, -1)) * E**-0.5
         outer_RMGE = outer[0].unflatten(1, (M, -1))
-        delta_RMG1 = (outer_RMGE * out_RNE.unflatten(1, (M, -1))).sum(-1, keepdim=True).float()
+        out_RMGE = out_RNE.unflatten(1, (M, -1))
+        delta_RMG1 = (outer_RMGE.float() * out_RMGE.float()).sum(-1, keepdim=True)
         forward = (q_RMGE, k_TME, v_TME)
         dq_RMGE, dk_TME, dv_TME = shared_backward(
             ctx.seen, forward, outer_RMGE, lse_RMG1, delta_RMG1
@@ -181,7 +182,7 @@ class _ChainAttention(Function):
             weights_RMGJ = own_scores(q_RMGE, keys).sub_(lse_RMG1).exp_()
             for j, (k_RME, v_RME) in enumerate(zip(keys, values, strict=True)):
                 weight = weights_RMGJ[..., j, None]
-                inner = (outer_RMGE * v_RME.unsqueeze(2)).sum(-1, keepdim=True).float()
+                inner = (outer_RMGE.float() * v_RME.float().unsqueeze(2)).sum(-1, keepdim=True)
                 slope = (weight * (inner - delta_RMG1)).to(q_RNE.dtype)
                 dq_RMGE.addcmul_(slope, k_RME.unsqueeze(2))
                 dkeys.append((slope * q_RMGE).sum(2))

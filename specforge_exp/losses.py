@@ -188,18 +188,7 @@ def opd_closed(
         values["lk_alpha"] = -torch.logsumexp(least_ND, -1)
     if "tv" in weights:
         values["tv"] = 1 - alpha_N
-    tv_N, share_N = zeros_and(weights, "tv"), zeros_and(weights, "ce") + zeros_and(weights, "kl")
-    if "lk_alpha" in weights:
-        known_N = alpha_N > floor
-        tv_N = tv_N + torch.where(known_N, weights["lk_alpha"] * values["lk_alpha"].exp(), 0)
-        if floor:
-            values["lk_alpha"] = -alpha_N.clamp(min=floor).log()
-    if "lk_lambda" in weights:
-        lean_N = (-alpha_N).exp()
-        kl_N = -torch.linalg.vecdot(target_ND, r_ND)
-        values["lk_lambda"] = lean_N * kl_N + (1 - lean_N) * (1 - alpha_N)
-        tv_N = tv_N + weights["lk_lambda"] * (1 - lean_N)
-        share_N = share_N + weights["lk_lambda"] * lean_N
+    tv_N, share_N = leanings(weights, values, alpha_N, floor)
     if gradient:
         b_N, c_N = zeros_and(weights, "reverse_kl"), zeros_and(weights, "hinge")
         d_N = c_N + tv_N
@@ -216,13 +205,33 @@ def closed_values(
 ) -> dict[str, Tensor]:
     """The terms that are one product of two distributions' tensors."""
     values = {}
-    if "kl" in weights:
+    if {"kl", "lk_lambda"} & set(weights):
         values["kl"] = -torch.linalg.vecdot(target_ND, r_ND)
     if "reverse_kl" in weights:
         values["reverse_kl"] = torch.linalg.vecdot(q_ND, r_ND)
     if "hinge" in weights:
         values["hinge"] = torch.linalg.vecdot(q_ND, excess_ND)
     return values
+
+
+def leanings(
+    weights: dict[str, Tensor], values: dict[str, Tensor], alpha_N: Tensor, floor: float
+) -> tuple[Tensor, Tensor]:
+    """The weights of TV's gradient and of q - p~ [N]; LK-alpha and LK-lambda are made of them."""
+    tv_N, share_N = zeros_and(weights, "tv"), zeros_and(weights, "ce") + zeros_and(weights, "kl")
+    if "lk_alpha" in weights:
+        slope_N = weights["lk_alpha"] * values["lk_alpha"].exp()
+        tv_N = tv_N + torch.where(alpha_N > floor, slope_N, 0)
+        if floor:
+            values["lk_alpha"] = -alpha_N.clamp(min=floor).log()
+    if "lk_lambda" in weights:
+        lean_N = (-alpha_N).exp()
+        values["lk_lambda"] = lean_N * values["kl"] + (1 - lean_N) * (1 - alpha_N)
+        tv_N = tv_N + weights["lk_lambda"] * (1 - lean_N)
+        share_N = share_N + weights["lk_lambda"] * lean_N
+        if "kl" not in weights:
+            del values["kl"]
+    return tv_N, share_N
 
 
 def zeros_and(weights: dict[str, Tensor], name: str) -> Tensor:

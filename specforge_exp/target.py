@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
 from specforge_exp.config import Config, ModelConfig
@@ -70,26 +72,29 @@ class Target:
     @property
     def embed_VH(self) -> Tensor:
         """Input embeddings."""
-        weight: Tensor = self.model.get_input_embeddings().weight.detach()
-        return weight
+        return whole(self.model.get_input_embeddings().weight)
 
     @property
     def head_weight_VH(self) -> Tensor:
         """Output embeddings."""
-        weight: Tensor = self.model.get_output_embeddings().weight.detach()
-        return weight
+        return whole(self.model.get_output_embeddings().weight)
 
     @property
     def final_norm_H(self) -> Tensor:
         """Weight of the norm before the head."""
-        weight: Tensor = self.model.base_model.norm.weight.detach()
-        return weight
+        return whole(self.model.base_model.norm.weight)
 
     @property
     def parameters(self) -> int:
         """Weights that a token passes through, for FLOP counts: all but the embeddings."""
-        counted: int = self.model.base_model.num_parameters() - self.embed_VH.numel()
+        embeddings: int = self.model.get_input_embeddings().weight.numel()
+        counted: int = self.model.base_model.num_parameters() - embeddings
         return counted
+
+    @property
+    def last_layer(self) -> dict[str, Tensor]:
+        """Weights of the last layer, by name."""
+        return {n: whole(w) for n, w in self.model.base_model.layers[-1].named_parameters()}
 
     def forget_layers(self) -> None:
         """Free the layers; embeddings, norm and head stay."""
@@ -128,13 +133,23 @@ class Target:
         return aux_BTA, out.last_hidden_state
 
 
-def load_target(cfg: ModelConfig, device: torch.device, dtype: str = "auto") -> Target:
+def whole(weight: Tensor) -> Tensor:
+    """A weight without gradient; gathered from all processes when they share it."""
+    full: Tensor = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return full.detach()
+
+
+def load_target(
+    cfg: ModelConfig, device: torch.device, dtype: str = "auto", processes: int = 1
+) -> Target:
     """Load the target's weights, frozen.
 
     Args:
         cfg: which model.
         device: where to.
         dtype: "auto" takes float32 on a CPU and bfloat16 on a GPU.
+        processes: share each layer among so many (transformers' tensor parallelism); all of them
+            must then run the same inputs.
 
     Raises:
         InputError: it cannot be found or read, or has too few layers.
@@ -144,7 +159,10 @@ def load_target(cfg: ModelConfig, device: torch.device, dtype: str = "auto") -> 
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     try:
-        model = AutoModelForCausalLM.from_pretrained(cfg.path, dtype=DTYPES[dtype])
+        shared = {"distributed_config": DistributedConfig(tp_size=processes)}
+        model = AutoModelForCausalLM.from_pretrained(
+            cfg.path, dtype=DTYPES[dtype], **(shared if processes > 1 else {})
+        )
     except (OSError, ValueError) as error:
         raise InputError(not_loadable(cfg, error)) from None
     model.requires_grad_(False).eval().to(device)

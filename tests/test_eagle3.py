@@ -152,6 +152,26 @@ def test_checkpointing_changes_no_number(random_target: Target) -> None:
         assert torch.equal(gradient, expected[name]), name
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bfloat16_compute_keeps_fp32_gradients(random_target: Target, checkpointing: bool) -> None:
+    """What a GPU does: products in bfloat16, weights and gradients in fp32, the same direction."""
+    draft = small_draft(random_target)
+    sample = packed(random_target, conversation(1), conversation(3))
+    window = divisors(sample)
+    first = outcome(draft, random_target, sample, window)
+    first.loss.backward()
+    expected = gradients(draft)
+    draft.compute_dtype = torch.bfloat16
+    draft.gradient_checkpointing = checkpointing
+    second = outcome(draft, random_target, sample, window)
+    second.loss.backward()
+    torch.testing.assert_close(second.loss, first.loss, rtol=2e-2, atol=0)
+    for name, gradient in gradients(draft).items():
+        assert gradient.dtype == torch.float32
+        flat, wanted = gradient.flatten(), expected[name].flatten()
+        assert torch.cosine_similarity(flat, wanted, 0) > 0.99, name
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=12), min_size=2, max_size=4))
 def test_packed_is_unpacked(turns: list[list[int]]) -> None:

@@ -118,3 +118,39 @@ def test_weights_are_checked() -> None:
         LossConfig(name="none")
     with pytest.raises(InputError, match="must not be negative"):
         LossConfig(name="negative", lambda_ce=1.0, beta=-0.1)
+
+
+TERM_WEIGHTS = st.fixed_dictionaries(
+    {name: st.sampled_from([0.0, 0.0, 0.3, 1.0]) for name in losses.TERMS}
+).filter(lambda weights: any(weights.values()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(TERM_WEIGHTS, st.integers(0, 1000), st.sampled_from([0.5, 2.0, 6.0]))
+def test_the_closed_form_is_what_autograd_finds(
+    weights: dict[str, float], seed: int, scale: float
+) -> None:
+    """Values and the gradient of any mixture, with a weight of its own for every row."""
+    logits, teacher = rows(seed, scale)
+    cfg = LossConfig(name="m", **weights)
+    each = torch.linspace(0.1, 2.0, N)
+    expected = opd(logits, teacher, cfg)
+    (gradient,) = torch.autograd.grad((expected.loss_N * each).sum(), logits)
+    found = logits.detach().clone()
+    named = {losses.TERMS[key][0]: weight * each for key, weight in weights.items() if weight > 0}
+    values = losses.opd_closed(found, teacher, named)
+    assert set(values) == set(expected.parts) | {"alpha"}
+    for name, value in expected.parts.items():
+        torch.testing.assert_close(values[name], value, rtol=1e-5, atol=1e-5)
+    assert float((found - gradient).abs().max()) <= 2e-5 * float(gradient.abs().max())
+
+
+def test_without_a_gradient_the_values_are_the_same() -> None:
+    logits, teacher = rows(3)
+    weights = {"ce": torch.ones(N), "hinge": torch.ones(N)}
+    made, only = (
+        losses.opd_closed(logits.detach().clone(), teacher, weights, gradient=g)
+        for g in (True, False)
+    )
+    for name, value in made.items():
+        assert torch.equal(value, only[name])

@@ -138,6 +138,18 @@ def test_one_process_or_two(cfg: Config, tokens: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cache", ["none", "disk"])
+def test_a_shared_target(cfg: Config, tokens: Path, tmp_path: Path, cache: str) -> None:
+    """Two processes that share the target's layers train as one that holds it."""
+    log = tmp_path / "log"
+    options = ("max_steps=8", f"target.cache={cache}", "trainer.pack_tokens=300")
+    shared = ("target.shard=true", "trainer.gpus=2")
+    finish(command(cfg, "shared", *options, *shared), log)
+    finish(command(cfg, "alone", "max_steps=8"), log)
+    assert dict(losses(cfg, "shared")) == pytest.approx(dict(losses(cfg, "alone")), rel=2e-5)
+
+
+@pytest.mark.slow
 def test_eight_processes(cfg: Config, tokens: Path, tmp_path: Path) -> None:
     """Twenty steps of eight conversations on eight processes over gloo."""
     options = ("trainer.batch_size=8", "max_steps=20", "trainer.eval_every=50")

@@ -101,8 +101,17 @@ class TargetConfig:
     """none: run the target in every step; memory: keep its states, 4 hidden sizes of numbers per
     token; disk: write them beside the tokens, once for all epochs and runs. Changes no number."""
 
+    shard: bool = False
+    """Share each of its layers among the processes of trainer.gpus, by transformers' tensor
+    parallelism: for a target that does not fit one GPU. All of them then run every conversation."""
+
     def __post_init__(self) -> None:
         one_of("target.cache", self.cache, ("none", "memory", "disk"))
+        if self.shard and self.cache == "memory":
+            raise InputError(
+                "target.shard=true needs target.cache=none or disk: with memory each process would "
+                "keep, and ask for, other conversations"
+            )
 
 
 @dataclass

@@ -94,6 +94,7 @@ class Eagle3(nn.Module):
         self.lm_head = nn.Linear(H, config.draft_vocab_size, bias=False)
         self.rotary = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.compute_dtype = torch.float32  # of training; weights and their gradients stay fp32
         check_mapping(d2t, t2d)
         self.register_buffer("d2t", d2t)
         self.register_buffer("t2d", t2d)
@@ -198,7 +199,7 @@ def start_from_target(draft: Eagle3, target: Target) -> None:
     layer does not have in the same shape (experts, per-head norms on q and k) is left as it is.
     """
     H = draft.config.hidden_size
-    theirs = dict(target.model.base_model.layers[-1].named_parameters())
+    theirs = target.last_layer
     theirs["hidden_norm.weight"] = theirs.pop("input_layernorm.weight")
     for name, weight in draft.midlayer.named_parameters():
         own = (

@@ -41,8 +41,7 @@ def unroll(draft: "Eagle3", chains: Chains, ids_T: Tensor, aux_TA: Tensor) -> li
     With `draft.gradient_checkpointing` a step keeps its input, its own keys and values, and is
     computed again in the backward pass; no number changes.
     """
-    dtype = torch.bfloat16 if aux_TA.is_cuda else draft.fc.weight.dtype
-    state_TH = linear(aux_TA.to(dtype), draft.fc.weight)
+    state_TH = linear(aux_TA.to(draft.compute_dtype), draft.fc.weight)
     shared = make_shared(draft, chains, ids_T, state_TH)
     state_RH = state_TH[chains.slot_R]
     states: list[Tensor] = []

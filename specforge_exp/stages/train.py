@@ -23,7 +23,7 @@ from specforge_exp.target import Target, load_target, set_up_torch
 from specforge_exp.tokens import read_split
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.feature_cache import from_disk, make_cache
-from specforge_exp.training.features import Features, computed, remembered
+from specforge_exp.training.features import Features, computed, computed_together, remembered
 from specforge_exp.training.loop import Objective, Run, Splits, fit
 from specforge_exp.training.objective import Outcome, Sample
 from specforge_exp.training.progress import summary
@@ -58,9 +58,11 @@ def train(cfg: Config) -> float:
             f"{tokens} has no held-out conversation to evaluate on; set data.eval or raise "
             f"data.split_eval={cfg.data.split_eval}"
         )
-    target = load_target(cfg.model, device, cfg.model.dtype)
+    processes = run.ranks.world if cfg.target.shard else 1
+    target = load_target(cfg.model, device, cfg.model.dtype, processes)
     mapping = torch.load(tokens / "vocab_mapping.pt", weights_only=True)
     draft = locate(cfg.draft._target_).new(target, cfg.draft, mapping, cfg.seed).to(device)
+    draft.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     draft.gradient_checkpointing = cfg.trainer.gradient_checkpointing
     log.info(
         "train: %s: %d conversations, %d held out, %.1fM trained parameters, on %d x %s",
@@ -90,8 +92,9 @@ def states_of(cfg: Config, target: Target, splits: Splits, run: Run) -> Features
     def features(ids_1T: Tensor) -> tuple[Tensor, Tensor]:
         return target.features(ids_1T.to(target.device))
 
+    together = cfg.target.shard and run.ranks.world > 1
     if cfg.target.cache == "none":
-        return computed(features)
+        return computed_together(features, run.ranks) if together else computed(features)
     if cfg.target.cache == "memory":
         return remembered(features)
     folder = paths.features_dir(cfg)
@@ -100,7 +103,8 @@ def states_of(cfg: Config, target: Target, splits: Splits, run: Run) -> Features
         {"model.path": cfg.model.path, "model.aux_layers": cfg.model.aux_layers,
          "model.dtype": str(target.model.dtype), "max_length": cfg.max_length},
     )  # fmt: skip
-    make_cache(folder, features, {1: splits.train, -1: splits.eval}, made_of, run.ranks)
+    splits_by_sign = {1: splits.train, -1: splits.eval}
+    make_cache(folder, features, splits_by_sign, made_of, run.ranks, together)
     target.forget_layers()
     return from_disk(folder, target.embed_VH.shape[1])
 
@@ -111,9 +115,11 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
     head_VH = target.head_weight_VH
     live = 2.0 * target.parameters if cfg.target.cache == "none" else 0.0
 
-    def prepare(batch: Batch) -> Sample:
-        aux_TA, last_TH = states(batch)
-        return Sample(batch.ids_T, batch.turns_T, batch.lengths, aux_TA, last_TH)
+    def prepare(batches: list[Batch]) -> list[Sample]:
+        return [
+            Sample(batch.ids_T, batch.turns_T, batch.lengths, aux_TA, last_TH)
+            for batch, (aux_TA, last_TH) in zip(batches, states(batches), strict=True)
+        ]
 
     def denominators(batch: Batch) -> Tensor:
         found: Tensor = draft.denominators(cfg.draft, batch.turns_T, batch.lengths)

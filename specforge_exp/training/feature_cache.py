@@ -31,6 +31,9 @@ from specforge_exp.training.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
+SHARD_TOKENS = 65536
+"""Tokens of one shard, about: 2 GB of an 8B target in bfloat16."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -79,9 +82,17 @@ def make_cache(
     splits: dict[int, TokenSet],
     fingerprint: Fingerprint,
     ranks: Ranks,
-    shard_tokens: int = 65536,
+    together: bool = False,
 ) -> None:
-    """Write what is missing; every process takes its part of the shards.
+    """Write what is missing.
+
+    Args:
+        folder: where to.
+        target: gives the states.
+        splits: training (1) and held-out (-1) conversations.
+        fingerprint: what the states depend on.
+        ranks: every process takes its part of the shards.
+        together: the processes share the target: all run everything, the first one writes.
 
     Raises:
         InputError: the disk has no room, or the folder holds states of something else.
@@ -90,19 +101,25 @@ def make_cache(
         return check(folder, fingerprint)
     if (folder / "made_of.json").exists():
         check(folder, fingerprint)
-    shards = plan(splits, shard_tokens)
+    shards = plan(splits, SHARD_TOKENS)
+    sizes = [x.shape[-1] * x.element_size() for x in target(torch.zeros(1, 1, dtype=torch.long))]
     ranks.wait()
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        announce(folder, target, splits, shards)
+        announce(folder, splits, shards, sizes)
         described = {"inputs": fingerprint.inputs, "settings": fingerprint.settings}
         write_json(folder / "made_of.json", described)
     ranks.wait()
-    mine = list(enumerate(shards))[ranks.rank :: ranks.world]
+    mine = list(enumerate(shards))
+    if not together:
+        mine = mine[ranks.rank :: ranks.world]
     for index, shard in tqdm(mine, desc="cache", unit="shard", disable=None):
         path = folder / f"{index:05d}.safetensors"
-        if not path.exists():  # renamed when whole, so one that exists is
-            write_shard(path, target, splits, shard)
+        missing = not path.exists()  # renamed when whole, so one that exists is
+        if any(ranks.gather(missing)) if together else missing:
+            states = shard_states(target, splits, shard)
+            if not together or ranks.rank == 0:
+                write_shard(path, states)
     ranks.wait()
     if ranks.rank == 0:
         write_json(folder / "index.json", index_of(splits, shards))
@@ -111,16 +128,15 @@ def make_cache(
 
 
 def announce(
-    folder: Path, target: Target, splits: dict[int, TokenSet], shards: list[list[tuple[int, int]]]
+    folder: Path,
+    splits: dict[int, TokenSet],
+    shards: list[list[tuple[int, int]]],
+    sizes: list[int],
 ) -> None:
     """Say how large the cache will be, and refuse when the disk has less."""
     turns = [splits[sign].turns[number] for shard in shards for sign, number in shard]
-    aux_1TA, last_1TH = target(torch.zeros(1, 1, dtype=torch.long))
     tokens, heads = sum(map(len, turns)), sum(int(compared(t).sum()) for t in turns)
-    bytes_needed = (
-        tokens * aux_1TA.shape[-1] * aux_1TA.element_size()
-        + heads * last_1TH.shape[-1] * last_1TH.element_size()
-    )
+    bytes_needed = tokens * sizes[0] + heads * sizes[1]
     left_out = sum(map(len, splits.values())) - len(turns)
     log.info(
         "cache: %.2f GB for %d tokens of %d conversations (%d without supervision left out) in %s",
@@ -139,19 +155,24 @@ def announce(
         )
 
 
-def write_shard(
-    path: Path, target: Target, splits: dict[int, TokenSet], shard: list[tuple[int, int]]
-) -> None:
-    """Compute and write one shard."""
+def shard_states(
+    target: Target, splits: dict[int, TokenSet], shard: list[tuple[int, int]]
+) -> dict[str, Tensor]:
+    """Compute one shard."""
     aux, last = [], []
     for sign, number in shard:
         tokens = splits[sign]
         aux_1TA, last_1TH = target(tokens.ids[number][None])
         aux.append(aux_1TA[0].cpu())
         last.append(last_1TH[0].cpu()[compared(tokens.turns[number])])
+    return {"aux": torch.cat(aux), "last": torch.cat(last)}
+
+
+def write_shard(path: Path, states: dict[str, Tensor]) -> None:
+    """Write one shard under another name and rename it."""
     partial = path.with_suffix(".partial")
     with disk_errors(partial):
-        save_file({"aux": torch.cat(aux), "last": torch.cat(last)}, partial)
+        save_file(states, partial)
         partial.replace(path)
 
 
@@ -204,7 +225,7 @@ def from_disk(folder: Path, hidden: int) -> Features:
         device = batch.ids_T.device
         return torch.cat(aux).to(device), torch.cat(last).to(device)
 
-    return read
+    return lambda batches: [read(batch) for batch in batches]
 
 
 def rows_of(

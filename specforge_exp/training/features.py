@@ -12,20 +12,52 @@ import torch
 from torch import Tensor
 
 from specforge_exp.training.batches import Batch
+from specforge_exp.training.ranks import Ranks
 
-Features = Callable[[Batch], tuple[Tensor, Tensor]]
-"""batch -> auxiliary states [T, A] and post-norm last states [T, H]."""
+Features = Callable[[list[Batch]], list[tuple[Tensor, Tensor]]]
+"""Batches -> for each, auxiliary states [T, A] and post-norm last states [T, H]."""
 Target = Callable[[Tensor], tuple[Tensor, Tensor]]
 """tokens [1, T] -> auxiliary states [1, T, A] and post-norm last states [1, T, H]."""
+
+
+def joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """States of conversations, one after the other."""
+    aux_TA, last_TH = (torch.cat(column) for column in zip(*parts, strict=True))
+    return aux_TA, last_TH
+
+
+def conversations(batch: Batch) -> tuple[Tensor, ...]:
+    """The tokens of each conversation."""
+    parts: tuple[Tensor, ...] = batch.ids_T.split(batch.lengths)
+    return parts
 
 
 def computed(target: Target) -> Features:
     """Run the target every time."""
 
-    def compute(batch: Batch) -> tuple[Tensor, Tensor]:
-        parts = [target(ids[None]) for ids in batch.ids_T.split(batch.lengths)]
-        aux_1TA, last_1TH = (torch.cat(column, 1) for column in zip(*parts, strict=True))
+    def one(ids_T: Tensor) -> tuple[Tensor, Tensor]:
+        aux_1TA, last_1TH = target(ids_T[None])
         return aux_1TA[0], last_1TH[0]
+
+    def compute(batches: list[Batch]) -> list[tuple[Tensor, Tensor]]:
+        return [joined([one(ids_T) for ids_T in conversations(batch)]) for batch in batches]
+
+    return compute
+
+
+def computed_together(target: Target, ranks: Ranks) -> Features:
+    """Run a target that all processes share: each of them runs the conversations of all."""
+
+    def compute(batches: list[Batch]) -> list[tuple[Tensor, Tensor]]:
+        mine = [ids_T.tolist() for batch in batches for ids_T in conversations(batch)]
+        kept: list[tuple[Tensor, Tensor]] = []
+        for rank, theirs in enumerate(ranks.gather(mine)):
+            for ids in theirs:
+                aux_1TA, last_1TH = target(torch.tensor([ids]))
+                if rank == ranks.rank:
+                    kept.append((aux_1TA[0], last_1TH[0]))
+        following = iter(kept)
+        return [joined([next(following) for _ in batch.lengths]) for batch in batches]
 
     return compute
 
@@ -37,13 +69,11 @@ def remembered(target: Target) -> Features:
     """
     kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def lookup(batch: Batch) -> tuple[Tensor, Tensor]:
-        for number, ids in zip(batch.numbers, batch.ids_T.split(batch.lengths), strict=True):
+    def one(batch: Batch) -> tuple[Tensor, Tensor]:
+        for number, ids_T in zip(batch.numbers, conversations(batch), strict=True):
             if number not in kept:
-                aux_1TA, last_1TH = target(ids[None])
+                aux_1TA, last_1TH = target(ids_T[None])
                 kept[number] = (aux_1TA[0], last_1TH[0])
-        columns = zip(*(kept[number] for number in batch.numbers), strict=True)
-        aux_TA, last_TH = (torch.cat(column) for column in columns)
-        return aux_TA, last_TH
+        return joined([kept[number] for number in batch.numbers])
 
-    return lookup
+    return lambda batches: [one(batch) for batch in batches]

@@ -40,8 +40,9 @@ class Objective:
 
     steps: int
     """How many divisors a window has."""
-    prepare: Callable[[Batch], Sample]
-    """Add the target's states to a batch; may run in another thread."""
+    prepare: Callable[[list[Batch]], list[Sample]]
+    """Add the target's states to batches. Every process calls it once per window or round of an
+    evaluation, maybe in another thread."""
     denominators: Callable[[Batch], Tensor]
     """What a batch adds to the divisors of the window, [K]; known before any forward."""
     forward: Callable[[Sample, Tensor], Outcome]
@@ -123,7 +124,8 @@ def fit(
                 metrics = {"step": done, "epoch": window.epoch, "lr": rate}
                 metrics |= {"grad_norm": norm, **window_log.metrics(ranks)}
                 window_log = window_log.next()
-                bar.set_postfix(loss=f"{metrics['loss']:.3f}", tau=metrics["simulated_length"])
+                shown = {"loss": metrics["loss"], "tau": metrics["simulated_length"]}
+                bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
                 if tracker:
                     tracker.log(metrics)
             if done % options.eval_every == 0 or last:
@@ -173,7 +175,7 @@ def windows(
         mine = share(numbers, lengths, ranks.rank, ranks.world)
         parts = lay_out(mine, lengths, cfg.trainer)
         batches = [make_batch(tokens, part, device) for part in parts]
-        return Window(step, epoch, numbers, batches, [objective.prepare(b) for b in batches])
+        return Window(step, epoch, numbers, batches, objective.prepare(batches))
 
     if cfg.target.cache != "disk":
         yield from map(make, range(start, total))
@@ -285,9 +287,11 @@ def evaluate(
     window_K = divisors(objective, batches, ranks, device)
     total, loss = WindowLog(device, 1.0), torch.zeros(1, dtype=torch.float64, device=device)
     quiet = None if ranks.rank == 0 else True
-    for batch in tqdm(batches, desc="evaluate", unit="batch", disable=quiet, leave=False):
-        outcome = objective.forward(objective.prepare(batch), window_K)
-        total.add(outcome, sum(batch.lengths))
-        loss += outcome.loss.double()
+    rounds = range(max(ranks.gather(len(batches))))
+    for index in tqdm(rounds, desc="evaluate", unit="batch", disable=quiet, leave=False):
+        for sample in objective.prepare(batches[index : index + 1]):
+            outcome = objective.forward(sample, window_K)
+            total.add(outcome, len(sample.ids_T))
+            loss += outcome.loss.double()
     ranks.add_up(loss)
     return {"loss": float(loss), **means(total.everywhere(ranks).sums)}
