@@ -1,7 +1,7 @@
 """One EAGLE-3 training step: ours beside SpecForge 0.2.0 and speculators 0.9.0.
 
     python benchmarks/train_step.py [--json] [--steps 3] [--threads 2] [--device cpu|cuda]
-    python benchmarks/train_step.py --growth          # ours alone, 512 to 4096 tokens
+    python benchmarks/train_step.py --growth          # time and memory, 512 to 4096 tokens
 
 Everybody gets the same weights, inputs and supervised rows, in a process of its own, one after the
 other: median process CPU time (on CUDA: wall time between synchronisations), wall time, and
@@ -34,6 +34,7 @@ CASES = {
     "half_prompt": ([512], 0.5),
     "packed": (list(range(64, 513, 64)), 0.5),
 }
+PEERS = ("specforge", "speculators")
 INSTALLS = [
     ["torch==2.13.0"],
     ["transformers==5.8.1", "numpy", "safetensors", "pydantic", "pyyaml", "triton", "openai",
@@ -126,25 +127,36 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def growth(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Ours alone at growing lengths: time per supervised row, and memory per token."""
+    """Growing lengths: time per supervised row, and memory per token added.
+
+    The peers stop at 1024 tokens: their dense attention on a CPU is quadratic.
+    """
     shape = Shape(**shape_of(args))
     weights = make_weights(shape, seed=0)
     lengths = [512, 1024, 2048, 4096]
     chats = [make_chats(shape, [length], 0.0, seed=1) for length in lengths]
     weights |= vocabulary(shape, weights, chats)
-    print(f"{'tokens':>6} {'CPU s':>8} {'ms/row':>8} {'activation MB':>14} {'MB/token':>9}")
+    python = args.peers_python or peers_python(args.venv)
+    print(f"{'who':12} {'tokens':>6} {'CPU s':>8} {'ms/row':>8} {'activation':>10} {'MB/token':>9}")
     runs: list[dict[str, Any]] = []
+    before: dict[str, tuple[int, float]] = {}
     for length, chat in zip(lengths, chats, strict=True):
         file = folder / "inputs.npz"
         save(file, weights, chat)
-        found = run(Path(sys.executable), "our_step", file, args)
-        slope = (found["activation_mb"] - runs[-1]["activation_mb"]) / (length / 2) if runs else 0
-        runs.append({"tokens": length, **found, "mb_per_token": slope})
-        print(
-            f"{length:6} {found['cpu_s']:8.2f} {1000 * found['cpu_s'] / found['rows']:8.2f} "
-            f"{found['activation_mb']:14.0f} {slope:9.3f}",
-            flush=True,
-        )
+        found = [run(Path(sys.executable), "our_step", file, args)]
+        if length <= 1024:
+            found += [run(python, f"peers.{peer}_step", file, args) for peer in PEERS]
+        for one in found:
+            tokens, memory = before.get(one["who"], (0, 0.0))
+            slope = (one["activation_mb"] - memory) / (length - tokens) if tokens else float("nan")
+            before[one["who"]] = (length, one["activation_mb"])
+            runs.append({"tokens": length, **one, "mb_per_token": slope if tokens else None})
+            print(
+                f"{one['who']:12} {length:6} {one['cpu_s']:8.2f} "
+                f"{1000 * one['cpu_s'] / one['rows']:8.2f} {one['activation_mb']:10.0f} "
+                f"{slope:9.3f}",
+                flush=True,
+            )
     return {"growth": runs}
 
 
@@ -154,7 +166,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print the summary as the last line")
-    parser.add_argument("--growth", action="store_true", help="ours alone, 512 to 4096 tokens")
+    parser.add_argument(
+        "--growth", action="store_true", help="512 to 4096 tokens instead of the cases"
+    )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--steps", type=int, default=3, help="measured steps, after one to warm up")
     parser.add_argument("--threads", type=int, default=2)

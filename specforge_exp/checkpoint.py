@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from specforge_exp.artifacts import Fingerprint, disk_errors
 from specforge_exp.errors import InputError
 from specforge_exp.provenance import write_json
+from specforge_exp.sharding import as_in, whole
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +30,25 @@ class Kept:
 
     step: int
     """Optimiser steps done."""
-    draft: nn.Module
-    optimizer: torch.optim.Optimizer
+    draft: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    """The optimiser's tensors by `<weight>:<name>`."""
     partial: dict[str, Tensor]
     """A half-finished line of metrics."""
+
+
+def keep(
+    step: int, draft: nn.Module, optimizer: torch.optim.Optimizer, partial: dict[str, Tensor]
+) -> Kept:
+    """Gather what a checkpoint holds; processes that share the draft must all ask."""
+    names = [name for name, _ in draft.named_parameters()]
+    moments = {
+        f"{names[index]}:{key}": whole(value)
+        for index, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+    weights = {name: whole(value) for name, value in draft.state_dict().items()}
+    return Kept(step, weights, moments, partial)
 
 
 @dataclass(frozen=True)
@@ -63,18 +79,12 @@ def save_checkpoint(run_dir: Path, kept: Kept, fingerprint: Fingerprint) -> Path
     shutil.rmtree(partial, ignore_errors=True)
     with disk_errors(partial):
         partial.mkdir(parents=True)
-        names = [name for name, _ in kept.draft.named_parameters()]
-        moments = {
-            f"{names[index]}:{key}": value
-            for index, state in kept.optimizer.state_dict()["state"].items()
-            for key, value in state.items()
-        }
-        weights = {k: v.contiguous() for k, v in kept.draft.state_dict().items()}
+        weights = {name: value.contiguous() for name, value in kept.draft.items()}
         random = {"random:cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             random["random:cuda"] = torch.cuda.get_rng_state()
         save_file(weights, partial / "draft.safetensors")
-        save_file(moments, partial / "optimizer.safetensors")
+        save_file(kept.optimizer, partial / "optimizer.safetensors")
         save_file(kept.partial | random, partial / "loop.safetensors")
         record = {"inputs": fingerprint.inputs, "settings": fingerprint.settings}
         write_json(partial / "state.json", {"step": kept.step, **record})
@@ -111,12 +121,15 @@ def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
 
 def restore(checkpoint: Checkpoint, draft: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's weights, moments and random state in place."""
-    draft.load_state_dict(checkpoint.draft)
-    names = [name for name, _ in draft.named_parameters()]
+    own = draft.state_dict()
+    draft.load_state_dict({n: as_in(own[n], value) for n, value in checkpoint.draft.items()})
+    parameters = dict(draft.named_parameters())
+    names = list(parameters)
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in checkpoint.optimizer.items():
         parameter, _, key = name.rpartition(":")
-        state.setdefault(names.index(parameter), {})[key] = value
+        shared = as_in(parameters[parameter], value) if value.dim() else value
+        state.setdefault(names.index(parameter), {})[key] = shared
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     torch.set_rng_state(checkpoint.random["random:cpu"])
     if torch.cuda.is_available() and "random:cuda" in checkpoint.random:

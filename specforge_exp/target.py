@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T tokens, H hidden, A = 3 H, V vocabulary, N rows.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 from transformers.distributed import DistributedConfig
@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from specforge_exp.config import Config, ModelConfig
 from specforge_exp.errors import InputError
+from specforge_exp.sharding import whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -25,11 +26,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def set_up_torch(cfg: Config) -> torch.device:
     """Set the number of CPU threads and return the device that `device=` means.
 
+    Processes of one machine share its cores evenly unless `threads` says otherwise.
+
     Raises:
         InputError: there is no GPU to use.
     """
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if cfg.threads or together > 1:
+        torch.set_num_threads(cfg.threads or max(1, torch.get_num_threads() // together))
     name = cfg.device
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device=cuda, but torch sees no GPU; use device=auto or device=cpu")
@@ -131,12 +135,6 @@ class Target:
                 handle.remove()
         aux_BTA = torch.cat([captured[i] for i in self.aux_layers], -1)
         return aux_BTA, out.last_hidden_state
-
-
-def whole(weight: Tensor) -> Tensor:
-    """A weight without gradient; gathered from all processes when they share it."""
-    full: Tensor = weight.full_tensor() if isinstance(weight, DTensor) else weight
-    return full.detach()
 
 
 def load_target(

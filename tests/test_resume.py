@@ -150,6 +150,24 @@ def test_a_shared_target(cfg: Config, tokens: Path, tmp_path: Path, cache: str) 
 
 
 @pytest.mark.slow
+def test_a_shared_draft(cfg: Config, tokens: Path, tmp_path: Path) -> None:
+    """FSDP2 in two processes, packed so that they differ in forwards; killed, and gone on alone."""
+    log = tmp_path / "log"
+    options = ("max_steps=12", "trainer.pack_tokens=150", "trainer.eval_every=5")
+    shared = command(cfg, "shared", *options, "trainer.shard=true", "trainer.gpus=2")
+    process = start(shared, log)
+    wait_for_step(process, cfg, "shared", 7)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert "continuing after step" in finish(command(cfg, "shared", *options), log)
+    finish(command(cfg, "alone", *options), log)
+    assert dict(losses(cfg, "shared")) == pytest.approx(dict(losses(cfg, "alone")), rel=2e-5)
+    finish([*shared, "run_name=again"], log)
+    finish([*shared, "run_name=again"], log)
+    assert dict(losses(cfg, "again")) == pytest.approx(dict(losses(cfg, "alone")), rel=2e-5)
+
+
+@pytest.mark.slow
 def test_eight_processes(cfg: Config, tokens: Path, tmp_path: Path) -> None:
     """Twenty steps of eight conversations on eight processes over gloo."""
     options = ("trainer.batch_size=8", "max_steps=20", "trainer.eval_every=50")

@@ -127,6 +127,9 @@ class TrainerConfig:
     many tokens per GPU as possible; null: into `accumulate` forwards. Changes no number."""
     gpus: int = 1
     """Processes on this machine, one per GPU (on a CPU: processes over gloo)."""
+    shard: bool = False
+    """Share the draft's weights, gradients and moments among the processes (FSDP2) instead of
+    keeping a replica in each: less memory, more traffic. Changes no number."""
     gradient_checkpointing: bool = False
     """Compute every unroll step again in the backward pass: less memory, about a tenth more time.
     Changes no number."""

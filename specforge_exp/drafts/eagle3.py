@@ -22,7 +22,7 @@ from specforge_exp.drafts.eagle3_decoder import Eagle3Decoder
 from specforge_exp.drafts.eagle3_training import denominators, objective
 from specforge_exp.drafts.vocabulary import check_mapping
 from specforge_exp.errors import InputError
-from specforge_exp.layers import RMSNorm
+from specforge_exp.layers import RMSNorm, gradient_of
 from specforge_exp.losses import LossFunction
 from specforge_exp.target import Target
 from specforge_exp.training.objective import Outcome, Sample
@@ -135,6 +135,17 @@ class Eagle3(nn.Module):
     ) -> Outcome:
         """See `eagle3_training.objective`."""
         return objective(self, sample, target_head_VH, loss, cfg, window_K)
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, Outcome]:
+        """`objective`, called as a module so that the hooks of a sharding run; (loss, outcome).
+
+        Gradients exist from the start: what is added to them must be the same tensors everywhere.
+        """
+        if torch.is_grad_enabled():
+            for weight in self.parameters():
+                gradient_of(weight)
+        outcome = self.objective(*arguments)
+        return outcome.loss, outcome
 
     def decoder(self) -> Eagle3Decoder:
         """A decoder for one request."""

@@ -19,6 +19,7 @@ from specforge_exp.checkpoint import step_folders
 from specforge_exp.config import Config, locate
 from specforge_exp.errors import InputError
 from specforge_exp.provenance import describe, model_digest, sha256, write_json
+from specforge_exp.sharding import shard_draft
 from specforge_exp.target import Target, load_target, set_up_torch
 from specforge_exp.tokens import read_split
 from specforge_exp.training.batches import Batch
@@ -69,6 +70,8 @@ def train(cfg: Config) -> float:
         cfg.run_name, len(splits.train), len(splits.eval), count(draft) / 1e6,
         run.ranks.world, device,
     )  # fmt: skip
+    if cfg.trainer.shard and run.ranks.world > 1:
+        shard_draft(draft, device, run.ranks.world)
     folder.mkdir(parents=True, exist_ok=True)
     objective = make_objective(cfg, draft, target, states_of(cfg, target, splits, run))
     evaluation = fit(cfg, draft, objective, splits, run)
@@ -126,10 +129,13 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
         return found
 
     def forward(sample: Sample, window_K: Tensor) -> Outcome:
-        outcome: Outcome = draft.objective(sample, head_VH, loss, cfg.draft, window_K)
+        outcome: Outcome = draft(sample, head_VH, loss, cfg.draft, window_K)[1]
         return replace(outcome, flops=outcome.flops + live * len(sample.ids_T))
 
-    return Objective(cfg.draft.ttt_length, prepare, denominators, forward)
+    nothing_2 = torch.zeros(2, dtype=torch.long, device=target.device)
+    states_2H = torch.zeros(2, head_VH.shape[1], device=target.device)
+    idle = Sample(nothing_2, nothing_2, [2], torch.cat([states_2H] * 3, -1), states_2H)
+    return Objective(cfg.draft.ttt_length, prepare, denominators, idle, forward)
 
 
 def start_over(folder: Path) -> None:
@@ -155,7 +161,7 @@ def fingerprint_of(cfg: Config, tokens: Path) -> Fingerprint:
     }
     quiet = (  # change no number
         "log_every", "eval_every", "save_every", "keep_last", "keep_best", "resume",
-        "gpus", "pack_tokens", "gradient_checkpointing",
+        "gpus", "shard", "pack_tokens", "gradient_checkpointing",
     )  # fmt: skip
     for group, node in (("draft", cfg.draft), ("loss", cfg.loss), ("trainer", cfg.trainer)):
         for key, value in asdict(node).items():

@@ -14,10 +14,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from specforge_exp.artifacts import Fingerprint
-from specforge_exp.checkpoint import Kept, forget_old, newest_checkpoint, restore, save_checkpoint
+from specforge_exp.checkpoint import (
+    Kept,
+    forget_old,
+    keep,
+    newest_checkpoint,
+    restore,
+    save_checkpoint,
+)
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
 from specforge_exp.layers import gradient_of
+from specforge_exp.sharding import is_sharded, whole
 from specforge_exp.tokens import TokenSet
 from specforge_exp.tracking import best_step, open_tracker
 from specforge_exp.training.batches import Batch, epoch_windows, lay_out, make_batch, share
@@ -45,6 +53,8 @@ class Objective:
     evaluation, maybe in another thread."""
     denominators: Callable[[Batch], Tensor]
     """What a batch adds to the divisors of the window, [K]; known before any forward."""
+    idle: Sample
+    """A sample without loss and gradient."""
     forward: Callable[[Sample, Tensor], Outcome]
     """(sample, the window's divisors) -> a share of the window's loss, and sums."""
 
@@ -136,7 +146,7 @@ def fit(
                 best = options.keep_best and best_step(run.folder) in (None, done)
                 best = bool(ranks.gather(best)[0])
             if done % options.save_every == 0 or last or best or stop:
-                save(cfg, run, Kept(done, draft, optimizer, window_log.state(ranks)))
+                save(cfg, run, keep(done, draft, optimizer, window_log.state(ranks)))
             if stop and not last:
                 log.info("train: stopped after step %d; run the same command to continue", done)
                 interrupt.reraise(signal.SIGTERM)
@@ -200,19 +210,29 @@ def add_gradients(
     parameters = [weight for weight in draft.parameters() if weight.requires_grad]
     window_K = divisors(objective, window.batches, ranks, parameters[0].device)
     loss = 0.0
-    for batch, sample in zip(window.batches, window.samples, strict=True):
+    for sample in [*window.samples, *idle(draft, objective, window.samples, ranks)]:
         outcome = objective.forward(sample, window_K)
         outcome.loss.backward()
-        window_log.add(outcome, sum(batch.lengths))
+        window_log.add(outcome, sum(sample.lengths))
         loss += float(outcome.loss.detach())
-    ranks.add_up(*(gradient_of(weight) for weight in parameters))
+    if not is_sharded(draft):
+        ranks.add_up(*(gradient_of(weight) for weight in parameters))
     return loss
+
+
+def idle(
+    draft: nn.Module, objective: Objective, samples: list[Sample], ranks: Ranks
+) -> list[Sample]:
+    """What a process runs while others run more: those that share the draft step together."""
+    if not is_sharded(draft):
+        return []
+    return [objective.idle] * (max(ranks.gather(len(samples))) - len(samples))
 
 
 def take_step(optimizer: torch.optim.Optimizer, rate: float, clip: float) -> float:
     """Clip, update the weights and clear the gradients; returns the norm before clipping."""
     (group,) = optimizer.param_groups
-    norm = float(torch.nn.utils.clip_grad_norm_(group["params"], clip))
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(group["params"], clip)))
     group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
@@ -289,9 +309,10 @@ def evaluate(
     quiet = None if ranks.rank == 0 else True
     rounds = range(max(ranks.gather(len(batches))))
     for index in tqdm(rounds, desc="evaluate", unit="batch", disable=quiet, leave=False):
-        for sample in objective.prepare(batches[index : index + 1]):
+        samples = objective.prepare(batches[index : index + 1])
+        for sample in [*samples, *idle(draft, objective, samples, ranks)]:
             outcome = objective.forward(sample, window_K)
-            total.add(outcome, len(sample.ids_T))
+            total.add(outcome, sum(sample.lengths))
             loss += outcome.loss.double()
     ranks.add_up(loss)
     return {"loss": float(loss), **means(total.everywhere(ranks).sums)}

@@ -1,0 +1,84 @@
+"""The benchmark's own half: fair inputs, a step that is SpecForge's, memory that is counted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import parity
+import pytest
+import torch
+from our_step import packed
+from peers.inputs import Shape, load, make_chats, make_weights, save, vocabulary
+from peers.measure import measure
+
+from specforge_exp.config import DraftConfig, LossConfig
+from specforge_exp.losses import opd
+
+SIZES = {"hidden": 32, "inter": 48, "heads": 4, "kv_heads": 2, "head_dim": 8, "vocab": 200}
+SHAPE = Shape(**SIZES, draft_vocab=60, ttt=3)
+BENCHMARKS = Path(parity.__file__).parent
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Two conversations, half prompt."""
+    weights = make_weights(SHAPE, seed=0)
+    chats = make_chats(SHAPE, [12, 20], 0.5, seed=1)
+    save(tmp_path / "inputs.npz", weights | vocabulary(SHAPE, weights, [chats]), chats)
+    return tmp_path / "inputs.npz"
+
+
+def test_every_best_token_is_in_the_drafts_vocabulary(file: Path) -> None:
+    """Otherwise SpecForge drops rows, and a ratio compares different work."""
+    weights, chats = load(file)
+    best = (chats.last_BTH @ weights["target_head.weight"].T).argmax(-1)
+    assert weights["t2d"][best].all()
+    assert int(weights["t2d"].sum()) == SHAPE.draft_vocab
+    ids = weights["d2t"] + torch.arange(SHAPE.draft_vocab)
+    assert torch.equal(weights["t2d"].nonzero()[:, 0], ids)
+    assert chats.mask_BT.sum(1).tolist() == [5, 9]
+
+
+def test_packing_drops_padding_only(file: Path) -> None:
+    """The padded batch's loss and gradients, from the packed row and the padded divisor."""
+    weights, chats = load(file)
+    head = weights.pop("target_head.weight")
+    cfg = DraftConfig(name="peer", ttt_length=3, supervision="specforge")
+    loss = (opd, LossConfig(name="peer", lambda_ce=1.0))
+    found = []
+    for lengths in (chats.lengths, [20, 20]):
+        draft = parity.build_draft(dict(weights), vars(SHAPE))
+        sample = packed(type(chats)(**{**vars(chats), "lengths": lengths}), "cpu", torch.float32)
+        outcome = draft.objective(sample, head, loss, cfg, torch.full((3,), 40.0).double())
+        outcome.loss.backward()
+        found.append((outcome, draft.fc.weight.grad))
+    (first, gradient), (second, padded) = found
+    assert torch.equal(first.sums["rows"], second.sums["rows"])
+    torch.testing.assert_close(first.loss, second.loss)
+    torch.testing.assert_close(gradient, padded, rtol=1e-4, atol=1e-7)
+
+
+def test_our_step_prints_one_line_of_json(file: Path) -> None:
+    command = [sys.executable, "-m", "our_step", str(file), "--shape", json.dumps(vars(SHAPE))]
+    done = subprocess.run(
+        [*command, "--threads", "1", "--steps", "1"],
+        cwd=BENCHMARKS, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {"who", "cpu_s", "wall_s", "activation_mb", "loss", "rows", "matmul_share"} <= set(found)
+    assert found["rows"] == 3 * (5 + 9)
+
+
+def test_activation_memory_is_what_a_step_holds() -> None:
+    """128 MB that live during the step are counted, what stays from before is not."""
+    kept = torch.ones(2**24)
+
+    def step() -> None:
+        held = torch.ones(2**24) + kept
+        held.sum()
+
+    found = measure(step, warmup=1, steps=3, cuda=False)
+    assert 100 < found["activation_mb"] < 180
+    assert found["cpu_s"] > 0
