@@ -5,15 +5,13 @@
 By default with SpecForge's supervision and loss, so that rows and loss must be SpecForge's too.
 """
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import parity
 import torch
 from peers.inputs import Chats, Shape, load
-from peers.measure import matmul_rate, measure
+from peers.measure import arguments, matmul_rate, measure
 
 from specforge_exp.config import DraftConfig, LossConfig
 from specforge_exp.losses import opd
@@ -31,13 +29,7 @@ def packed(chats: Chats, device: str, dtype: torch.dtype) -> Sample:
 
 def main() -> None:
     """Print the medians as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--shape", default="{}")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
+    parser = arguments(__doc__)
     parser.add_argument("--supervision", default="specforge")
     parser.add_argument("--checkpointing", action="store_true")
     args = parser.parse_args()

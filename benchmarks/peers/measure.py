@@ -5,6 +5,7 @@ and gradients held: warm up, free what the set-up left, trim the allocator, rese
 On CUDA it is the allocator's peak minus what is allocated before the step.
 """
 
+import argparse
 import ctypes
 import gc
 import statistics
@@ -14,6 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What every step's script takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("file", type=Path, help="what inputs.save wrote")
+    parser.add_argument("--shape", default="{}", help="inputs.Shape as JSON")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    return parser
 
 
 def status(field: str) -> int:

@@ -6,7 +6,6 @@ Runs in the environment that benchmarks/train_step.py makes. The package's fused
 kernel; on a CPU its own eager `_compute_loss` stands in.
 """
 
-import argparse
 import json
 import tempfile
 import types
@@ -15,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers.inputs import Chats, Shape, load
-from peers.measure import measure
 from torch import Tensor
+
+from peers.inputs import Chats, Shape, load
+from peers.measure import arguments, measure
 
 
 def build(
@@ -94,14 +94,7 @@ def make_batch(chats: Chats, device: str, dtype: torch.dtype) -> Any:
 
 def main() -> None:
     """Print the medians as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--shape", default="{}")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
+    args = arguments(__doc__).parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     cuda = args.device.startswith("cuda")

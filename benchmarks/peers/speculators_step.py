@@ -6,16 +6,15 @@ Runs in the environment that benchmarks/train_step.py makes. Its head is unfroze
 else's is trained; several conversations are packed into one row, as its own collator does.
 """
 
-import argparse
 import json
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
-from peers.inputs import Chats, Shape, load
-from peers.measure import measure
 from torch import Tensor
+
+from peers.inputs import Chats, Shape, load
+from peers.measure import arguments, measure
 
 
 def build(shape: Shape, weights: dict[str, Tensor], device: str, dtype: torch.dtype) -> Any:
@@ -90,14 +89,7 @@ def make_inputs(chats: Chats, device: str, dtype: torch.dtype) -> dict[str, Tens
 
 def main() -> None:
     """Print the medians as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--shape", default="{}")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
+    args = arguments(__doc__).parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     from speculators.losses import resolve_loss_config
