@@ -172,6 +172,28 @@ def test_bfloat16_compute_keeps_fp32_gradients(random_target: Target, checkpoint
         assert torch.cosine_similarity(flat, wanted, 0) > 0.99, name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_gives_the_same_gradients(random_target: Target, dtype: torch.dtype) -> None:
+    """In fp32 to rounding, in bfloat16 the same direction."""
+    draft = small_draft(random_target)
+    sample = packed(random_target, conversation(1), conversation(3))
+    window = divisors(sample)
+    first = outcome(draft, random_target, sample, window)
+    first.loss.backward()
+    expected = gradients(draft)
+    draft.to("cuda").compute_dtype = dtype
+    tensors = {n: v.cuda() for n, v in vars(sample).items() if isinstance(v, Tensor)}
+    head = random_target.head_weight_VH.to("cuda", dtype)
+    second = draft.objective(replace(sample, **tensors), head, LOSS, CFG, window)
+    second.loss.backward()
+    near = {torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(second.loss.cpu(), first.loss, rtol=near, atol=0)
+    for name, gradient in gradients(draft).items():
+        flat, wanted = gradient.cpu().flatten(), expected[name].flatten()
+        assert torch.cosine_similarity(flat, wanted, 0) > 0.99, name
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=12), min_size=2, max_size=4))
 def test_packed_is_unpacked(turns: list[list[int]]) -> None:
