@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,20 @@ def wait_for_step(process: subprocess.Popen[str], cfg: Config, name: str, step: 
         time.sleep(0.005)
 
 
+def listening(session: int) -> list[str]:
+    """Local addresses, in hexadecimal, on which processes of a session accept connections."""
+    pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]
+    inodes = set()
+    for pid in pids:
+        with suppress(OSError):
+            if os.getsid(pid) == session:
+                links = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+                inodes |= {link[8:-1] for link in links if link.startswith("socket:[")}
+    tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables for line in table]
+    return [row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]
+
+
 def finish(arguments: list[str], log: Path) -> str:
     process = start(arguments, log)
     assert process.wait(timeout=300) == 0, log.read_text()
@@ -119,7 +134,10 @@ def test_a_signal_saves_and_is_raised_again(
 
 @pytest.mark.slow
 def test_one_process_or_two(cfg: Config, tokens: Path, tmp_path: Path) -> None:
-    """The same losses and metrics; a run may go on with another number of processes."""
+    """The same losses and metrics; a run may go on with another number of processes.
+
+    Nothing listens beyond loopback.
+    """
     log = tmp_path / "log"
     finish(command(cfg, "one"), log)
     finish(command(cfg, "two", "trainer.gpus=2"), log)
@@ -131,6 +149,8 @@ def test_one_process_or_two(cfg: Config, tokens: Path, tmp_path: Path) -> None:
     both = command(cfg, "both", "trainer.save_every=2")
     process = start([*both, "trainer.gpus=2"], log)
     wait_for_step(process, cfg, "both", 5)
+    if sys.platform == "linux":
+        assert set(listening(process.pid)) == {"0100007F"}  # 127.0.0.1
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert "continuing after step" in finish(both, log)

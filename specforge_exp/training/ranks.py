@@ -24,6 +24,10 @@ from specforge_exp.errors import InputError
 
 log = logging.getLogger(__name__)
 
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+STORE = "SPECFORGE_EXP_STORE"
+"""Environment variable: the file in which the processes that `launch` starts find each other."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -63,7 +67,13 @@ def join(device: torch.device) -> Ranks:
     if not started():
         return Ranks()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store = os.environ.get(STORE)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"file://{store}" if store else None,
+            rank=int(os.environ["RANK"]) if store else -1,
+            world_size=int(os.environ["WORLD_SIZE"]) if store else -1,
+        )
     rank, world = dist.get_rank(), dist.get_world_size()
     if rank:
         logging.getLogger().setLevel(logging.WARNING)
@@ -90,6 +100,8 @@ def launch(stage: Callable[[Config], Any], cfg: Config) -> Any:
 
     # Processes report what went wrong themselves; the launcher would add its own tracebacks.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # The launcher would open a TCP store on every interface; the processes meet in a file.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     with tempfile.TemporaryDirectory() as folder:
         refusal = Path(folder) / "refusal"
@@ -98,7 +110,8 @@ def launch(stage: Callable[[Config], Any], cfg: Config) -> Any:
             max_nodes=1,
             nproc_per_node=cfg.trainer.gpus,
             rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
+            rdzv_endpoint=str(Path(folder) / "rendezvous"),
+            rdzv_configs={"store_type": "file"},
             run_id=cfg.run_name,
             max_restarts=0,
             monitor_interval=0.1,
@@ -125,6 +138,9 @@ def launch(stage: Callable[[Config], Any], cfg: Config) -> Any:
 def work(stage: Callable[[Config], Any], cfg: Config, refusal: Path) -> Any:
     """What each process runs; a refusal is left in a file, since only text crosses over."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    os.environ[STORE] = str(refusal.with_name("store"))
+    for transport in ("GLOO", "NCCL"):  # one machine: nothing listens beyond loopback
+        os.environ.setdefault(f"{transport}_SOCKET_IFNAME", LOOPBACK)
     try:
         result = stage(cfg)
     except InputError as error:
