@@ -1,0 +1,98 @@
+"""`python -m tests.modal_local [OPTIONS] [-- CMD...]`: run CMD against a fresh server, or serve."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from .options import Options, add_secret, set_option
+from .server import client_environment, start, stop
+from .state import ControlPlane
+
+
+def parse(arguments: list[str]) -> tuple[Options, str, list[str]]:
+    """Return the options, the file for the client's environment and the command to run."""
+    command: list[str] = []
+    if "--" in arguments:
+        position = arguments.index("--")
+        arguments, command = arguments[:position], arguments[position + 1 :]
+    parser = argparse.ArgumentParser(prog="modal_local", usage="%(prog)s [OPTIONS] [-- CMD...]")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--state", default="", help="folder that outlives the server")
+    parser.add_argument("--secret", action="append", default=[], metavar="NAME:KEY=VALUE")
+    parser.add_argument("--option", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--env-file", default="", help="write the client's environment as JSON")
+    parser.add_argument("--share", action="append", default=[], metavar="PATH")
+    parser.add_argument("-v", dest="verbose", action="store_true", help="show containers' output")
+    given = parser.parse_args(arguments)
+    share = tuple(str(Path(path).absolute()) for path in given.share)
+    options = Options(state_dir=given.state, port=given.port, share=share, verbose=given.verbose)
+    try:
+        for text in given.secret:
+            add_secret(options, text)
+        for text in given.option:
+            set_option(options, text)
+    except ValueError as error:
+        parser.error(str(error))
+    return options, given.env_file, command
+
+
+def _write_environment(path: str, environment: dict[str, str]) -> None:
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(environment))
+    temporary.replace(path)
+
+
+async def _run(command: list[str], environment: dict[str, str], stopped: asyncio.Event) -> int:
+    """Run the command; a SIGTERM for us is passed on, a SIGINT of a terminal it has already."""
+    process = await asyncio.create_subprocess_exec(*command, env={**os.environ, **environment})
+    ended = asyncio.ensure_future(process.wait())
+    asked = asyncio.ensure_future(stopped.wait())
+    await asyncio.wait([ended, asked], return_when=asyncio.FIRST_COMPLETED)
+    if not ended.done():
+        process.terminate()
+    asked.cancel()
+    status = await ended
+    return status if status >= 0 else 128 - status
+
+
+def _summary(plane: ControlPlane) -> None:
+    if plane.unimplemented:
+        counts = ", ".join(f"{name} x{count}" for name, count in plane.unimplemented.items())
+        sys.stderr.write(f"modal_local: unimplemented: {counts}\n")
+
+
+async def main() -> int:
+    """Serve, or run the command of the command line."""
+    options, env_file, command = parse(sys.argv[1:])
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stopped.set)
+    if command:
+        # A terminal sends it to the command too, whose handling decides.
+        loop.add_signal_handler(signal.SIGINT, lambda: None)
+    else:
+        loop.add_signal_handler(signal.SIGINT, stopped.set)
+    plane = await start(options)
+    try:
+        environment = client_environment(plane)
+        if env_file:
+            _write_environment(env_file, environment)
+        if command:
+            return await _run(command, environment, stopped)
+        for key, value in environment.items():
+            print(f"export {key}={value}", flush=True)
+        await stopped.wait()
+        return 0
+    finally:
+        _summary(plane)
+        await stop(plane)
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))
