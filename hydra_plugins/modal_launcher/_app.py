@@ -1,0 +1,118 @@
+"""The deployed app of a sweep: made once per version of the code, then only looked up."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra_plugins.modal_launcher import _code, _image
+from hydra_plugins.modal_launcher._plan import Job, function_name
+
+if TYPE_CHECKING:
+    import modal
+
+MOUNT = "/mnt/hydra-sweeps"
+
+
+def app_name(prefix: str, jobs: Sequence[Job]) -> str:
+    """Name that holds the hash of everything the app consists of, so it never changes its content."""
+    return f"{prefix}-{_image.digest(sorted({function_name(job.function) for job in jobs}))}"
+
+
+def deploy(name: str, jobs: Sequence[Job], tags: dict[str, str]) -> bool:
+    """Deploy the app unless it is there already; True when it was deployed now."""
+    import modal
+
+    functions = {function_name(job.function): job for job in jobs}
+    try:
+        for function in functions:
+            modal.Function.from_name(name, function).hydrate()
+        return False
+    except modal.exception.NotFoundError:
+        pass
+    app = modal.App(name, tags=tags or None)
+    with tempfile.TemporaryDirectory(prefix="modal-launcher-") as staging:
+        folders: dict[str, Path] = {}
+        for function, job in functions.items():
+            if job.code.digest not in folders:
+                folders[job.code.digest] = stage(job.code, Path(staging) / job.code.digest)
+            add_function(app, function, job, folders[job.code.digest])
+        app.deploy()
+    return True
+
+
+def stage(code: _code.Shipment, folder: Path) -> Path:
+    """Copy the files of a shipment below one folder, as they will lie below /root."""
+    for remote, local in code.files.items():
+        target = folder / Path(remote).relative_to("/root")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(local, target)
+    return folder
+
+
+def add_function(app: "modal.App", name: str, job: Job, folder: Path) -> None:
+    """One function: image, GPU list, reuse, start-up timeout; calls set the rest."""
+    import modal
+
+    from hydra_plugins.modal_launcher._worker import run_job
+
+    wanted = job.function
+    app.function(
+        name=name,
+        image=_image.build(job.image, folder),
+        gpu=wanted["gpu"],
+        single_use_containers=wanted["single_use"],
+        startup_timeout=wanted["startup_timeout"],
+        timeout=86400,
+        retries=modal.Retries(max_retries=10, initial_delay=0.0, backoff_coefficient=1.0),
+        include_source=False,
+    )(run_job)
+
+
+def volume(name: str) -> "modal.Volume":
+    """A Volume by name, made as version 2 when it is missing."""
+    import modal
+
+    return modal.Volume.from_name(name, create_if_missing=True, version=2)
+
+
+class Functions:
+    """Handles for spawning: one per distinct set of options, looked up once."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Any] = {}
+
+    def spawn(self, plan: dict[str, Any], reference: dict[str, Any], payload: bytes) -> str:
+        """Spawn a job; returns the id of its call."""
+        key = json.dumps([plan["app"], plan["function"], plan["options"]], sort_keys=True)
+        if key not in self.known:
+            self.known[key] = variant(plan, reference["volume"])
+        return str(self.known[key].spawn(reference, payload).object_id)
+
+
+def variant(plan: dict[str, Any], outputs: str) -> "modal.Function[Any, Any, Any]":
+    """The deployed function with a job's own options."""
+    import modal
+
+    said = plan["options"]
+    volumes = {mount: volume(name) for mount, name in said["volumes"].items()}
+    secrets = [
+        modal.Secret.from_name(name, required_keys=keys) for name, keys in said["secrets"].items()
+    ]
+    options: dict[str, Any] = {
+        name: said[name]
+        for name in ("gpu", "cpu", "memory", "region", "cloud", "max_containers")
+        if said[name] is not None
+    }
+    return modal.Function.from_name(plan["app"], plan["function"]).with_options(
+        **options,
+        timeout=said["timeout"],
+        retries=modal.Retries(
+            max_retries=said["retries"], initial_delay=0.0, backoff_coefficient=1.0
+        ),
+        volumes={**volumes, MOUNT: volume(outputs)},
+        **({"secrets": secrets} if secrets else {}),
+        **({"env": said["env"]} if said["env"] else {}),
+    )

@@ -1,0 +1,133 @@
+"""The worker's side of Modal: claim, status, common part, commits; outages are waited out."""
+
+import glob
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+OUTAGE = 600.0  # seconds without the control plane before a step is given up
+COMMON_DICT = "hydra-modal-launcher-common"
+
+commons: dict[str, bytes] = {}
+
+
+class CommitFailed(OSError):
+    """A Volume did not take what was written to it."""
+
+
+def patiently(step: Callable[[], T], seconds: float = OUTAGE) -> T:
+    """Do a step again while the control plane cannot be reached."""
+    from modal import exception
+
+    delay, deadline = 0.5, time.monotonic() + seconds
+    while True:
+        try:
+            return step()
+        except (
+            exception.ConnectionError,
+            exception.ServiceError,
+            exception.InternalError,
+            OSError,
+        ):
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(delay)
+        delay = min(10.0, delay * 2)
+
+
+class Cloud:
+    """What one attempt at a job says to Modal."""
+
+    def __init__(self, reference: dict[str, Any]) -> None:
+        import modal
+
+        self.reference = reference
+        self.dict = modal.Dict.from_name(reference["dict"])
+        self.attempt = 1
+        self.said: dict[str, Any] = {}
+        self.checkpoints: set[str] = set(self.find_checkpoints())
+        names = {reference["volume"], *reference["mounts"].values()}
+        self.volumes = {name: modal.Volume.from_name(name) for name in sorted(names)}
+
+    def claim(self) -> str | None:
+        """Make this call the owner of the job; the owner's call id when it is another one.
+
+        A call that was preempted finds its own claim and goes on, as the next attempt.
+        """
+        import modal
+
+        own = modal.current_function_call_id()
+        key = f"claim:{self.reference['key']}"
+        if patiently(lambda: self.dict.put(key, own, skip_if_exists=True)):
+            return None
+        owner = str(patiently(lambda: self.dict.get(key)))
+        if owner != own:
+            return owner
+        earlier = patiently(lambda: self.dict.get(f"status:{self.reference['key']}")) or {}
+        self.attempt = int(earlier.get("attempt", 1)) + 1
+        return None
+
+    def status(self, **said: Any) -> None:
+        """Tell the launcher, when there is something new; never fails a job."""
+        from modal.exception import Error
+
+        entry = {**said, "attempt": self.attempt}
+        if entry == self.said:
+            return
+        try:
+            self.dict.put(f"status:{self.reference['key']}", {**entry, "at": time.time()})
+            self.said = entry
+        except (Error, OSError):
+            return
+
+    def common(self) -> bytes:
+        """The part that all jobs of the sweep share, fetched once per container."""
+        import modal
+
+        digest = self.reference["common"]
+        if digest not in commons:
+            shared = modal.Dict.from_name(COMMON_DICT)
+            held = patiently(lambda: shared.get(digest))
+            if held is None:
+                raise RuntimeError(
+                    f"the common part of the sweep {digest[:12]} is gone; run the same command again"
+                )
+            commons[digest] = held
+        return commons[digest]
+
+    def reload(self) -> None:
+        """See what an earlier attempt committed."""
+        from modal.exception import Error
+
+        for volume in self.volumes.values():
+            try:
+                patiently(volume.reload)
+            except (Error, RuntimeError):
+                continue
+
+    def find_checkpoints(self) -> list[str]:
+        """What matches the job's `checkpoints`."""
+        pattern = self.reference["checkpoints"]
+        return glob.glob(pattern) if pattern else []
+
+    def new_checkpoint(self) -> bool:
+        """Whether a checkpoint has appeared since the last time."""
+        found = set(self.find_checkpoints())
+        fresh = bool(found - self.checkpoints)
+        self.checkpoints = found
+        return fresh
+
+    def commit(self) -> None:
+        """Commit every mounted Volume.
+
+        Raises:
+            CommitFailed: when a Volume refuses, for example because it is full.
+        """
+        from modal.exception import Error
+
+        for name, volume in self.volumes.items():
+            try:
+                patiently(volume.commit)
+            except (Error, OSError, RuntimeError) as error:
+                raise CommitFailed(f"Volume {name}: {error}") from None

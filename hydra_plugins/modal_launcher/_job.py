@@ -1,0 +1,112 @@
+"""The job itself, in its own process in the container: Hydra's `run_job`, then a JSON file."""
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import traceback
+import zlib
+from pathlib import Path
+from typing import Any
+
+from hydra_plugins.modal_launcher import _image, _result
+
+
+def preload() -> None:
+    """Import what every job needs, before the fork."""
+    import hydra.core.utils
+    import omegaconf
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()
+    assert hydra.core.utils and omegaconf
+
+
+def run(folder: Path) -> int:
+    """Run the job whose payload is in `folder`; writes result.json there. Returns the exit code."""
+    request = json.loads((folder / "request.json").read_text())
+    problem = mismatch(request["versions"])
+    if problem:
+        report(folder, {"status": "failed", "error": {"type": "VersionError", "message": problem}})
+        return 1
+    os.makedirs(request["cwd"], exist_ok=True)
+    os.chdir(request["cwd"])
+    context, task_function, state = checked(folder / "common.bin", request["common"])
+    config = checked(folder / "payload.bin", request["sha256"])
+    try:
+        returned = run_hydra_job(context, task_function, state, config)
+    except SystemExit as error:
+        if error.code in (None, 0):
+            report(folder, {"status": "completed", "value": _result.pack_value(None)})
+            return 0
+        report(folder, failure(error, f"left the interpreter with exit code {error.code}"))
+        return 1
+    report(folder, returned)
+    return 0
+
+
+def mismatch(launched_with: dict[str, str]) -> str | None:
+    """What differs between the launching Python and this one; None when they agree."""
+    here = _image.versions()
+    wrong = [
+        f"{name} {here.get(name)}"
+        for name in launched_with
+        if here.get(name) != launched_with[name]
+    ]
+    if not wrong:
+        return None
+    wanted = ", ".join(f"{name} {number}" for name, number in launched_with.items())
+    return f"the image has {', '.join(wrong)}, but the job was launched with {wanted}"
+
+
+def checked(path: Path, sha256: str) -> Any:
+    """Unpickle a payload whose hash came with the call."""
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{path.name} is not what the launcher sent")
+    return pickle.loads(zlib.decompress(data))
+
+
+def run_hydra_job(context: Any, task_function: Any, state: Any, config: Any) -> dict[str, Any]:
+    """As Hydra's launchers do in their workers."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.plugins import Plugins
+    from hydra.core.singleton import Singleton
+    from hydra.core.utils import JobStatus, run_job, setup_globals
+
+    setup_globals()
+    state["instances"][Plugins] = Plugins.instance()  # scanned before the fork
+    Singleton.set_state(state)
+    HydraConfig.instance().set_config(config)
+    returned = run_job(
+        hydra_context=context,
+        task_function=task_function,
+        config=config,
+        job_dir_key="hydra.sweep.dir",
+        job_subdir_key="hydra.sweep.subdir",
+    )
+    said = {
+        "working_dir": returned.working_dir,
+        "task_name": returned.task_name,
+        "output_dir": config.hydra.runtime.output_dir,
+    }
+    if returned.status == JobStatus.COMPLETED:
+        return {"status": "completed", "value": _result.pack_value(returned.return_value), **said}
+    error = returned._return_value
+    # Hydra 1.3 keeps a job's traceback out of its log.
+    logging.getLogger(returned.task_name).error("".join(traceback.format_exception(error)).rstrip())
+    return {**failure(error), **said}
+
+
+def failure(error: BaseException, message: str | None = None) -> dict[str, Any]:
+    """An envelope for a job that raised."""
+    said = {"type": type(error).__name__, "message": message or str(error)}
+    return {"status": "failed", "error": said}
+
+
+def report(folder: Path, envelope: dict[str, Any]) -> None:
+    """Write result.json so that it is whole or not there."""
+    partial = folder / "result.json.partial"
+    partial.write_text(json.dumps(envelope))
+    os.replace(partial, folder / "result.json")

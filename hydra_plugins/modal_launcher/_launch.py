@@ -1,0 +1,203 @@
+"""One launch: compose, check, deploy, spawn, wait, bring back."""
+
+import hashlib
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
+from omegaconf import OmegaConf
+
+from hydra_plugins.modal_launcher import (
+    _code,
+    _plan,
+    _preflight,
+    _report,
+    _result,
+    _settings,
+)
+from hydra_plugins.modal_launcher._errors import JobFailed, LaunchError
+from hydra_plugins.modal_launcher._journal import JobRecord, Journal
+from hydra_plugins.modal_launcher.config import ModalLauncherConf
+
+if TYPE_CHECKING:
+    from hydra_plugins.modal_launcher._calls import Ended
+    from hydra_plugins.modal_launcher.launcher import ModalLauncher
+
+log = logging.getLogger(__name__)
+
+
+def launch(
+    launcher: "ModalLauncher", job_overrides: Sequence[Sequence[str]], first: int
+) -> Sequence[JobReturn]:
+    """What `ModalLauncher.launch` does."""
+    master, context, task = launcher.config, launcher.hydra_context, launcher.task_function
+    assert master is not None and context is not None and task is not None
+    setup_globals()
+    configure_log(master.hydra.hydra_logging, master.hydra.verbose)
+    conf = _settings.launcher_conf(master)
+    refuse_search(conf, str(master.hydra.sweeper._target_))
+    sweep_dir = Path(str(master.hydra.sweep.dir))
+    sweep_dir.mkdir(parents=True, exist_ok=True)
+    configs = _plan.compose(master, context, job_overrides, first)
+    jobs = _plan.describe(configs, conf, _code.project_root(task), sweep_dir)
+    _preflight.check_jobs(jobs)
+    if conf.dry_run or conf.setup:
+        _report.rehearse(jobs, conf, sweep_dir)
+        raise SystemExit(0)
+    with _report.modal_errors():
+        return run(jobs, conf, _plan.common_part(context, task), sweep_dir)
+
+
+def refuse_search(conf: ModalLauncherConf, sweeper: str) -> None:
+    """A sweeper that needs every job's value cannot go on without the values."""
+    for name in ("dry_run", "detach"):
+        if getattr(conf, name) and "optuna" in sweeper.lower():
+            raise LaunchError(
+                f"hydra.launcher.{name}=true and {sweeper.rpartition('.')[2]} do not go together: it "
+                "chooses the next jobs by the results of the last ones; "
+                "leave one of them out (hydra/sweeper=basic for a dry run)"
+            )
+
+
+def run(
+    jobs: Sequence[_plan.Job], conf: ModalLauncherConf, common: bytes, sweep_dir: Path
+) -> list[JobReturn]:
+    """Check against Modal, spawn, wait."""
+    from hydra_plugins.modal_launcher import _app, _submit, _table, _watch
+
+    journal = Journal(sweep_dir)
+    _submit.refuse_other_code(journal, jobs)
+    missing = [job for job in jobs if not finished(journal, job, conf)]
+    _preflight.check_secrets(missing)
+    for line in _preflight.check_requires(missing, push=True):
+        log.info(f"\tuploaded {line}")
+    _preflight.check_cost(missing, conf, ask=True)
+    for name in _preflight.wanted_volumes(missing, volume_name(conf)):
+        _app.volume(name).hydrate()
+    sweep = begin(journal, jobs, conf, common)
+    if missing and _app.deploy(sweep["app"], jobs, {**conf.tags, "sweep": sweep["id"]}):
+        log.info(f"\tdeployed {sweep['app']}")
+    _submit.stage_common(common, sweep["common"], journal.folder)
+    events = [_plan.plan_event(job, conf, sweep) for job in jobs]
+    _submit.plan(journal, jobs, events)
+    records = [journal.jobs[job.identity] for job in jobs]
+    functions = _app.Functions()
+    try:
+        said = _submit.submit(journal, records, conf.if_done, functions)
+        for job in jobs:
+            overrides = " ".join(filter_overrides(job.overrides))
+            log.info(f"\t#{job.number} : {overrides} ({said[job.identity]})")
+        if conf.detach:
+            _report.detached(journal, len(records))
+            raise SystemExit(0)
+        with _table.Table(conf.prices) as table:
+            watch = _watch.Watch(journal, table, functions, conf.poll)
+            ended = watch.wait(records)
+    except KeyboardInterrupt:
+        _report.interrupted(journal)
+        raise SystemExit(130) from None
+    _report.summary(journal, records)
+    return [
+        job_return(job, record, ended.get(job.identity), journal)
+        for job, record in zip(jobs, records, strict=True)
+    ]
+
+
+def finished(journal: Journal, job: _plan.Job, conf: ModalLauncherConf) -> bool:
+    """Whether a job has its result already and will not run."""
+    record = journal.jobs.get(job.identity)
+    done = record is not None and record.end is not None and record.end["status"] == "completed"
+    return done and conf.if_done == "skip"
+
+
+def volume_name(conf: ModalLauncherConf) -> str:
+    """The Volume for outputs and results."""
+    return conf.volume or f"{conf.app}-sweeps"
+
+
+def begin(
+    journal: Journal, jobs: Sequence[_plan.Job], conf: ModalLauncherConf, common: bytes
+) -> dict[str, Any]:
+    """The sweep's own line in the journal, written once; with this launch's app and common part."""
+    from hydra_plugins.modal_launcher import _app
+
+    if not journal.sweep:
+        name = secrets.token_hex(6)
+        journal.write(
+            [
+                {
+                    "event": "sweep",
+                    "id": name,
+                    "dict": f"{conf.app}-sweep-{name}",
+                    "volume": volume_name(conf),
+                    "argv": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+                    "cwd": os.getcwd(),
+                }
+            ]
+        )
+    return {
+        **journal.sweep,
+        "app": _app.app_name(conf.app, jobs),
+        "common": hashlib.sha256(common).hexdigest(),
+        "max_containers": share_parallel(jobs, conf.max_parallel),
+    }
+
+
+def share_parallel(jobs: Sequence[_plan.Job], most: int | None) -> dict[str, int]:
+    """Containers per kind of job, so that together they are at most `most`."""
+    if most is None:
+        return {}
+    counts: dict[str, int] = {}
+    for job in jobs:
+        kind = _plan.job_kind(job.settings)
+        counts[kind] = counts.get(kind, 0) + 1
+    if len(counts) > most:
+        raise LaunchError(
+            f"hydra.launcher.max_parallel={most} but the jobs need {len(counts)} kinds of machines, "
+            "which Modal limits one by one; raise it or launch the kinds separately"
+        )
+    shares = dict.fromkeys(counts, 1)
+    for _ in range(most - len(counts)):
+        kind = max(counts, key=lambda kind: counts[kind] / shares[kind])
+        shares[kind] += 1
+    return shares
+
+
+def job_return(
+    job: _plan.Job, record: JobRecord, ended: "Ended | None", journal: Journal
+) -> JobReturn:
+    """Hydra's record of a job, as `run_job` would have returned it here."""
+    from hydra_plugins.modal_launcher._collect import output_dir
+
+    config = job.config
+    config.hydra.runtime._set_flag(["readonly", "struct"], [False, False])
+    config.hydra.runtime.output_dir = str(output_dir(journal, record).resolve())
+    end = record.end
+    assert end is not None
+    returned = JobReturn(
+        overrides=list(OmegaConf.to_container(config.hydra.overrides.task)),  # type: ignore[arg-type]
+        cfg=OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]),
+        hydra_cfg=OmegaConf.masked_copy(config, "hydra"),
+        working_dir=end["working_dir"] or os.getcwd(),
+        task_name=end["task_name"] or str(config.hydra.job.name),
+    )
+    if end["status"] == "completed":
+        returned.status = JobStatus.COMPLETED
+        returned.return_value = value_of(end, ended)
+    else:
+        returned.status = JobStatus.FAILED
+        returned.return_value = JobFailed(_report.failure_text(journal, record))
+    return returned
+
+
+def value_of(end: dict[str, Any], ended: "Ended | None") -> Any:
+    """A completed job's return value."""
+    if ended is not None:
+        return _result.unpack_value(ended.envelope["value"], ended.trusted)
+    held = end["value"] or {"json": None}
+    return _result.unpack_value(held, trusted=False)

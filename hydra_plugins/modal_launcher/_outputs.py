@@ -1,0 +1,154 @@
+"""Output directories: saved to the Volume in the container, brought back here."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+CHUNK = 1 << 20
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Regular files, without those that a cut-off copy left behind."""
+    for here, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(here) / name
+            if path.is_file() and not name.endswith(".partial"):
+                yield path
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(source: Path, target: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """Copy what changed below `source` into `target`.
+
+    Args:
+        known: what the last call returned; {} at first.
+
+    Returns:
+        By relative path: size, modification time and sha256 of every file.
+    """
+    manifest = {}
+    for path in files_below(source):
+        name = path.relative_to(source).as_posix()
+        try:
+            stat = path.stat()
+            if (entry := known.get(name)) and (entry["size"], entry["time"]) == (
+                stat.st_size,
+                stat.st_mtime_ns,
+            ):
+                manifest[name] = entry
+                continue
+            copy(path, target / name)
+            digest = file_digest(target / name)
+        except FileNotFoundError:  # a temporary file of the job
+            continue
+        manifest[name] = {"size": stat.st_size, "time": stat.st_mtime_ns, "sha256": digest}
+    for name in known.keys() - manifest.keys():
+        (target / name).unlink(missing_ok=True)
+    return manifest
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file so that it is whole or not there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    shutil.copyfile(source, partial)
+    os.replace(partial, target)
+
+
+def restore(saved: Path, folder: Path) -> int:
+    """Bring a preempted attempt's files back into the container; number of files."""
+    count = 0
+    for path in files_below(saved):
+        target = folder / path.relative_to(saved)
+        if not target.exists():
+            copy(path, target)
+            count += 1
+    return count
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and modification time of every file below a folder."""
+    found = {}
+    for path in files_below(folder):
+        stat = path.stat()
+        found[path.relative_to(folder).as_posix()] = (stat.st_size, stat.st_mtime_ns)
+    return found
+
+
+def changed(folder: Path, before: dict[str, tuple[int, int]], leave_out: Path) -> list[Path]:
+    """Files that were made or changed since `before`, outside `leave_out`."""
+    after = snapshot(folder)
+    paths = [folder / name for name, said in after.items() if before.get(name) != said]
+    return [path for path in paths if not path.is_relative_to(leave_out)]
+
+
+def safe_target(folder: Path, name: str) -> Path:
+    """Where a file of a manifest goes; raises ValueError for a name that leaves the folder."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts:
+        raise ValueError(f"{name!r} does not lie below {folder}")
+    return folder / pure
+
+
+def write(folder: Path, name: str, content: Iterable[bytes]) -> Path:
+    """Write a file so that it is whole or not there."""
+    target = safe_target(folder, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    with partial.open("wb") as file:
+        for chunk in content:
+            file.write(chunk)
+    os.replace(partial, target)
+    return target
+
+
+def pull(
+    manifest: dict[str, Any],
+    folder: Path,
+    read: Callable[[str], Iterable[bytes]],
+    progress: Callable[[int], None] = lambda size: None,
+) -> int:
+    """Fetch the files of a manifest that are not here yet.
+
+    Args:
+        manifest: relative path -> {size, sha256}.
+        read: content of a file on the Volume, by relative path.
+        progress: told the bytes of each file that is here.
+
+    Returns:
+        Number of files fetched.
+
+    Raises:
+        OSError: when a file that came is not the one in the manifest.
+    """
+    fetched = 0
+    for name, said in manifest.items():
+        target = safe_target(folder, name)
+        here = target.is_file() and target.stat().st_size == said["size"]
+        if not (here and file_digest(target) == said["sha256"]):
+            write(folder, name, read(name))
+            if file_digest(target) != said["sha256"]:
+                target.unlink()
+                raise OSError(f"{target} came back damaged; run the command again")
+            fetched += 1
+        progress(said["size"])
+    return fetched
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest on disk; empty when there is none."""
+    if not path.exists():
+        return {}
+    manifest = json.loads(path.read_text())
+    assert isinstance(manifest, dict)
+    return manifest

@@ -1,0 +1,53 @@
+"""SIGINT (preemption) and SIGUSR1 (cancellation), noted instead of raised while a job runs."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class Signals:
+    """While entered: remembers which signal came. Outside the main thread: nothing comes."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self.cancelled = False
+        self.earlier: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGUSR1):
+                self.earlier[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Remember a signal."""
+        self.interrupted |= number == signal.SIGINT
+        self.cancelled |= number == signal.SIGUSR1
+
+    @property
+    def seen(self) -> bool:
+        """Whether the job has to stop."""
+        return self.interrupted or self.cancelled
+
+    def raise_again(self) -> None:
+        """Raise what Modal's own handlers would have raised."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        if self.cancelled:
+            from modal.exception import InputCancellation
+
+            raise InputCancellation("Input was cancelled by user")
+
+
+def send_group(pid: int, number: int) -> None:
+    """Signal a process group, if it is still there."""
+    try:
+        os.killpg(pid, number)
+    except (ProcessLookupError, PermissionError):
+        return

@@ -1,0 +1,130 @@
+"""Spawning: every call's id is on the disk before the next call is spawned."""
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra_plugins.modal_launcher import _app, _calls, _plan
+from hydra_plugins.modal_launcher._cloud import COMMON_DICT
+from hydra_plugins.modal_launcher._errors import LaunchError, ResultGone
+from hydra_plugins.modal_launcher._journal import FOLDER, JobRecord, Journal
+
+
+def stage_common(common: bytes, digest: str, folder: Path) -> None:
+    """Put what all jobs share where the workers find it, and keep a copy for later restarts."""
+    import modal
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"common-{digest[:16]}.bin"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(common)
+        partial.replace(path)
+    shared = modal.Dict.from_name(COMMON_DICT, create_if_missing=True)
+    shared.put(digest, common, skip_if_exists=True)
+
+
+def restage(journal: Journal, record: JobRecord) -> None:
+    """Make sure that the common part of an earlier launch is still there."""
+    digest = record.plan["ref"]["common"]
+    path = journal.folder / f"common-{digest[:16]}.bin"
+    if path.exists():
+        stage_common(path.read_bytes(), digest, journal.folder)
+
+
+def plan(journal: Journal, jobs: Sequence[_plan.Job], events: list[dict[str, Any]]) -> None:
+    """Write down what this launch is going to spawn, before it spawns anything."""
+    fresh = []
+    for job, event in zip(jobs, events, strict=True):
+        known = journal.jobs.get(job.identity)
+        if known is None or settled(known):
+            fresh.append(event)
+    if fresh:
+        journal.write(fresh)
+
+
+def settled(record: JobRecord) -> bool:
+    """Whether nothing of a job is running or waiting."""
+    return record.call is None or record.end is not None
+
+
+def refuse_other_code(journal: Journal, jobs: Sequence[_plan.Job]) -> None:
+    """Refuse to mix versions of the code while jobs of another one are running."""
+    ours = {job.identity for job in jobs}
+    codes = {job.code.digest for job in jobs}
+    running = [
+        record
+        for record in journal.ordered()
+        if record.identity not in ours
+        and record.plan["code"] not in codes
+        and not settled(record)
+        and still_runs(record)
+    ]
+    if running:
+        numbers = ", ".join(str(record.number) for record in running)
+        raise LaunchError(
+            f"{journal.sweep_dir} has jobs of another version of the code in flight (job {numbers}); "
+            f"`modal-sweep attach {journal.sweep_dir}` waits for them, "
+            f"`modal-sweep cancel {journal.sweep_dir}` ends them"
+        )
+
+
+def still_runs(record: JobRecord) -> bool:
+    """Whether the newest call has no result yet."""
+    assert record.call is not None
+    try:
+        return _calls.look(record.call) is None
+    except ResultGone:
+        return False
+
+
+def spawn(journal: Journal, record: JobRecord, functions: _app.Functions, generation: int) -> None:
+    """Spawn one generation of a job and write its call id down."""
+    reference = {**record.plan["ref"], "key": f"{record.identity}.{generation}"}
+    call = functions.spawn(record.plan, reference, base64.b64decode(record.plan["payload"]))
+    journal.write([spawn_event(record, generation, call)])
+
+
+def spawn_event(record: JobRecord, generation: int, call: str) -> dict[str, Any]:
+    """The journal's line for a call."""
+    return {
+        "event": "spawn",
+        "identity": record.identity,
+        "generation": generation,
+        "call": call,
+        "app": record.plan["app"],
+        "function": record.plan["function"],
+    }
+
+
+def submit(
+    journal: Journal, records: Sequence[JobRecord], if_done: str, functions: _app.Functions
+) -> dict[str, str]:
+    """Spawn what has to run; what is running is left alone.
+
+    Returns:
+        By identity: spawned, attached or done.
+    """
+    done = [record for record in records if record.end and record.end["status"] == "completed"]
+    if done and if_done == "fail":
+        raise LaunchError(
+            f"job {done[0].number} has a result with this code and configuration already "
+            f"(in {journal.sweep_dir}); hydra.launcher.if_done=skip takes it, =rerun makes it again"
+        )
+    said = {}
+    for record in records:
+        end = record.end
+        if end and end["status"] == "completed" and if_done == "skip":
+            said[record.identity] = "done"
+        elif record.call is not None and end is None and record.call not in record.cancelled:
+            said[record.identity] = "attached"
+        else:
+            spawn(journal, record, functions, record.generation + (record.call is not None))
+            said[record.identity] = "spawned"
+    return said
+
+
+def sweep_folder(sweep_dir: Path) -> Path:
+    """Where the launcher keeps its own files."""
+    return sweep_dir / FOLDER

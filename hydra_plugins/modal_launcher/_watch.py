@@ -1,0 +1,144 @@
+"""Waiting for the jobs of a sweep: every end is collected as it comes, whatever the others do."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra_plugins.modal_launcher import _app, _calls, _collect, _submit
+from hydra_plugins.modal_launcher._calls import Ended
+from hydra_plugins.modal_launcher._errors import LaunchError, ResultGone
+from hydra_plugins.modal_launcher._journal import JobRecord, Journal
+from hydra_plugins.modal_launcher._table import Table
+
+SLOW_LOOK = 20.0
+OUTAGE = 900.0
+TRIES = 5
+
+
+@dataclass
+class Watch:
+    """One process's view of a sweep while it waits."""
+
+    journal: Journal
+    table: Table
+    functions: _app.Functions
+    poll: float
+    ended: dict[str, Ended] = field(default_factory=dict)
+    looked: dict[str, float] = field(default_factory=dict)
+    trouble: dict[str, int] = field(default_factory=dict)
+    unreachable_since: float | None = None
+
+    def wait(self, records: Sequence[JobRecord]) -> dict[str, Ended]:
+        """Collect every job's end; by identity.
+
+        Raises:
+            LaunchError: when Modal does not answer for 15 minutes; the jobs go on.
+        """
+        statuses = _calls.Statuses(self.journal.sweep["dict"])
+        pending = [record for record in records if record.end is None]
+        pause = 0.05
+        while pending:
+            said = statuses.read()
+            self.table.show(records, said, self.ended)
+            progress = self.round(pending, said)
+            pending = [record for record in pending if record.identity not in self.ended]
+            pause = 0.05 if progress else min(self.poll, pause * 1.5)
+            if pending and self.unreachable_since is None:
+                progress |= self.settle(pending[0], seconds=pause)
+                pending = [record for record in pending if record.identity not in self.ended]
+            elif pending:
+                time.sleep(self.poll)
+        self.table.show(records, statuses.known, self.ended, last=True)
+        return self.ended
+
+    def round(self, pending: Sequence[JobRecord], said: dict[str, Any]) -> bool:
+        """Look at the calls whose workers say they are done, and now and then at all others."""
+        progress = False
+        now = time.monotonic()
+        for record in pending:
+            state = said.get(record.key, {}).get("state")
+            due = now - self.looked.setdefault(record.identity, now) > SLOW_LOOK
+            if state in ("completed", "failed", "cancelled") or due:
+                self.looked[record.identity] = now
+                progress |= self.settle(record, seconds=0.0)
+        return progress
+
+    def settle(self, record: JobRecord, seconds: float) -> bool:
+        """Look at one job's call; True when it has come to its end."""
+        assert record.call is not None
+        try:
+            ended = _calls.look(record.call, seconds)
+        except ResultGone:
+            ended = self.after_expiry(record)
+        except _calls.Unreachable as error:
+            self.outage(str(error))
+            return False
+        if self.unreachable_since is not None:
+            self.unreachable_since = None
+            self.table.note("Modal answers again")
+        if ended is None:
+            return False
+        if ended.envelope["status"] == "duplicate":
+            self.follow_owner(record, ended.envelope["owner"])
+            return False
+        return self.bring(record, ended)
+
+    def bring(self, record: JobRecord, ended: Ended) -> bool:
+        """Collect an end; after a few failures the job counts as failed."""
+        try:
+            _collect.collect(self.journal, record, ended)
+        except (OSError, ValueError) as error:
+            tries = self.trouble[record.identity] = self.trouble.get(record.identity, 0) + 1
+            if tries < TRIES:
+                self.table.note(f"job {record.number}: outputs not here yet ({error}); again soon")
+                time.sleep(self.poll)
+                return False
+            message = f"its outputs could not be brought here: {error}"
+            ended = _calls.failed("NotPulled", message)
+            _collect.collect(self.journal, record, ended)
+        self.ended[record.identity] = ended
+        self.table.ended(record, ended)
+        return True
+
+    def follow_owner(self, record: JobRecord, owner: str) -> None:
+        """Another call, spawned before a kill, owns the job: wait for that one."""
+        try:
+            result = _calls.look(owner)
+        except ResultGone:
+            result = None if self.saved(record) else _calls.failed("Expired", "", "cancelled")
+        if result is not None and result.envelope["status"] == "cancelled":
+            self.respawn(record, "its owner ended without a result")
+        else:
+            event = _submit.spawn_event(record, record.generation, owner)
+            self.journal.write([event])
+
+    def saved(self, record: JobRecord) -> Ended | None:
+        """The result on the Volume."""
+        volume = _app.volume(self.journal.sweep["volume"])
+        return _calls.on_volume(volume, self.journal.sweep["id"], [record.key])
+
+    def after_expiry(self, record: JobRecord) -> Ended | None:
+        """A call's result is gone: the Volume has it, or the job runs again."""
+        saved = self.saved(record)
+        if saved is None:
+            self.respawn(record, "its call has expired without a result")
+        return saved
+
+    def respawn(self, record: JobRecord, why: str) -> None:
+        """Open the job's next generation."""
+        self.table.note(f"job {record.number} runs again: {why}")
+        _submit.restage(self.journal, record)
+        _submit.spawn(self.journal, record, self.functions, record.generation + 1)
+
+    def outage(self, message: str) -> None:
+        """Wait out a time without Modal; the jobs do not notice."""
+        now = time.monotonic()
+        if self.unreachable_since is None:
+            self.unreachable_since = now
+            self.table.note(f"Modal does not answer, trying again: {message}")
+        elif now - self.unreachable_since > OUTAGE:
+            raise LaunchError(
+                "Modal has not answered for 15 minutes; the jobs go on without this process. "
+                f"Later: modal-sweep attach {self.journal.sweep_dir}"
+            )

@@ -1,0 +1,278 @@
+"""What Modal runs: claims a job, starts it, watches it, saves what it wrote, returns the result.
+
+Preemption is SIGINT. It is passed on to the job's processes, which save a checkpoint; then it is
+raised again, so that Modal runs the same input in a new container. Whatever a job returns after it
+was told to stop is dropped: a job that swallows the signal would look finished otherwise.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra_plugins.modal_launcher import _cloud, _outputs, _result
+from hydra_plugins.modal_launcher._signals import Signals, send_group
+
+if TYPE_CHECKING:
+    from types import FrameType  # noqa: F401
+
+MOUNT = Path("/mnt/hydra-sweeps")
+SCRATCH = Path("/tmp/modal-launcher")
+GRACE = 22.0  # Modal gives 30 s between the signal and the end
+LOOK_EVERY = 0.25
+STATUS_EVERY = 2.0
+SAVE_EVERY = 60.0
+
+zygote: tuple[subprocess.Popen[bytes], socket.socket] | None = None
+
+
+class NewAttempt(Exception):
+    """The attempt's time is up; Modal runs the job again and it continues."""
+
+
+def run_job(reference: dict[str, Any], payload: bytes) -> bytes:
+    """Run one job of a sweep; the envelope of its result, compressed.
+
+    Args:
+        reference: the plan's `ref` with the job's `key`.
+        payload: the pickled configuration, compressed.
+    """
+    cloud = _cloud.Cloud(reference)
+    owner = cloud.claim()
+    if owner is not None:
+        return _result.compress({"status": "duplicate", "owner": owner})
+    folder = MOUNT / reference["sweep"] / reference["key"]
+    if cloud.attempt > 1:
+        cloud.reload()
+        finished = folder / "result.bin"
+        if finished.exists():  # killed between its last commit and its return
+            return finished.read_bytes()
+    attempt = Attempt(reference, payload, folder, cloud)
+    with Signals() as signals:
+        envelope = attempt.run(signals)
+    return attempt.finish(envelope)
+
+
+class Attempt:
+    """One attempt at a job, in one container."""
+
+    def __init__(
+        self, reference: dict[str, Any], payload: bytes, folder: Path, cloud: "_cloud.Cloud"
+    ) -> None:
+        self.reference, self.folder, self.cloud = reference, folder, cloud
+        self.output_dir = Path(reference["output_dir"])
+        self.started = time.time()
+        self.manifest: dict[str, Any] = _outputs.read_manifest(folder / "manifest.json")
+        self.scratch = SCRATCH / reference["key"]
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        (self.scratch / "result.json").unlink(missing_ok=True)
+        (self.scratch / "payload.bin").write_bytes(payload)
+        (self.scratch / "common.bin").write_bytes(cloud.common())
+        names = ("cwd", "common", "sha256", "versions")
+        request = {name: reference[name] for name in names}
+        (self.scratch / "request.json").write_text(json.dumps(request))
+        self.log = self.scratch / "log.txt"
+        cwd = Path(reference["cwd"])
+        if cloud.attempt > 1:
+            _outputs.restore(folder / "outputs", self.output_dir)
+            _outputs.restore(folder / "cwd", cwd)
+            if (folder / "log.txt").exists() and not self.log.exists():
+                _outputs.copy(folder / "log.txt", self.log)
+        self.before = _outputs.snapshot(cwd) if reference["sync_cwd"] and cwd.is_dir() else {}
+
+    def run(self, signals: Signals) -> dict[str, Any]:
+        """Start the job's process and watch it to its end.
+
+        Raises:
+            KeyboardInterrupt: preempted. InputCancellation: cancelled. NewAttempt: time is up.
+        """
+        self.cloud.status(state="running", started=self.started)
+        process, control = start_zygote()
+        request = {"folder": str(self.scratch), "log": str(self.log)}
+        control.sendall(json.dumps(request).encode() + b"\n")
+        replies = Replies(control)
+        pid = replies.wait(30.0)["pid"]
+        grace = min(120.0, 0.1 * self.reference["timeout"])
+        up = self.started + self.reference["timeout"] - grace - GRACE / 4
+        watched = time.time()
+        saved = time.time()
+        while (reply := replies.wait(LOOK_EVERY)) is None:
+            now = time.time()
+            if signals.seen or now > up:
+                self.stop(pid, replies, signals)
+                signals.raise_again()
+                raise NewAttempt(
+                    f"{self.reference['timeout']} s are over; the job continues in a new attempt"
+                )
+            if now - watched > STATUS_EVERY:
+                watched = now
+                self.report_progress()
+                if self.cloud.new_checkpoint() or now - saved > SAVE_EVERY:
+                    saved = now
+                    self.save()
+        return self.outcome(reply["exit"])
+
+    def stop(self, pid: int, replies: "Replies", signals: Signals) -> None:
+        """Tell the job to save and end, within the time that Modal gives."""
+        send_group(pid, signal.SIGINT)
+        if replies.wait(5.0 if signals.cancelled else GRACE) is None:
+            send_group(pid, signal.SIGKILL)
+            replies.wait(2.0)
+        try:
+            self.save()
+        except OSError as error:
+            print(f"modal_launcher: outputs were not saved: {error}", file=sys.stderr)
+        self.cloud.status(state="cancelled" if signals.cancelled else "preempted")
+
+    def outcome(self, code: int) -> dict[str, Any]:
+        """The job's own report, or what its exit code says."""
+        path = self.scratch / "result.json"
+        if path.exists():
+            envelope = json.loads(path.read_text())
+        else:
+            said = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+            hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+            message = f"the job's process {said}{hint} before it had a result"
+            envelope = {"status": "failed", "error": {"type": "JobExited", "message": message}}
+        if envelope["status"] == "completed" and _result.is_nan(envelope["value"]):
+            message = "the job returned NaN"
+            envelope = {
+                **envelope,
+                "status": "failed",
+                "error": {"type": "NotANumber", "message": message},
+            }
+        if envelope["status"] == "failed":
+            envelope["tail"] = tail(self.log, 2000)
+        return dict(envelope)
+
+    def report_progress(self) -> None:
+        """Put the last line of the progress file into the sweep's Dict, when it is a new one."""
+        name = self.reference["progress_file"]
+        if name:
+            said = last_json(self.output_dir / name)
+            shown = {key: said[key] for key in ("step", "loss") if key in said}
+            if shown:
+                self.cloud.status(state="running", started=self.started, **shown)
+
+    def save(self) -> None:
+        """Copy outputs and log to the Volume and commit all Volumes."""
+        self.manifest = _outputs.save(self.output_dir, self.folder / "outputs", self.manifest)
+        if self.log.exists():
+            _outputs.copy(self.log, self.folder / "log.txt")
+        _outputs.write(self.folder, "manifest.json", [json.dumps(self.manifest).encode()])
+        self.cloud.commit()
+
+    def finish(self, envelope: dict[str, Any]) -> bytes:
+        """Save everything, then the result, commit, report; returns the result's bytes."""
+        envelope["attempt"] = self.cloud.attempt
+        envelope["seconds"] = round(time.time() - self.started, 2)
+        try:
+            self.manifest = _outputs.save(self.output_dir, self.folder / "outputs", self.manifest)
+            envelope["cwd_files"] = self.save_cwd()
+            packed = _result.pack(envelope, self.manifest, self.folder / "outputs")
+            if self.log.exists():
+                _outputs.copy(self.log, self.folder / "log.txt")
+            _outputs.write(self.folder, "manifest.json", [json.dumps(self.manifest).encode()])
+            _outputs.write(self.folder, "result.bin", [packed])
+            self.cloud.commit()
+        except (OSError, _cloud.CommitFailed) as error:
+            lost = f"the job ended ({envelope['status']}), but its files were not saved: {error}"
+            envelope["status"] = "failed"
+            envelope["error"] = {"type": "NotSaved", "message": lost}
+            packed = _result.pack(envelope, {}, self.folder)
+        self.cloud.status(state=envelope["status"])
+        return packed
+
+    def save_cwd(self) -> dict[str, Any]:
+        """With sync_cwd: the files that the job made or changed below the launch directory."""
+        if not self.reference["sync_cwd"]:
+            return {}
+        cwd = Path(self.reference["cwd"])
+        listed = {}
+        for path in _outputs.changed(cwd, self.before, self.output_dir):
+            name = path.relative_to(cwd).as_posix()
+            _outputs.copy(path, self.folder / "cwd" / name)
+            listed[name] = {
+                "size": path.stat().st_size,
+                "sha256": _outputs.file_digest(self.folder / "cwd" / name),
+            }
+        return listed
+
+
+class Replies:
+    """Lines of JSON from the zygote."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self.control = control
+        self.buffer = b""
+
+    def wait(self, seconds: float) -> Any:
+        """The next reply, or None when none came in time; raises RuntimeError at the end."""
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self.buffer:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            self.control.settimeout(left)
+            try:
+                data = self.control.recv(65536)
+            except TimeoutError:
+                return None
+            if not data:
+                raise RuntimeError("the process that starts jobs has ended")
+            self.buffer += data
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        return json.loads(line)
+
+
+def start_zygote() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """The process that forks jobs, started once per container."""
+    global zygote
+    if zygote is None or zygote[0].poll() is not None:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "hydra_plugins.modal_launcher._zygote"]
+        process = subprocess.Popen(
+            [*command, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            env=job_environment(),
+        )
+        theirs.close()
+        zygote = process, ours
+    return zygote
+
+
+def job_environment() -> dict[str, str]:
+    """This environment; PYTHONPATH names /root, where the sources are."""
+    path = os.environ.get("PYTHONPATH", "")
+    return {**os.environ, "PYTHONPATH": path or "/root", "PYTHONUNBUFFERED": "1"}
+
+
+def tail(path: Path, most: int) -> str:
+    """The last characters of a text file."""
+    if not path.exists():
+        return ""
+    return path.read_text(errors="replace")[-most:]
+
+
+def last_json(path: Path) -> dict[str, Any]:
+    """The last whole line of a JSON-lines file; {} when there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 65536))
+            lines = file.read().splitlines(keepends=True)
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        if line.endswith(b"\n"):
+            try:
+                said = json.loads(line)
+            except ValueError:
+                return {}
+            return said if isinstance(said, dict) else {}
+    return {}

@@ -1,0 +1,56 @@
+"""The launcher plugin: what Hydra imports at every start, so it imports next to nothing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from hydra_plugins.modal_launcher.config import register
+
+
+class ModalLauncherRegistration(SearchPathPlugin):
+    """Registers the options once more when all plugins have been imported.
+
+    hydra-modal-launcher registers hydra/launcher=modal too; which of the two Hydra imports last
+    depends on the order of sys.path.
+    """
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Leave the path alone; Hydra calls this after its scan and before it composes."""
+        register()
+
+
+class ModalLauncher(Launcher):
+    """Spawns the jobs of a multirun on Modal and brings their results back."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+        self.config: DictConfig | None = None
+        self.task_function: TaskFunction | None = None
+        self.hydra_context: HydraContext | None = None
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Keep what Hydra hands over; nothing is started."""
+        self.hydra_context = hydra_context
+        self.task_function = task_function
+        self.config = config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Run every list of overrides as a job; returns in the same order.
+
+        Raises:
+            SystemExit: after a dry run (0), a detached submission (0) or Ctrl-C (130).
+            CompactHydraException: for what the user can mend, before anything is spawned.
+        """
+        from hydra_plugins.modal_launcher._launch import launch
+
+        return launch(self, job_overrides, initial_job_idx)
