@@ -113,7 +113,7 @@ def state(plane: ControlPlane) -> dict[str, Any]:
         "apps": {
             app.id: {
                 "name": app.name,
-                "state": pb.AppState.Name(app.state),  # type: ignore[arg-type]
+                "state": pb.AppState.Name(app.state),
                 "environment": app.env,
                 "version": app.version,
                 "versions": {number: item.function_ids for number, item in app.versions.items()},

@@ -7,13 +7,12 @@ import json
 import time
 from typing import Any
 
-from google.protobuf.empty_pb2 import Empty
 from grpclib import GRPCError, Status
 from modal_proto import api_pb2 as pb
 
 from .layouts import app_layout
 from .naming import CREATE_IF_MISSING, environment_of
-from .rpc import Peer, not_found, unary
+from .rpc import Empty, Peer, not_found, unary
 from .scheduling import reconcile, stop_app
 from .state import App, ControlPlane, Version, new_id
 

@@ -6,12 +6,11 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
-from google.protobuf.empty_pb2 import Empty
 from grpclib import GRPCError, Status
 from modal_proto import api_pb2 as pb
 
 from .functions import known_function
-from .rpc import Peer, not_found, streaming, unary
+from .rpc import Empty, Peer, not_found, streaming, unary
 from .scheduling import cancel, reconcile
 from .state import (
     FAILURE,

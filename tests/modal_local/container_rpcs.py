@@ -6,10 +6,9 @@ import asyncio
 import time
 from typing import Any
 
-from google.protobuf.empty_pb2 import Empty
 from modal_proto import api_pb2 as pb
 
-from .rpc import Peer, unary, undelivered
+from .rpc import Empty, Peer, unary, undelivered
 from .scheduling import complete, give_back, take
 from .servers import await_port
 from .state import Task
@@ -53,7 +52,7 @@ async def _get_inputs(peer: Peer, request: Any) -> Any:
             function_call_id=item.call.id,
             retry_count=item.attempt,
             function_map_idx=item.index,
-            function_call_invocation_type=item.call.invocation,  # type: ignore[arg-type]
+            function_call_invocation_type=item.call.invocation,
         )
     return response
 

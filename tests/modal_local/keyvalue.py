@@ -6,11 +6,10 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from google.protobuf.empty_pb2 import Empty
 from modal_proto import api_pb2 as pb
 
 from . import naming
-from .rpc import Peer, not_found, streaming, unary
+from .rpc import Empty, Peer, not_found, streaming, unary
 from .state import KeyValue
 
 MAX_POLL = 50.0

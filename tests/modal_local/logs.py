@@ -28,7 +28,7 @@ def write_log(app: App, text: str, task: Task | None = None, descriptor: int = S
         data=text,
         timestamp=time.time(),
         timestamp_ns=time.time_ns(),
-        file_descriptor=descriptor,  # type: ignore[arg-type]
+        file_descriptor=descriptor,
         function_call_id=one.call.id if one else "",
         input_id=one.id if one else "",
     )

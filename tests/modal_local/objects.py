@@ -9,11 +9,10 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
-from google.protobuf.empty_pb2 import Empty
 from modal_proto import api_pb2 as pb
 
 from . import naming
-from .rpc import Peer, not_found, streaming, unary
+from .rpc import Empty, Peer, not_found, streaming, unary
 from .state import SUCCESS, ControlPlane, Result, Secret, new_id
 
 WORKDIR = "__WORKDIR__"

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import grpclib.server
+from google.protobuf import empty_pb2  # type: ignore[import-untyped]
 from grpclib import GRPCError, Status
 from modal_proto import api_grpc
 
 from .state import ControlPlane, Task
 
+Empty: Any = empty_pb2.Empty
 REMEMBERED = 4096
 # A client repeats a request whose answer was lost; these would act twice.
 ONCE = {"FunctionMap", "FunctionPutInputs", "DictUpdate", "DictPop", "QueuePut", "QueueGet"}

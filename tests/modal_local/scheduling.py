@@ -162,7 +162,8 @@ def preempt(plane: ControlPlane, task: Task) -> None:
 
 def take(plane: ControlPlane, task: Task, count: int) -> list[Input]:
     """Hand the oldest inputs of the queue to a container."""
-    fn, taken = task.fn, []
+    fn = task.fn
+    taken: list[Input] = []
     while fn.queue and len(taken) < count:
         item = fn.queue.popleft()
         item.task, item.started = task, time.time()

@@ -140,7 +140,8 @@ class Fn:
     @property
     def concurrency(self) -> int:
         """How many inputs one container takes at a time."""
-        return max(1, self.definition.max_concurrent_inputs, self.definition.batch_max_size)
+        limits = self.definition.max_concurrent_inputs, self.definition.batch_max_size
+        return max(1, *map(int, limits))
 
     @property
     def gpus(self) -> int:

@@ -7,14 +7,13 @@ import shutil
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from google.protobuf.empty_pb2 import Empty
 from grpclib import GRPCError, Status
 from modal_proto import api_pb2 as pb
 
 from . import naming
 from .containers import open_files
 from .layouts import volume_metadata
-from .rpc import Peer, not_found, streaming, unary
+from .rpc import Empty, Peer, not_found, streaming, unary
 from .state import Task
 from .volumes import Checkout, Volume, VolumeFullError
 
