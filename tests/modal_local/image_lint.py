@@ -19,6 +19,7 @@ from typing import Any
 from .state import ControlPlane, Fn
 
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*")
+LOCKED = re.compile(r'^name = "([^"]+)"$', re.MULTILINE)
 INSTALL = ("install", "add")
 # Options of pip and uv whose next word is their value, not a package.
 VALUED = {
@@ -70,7 +71,7 @@ def installed_by(command: str) -> set[str]:
     if not command.startswith("RUN "):
         return set()
     found: set[str] = set()
-    for part in re.split(r"&&|;|\|\|", command[4:]):
+    for part in re.split(r"&&|;|\|\|", re.sub(r"\$\([^)]*\)", "_", command[4:])):
         try:
             words = shlex.split(part)
         except ValueError:
@@ -102,11 +103,12 @@ def image_packages(plane: ControlPlane, identity: str) -> set[str]:
     for command in image.dockerfile_commands:
         found |= installed_by(command)
     for file in image.context_files:
-        if "requirements" in file.filename or file.filename.endswith(".txt"):
-            for line in file.data.decode(errors="replace").splitlines():
-                match = NAME.match(line.strip())
-                if match:
-                    found.add(canonical(match[0]))
+        text = file.data.decode(errors="replace")
+        if file.filename.endswith("uv.lock"):
+            found |= {canonical(name) for name in LOCKED.findall(text)}
+        elif file.filename.endswith(".txt"):
+            matches = [NAME.match(line.strip()) for line in text.splitlines()]
+            found |= {canonical(match[0]) for match in matches if match}
     return found
 
 
