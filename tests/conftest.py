@@ -1,6 +1,7 @@
 """Small real things that tests share."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from modal_local import client as modal_local
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from specforge_exp.config import (
@@ -90,3 +92,10 @@ def tokens(cfg: Config) -> Path:
 def conversation_set(turns: list[list[int]]) -> TokenSet:
     """Conversations with these turns and rising ids."""
     return TokenSet([torch.arange(len(t)) for t in turns], [torch.tensor(t) for t in turns])
+
+
+@pytest.fixture(scope="session")
+def control_plane() -> Iterator[modal_local.LocalModal]:
+    """A local Modal for everything in this process: modal's client keeps its first address."""
+    with modal_local.start(options={"max_containers": 4, "retry_delay_scale": 0}) as local:
+        yield local

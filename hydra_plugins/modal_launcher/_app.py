@@ -17,7 +17,7 @@ MOUNT = "/mnt/hydra-sweeps"
 
 
 def app_name(prefix: str, jobs: Sequence[Job]) -> str:
-    """Name that holds the hash of everything the app consists of, so it never changes its content."""
+    """Holds the hash of everything the app consists of: its content never changes."""
     return f"{prefix}-{_image.digest(sorted({function_name(job.function) for job in jobs}))}"
 
 
@@ -113,6 +113,6 @@ def variant(plan: dict[str, Any], outputs: str) -> "modal.Function[Any, Any, Any
             max_retries=said["retries"], initial_delay=0.0, backoff_coefficient=1.0
         ),
         volumes={**volumes, MOUNT: volume(outputs)},
-        **({"secrets": secrets} if secrets else {}),
-        **({"env": said["env"]} if said["env"] else {}),
+        secrets=secrets or None,
+        env=said["env"] or None,
     )

@@ -91,7 +91,7 @@ class Cloud:
             held = patiently(lambda: shared.get(digest))
             if held is None:
                 raise RuntimeError(
-                    f"the common part of the sweep {digest[:12]} is gone; run the same command again"
+                    f"the sweep's common part {digest[:12]} is gone; run the same command again"
                 )
             commons[digest] = held
         return commons[digest]

@@ -56,8 +56,8 @@ def shipment(root: Path | None, sources: list[str] | None, leave_out: Path) -> S
     size = sum(path.stat().st_size for path in files.values())
     if len(files) > MOST_FILES or size > MOST_BYTES:
         raise LaunchError(
-            f"{root} would ship {len(files)} files, {size / 1e6:.0f} MB, to every container; name the "
-            "folders that the job needs in image.sources"
+            f"{root} would ship {len(files)} files, {size / 1e6:.0f} MB, to every container; "
+            "name the folders that the job needs in image.sources"
         )
     digest = hashlib.sha256()
     for remote, path in sorted(files.items()):

@@ -1,4 +1,4 @@
-"""What a job costs: a dated table of list prices, expected hours, and the most an attempt may take."""
+"""What a job costs: a dated table of list prices, times expected hours or the timeout."""
 
 from typing import Any
 

@@ -4,7 +4,7 @@ from hydra.errors import CompactHydraException
 
 
 class LaunchError(CompactHydraException):
-    """The launcher refuses, names the reason and the remedy; Hydra prints it without a traceback."""
+    """The launcher refuses, with reason and remedy; Hydra prints it without a traceback."""
 
 
 class JobFailed(CompactHydraException):

@@ -33,7 +33,7 @@ def image_spec(settings: ImageSettings, root: Path | None) -> dict[str, Any]:
     if settings.python not in (None, PYTHON):
         raise LaunchError(
             f"image.python={settings.python} but the launching Python is {PYTHON}: payloads are "
-            f"pickled, so both must be the same; launch with Python {settings.python} or drop the option"
+            f"pickled, so both must be the same; launch with Python {settings.python} or drop it"
         )
     pinned = [f"{name}=={number}" for name, number in versions().items() if name != "python"]
     return {

@@ -77,6 +77,8 @@ def run_hydra_job(context: Any, task_function: Any, state: Any, config: Any) -> 
 
     setup_globals()
     state["instances"][Plugins] = Plugins.instance()  # scanned before the fork
+    resolvers = state["omegaconf_resolvers"]
+    state["omegaconf_resolvers"] = {name: resolver(name, data) for name, data in resolvers.items()}
     Singleton.set_state(state)
     HydraConfig.instance().set_config(config)
     returned = run_job(
@@ -97,6 +99,19 @@ def run_hydra_job(context: Any, task_function: Any, state: Any, config: Any) -> 
     # Hydra 1.3 keeps a job's traceback out of its log.
     logging.getLogger(returned.task_name).error("".join(traceback.format_exception(error)).rstrip())
     return {**failure(error), **said}
+
+
+def resolver(name: str, data: bytes) -> Any:
+    """A resolver of the launching process; one that cannot be loaded here says so when used."""
+    try:
+        return pickle.loads(data)
+    except ImportError as error:
+        problem = f"the resolver {name} is not in the image: {error}"
+
+        def missing(*arguments: Any) -> Any:
+            raise ImportError(problem)
+
+        return missing
 
 
 def failure(error: BaseException, message: str | None = None) -> dict[str, Any]:

@@ -44,7 +44,8 @@ class JobRecord:
     @property
     def call(self) -> str | None:
         """The newest call of the newest generation."""
-        return (self.calls.get(self.generation) or [None])[-1]
+        calls = self.calls.get(self.generation)
+        return calls[-1] if calls else None
 
     @property
     def end(self) -> dict[str, Any] | None:
@@ -115,8 +116,8 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         fresh = not self.path.exists()
         lines = b""
-        for event in events:
-            event = {**event, "at": round(time.time(), 3)}
+        for said in events:
+            event = {**said, "at": round(time.time(), 3)}
             self.apply(event)
             lines += json.dumps(event, separators=(",", ":")).encode() + b"\n"
         with self.path.open("ab") as file:

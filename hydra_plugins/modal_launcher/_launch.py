@@ -58,8 +58,8 @@ def refuse_search(conf: ModalLauncherConf, sweeper: str) -> None:
     for name in ("dry_run", "detach"):
         if getattr(conf, name) and "optuna" in sweeper.lower():
             raise LaunchError(
-                f"hydra.launcher.{name}=true and {sweeper.rpartition('.')[2]} do not go together: it "
-                "chooses the next jobs by the results of the last ones; "
+                f"hydra.launcher.{name}=true and {sweeper.rpartition('.')[2]} do not go together: "
+                "it chooses the next jobs by the results of the last ones; "
                 "leave one of them out (hydra/sweeper=basic for a dry run)"
             )
 
@@ -158,8 +158,8 @@ def share_parallel(jobs: Sequence[_plan.Job], most: int | None) -> dict[str, int
         counts[kind] = counts.get(kind, 0) + 1
     if len(counts) > most:
         raise LaunchError(
-            f"hydra.launcher.max_parallel={most} but the jobs need {len(counts)} kinds of machines, "
-            "which Modal limits one by one; raise it or launch the kinds separately"
+            f"hydra.launcher.max_parallel={most} but the jobs need {len(counts)} kinds of "
+            "machines, which Modal limits one by one; raise it or launch the kinds separately"
         )
     shares = dict.fromkeys(counts, 1)
     for _ in range(most - len(counts)):

@@ -115,6 +115,11 @@ def common_part(context: HydraContext, task_function: TaskFunction) -> bytes:
     """What all jobs share: Hydra's context, the task, the state of its singletons."""
     state = Singleton.get_state()
     state["instances"].pop(HydraConfig, None)  # every job sets its own
+    # One by one: a resolver whose module is not in the image must not keep a job from starting.
+    resolvers = state["omegaconf_resolvers"]
+    state["omegaconf_resolvers"] = {
+        name: cloudpickle.dumps(resolver) for name, resolver in resolvers.items()
+    }
     return zlib.compress(cloudpickle.dumps((context, task_function, state)), COMPRESSION)
 
 

@@ -31,8 +31,8 @@ def check_jobs(jobs: Sequence[Job]) -> None:
                 if other is not job:
                     raise LaunchError(
                         f"job {other.number} [{' '.join(other.overrides)}] and job {job.number} "
-                        f"[{' '.join(job.overrides)}] would both write {place}; give them different "
-                        "names"
+                        f"[{' '.join(job.overrides)}] would both write {place}; "
+                        "give them different names"
                     )
 
 
@@ -58,9 +58,9 @@ def refuse_env_copy(job: Job) -> None:
     for name in job.config.hydra.job.env_copy or []:
         if SECRET_NAME.search(name):
             raise LaunchError(
-                f"hydra.job.env_copy={name} would write its value into .hydra/hydra.yaml; give it to "
-                f"the job as a Modal secret: `modal secret create my-secret {name}=...` and "
-                f"resources.secrets={{my-secret: [{name}]}}"
+                f"hydra.job.env_copy={name} would write its value into .hydra/hydra.yaml; "
+                f"give it to the job as a secret: `modal secret create my-secret {name}=...` "
+                f"and resources.secrets={{my-secret: [{name}]}}"
             )
 
 
@@ -121,8 +121,8 @@ def check_requires(jobs: Sequence[Job], push: bool) -> list[str]:
             size = sum(path.stat().st_size for path in [local, *local.rglob("*")] if path.is_file())
             if size > MOST_PUSHED:
                 raise LaunchError(
-                    f"{local} ({size / 1e9:.1f} GB) is not on the Volume {entry['volume']}; upload it "
-                    f"with `modal-sweep push {local} {entry['volume']}:{entry['path']}`"
+                    f"{local} ({size / 1e9:.1f} GB) is not on the Volume {entry['volume']}; "
+                    f"upload it with `modal-sweep push {local} {entry['volume']}:{entry['path']}`"
                 )
             said.append(f"{local} -> {entry['volume']}:{entry['path']} ({size / 1e6:.1f} MB)")
             if push:
@@ -139,7 +139,7 @@ def check_requires(jobs: Sequence[Job], push: bool) -> list[str]:
 
 def unique_requires(jobs: Iterable[Job]) -> list[dict[str, Any]]:
     """What all jobs need, every place once."""
-    entries = {}
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
     for job in jobs:
         for entry in job.settings.requires:
             if entry["path"]:
@@ -158,7 +158,7 @@ def there(volume: Any, path: str) -> bool:
 
 
 def upload(volume: Any, local: Path, path: str) -> None:
-    """Copy a file or folder to a Volume; files that are there with the same content cost nothing."""
+    """Copy a file or folder to a Volume; content that is there already is not sent again."""
     with volume.batch_upload(force=True) as batch:
         if local.is_dir():
             batch.put_directory(str(local), path)
@@ -172,8 +172,8 @@ def check_cost(jobs: Sequence[Job], conf: ModalLauncherConf, ask: bool) -> None:
     if conf.max_usd is None or expected <= conf.max_usd:
         return
     said = (
-        f"{len(jobs)} jobs are estimated at {expected:.0f} USD (prices of {_cost.PRICES_DATE}; at most "
-        f"{most:.0f} USD per attempt), above hydra.launcher.max_usd={conf.max_usd:g}"
+        f"{len(jobs)} jobs are estimated at {expected:.0f} USD (prices of {_cost.PRICES_DATE}; "
+        f"at most {most:.0f} USD per attempt), above hydra.launcher.max_usd={conf.max_usd:g}"
     )
     if ask and sys.stdin.isatty() and sys.stderr.isatty():
         if input(f"{said}. Go on? [y/N] ").strip().lower() in ("y", "yes"):

@@ -67,9 +67,8 @@ def rehearse(jobs: Sequence[Job], conf: ModalLauncherConf, sweep_dir: Path) -> N
         f"(list prices of {_cost.PRICES_DATE}; overridable: hydra.launcher.prices)"
     )
     for job in {job.code.digest + str(job.image): job for job in jobs}.values():
-        say(
-            f"image {job.image['base']}, Python {job.image['python']}: {' '.join(job.image['packages'])}"
-        )
+        packages = " ".join(job.image["packages"])
+        say(f"image {job.image['base']}, Python {job.image['python']}: {packages}")
         say(f"ships {len(job.code.files)} files, code {job.code.digest[:12]}")
     volumes = _preflight.wanted_volumes(jobs, volume_name(conf))
     wanted = _preflight.wanted_secrets(jobs)
@@ -151,9 +150,8 @@ def interrupted(journal: Journal) -> None:
 def summary(journal: Journal, records: Sequence[JobRecord]) -> None:
     """The end of a sweep in one line, and every job that did not complete."""
     broken = [record for record in records if record.end and record.end["status"] != "completed"]
-    say(
-        f"{len(records) - len(broken)} of {len(records)} jobs completed; outputs in {journal.sweep_dir}"
-    )
+    completed = f"{len(records) - len(broken)} of {len(records)} jobs completed"
+    say(f"{completed}; outputs in {journal.sweep_dir}")
     if broken:
         say(f"run the others again: modal-sweep rerun --failed {journal.sweep_dir}")
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,8 +17,9 @@ MOST_SECONDS = 86400
 
 def launcher_conf(config: DictConfig) -> ModalLauncherConf:
     """The launcher's own node as plain values; raises LaunchError for a value that is not valid."""
-    values = OmegaConf.to_container(config.hydra.launcher, resolve=True)
-    assert isinstance(values, dict)
+    plain = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+    assert isinstance(plain, dict)
+    values = {str(key): value for key, value in plain.items()}
     values["image"] = ImageSettings(**values["image"])
     conf = ModalLauncherConf(**values)
     if conf.if_done not in ("skip", "rerun", "fail"):
@@ -40,9 +41,9 @@ def job_settings(conf: ModalLauncherConf, job: DictConfig) -> JobSettings:
             f"{conf.resources}.{unknown[0]} is not a setting of a job; valid: {', '.join(names)}"
         )
     values: dict[str, Any] = {}
+    defaults = JobSettings()
     for field in fields(JobSettings):
-        default = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
-        ours = getattr(conf, field.name)
+        ours, default = getattr(conf, field.name), getattr(defaults, field.name)
         if field.name in said:
             if ours != default:
                 raise LaunchError(
@@ -92,8 +93,8 @@ def check(settings: JobSettings, where: str) -> None:
     for name, most in (("timeout", MOST_SECONDS), ("startup_timeout", MOST_SECONDS)):
         if not 1 <= getattr(settings, name) <= most:
             raise LaunchError(
-                f"{where}.{name}={getattr(settings, name)} must be in 1..{most} seconds; a job that "
-                "takes longer continues in a new attempt"
+                f"{where}.{name}={getattr(settings, name)} must be in 1..{most} seconds; a job "
+                "that takes longer continues in a new attempt"
             )
     if not 0 <= settings.retries <= 10:
         raise LaunchError(f"{where}.retries={settings.retries} must be in 0..10")

@@ -64,7 +64,7 @@ def refuse_other_code(journal: Journal, jobs: Sequence[_plan.Job]) -> None:
     if running:
         numbers = ", ".join(str(record.number) for record in running)
         raise LaunchError(
-            f"{journal.sweep_dir} has jobs of another version of the code in flight (job {numbers}); "
+            f"{journal.sweep_dir} has jobs of other code in flight (job {numbers}); "
             f"`modal-sweep attach {journal.sweep_dir}` waits for them, "
             f"`modal-sweep cancel {journal.sweep_dir}` ends them"
         )

@@ -1,4 +1,4 @@
-"""What the terminal shows while jobs run: a live table, or plain lines where there is no terminal."""
+"""What is shown while jobs run: a live table, or plain lines without a terminal."""
 
 import sys
 import time

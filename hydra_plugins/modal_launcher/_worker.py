@@ -13,13 +13,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra_plugins.modal_launcher import _cloud, _outputs, _result
 from hydra_plugins.modal_launcher._signals import Signals, send_group
-
-if TYPE_CHECKING:
-    from types import FrameType  # noqa: F401
 
 MOUNT = Path("/mnt/hydra-sweeps")
 SCRATCH = Path("/tmp/modal-launcher")
@@ -28,7 +25,8 @@ LOOK_EVERY = 0.25
 STATUS_EVERY = 2.0
 SAVE_EVERY = 60.0
 
-zygote: tuple[subprocess.Popen[bytes], socket.socket] | None = None
+# The process that forks jobs and our end of its socket: one per container.
+zygotes: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
 
 
 class NewAttempt(Exception):
@@ -55,7 +53,8 @@ def run_job(reference: dict[str, Any], payload: bytes) -> bytes:
     attempt = Attempt(reference, payload, folder, cloud)
     with Signals() as signals:
         envelope = attempt.run(signals)
-    return attempt.finish(envelope)
+    packed: bytes = attempt.finish(envelope)
+    return packed
 
 
 class Attempt:
@@ -92,7 +91,7 @@ class Attempt:
             KeyboardInterrupt: preempted. InputCancellation: cancelled. NewAttempt: time is up.
         """
         self.cloud.status(state="running", started=self.started)
-        process, control = start_zygote()
+        control = start_zygote()
         request = {"folder": str(self.scratch), "log": str(self.log)}
         control.sendall(json.dumps(request).encode() + b"\n")
         replies = Replies(control)
@@ -230,10 +229,9 @@ class Replies:
         return json.loads(line)
 
 
-def start_zygote() -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """The process that forks jobs, started once per container."""
-    global zygote
-    if zygote is None or zygote[0].poll() is not None:
+def start_zygote() -> socket.socket:
+    """Our end of the socket of the process that forks jobs, started once per container."""
+    if not zygotes or zygotes[-1][0].poll() is not None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "hydra_plugins.modal_launcher._zygote"]
         process = subprocess.Popen(
@@ -243,8 +241,8 @@ def start_zygote() -> tuple[subprocess.Popen[bytes], socket.socket]:
             env=job_environment(),
         )
         theirs.close()
-        zygote = process, ours
-    return zygote
+        zygotes.append((process, ours))
+    return zygotes[-1][1]
 
 
 def job_environment() -> dict[str, str]:

@@ -5,6 +5,7 @@ its connection to Modal and its outputs along; a fork costs milliseconds where a
 costs most of a second.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -64,10 +65,8 @@ def follow(child: int, reading: int, log: BinaryIO) -> int:
             data = os.read(reading, 65536)
             open_pipe = bool(data)
             log.write(data)
-            try:
+            with contextlib.suppress(OSError):  # the job's own log has it in any case
                 os.write(1, data)
-            except OSError:  # the container's own log is gone; the job's is not
-                pass
             if data:
                 continue
         # Children that outlive the job may hold the pipe open: the job's end counts.

@@ -69,11 +69,11 @@ class JobSettings:
     hours: float | None = None
     """Expected hours, for the estimate of the cost; null: unknown."""
     requires: list[Any] = field(default_factory=list)
-    """What must exist before a job may start: {volume, path, remedy, local}. `remedy` is the command
-    that makes it; where the Volume lacks it and `local` exists here, that is uploaded."""
+    """What must exist before a job may start: {volume, path, remedy, local}. `remedy` is the
+    command that makes it; where the Volume lacks it and `local` exists here, that is uploaded."""
     unique: list[str] = field(default_factory=list)
-    """Places the job writes; two jobs with the same one are refused. pull --checkpoints brings those
-    that lie on a mounted Volume."""
+    """Places the job writes; two jobs with the same one are refused. pull --checkpoints brings
+    those that lie on a mounted Volume."""
     progress_file: str | None = None
     """JSON lines with `step` and `loss`, relative to the output directory; shown in the table."""
     validate: str | None = None
@@ -89,7 +89,7 @@ class ModalLauncherConf(JobSettings):
 
     _target_: str = "hydra_plugins.modal_launcher.launcher.ModalLauncher"
     app: str = "hydra"
-    """Prefix of the deployed app (`<app>-<hash of code and image>`) and of the Volume for outputs."""
+    """Prefix of the deployed app (`<app>-<hash of code and image>`) and of its Volume."""
     resources: str = "resources"
     """The node of a job's configuration that holds its settings."""
     volume: str | None = None
@@ -101,7 +101,7 @@ class ModalLauncherConf(JobSettings):
     detach: bool = False
     """Return when all jobs are submitted; `modal-sweep attach` brings the results."""
     if_done: str = "skip"
-    """When this sweep has a job's result with the same code and configuration: skip, rerun, fail."""
+    """When this sweep has the result of the same code and configuration: skip, rerun, fail."""
     max_usd: float | None = 100.0
     """Ask, or refuse without a terminal, above this estimate; null: never."""
     prices: dict[str, float] = field(default_factory=dict)
