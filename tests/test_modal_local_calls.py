@@ -106,7 +106,7 @@ with app.run():
     except KeyError as error:
         out["error"] = str(error)
 print(json.dumps(out))
-"""
+""",
     )
     assert found["gather"] == [4, 9]
     assert found["from_id"] == 9
@@ -166,7 +166,7 @@ with app.run():
     calls["terminated"].cancel(terminate_containers=True)
     out |= {name: outcome(calls[name]) for name in ("cancelled", "terminated")}
 print(json.dumps([out, ids]))
-"""
+""",
     )
     outcomes, ids = found
     assert outcomes["flaky"] == 3
@@ -208,7 +208,7 @@ def test_versions_of_a_deployed_app(
 app.deploy()
 fn = modal.Function.from_name("versioned", "version")
 print(json.dumps([fn.spawn(1).object_id, fn.spawn(0).object_id]))
-"""
+""",
     )
     found = run_program(
         VERSIONED.format(number=2),
@@ -277,7 +277,7 @@ with app.run():
         max_containers=1, scaledown_window=20, volumes={"/v": volume}, region="us", cloud="aws",
     ).with_concurrency(max_inputs=2)
     print(json.dumps([f.object_id, g.hydrate().object_id, f.remote(), g.remote()]))
-"""
+""",
     )
     base, variant, of_base, of_variant = found
     assert of_base == ["H200:8", None, False]

@@ -114,9 +114,7 @@ def test_full_volume(run_program: Program, isolated_modal: LocalModal) -> None:
     assert run_program(APP, main) == [None, None]
 
 
-def test_files_from_outside(
-    run_program: Program, local_modal: LocalModal, tmp_path: Path
-) -> None:
+def test_files_from_outside(run_program: Program, local_modal: LocalModal, tmp_path: Path) -> None:
     found = run_program(
         "import json, io, modal",
         """

@@ -30,7 +30,7 @@ MAX_LINE = 1 << 20
 async def run(plane: ControlPlane, task: Task) -> int:
     """Run one container to its end and return its exit status."""
     status = 255
-    sockets = plane.run_dir / task.id
+    sockets = plane.run_dir / task.id[-6:]
     try:
         while plane.down_until > time.time():
             await asyncio.sleep(0.05)

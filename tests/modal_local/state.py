@@ -31,6 +31,7 @@ STATUS_NAMES = {
     TIMEOUT: "timeout",
     INTERNAL: "internal_failure",
 }
+MAX_TEMPORARY = 60  # bytes of a temporary folder's path that sockets fit below
 _numbers = itertools.count(1)
 
 
@@ -262,7 +263,8 @@ class ControlPlane:
         self.own_dir = not options.state_dir
         self.dir = Path(options.state_dir or tempfile.mkdtemp(prefix="modal-local-")).absolute()
         # Socket paths may hold 107 bytes at most, so they do not go below `dir`.
-        self.run_dir = Path(tempfile.mkdtemp(prefix="ml-"))
+        short = None if len(tempfile.gettempdir()) <= MAX_TEMPORARY else "/tmp"
+        self.run_dir = Path(tempfile.mkdtemp(prefix="ml-", dir=short))
         self.cas = self.dir / "cas"
         self.cas.mkdir(parents=True, exist_ok=True)
         self.isolation = "plain"
