@@ -181,7 +181,7 @@ def test_outage_while_a_call_runs(
         APP,
         """
         app.deploy(name="outage")
-        call = modal.Function.from_name("outage", "wait").spawn(2.5)
+        call = modal.Function.from_name("outage", "wait").spawn(2)
         print(call.object_id, flush=True)
         deadline = time.time() + 40
         errors = 0
@@ -196,7 +196,7 @@ def test_outage_while_a_call_runs(
     )
     call = process.stdout.readline().strip()
     local_modal.wait_for(lambda s: s["calls"][call]["status"] == ["running"])
-    local_modal.down(4)
+    local_modal.down(3)
     result, _ = json.loads(process.communicate(timeout=50)[0].splitlines()[-1])
     assert result == "waited"
     found = local_modal.state()["calls"][call]
@@ -242,13 +242,15 @@ def test_command_line_returns_the_status_of_its_command() -> None:
         )
 
     assert run("sh", "-c", "exit 3").returncode == 3
+    assert run("sh", "-c", "kill -INT $PPID; sleep 20").returncode == 130
+    assert run("sh", "-c", "kill -TERM $PPID; sleep 20").returncode == 143
     assert "http://127.0.0.1:" in run("sh", "-c", "echo $MODAL_SERVER_URL").stdout
     code = """
 import modal
 try:
-    modal.Proxy.from_name("none").hydrate()
+    modal.NetworkFileSystem.from_name("n", create_if_missing=True).hydrate()
 except Exception:
     pass
 """
     done = run(sys.executable, "-c", code)
-    assert "modal_local: unimplemented: ProxyGet x1" in done.stderr
+    assert "modal_local: unimplemented: SharedVolumeGetOrCreate x1" in done.stderr

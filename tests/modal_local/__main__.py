@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from .options import Options, add_secret, set_option
@@ -15,8 +16,18 @@ from .server import client_environment, start, stop
 from .state import ControlPlane
 
 
-def parse(arguments: list[str]) -> tuple[Options, str, list[str]]:
-    """Return the options, the file for the client's environment and the command to run."""
+@dataclass
+class Arguments:
+    """The command line."""
+
+    options: Options
+    env_file: str
+    stop_at_eof: bool
+    command: list[str]
+
+
+def parse(arguments: list[str]) -> Arguments:
+    """Read the command line."""
     command: list[str] = []
     if "--" in arguments:
         position = arguments.index("--")
@@ -28,6 +39,9 @@ def parse(arguments: list[str]) -> tuple[Options, str, list[str]]:
     parser.add_argument("--option", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--env-file", default="", help="write the client's environment as JSON")
     parser.add_argument("--share", action="append", default=[], metavar="PATH")
+    parser.add_argument(
+        "--stop-at-eof", action="store_true", help="stop when the standard input ends"
+    )
     parser.add_argument("-v", dest="verbose", action="store_true", help="show containers' output")
     given = parser.parse_args(arguments)
     share = tuple(str(Path(path).absolute()) for path in given.share)
@@ -39,7 +53,7 @@ def parse(arguments: list[str]) -> tuple[Options, str, list[str]]:
             set_option(options, text)
     except ValueError as error:
         parser.error(str(error))
-    return options, given.env_file, command
+    return Arguments(options, given.env_file, given.stop_at_eof, command)
 
 
 def _write_environment(path: str, environment: dict[str, str]) -> None:
@@ -48,9 +62,23 @@ def _write_environment(path: str, environment: dict[str, str]) -> None:
     temporary.replace(path)
 
 
+def _terminal_signals_all() -> bool:
+    """Tell whether a terminal sends its SIGINT to our command as well as to us."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False
+
+
 async def _run(command: list[str], environment: dict[str, str], stopped: asyncio.Event) -> int:
-    """Run the command; a SIGTERM for us is passed on, a SIGINT of a terminal it has already."""
+    """Run the command; pass on the signals that it does not get by itself."""
     process = await asyncio.create_subprocess_exec(*command, env={**os.environ, **environment})
+
+    def interrupt() -> None:
+        if not _terminal_signals_all() and process.returncode is None:
+            process.send_signal(signal.SIGINT)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
     ended = asyncio.ensure_future(process.wait())
     asked = asyncio.ensure_future(stopped.wait())
     await asyncio.wait([ended, asked], return_when=asyncio.FIRST_COMPLETED)
@@ -69,22 +97,26 @@ def _summary(plane: ControlPlane) -> None:
 
 async def main() -> int:
     """Serve, or run the command of the command line."""
-    options, env_file, command = parse(sys.argv[1:])
+    given = parse(sys.argv[1:])
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stopped.set)
-    if command:
-        # A terminal sends it to the command too, whose handling decides.
-        loop.add_signal_handler(signal.SIGINT, lambda: None)
-    else:
-        loop.add_signal_handler(signal.SIGINT, stopped.set)
-    plane = await start(options)
+    loop.add_signal_handler(signal.SIGINT, stopped.set)
+
+    def read_input() -> None:
+        if not os.read(0, 4096):
+            loop.remove_reader(0)
+            stopped.set()
+
+    if given.stop_at_eof:
+        loop.add_reader(0, read_input)
+    plane = await start(given.options)
     try:
         environment = client_environment(plane)
-        if env_file:
-            _write_environment(env_file, environment)
-        if command:
-            return await _run(command, environment, stopped)
+        if given.env_file:
+            _write_environment(given.env_file, environment)
+        if given.command:
+            return await _run(given.command, environment, stopped)
         for key, value in environment.items():
             print(f"export {key}={value}", flush=True)
         await stopped.wait()

@@ -91,6 +91,8 @@ class LocalModal:
 
     def close(self) -> None:
         """Stop the control plane and its containers."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -127,7 +129,10 @@ def start(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "env.json"
         process = subprocess.Popen(
-            [*arguments, "--env-file", str(file)], env=environment, stdout=subprocess.DEVNULL
+            [*arguments, "--stop-at-eof", "--env-file", str(file)],
+            env=environment,
+            stdin=subprocess.PIPE,  # ends with this process, however it ends
+            stdout=subprocess.DEVNULL,
         )
         end = time.monotonic() + START_SECONDS
         while not file.exists():

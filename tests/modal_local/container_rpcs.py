@@ -96,6 +96,13 @@ async def _heartbeat(peer: Peer, request: Any) -> Any:
     return pb.ContainerHeartbeatResponse(cancel_input_event=pb.CancelInputEvent(input_ids=ids))
 
 
+def _return_cancellations(peer: Peer, response: Any) -> None:
+    peer.container().cancelled += response.cancel_input_event.input_ids
+
+
+undelivered("ContainerHeartbeat", _return_cancellations)
+
+
 @unary("TaskResult")
 async def _task_result(peer: Peer, request: Any) -> Any:
     """Fail what waits: the container failed outside an input (import error, `@enter` raised)."""
