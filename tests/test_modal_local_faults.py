@@ -40,13 +40,13 @@ def interrupted():
         "time.sleep(60)\\n"
     )
     child = subprocess.Popen([sys.executable, "-c", code])
-    if claims.put("first", 1, skip_if_exists=True):
-        try:
+    try:
+        if claims.put("first", 1, skip_if_exists=True):
             time.sleep(60)
-        except KeyboardInterrupt:
-            print("main got SIGINT", "child alive:", child.poll() is None, flush=True)
-            time.sleep(0.3)
-            raise
+    except KeyboardInterrupt:
+        time.sleep(0.3)
+        print("main got SIGINT", "child alive:", child.poll() is None, flush=True)
+        raise
     child.kill()
     return "second"
 
@@ -242,8 +242,8 @@ def test_command_line_returns_the_status_of_its_command() -> None:
         )
 
     assert run("sh", "-c", "exit 3").returncode == 3
-    assert run("sh", "-c", "kill -INT $PPID; sleep 20").returncode == 130
-    assert run("sh", "-c", "kill -TERM $PPID; sleep 20").returncode == 143
+    assert run("sh", "-c", "kill -INT $PPID; exec sleep 20").returncode == 130
+    assert run("sh", "-c", "kill -TERM $PPID; exec sleep 20").returncode == 143
     assert "http://127.0.0.1:" in run("sh", "-c", "echo $MODAL_SERVER_URL").stdout
     code = """
 import modal

@@ -70,22 +70,27 @@ def _terminal_signals_all() -> bool:
         return False
 
 
-async def _run(command: list[str], environment: dict[str, str], stopped: asyncio.Event) -> int:
+async def _run(command: list[str], environment: dict[str, str]) -> int:
     """Run the command; pass on the signals that it does not get by itself."""
+    loop = asyncio.get_running_loop()
+    running: list[asyncio.subprocess.Process] = []
+    early: list[signal.Signals] = []
+
+    def pass_on(number: signal.Signals) -> None:
+        if number == signal.SIGINT and _terminal_signals_all():
+            return
+        if not running:
+            early.append(number)
+        elif running[0].returncode is None:
+            running[0].send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, pass_on, number)
     process = await asyncio.create_subprocess_exec(*command, env={**os.environ, **environment})
-
-    def interrupt() -> None:
-        if not _terminal_signals_all() and process.returncode is None:
-            process.send_signal(signal.SIGINT)
-
-    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
-    ended = asyncio.ensure_future(process.wait())
-    asked = asyncio.ensure_future(stopped.wait())
-    await asyncio.wait([ended, asked], return_when=asyncio.FIRST_COMPLETED)
-    if not ended.done():
-        process.terminate()
-    asked.cancel()
-    status = await ended
+    running.append(process)
+    for number in early:
+        pass_on(number)
+    status = await process.wait()
     return status if status >= 0 else 128 - status
 
 
@@ -116,7 +121,7 @@ async def main() -> int:
         if given.env_file:
             _write_environment(given.env_file, environment)
         if given.command:
-            return await _run(given.command, environment, stopped)
+            return await _run(given.command, environment)
         for key, value in environment.items():
             print(f"export {key}={value}", flush=True)
         await stopped.wait()
