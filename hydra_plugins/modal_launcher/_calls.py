@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hydra_plugins.modal_launcher import _result
+from hydra_plugins.modal_launcher._cloud import status_dict
 from hydra_plugins.modal_launcher._errors import ResultGone
 
 if TYPE_CHECKING:
@@ -90,22 +91,30 @@ class Statuses:
     def __init__(self, name: str) -> None:
         import modal
 
-        self.dict = modal.Dict.from_name(name, create_if_missing=True)
+        self.dict = modal.Dict.from_name(status_dict(name), create_if_missing=True)
         self.known: dict[str, dict[str, Any]] = {}
+        self.gone: set[str] = set()
+        """Keys of jobs that ran at the last look and do not any more."""
+        self.next = 0.0
 
-    def read(self) -> dict[str, dict[str, Any]]:
-        """By key of the job; the last known ones while Modal does not answer."""
+    def read(self, every: float = 0.0) -> dict[str, dict[str, Any]]:
+        """By key of a running job; the last known ones while Modal does not answer.
+
+        Args:
+            every: seconds; an earlier answer that is not older is given again.
+        """
         from modal import exception
 
+        now = time.monotonic()
+        if now < self.next:
+            return self.known
+        self.next = now + every
         try:
-            items = list(self.dict.items())
+            found = dict(self.dict.items())
         except (exception.Error, OSError):
             return self.known
-        self.known = {
-            name.removeprefix("status:"): said
-            for name, said in items
-            if isinstance(name, str) and name.startswith("status:")
-        }
+        self.gone |= self.known.keys() - found.keys()
+        self.known = found
         return self.known
 
 

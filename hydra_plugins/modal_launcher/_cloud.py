@@ -1,5 +1,6 @@
 """The worker's side of Modal: claim, status, common part, commits; outages are waited out."""
 
+import contextlib
 import glob
 import time
 from collections.abc import Callable
@@ -36,6 +37,11 @@ def patiently(step: Callable[[], T], seconds: float = OUTAGE) -> T:
         delay = min(10.0, delay * 2)
 
 
+def status_dict(claims: str) -> str:
+    """Name of the Dict that says what a sweep's running jobs do."""
+    return f"{claims}-running"
+
+
 class Cloud:
     """What one attempt at a job says to Modal."""
 
@@ -43,7 +49,8 @@ class Cloud:
         import modal
 
         self.reference = reference
-        self.dict = modal.Dict.from_name(reference["dict"])
+        self.claims = modal.Dict.from_name(reference["dict"])
+        self.running = modal.Dict.from_name(status_dict(reference["dict"]))
         self.attempt = 1
         self.said: dict[str, Any] = {}
         self.checkpoints: set[str] = set(self.find_checkpoints())
@@ -58,13 +65,13 @@ class Cloud:
         import modal
 
         own = modal.current_function_call_id()
-        key = f"claim:{self.reference['key']}"
-        if patiently(lambda: self.dict.put(key, own, skip_if_exists=True)):
+        key = self.reference["key"]
+        if patiently(lambda: self.claims.put(key, own, skip_if_exists=True)):
             return None
-        owner = str(patiently(lambda: self.dict.get(key)))
+        owner = str(patiently(lambda: self.claims.get(key)))
         if owner != own:
             return owner
-        earlier = patiently(lambda: self.dict.get(f"status:{self.reference['key']}")) or {}
+        earlier = patiently(lambda: self.running.get(key)) or {}
         self.attempt = int(earlier.get("attempt", 1)) + 1
         return None
 
@@ -76,10 +83,18 @@ class Cloud:
         if entry == self.said:
             return
         try:
-            self.dict.put(f"status:{self.reference['key']}", {**entry, "at": time.time()})
+            self.running.put(self.reference["key"], entry)
             self.said = entry
         except (Error, OSError):
             return
+
+    def over(self) -> None:
+        """Take the job out of those that run: only they are read while a sweep is watched."""
+        from modal.exception import Error
+
+        if self.said:
+            with contextlib.suppress(Error, OSError, KeyError):
+                self.running.pop(self.reference["key"])
 
     def common(self) -> bytes:
         """The part that all jobs of the sweep share, fetched once per container."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_plugins.modal_launcher import _app, _outputs, _result
-from hydra_plugins.modal_launcher._calls import Ended
+from hydra_plugins.modal_launcher._calls import Ended, read_if_there
 from hydra_plugins.modal_launcher._journal import JobRecord, Journal
 
 if TYPE_CHECKING:
@@ -33,15 +33,16 @@ def collect(journal: Journal, record: JobRecord, ended: Ended) -> None:
     volume = _app.volume(journal.sweep["volume"])
     base = f"{journal.sweep['id']}/{record.key}"
     folder = output_dir(journal, record)
-    if envelope.get("files") is not None:
-        for name, held in envelope["files"].items():
-            _outputs.write(folder, name, [_result.to_bytes(held)])
+    if "files" in envelope:
+        unpack_files(envelope, folder)
     elif "manifest" in envelope:
-        pull(volume, base, "outputs", envelope["manifest"], folder)
+        manifest = envelope["manifest"] or read_manifest(volume, base)
+        _outputs.pull(manifest, folder, reader(volume, f"{base}/outputs"))
+        content = json.dumps(manifest, indent=1).encode()
+        _outputs.write(job_folder(journal, record), "manifest.json", [content])
     if envelope.get("cwd_files"):
         cwd = Path(record.plan["ref"]["cwd"])
         _outputs.pull(envelope["cwd_files"], cwd, reader(volume, f"{base}/cwd"))
-    keep_manifest(journal, record, envelope)
     journal.write(
         [
             {
@@ -70,29 +71,46 @@ def shown_value(envelope: dict[str, Any]) -> Any:
     return {"other": True} if held else None
 
 
-def pull(
-    volume: "modal.Volume",
-    base: str,
-    part: str,
-    manifest: dict[str, Any] | None,
-    folder: Path,
-    progress: Callable[[int], None] = lambda size: None,
-) -> int:
-    """Bring the files of a job that are not here yet; number of files fetched."""
-    if manifest is None:
-        raw = b"".join(volume.read_file(f"{base}/manifest.json"))
-        manifest = json.loads(raw)
-    assert manifest is not None
-    return _outputs.pull(manifest, folder, reader(volume, f"{base}/{part}"), progress)
+def unpack_files(envelope: dict[str, Any], folder: Path) -> int:
+    """Write the outputs that came inside a result; number of files."""
+    for name, held in envelope["files"].items():
+        _outputs.write(folder, name, [_result.to_bytes(held)])
+    return len(envelope["files"])
+
+
+def pull(volume: "modal.Volume", base: str, folder: Path, progress: Callable[[int], None]) -> int:
+    """Bring what a job has saved and what is not here yet; number of files fetched.
+
+    Raises:
+        FileNotFoundError: nothing was saved yet.
+    """
+    packed = read_if_there(volume, f"{base}/result.bin")
+    envelope = _result.unpack(packed) if packed is not None else {}
+    if "files" in envelope:
+        return unpack_files(envelope, folder)
+    manifest = read_manifest(volume, base)
+    return _outputs.pull(manifest, folder, reader(volume, f"{base}/outputs"), progress)
+
+
+def read_manifest(volume: "modal.Volume", base: str) -> dict[str, Any]:
+    """The manifest of a job's outputs; raises FileNotFoundError when nothing was saved."""
+    raw = read_if_there(volume, f"{base}/manifest.json")
+    if raw is None:
+        raise FileNotFoundError(f"{base} has no manifest")
+    manifest = json.loads(raw)
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def log_text(volume: "modal.Volume", base: str) -> str | None:
+    """What a job has printed, as it was saved; None when it was not."""
+    saved = read_if_there(volume, f"{base}/log.txt")
+    if saved is None and (packed := read_if_there(volume, f"{base}/result.bin")) is not None:
+        held = _result.unpack(packed).get("log")
+        saved = _result.to_bytes(held) if held else None
+    return None if saved is None else saved.decode(errors="replace")
 
 
 def reader(volume: "modal.Volume", base: str) -> Callable[[str], Iterable[bytes]]:
     """Reads files below a folder of a Volume."""
     return lambda name: volume.read_file(f"{base}/{name}")
-
-
-def keep_manifest(journal: Journal, record: JobRecord, envelope: dict[str, Any]) -> None:
-    """Write down which files belong to a job."""
-    if envelope.get("manifest") is not None:
-        content = json.dumps(envelope["manifest"], indent=1).encode()
-        _outputs.write(job_folder(journal, record), "manifest.json", [content])

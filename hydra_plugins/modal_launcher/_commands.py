@@ -9,6 +9,7 @@ from typing import Any
 
 from hydra_plugins.modal_launcher import _calls, _collect, _report, _submit, _table, _watch
 from hydra_plugins.modal_launcher._app import Functions, volume
+from hydra_plugins.modal_launcher._cloud import status_dict
 from hydra_plugins.modal_launcher._errors import LaunchError, ResultGone
 from hydra_plugins.modal_launcher._journal import FOLDER, JobRecord, Journal, open_journal
 
@@ -98,11 +99,10 @@ def logs(arguments: argparse.Namespace) -> int:
     """Print what a job has printed: from the Volume when it was saved, else from Modal's log."""
     journal = open_journal(arguments.sweep)
     [record] = by_number(journal, [arguments.job])
-    saved = _calls.read_if_there(
-        volume(journal.sweep["volume"]), f"{journal.sweep['id']}/{record.key}/log.txt"
-    )
+    outputs = volume(journal.sweep["volume"])
+    saved = _collect.log_text(outputs, f"{journal.sweep['id']}/{record.key}")
     if saved is not None and record.end is not None:
-        sys.stdout.write(saved.decode(errors="replace"))
+        sys.stdout.write(saved)
         return 0
     if record.call is None:
         raise LaunchError(f"job {record.number} was not spawned yet: modal-sweep attach")
@@ -123,7 +123,7 @@ def pull(arguments: argparse.Namespace) -> int:
         folder = _collect.output_dir(journal, record)
         with Progress(f"job {record.number}") as progress:
             try:
-                fetched += _collect.pull(outputs, base, "outputs", None, folder, progress.add)
+                fetched += _collect.pull(outputs, base, folder, progress.add)
             except FileNotFoundError:
                 _report.say(f"job {record.number}: nothing was saved yet")
                 continue
@@ -277,6 +277,7 @@ def clean(arguments: argparse.Namespace) -> int:
             return 1
     with contextlib.suppress(FileNotFoundError, modal.exception.NotFoundError):
         volume(journal.sweep["volume"]).remove_file(journal.sweep["id"], recursive=True)
-    modal.Dict.objects.delete(journal.sweep["dict"], allow_missing=True)
+    for name in (journal.sweep["dict"], status_dict(journal.sweep["dict"])):
+        modal.Dict.objects.delete(name, allow_missing=True)
     print(f"{place} and the sweep's Dict are gone; {journal.sweep_dir} is as it was")
     return 0

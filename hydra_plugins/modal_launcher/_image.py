@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ PINNED = ("hydra-core", "omegaconf", "cloudpickle")
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
+@cache
 def versions() -> dict[str, str]:
     """What launcher and worker must agree on."""
     return {"python": PYTHON, **{name: version(name) for name in PINNED}}

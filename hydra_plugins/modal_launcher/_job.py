@@ -1,5 +1,6 @@
 """The job itself, in its own process in the container: Hydra's `run_job`, then a JSON file."""
 
+import gc
 import hashlib
 import json
 import logging
@@ -20,7 +21,12 @@ def preload() -> None:
     from hydra.core.plugins import Plugins
 
     Plugins.instance()
-    assert hydra.core.utils and omegaconf
+    _image.versions()
+    # Fills the caches of the parser of interpolations.
+    warm = omegaconf.OmegaConf.create({"x": 1, "y": "a${x}/${.x}", "z": "${oc.select:x}"})
+    assert hydra.core.utils and warm.y and warm.z
+    # What is here now is never collected in a job, so its memory stays shared.
+    gc.freeze()
 
 
 def run(folder: Path) -> int:
@@ -70,7 +76,6 @@ def checked(path: Path, sha256: str) -> Any:
 
 def run_hydra_job(context: Any, task_function: Any, state: Any, config: Any) -> dict[str, Any]:
     """As Hydra's launchers do in their workers."""
-    from hydra.core.hydra_config import HydraConfig
     from hydra.core.plugins import Plugins
     from hydra.core.singleton import Singleton
     from hydra.core.utils import JobStatus, run_job, setup_globals
@@ -80,7 +85,6 @@ def run_hydra_job(context: Any, task_function: Any, state: Any, config: Any) -> 
     resolvers = state["omegaconf_resolvers"]
     state["omegaconf_resolvers"] = {name: resolver(name, data) for name, data in resolvers.items()}
     Singleton.set_state(state)
-    HydraConfig.instance().set_config(config)
     returned = run_job(
         hydra_context=context,
         task_function=task_function,

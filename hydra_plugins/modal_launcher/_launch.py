@@ -1,5 +1,6 @@
 """One launch: compose, check, deploy, spawn, wait, bring back."""
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict, read_write
 
 from hydra_plugins.modal_launcher import (
     _code,
@@ -20,7 +21,7 @@ from hydra_plugins.modal_launcher import (
     _result,
     _settings,
 )
-from hydra_plugins.modal_launcher._errors import JobFailed, LaunchError
+from hydra_plugins.modal_launcher._errors import JobFailed, LaunchError, ResultGone
 from hydra_plugins.modal_launcher._journal import JobRecord, Journal
 from hydra_plugins.modal_launcher.config import ModalLauncherConf
 
@@ -82,7 +83,7 @@ def run(
     sweep = begin(journal, jobs, conf, common)
     if missing and _app.deploy(sweep["app"], jobs, {**conf.tags, "sweep": sweep["id"]}):
         log.info(f"\tdeployed {sweep['app']}")
-    _submit.stage_common(common, sweep["common"], journal.folder)
+    _submit.stage_common(journal, common, sweep["common"])
     events = [_plan.plan_event(job, conf, sweep) for job in jobs]
     _submit.plan(journal, jobs, events)
     records = [journal.jobs[job.identity] for job in jobs]
@@ -175,29 +176,43 @@ def job_return(
     from hydra_plugins.modal_launcher._collect import output_dir
 
     config = job.config
-    config.hydra.runtime._set_flag(["readonly", "struct"], [False, False])
-    config.hydra.runtime.output_dir = str(output_dir(journal, record).resolve())
+    OmegaConf.set_readonly(config, False)
+    with read_write(config.hydra), open_dict(config):
+        config.hydra.runtime.output_dir = str(output_dir(journal, record).resolve())
+        hydra = config.pop("hydra")
+    # Composed configurations are large: they are handed over, not copied.
+    hydra_cfg = OmegaConf.create({}, flags={"no_deepcopy_set_nodes": True})
+    hydra_cfg["hydra"] = hydra
     end = record.end
     assert end is not None
     returned = JobReturn(
-        overrides=list(OmegaConf.to_container(config.hydra.overrides.task)),  # type: ignore[arg-type]
-        cfg=OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]),
-        hydra_cfg=OmegaConf.masked_copy(config, "hydra"),
+        overrides=list(hydra.overrides.task),
+        cfg=config,
+        hydra_cfg=hydra_cfg,
         working_dir=end["working_dir"] or os.getcwd(),
-        task_name=end["task_name"] or str(config.hydra.job.name),
+        task_name=end["task_name"] or str(hydra.job.name),
     )
-    if end["status"] == "completed":
-        returned.status = JobStatus.COMPLETED
-        returned.return_value = value_of(end, ended)
-    else:
-        returned.status = JobStatus.FAILED
+    returned.status = JobStatus.FAILED
+    if end["status"] != "completed":
         returned.return_value = JobFailed(_report.failure_text(journal, record))
+        return returned
+    try:
+        returned.return_value = value_of(end, ended)
+        returned.status = JobStatus.COMPLETED
+    except JobFailed as error:
+        returned.return_value = JobFailed(f"job {record.number}: {error}")
     return returned
 
 
 def value_of(end: dict[str, Any], ended: "Ended | None") -> Any:
-    """A completed job's return value."""
-    if ended is not None:
-        return _result.unpack_value(ended.envelope["value"], ended.trusted)
-    held = end["value"] or {"json": None}
-    return _result.unpack_value(held, trusted=False)
+    """A completed job's return value; raises JobFailed when it is not to be had any more."""
+    from hydra_plugins.modal_launcher import _calls
+
+    if ended is None and "json" in (end["value"] or {"json": None}):
+        return (end["value"] or {"json": None})["json"]
+    if ended is None:
+        with contextlib.suppress(ResultGone):
+            ended = _calls.look(end["call"])
+    if ended is None:
+        raise JobFailed("its return value was kept in its call, which has expired")
+    return _result.unpack_value(ended.envelope["value"], ended.trusted)

@@ -103,11 +103,12 @@ def fix_output_dir(config: DictConfig) -> str:
 
 def identity(job: Job, resources: str) -> str:
     """Hash of code, image, configuration and output directory; what a job runs on is not part."""
-    content = OmegaConf.to_container(job.config, resolve=False)
-    assert isinstance(content, dict)
-    hydra = content.pop("hydra")
-    content.pop(resources, None)
-    said = [job.code.digest, job.image, content, hydra["job"]["name"], job.output_dir]
+    content = {
+        str(key): OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+        for key, node in job.config.items_ex(resolve=False)
+        if key not in ("hydra", resources)
+    }
+    said = [job.code.digest, job.image, content, job.config.hydra.job.name, job.output_dir]
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 

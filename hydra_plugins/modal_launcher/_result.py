@@ -8,27 +8,35 @@ from pathlib import Path
 from typing import Any
 
 from hydra_plugins.modal_launcher._errors import JobFailed
+from hydra_plugins.modal_launcher._outputs import files_below
 
 # Above 8 KiB Modal moves a result through an extra upload and download.
 MOST_BYTES = 7000
+MOST_PLAIN = 16 * MOST_BYTES
 PLAIN = (str, int, float, bool, type(None))
 
 
-def pack(envelope: dict[str, Any], manifest: dict[str, Any], folder: Path) -> bytes:
-    """Compress an envelope; small outputs travel inside it.
+def pack_whole(envelope: dict[str, Any], folder: Path, log: Path) -> bytes | None:
+    """Compress an envelope with all of a job's outputs and its log inside; None when too large."""
+    paths = list(files_below(folder))
+    if sum(path.stat().st_size for path in [*paths, *([log] if log.exists() else [])]) > MOST_PLAIN:
+        return None
+    files = {path.relative_to(folder).as_posix(): to_text(path.read_bytes()) for path in paths}
+    said = to_text(log.read_bytes()) if log.exists() else None
+    packed = compress({**envelope, "files": files, "log": said})
+    return packed if len(packed) <= MOST_BYTES else None
+
+
+def pack(envelope: dict[str, Any], manifest: dict[str, Any]) -> bytes:
+    """Compress an envelope without the outputs, which lie on the Volume.
 
     Args:
         envelope: status, value, error and so on.
-        manifest: the files below `folder`, as `_outputs.save` returns it.
+        manifest: the files, as `_outputs.save` returns it; left out when it is too large.
     """
     listed = {
         name: {"size": said["size"], "sha256": said["sha256"]} for name, said in manifest.items()
     }
-    if sum(said["size"] for said in listed.values()) < 16 * MOST_BYTES:
-        inline = {name: to_text((folder / name).read_bytes()) for name in listed}
-        small = compress({**envelope, "manifest": listed, "files": inline})
-        if len(small) <= MOST_BYTES:
-            return small
     small = compress({**envelope, "manifest": listed})
     if len(small) <= MOST_BYTES:
         return small
@@ -94,13 +102,14 @@ def unpack_value(held: dict[str, Any], trusted: bool) -> Any:
     Args:
         held: what `pack_value` made.
         trusted: it came from the call itself; nothing that lay on a disk is unpickled.
+
+    Raises:
+        JobFailed: it was pickled and is not trusted.
     """
     if "json" in held:
         return held["json"]
     if not trusted:
-        return JobFailed(
-            "the job's return value was kept in its call, which has expired; what it wrote is here"
-        )
+        raise JobFailed("its return value was kept in its call, which has expired")
     import pickle
 
     return pickle.loads(base64.b64decode(held["pickle"]))

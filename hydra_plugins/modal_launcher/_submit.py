@@ -2,19 +2,21 @@
 
 import base64
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra_plugins.modal_launcher import _app, _calls, _plan
-from hydra_plugins.modal_launcher._cloud import COMMON_DICT
+from hydra_plugins.modal_launcher._cloud import COMMON_DICT, status_dict
 from hydra_plugins.modal_launcher._errors import LaunchError, ResultGone
-from hydra_plugins.modal_launcher._journal import FOLDER, JobRecord, Journal
+from hydra_plugins.modal_launcher._journal import JobRecord, Journal
 
 
-def stage_common(common: bytes, digest: str, folder: Path) -> None:
+def stage_common(journal: Journal, common: bytes, digest: str) -> None:
     """Put what all jobs share where the workers find it, and keep a copy for later restarts."""
     import modal
 
+    for name in (journal.sweep["dict"], status_dict(journal.sweep["dict"])):
+        modal.Dict.from_name(name, create_if_missing=True).hydrate()
+    folder = journal.folder
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"common-{digest[:16]}.bin"
     if not path.exists():
@@ -30,7 +32,7 @@ def restage(journal: Journal, record: JobRecord) -> None:
     digest = record.plan["ref"]["common"]
     path = journal.folder / f"common-{digest[:16]}.bin"
     if path.exists():
-        stage_common(path.read_bytes(), digest, journal.folder)
+        stage_common(journal, path.read_bytes(), digest)
 
 
 def plan(journal: Journal, jobs: Sequence[_plan.Job], events: list[dict[str, Any]]) -> None:
@@ -123,8 +125,3 @@ def submit(
             spawn(journal, record, functions, record.generation + (record.call is not None))
             said[record.identity] = "spawned"
     return said
-
-
-def sweep_folder(sweep_dir: Path) -> Path:
-    """Where the launcher keeps its own files."""
-    return sweep_dir / FOLDER

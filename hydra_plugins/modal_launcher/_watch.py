@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from hydra_plugins.modal_launcher import _app, _calls, _collect, _submit
 from hydra_plugins.modal_launcher._calls import Ended
@@ -39,9 +38,9 @@ class Watch:
         pending = [record for record in records if record.end is None]
         pause = 0.05
         while pending:
-            said = statuses.read()
+            said = statuses.read(self.poll if self.table.live else 5 * self.poll)
             self.table.show(records, said, self.ended)
-            progress = self.round(pending, said)
+            progress = self.round(pending, statuses)
             pending = [record for record in pending if record.identity not in self.ended]
             pause = 0.05 if progress else min(self.poll, pause * 1.5)
             if pending and self.unreachable_since is None:
@@ -52,14 +51,14 @@ class Watch:
         self.table.show(records, statuses.known, self.ended, last=True)
         return self.ended
 
-    def round(self, pending: Sequence[JobRecord], said: dict[str, Any]) -> bool:
-        """Look at the calls whose workers say they are done, and now and then at all others."""
+    def round(self, pending: Sequence[JobRecord], statuses: _calls.Statuses) -> bool:
+        """Look at the calls that have stopped running, and now and then at all others."""
         progress = False
         now = time.monotonic()
         for record in pending:
-            state = said.get(record.key, {}).get("state")
             due = now - self.looked.setdefault(record.identity, now) > SLOW_LOOK
-            if state in ("completed", "failed", "cancelled") or due:
+            if record.key in statuses.gone or due:
+                statuses.gone.discard(record.key)
                 self.looked[record.identity] = now
                 progress |= self.settle(record, seconds=0.0)
         return progress

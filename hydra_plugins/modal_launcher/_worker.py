@@ -44,7 +44,7 @@ def run_job(reference: dict[str, Any], payload: bytes) -> bytes:
     owner = cloud.claim()
     if owner is not None:
         return _result.compress({"status": "duplicate", "owner": owner})
-    folder = MOUNT / reference["sweep"] / reference["key"]
+    folder: Path = MOUNT / reference["sweep"] / reference["key"]
     if cloud.attempt > 1:
         cloud.reload()
         finished = folder / "result.bin"
@@ -53,8 +53,7 @@ def run_job(reference: dict[str, Any], payload: bytes) -> bytes:
     attempt = Attempt(reference, payload, folder, cloud)
     with Signals() as signals:
         envelope = attempt.run(signals)
-    packed: bytes = attempt.finish(envelope)
-    return packed
+    return attempt.finish(envelope)
 
 
 class Attempt:
@@ -90,7 +89,8 @@ class Attempt:
         Raises:
             KeyboardInterrupt: preempted. InputCancellation: cancelled. NewAttempt: time is up.
         """
-        self.cloud.status(state="running", started=self.started)
+        if self.cloud.attempt > 1:
+            self.cloud.status(state="running", started=self.started)
         control = start_zygote()
         request = {"folder": str(self.scratch), "log": str(self.log)}
         control.sendall(json.dumps(request).encode() + b"\n")
@@ -113,7 +113,7 @@ class Attempt:
                 self.report_progress()
                 if self.cloud.new_checkpoint() or now - saved > SAVE_EVERY:
                     saved = now
-                    self.save()
+                    self.try_to_save()
         return self.outcome(reply["exit"])
 
     def stop(self, pid: int, replies: "Replies", signals: Signals) -> None:
@@ -122,10 +122,7 @@ class Attempt:
         if replies.wait(5.0 if signals.cancelled else GRACE) is None:
             send_group(pid, signal.SIGKILL)
             replies.wait(2.0)
-        try:
-            self.save()
-        except OSError as error:
-            print(f"modal_launcher: outputs were not saved: {error}", file=sys.stderr)
+        self.try_to_save()
         self.cloud.status(state="cancelled" if signals.cancelled else "preempted")
 
     def outcome(self, code: int) -> dict[str, Any]:
@@ -150,41 +147,50 @@ class Attempt:
         return dict(envelope)
 
     def report_progress(self) -> None:
-        """Put the last line of the progress file into the sweep's Dict, when it is a new one."""
+        """Say that the job runs, and what the last line of its progress file says."""
         name = self.reference["progress_file"]
-        if name:
-            said = last_json(self.output_dir / name)
-            shown = {key: said[key] for key in ("step", "loss") if key in said}
-            if shown:
-                self.cloud.status(state="running", started=self.started, **shown)
+        said = last_json(self.output_dir / name) if name else {}
+        shown = {key: said[key] for key in ("step", "loss") if key in said}
+        self.cloud.status(state="running", started=self.started, **shown)
+
+    def try_to_save(self) -> None:
+        """Save in the middle of a job: a Volume that refuses is the job's end only at its end."""
+        try:
+            self.save()
+        except OSError as error:
+            print(f"modal_launcher: outputs are not saved yet: {error}", file=sys.stderr)
 
     def save(self) -> None:
         """Copy outputs and log to the Volume and commit all Volumes."""
+        self.copy_outputs()
+        self.cloud.commit()
+
+    def copy_outputs(self) -> None:
+        """Outputs, their manifest and the log."""
         self.manifest = _outputs.save(self.output_dir, self.folder / "outputs", self.manifest)
         if self.log.exists():
             _outputs.copy(self.log, self.folder / "log.txt")
         _outputs.write(self.folder, "manifest.json", [json.dumps(self.manifest).encode()])
-        self.cloud.commit()
 
     def finish(self, envelope: dict[str, Any]) -> bytes:
         """Save everything, then the result, commit, report; returns the result's bytes."""
         envelope["attempt"] = self.cloud.attempt
         envelope["seconds"] = round(time.time() - self.started, 2)
         try:
-            self.manifest = _outputs.save(self.output_dir, self.folder / "outputs", self.manifest)
             envelope["cwd_files"] = self.save_cwd()
-            packed = _result.pack(envelope, self.manifest, self.folder / "outputs")
-            if self.log.exists():
-                _outputs.copy(self.log, self.folder / "log.txt")
-            _outputs.write(self.folder, "manifest.json", [json.dumps(self.manifest).encode()])
+            # Small outputs are all in the result: it is the only file then.
+            packed = _result.pack_whole(envelope, self.output_dir, self.log)
+            if packed is None or self.manifest:
+                self.copy_outputs()
+            packed = packed or _result.pack(envelope, self.manifest)
             _outputs.write(self.folder, "result.bin", [packed])
             self.cloud.commit()
-        except (OSError, _cloud.CommitFailed) as error:
+        except OSError as error:
             lost = f"the job ended ({envelope['status']}), but its files were not saved: {error}"
             envelope["status"] = "failed"
             envelope["error"] = {"type": "NotSaved", "message": lost}
-            packed = _result.pack(envelope, {}, self.folder)
-        self.cloud.status(state=envelope["status"])
+            packed = _result.pack(envelope, {})
+        self.cloud.over()
         return packed
 
     def save_cwd(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ its connection to Modal and its outputs along; a fork costs milliseconds where a
 costs most of a second.
 """
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -13,8 +14,9 @@ import select
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 PR_SET_PDEATHSIG = 1
 
@@ -33,7 +35,7 @@ def main(descriptor: int) -> None:
         child = os.fork()
         if child == 0:
             become_job(control, writing)
-            sys.exit(_job.run(Path(request["folder"])))
+            leave(_job.run(Path(request["folder"])))
         os.close(writing)
         send(control, {"pid": child})
         with open(request["log"], "ab", buffering=0) as log:
@@ -50,6 +52,15 @@ def become_job(control: socket.socket, writing: int) -> None:
     os.dup2(writing, 2)
     os.close(writing)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def leave(code: int) -> NoReturn:
+    """End the job's process as the interpreter would, without taking every module apart."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def send(control: socket.socket, message: dict[str, Any]) -> None:
