@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from modal_local.client import LocalModal
 from modal_local.programs import Program, run_command
 
 pytest_plugins = ["modal_local.fixtures"]
+pytestmark = pytest.mark.usefixtures("needs_modal")
 
 APP = """
 import json, os, sys, time

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from modal_local.client import LocalModal, State, start
 from modal_local.programs import Program, environment, program_command
 
 pytest_plugins = ["modal_local.fixtures"]
+pytestmark = pytest.mark.usefixtures("needs_modal")
 
 APP = """
 import json, os, signal, subprocess, sys, time

@@ -14,6 +14,7 @@ from modal_local.client import LocalModal, start
 from modal_local.programs import Program, environment, program_command, run_command
 
 pytest_plugins = ["modal_local.fixtures"]
+pytestmark = pytest.mark.usefixtures("needs_modal")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 APP = """
@@ -230,3 +231,25 @@ def test_plain_mode_runs_and_leaves_no_links(tmp_path: Path) -> None:
         assert json.loads(output.splitlines()[-1]) == ["file"]
         server.wait_for(lambda s: not s["tasks"])
         assert not place.parent.exists()
+
+
+def test_the_server_ends_with_the_process_that_started_it() -> None:
+    source = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from modal_local.client import start
+print(start().process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    line = [sys.executable, "-c", source, str(Path(__file__).parent)]
+    output = subprocess.run(line, stdout=subprocess.PIPE, text=True, timeout=40, check=False).stdout
+    status = Path(f"/proc/{int(output)}/stat")
+    for _ in range(200):
+        try:
+            gone = status.read_text().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            gone = True
+        if gone:
+            break
+        signal.sigtimedwait([], 0.05)
+    assert gone

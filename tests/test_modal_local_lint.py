@@ -1,10 +1,11 @@
 """Imports that an image does not install."""
 
+import pytest
 from modal_local.client import LocalModal
-from modal_local.image_lint import imported, installed_by
 from modal_local.programs import Program
 
 pytest_plugins = ["modal_local.fixtures"]
+pytestmark = pytest.mark.usefixtures("needs_modal")
 
 
 def test_lint_finds_a_package_the_image_lacks(
@@ -41,6 +42,8 @@ def test_lint_finds_a_package_the_image_lacks(
 
 
 def test_installed_by_reads_the_commands_of_the_client() -> None:
+    from modal_local.image_lint import installed_by
+
     assert installed_by("RUN python -m pip install 'torch>=2' Foo_Bar[x]==1") == {
         "torch",
         "foo-bar",
@@ -55,6 +58,8 @@ def test_installed_by_reads_the_commands_of_the_client() -> None:
 
 
 def test_imported_leaves_out_what_is_optional() -> None:
+    from modal_local.image_lint import imported
+
     source = """
 import a.b
 from c import d

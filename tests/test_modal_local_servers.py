@@ -1,9 +1,11 @@
 """`app.server`: cold answers, readiness and sticky routing."""
 
+import pytest
 from modal_local.client import LocalModal
 from modal_local.programs import Program
 
 pytest_plugins = ["modal_local.fixtures"]
+pytestmark = pytest.mark.usefixtures("needs_modal")
 
 APP = """
 import http.server, json, os, subprocess, sys, time, urllib.error, urllib.request

@@ -10,6 +10,7 @@ from modal_local.programs import Program, run_command
 from modal_local.volumes import Checkout, Volume, VolumeFullError
 
 pytest_plugins = ["modal_local.fixtures"]
+pytestmark = pytest.mark.usefixtures("needs_modal")
 
 APP = """
 import json, os, sys

@@ -1,6 +1,6 @@
 """Fixtures: one control plane, and programs against it.
 
-A test module says `pytest_plugins = ["modal_local.fixtures"]`.
+A test module says `pytest_plugins = ["modal_local.fixtures"]` and uses `needs_modal`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from .programs import Program, environment, program_command, run_command
 
 
 @pytest.fixture(scope="session")
-def local_modal() -> Iterator[LocalModal]:
+def needs_modal() -> None:
+    """Skip where the client is not installed."""
+    pytest.importorskip("modal")
+
+
+@pytest.fixture(scope="session")
+def local_modal(needs_modal: None) -> Iterator[LocalModal]:
     """One control plane for all tests; what they do must need no procedure it lacks."""
     secrets = {"token": {"TOKEN": "t-1"}}
     with start(secrets=secrets, options={"heartbeat": 0.5, "max_idle": 2.0}) as server:
