@@ -170,8 +170,8 @@ def _fault(request: web.Request, status: Status | None) -> Fault:
     )
 
 
-def routes(plane: ControlPlane) -> list[web.RouteDef]:
-    """Return the addresses below /admin."""
+def read_routes(plane: ControlPlane) -> list[web.RouteDef]:
+    """Return the addresses that tell something."""
 
     async def get_state(request: web.Request) -> web.Response:
         return web.json_response(state(plane))
@@ -183,6 +183,12 @@ def routes(plane: ControlPlane) -> list[web.RouteDef]:
             if fn.definition is not None and not fn.base
         }
         return web.json_response(found)
+
+    return [web.get("/admin/state", get_state), web.get("/admin/lint", get_lint)]
+
+
+def fault_routes(plane: ControlPlane) -> list[web.RouteDef]:
+    """Return the addresses that break something."""
 
     async def post_preempt(request: web.Request) -> web.Response:
         preempt(plane, _lookup(plane.tasks, request))
@@ -220,8 +226,6 @@ def routes(plane: ControlPlane) -> list[web.RouteDef]:
         return web.Response()
 
     return [
-        web.get("/admin/state", get_state),
-        web.get("/admin/lint", get_lint),
         web.post("/admin/preempt/{id}", post_preempt),
         web.post("/admin/kill/{id}", post_kill),
         web.post("/admin/expire/{id}", post_expire),

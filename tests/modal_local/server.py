@@ -92,7 +92,8 @@ async def start(options: Options) -> ControlPlane:
     try:
         await asyncio.to_thread(_choose_isolation, plane)
         http = web.Application(client_max_size=MAX_BODY)
-        http.add_routes([*blobs.routes(plane), *admin.routes(plane)])
+        http.add_routes(blobs.routes(plane))
+        http.add_routes([*admin.read_routes(plane), *admin.fault_routes(plane)])
         runner = web.AppRunner(http, access_log=None)
         await runner.setup()
         plane.runners.append(runner)
