@@ -99,3 +99,14 @@ def control_plane() -> Iterator[modal_local.LocalModal]:
     """A local Modal for everything in this process: modal's client keeps its first address."""
     with modal_local.start(options={"max_containers": 4, "retry_delay_scale": 0}) as local:
         yield local
+
+
+@pytest.fixture
+def on_local_modal(
+    control_plane: modal_local.LocalModal, monkeypatch: pytest.MonkeyPatch
+) -> modal_local.LocalModal:
+    """This process, and those it starts, talk to the local Modal; our plugin is found by all."""
+    for name, value in control_plane.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    return control_plane

@@ -1,25 +1,17 @@
 """Hydra's own test suites for launchers, with the real modal client and containers that share
 nothing writable with the launching process."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
-from modal_local.client import LocalModal
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(autouse=True)
-def on_local_modal(control_plane: LocalModal, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # IntegrationTestSuite runs `python task.py` in another folder.
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    for name, value in control_plane.env.items():
-        monkeypatch.setenv(name, value)
-    yield
+pytestmark = pytest.mark.usefixtures("on_local_modal")
 
 
 def test_discovery() -> None:

@@ -1,0 +1,168 @@
+"""A sweep outlives its launcher, its containers and its control plane; with real training jobs."""
+
+from pathlib import Path
+
+import pytest
+from modal_app import driver
+from modal_local.client import LocalModal
+
+pytestmark = pytest.mark.usefixtures("on_local_modal")
+STEPS = 5
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_a_killed_launcher_loses_nothing(
+    at: int, when: str, tmp_path: Path, control_plane: LocalModal
+) -> None:
+    sweep = tmp_path / "sweep"
+    names = {f"k{at}{when}{job}" for job in range(4)}
+    asked = driver.command(sweep, f"+name={','.join(sorted(names))}")
+    killer = [str(driver.APP / "kill_at_spawn.py"), str(at), when]
+    driver.run([*killer, *asked], expect=-9)
+    assert len(driver.events(sweep, "spawn")) == at - (when == "before")
+    if at % 2:
+        driver.run(asked)
+    else:
+        driver.modal_sweep("attach", sweep)
+    ended = driver.ends(sweep)
+    assert sorted(ended) == [0, 1, 2, 3]
+    assert {end["status"] for end in ended.values()} == {"completed"}
+    executed = driver.steps_by_call(names, control_plane)
+    assert set(executed) == names
+    for calls in executed.values():
+        assert list(calls.values()) == [list(range(STEPS))]
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> list[float]:
+    """Losses of the toy's steps without any accident."""
+    import torch
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    inputs = torch.randn(32, 4)
+    targets = inputs @ torch.tensor([[1.0], [-2.0], [3.0], [0.5]])
+    losses = []
+    for _ in range(16):
+        loss = torch.nn.functional.mse_loss(model(inputs), targets)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("accident", ["preempt", "kill"])
+def test_a_lost_container_costs_only_what_was_not_saved(
+    accident: str, tmp_path: Path, control_plane: LocalModal, undisturbed: list[float]
+) -> None:
+    sweep = tmp_path / "sweep"
+    options = [
+        "hydra.launcher.single_use=true",
+        "hydra.launcher.progress_file=/runs/${name}/progress.jsonl",
+    ]
+    names = f"+name={accident}0,{accident}1"
+    process = driver.start(driver.command(sweep, names, "+pause=0.4", *options, steps=16))
+    for task in driver.wait_for_steps(control_plane, sweep, jobs=2, steps=4):
+        getattr(control_plane, accident)(task)
+    driver.finish(process)
+    ended = driver.ends(sweep).values()
+    assert [end["value"]["json"] for end in ended] == [undisturbed[-1]] * 2
+    assert {end["attempt"] for end in ended} == {2}
+    for end in ended:
+        logged = driver.STEP.findall(driver.logs_of(end["call"]))
+        taken = [(int(step), float(loss)) for _, step, loss in logged]
+        numbers = [step for step, _ in taken]
+        assert sorted(set(numbers)) == list(range(16))
+        if accident == "preempt":  # at most the interrupted step begins twice
+            assert numbers == sorted(numbers) and len(numbers) <= 17
+        assert all(loss == pytest.approx(undisturbed[step], abs=1e-8) for step, loss in taken)
+
+
+def test_jobs_that_break_do_not_hide_the_others(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    output = driver.run(driver.command(sweep, "+name=fine,raises,exits,nan"), expect=1)
+    ended = driver.ends(sweep)
+    statuses = [ended[job]["status"] for job in range(4)]
+    assert statuses == ["completed", "failed", "failed", "failed"]
+    assert ended[1]["error"]["message"] == "a job that raises"
+    assert "exited with code 7" in ended[2]["error"]["message"]
+    assert ended[3]["error"]["type"] == "NotANumber"
+    assert "1 of 4 jobs completed" in output
+    for job, reason in enumerate(("a job that raises", "code 7", "NaN"), 1):
+        [line] = [
+            line
+            for line in output.splitlines()
+            if line.startswith(f"job {job} ") and "failed after" in line
+        ]
+        assert reason in line
+    assert (sweep / "0" / "weights.txt").read_text().startswith("Parameter")
+    log = driver.modal_sweep("logs", sweep, 1)
+    assert "STEP raises 2" in log and "Traceback" in log
+
+
+def test_expired_handles(tmp_path: Path, control_plane: LocalModal) -> None:
+    """The Volume has the result; without one the job runs again as the next generation."""
+    sweep = tmp_path / "sweep"
+    asked = driver.command(sweep, "+name=expired0,expired1", "hydra.launcher.detach=true")
+    driver.run(asked)
+    calls = [event["call"] for event in driver.events(sweep, "spawn")]
+    control_plane.wait_for(lambda state: all(state["calls"][call]["done"] for call in calls), 60)
+    for call in calls:
+        control_plane.expire(call)
+    identity = driver.events(sweep, "plan")[1]["identity"]
+    remove_result(sweep, identity)
+    driver.modal_sweep("attach", sweep)
+    ended = driver.ends(sweep)
+    assert {end["status"] for end in ended.values()} == {"completed"}
+    assert [ended[job]["generation"] for job in (0, 1)] == [0, 1]
+    assert ended[0]["value"] == ended[1]["value"]
+
+
+def remove_result(sweep: Path, identity: str) -> None:
+    """As if the container had been lost before its commit."""
+    import modal
+
+    [said] = driver.events(sweep, "sweep")
+    volume = modal.Volume.from_name(said["volume"])
+    volume.remove_file(f"{said['id']}/{identity}.0", recursive=True)
+
+
+def test_a_full_volume_fails_the_job_and_says_so(tmp_path: Path, control_plane: LocalModal) -> None:
+    sweep = tmp_path / "sweep"
+    options = ["+name=full", "hydra.launcher.volume=full-sweeps"]
+    import modal
+
+    modal.Volume.from_name("full-sweeps", create_if_missing=True, version=2).hydrate()
+    control_plane.full_volume("full-sweeps")
+    output = driver.run(driver.command(sweep, *options), expect=1)
+    assert driver.ends(sweep)[0]["error"]["type"] == "NotSaved"
+    assert "full-sweeps" in output and "Traceback" not in output
+    control_plane.full_volume("full-sweeps", full=False)
+    driver.run(driver.command(sweep, *options))
+    assert driver.ends(sweep)[0]["status"] == "completed"
+
+
+def test_the_control_plane_is_down_for_20_seconds(
+    tmp_path: Path, control_plane: LocalModal, undisturbed: list[float]
+) -> None:
+    sweep = tmp_path / "sweep"
+    process = driver.start(driver.command(sweep, "+name=down0,down1", "+pause=0.2", steps=16))
+    driver.wait_for_steps(control_plane, sweep, jobs=2, steps=2)
+    control_plane.down(20)
+    output = driver.finish(process)
+    assert "2 of 2 jobs completed" in output
+    assert [end["value"]["json"] for end in driver.ends(sweep).values()] == [undisturbed[-1]] * 2
+    executed = driver.steps_by_call({"down0", "down1"}, control_plane)
+    assert all(list(calls.values()) == [list(range(16))] for calls in executed.values())
+
+
+def test_a_job_longer_than_an_attempt_continues(tmp_path: Path, undisturbed: list[float]) -> None:
+    sweep = tmp_path / "sweep"
+    options = ["+name=long", "+pause=1.2", "hydra.launcher.timeout=16"]
+    driver.run(driver.command(sweep, *options, "hydra.launcher.single_use=true", steps=16))
+    [end] = driver.ends(sweep).values()
+    assert end["attempt"] >= 2
+    assert end["value"]["json"] == undisturbed[-1]
