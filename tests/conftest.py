@@ -29,6 +29,7 @@ from specforge_exp.target import Target, load_target, load_tokenizer
 from specforge_exp.tokens import TokenSet
 
 torch.set_num_threads(1)
+PLANTED = "s3cr3t-that-no-file-may-hold"
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ModelConfig(name="tiny", path=str(REPOSITORY / "assets" / "tiny_target"))
 
@@ -97,7 +98,9 @@ def conversation_set(turns: list[list[int]]) -> TokenSet:
 @pytest.fixture(scope="session")
 def control_plane() -> Iterator[modal_local.LocalModal]:
     """A local Modal for everything in this process: modal's client keeps its first address."""
-    with modal_local.start(options={"max_containers": 4, "retry_delay_scale": 0}) as local:
+    options = {"max_containers": 4, "retry_delay_scale": 0}
+    secrets = {"planted": {"PLANTED": PLANTED}}
+    with modal_local.start(options=options, secrets=secrets) as local:
         yield local
 
 

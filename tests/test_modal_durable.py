@@ -61,7 +61,7 @@ def test_a_lost_container_costs_only_what_was_not_saved(
     sweep = tmp_path / "sweep"
     options = [
         "hydra.launcher.single_use=true",
-        "hydra.launcher.progress_file=/runs/${name}/progress.jsonl",
+        "+resources.progress_file=/runs/${name}/progress.jsonl",
     ]
     names = f"+name={accident}0,{accident}1"
     process = driver.start(driver.command(sweep, names, "+pause=0.4", *options, steps=16))
@@ -83,7 +83,7 @@ def test_a_lost_container_costs_only_what_was_not_saved(
 
 def test_jobs_that_break_do_not_hide_the_others(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
-    output = driver.run(driver.command(sweep, "+name=fine,raises,exits,nan"), expect=1)
+    output = driver.run(driver.command(sweep, "+name=fine,raises,exits,notanumber"), expect=1)
     ended = driver.ends(sweep)
     statuses = [ended[job]["status"] for job in range(4)]
     assert statuses == ["completed", "failed", "failed", "failed"]

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("on_local_modal")
 def test_a_sweep_from_its_submission_to_its_end(tmp_path: Path, control_plane: LocalModal) -> None:
     sweep = tmp_path / "sweep"
     options = ["+name=whole0,whole1", "+pause=0.5", "hydra.launcher.detach=true"]
-    unique = "hydra.launcher.unique=['/runs/${name}']"
+    unique = "+resources.unique=['/runs/${name}']"
     printed = driver.run(driver.command(sweep, *options, unique, steps=30))
     assert f"modal-sweep attach {sweep}" in printed and f"modal-sweep cancel {sweep}" in printed
     driver.wait_for_steps(control_plane, sweep, jobs=2, steps=2)

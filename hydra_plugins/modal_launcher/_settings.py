@@ -16,10 +16,17 @@ MOST_SECONDS = 86400
 
 
 def launcher_conf(config: DictConfig) -> ModalLauncherConf:
-    """The launcher's own node as plain values; raises LaunchError for a value that is not valid."""
-    plain = OmegaConf.to_container(config.hydra.launcher, resolve=True)
-    assert isinstance(plain, dict)
-    values = {str(key): value for key, value in plain.items()}
+    """The launcher's own node; raises LaunchError for a value that is not valid.
+
+    What `JobSettings` has is left unresolved: `${name}` means something else in every job.
+    """
+    node = config.hydra.launcher
+    raw = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(raw, dict)
+    of_jobs = {field.name for field in fields(JobSettings)}
+    values: dict[str, Any] = {
+        str(key): value if key in of_jobs else plain(node[key]) for key, value in raw.items()
+    }
     values["image"] = ImageSettings(**values["image"])
     conf = ModalLauncherConf(**values)
     if conf.if_done not in ("skip", "rerun", "fail"):
@@ -31,6 +38,27 @@ def launcher_conf(config: DictConfig) -> ModalLauncherConf:
     return conf
 
 
+def plain(value: Any) -> Any:
+    """A resolved value without OmegaConf's wrapping."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def for_job(conf: ModalLauncherConf, job: DictConfig) -> dict[str, Any]:
+    """The launcher's settings of jobs, resolved in one job's configuration."""
+    values = {field.name: getattr(conf, field.name) for field in fields(JobSettings)}
+    values["image"] = asdict(conf.image)
+    if "${" not in str(values):
+        return values
+    node = OmegaConf.create(values)
+    node._set_parent(job)
+    try:
+        resolved = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise LaunchError(f"hydra.launcher: {str(error).splitlines()[0]}") from None
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
 def job_settings(conf: ModalLauncherConf, job: DictConfig) -> JobSettings:
     """Settings of one composed job; raises LaunchError that names the key."""
     names = [field.name for field in fields(JobSettings)]
@@ -40,20 +68,16 @@ def job_settings(conf: ModalLauncherConf, job: DictConfig) -> JobSettings:
         raise LaunchError(
             f"{conf.resources}.{unknown[0]} is not a setting of a job; valid: {', '.join(names)}"
         )
-    values: dict[str, Any] = {}
-    defaults = JobSettings()
-    for field in fields(JobSettings):
-        ours, default = getattr(conf, field.name), getattr(defaults, field.name)
-        if field.name in said:
-            if ours != default:
-                raise LaunchError(
-                    f"hydra.launcher.{field.name} has no effect: the job says "
-                    f"{conf.resources}.{field.name}={said[field.name]}; set that one"
-                )
-            ours = said[field.name]
-        values[field.name] = ours
-    if isinstance(values["image"], Mapping):
-        values["image"] = image_settings(values["image"], conf.resources)
+    values = for_job(conf, job)
+    defaults = asdict(JobSettings())
+    for name, value in said.items():
+        if values[name] != defaults[name]:
+            raise LaunchError(
+                f"hydra.launcher.{name} has no effect: the job says "
+                f"{conf.resources}.{name}={value}; set that one"
+            )
+        values[name] = value
+    values["image"] = image_settings(values["image"], conf.resources)
     settings = JobSettings(**values)
     check(settings, conf.resources)
     return settings

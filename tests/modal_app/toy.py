@@ -21,13 +21,12 @@ def main(cfg: DictConfig) -> float:
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     inputs = torch.randn(32, 4)
     targets = inputs @ torch.tensor([[1.0], [-2.0], [3.0], [0.5]])
-    start, saved = 0, folder / "last.pt"
+    start, loss, saved = 0, torch.tensor(float("nan")), folder / "last.pt"
     if saved.exists():
         state = torch.load(saved, weights_only=True)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-        start = state["step"]
-    loss = torch.tensor(float("nan"))
+        start, loss = state["step"], state["loss"]
     for step in range(start, cfg.get("steps", 5)):
         loss = torch.nn.functional.mse_loss(model(inputs), targets)
         optimiser.zero_grad()
@@ -38,14 +37,15 @@ def main(cfg: DictConfig) -> float:
             raise ValueError("a job that raises")
         if cfg.name == "exits" and step == 1:
             os._exit(7)
-        state = {"step": step + 1, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
+        state = {"step": step + 1, "loss": loss.detach(), "model": model.state_dict()}
+        state["optimiser"] = optimiser.state_dict()
         torch.save(state, folder / "partial.pt")
         os.replace(folder / "partial.pt", saved)
         with open(folder / "progress.jsonl", "a") as file:
             file.write(json.dumps({"step": step, "loss": loss.item()}) + "\n")
         time.sleep(cfg.get("pause", 0.0))
     (Path(HydraConfig.get().runtime.output_dir) / "weights.txt").write_text(str(model.weight))
-    return float("nan") if cfg.name == "nan" else loss.item()
+    return float("nan") if cfg.name == "notanumber" else loss.item()
 
 
 if __name__ == "__main__":
