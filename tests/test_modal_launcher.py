@@ -189,3 +189,13 @@ def test_the_journal_survives_a_cut_off_line(tmp_path: Path) -> None:
     assert "(done)" in printed
     for line in path.read_text().splitlines():
         json.loads(line)
+
+
+def test_a_pushed_file_keeps_its_zeros(tmp_path: Path) -> None:
+    """Modal's client sends blocks without their trailing zeros."""
+    import modal
+
+    content = b"x" + bytes(9_000_000) + b"y" + bytes(7)
+    (tmp_path / "zeros.bin").write_bytes(content)
+    driver.modal_sweep("push", tmp_path / "zeros.bin", "zeros:zeros.bin")
+    assert b"".join(modal.Volume.from_name("zeros").read_file("zeros.bin")) == content

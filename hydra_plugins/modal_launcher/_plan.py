@@ -160,6 +160,7 @@ def plan_event(job: Job, conf: ModalLauncherConf, sweep: dict[str, Any]) -> dict
             "progress_file": settings.progress_file,
             "checkpoints": settings.checkpoints,
             "sync_cwd": conf.sync_cwd,
+            "single_use": _settings.single_use(settings),
             "versions": _image.versions(),
         },
         "payload": base64.b64encode(packed).decode(),

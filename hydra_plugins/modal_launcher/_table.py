@@ -46,7 +46,7 @@ def row(
 
 
 def state_of(record: JobRecord, status: dict[str, Any]) -> str:
-    """queued (for GPUs, or while its container starts), running, preempted, completed, failed."""
+    """queued (for GPUs, an image), starting, running, preempted, completed, failed."""
     if record.call is None:
         return "not spawned"
     state = str(status.get("state", ""))

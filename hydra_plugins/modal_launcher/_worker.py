@@ -44,6 +44,8 @@ def run_job(reference: dict[str, Any], payload: bytes) -> bytes:
     owner = cloud.claim()
     if owner is not None:
         return _result.compress({"status": "duplicate", "owner": owner})
+    if reference["single_use"]:
+        cloud.status(state="starting")
     folder: Path = MOUNT / reference["sweep"] / reference["key"]
     if cloud.attempt > 1:
         cloud.reload()

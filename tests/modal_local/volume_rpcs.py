@@ -15,9 +15,7 @@ from .containers import open_files
 from .layouts import volume_metadata
 from .rpc import Empty, Peer, not_found, streaming, unary
 from .state import Task
-from .volumes import Checkout, Volume, VolumeFullError
-
-BLOCK = 8 * 1024 * 1024
+from .volumes import BLOCK, Checkout, Volume, VolumeFullError
 
 
 def _known(peer: Peer, identity: str) -> Volume:
@@ -225,7 +223,7 @@ async def _put_files_2(peer: Peer, request: Any) -> Any:
     _check_absent(volume, names, request.disallow_overwrite_existing_files)
     for file in request.files:
         blocks = [plane.cas / block.contents_sha256.hex() for block in file.blocks]
-        await _change(volume.write, file.path, blocks, file.mode)
+        await _change(volume.write, file.path, blocks, file.mode, file.size)
     return response
 
 

@@ -20,6 +20,8 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 
+BLOCK = 8 * 1024 * 1024  # of a version 2 volume
+
 TEMPORARY = ".~modal-local"
 MAX_SPARES = 4
 Signature = tuple[int, ...]
@@ -126,17 +128,21 @@ class Volume:
         if self.full:
             raise VolumeFullError(f"volume '{self.name}' is full: no space left on device")
 
-    def write(self, relative: str, blocks: list[Path], mode: int) -> None:
-        """Upload one file, made of blocks."""
+    def write(self, relative: str, blocks: list[Path], mode: int, size: int | None = None) -> None:
+        """Upload one file, made of blocks; given a size, blocks come without trailing zeros."""
         self.check_space()
         target = self.path(relative)
         temporary = target.with_name(target.name + TEMPORARY)
         with self.lock:
             target.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
-                for block in blocks:
+                for number, block in enumerate(blocks):
+                    if size is not None:
+                        file.seek(number * BLOCK)
                     with block.open("rb") as source:
                         shutil.copyfileobj(source, file)
+                if size is not None:
+                    file.truncate(size)
             temporary.chmod((mode or 0o644) & 0o777)
             temporary.replace(target)
             self._note_parents(target)
