@@ -4,6 +4,7 @@ Shape suffixes: B batch, T tokens, H hidden, A = 3 H, V vocabulary, N rows.
 """
 
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
 from specforge_exp.config import Config, ModelConfig
+from specforge_exp.config.resolvers import own_overrides
 from specforge_exp.errors import InputError
 from specforge_exp.sharding import whole
 
@@ -40,6 +42,28 @@ def set_up_torch(cfg: Config) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def check_gpus(cfg: Config, stage: str, processes: int = 1) -> None:
+    """Refuse a machine that is too small for the model, before anything is read.
+
+    Raises:
+        InputError: the model asks for a GPU and there is none, or for more than there are.
+    """
+    here = torch.cuda.device_count() if cfg.device != "cpu" else processes
+    if not here and cfg.model.gpu:
+        options = own_overrides()
+        away = shlex.join(["python", f"{stage}.py", "-m", *options])
+        local = shlex.join(["python", f"{stage}.py", *options, "device=cpu"])
+        raise InputError(
+            f"model={cfg.model.name} is for a GPU (model.gpu={cfg.model.gpu}) and torch sees none; "
+            f"on Modal: {away}; or here, very slowly: {local}"
+        )
+    if 0 < here < processes:
+        even = max(n for n in range(1, here + 1) if cfg.trainer.batch_size % n == 0)
+        raise InputError(
+            f"trainer.gpus={processes}, but this machine has {here}; use trainer.gpus={even}"
+        )
 
 
 def aux_layer_ids(layers: int, chosen: list[int] | None) -> list[int]:

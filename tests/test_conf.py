@@ -1,6 +1,7 @@
 """Every option of every config group composes, and what does not fit is refused by name."""
 
 import ast
+import os
 import subprocess
 import sys
 import time
@@ -48,7 +49,7 @@ def test_every_option_composes(group: str, name: str) -> None:
 
 def test_all_groups_are_seen() -> None:
     groups = {group.split("/")[0] for group, _ in OPTIONS}
-    assert groups >= {"model", "data", "loss", "draft", "engine", "tracker", "paths", "experiment"}
+    assert groups >= set("model data loss draft engine tracker paths resources experiment".split())
 
 
 LOSSES = {
@@ -80,7 +81,8 @@ def test_seed_defaults() -> None:
     assert (cfg.data.name, cfg.epochs, cfg.max_length, cfg.seed) == ("sharegpt", 10, 2048, 0)
     assert (cfg.draft.ttt_length, cfg.draft.draft_vocab_size) == (7, 32000)
     assert (cfg.regen.temperature, cfg.regen.max_tokens) == (0.7, 4096)
-    assert (cfg.trainer.batch_size, cfg.trainer.warmup_ratio, cfg.trainer.clip) == (1, 0.015, 0.5)
+    assert (cfg.trainer.warmup_ratio, cfg.trainer.clip) == (0.015, 0.5)
+    assert cfg.trainer.batch_size / cfg.trainer.gpus == 1
     assert cfg.trainer.resume
 
 
@@ -103,9 +105,14 @@ def test_wrong_values_are_named(override: str, named: str) -> None:
     assert named in str(caught.value)
 
 
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+def run(
+    script: str, *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ STAGES = ["prep", "regen", "preprocess", "train", "export", "bench"]
 
 def run(stage: str, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     command = [
-        sys.executable, str(REPOSITORY / f"{stage}.py"), "experiment=smoke",
+        sys.executable, str(REPOSITORY / f"{stage}.py"), "experiment=smoke", "model=tiny",
         f"paths.datasets={folder / 'datasets'}", f"paths.checkpoints={folder / 'checkpoints'}",
         *overrides,
     ]  # fmt: skip
@@ -36,9 +36,11 @@ def test_six_commands(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert "%|" not in done.stderr, "a progress bar where there is no terminal"
     assert "lossless" in done.stdout
-    result = json.loads((tmp_path / "checkpoints" / "smoke" / "bench.json").read_text())
+    result = json.loads(
+        (tmp_path / "checkpoints" / "smoke_tiny_full-opd" / "bench.json").read_text()
+    )
     assert result["datasets"]["held-out"]["lossless"] is True
-    records = tmp_path / "checkpoints" / "smoke" / ".hydra"
+    records = tmp_path / "checkpoints" / "smoke_tiny_full-opd" / ".hydra"
     assert {folder.name for folder in records.iterdir()} == set(STAGES)
     for stage in STAGES:
         again = run(stage, tmp_path)

@@ -24,7 +24,8 @@ STEPS = 40
 def command(cfg: Config, name: str, *more: str) -> list[str]:
     """train.py on the fixture's tokens, 40 steps of four conversations."""
     return [
-        sys.executable, str(REPOSITORY / "train.py"), "experiment=smoke", "loss=baseline",
+        sys.executable, str(REPOSITORY / "train.py"), "experiment=smoke", "model=tiny",
+        "loss=baseline",
         f"paths.datasets={Path(cfg.paths.datasets).resolve()}",
         f"paths.checkpoints={Path(cfg.paths.checkpoints).resolve()}", f"run_name={name}",
         "data.name=small", "max_length=256", "draft.ttt_length=3", f"max_steps={STEPS}",

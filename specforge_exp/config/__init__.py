@@ -5,7 +5,6 @@ Hydra composes `conf/` against `Config`, so a misspelt key or a wrong type is re
 `__post_init__` and name the fields.
 """
 
-import re
 import sys
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -25,6 +24,8 @@ from specforge_exp.config.choices import (
     Source,
 )
 from specforge_exp.config.keys import unknown_key
+from specforge_exp.config.resolvers import REPOSITORY, STAGES, register
+from specforge_exp.config.resources import ImageConfig, ResourcesConfig
 from specforge_exp.config.stages import (
     BenchConfig,
     EngineConfig,
@@ -40,12 +41,15 @@ from specforge_exp.config.stages import (
 from specforge_exp.errors import InputError
 
 __all__ = [
+    "REPOSITORY",
+    "STAGES",
     "BenchConfig",
     "Config",
     "DataConfig",
     "DraftConfig",
     "EngineConfig",
     "ExportConfig",
+    "ImageConfig",
     "InputError",
     "LearningRates",
     "LossConfig",
@@ -54,17 +58,18 @@ __all__ = [
     "PrepConfig",
     "PreprocessConfig",
     "RegenConfig",
+    "ResourcesConfig",
     "Source",
     "TargetConfig",
     "TrackerConfig",
     "TrainerConfig",
+    "check_job",
     "from_omegaconf",
     "locate",
     "schema",
 ]
 
-STAGES = ("prep", "regen", "preprocess", "train", "export", "bench")
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
+register()
 
 
 @dataclass
@@ -74,7 +79,7 @@ class Config:
     run_name: str = MISSING
     """Folder of the run under paths.checkpoints."""
     sweep_name: str = "sweep"
-    """Folder of a multirun's records under paths.checkpoints/sweeps."""
+    """Folder of multiruns' records under paths.checkpoints/sweeps, one below it per script."""
     lr: float = 1e-4
     """Peak learning rate; by default the loss's own `lrs` at `lr_point`."""
     lr_point: str = "mid"
@@ -105,6 +110,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
 
     def __post_init__(self) -> None:
         safe_name("run_name", self.run_name)
@@ -142,11 +148,38 @@ def from_omegaconf(cfg: DictConfig) -> Config:
         listed = ", ".join(f"{key}=..." for key in missing)
         raise InputError(f"these options have no value; give them on the command line: {listed}")
     try:
-        config = OmegaConf.to_object(cfg)
+        # A launcher's copy without Hydra's node has forgotten its type.
+        config = OmegaConf.to_object(OmegaConf.merge(Config, cfg))
     except OmegaConfBaseException as error:
         raise InputError(str(error).splitlines()[0]) from None
     assert isinstance(config, Config)
     return config
+
+
+def check_job(cfg: DictConfig) -> None:
+    """What resources.validate names: raises InputError for a job that a container cannot run.
+
+    Besides `from_omegaconf`: a path that is written out means a place on the launching machine,
+    and what a container writes outside its Volumes is lost.
+    """
+    config = from_omegaconf(cfg)
+    said = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(said, dict)
+    for root in ("datasets", "checkpoints"):
+        path = said["paths"][root]
+        mounted = any(Path(path).is_relative_to(mount) for mount in config.resources.volumes)
+        if "${" not in path and not mounted:
+            raise InputError(
+                f"paths.{root}={path} lies on none of the Volumes in resources.volumes, so nothing "
+                f"written there would be kept; SPECFORGE_{root.upper()}={path} in the environment "
+                "moves the folder here and leaves the container's alone"
+            )
+    model = said["model"]["path"]
+    if "${" not in model and Path(model).is_dir():
+        raise InputError(
+            f"model.path={model} is a folder of this machine, which a container does not have; "
+            "give a hub id, or a path on a Volume in resources.volumes"
+        )
 
 
 def locate(dotted: str) -> Any:
@@ -158,12 +191,3 @@ def locate(dotted: str) -> Any:
         raise InputError(
             f"_target_={dotted} does not name an importable function or class"
         ) from None
-
-
-def folder_name(path: str) -> str:
-    """Last part of a path or hub id, in characters that every file system takes."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(path).name).strip("-.") or "unnamed"
-
-
-OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
-OmegaConf.register_new_resolver("repository", lambda path: str(REPOSITORY / path), replace=True)

@@ -23,6 +23,10 @@ class ModelConfig:
     """The three layers (0-based) whose outputs feed the draft; null: 1, N/2-1 and N-4."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Passed to the tokenizer's chat template, e.g. enable_thinking: false."""
+    gpu: Any = None
+    """What the model needs to be trained on, e.g. H100:8; null: this machine's CPU will do."""
+    secrets: dict[str, list[str]] = field(default_factory=dict)
+    """Modal secrets it takes to download it: name of the secret: keys."""
 
     def __post_init__(self) -> None:
         if not self.path:

@@ -31,6 +31,8 @@ class TrackerConfig:
     """W&B project."""
     group: str | None = None
     """W&B group; null: none."""
+    secrets: dict[str, list[str]] = field(default_factory=dict)
+    """Modal secrets with its key: name of the secret: keys."""
 
     def __post_init__(self) -> None:
         one_of("tracker.name", self.name, ("none", "wandb"))
@@ -119,7 +121,7 @@ class TrainerConfig:
     """python train.py"""
 
     batch_size: int = 1
-    """Conversations per forward, over all GPUs."""
+    """Conversations per forward, over all GPUs: the number of GPUs changes no number."""
     accumulate: int = 1
     """Forwards per optimiser step."""
     pack_tokens: int | None = None

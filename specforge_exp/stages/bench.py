@@ -23,7 +23,14 @@ from specforge_exp.errors import InputError
 from specforge_exp.provenance import describe, model_digest, sha256, write_json
 from specforge_exp.sources import load
 from specforge_exp.speculative import Decoding, generate, speculate
-from specforge_exp.target import DTYPES, Target, load_target, load_tokenizer, set_up_torch
+from specforge_exp.target import (
+    DTYPES,
+    Target,
+    check_gpus,
+    load_target,
+    load_tokenizer,
+    set_up_torch,
+)
 from specforge_exp.tokens import read_split
 
 log = logging.getLogger(__name__)
@@ -31,6 +38,7 @@ log = logging.getLogger(__name__)
 
 def bench(cfg: Config) -> float:
     """Measure the accepted length; returns its average over the data sets."""
+    check_gpus(cfg, "bench")
     file, folder = paths.bench_file(cfg), paths.export_dir(cfg)
     command = f"python export.py run_name={cfg.run_name} (with the same options)"
     inputs = {

@@ -21,6 +21,7 @@ from specforge_exp.conversations import read_jsonl, write_jsonl
 from specforge_exp.errors import InputError
 from specforge_exp.generation.transformers_engine import TransformersEngine
 from specforge_exp.provenance import model_digest, sha256
+from specforge_exp.target import check_gpus
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ Record = dict[str, Any]
 
 def regen(cfg: Config) -> Path:
     """Regenerate a data set with its target; returns the folder."""
+    check_gpus(cfg, "regen")
     folder, source = paths.regen_dir(cfg), paths.prompts_dir(cfg)
     command = f"python prep.py data={cfg.data.name} (with the same options)"
     files = {name: require(source / f"{name}.jsonl", command) for name in ("train", "eval")}

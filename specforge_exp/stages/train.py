@@ -20,7 +20,7 @@ from specforge_exp.config import Config, locate
 from specforge_exp.errors import InputError
 from specforge_exp.provenance import describe, model_digest, sha256, write_json
 from specforge_exp.sharding import shard_draft
-from specforge_exp.target import Target, load_target, set_up_torch
+from specforge_exp.target import Target, check_gpus, load_target, set_up_torch
 from specforge_exp.tokens import read_split
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.feature_cache import from_disk, make_cache
@@ -38,6 +38,7 @@ def train(cfg: Config) -> float:
 
     With `trainer.gpus` above 1 it starts that many processes, each of which comes back here.
     """
+    check_gpus(cfg, "train", 1 if started() else cfg.trainer.gpus)
     folder = paths.run_dir(cfg)
     tokens = require(
         paths.tokens_dir(cfg) / "index.json", "python preprocess.py (same options)"
@@ -48,7 +49,6 @@ def train(cfg: Config) -> float:
             start_over(folder)
         if reusable(folder / "run.json", fingerprint, False, "train", "trainer.resume=false"):
             return float(read_record(folder / "run.json")["evaluation"]["simulated_length"])
-        check_gpus(cfg)
         if cfg.trainer.gpus > 1:
             return float(launch(train, cfg))
     device = local_device(set_up_torch(cfg))
@@ -80,13 +80,6 @@ def train(cfg: Config) -> float:
         write_json(folder / "run.json", {**record, "evaluation": evaluation})
         log.info("train: complete: %s: %s", folder, summary(evaluation))
     return evaluation["simulated_length"]
-
-
-def check_gpus(cfg: Config) -> None:
-    """Refuse more GPUs than there are, before anything is loaded."""
-    here = torch.cuda.device_count()
-    if cfg.device != "cpu" and 0 < here < cfg.trainer.gpus:
-        raise InputError(f"trainer.gpus={cfg.trainer.gpus}, but this machine has {here}")
 
 
 def states_of(cfg: Config, target: Target, splits: Splits, run: Run) -> Features:
