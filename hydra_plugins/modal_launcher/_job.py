@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from hydra_plugins.modal_launcher import _image, _result
+from hydra_plugins.modal_launcher import _delta, _image, _result
 
 
 def preload() -> None:
@@ -38,8 +38,9 @@ def run(folder: Path) -> int:
         return 1
     os.makedirs(request["cwd"], exist_ok=True)
     os.chdir(request["cwd"])
-    context, task_function, state = checked(folder / "common.bin", request["common"])
-    config = checked(folder / "payload.bin", request["sha256"])
+    common = zlib.decompress(checked(folder / "common.bin", request["common"]))
+    context, task_function, state, alike = pickle.loads(common)
+    config = pickle.loads(_delta.unpack(checked(folder / "payload.bin", request["sha256"]), alike))
     try:
         returned = run_hydra_job(context, task_function, state, config)
     except SystemExit as error:
@@ -66,12 +67,12 @@ def mismatch(launched_with: dict[str, str]) -> str | None:
     return f"the image has {', '.join(wrong)}, but the job was launched with {wanted}"
 
 
-def checked(path: Path, sha256: str) -> Any:
-    """Unpickle a payload whose hash came with the call."""
+def checked(path: Path, sha256: str) -> bytes:
+    """A file whose hash came with the call; raises ValueError when it is another one."""
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(f"{path.name} is not what the launcher sent")
-    return pickle.loads(zlib.decompress(data))
+    return data
 
 
 def run_hydra_job(context: Any, task_function: Any, state: Any, config: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,9 @@ def launch(
         _report.rehearse(jobs, conf, sweep_dir)
         raise SystemExit(0)
     with _report.modal_errors():
-        return run(jobs, conf, _plan.common_part(context, task), sweep_dir)
+        alike = _plan.pickled(jobs[0].config)
+        common = _plan.common_part(context, task, alike)
+        return run(jobs, conf, Shared(common, alike), sweep_dir)
 
 
 def refuse_search(conf: ModalLauncherConf, sweeper: str) -> None:
@@ -65,8 +68,17 @@ def refuse_search(conf: ModalLauncherConf, sweeper: str) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What is sent once for all jobs of a launch."""
+
+    common: bytes
+    alike: bytes
+    """Part of `common`: what the payloads are compressed against."""
+
+
 def run(
-    jobs: Sequence[_plan.Job], conf: ModalLauncherConf, common: bytes, sweep_dir: Path
+    jobs: Sequence[_plan.Job], conf: ModalLauncherConf, shared: Shared, sweep_dir: Path
 ) -> list[JobReturn]:
     """Check against Modal, spawn, wait."""
     from hydra_plugins.modal_launcher import _app, _submit, _table, _watch
@@ -80,11 +92,11 @@ def run(
     _preflight.check_cost(missing, conf, ask=True)
     for name in _preflight.wanted_volumes(missing, volume_name(conf)):
         _app.volume(name).hydrate()
-    sweep = begin(journal, jobs, conf, common)
+    sweep = begin(journal, jobs, conf, shared.common)
     if missing and _app.deploy(sweep["app"], jobs, {**conf.tags, "sweep": sweep["id"]}):
         log.info(f"\tdeployed {sweep['app']}")
-    _submit.stage_common(journal, common, sweep["common"])
-    events = [_plan.plan_event(job, conf, sweep) for job in jobs]
+    _submit.stage_common(journal, shared.common, sweep["common"])
+    events = [_plan.plan_event(job, conf, sweep, shared.alike) for job in jobs]
     _submit.plan(journal, jobs, events)
     records = [journal.jobs[job.identity] for job in jobs]
     functions = _app.Functions()

@@ -18,7 +18,7 @@ from hydra.core.utils import filter_overrides
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from hydra_plugins.modal_launcher import _code, _image, _settings
+from hydra_plugins.modal_launcher import _code, _delta, _image, _settings
 from hydra_plugins.modal_launcher.config import JobSettings, ModalLauncherConf
 
 COMPRESSION = 6
@@ -112,8 +112,12 @@ def identity(job: Job, resources: str) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
-def common_part(context: HydraContext, task_function: TaskFunction) -> bytes:
-    """What all jobs share: Hydra's context, the task, the state of its singletons."""
+def common_part(context: HydraContext, task_function: TaskFunction, alike: bytes) -> bytes:
+    """What all jobs share: Hydra's context, the task, the state of its singletons.
+
+    Args:
+        alike: what the jobs' payloads are compressed against.
+    """
     state = Singleton.get_state()
     state["instances"].pop(HydraConfig, None)  # every job sets its own
     # One by one: a resolver whose module is not in the image must not keep a job from starting.
@@ -121,17 +125,21 @@ def common_part(context: HydraContext, task_function: TaskFunction) -> bytes:
     state["omegaconf_resolvers"] = {
         name: cloudpickle.dumps(resolver) for name, resolver in resolvers.items()
     }
-    return zlib.compress(cloudpickle.dumps((context, task_function, state)), COMPRESSION)
+    shared = (context, task_function, state, alike)
+    return zlib.compress(cloudpickle.dumps(shared), COMPRESSION)
 
 
-def payload(config: DictConfig) -> bytes:
-    """A job's configuration, pickled with its types, compressed."""
-    return zlib.compress(cloudpickle.dumps(config), COMPRESSION)
+def pickled(config: DictConfig) -> bytes:
+    """A job's configuration with its types."""
+    data: bytes = cloudpickle.dumps(config)
+    return data
 
 
-def plan_event(job: Job, conf: ModalLauncherConf, sweep: dict[str, Any]) -> dict[str, Any]:
+def plan_event(
+    job: Job, conf: ModalLauncherConf, sweep: dict[str, Any], alike: bytes
+) -> dict[str, Any]:
     """The journal's line for a job: enough to spawn it from any process."""
-    packed = payload(job.config)
+    packed = _delta.pack(pickled(job.config), alike)
     settings = job.settings
     return {
         "event": "plan",

@@ -12,6 +12,7 @@ from hydra_plugins.modal_launcher._cost import options_per_hour
 from hydra_plugins.modal_launcher._journal import JobRecord
 
 COLUMNS = ("job", "overrides", "state", "step", "loss", "elapsed", "about USD")
+PLAIN_EVERY = 30.0
 STYLES = {"completed": "green", "done": "green", "failed": "red", "cancelled": "yellow"}
 
 
@@ -75,7 +76,7 @@ class Table:
 
     prices: dict[str, float] = field(default_factory=dict)
     live: Any = None
-    states: dict[str, str] = field(default_factory=dict)
+    said: dict[str, tuple[str, float]] = field(default_factory=dict)
     shown: float = 0.0
 
     def __enter__(self) -> "Table":
@@ -122,10 +123,21 @@ class Table:
             self.live.update(rich_table(rows))
             return
         for record, texts in zip(records, rows, strict=True):
-            if self.states.get(record.identity) != texts[2] and record.identity not in ended:
-                self.states[record.identity] = texts[2]
-                if record.end is None:
-                    self.note(f"job {texts[0]} [{texts[1]}] {texts[2]}")
+            if record.end is None and record.identity not in ended:
+                self.plain_line(record.identity, texts)
+
+    def plain_line(self, identity: str, texts: tuple[str, ...]) -> None:
+        """Say that a job's state has changed, or every half minute how far it is."""
+        number, overrides, state, step, loss, *_ = texts
+        said, at = self.said.get(identity, ("", 0.0))
+        line = f"job {number} [{overrides}] {state}"
+        now = time.monotonic()
+        if step and now - at > PLAIN_EVERY:
+            line += f", step {step}" + (f", loss {loss}" if loss else "")
+        elif state == said:
+            return
+        self.said[identity] = state, now
+        self.note(line)
 
     def ended(self, record: JobRecord, ended: Ended) -> None:
         """Say how a job ended."""

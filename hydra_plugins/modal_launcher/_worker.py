@@ -155,6 +155,13 @@ class Attempt:
         shown = {key: said[key] for key in ("step", "loss") if key in said}
         self.cloud.status(state="running", started=self.started, **shown)
 
+    def keep_progress(self) -> None:
+        """A progress file that lies elsewhere comes along with the outputs."""
+        name = self.reference["progress_file"]
+        path = Path(name or "")
+        if path.is_absolute() and path.is_file() and not path.is_relative_to(self.output_dir):
+            _outputs.copy(path, self.output_dir / path.name)
+
     def try_to_save(self) -> None:
         """Save in the middle of a job: a Volume that refuses is the job's end only at its end."""
         try:
@@ -169,6 +176,7 @@ class Attempt:
 
     def copy_outputs(self) -> None:
         """Outputs, their manifest and the log."""
+        self.keep_progress()
         self.manifest = _outputs.save(self.output_dir, self.folder / "outputs", self.manifest)
         if self.log.exists():
             _outputs.copy(self.log, self.folder / "log.txt")
@@ -176,6 +184,7 @@ class Attempt:
 
     def finish(self, envelope: dict[str, Any]) -> bytes:
         """Save everything, then the result, commit, report; returns the result's bytes."""
+        self.keep_progress()
         envelope["attempt"] = self.cloud.attempt
         envelope["seconds"] = round(time.time() - self.started, 2)
         try:
