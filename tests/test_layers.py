@@ -116,9 +116,19 @@ def code_of(path: Path) -> str:
     return ast.unparse(tree)
 
 
-def test_the_whole_is_small() -> None:
-    """Core, plugins and scripts. What explains them is free, or it would not be written."""
+@pytest.mark.parametrize(("plugins", "most"), [(False, 60_000), (True, 30_000)])
+def test_the_whole_is_small(plugins: bool, most: int) -> None:
+    """Core and scripts; a plugin by itself: neither knows the other, nor has to be read with it.
+
+    What explains the code is free, or it would not be written.
+    """
     outside = ("tests", "benchmarks", "assets", "runs")
     kept = [p for p in SOURCES if p.relative_to(ROOT).parts[0] not in outside]
+    kept = [p for p in kept if (p.relative_to(ROOT).parts[0] == "hydra_plugins") == plugins]
     tokens = sum(len(code_of(p)) for p in kept) / 4
-    assert tokens <= 60_000, f"{tokens:.0f} tokens"
+    assert tokens <= most, f"{tokens:.0f} tokens"
+
+
+def test_plugins_know_no_package_of_ours() -> None:
+    for path in sorted((ROOT / "hydra_plugins").rglob("*.py")):
+        assert not any(name.startswith("specforge_exp") for name in imports(path))

@@ -42,7 +42,7 @@ def test_each_job_gets_the_machine_of_its_own_configuration(
     state = control_plane.state()
     asked = [state["functions"][state["calls"][call]["function"]] for call in functions]
     assert asked[2]["gpu"] == "H100:8"
-    assert state["functions"][asked[3]["base"]]["gpu"] == ["H200", "H100"]
+    assert state["functions"][asked[3]["base"]]["gpu"] == ["H200:1", "H100:1"]
     assert [function["timeout"] for function in asked[:2]] == [86400, 7200]
     assert [function["single_use"] for function in asked] == [False, True, True, True]
 
@@ -185,8 +185,8 @@ def test_the_journal_survives_a_cut_off_line(tmp_path: Path) -> None:
     driver.run(plain(sweep, "name=a"))
     path = sweep / "modal" / "jobs.jsonl"
     path.write_bytes(path.read_bytes() + b'{"event":"spawn","identi')
-    printed = driver.run(plain(sweep, "name=a"))
-    assert "(done)" in printed
+    printed = driver.run(plain(sweep, "name=a,b"))
+    assert "(done)" in printed and "(spawned)" in printed
     for line in path.read_text().splitlines():
         json.loads(line)
 

@@ -1,5 +1,6 @@
 """modal-sweep: every command, on a sweep of real jobs."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,16 @@ def test_push_and_what_is_not_there(tmp_path: Path) -> None:
     refused = driver.modal_sweep("status", tmp_path, expect=1)
     assert "is not a sweep on Modal" in refused and "Traceback" not in refused
     assert "no sweeps" in driver.modal_sweep("list", tmp_path)
+
+
+def test_control_c_detaches(tmp_path: Path, control_plane: LocalModal) -> None:
+    sweep = tmp_path / "sweep"
+    process = driver.start(driver.command(sweep, "+name=detached", "+pause=0.3", steps=8))
+    driver.wait_for_steps(control_plane, sweep, jobs=1, steps=1)
+    process.send_signal(signal.SIGINT)
+    printed = driver.finish(process, expect=130)
+    assert f"modal-sweep attach {sweep}" in printed and f"modal-sweep cancel {sweep}" in printed
+    assert "Traceback" not in printed
+    driver.modal_sweep("attach", sweep)
+    assert driver.ends(sweep)[0]["status"] == "completed"
+    assert len(driver.events(sweep, "spawn")) == 1

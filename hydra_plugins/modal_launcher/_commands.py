@@ -61,12 +61,13 @@ def exit_code(records: Sequence[JobRecord]) -> int:
 def attach(arguments: argparse.Namespace) -> int:
     """Spawn what a kill left unspawned, wait for all, bring the results."""
     journal = open_journal(arguments.sweep)
-    records = journal.ordered()
     functions = Functions()
-    for record in records:
-        if record.call is None:
-            _submit.restage(journal, record)
-            _submit.spawn(journal, record, functions, 0)
+    with journal.locked():
+        records = journal.ordered()
+        for record in records:
+            if record.call is None:
+                _submit.restage(journal, record)
+                _submit.spawn(journal, record, functions, 0)
     return finish(journal, records, functions)
 
 
@@ -231,24 +232,23 @@ def cancel(arguments: argparse.Namespace) -> int:
 def rerun(arguments: argparse.Namespace) -> int:
     """Open the next generation of jobs and wait for them."""
     journal = open_journal(arguments.sweep)
-    records = by_number(journal, arguments.job)
-    if arguments.failed:
-        records += [
-            record
-            for record in journal.ordered()
-            if record.end and record.end["status"] != "completed" and record not in records
-        ]
-    if not records:
-        raise LaunchError("nothing to run again: name job numbers, or --failed")
     functions = Functions()
-    for record in records:
-        if record.call is not None and record.end is None and in_flight(record):
-            raise LaunchError(
-                f"job {record.number} is still running: modal-sweep cancel {journal.sweep_dir} "
-                f"{record.number}"
-            )
-        _submit.restage(journal, record)
-        _submit.spawn(journal, record, functions, record.generation + (record.call is not None))
+    with journal.locked():
+        records = by_number(journal, arguments.job)
+        if arguments.failed:
+            broken = [record for record in journal.ordered() if exit_code([record])]
+            records += [record for record in broken if record not in records]
+        if not records:
+            raise LaunchError("nothing to run again: name job numbers, or --failed")
+        for record in records:
+            if record.call is not None and record.end is None and in_flight(record):
+                raise LaunchError(
+                    f"job {record.number} is still running: "
+                    f"modal-sweep cancel {journal.sweep_dir} {record.number}"
+                )
+        for record in records:
+            _submit.restage(journal, record)
+            _submit.spawn(journal, record, functions, record.generation + (record.call is not None))
     return finish(journal, records, functions)
 
 

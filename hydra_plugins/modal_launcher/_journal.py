@@ -7,10 +7,13 @@ end    how a generation ended, once its result and outputs are here
 cancel asked for by modal-sweep cancel
 """
 
+import fcntl
+import io
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,13 +75,11 @@ class Journal:
 
     def replay(self) -> None:
         """Read what is there; a last line cut off by a kill is left out."""
+        self.sweep, self.jobs, self.order = {}, {}, []
         if not self.path.exists():
             return
         raw = self.path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) < len(raw):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 self.apply(json.loads(line))
@@ -120,18 +121,47 @@ class Journal:
             event = {**said, "at": round(time.time(), 3)}
             self.apply(event)
             lines += json.dumps(event, separators=(",", ":")).encode() + b"\n"
-        with self.path.open("ab") as file:
+        with self.path.open("a+b", buffering=0) as file:
+            drop_cut_off_line(file)
             file.write(lines)
-            file.flush()
             os.fsync(file.fileno())
         if fresh:
             folder = os.open(self.folder, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Only one process spawns into a sweep at a time; a kill opens the lock.
+
+        Raises:
+            LaunchError: another one does.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise LaunchError(
+                    f"another process is spawning the jobs of {self.sweep_dir}; wait for it"
+                ) from None
+            self.replay()
+            yield
+
     def ordered(self) -> list[JobRecord]:
         """All jobs in the order they were planned."""
         return [self.jobs[identity] for identity in self.order]
+
+
+def drop_cut_off_line(file: io.FileIO) -> None:
+    """Cut a file back to its last whole line: a kill may have stopped a writer in the middle."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return
+    file.seek(size - 1)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read(size).rfind(b"\n") + 1)
 
 
 def open_journal(sweep_dir: Path) -> Journal:

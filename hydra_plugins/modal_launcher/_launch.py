@@ -27,6 +27,7 @@ from hydra_plugins.modal_launcher._journal import JobRecord, Journal
 from hydra_plugins.modal_launcher.config import ModalLauncherConf
 
 if TYPE_CHECKING:
+    from hydra_plugins.modal_launcher._app import Functions
     from hydra_plugins.modal_launcher._calls import Ended
     from hydra_plugins.modal_launcher.launcher import ModalLauncher
 
@@ -52,7 +53,9 @@ def launch(
         _report.rehearse(jobs, conf, sweep_dir)
         raise SystemExit(0)
     with _report.modal_errors():
-        alike = _plan.pickled(jobs[0].config)
+        from hydra_plugins.modal_launcher import _submit
+
+        alike = _submit.alike(sweep_dir, _plan.pickled(jobs[0].config))
         common = _plan.common_part(context, task, alike)
         return run(jobs, conf, Shared(common, alike), sweep_dir)
 
@@ -81,27 +84,14 @@ def run(
     jobs: Sequence[_plan.Job], conf: ModalLauncherConf, shared: Shared, sweep_dir: Path
 ) -> list[JobReturn]:
     """Check against Modal, spawn, wait."""
-    from hydra_plugins.modal_launcher import _app, _submit, _table, _watch
+    from hydra_plugins.modal_launcher import _app, _table, _watch
 
     journal = Journal(sweep_dir)
-    _submit.refuse_other_code(journal, jobs)
-    missing = [job for job in jobs if not finished(journal, job, conf)]
-    _preflight.check_secrets(missing)
-    for line in _preflight.check_requires(missing, push=True):
-        log.info(f"\tuploaded {line}")
-    _preflight.check_cost(missing, conf, ask=True)
-    for name in _preflight.wanted_volumes(missing, volume_name(conf)):
-        _app.volume(name).hydrate()
-    sweep = begin(journal, jobs, conf, shared.common)
-    if missing and _app.deploy(sweep["app"], jobs, {**conf.tags, "sweep": sweep["id"]}):
-        log.info(f"\tdeployed {sweep['app']}")
-    _submit.stage_common(journal, shared.common, sweep["common"])
-    events = [_plan.plan_event(job, conf, sweep, shared.alike) for job in jobs]
-    _submit.plan(journal, jobs, events)
-    records = [journal.jobs[job.identity] for job in jobs]
     functions = _app.Functions()
     try:
-        said = _submit.submit(journal, records, conf.if_done, functions)
+        with journal.locked():
+            said = spawn_all(journal, jobs, conf, shared, functions)
+        records = [journal.jobs[job.identity] for job in jobs]
         for job in jobs:
             overrides = " ".join(filter_overrides(job.overrides))
             log.info(f"\t#{job.number} : {overrides} ({said[job.identity]})")
@@ -121,11 +111,31 @@ def run(
     ]
 
 
-def finished(journal: Journal, job: _plan.Job, conf: ModalLauncherConf) -> bool:
-    """Whether a job has its result already and will not run."""
-    record = journal.jobs.get(job.identity)
-    done = record is not None and record.end is not None and record.end["status"] == "completed"
-    return done and conf.if_done == "skip"
+def spawn_all(
+    journal: Journal,
+    jobs: Sequence[_plan.Job],
+    conf: ModalLauncherConf,
+    shared: Shared,
+    functions: "Functions",
+) -> dict[str, str]:
+    """Check what is about to run, deploy, spawn; by identity: spawned, attached or done."""
+    from hydra_plugins.modal_launcher import _app, _submit
+
+    _submit.refuse_other_code(journal, jobs)
+    fresh = [job for job in jobs if _submit.will_spawn(journal.jobs.get(job.identity), conf)]
+    _preflight.check_secrets(fresh)
+    for line in _preflight.check_requires(fresh, push=True):
+        log.info(f"\tuploaded {line}")
+    _preflight.check_cost(fresh, conf, ask=True)
+    for name in _preflight.wanted_volumes(fresh, volume_name(conf)):
+        _app.volume(name).hydrate()
+    sweep = begin(journal, jobs, conf, shared.common)
+    if fresh and _app.deploy(sweep["app"], jobs, {**conf.tags, "sweep": sweep["id"]}):
+        log.info(f"\tdeployed {sweep['app']}")
+    _submit.stage_common(journal, shared.common, sweep["common"])
+    _submit.plan(journal, [_plan.plan_event(job, conf, sweep, shared.alike) for job in fresh])
+    records = [journal.jobs[job.identity] for job in jobs]
+    return _submit.submit(journal, records, conf, functions)
 
 
 def volume_name(conf: ModalLauncherConf) -> str:

@@ -2,12 +2,15 @@
 
 import base64
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra_plugins.modal_launcher import _app, _calls, _plan
 from hydra_plugins.modal_launcher._cloud import COMMON_DICT, status_dict
 from hydra_plugins.modal_launcher._errors import LaunchError, ResultGone
-from hydra_plugins.modal_launcher._journal import JobRecord, Journal
+from hydra_plugins.modal_launcher._journal import FOLDER, JobRecord, Journal
+from hydra_plugins.modal_launcher._outputs import write
+from hydra_plugins.modal_launcher.config import ModalLauncherConf
 
 
 def stage_common(journal: Journal, common: bytes, digest: str) -> None:
@@ -35,15 +38,31 @@ def restage(journal: Journal, record: JobRecord) -> None:
         stage_common(journal, path.read_bytes(), digest)
 
 
-def plan(journal: Journal, jobs: Sequence[_plan.Job], events: list[dict[str, Any]]) -> None:
+def alike(sweep_dir: Path, first: bytes) -> bytes:
+    """What a sweep's payloads are compressed against: the first configuration it ever had.
+
+    The same in every launch, so that the common part is the same and staged once.
+    """
+    path = sweep_dir / FOLDER / "alike.bin"
+    if not path.exists():
+        write(path.parent, path.name, [first])
+    held: bytes = path.read_bytes()
+    return held
+
+
+def plan(journal: Journal, events: list[dict[str, Any]]) -> None:
     """Write down what this launch is going to spawn, before it spawns anything."""
-    fresh = []
-    for job, event in zip(jobs, events, strict=True):
-        known = journal.jobs.get(job.identity)
-        if known is None or settled(known):
-            fresh.append(event)
-    if fresh:
-        journal.write(fresh)
+    if events:
+        journal.write(events)
+
+
+def will_spawn(record: JobRecord | None, conf: ModalLauncherConf) -> bool:
+    """Whether a launch spawns a job: it never ran, was cancelled, or has no result to keep."""
+    if record is None or record.call is None:
+        return True
+    if record.end is None:
+        return record.call in record.cancelled
+    return not (record.end["status"] == "completed" and conf.if_done == "skip")
 
 
 def settled(record: JobRecord) -> bool:
@@ -101,7 +120,10 @@ def spawn_event(record: JobRecord, generation: int, call: str) -> dict[str, Any]
 
 
 def submit(
-    journal: Journal, records: Sequence[JobRecord], if_done: str, functions: _app.Functions
+    journal: Journal,
+    records: Sequence[JobRecord],
+    conf: ModalLauncherConf,
+    functions: _app.Functions,
 ) -> dict[str, str]:
     """Spawn what has to run; what is running is left alone.
 
@@ -109,19 +131,16 @@ def submit(
         By identity: spawned, attached or done.
     """
     done = [record for record in records if record.end and record.end["status"] == "completed"]
-    if done and if_done == "fail":
+    if done and conf.if_done == "fail":
         raise LaunchError(
             f"job {done[0].number} has a result with this code and configuration already "
             f"(in {journal.sweep_dir}); hydra.launcher.if_done=skip takes it, =rerun makes it again"
         )
     said = {}
     for record in records:
-        end = record.end
-        if end and end["status"] == "completed" and if_done == "skip":
-            said[record.identity] = "done"
-        elif record.call is not None and end is None and record.call not in record.cancelled:
-            said[record.identity] = "attached"
-        else:
+        if will_spawn(record, conf):
             spawn(journal, record, functions, record.generation + (record.call is not None))
             said[record.identity] = "spawned"
+        else:
+            said[record.identity] = "done" if record.end else "attached"
     return said

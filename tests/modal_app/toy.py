@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 
 @hydra.main(version_base="1.3", config_path=None, config_name=None)
 def main(cfg: DictConfig) -> float:
+    import torch  # the launching process does without
+
     torch.set_num_threads(1)
     folder = Path(cfg.get("folder", "/runs")) / str(cfg.name)
     folder.mkdir(parents=True, exist_ok=True)
