@@ -6,9 +6,13 @@ import statistics
 import subprocess
 import sys
 import sysconfig
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from hydra_plugins.modal_launcher._cli import parser
+from hydra_plugins.modal_launcher.config import ImageSettings, JobSettings, ModalLauncherConf
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = sysconfig.get_path("purelib")
@@ -98,3 +102,18 @@ print(time.process_time() - start)
 """
     seconds = [float(python(code)) for _ in range(5)]
     assert statistics.median(seconds) < 0.02, seconds
+
+
+def test_every_option_is_in_the_reference() -> None:
+    text = (REPOSITORY / "docs" / "modal.md").read_text()
+    for options in (ImageSettings, JobSettings, ModalLauncherConf):
+        for field in fields(options):
+            assert field.name == "_target_" or f"| `{field.name}` | " in text
+
+
+def test_every_command_is_in_the_reference() -> None:
+    text = (REPOSITORY / "docs" / "modal.md").read_text()
+    help_text = parser().format_help()
+    for line in help_text.splitlines():
+        name = line.split()[0] if line.startswith("    ") and line.split() else ""
+        assert not name.islower() or name in text

@@ -153,7 +153,7 @@ def summary(journal: Journal, records: Sequence[JobRecord]) -> None:
     completed = f"{len(records) - len(broken)} of {len(records)} jobs completed"
     say(f"{completed}; outputs in {journal.sweep_dir}")
     if broken:
-        say(f"run the others again: modal-sweep rerun --failed {journal.sweep_dir}")
+        say(f"run those again: modal-sweep rerun --failed {journal.sweep_dir}")
 
 
 def failure_text(journal: Journal, record: JobRecord) -> str:
