@@ -1,0 +1,73 @@
+"""The pipeline on a local Modal: every stage in a container, artifacts on Volumes only."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+from modal_local.client import LocalModal
+
+STAGES = ["prefetch", "prep", "regen", "preprocess", "train", "export", "bench"]
+
+
+def launch(stage: str, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """One command with -m; its artifacts here would go to `folder`."""
+    roots = {f"SPECFORGE_{n.upper()}": str(folder / n) for n in ("datasets", "checkpoints")}
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / f"{stage}.py"), "-m", *overrides],
+        env={**os.environ, **roots, "OMP_NUM_THREADS": "1"},
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+SMOKE = ["experiment=smoke", "model=tiny", "hydra/launcher=modal"]
+
+
+@pytest.mark.slow
+def test_the_pipeline(on_local_modal: LocalModal, tmp_path: Path) -> None:
+    """Early: the missing input is named with its command. In order: two drafts, two tables."""
+    early = launch("train", tmp_path, *SMOKE)
+    assert early.returncode == 1
+    remedy = "python preprocess.py -m experiment=smoke model=tiny hydra/launcher=modal"
+    assert remedy in early.stderr, early.stderr
+    for stage in STAGES:
+        done = launch(stage, tmp_path, *SMOKE)
+        count = 2 if stage in ("train", "export", "bench") else 1
+        assert done.returncode == 0, done.stderr
+        assert f"{count} of {count} jobs completed" in done.stderr
+    assert not (tmp_path / "datasets").exists()
+    logs = sorted((tmp_path / "checkpoints/sweeps/smoke_tiny/train").glob("*/train.log"))
+    assert [log.parent.name for log in logs] == ["smoke_tiny_baseline", "smoke_tiny_full-opd"]
+    assert all("train: complete: /root/.cache/specforge" in log.read_text() for log in logs)
+
+
+@pytest.mark.slow
+def test_what_lies_here_is_uploaded(on_local_modal: LocalModal, tmp_path: Path) -> None:
+    options = ["experiment=smoke", "model=tiny", "data.name=uploaded"]
+    for stage, *more in (["prep"], ["preprocess", "preprocess.source=prep"]):
+        done = launch(stage, tmp_path, *options, *more)
+        assert done.returncode == 0, done.stderr
+    away = [*options, "hydra/launcher=modal", "loss=mixed"]
+    dry = launch("train", tmp_path, *away, "hydra.launcher.dry_run=true")
+    assert "would upload" in dry.stderr and dry.returncode == 0
+    done = launch("train", tmp_path, *away)
+    assert done.returncode == 0, done.stderr
+    assert "uploaded--tiny.tokens" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("models", ["qwen3_0_6b,qwen3_8b", "tiny,qwen3_8b"])
+def test_one_sweep_two_machines(on_local_modal: LocalModal, tmp_path: Path, models: str) -> None:
+    """A dry run shows both machines, then names what the first job lacks."""
+    dry = ["hydra/launcher=modal", "hydra.launcher.dry_run=true"]
+    done = launch("train", tmp_path, f"model={models}", *dry)
+    assert done.returncode == 1
+    first = "H100 " if models.startswith("qwen") else "none"
+    assert f"│ {first}" in done.stderr and "│ H100:8" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", sorted((REPOSITORY / "runs").glob("*.sh")), ids=lambda p: p.name)
+def test_scripts_parse(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
