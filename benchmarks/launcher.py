@@ -147,7 +147,8 @@ def report(runs: list[dict[str, Any]], jobs: int, single: dict[str, float]) -> d
     """Medians, and everything that was measured."""
 
     def median(side: str, name: str) -> float:
-        return round(statistics.median(run[name] for run in runs if run["side"] == side), 2)
+        values = [float(run[name]) for run in runs if run["side"] == side]
+        return round(statistics.median(values), 2)
 
     return {
         "jobs": jobs,

@@ -89,6 +89,7 @@ def test_downloads_once_and_only_what_is_read(hub: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "hf" / "hub" / "models--some--model" / "snapshots" / SHA
     assert f"complete: 3 files, 0.00 GB in {folder}" in done.stdout
+    assert (tmp_path / "hf" / "prefetched" / "models--some--model").exists()
     wanted = {"config.json", "tokenizer.json", "model.safetensors"}
     assert {path.name for path in folder.iterdir()} == wanted
     for name in wanted:

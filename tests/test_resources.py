@@ -137,7 +137,7 @@ def needs(stage: str, *overrides: str) -> dict[str, Any]:
 
 def test_what_a_stage_needs() -> None:
     train = needs("train")
-    assert train["specforge-hf-cache"]["path"] == "hub/models--Qwen--Qwen3-8B"
+    assert train["specforge-hf-cache"]["path"] == "prefetched/models--Qwen--Qwen3-8B"
     assert train["specforge-datasets"]["path"] == "sharegpt--qwen3_8b.tokens"
     assert needs("train", "model=tiny")["specforge-hf-cache"]["path"] is None
     assert needs("preprocess")["specforge-datasets"]["path"] == "sharegpt--qwen3_8b"

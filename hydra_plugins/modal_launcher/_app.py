@@ -86,18 +86,21 @@ class Functions:
 
     def spawn(self, plan: dict[str, Any], reference: dict[str, Any], payload: bytes) -> str:
         """Spawn a job; returns the id of its call."""
-        key = json.dumps([plan["app"], plan["function"], plan["options"]], sort_keys=True)
+        said = [plan["app"], plan["function"], plan["options"], reference["sweep"]]
+        key = json.dumps(said, sort_keys=True)
         if key not in self.known:
-            self.known[key] = variant(plan, reference["volume"])
+            self.known[key] = variant(plan, reference)
         return str(self.known[key].spawn(reference, payload).object_id)
 
 
-def variant(plan: dict[str, Any], outputs: str) -> "modal.Function[Any, Any, Any]":
+def variant(plan: dict[str, Any], reference: dict[str, Any]) -> "modal.Function[Any, Any, Any]":
     """The deployed function with a job's own options."""
     import modal
 
     said = plan["options"]
     volumes = {mount: volume(name) for mount, name in said["volumes"].items()}
+    # A container sees, copies and commits the files of its own sweep only.
+    outputs = volume(reference["volume"]).with_mount_options(sub_path=reference["sweep"])
     secrets = [
         modal.Secret.from_name(name, required_keys=keys) for name, keys in said["secrets"].items()
     ]
@@ -112,7 +115,7 @@ def variant(plan: dict[str, Any], outputs: str) -> "modal.Function[Any, Any, Any
         retries=modal.Retries(
             max_retries=said["retries"], initial_delay=0.0, backoff_coefficient=1.0
         ),
-        volumes={**volumes, MOUNT: volume(outputs)},
+        volumes={**volumes, MOUNT: outputs},
         secrets=secrets or None,
         env=said["env"] or None,
     )

@@ -142,7 +142,7 @@ def pull_places(record: JobRecord, target: Path, progress: "Progress") -> int:
         for mount, name in record.plan["options"]["volumes"].items():
             if place == mount or place.startswith(mount.rstrip("/") + "/"):
                 path = place[len(mount.rstrip("/")) :].strip("/")
-                fetched += pull_folder(name, path, target / Path(place).name, progress)
+                fetched += pull_folder(name, path, target / path, progress)
     return fetched
 
 

@@ -46,7 +46,7 @@ def run_job(reference: dict[str, Any], payload: bytes) -> bytes:
         return _result.compress({"status": "duplicate", "owner": owner})
     if reference["single_use"]:
         cloud.status(state="starting")
-    folder: Path = MOUNT / reference["sweep"] / reference["key"]
+    folder: Path = MOUNT / reference["key"]
     if cloud.attempt > 1:
         cloud.reload()
         finished = folder / "result.bin"

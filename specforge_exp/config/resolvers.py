@@ -55,11 +55,11 @@ def both_secrets(one: Mapping[str, list[str]], other: Mapping[str, list[str]]) -
     return {name: [*one.get(name, []), *other.get(name, [])] for name in names}
 
 
-def hub_folder(path: str) -> str | None:
-    """Where the hub cache keeps a model, below HF_HOME; None for a local folder."""
+def prefetched(path: str) -> str | None:
+    """What prefetch leaves below HF_HOME when a model is whole; None for a local folder."""
     if not HUB_ID.fullmatch(path) or Path(path).exists():
         return None
-    return "hub/models--" + path.replace("/", "--")
+    return "prefetched/models--" + path.replace("/", "--")
 
 
 def answers(source: str, data: str, model: str) -> str:
@@ -96,7 +96,7 @@ def own_overrides() -> list[str]:
 def register() -> None:
     """Make them known to OmegaConf under their own names."""
     functions = (
-        folder_name, repository, gpu_count, one_gpu, both_secrets, hub_folder, answers,
+        folder_name, repository, gpu_count, one_gpu, both_secrets, prefetched, answers,
         when_losses_differ, command,
     )  # fmt: skip
     for function in functions:
