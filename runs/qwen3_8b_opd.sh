@@ -19,10 +19,10 @@ launcher=(
 options=(experiment=qwen3_8b_opd "${launcher[@]}" "$@")
 grid=('loss=glob(*)' lr_point=low,mid,high)
 
-# One stage as jobs on Modal. A dry run goes on: it lacks what the stages before did not make.
+# One stage as jobs on Modal. A dry run names what the stages before did not make.
 stage() {
     echo "== $*"
-    $python "$1.py" -m "${@:2}" || test -n "${DRY:-}"
+    $python "$1.py" -m "${@:2}"
 }
 
 # The Volumes; names the secrets that are missing (none for an open model without W&B).

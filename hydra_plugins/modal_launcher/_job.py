@@ -80,6 +80,7 @@ def run_hydra_job(context: Any, task_function: Any, state: Any, config: Any) -> 
     from hydra.core.plugins import Plugins
     from hydra.core.singleton import Singleton
     from hydra.core.utils import JobStatus, run_job, setup_globals
+    from hydra.errors import CompactHydraException
 
     setup_globals()
     state["instances"][Plugins] = Plugins.instance()  # scanned before the fork
@@ -101,8 +102,10 @@ def run_hydra_job(context: Any, task_function: Any, state: Any, config: Any) -> 
     if returned.status == JobStatus.COMPLETED:
         return {"status": "completed", "value": _result.pack_value(returned.return_value), **said}
     error = returned._return_value
-    # Hydra 1.3 keeps a job's traceback out of its log.
-    logging.getLogger(returned.task_name).error("".join(traceback.format_exception(error)).rstrip())
+    # Hydra 1.3 keeps a job's traceback out of its log; a compact error is meant to have none.
+    compact = isinstance(error, CompactHydraException)
+    shown = [str(error)] if compact else traceback.format_exception(error)
+    logging.getLogger(returned.task_name).error("".join(shown).rstrip())
     return {**failure(error), **said}
 
 

@@ -73,15 +73,36 @@ def rehearse(jobs: Sequence[Job], conf: ModalLauncherConf, sweep_dir: Path) -> N
     volumes = _preflight.wanted_volumes(jobs, volume_name(conf))
     wanted = _preflight.wanted_secrets(jobs)
     say(f"Volumes {', '.join(volumes)}; secrets {', '.join(sorted(wanted)) or 'none'}")
-    with modal_errors():
-        if conf.setup:
+    if conf.setup:
+        with modal_errors():
             set_up(volumes, wanted)
-            return
-        _preflight.check_secrets(jobs)
+        return
+    for problem in problems(jobs, conf):
+        say(f"a launch would be refused: {problem}")
+    say(f"dry run: nothing was spawned; outputs would come to {sweep_dir}")
+
+
+def problems(jobs: Sequence[Job], conf: ModalLauncherConf) -> list[str]:
+    """What would keep these jobs from being spawned now; says what would be uploaded."""
+
+    def uploads() -> None:
         for line in _preflight.check_requires(jobs, push=False):
             say(f"would upload {line}")
-        _preflight.check_cost(jobs, conf, ask=False)
-    say(f"dry run: nothing was spawned; outputs would come to {sweep_dir}")
+
+    found = []
+    for check in (
+        lambda: _preflight.check_secrets(jobs),
+        uploads,
+        lambda: _preflight.check_cost(jobs, conf, ask=False),
+    ):
+        try:
+            with modal_errors():
+                check()
+        except LaunchError as error:
+            found.append(str(error))
+            if str(error).startswith(NO_TOKEN):
+                break
+    return found
 
 
 def set_up(volumes: Sequence[str], wanted: dict[str, set[str]]) -> None:

@@ -65,14 +65,22 @@ class Watch:
 
     def settle(self, record: JobRecord, seconds: float) -> bool:
         """Look at one job's call; True when it has come to its end."""
+        from modal import exception
+
+        transient = (exception.ConnectionError, exception.ServiceError, exception.InternalError)
+        try:
+            return self.look(record, seconds)
+        except (_calls.Unreachable, *transient) as error:
+            self.outage(str(error))
+            return False
+
+    def look(self, record: JobRecord, seconds: float) -> bool:
+        """The same while Modal answers."""
         assert record.call is not None
         try:
             ended = _calls.look(record.call, seconds)
         except ResultGone:
             ended = self.after_expiry(record)
-        except _calls.Unreachable as error:
-            self.outage(str(error))
-            return False
         if self.unreachable_since is not None:
             self.unreachable_since = None
             self.table.note("Modal answers again")
