@@ -1,16 +1,16 @@
 """Hydra's own test suites for launchers, with the real modal client and containers that share
 nothing writable with the launching process."""
 
-from pathlib import Path
-
 import pytest
+from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from specforge_exp.config import Config
 
-
+# A schema of a package that no container of these tests has.
+ConfigStore.instance().store(name="elsewhere", node=Config)
 pytestmark = pytest.mark.usefixtures("on_local_modal")
 
 

@@ -7,11 +7,10 @@ import logging
 import os
 import pickle
 import traceback
-import zlib
 from pathlib import Path
 from typing import Any
 
-from hydra_plugins.modal_launcher import _delta, _image, _result
+from hydra_plugins.modal_launcher import _delta, _image, _result, _state
 
 
 def preload() -> None:
@@ -38,11 +37,11 @@ def run(folder: Path) -> int:
         return 1
     os.makedirs(request["cwd"], exist_ok=True)
     os.chdir(request["cwd"])
-    common = zlib.decompress(checked(folder / "common.bin", request["common"]))
-    context, task_function, state, alike = pickle.loads(common)
+    packed = checked(folder / "common.bin", request["common"])
+    context, task_function, alike = _state.unpack(packed)
     config = pickle.loads(_delta.unpack(checked(folder / "payload.bin", request["sha256"]), alike))
     try:
-        returned = run_hydra_job(context, task_function, state, config)
+        returned = run_hydra_job(context, task_function, config)
     except SystemExit as error:
         if error.code in (None, 0):
             report(folder, {"status": "completed", "value": _result.pack_value(None)})
@@ -75,18 +74,11 @@ def checked(path: Path, sha256: str) -> bytes:
     return data
 
 
-def run_hydra_job(context: Any, task_function: Any, state: Any, config: Any) -> dict[str, Any]:
+def run_hydra_job(context: Any, task_function: Any, config: Any) -> dict[str, Any]:
     """As Hydra's launchers do in their workers."""
-    from hydra.core.plugins import Plugins
-    from hydra.core.singleton import Singleton
-    from hydra.core.utils import JobStatus, run_job, setup_globals
+    from hydra.core.utils import JobStatus, run_job
     from hydra.errors import CompactHydraException
 
-    setup_globals()
-    state["instances"][Plugins] = Plugins.instance()  # scanned before the fork
-    resolvers = state["omegaconf_resolvers"]
-    state["omegaconf_resolvers"] = {name: resolver(name, data) for name, data in resolvers.items()}
-    Singleton.set_state(state)
     returned = run_job(
         hydra_context=context,
         task_function=task_function,
@@ -107,19 +99,6 @@ def run_hydra_job(context: Any, task_function: Any, state: Any, config: Any) -> 
     shown = [str(error)] if compact else traceback.format_exception(error)
     logging.getLogger(returned.task_name).error("".join(shown).rstrip())
     return {**failure(error), **said}
-
-
-def resolver(name: str, data: bytes) -> Any:
-    """A resolver of the launching process; one that cannot be loaded here says so when used."""
-    try:
-        return pickle.loads(data)
-    except ImportError as error:
-        problem = f"the resolver {name} is not in the image: {error}"
-
-        def missing(*arguments: Any) -> Any:
-            raise ImportError(problem)
-
-        return missing
 
 
 def failure(error: BaseException, message: str | None = None) -> dict[str, Any]:

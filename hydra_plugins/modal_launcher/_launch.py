@@ -21,6 +21,7 @@ from hydra_plugins.modal_launcher import (
     _report,
     _result,
     _settings,
+    _state,
 )
 from hydra_plugins.modal_launcher._errors import JobFailed, LaunchError, ResultGone
 from hydra_plugins.modal_launcher._journal import JobRecord, Journal
@@ -56,7 +57,7 @@ def launch(
         from hydra_plugins.modal_launcher import _submit
 
         alike = _submit.alike(sweep_dir, _plan.pickled(jobs[0].config))
-        common = _plan.common_part(context, task, alike)
+        common = _state.pack(context, task, alike)
         return run(jobs, conf, Shared(common, alike), sweep_dir)
 
 

@@ -5,7 +5,6 @@ import copy
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,12 @@ from typing import Any
 
 import cloudpickle
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.singleton import Singleton
 from hydra.core.utils import filter_overrides
-from hydra.types import HydraContext, TaskFunction
+from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from hydra_plugins.modal_launcher import _code, _delta, _image, _settings
 from hydra_plugins.modal_launcher.config import JobSettings, ModalLauncherConf
-
-COMPRESSION = 6
 
 
 @dataclass
@@ -110,23 +106,6 @@ def identity(job: Job, resources: str) -> str:
     }
     said = [job.code.digest, job.image, content, job.config.hydra.job.name, job.output_dir]
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:20]
-
-
-def common_part(context: HydraContext, task_function: TaskFunction, alike: bytes) -> bytes:
-    """What all jobs share: Hydra's context, the task, the state of its singletons.
-
-    Args:
-        alike: what the jobs' payloads are compressed against.
-    """
-    state = Singleton.get_state()
-    state["instances"].pop(HydraConfig, None)  # every job sets its own
-    # One by one: a resolver whose module is not in the image must not keep a job from starting.
-    resolvers = state["omegaconf_resolvers"]
-    state["omegaconf_resolvers"] = {
-        name: cloudpickle.dumps(resolver) for name, resolver in resolvers.items()
-    }
-    shared = (context, task_function, state, alike)
-    return zlib.compress(cloudpickle.dumps(shared), COMPRESSION)
 
 
 def pickled(config: DictConfig) -> bytes:

@@ -1,0 +1,98 @@
+"""What all jobs of a launch share: Hydra's context, the task, the state of its singletons.
+
+Hydra's ConfigStore holds every schema that anything in the launching process has registered, and
+most objects lead to it. It is pickled by itself, and so is every singleton and resolver: one that
+is made of modules that are not in the image must not keep a job from starting.
+"""
+
+import contextlib
+import io
+import pickle
+import zlib
+from typing import Any
+
+import cloudpickle
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
+from hydra.core.utils import setup_globals
+from hydra.types import HydraContext, TaskFunction
+
+COMPRESSION = 6
+
+
+class Packer(cloudpickle.Pickler):
+    """Leaves the ConfigStore out: whoever refers to it gets the one that is there."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        """How an object is pickled."""
+        return (config_store, ()) if isinstance(obj, ConfigStore) else super().reducer_override(obj)
+
+
+def config_store() -> ConfigStore:
+    """This process's ConfigStore."""
+    store: ConfigStore = ConfigStore.instance()
+    return store
+
+
+def dumps(content: Any) -> bytes:
+    """Pickle by value what cannot be imported in the container."""
+    buffer = io.BytesIO()
+    Packer(buffer).dump(content)
+    return buffer.getvalue()
+
+
+def pack(context: HydraContext, task_function: TaskFunction, alike: bytes) -> bytes:
+    """The common part of a launch, compressed.
+
+    Args:
+        alike: what the jobs' payloads are compressed against.
+    """
+    state = Singleton.get_state()
+    state["instances"].pop(HydraConfig, None)  # every job sets its own
+    store = state["instances"].pop(ConfigStore, None)
+    instances = {kind: dumps(one) for kind, one in state["instances"].items()}
+    instances[ConfigStore] = cloudpickle.dumps(store)
+    resolvers = {name: dumps(one) for name, one in state["omegaconf_resolvers"].items()}
+    shared = (instances, resolvers, dumps((context, task_function)), alike)
+    return zlib.compress(cloudpickle.dumps(shared), COMPRESSION)
+
+
+def unpack(packed: bytes) -> tuple[HydraContext, TaskFunction, bytes]:
+    """Restore the singletons in this process; context, task and `alike`."""
+    instances, resolvers, main_part, alike = pickle.loads(zlib.decompress(packed))
+    setup_globals()
+    plugins = Plugins.instance()  # scanned before the fork
+    store = {ConfigStore: instances.pop(ConfigStore)}
+    Singleton._instances.update(loaded(store))
+    Singleton.set_state(
+        {
+            "instances": {**Singleton._instances, **loaded(instances), Plugins: plugins},
+            "omegaconf_resolvers": {name: resolver(name, data) for name, data in resolvers.items()},
+        }
+    )
+    context, task_function = pickle.loads(main_part)
+    return context, task_function, alike
+
+
+def loaded(instances: dict[Any, bytes]) -> dict[Any, Any]:
+    """Singletons, without those that are made of modules that are not here."""
+    found = {}
+    for kind, data in instances.items():
+        with contextlib.suppress(ImportError):
+            found[kind] = pickle.loads(data)
+    return found
+
+
+def resolver(name: str, data: bytes) -> Any:
+    """A resolver of the launching process; one that cannot be loaded here says so when used."""
+    try:
+        return pickle.loads(data)
+    except ImportError as error:
+        problem = f"the resolver {name} is not in the image: {error}"
+
+        def missing(*arguments: Any) -> Any:
+            raise ImportError(problem)
+
+        return missing
