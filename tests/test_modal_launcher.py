@@ -166,7 +166,8 @@ def test_without_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.delenv(name)
     printed = refused(tmp_path / "sweep")
     assert "modal setup" in printed and "hydra/launcher=basic" in printed
-    rehearsed = driver.run(plain(tmp_path / "dry", "hydra.launcher.dry_run=true"))
+    needs = "+resources.secrets={planted: [PLANTED]}"
+    rehearsed = driver.run(plain(tmp_path / "dry", "hydra.launcher.dry_run=true", needs))
     assert rehearsed.count("modal setup") == 1 and "nothing was spawned" in rehearsed
 
 
