@@ -9,7 +9,10 @@ from modal_app import driver
 from modal_local.client import LocalModal
 
 # Every name has the weights of the tiny target: no container here has a GPU or a hub.
-OPTIONS = ["experiment=smoke", "model.path=${repository:assets/tiny_target}", "device=cpu"]
+OPTIONS = [
+    "experiment=smoke", "model.path=${repository:assets/tiny_target}", "device=cpu",
+    "data.name=machines", "run_name=machines_${model.name}",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def in_the_repository(datasets: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def make_tokens(model: str, datasets: Path) -> None:
     for stage in ("prep", "preprocess"):
-        if not (datasets / f"smoke--{model}.tokens").exists():
+        if not (datasets / f"machines--{model}.tokens").exists():
             driver.run([f"{stage}.py", *OPTIONS, f"model={model}", "preprocess.source=prep"])
 
 
