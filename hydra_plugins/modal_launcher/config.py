@@ -75,7 +75,8 @@ class JobSettings:
     """Places the job writes; two jobs with the same one are refused. pull --checkpoints brings
     those that lie on a mounted Volume."""
     progress_file: str | None = None
-    """JSON lines with `step` and `loss`, relative to the output directory; shown in the table."""
+    """JSON lines with `step` and `loss`, relative to the output directory or absolute; shown in the
+    table, and brought here with the outputs."""
     validate: str | None = None
     """Dotted path of a function that is called here with a job's configuration and raises when it
     is not valid."""
