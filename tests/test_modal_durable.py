@@ -34,6 +34,27 @@ def test_a_killed_launcher_loses_nothing(
         assert list(calls.values()) == [list(range(STEPS))]
 
 
+def test_an_owner_that_was_cancelled_opens_the_next_generation(
+    tmp_path: Path, control_plane: LocalModal
+) -> None:
+    """Killed before its line in jobs.jsonl, a call goes on as the job's owner; then it is ended."""
+    import modal
+
+    sweep = tmp_path / "sweep"
+    before = set(control_plane.state()["calls"])
+    asked = driver.command(sweep, "+name=orphan", "+pause=0.3", steps=12)
+    killer = [str(driver.APP / "kill_at_spawn.py"), "1", "before"]
+    driver.run([*killer, *asked], expect=-9)
+    [orphan] = set(control_plane.state()["calls"]) - before
+    control_plane.wait_for(lambda state: "STEP orphan 2" in driver.logs_of(orphan), 60)
+    modal.FunctionCall.from_id(orphan).cancel()
+    control_plane.wait_for(lambda state: state["calls"][orphan]["done"], 60)
+    printed = driver.run(asked)
+    assert "runs again: its owner ended without a result" in printed
+    [end] = driver.ends(sweep).values()
+    assert (end["status"], end["generation"]) == ("completed", 1)
+
+
 @pytest.fixture(scope="module")
 def undisturbed() -> list[float]:
     """Losses of the toy's steps without any accident."""

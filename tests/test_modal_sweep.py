@@ -58,6 +58,7 @@ def test_the_same_command_again_costs_nothing(tmp_path: Path, control_plane: Loc
     assert "if_done=skip" in refused
     driver.run([*asked, "hydra.launcher.if_done=rerun"])
     assert {end["generation"] for end in driver.ends(sweep).values()} == {1}
+    assert len(list((sweep / "modal").glob("common-*.bin"))) == 1
 
 
 def test_other_code_is_another_job(tmp_path: Path, control_plane: LocalModal) -> None:
