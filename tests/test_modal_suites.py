@@ -4,14 +4,22 @@ nothing writable with the launching process."""
 import pytest
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
 from hydra.plugins.launcher import Launcher
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
+from hydra.version import VersionBase
 
 from specforge_exp.config import Config
 
 # A schema of a package that no container of these tests has.
 ConfigStore.instance().store(name="elsewhere", node=Config)
 pytestmark = pytest.mark.usefixtures("on_local_modal")
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_process_of_its_own() -> None:
+    """The suites count on the defaults of Hydra's version base, which other tests have set."""
+    Singleton._instances.pop(VersionBase, None)
 
 
 def test_discovery() -> None:
