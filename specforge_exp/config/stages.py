@@ -1,10 +1,14 @@
 """How the stages work: engine, tracker, paths and one node per stage."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from specforge_exp.config.checks import at_least, one_of, safe_name
 from specforge_exp.config.choices import Source
 from specforge_exp.errors import InputError
+
+
+ENGINES = ("transformers", "openai", "sglang", "modal")
 
 
 @dataclass
@@ -12,13 +16,61 @@ class EngineConfig:
     """What serves the target while it answers the prompts."""
 
     name: str = "transformers"
-    """transformers: in this process."""
-    batch_size: int = 16
-    """Conversations generated together."""
+    """transformers: in this process; openai: servers that run already; sglang: servers started on
+    this machine's GPUs; modal: servers in containers that Modal starts as needed."""
+    concurrency: int = 64
+    """Conversations under way at a time, per server."""
+    urls: list[str] = field(default_factory=list)
+    """openai: base URLs of the servers, e.g. http://127.0.0.1:30000/v1."""
+    served_name: str | None = None
+    """openai: the model's name there; null: the only one that /models lists."""
+    api_key: str = "OPENAI_API_KEY"
+    """openai: the environment variable with the key; it may be unset."""
+    tp_size: int | None = None
+    """sglang, modal: GPUs of one server; null: 1 for targets up to 8B, 2 up to 32B, 4 up to 80B,
+    8 above."""
+    num_servers: int | None = None
+    """sglang: servers on this machine; null: as many as its GPUs carry. modal: containers at a
+    time, at most; null: as many as Modal gives."""
+    command: list[str] = field(default_factory=list)
+    """sglang, modal: starts another server than SGLang; {model}, {port} and {tp_size} are filled
+    in. It needs /health and /v1/chat/completions."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """sglang, modal: more of SGLang's options, e.g. mem_fraction_static: 0.85."""
+    port: int = 30000
+    """sglang: the first server's port; the others follow."""
+    gpu: str = "H100"
+    """modal: the kind of GPU."""
+    usd_per_gpu_hour: float = 0.0
+    """modal: price, for the account of the cost."""
+    image: str = "lmsysorg/sglang:v0.5.21"
+    """modal: the containers' image; `debian_slim` with `command` is one without SGLang."""
+    startup_timeout: float = 1200.0
+    """Seconds until a server must be healthy."""
+    timeout: float = 1800.0
+    """Seconds for one answer."""
+    retries: int = 4
+    """Further attempts at an answer that failed or timed out."""
+    patience: float = 600.0
+    """Seconds to wait for servers that refuse connections or are too busy (429, 503)."""
+    rate_limit: float | None = None
+    """Requests (modal: chunks) per second, at most; null: no limit."""
 
     def __post_init__(self) -> None:
-        one_of("engine.name", self.name, ("transformers",))
-        at_least("engine.batch_size", self.batch_size, 1)
+        one_of("engine.name", self.name, ENGINES)
+        at_least("engine.concurrency", self.concurrency, 1)
+        at_least("engine.retries", self.retries, 0)
+        for name in ("tp_size", "num_servers", "port"):
+            at_least(f"engine.{name}", vars(self)[name], 1)
+        for name in ("startup_timeout", "timeout", "patience", "rate_limit"):
+            if (value := vars(self)[name]) is not None and value <= 0:
+                raise InputError(f"engine.{name}={value} must be above 0")
+        if self.name == "openai" and not self.urls:
+            raise InputError(
+                "engine=openai needs engine.urls=[http://127.0.0.1:30000/v1]: where the servers are"
+            )
+        if self.urls and self.name != "openai":
+            raise InputError(f"engine.urls is for engine=openai, not for engine.name={self.name}")
 
 
 @dataclass
@@ -60,19 +112,45 @@ class PrepConfig:
 class RegenConfig:
     """python regen.py"""
 
-    temperature: float = 0.7
-    """Sampling temperature; 0: greedy."""
-    top_p: float = 1.0
-    """Nucleus sampling; 1: off."""
+    temperature: float | None = 0.7
+    """Sampling temperature; 0: greedy; null: what the model's generation config says."""
+    top_p: float | None = None
+    """Nucleus sampling; 1: off; null: what the model's generation config says."""
+    top_k: int | None = None
+    """Only the so many most likely tokens; 0: off; null: as the generation config says."""
     max_tokens: int = 4096
     """Most new tokens of one answer."""
+    thinking: str = "model"
+    """off: the model does not think; on: it does, and its thoughts are left out of the record;
+    kept: they are recorded as reasoning_content; model: as model.chat_template_kwargs says."""
+    truncated: str = "keep"
+    """Answers cut at max_tokens: keep; drop (the conversation ends before them); retry (once, with
+    twice max_tokens)."""
+    num_samples: int | None = None
+    """Process the first so many conversations of each split, the others are skipped; null: all."""
+    samples_per_prompt: int = 1
+    """Answers to each conversation; above 1 their ids end in #0, #1, ..."""
+    chunk_size: int = 256
+    """Conversations dealt out together: those with the same beginning."""
+    drain: float = 15.0
+    """Seconds that answers under way get to end after SIGTERM or Ctrl-C."""
+    dry_run: bool = False
+    """Print what would be done, and on which servers; start nothing."""
+    status: bool = False
+    """`python regen.py status`: print how far it is, do nothing."""
     force: bool = False
     """Make it again even if it is complete."""
 
     def __post_init__(self) -> None:
+        # YAML reads off and on as truth values.
+        self.thinking = {"False": "off", "True": "on"}.get(self.thinking, self.thinking)
+        one_of("regen.thinking", self.thinking, ("model", "off", "on", "kept"))
+        one_of("regen.truncated", self.truncated, ("keep", "drop", "retry"))
         at_least("regen.temperature", self.temperature, 0)
-        at_least("regen.max_tokens", self.max_tokens, 1)
-        if not 0 < self.top_p <= 1:
+        at_least("regen.top_k", self.top_k, 0)
+        for name in ("max_tokens", "num_samples", "samples_per_prompt", "chunk_size"):
+            at_least(f"regen.{name}", vars(self)[name], 1)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"regen.top_p={self.top_p} must be in (0, 1]")
 
 
