@@ -41,7 +41,9 @@ class Request:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Passed to the chat template, e.g. enable_thinking."""
     session: str = ""
-    """Requests of one session want the same worker, which has their prefix in its cache."""
+    """The turns of one conversation: a router keeps them on one worker."""
+    server: int = 0
+    """Which of the engine's servers has the request's beginning in its cache."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,10 @@ class Unreachable(InputError):
 
 class Engine(Protocol):
     """Answers requests; one object for a whole run, used by one event loop."""
+
+    @property
+    def servers(self) -> int:
+        """How many servers it has; each takes engine.concurrency requests at a time."""
 
     async def answer(self, request: Request) -> Answer:
         """The answer; any number may be under way.

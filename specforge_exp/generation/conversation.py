@@ -1,0 +1,154 @@
+"""One conversation, answered turn by turn; system, user and tool turns stay as they are."""
+
+import hashlib
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from specforge_exp.generation.engine import Answer, Failed, Message, Refused, Request, Sampling
+
+Record = dict[str, Any]
+Ask = Callable[[Request], Awaitable[Answer]]
+TEMPLATE_BYTES = 64
+"""More than a chat template adds to a message, in tokens."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How answers are asked for, and what becomes of them."""
+
+    sampling: Sampling
+    max_length: int
+    """Tokens of a conversation: one that has so many gets no further answer."""
+    count: Callable[[Record, list[Message]], int] | None
+    """Tokens of a request; None when there is no tokenizer to count with."""
+    template_kwargs: dict[str, Any]
+    thinking: str
+    """See regen.thinking."""
+    truncated: str
+    """See regen.truncated."""
+    seed: int
+    attempts: int
+    """Attempts at an answer that comes back empty."""
+    made_by: dict[str, Any]
+    """What each record says of its origin: model, revision, engine, sampling."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One conversation to be regenerated."""
+
+    record: Record
+    sample: int = 0
+    """Number of this answer to it."""
+    server: int = 0
+    """The engine's server that has its beginning in the cache."""
+
+
+class Stop(Exception):
+    """No further answers; those before count, and without any the conversation has failed."""
+
+
+async def regenerate(item: Item, rules: Rules, ask: Ask) -> Record:
+    """The conversation with the target's own answers, or as it was with the reason as `error`.
+
+    A conversation that ends with a user turn gets one more answer. Answers that call tools stay,
+    as the results that follow belong to them.
+    """
+    record = item.record
+    turns = list(record["conversations"])
+    if turns and turns[-1]["role"] != "assistant":
+        turns.append({"role": "assistant", "content": ""})
+    said: list[Message] = []
+    answers: list[Answer] = []
+    try:
+        for turn in turns:
+            if turn["role"] != "assistant" or turn.get("tool_calls"):
+                said.append(turn)
+                continue
+            answers.append(await one_answer(item, said, rules, ask, answers))
+            said.append(answers[-1].message)
+            if answers[-1].finish_reason == "tool_calls":
+                raise Stop("it calls a tool, whose result nobody knows")
+    except (Stop, Refused, Failed) as error:
+        if not answers or isinstance(error, Failed):
+            return {"error": str(error), **record}
+        while said[-1] is not answers[-1].message:
+            said.pop()
+    if not answers:
+        return {"error": "nothing to answer: only answers that call tools", **record}
+    return {
+        **record,
+        "conversations": said,
+        "finish_reasons": [answer.finish_reason for answer in answers],
+        "generated_tokens": sum(answer.completion_tokens for answer in answers),
+        "regenerated": {**rules.made_by, "time": datetime.now(UTC).isoformat(timespec="seconds")},
+    }
+
+
+async def one_answer(
+    item: Item, said: list[Message], rules: Rules, ask: Ask, before: list[Answer]
+) -> Answer:
+    """The next answer; raises Stop, Refused or Failed."""
+    record = item.record
+    check_room(record, said, rules, before)
+    request = Request(
+        messages=list(said), sampling=rules.sampling, tools=tools_of(record),
+        template_kwargs=rules.template_kwargs, session=f"{record['id']}/{item.sample}",
+        server=item.server,
+    )  # fmt: skip
+    for attempt in range(rules.attempts):
+        name = f"{rules.seed}/{record['id']}/{item.sample}/{len(before)}/{attempt}"
+        seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest()) >> 1
+        answer = await ask(replace(request, seed=seed))
+        if answer.finish_reason == "length" and rules.truncated == "retry":
+            longer = replace(rules.sampling, max_tokens=2 * rules.sampling.max_tokens)
+            answer = await ask(replace(request, seed=seed, sampling=longer))
+        answer = replace(answer, message=sort_thoughts(answer.message, rules.thinking))
+        if answer.finish_reason == "length" and rules.truncated == "drop":
+            raise Stop(f"cut at regen.max_tokens={rules.sampling.max_tokens}")
+        if answer.message["content"].strip() or answer.message.get("tool_calls"):
+            return answer
+        if answer.finish_reason == "length":
+            raise Stop(f"nothing but thoughts in regen.max_tokens={rules.sampling.max_tokens}")
+    raise Failed("the answer is empty")
+
+
+def check_room(record: Record, said: list[Message], rules: Rules, before: list[Answer]) -> None:
+    """Raise Stop when the conversation fills max_length already.
+
+    No token is shorter than a byte, so most conversations need no tokenizer.
+    """
+    known = before[-1].prompt_tokens + before[-1].completion_tokens if before else 0
+    size = sum(len(m["content"].encode()) + TEMPLATE_BYTES for m in said)
+    if known < rules.max_length and size >= rules.max_length and rules.count:
+        known = rules.count(record, said)
+    if known >= rules.max_length:
+        raise Stop(f"the prompt alone has {known} tokens, max_length={rules.max_length}")
+
+
+def tools_of(record: Record) -> list[Any] | None:
+    """The record's tools; some data sets hold them as a JSON string."""
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise Refused("its `tools` are no JSON") from None
+    return tools or None
+
+
+def sort_thoughts(message: Message, thinking: str) -> Message:
+    """The message with its thoughts as reasoning_content, or without, as `thinking` says."""
+    if thinking == "model":
+        return message
+    thoughts, answer = message.get("reasoning_content") or "", message["content"]
+    if not thoughts and (answer.lstrip().startswith("<think>") or "</think>" in answer):
+        thoughts, _, answer = answer.partition("</think>")
+        thoughts = thoughts.replace("<think>", "", 1)
+    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+    sorted_out = {**rest, "content": answer.lstrip("\n")}
+    kept = thinking == "kept" and thoughts.strip()
+    return {**sorted_out, "reasoning_content": thoughts.strip("\n")} if kept else sorted_out

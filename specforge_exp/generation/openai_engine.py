@@ -1,0 +1,234 @@
+"""Answers from OpenAI-compatible servers, which may be busy, slow, wrong or gone for a while."""
+
+import asyncio
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+
+from specforge_exp.config import Config
+from specforge_exp.errors import InputError
+from specforge_exp.generation.engine import (
+    Answer,
+    Failed,
+    Message,
+    Refused,
+    Request,
+    ServerDied,
+    Unreachable,
+)
+
+log = logging.getLogger(__name__)
+
+MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+BUSY = (429, 502, 503, 504)
+SETTINGS = (401, 403, 404)
+FIRST_CONTACT = 10.0
+"""Seconds after which a server that has never answered is given up."""
+
+
+class Busy(Exception):
+    """The server has no room now, or cannot be reached; wait, then ask again."""
+
+    def __init__(self, reason: str, seconds: float | None = None) -> None:
+        super().__init__(reason)
+        self.seconds = seconds
+
+
+class OpenAIEngine:
+    """Asks one server or several.
+
+    Args:
+        cfg: engine.timeout, retries, patience, served_name and api_key count.
+        urls: base URLs that end in /v1.
+        gone: True for a server (by its index) that has ended and will not come back by itself.
+    """
+
+    def __init__(
+        self, cfg: Config, urls: list[str], gone: Callable[[int], bool] = lambda server: False
+    ) -> None:
+        self.cfg, self.options = cfg, cfg.engine
+        self.urls = [url.rstrip("/") for url in urls]
+        self.gone = gone
+        self.names: list[str | None] = [None] * len(urls)
+        self.alive = [0.0] * len(urls)
+        """When each server last answered anything."""
+        self.locks = [asyncio.Lock() for _ in urls]
+        self.opened: aiohttp.ClientSession | None = None
+
+    @property
+    def servers(self) -> int:
+        """As `Engine.servers`."""
+        return len(self.urls)
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """The connections; opened by the loop that uses them."""
+        if self.opened is None:
+            key = os.environ.get(self.options.api_key)
+            self.opened = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                timeout=aiohttp.ClientTimeout(total=self.options.timeout, connect=30.0),
+            )
+        return self.opened
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self.opened is not None:
+            await self.opened.close()
+
+    async def answer(self, request: Request) -> Answer:
+        """As `Engine.answer`."""
+        server = request.server % len(self.urls)
+        async with self.locks[server]:  # the others wait until the first contact is made
+            if self.names[server] is None:
+                self.names[server] = await self.patiently(server, lambda: self.name_of(server))
+        for attempt in range(self.options.retries + 1):
+            try:
+                answer: Answer = await self.patiently(server, lambda: self.once(server, request))
+                return answer
+            except Failed:
+                if attempt == self.options.retries:
+                    raise
+                await asyncio.sleep(pause(attempt))
+        raise AssertionError("unreachable")
+
+    async def patiently(self, server: int, ask: Callable[[], Any]) -> Any:
+        """Ask until the server has room; raises Unreachable after engine.patience, ServerDied."""
+        began = time.monotonic()
+        tries = 0
+        while True:
+            try:
+                found = await ask()
+                self.alive[server] = time.monotonic()
+                return found
+            except Busy as error:
+                if self.gone(server):
+                    raise ServerDied from None
+                waited = time.monotonic() - max(self.alive[server], began)
+                patience = self.options.patience
+                if not self.alive[server]:
+                    patience = min(patience, FIRST_CONTACT)
+                if waited > patience:
+                    raise Unreachable(
+                        f"{self.urls[server]}: {error}, for {waited:.0f} s; what is done is kept: "
+                        "mend the server or engine.urls, then run the same command again"
+                    ) from None
+                await asyncio.sleep(error.seconds or pause(tries))
+                tries += 1
+
+    async def post(self, server: int, path: str, body: bytes | None, session: str = "") -> bytes:
+        """One exchange; raises Busy, Refused, Failed or InputError."""
+        url = self.urls[server] + path
+        headers = {"Content-Type": "application/json"}
+        if session:
+            headers["Modal-Session-ID"] = session
+        try:
+            method = "GET" if body is None else "POST"
+            async with self.session.request(method, url, data=body, headers=headers) as response:
+                content = await response.read()
+        except (aiohttp.ServerTimeoutError, TimeoutError) as error:
+            if isinstance(error, aiohttp.ConnectionTimeoutError):
+                raise Busy("it cannot be reached (time-out)") from None
+            raise Failed(f"no answer within engine.timeout={self.options.timeout:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise Busy(f"it cannot be reached ({type(error).__name__}: {error})") from None
+        if response.status == 200:
+            return content
+        why = f"HTTP {response.status}: {complaint(content)}"
+        if response.status in BUSY:
+            after = response.headers.get("Retry-After", "")
+            raise Busy(f"it is too busy ({why})", float(after) if after.isdigit() else None)
+        if response.status in SETTINGS:
+            raise InputError(
+                f"{url}: {why}; check engine.urls, engine.served_name and ${self.options.api_key}"
+            )
+        raise Failed(why) if response.status >= 500 else Refused(why)
+
+    async def name_of(self, server: int) -> str:
+        """The name under which the server knows the target."""
+        if self.options.served_name:
+            return self.options.served_name
+        content = await self.post(server, "/models", None)
+        try:
+            names = [str(model["id"]) for model in orjson.loads(content)["data"]]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{self.urls[server]}/models is not OpenAI's; set served_name"
+            ) from None
+        if len(names) != 1:
+            raise InputError(f"{self.urls[server]} serves {names}; choose one: engine.served_name")
+        if Path(names[0]).name.lower() != Path(self.cfg.model.path).name.lower():
+            log.warning(
+                "regen: %s serves %s; make sure that it is model.path=%s",
+                self.urls[server], names[0], self.cfg.model.path,
+            )  # fmt: skip
+        return names[0]
+
+    async def once(self, server: int, request: Request) -> Answer:
+        """One attempt at an answer."""
+        sampling = request.sampling
+        body: dict[str, Any] = {
+            "model": self.names[server],
+            "messages": [{k: m[k] for k in MESSAGE_KEYS if k in m} for m in request.messages],
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": request.seed,
+        }
+        for name in ("top_k", "min_p", "ignore_eos"):
+            if value := getattr(sampling, name):
+                body[name] = value
+        if request.tools:
+            body["tools"] = request.tools
+        if request.template_kwargs:
+            body["chat_template_kwargs"] = request.template_kwargs
+        content = await self.post(server, "/chat/completions", orjson.dumps(body), request.session)
+        return parse(content)
+
+
+def parse(content: bytes) -> Answer:
+    """The answer in a response; raises Failed when it is none."""
+    try:
+        response = orjson.loads(content)
+        choice = response["choices"][0]
+        given = choice["message"]
+        message: Message = {"role": "assistant", "content": given.get("content") or ""}
+        for key in ("reasoning_content", "tool_calls"):
+            if given.get(key):
+                message[key] = given[key]
+        if not isinstance(message["content"], str):
+            raise TypeError("its content is not text")
+        usage = response.get("usage") or {}
+        details = usage.get("prompt_tokens_details") or {}
+        return Answer(
+            message, str(choice["finish_reason"]), int(usage.get("prompt_tokens") or 0),
+            int(usage.get("completion_tokens") or 0), int(details.get("cached_tokens") or 0),
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise Failed(
+            f"the server's answer is malformed ({type(error).__name__}: {error})"
+        ) from None
+
+
+def complaint(content: bytes) -> str:
+    """What an error response says, in one line."""
+    try:
+        said = orjson.loads(content)
+        said = said.get("error", said)
+        text = said.get("message", said) if isinstance(said, dict) else said
+    except (ValueError, AttributeError):
+        text = content.decode(errors="replace")
+    return " ".join(str(text).split())[:300]
+
+
+def pause(attempt: int) -> float:
+    """Seconds before the next attempt: doubling up to 30, anywhere between 0 and that."""
+    return random.uniform(0, min(30.0, 0.5 * 2**attempt))

@@ -1,0 +1,178 @@
+"""What is regenerated in which order: conversations with the same beginning go together.
+
+Prefixes are compared by hashes of the first 128, 512, 2048 and 8192 characters, so a plan of a
+million conversations takes tens of megabytes, is made in one reading, and is loaded afterwards
+without looking at the conversations again.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import orjson
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from specforge_exp.conversations import BadRecord, normalise
+
+LEVELS = (128, 512, 2048, 8192)
+CHUNK_BYTES = 8 * 2**20
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the conversations of one file lie, and how they are dealt out."""
+
+    source: Path
+    digest: str
+    """SHA-256 of the source."""
+    total: int
+    """Conversations in the source; those after the planned ones are skipped."""
+    starts: np.ndarray
+    """Byte at which each planned conversation begins."""
+    lengths: np.ndarray
+    """Its bytes."""
+    lines: np.ndarray
+    """Its line number in the source."""
+    twice: np.ndarray
+    """Those whose id an earlier one has."""
+    order: np.ndarray
+    """The conversations in the order in which they are dealt out."""
+    chunks: np.ndarray
+    """Chunk c is order[chunks[c]:chunks[c + 1]]."""
+
+    def __len__(self) -> int:
+        return len(self.chunks) - 1
+
+    def members(self, chunk: int) -> np.ndarray:
+        """The conversations of a chunk, in order."""
+        return self.order[self.chunks[chunk] : self.chunks[chunk + 1]]
+
+    def name(self, chunk: int) -> str:
+        """The chunk's name: its split, its number, and a hash of what it is made of."""
+        made_of = self.digest.encode() + self.members(chunk).tobytes()
+        digest = hashlib.blake2b(made_of, digest_size=4).hexdigest()
+        return f"{self.source.stem}-{chunk:06d}-{digest}"
+
+    def read(self, number: int, file: BinaryIO) -> Record:
+        """One conversation, by its number in the source.
+
+        Raises:
+            BadRecord: it is no conversation, or its id has been there before; the message names
+                file and line.
+        """
+        where = f"{self.source.name}:{self.lines[number]}"
+        file.seek(int(self.starts[number]))
+        try:
+            record = normalise(orjson.loads(file.read(int(self.lengths[number]))))
+        except (BadRecord, orjson.JSONDecodeError) as error:
+            raise BadRecord(f"{where}: {error}") from None
+        if number in self.twice:
+            raise BadRecord(f"{where}: an earlier line has the id {record['id']}")
+        return record
+
+
+def make_plan(source: Path, digest: str, chunk_size: int, most: int | None) -> Plan:
+    """Read a file of conversations once and deal it into chunks.
+
+    Args:
+        source: JSON lines.
+        digest: its SHA-256.
+        chunk_size: conversations of a chunk, at most; it also ends at CHUNK_BYTES.
+        most: leave out what comes after so many conversations; null: nothing.
+    """
+    starts, lengths, lines = array("q"), array("q"), array("q")
+    hashes = [array("q") for _ in LEVELS]
+    twice: list[int] = []
+    ids: set[int] = set()
+    total = 0
+    with source.open("rb") as file:
+        for start, number, line in numbered(file):
+            total += 1
+            if most is not None and total > most:
+                continue
+            try:
+                record = orjson.loads(line)
+                name, text = hash(str(record.get("id"))), beginning(record)
+            except (ValueError, AttributeError, TypeError, KeyError):
+                name, text = hash((start,)), f"not a conversation: {start}"
+            if name in ids:
+                twice.append(len(starts))
+            ids.add(name)
+            starts.append(start)
+            lengths.append(len(line))
+            lines.append(number)
+            for level, found in zip(LEVELS, hashes, strict=True):
+                found.append(hash(text[:level]))
+    ranks = [first_with(np.frombuffer(found, np.int64)) for found in hashes]
+    order = np.lexsort(ranks[::-1]).astype(np.int32)
+    sizes = np.frombuffer(lengths, np.int64)
+    chunks = cut(ranks[0][order], sizes[order], chunk_size)
+    integers = {"starts": starts, "lengths": lengths, "lines": lines, "twice": array("q", twice)}
+    arrays = {name: np.frombuffer(values, np.int64) for name, values in integers.items()}
+    return Plan(source, digest, total, order=order, chunks=chunks, **arrays)
+
+
+def numbered(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
+    """Start, line number and content of every line that is not blank."""
+    start = 0
+    for number, line in enumerate(file, 1):
+        if not line.isspace():
+            yield start, number, line
+        start += len(line)
+
+
+def beginning(record: Record) -> str:
+    """What the target reads before its first answer, as text: tools, then messages."""
+    parts = [str(record["tools"])] if record.get("tools") else []
+    for message in record.get("conversations") or record["messages"]:
+        role = message.get("role") or message["from"]
+        if role in ("assistant", "gpt"):
+            break
+        parts.append(f"{role}\n{message.get('content', message.get('value'))}")
+    return "\x1e".join(parts)
+
+
+def first_with(hashes: np.ndarray) -> np.ndarray:
+    """For each entry the index of the first equal one."""
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    return first[inverse].astype(np.int32)
+
+
+def cut(groups: np.ndarray, sizes: np.ndarray, chunk_size: int) -> np.ndarray:
+    """Boundaries of chunks: a group is kept whole where it fits, at most half a chunk is wasted."""
+    boundaries = [0]
+    changes = np.flatnonzero(np.diff(groups)) + 1
+    ends = dict(zip([0, *changes.tolist()], [*changes.tolist(), len(groups)], strict=True))
+    held = 0
+    for index, size in enumerate(sizes.tolist()):
+        count = index - boundaries[-1]
+        room = chunk_size - count
+        overflows = index in ends and ends[index] - index > room and 2 * count >= chunk_size
+        if count and (not room or held + size > CHUNK_BYTES or overflows):
+            boundaries.append(index)
+            held = 0
+        held += size
+    return np.array([*boundaries, len(groups)] if len(groups) else [0], np.int64)
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write a plan so that a reader sees all of it or nothing."""
+    names = ("starts", "lengths", "lines", "twice", "order", "chunks")
+    about = {"digest": plan.digest, "total": str(plan.total)}
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: vars(plan)[name] for name in names}, partial, about)
+    partial.replace(path)
+
+
+def load_plan(path: Path, source: Path) -> Plan:
+    """The plan that `save_plan` wrote for this source."""
+    with safe_open(path, "numpy") as file:
+        about = file.metadata()
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return Plan(source, about["digest"], int(about["total"]), **arrays)

@@ -1,0 +1,70 @@
+"""How far a regeneration is: the bar, progress.json for `regen.py status`, and signals."""
+
+import asyncio
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from tqdm import tqdm
+
+from specforge_exp.generation.store import Store
+from specforge_exp.provenance import write_json
+from specforge_exp.training.interrupt import Interrupt
+
+EVERY = 2.0
+"""Seconds between two lines of progress.json."""
+
+
+@dataclass
+class Progress:
+    """Counts of one process over the store's."""
+
+    store: Store
+    interrupt: Interrupt
+    usd_per_hour: float = 0.0
+    """Of everything that runs for it."""
+    in_flight: int = 0
+    stopping: bool = False
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
+        self.before = replace(self.store.counts)
+        self.bar = tqdm(
+            total=self.store.total, initial=self.before.done + self.before.failed,
+            desc="regen", unit="conv", disable=None,
+        )  # fmt: skip
+
+    def write(self) -> None:
+        """Say how far it is, for a `status` in another process."""
+        seconds = time.monotonic() - self.started
+        now, before = self.store.counts, self.before
+        here = now.done + now.failed - before.done - before.failed
+        left = self.store.total - now.done - now.failed
+        write_json(self.store.folder / "progress.json", {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "total": self.store.total,
+            **vars(now),
+            "in_flight": self.in_flight,
+            "conversations_per_second": round(here / seconds, 3),
+            "tokens_per_second": round((now.tokens - before.tokens) / seconds, 1),
+            "seconds_left": round(left * seconds / here) if here else None,
+            "usd": round(self.usd_per_hour * seconds / 3600, 2),
+        })  # fmt: skip
+
+    async def watch(self, workers: list[asyncio.Task[None]], drain: float) -> None:
+        """Write progress.json now and then; after a signal give workers `drain` seconds to end."""
+        written = 0.0
+        asked: float | None = None
+        while True:
+            await asyncio.sleep(0.1)
+            now = time.monotonic()
+            if now - written > EVERY:
+                self.write()
+                written = now
+            if self.interrupt.number and asked is None:
+                asked, self.stopping = now, True
+                self.bar.write(f"regen: stopping; answers under way get {drain:g} s to end")
+            if asked is not None and now - asked > drain:
+                for worker in workers:
+                    worker.cancel()
+                return

@@ -1,0 +1,80 @@
+"""How answers are asked for: options of the run over the model's generation config."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from transformers import GenerationConfig
+
+from specforge_exp.chat import prompt_ids
+from specforge_exp.config import Config
+from specforge_exp.generation.conversation import Record, Rules, tools_of
+from specforge_exp.generation.engine import Message, Sampling
+from specforge_exp.provenance import model_digest
+from specforge_exp.target import load_tokenizer
+
+THINKING = {"off": False, "on": True, "kept": True}
+
+
+def sampling_of(cfg: Config) -> Sampling:
+    """regen's own settings; where they are null, the model's generation config."""
+    try:
+        model = GenerationConfig.from_pretrained(cfg.model.path)
+    except OSError:  # a model without generation_config.json
+        model = GenerationConfig()
+    own = cfg.regen
+    samples = model.do_sample is not False
+
+    def first(*values: Any) -> Any:
+        return next(value for value in values if value is not None)
+
+    return Sampling(
+        temperature=first(own.temperature, model.temperature if samples else 0.0, 1.0),
+        top_p=first(own.top_p, model.top_p, 1.0),
+        top_k=first(own.top_k, model.top_k, 0),
+        min_p=first(model.min_p, 0.0),
+        max_tokens=own.max_tokens,
+    )
+
+
+def rules_of(cfg: Config) -> Rules:
+    """Everything that `regenerate` has to know."""
+    sampling = sampling_of(cfg)
+    thinking = cfg.regen.thinking
+    kwargs = dict(cfg.model.chat_template_kwargs)
+    if thinking in THINKING:
+        kwargs["enable_thinking"] = THINKING[thinking]
+
+    @cache
+    def tokenizer() -> Any:
+        return load_tokenizer(cfg.model)
+
+    def count(record: Record, messages: list[Message]) -> int:
+        tools = {"tools": tools_of(record)} if record.get("tools") else {}
+        return len(prompt_ids(tokenizer(), messages, {**kwargs, **tools}))
+
+    made_by = {
+        "model": cfg.model.path,
+        "revision": revision(cfg.model.path),
+        "engine": cfg.engine.name,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_tokens,
+        "thinking": thinking,
+        "seed": cfg.seed,
+    }
+    attempts = cfg.engine.retries + 1 if sampling.temperature else 1
+    return Rules(
+        sampling, cfg.max_length, count, kwargs, thinking, cfg.regen.truncated, cfg.seed,
+        attempts, made_by,
+    )  # fmt: skip
+
+
+def revision(path: str) -> str | None:
+    """Commit of a hub model in the cache, or digest of a local one; None where neither is here."""
+    if Path(path).is_dir():
+        return model_digest(path)[:16]
+    found = try_to_load_from_cache(path, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None

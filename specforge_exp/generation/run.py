@@ -1,0 +1,152 @@
+"""Answer what a store lacks: many conversations at a time, none of the servers ever idle.
+
+Every server has `concurrency` workers. They take the conversations of the server's own chunk one
+after the other, so a long answer holds up nobody, and what shares a beginning stays where that
+is cached. A server without a chunk takes the next one, at the end half of what another has left.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from specforge_exp.conversations import BadRecord
+from specforge_exp.generation.conversation import Item, Record, Rules, regenerate
+from specforge_exp.generation.engine import Engine, ServerDied, Unreachable
+from specforge_exp.generation.progress import Progress
+from specforge_exp.generation.store import Chunk, Store
+
+log = logging.getLogger(__name__)
+
+Place = tuple[Chunk, int]
+
+
+@dataclass
+class Deal:
+    """Which server answers what."""
+
+    chunks: Iterator[Chunk]
+    waiting: list[deque[Place]]
+    """By server."""
+
+    def next(self, server: int) -> Place | None:
+        """The next place for this server; None when nothing is left for anyone."""
+        own = self.waiting[server]
+        if not own and (chunk := next(self.chunks, None)):
+            own.extend((chunk, place) for place in chunk.missing())
+        if not own:
+            other = max(self.waiting, key=len)
+            for _ in range((len(other) + 1) // 2):
+                own.appendleft(other.pop())
+        return own.popleft() if own else None
+
+
+@dataclass
+class Pace:
+    """At most `rate` requests per second, evenly spaced; None: no limit."""
+
+    rate: float | None
+    slot: float = 0.0
+
+    async def wait(self) -> None:
+        """Return when the next request may start."""
+        if self.rate is None:
+            return
+        now = time.monotonic()
+        self.slot = max(self.slot, now) + 1 / self.rate
+        await asyncio.sleep(self.slot - 1 / self.rate - now)
+
+
+@dataclass
+class Run:
+    """What the workers of one run share."""
+
+    store: Store
+    engine: Engine
+    rules: Rules
+    pace: Pace
+    progress: Progress
+    suspects: list[Place] = field(default_factory=list)
+    """Under way when a server died."""
+
+    async def work(self, deal: Deal, server: int) -> None:
+        """Answer places of one server until there are none, or the run is to end."""
+        while not self.progress.stopping and (place := deal.next(server)):
+            await self.answer(place, server)
+
+    async def answer(self, place: Place, server: int) -> None:
+        """Answer one place and keep the result."""
+        chunk, number = place
+        try:
+            record = self.store.read(chunk, number)
+        except BadRecord as error:
+            self.keep(place, {"error": str(error), "id": ""})
+            return
+        await self.pace.wait()
+        item = Item(record, number % self.store.samples, server)
+        self.progress.in_flight += 1
+        try:
+            self.keep(place, await regenerate(item, self.rules, self.engine.answer))
+        except ServerDied:
+            self.suspects.append(place)
+        finally:
+            self.progress.in_flight -= 1
+
+    def keep(self, place: Place, result: Record) -> None:
+        """Store a result."""
+        self.store.add(*place, result)
+        self.progress.bar.update()
+
+    async def try_suspects(self) -> None:
+        """Find those that kill servers: nothing else runs, half of them at a time.
+
+        Whoever dies alone with its server has failed; all others get their answers.
+        """
+        groups = [self.suspects]
+        while groups and not self.progress.stopping:
+            group, self.suspects = groups.pop(), []
+            log.info("regen: a server died; %d conversations that it had are tried", len(group))
+            await asyncio.gather(*(self.answer(place, 0) for place in group))
+            died = self.suspects
+            if len(group) == 1 and died:
+                chunk, number = died[0]
+                record = self.store.read(chunk, number)
+                self.keep(died[0], {"error": "the server dies of it", **record})
+            elif died:
+                middle = (len(died) + 1) // 2
+                groups += [part for part in (died[middle:], died[:middle]) if part]
+        self.suspects = []
+
+
+async def run(run: Run, concurrency: int, drain: float) -> None:
+    """Answer everything that the store lacks, or stop when the process is asked to end.
+
+    Args:
+        run: what to answer, with what.
+        concurrency: conversations at a time, per server.
+        drain: seconds that those under way get after a signal.
+
+    Raises:
+        Unreachable: no server answers; what is done is kept.
+    """
+    deal = Deal(run.store.chunks(), [deque() for _ in range(run.engine.servers)])
+    servers = [n for n in range(run.engine.servers) for _ in range(concurrency)]
+    workers = [asyncio.create_task(run.work(deal, n)) for n in servers]
+    watch = asyncio.create_task(run.progress.watch(workers, drain))
+    try:
+        await asyncio.gather(*workers)
+        if run.suspects:
+            await run.try_suspects()
+    except asyncio.CancelledError:
+        if not run.progress.stopping:
+            raise
+    except Unreachable:
+        run.progress.stopping = True
+        raise
+    finally:
+        for task in [*workers, watch]:
+            task.cancel()
+        await asyncio.gather(*workers, watch, return_exceptions=True)
+        await run.engine.close()

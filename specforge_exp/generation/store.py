@@ -1,0 +1,243 @@
+"""Answers on disk, each exactly once: shards, the journals of unfinished ones, a manifest.
+
+    <folder>/train.plan.safetensors           what goes together; written once
+    <folder>/shards/<chunk>.jsonl.open        "<place> <result>" in the order in which they came
+    <folder>/shards/<chunk>.jsonl             a chunk's results in the plan's order, complete
+    <folder>/manifest.jsonl                   one line per complete shard: counts and tokens
+
+A place is the index of a result in its chunk. A shard that has no line in the manifest (the
+process was killed in between) is counted again; a half-written line is dropped.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import orjson
+
+from specforge_exp.generation.conversation import Record
+from specforge_exp.generation.plan import Plan, load_plan, make_plan, save_plan
+
+FAILED = b'{"error":'
+OPEN_FILES = 256
+
+
+@dataclass
+class Counts:
+    """Of results."""
+
+    done: int = 0
+    failed: int = 0
+    cut: int = 0
+    """Those with an answer that ended at max_tokens."""
+    tokens: int = 0
+
+    def add(self, other: "Counts") -> None:
+        """Sum up."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def take(self, result: Record) -> None:
+        """Count one result."""
+        if "error" in result:
+            self.failed += 1
+            return
+        self.done += 1
+        self.cut += "length" in result["finish_reasons"]
+        self.tokens += result["generated_tokens"]
+
+
+@dataclass
+class Chunk:
+    """A chunk that is being answered."""
+
+    plan: Plan
+    number: int
+    name: str
+    """As `Plan.name`."""
+    size: int
+    """Results that it will have."""
+    results: dict[int, bytes] = field(default_factory=dict)
+    """By place; lines without their end."""
+    counts: Counts = field(default_factory=Counts)
+    """Of the results."""
+
+    def missing(self) -> list[int]:
+        """Places without a result."""
+        return [place for place in range(self.size) if place not in self.results]
+
+
+class Store:
+    """The results of one run in one folder.
+
+    Args:
+        folder: where; made by the caller.
+        sources: the files to regenerate and their SHA-256.
+        chunk_size: conversations of a chunk.
+        most: of each file, only the first so many.
+        samples: results per conversation.
+    """
+
+    def __init__(
+        self, folder: Path, sources: dict[Path, str], chunk_size: int, most: int | None,
+        samples: int,
+    ) -> None:  # fmt: skip
+        self.folder, self.samples = folder, samples
+        self.shards = folder / "shards"
+        self.shards.mkdir(exist_ok=True)
+        self.plans: list[Plan] = []
+        for source, digest in sources.items():
+            saved = folder / f"{source.stem}.plan.safetensors"
+            if not saved.exists():
+                save_plan(make_plan(source, digest, chunk_size, most), saved)
+            self.plans.append(load_plan(saved, source))
+        self.files: dict[Path, BinaryIO] = {}
+        self.journals: dict[str, BinaryIO] = {}
+        self.counts = Counts()
+        self.total = self.samples * sum(len(plan.order) for plan in self.plans)
+        self.complete = self.read_manifest()
+
+    def read_manifest(self) -> set[str]:
+        """Names of the complete shards; counts those that a kill left out of the manifest."""
+        manifest = self.folder / "manifest.jsonl"
+        known: dict[str, dict[str, int]] = {}
+        for line in whole_lines(manifest):
+            entry = orjson.loads(line)
+            known[entry.pop("shard")] = entry
+        there = {p.stem for p in self.shards.glob("*.jsonl")}
+        for name in sorted(there):
+            found = Counts(**known.get(name, {}))
+            if name not in known:
+                for line in (self.shards / f"{name}.jsonl").read_bytes().splitlines():
+                    found.take(orjson.loads(line))
+                self.note(name, found)
+            self.counts.add(found)
+        return there
+
+    def note(self, name: str, found: Counts) -> None:
+        """Write a complete shard's line into the manifest."""
+        with (self.folder / "manifest.jsonl").open("ab") as file:
+            file.write(orjson.dumps({"shard": name, **vars(found)}) + b"\n")
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The chunks that are not complete, with the results that they have already."""
+        for plan in self.plans:
+            for number in range(len(plan)):
+                name = plan.name(number)
+                if name in self.complete:
+                    continue
+                size = len(plan.members(number)) * self.samples
+                chunk = Chunk(plan, number, name, size)
+                for line in whole_lines(self.shards / f"{name}.jsonl.open"):
+                    place, _, result = line.partition(b" ")
+                    chunk.results[int(place)] = result
+                    chunk.counts.take(orjson.loads(result))
+                self.counts.add(chunk.counts)
+                if chunk.missing():
+                    yield chunk
+                else:
+                    self.finish(chunk)
+
+    def read(self, chunk: Chunk, place: int) -> Record:
+        """The conversation of a place, with the id that its result will have; raises BadRecord."""
+        source = chunk.plan.source
+        if source not in self.files:
+            self.files[source] = source.open("rb")
+        member = chunk.plan.members(chunk.number)[place // self.samples]
+        record = chunk.plan.read(int(member), self.files[source])
+        if self.samples > 1:
+            record["id"] = f"{record['id']}#{place % self.samples}"
+        return record
+
+    def add(self, chunk: Chunk, place: int, result: Record) -> None:
+        """Keep one result; the last one completes the chunk."""
+        if place in chunk.results:
+            return
+        line = orjson.dumps(result)
+        chunk.results[place] = line
+        chunk.counts.take(result)
+        self.counts.take(result)
+        if len(chunk.results) == chunk.size:
+            self.finish(chunk)
+            return
+        if (name := chunk.name) not in self.journals:
+            self.journals[name] = (self.shards / f"{name}.jsonl.open").open("ab", buffering=0)
+        write_whole(self.journals[name], b"%d %b\n" % (place, line))
+
+    def finish(self, chunk: Chunk) -> None:
+        """Write a complete chunk as its shard, whole or not at all."""
+        name = chunk.name
+        lines = [chunk.results[place] for place in range(chunk.size)]
+        partial = self.shards / f"{name}.writing"
+        with partial.open("wb") as file:
+            file.write(b"\n".join(lines) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.shards / f"{name}.jsonl")
+        if journal := self.journals.pop(name, None):
+            journal.close()
+        (self.shards / f"{name}.jsonl.open").unlink(missing_ok=True)
+        self.complete.add(name)
+        self.note(name, chunk.counts)
+        chunk.results = dict.fromkeys(range(chunk.size), b"")
+
+    def close(self) -> None:
+        """Close files."""
+        for file in [*self.files.values(), *self.journals.values()]:
+            file.close()
+
+    def remove(self) -> None:
+        """Delete what only an unfinished run needs."""
+        self.close()
+        shutil.rmtree(self.shards)
+        for plan in self.plans:
+            (self.folder / f"{plan.source.stem}.plan.safetensors").unlink()
+        for name in ("manifest.jsonl", "progress.json"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def merge(self, plan: Plan, done: BinaryIO, failed: BinaryIO) -> None:
+        """Write the results of one file in its own order; failed conversations apart."""
+        places = np.empty((len(plan.order), 3), np.int64)  # shard, offset, bytes
+        shards = [(self.shards / f"{plan.name(n)}.jsonl") for n in range(len(plan))]
+        for number, path in enumerate(shards):
+            ends = np.flatnonzero(np.frombuffer(path.read_bytes(), np.uint8) == ord("\n")) + 1
+            ends = ends[self.samples - 1 :: self.samples]
+            begins = np.concatenate([[0], ends[:-1]])
+            members = plan.members(number)
+            places[members] = np.stack([np.full_like(ends, number), begins, ends - begins], 1)
+        opened: dict[int, int] = {}
+        try:
+            for shard, offset, size in places.tolist():
+                if shard not in opened:
+                    while len(opened) >= OPEN_FILES:
+                        os.close(opened.pop(next(iter(opened))))
+                    opened[shard] = os.open(shards[shard], os.O_RDONLY)
+                for line in os.pread(opened[shard], size, offset).splitlines(True):
+                    (failed if line.startswith(FAILED) else done).write(line)
+        finally:
+            for descriptor in opened.values():
+                os.close(descriptor)
+
+
+def write_whole(file: BinaryIO, content: bytes) -> None:
+    """Append to an unbuffered file; what a full disk cuts short is taken back."""
+    before = os.fstat(file.fileno()).st_size
+    if file.write(content) < len(content):
+        os.truncate(file.fileno(), before)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a journal without their ends; a half-written last one is cut off for good."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return whole.splitlines()
