@@ -132,9 +132,12 @@ def schema() -> type[Config]:
     """`Config`, for Hydra's ConfigStore.
 
     When one of our scripts is running, ends it with the valid keys if its command line has an
-    unknown one: Hydra's own message names the key, but not what would be right.
+    unknown one: Hydra's own message names the key, but not what would be right. `regen.py status`
+    is short for regen.status=true.
     """
     if Path(sys.argv[0]).stem in STAGES:
+        if sys.argv[1:2] == ["status"]:
+            sys.argv[1] = "regen.status=true"
         problem = unknown_key(sys.argv[1:], Config)
         if problem:
             sys.exit(f"error: {problem}")

@@ -94,19 +94,20 @@ async def one_answer(
     """The next answer; raises Stop, Refused or Failed."""
     record = item.record
     check_room(record, said, rules, before)
-    request = Request(
-        messages=list(said), sampling=rules.sampling, tools=tools_of(record),
-        template_kwargs=rules.template_kwargs, session=f"{record['id']}/{item.sample}",
-        server=item.server,
-    )  # fmt: skip
     for attempt in range(rules.attempts):
         name = f"{rules.seed}/{record['id']}/{item.sample}/{len(before)}/{attempt}"
         seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest()) >> 1
-        answer = await ask(replace(request, seed=seed))
+        request = Request(
+            messages=list(said), sampling=rules.sampling, seed=seed, tools=tools_of(record),
+            template_kwargs=rules.template_kwargs, session=f"{record['id']}/{item.sample}",
+            server=item.server,
+        )  # fmt: skip
+        answer = await ask(request)
         if answer.finish_reason == "length" and rules.truncated == "retry":
             longer = replace(rules.sampling, max_tokens=2 * rules.sampling.max_tokens)
-            answer = await ask(replace(request, seed=seed, sampling=longer))
-        answer = replace(answer, message=sort_thoughts(answer.message, rules.thinking))
+            answer = await ask(replace(request, sampling=longer))
+        if rules.thinking != "model":
+            answer = replace(answer, message=sort_thoughts(answer.message, rules.thinking))
         if answer.finish_reason == "length" and rules.truncated == "drop":
             raise Stop(f"cut at regen.max_tokens={rules.sampling.max_tokens}")
         if answer.message["content"].strip() or answer.message.get("tool_calls"):
@@ -141,9 +142,7 @@ def tools_of(record: Record) -> list[Any] | None:
 
 
 def sort_thoughts(message: Message, thinking: str) -> Message:
-    """The message with its thoughts as reasoning_content, or without, as `thinking` says."""
-    if thinking == "model":
-        return message
+    """The message without its thoughts; with them as reasoning_content when they are kept."""
     thoughts, answer = message.get("reasoning_content") or "", message["content"]
     if not thoughts and (answer.lstrip().startswith("<think>") or "</think>" in answer):
         thoughts, _, answer = answer.partition("</think>")

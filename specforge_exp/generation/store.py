@@ -10,6 +10,7 @@ process was killed in between) is counted again; a half-written line is dropped.
 """
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import BinaryIO
 import numpy as np
 import orjson
 
+from specforge_exp.errors import InputError
 from specforge_exp.generation.conversation import Record
 from specforge_exp.generation.plan import Plan, load_plan, make_plan, save_plan
 
@@ -88,6 +90,7 @@ class Store:
         samples: int,
     ) -> None:  # fmt: skip
         self.folder, self.samples = folder, samples
+        self.lock = lock(folder / "lock")
         self.shards = folder / "shards"
         self.shards.mkdir(exist_ok=True)
         self.plans: list[Plan] = []
@@ -101,6 +104,11 @@ class Store:
         self.counts = Counts()
         self.total = self.samples * sum(len(plan.order) for plan in self.plans)
         self.complete = self.read_manifest()
+        for journal in self.shards.glob("*.open"):
+            if journal.name.partition(".")[0] in self.complete:  # killed before it was removed
+                journal.unlink()
+            for line in whole_lines(journal):
+                self.counts.take(orjson.loads(line.partition(b" ")[2]))
 
     def read_manifest(self) -> set[str]:
         """Names of the complete shards; counts those that a kill left out of the manifest."""
@@ -137,7 +145,6 @@ class Store:
                     place, _, result = line.partition(b" ")
                     chunk.results[int(place)] = result
                     chunk.counts.take(orjson.loads(result))
-                self.counts.add(chunk.counts)
                 if chunk.missing():
                     yield chunk
                 else:
@@ -188,7 +195,7 @@ class Store:
 
     def close(self) -> None:
         """Close files."""
-        for file in [*self.files.values(), *self.journals.values()]:
+        for file in [*self.files.values(), *self.journals.values(), self.lock]:
             file.close()
 
     def remove(self) -> None:
@@ -197,7 +204,7 @@ class Store:
         shutil.rmtree(self.shards)
         for plan in self.plans:
             (self.folder / f"{plan.source.stem}.plan.safetensors").unlink()
-        for name in ("manifest.jsonl", "progress.json"):
+        for name in ("manifest.jsonl", "progress.json", "lock"):
             (self.folder / name).unlink(missing_ok=True)
 
     def merge(self, plan: Plan, done: BinaryIO, failed: BinaryIO) -> None:
@@ -224,11 +231,27 @@ class Store:
                 os.close(descriptor)
 
 
+def lock(path: Path) -> BinaryIO:
+    """Keep other processes out of a folder until the file is closed or this process ends."""
+    file = path.open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(
+            f"another process works on {path.parent}; python regen.py status (with the same "
+            "options) says how far it is"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
 def write_whole(file: BinaryIO, content: bytes) -> None:
     """Append to an unbuffered file; what a full disk cuts short is taken back."""
-    before = os.fstat(file.fileno()).st_size
-    if file.write(content) < len(content):
-        os.truncate(file.fileno(), before)
+    written = file.write(content)
+    if written < len(content):
+        os.truncate(file.fileno(), os.fstat(file.fileno()).st_size - written)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

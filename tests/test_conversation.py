@@ -1,0 +1,165 @@
+"""One conversation: which turns are answered, what is kept, and when it ends."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from instant_engine import Instant, rules, said
+
+from specforge_exp.generation.conversation import Item, Record, regenerate
+from specforge_exp.generation.engine import Answer, Failed, Refused, Request, Sampling
+
+
+def talk(*texts: str, **more: Any) -> Record:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+    return {"id": "c", "conversations": messages, **more}
+
+
+def outcome(record: Record, engine: Instant, sample: int = 0, **changes: Any) -> Record:
+    return asyncio.run(regenerate(Item(record, sample), rules(**changes), engine.answer))
+
+
+def contents(record: Record) -> list[str]:
+    return [message["content"] for message in record["conversations"]]
+
+
+def test_every_answer_is_the_targets_own_and_is_built_upon() -> None:
+    engine = Instant(reply=lambda request: said(f"answer {len(request.messages)}"))
+    system = {"role": "system", "content": "Be brief."}
+    record = talk("one", "old", "two", "old", "three", category="x")
+    record["conversations"].insert(0, system)
+    found = outcome(record, engine)
+    assert contents(found) == [
+        "Be brief.",
+        "one",
+        "answer 2",
+        "two",
+        "answer 4",
+        "three",
+        "answer 6",
+    ]
+    assert engine.asked[1].messages[2]["content"] == "answer 2"
+    assert found["finish_reasons"] == ["stop"] * 3 and found["generated_tokens"] == 12
+    assert found["category"] == "x"
+    assert found["regenerated"]["model"] == "m" and found["regenerated"]["time"]
+    assert contents(record)[2] == "old"
+
+
+def test_tools_and_their_results_stay() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": {}}]}
+    result = {"role": "tool", "content": "42", "tool_call_id": "1"}
+    messages = [
+        {"role": "user", "content": "?"},
+        call,
+        result,
+        {"role": "assistant", "content": "o"},
+    ]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    record = {"id": "c", "conversations": messages, "tools": json.dumps(tools)}
+    engine = Instant(reply=lambda request: said("new"))
+    found = outcome(record, engine)
+    assert found["conversations"][:3] == messages[:3] and contents(found)[3] == "new"
+    assert engine.asked[0].tools == tools
+    assert outcome({**record, "tools": "{"}, engine)["error"] == "its `tools` are no JSON"
+    only = {"id": "c", "conversations": messages[:2]}
+    assert outcome(only, engine)["error"].startswith("nothing to answer")
+
+
+def test_an_answer_that_calls_a_tool_is_the_last() -> None:
+    reply = said("", "tool_calls", tool_calls=[{"id": "1"}])
+    found = outcome(talk("one", "old", "two", "old"), Instant(reply=lambda request: reply))
+    assert len(found["conversations"]) == 2 and found["finish_reasons"] == ["tool_calls"]
+
+
+def test_truncated_answers() -> None:
+    def cut(request: Request) -> Answer:
+        enough = request.sampling.max_tokens > 8
+        return said("whole" if enough else "cut", "stop" if enough else "length")
+
+    record, sampling = talk("one"), Sampling(max_tokens=8)
+    keep = outcome(record, Instant(reply=cut), sampling=sampling)
+    assert contents(keep) == ["one", "cut"] and keep["finish_reasons"] == ["length"]
+    again = outcome(record, Instant(reply=cut), sampling=sampling, truncated="retry")
+    assert contents(again) == ["one", "whole"]
+    drop = outcome(record, Instant(reply=cut), sampling=sampling, truncated="drop")
+    assert drop["error"] == "cut at regen.max_tokens=8" and contents(drop) == ["one"]
+
+    def second_cut(request: Request) -> Answer:
+        return said("x", "length" if len(request.messages) > 1 else "stop")
+
+    part = outcome(talk("1", "o", "2", "o"), Instant(reply=second_cut), truncated="drop")
+    assert contents(part) == ["1", "x"] and "error" not in part
+
+
+@pytest.mark.parametrize("thinking", ["model", "on", "kept", "off"])
+@pytest.mark.parametrize("inline", [True, False])
+def test_thoughts(thinking: str, inline: bool) -> None:
+    reply = said("<think>\nhm\n</think>\n\nyes") if inline else said("yes", reasoning_content="hm")
+    found = outcome(talk("one"), Instant(reply=lambda request: reply), thinking=thinking)
+    message = found["conversations"][1]
+    if thinking == "model":
+        assert message == reply.message
+        return
+    assert message["content"] == "yes"
+    assert message.get("reasoning_content") == ("hm" if thinking == "kept" else None)
+
+
+def test_nothing_but_thoughts_is_a_failure() -> None:
+    found = outcome(
+        talk("one"), Instant(reply=lambda request: said("<think>\nhm", "length")), thinking="on"
+    )
+    assert "nothing but thoughts in regen.max_tokens=4096" in found["error"]
+
+
+def test_an_empty_answer_is_asked_again_with_another_seed() -> None:
+    engine = Instant(reply=lambda request: said("" if len(engine.asked) < 3 else "x"))
+    assert contents(outcome(talk("one"), engine, attempts=3)) == ["one", "x"]
+    assert len({request.seed for request in engine.asked}) == 3
+    found = outcome(talk("one"), Instant(reply=lambda request: said(" \n")), attempts=2)
+    assert found["error"] == "the answer is empty" and contents(found) == ["one"]
+
+
+def test_a_conversation_ends_where_max_length_is_full() -> None:
+    def count(record: Record, messages: list[Any]) -> int:
+        return 10 * len(messages)
+
+    engine = Instant()
+    found = outcome(talk("x" * 30, "o", "y" * 30, "o"), engine, max_length=15, count=count)
+    assert len(found["conversations"]) == 2 and len(engine.asked) == 1
+    found = outcome(talk("x"), engine, max_length=9, count=count)
+    assert found["error"] == "the prompt alone has 10 tokens, max_length=9"
+
+    def never(record: Record, messages: list[Any]) -> int:
+        raise AssertionError("a short conversation is not tokenised")
+
+    outcome(talk("short"), engine, max_length=2048, count=never)
+
+
+@pytest.mark.parametrize("error", [Refused, Failed])
+def test_an_engine_that_gives_up(error: type[Exception]) -> None:
+    """Refused later on, what came before counts; a failure is a failure."""
+
+    def second(request: Request) -> Answer:
+        if len(request.messages) > 1:
+            raise error("too long")
+        return said("x")
+
+    found = outcome(talk("1", "o", "2", "o"), Instant(reply=second))
+    if error is Refused:
+        assert contents(found) == ["1", "x"]
+    else:
+        assert found["error"] == "too long" and contents(found) == ["1", "o", "2", "o"]
+        assert next(iter(found)) == "error"
+
+
+def test_seeds_depend_on_the_request_alone() -> None:
+    def seeds(**changes: Any) -> list[int]:
+        engine = Instant()
+        outcome(talk("1", "o", "2", "o"), engine, **changes)
+        return [request.seed for request in engine.asked]
+
+    assert seeds() == seeds() and len(set(seeds())) == 2
+    assert not set(seeds()) & set(seeds(seed=1)) | set(seeds()) & set(seeds(sample=1))
+    assert all(0 <= seed < 2**31 for seed in seeds())

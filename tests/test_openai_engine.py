@@ -1,0 +1,209 @@
+"""Real servers on loopback that misbehave: each way ends as it should, and as fast."""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from specforge_exp.config import Config
+from specforge_exp.errors import InputError
+from specforge_exp.generation.engine import (
+    Answer,
+    Failed,
+    Refused,
+    Request,
+    Sampling,
+    ServerDied,
+    Unreachable,
+)
+from specforge_exp.generation.openai_engine import OpenAIEngine
+
+Handler = Callable[[web.Request], Awaitable[web.Response]]
+GOOD = {
+    "choices": [{"message": {"role": "assistant", "content": "hello"}, "finish_reason": "stop"}],
+    "usage": {
+        "prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 5}
+    },
+}  # fmt: skip
+
+
+def ask(
+    cfg: Config,
+    answers: list[Any],
+    request: Request | None = None,
+    gone: Callable[[int], bool] = lambda server: False,
+) -> tuple[Answer, list[dict[str, Any]]]:
+    """Ask a server that answers with these in turn, the last one for ever: its answer and what it
+    was asked."""
+    seen: list[dict[str, Any]] = []
+
+    async def chat(asked: web.Request) -> web.Response:
+        seen.append({"headers": dict(asked.headers), "body": await asked.json()})
+        given = answers[min(len(seen), len(answers)) - 1]
+        if given == "hang up":
+            assert asked.transport is not None
+            asked.transport.close()
+            return web.Response()
+        if given == "sleep":
+            await asyncio.sleep(30)
+        if isinstance(given, bytes):
+            return web.Response(body=given)
+        if isinstance(given, tuple):
+            status, headers = given
+            return web.json_response(
+                {"error": {"message": "because"}}, status=status, headers=headers
+            )
+        return web.json_response(given)
+
+    async def models(asked: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "tiny_target"}]})
+
+    async def whole() -> Answer:
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", chat)
+        app.router.add_get("/v1/models", models)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        port = runner.addresses[0][1]
+        engine = OpenAIEngine(cfg, [f"http://127.0.0.1:{port}/v1/"], gone)
+        try:
+            return await engine.answer(request or simple())
+        finally:
+            await engine.close()
+            await runner.cleanup()
+
+    return asyncio.run(whole()), seen
+
+
+def simple(**more: Any) -> Request:
+    return Request([{"role": "user", "content": "hi", "weight": 1}], Sampling(), **more)
+
+
+@pytest.fixture(autouse=True)
+def impatient(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg.engine.retries = 2
+    cfg.engine.timeout = 1.0
+    cfg.engine.patience = 1.5
+    monkeypatch.setattr("specforge_exp.generation.openai_engine.pause", lambda attempt: 0.02)
+
+
+def test_what_is_asked_and_what_comes_back(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    request = simple(
+        seed=5,
+        tools=[{"type": "function"}],
+        template_kwargs={"enable_thinking": False},
+        session="s",
+    )
+    answer, [seen] = ask(cfg, [GOOD], request)
+    assert answer == Answer({"role": "assistant", "content": "hello"}, "stop", 7, 3, 5)
+    assert seen["headers"]["Modal-Session-ID"] == "s"
+    assert seen["headers"]["Authorization"] == "Bearer key"
+    assert seen["body"] == {
+        "model": "tiny_target", "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 4096, "temperature": 0.0, "top_p": 1.0, "seed": 5,
+        "tools": [{"type": "function"}], "chat_template_kwargs": {"enable_thinking": False},
+    }  # fmt: skip
+
+
+def test_thoughts_and_tool_calls_come_back(cfg: Config) -> None:
+    message = {"content": None, "reasoning_content": "hm", "tool_calls": [{"id": "1"}]}
+    given = {"choices": [{"message": message, "finish_reason": "tool_calls"}]}
+    answer, _ = ask(cfg, [given])
+    assert answer.message == {"role": "assistant", **message, "content": ""}
+    assert answer.finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [(500, {}), b"{not json", b"[]", {"choices": []}, {"choices": [{"message": {"content": 3}}]},
+     {"choices": None}, "sleep"],
+    ids=str,
+)  # fmt: skip
+def test_another_attempt_helps(cfg: Config, bad: Any) -> None:
+    answer, seen = ask(cfg, [bad, GOOD])
+    assert answer.message["content"] == "hello" and len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [((500, {}), "HTTP 500: because"), (b"{", "malformed"), ("sleep", r"engine\.timeout=1")],
+)
+def test_attempts_end(cfg: Config, bad: Any, why: str) -> None:
+    with pytest.raises(Failed, match=why):
+        ask(cfg, [bad])
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_storm_is_waited_out(cfg: Config, status: int) -> None:
+    """More refusals than attempts, since a busy server says nothing about the request."""
+    answer, seen = ask(cfg, [(status, {})] * 20 + [GOOD])
+    assert answer.message["content"] == "hello" and len(seen) == 21
+
+
+def test_retry_after_is_obeyed(cfg: Config) -> None:
+    began = time.monotonic()
+    ask(cfg, [(429, {"Retry-After": "1"}), GOOD])
+    assert time.monotonic() - began >= 1.0
+
+
+def test_a_storm_without_end_stops_the_run(cfg: Config) -> None:
+    with pytest.raises(Unreachable, match=r"too busy \(HTTP 429: because\).*what is done is kept"):
+        ask(cfg, [(429, {})])
+
+
+def test_a_connection_that_breaks_is_tried_again(cfg: Config) -> None:
+    answer, seen = ask(cfg, ["hang up", "hang up", "hang up", "hang up", GOOD])
+    assert answer.message["content"] == "hello" and len(seen) == 5
+
+
+def test_a_server_of_our_own_that_ended(cfg: Config) -> None:
+    with pytest.raises(ServerDied):
+        ask(cfg, ["hang up"], gone=lambda server: True)
+
+
+def test_a_request_that_is_refused_is_not_repeated(cfg: Config) -> None:
+    with pytest.raises(Refused, match="HTTP 400: because"):
+        ask(cfg, [(400, {}), GOOD])
+
+
+def test_a_wrong_key_is_the_users(cfg: Config) -> None:
+    with pytest.raises(InputError, match=r"HTTP 401: because; check .*OPENAI_API_KEY"):
+        ask(cfg, [(401, {})])
+
+
+def test_nobody_there_is_said_soon(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specforge_exp.generation.openai_engine.FIRST_CONTACT", 0.3)
+    cfg.engine.patience = 600.0
+    engine = OpenAIEngine(cfg, ["http://127.0.0.1:9/v1"])
+    with pytest.raises(Unreachable, match=r"http://127\.0\.0\.1:9/v1: it cannot be reached.*again"):
+        asyncio.run(engine.answer(simple()))
+
+
+def test_several_models_need_a_choice(cfg: Config) -> None:
+    async def whole(names: list[str]) -> str:
+        async def models(asked: web.Request) -> web.Response:
+            return web.Response(text=json.dumps({"data": [{"id": name} for name in names]}))
+
+        app = web.Application()
+        app.router.add_get("/v1/models", models)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        engine = OpenAIEngine(cfg, [f"http://127.0.0.1:{runner.addresses[0][1]}/v1"])
+        try:
+            return await engine.name_of(0)
+        finally:
+            await engine.close()
+            await runner.cleanup()
+
+    with pytest.raises(InputError, match=r"serves \['a', 'b'\].*engine\.served_name"):
+        asyncio.run(whole(["a", "b"]))
+    cfg.engine.served_name = "b"
+    assert asyncio.run(whole(["a", "b"])) == "b"

@@ -1,0 +1,140 @@
+"""Many conversations at a time: servers stay busy, beginnings stay where they are, ends are clean."""
+
+import asyncio
+import json
+import os
+import signal
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from instant_engine import Instant, answer_all, make_store, merged, plain, rules, said
+from test_plan import write
+
+from specforge_exp.generation.engine import Answer, Request, Unreachable
+from specforge_exp.generation.progress import Progress
+from specforge_exp.generation.run import Pace, Run, run
+from specforge_exp.training.interrupt import Interrupt
+
+
+def test_no_server_gets_more_than_its_share(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "out", write(tmp_path / "a.jsonl", *(str(n) for n in range(50))))
+    engine = Instant(servers=2)
+    answer_all(store, engine, concurrency=5)
+    assert engine.most == 10 and engine.closed
+    assert len(merged(store)[0]) == 50
+
+
+def test_beginnings_stay_on_one_server(tmp_path: Path) -> None:
+    """20 beginnings on 3 servers: hardly any is read twice, and everybody works."""
+    questions = [f"{n % 20:02d}" * 300 + str(n) for n in range(400)]
+    store = make_store(tmp_path / "out", write(tmp_path / "a.jsonl", *questions), chunk_size=64)
+    engine = Instant(servers=3)
+    answer_all(store, engine, concurrency=4)
+    seen = defaultdict(set)
+    load = defaultdict(int)
+    for request in engine.asked:
+        seen[request.messages[0]["content"][:2]].add(request.server)
+        load[request.server] += 1
+    misses = sum(len(servers) for servers in seen.values())
+    assert 400 - misses >= 0.95 * (400 - 20)
+    assert min(load.values()) > 400 / 3 / 2
+
+
+def test_a_long_answer_holds_up_nobody(tmp_path: Path) -> None:
+    """The first conversation ends after all others of its server."""
+    done = asyncio.Event()
+
+    class Slow(Instant):
+        async def answer(self, request: Request) -> Answer:
+            first = request.messages[-1]["content"] == "0"
+            if first:
+                await done.wait()
+            answer = await super().answer(request)
+            if len(self.asked) == 39 and not first:
+                done.set()
+            return answer
+
+    store = make_store(tmp_path / "out", write(tmp_path / "a.jsonl", *(str(n) for n in range(40))))
+    engine = Slow()
+    answer_all(store, engine, concurrency=2)
+    assert engine.asked[-1].messages[-1]["content"] == "0"
+    assert len(merged(store)[0]) == 40
+
+
+def test_the_rate_is_bounded(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "out", write(tmp_path / "a.jsonl", *(str(n) for n in range(20))))
+    began = time.monotonic()
+    answer_all(store, Instant(), concurrency=20, rate=100.0)
+    assert time.monotonic() - began >= 19 / 100
+
+
+def test_who_kills_servers_is_found(tmp_path: Path) -> None:
+    """Two of forty: they fail with the reason, everybody else is answered exactly once."""
+    questions = [f"{'poison ' if n in (7, 23) else ''}{n}" for n in range(40)]
+    store = make_store(tmp_path / "out", write(tmp_path / "a.jsonl", *questions), chunk_size=9)
+    answer_all(store, Instant(poison="poison"), concurrency=8)
+    done, failed = merged(store)
+    assert [json.loads(line)["id"] for line in failed] == ["7", "23"]
+    assert all(json.loads(line)["error"] == "the server dies of it" for line in failed)
+    assert [int(json.loads(x)["id"]) for x in done] == [n for n in range(40) if n not in (7, 23)]
+
+
+def test_bad_lines_fail_with_their_place(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "one", "two")
+    path.write_bytes(path.read_bytes() + b"{broken\n" + b"\xff\xfe\n" + path.read_bytes())
+    store = make_store(tmp_path / "out", path)
+    answer_all(store, Instant())
+    done, failed = merged(store)
+    assert len(done) == 2 and len(failed) == 4
+    assert [json.loads(x)["error"].split()[0] for x in failed] == [
+        "a.jsonl:3:", "a.jsonl:4:", "a.jsonl:5:", "a.jsonl:6:",
+    ]  # fmt: skip
+    assert store.total == 6 == store.counts.done + store.counts.failed
+
+
+def test_no_server_stops_the_run_and_keeps_what_is_done(tmp_path: Path) -> None:
+    def reply(request: Request) -> Answer:
+        if len(engine.asked) > 10:
+            raise Unreachable("http://x: it cannot be reached")
+        return plain(request)
+
+    path = write(tmp_path / "a.jsonl", *(str(n) for n in range(30)))
+    store = make_store(tmp_path / "out", path)
+    engine = Instant(reply=reply)
+    with pytest.raises(Unreachable, match="cannot be reached"):
+        answer_all(store, engine, concurrency=2)
+    assert engine.closed and store.counts.done >= 9
+    kept = store.counts.done
+    store.close()
+    again = make_store(tmp_path / "out", path)
+    answer_all(again, second := Instant())
+    assert len(second.asked) == 30 - kept
+    assert len(merged(again)[0]) == 30
+
+
+@pytest.mark.parametrize("drain", [5.0, 0.2])
+def test_a_signal_lets_answers_end(tmp_path: Path, drain: float) -> None:
+    """Within `drain` seconds what is under way is kept; nothing new is begun."""
+    release = 1.0
+
+    class Slow(Instant):
+        async def answer(self, request: Request) -> Answer:
+            self.asked.append(request)
+            if len(self.asked) == 4:
+                threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            await asyncio.sleep(release)
+            return said("x")
+
+    path = write(tmp_path / "a.jsonl", *(str(n) for n in range(30)))
+    store, engine = make_store(tmp_path / "out", path), Slow()
+    with Interrupt() as interrupt:
+        job = Run(store, engine, rules(), Pace(None), Progress(store, interrupt))
+        asyncio.run(run(job, 4, drain))
+        assert interrupt.number == signal.SIGTERM
+    assert len(engine.asked) == 4 and engine.closed
+    assert store.counts.done == (4 if drain > release else 0)
+    said_so = json.loads((tmp_path / "out" / "progress.json").read_text())
+    assert said_so["total"] == 30

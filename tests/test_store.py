@@ -1,0 +1,143 @@
+"""Every result exactly once, whatever ends the process in between."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+from instant_engine import Instant, answer_all, make_store, merged
+from test_plan import write
+
+from specforge_exp.errors import InputError
+from specforge_exp.generation import store as module
+
+
+def results(count: int) -> list[str]:
+    return [str(n) for n in range(count)]
+
+
+def ids(lines: list[bytes]) -> list[str]:
+    return [json.loads(line)["id"] for line in lines]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Ten conversations of which every third begins alike, so that the plan reorders them."""
+    return write(tmp_path / "train.jsonl", *(f"{n % 3}" * 200 + str(n) for n in range(10)))
+
+
+def test_results_come_in_the_order_of_the_source(tmp_path: Path, source: Path) -> None:
+    store = make_store(tmp_path / "out", source)
+    assert store.plans[0].order.tolist() != list(range(10))
+    answer_all(store, Instant())
+    done, failed = merged(store)
+    assert ids(done) == results(10) and not failed
+    assert all("answer to" in json.loads(x)["conversations"][1]["content"] for x in done)
+    assert store.counts.done == 10 and store.counts.tokens == 40
+    names = sorted(path.name for path in store.shards.iterdir())
+    assert len(names) == 3 and all(name.endswith(".jsonl") for name in names)
+    store.remove()
+    assert not store.shards.exists()
+
+
+def test_samples_follow_one_another(tmp_path: Path, source: Path) -> None:
+    store = make_store(tmp_path / "out", source, samples=3, most=4)
+    engine = Instant()
+    answer_all(store, engine)
+    done, _ = merged(store)
+    assert ids(done) == [f"{n}#{sample}" for n in range(4) for sample in range(3)]
+    assert len({request.seed for request in engine.asked}) == 12
+    assert store.total == 12 and store.plans[0].total == 10
+
+
+def test_what_a_kill_leaves_is_continued(tmp_path: Path, source: Path) -> None:
+    """Any prefix of the bytes of a journal: whole lines count, the torn one is asked again."""
+    store = make_store(tmp_path / "out", source, chunk_size=10)
+    chunk = next(store.chunks())
+    for place in range(5):
+        store.add(chunk, place, result_of(store.read(chunk, place)))
+    store.close()
+    journal = next(store.shards.glob("*.open"))
+    content = journal.read_bytes()
+    for size in range(0, len(content) + 1, 37):
+        journal.write_bytes(content[:size])
+        again = make_store(tmp_path / "out", source)
+        kept = next(again.chunks()).results
+        again.close()
+        assert sorted(kept) == list(range(content[:size].count(b"\n")))
+    again = make_store(tmp_path / "out", source)
+    answer_all(again, engine := Instant())
+    assert len(engine.asked) == 10 - len(kept)
+    assert ids(merged(again)[0]) == results(10)
+    assert again.counts.done == 10
+    shard = next(again.shards.glob("*.jsonl"))
+    again.close()
+    shard.with_name(shard.name + ".open").write_bytes(content)  # killed before it was removed
+    assert make_store(tmp_path / "out", source).counts.done == 10
+
+
+def test_two_processes_do_not_meet(tmp_path: Path, source: Path) -> None:
+    store = make_store(tmp_path / "out", source)
+    with pytest.raises(InputError, match=r"another process works on .*regen\.py status"):
+        make_store(tmp_path / "out", source)
+    store.close()
+    make_store(tmp_path / "out", source).close()
+
+
+def test_a_shard_without_its_line_in_the_manifest_counts(tmp_path: Path, source: Path) -> None:
+    store = make_store(tmp_path / "out", source)
+    answer_all(store, Instant())
+    store.close()
+    manifest = tmp_path / "out" / "manifest.jsonl"
+    manifest.write_bytes(manifest.read_bytes()[:-5])
+    again = make_store(tmp_path / "out", source)
+    assert again.counts == store.counts
+    assert list(again.chunks()) == []
+    again.close()
+    third = make_store(tmp_path / "out", source)
+    assert third.counts == store.counts
+
+
+def test_a_full_disk_tears_no_line(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write that does not fit is taken back, and said; the rest is done afterwards."""
+    store = make_store(tmp_path / "out", source, chunk_size=10)
+    chunk = next(store.chunks())
+    whole = module.write_whole
+
+    class Full:
+        """A file on a disk with room for three bytes more."""
+
+        def __init__(self, file: object) -> None:
+            self.file = file
+
+        def write(self, content: bytes) -> int:
+            return self.file.write(content[:3])  # type: ignore[attr-defined, no-any-return]
+
+        def fileno(self) -> int:
+            return self.file.fileno()  # type: ignore[attr-defined, no-any-return]
+
+    store.add(chunk, 0, result_of(store.read(chunk, 0)))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_whole", lambda file, content: whole(Full(file), content))
+        with pytest.raises(OSError, match="No space left") as error:
+            store.add(chunk, 1, result_of(store.read(chunk, 1)))
+    assert error.value.errno == errno.ENOSPC
+    store.close()
+    again = make_store(tmp_path / "out", source)
+    answer_all(again, engine := Instant())
+    assert len(engine.asked) == 9
+    assert ids(merged(again)[0]) == results(10)
+
+
+def test_a_result_twice_counts_once(tmp_path: Path, source: Path) -> None:
+    store = make_store(tmp_path / "out", source, chunk_size=10)
+    chunk = next(store.chunks())
+    for _ in range(2):
+        store.add(chunk, 3, result_of(store.read(chunk, 3)))
+    assert store.counts.done == 1
+
+
+def result_of(record: dict[str, object]) -> dict[str, object]:
+    return {**record, "finish_reasons": ["stop"], "generated_tokens": 4}
