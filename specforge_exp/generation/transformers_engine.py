@@ -1,57 +1,74 @@
-"""Answers by the target in this process: batches through transformers' own `generate`."""
+"""Answers by the target in this process, by continuous batching."""
 
-from collections.abc import Iterator
+import asyncio
 from typing import Any
 
-import torch
-
-from specforge_exp.chat import eos_token_ids
+from specforge_exp.chat import Unrenderable, eos_token_ids, prompt_ids
 from specforge_exp.config import Config
-from specforge_exp.target import load_target, load_tokenizer, set_up_torch
+from specforge_exp.generation.batcher import Batcher
+from specforge_exp.generation.engine import Answer, Refused, Request
+from specforge_exp.target import Target, load_target, load_tokenizer, set_up_torch
 
 
 class TransformersEngine:
-    """Generates answers for batches of rendered prompts.
+    """An engine over transformers; engine.concurrency conversations at a time, more wait.
+
+    Args:
+        cfg: model, engine.concurrency, device and threads are read.
+        loaded: a target and its tokenizer; None: they are loaded.
+        context: most tokens of a prompt and its answer; None, or more than the model has: the
+            model's own.
+        cache_mb: MB for the keys and values of what was computed before.
 
     Raises:
-        InputError: the target cannot be loaded.
+        InputError: the target cannot be loaded or is of a kind that needs another engine.
     """
 
-    def __init__(self, cfg: Config) -> None:
-        self.tokenizer = load_tokenizer(cfg.model)
-        self.target = load_target(cfg.model, set_up_torch(cfg), cfg.model.dtype)
-        self.options = cfg.regen
-        self.eos = sorted(eos_token_ids(cfg.model.path, self.tokenizer))
-
-    @torch.no_grad()
-    def answers(self, prompts: list[list[int]], seed: int) -> Iterator[tuple[str, int, bool]]:
-        """Text, number of tokens and whether it ended by itself, per prompt, in order.
-
-        Args:
-            prompts: token ids; padded on the left here.
-            seed: of the samples, so that a resumed run says the same.
-        """
-        width = max(len(prompt) for prompt in prompts)
-        pad = self.tokenizer.pad_token_id
-        pad = self.eos[0] if pad is None else pad
-        ids_BT = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        torch.manual_seed(seed)
-        sampled = self.options.temperature > 0
-        chosen: dict[str, Any] = {"do_sample": sampled}
-        if sampled:
-            chosen |= {"temperature": self.options.temperature, "top_p": self.options.top_p}
-            chosen |= {"top_k": 0}
-        out_BT = self.target.model.generate(
-            ids_BT.to(self.target.device),
-            attention_mask=mask_BT.to(self.target.device),
-            max_new_tokens=self.options.max_tokens,
-            eos_token_id=self.eos,
-            pad_token_id=pad,
-            **chosen,
+    def __init__(
+        self,
+        cfg: Config,
+        loaded: tuple[Target, Any] | None = None,
+        context: int | None = None,
+        cache_mb: int = 1024,
+    ) -> None:
+        device = set_up_torch(cfg)
+        if loaded is None:
+            loaded = load_target(cfg.model, device, cfg.model.dtype), load_tokenizer(cfg.model)
+        target, self.tokenizer = loaded
+        most: int = target.model.config.get_text_config().max_position_embeddings
+        self.batcher = Batcher(
+            target.model,
+            eos_token_ids(cfg.model.path, self.tokenizer),
+            cfg.engine.concurrency,
+            min(context or most, most),
+            cache_mb << 20,
         )
-        for row in out_BT[:, width:].tolist():
-            end = next((i for i, token in enumerate(row) if token in self.eos), None)
-            kept = row if end is None else row[:end]
-            text = self.tokenizer.decode(kept, skip_special_tokens=True)
-            yield text, len(kept) + (end is not None), end is not None
+
+    @property
+    def servers(self) -> int:
+        """This process alone."""
+        return 1
+
+    async def answer(self, request: Request) -> Answer:
+        """See `generation.engine.Engine`."""
+        kwargs = dict(request.template_kwargs)
+        if request.tools:
+            kwargs["tools"] = request.tools
+        try:
+            ids = prompt_ids(self.tokenizer, request.messages, kwargs)
+        except Unrenderable as error:
+            raise Refused(str(error)) from None
+        generated = await self.batcher.generate(ids, request.sampling, request.seed)
+        said = generated.ids[:-1] if generated.finish_reason == "stop" else generated.ids
+        text = self.tokenizer.decode(said, skip_special_tokens=True)
+        return Answer(
+            {"role": "assistant", "content": text},
+            generated.finish_reason,
+            len(ids),
+            len(generated.ids),
+            generated.cached_tokens,
+        )
+
+    async def close(self) -> None:
+        """Stop generating; the target's memory goes with this object."""
+        await asyncio.to_thread(self.batcher.close)

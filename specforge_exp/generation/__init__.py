@@ -1,0 +1,1 @@
+"""What answers prompts, and how many answers are wanted at a time."""

@@ -1,0 +1,272 @@
+"""Continuous batching: sequences enter and leave a running batch one by one."""
+
+import asyncio
+import threading
+from collections import Counter, deque
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specforge_exp.generation.engine import Failed, Refused, Sampling
+from specforge_exp.generation.prefixes import BLOCK, Prefixes
+from specforge_exp.generation.sampling import choose
+from specforge_exp.generation.slots import Slots
+
+CHUNK = 512
+"""Most new tokens of a sequence in one forward: masks are as wide as the sequence."""
+FORWARD = 4096
+"""Most new tokens of a forward over several sequences, padding included."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """An answer as tokens."""
+
+    ids: list[int]
+    """The end token included, if there was one."""
+    finish_reason: str
+    """stop or length."""
+    cached_tokens: int
+    """Prompt tokens whose keys and values were there already."""
+
+
+@dataclass(eq=False)
+class Row:
+    """A sequence that waits or is under way."""
+
+    prompt: list[int]
+    sampling: Sampling
+    most: int
+    """New tokens at which it ends."""
+    random: Random
+    future: asyncio.Future[Generated]
+    new: list[int] = field(default_factory=list)
+    cached: int = 0
+
+
+class Batcher:
+    """Generates for any number of sequences, `slots` of them at a time, in one thread of its own.
+
+    Args:
+        model: a causal model of transformers, on its device.
+        eos: tokens that end an answer.
+        slots: most sequences at a time; more wait.
+        context: most tokens of a sequence, prompt included.
+        cache_bytes: memory for the keys and values of what was computed before; 0: none.
+
+    Raises:
+        InputError: the model keeps more than keys and values of attention.
+    """
+
+    def __init__(
+        self, model: Any, eos: Collection[int], slots: int, context: int, cache_bytes: int = 1 << 30
+    ) -> None:
+        with torch.inference_mode():
+            self.slots = Slots(model, slots, context, aside=cache_bytes)
+            self.prefixes = Prefixes(self.slots, cache_bytes)
+        self.eos, self.context = set(eos), context
+        self.counts: Counter[str] = Counter()
+        """requests, prompt_tokens, cached_tokens, generated_tokens since the start."""
+        self.waiting: deque[Row] = deque()
+        self.rows: list[Row | None] = []
+        self.closing = False
+        self.wake = threading.Condition()
+        self.finished: list[tuple[Row, Generated | Exception]] = []
+        self.thread = threading.Thread(target=self._work, name="batcher", daemon=True)
+        self.thread.start()
+
+    @property
+    def running(self) -> int:
+        """Sequences under way."""
+        return sum(row is not None for row in self.rows)
+
+    async def generate(self, ids: list[int], sampling: Sampling, seed: int) -> Generated:
+        """The continuation of ids; cancelling the caller frees the slot.
+
+        Its samples depend on ids, sampling and seed alone, up to the rounding of a forward whose
+        shape is that of the whole batch.
+
+        Raises:
+            Refused: it does not fit the context or the memory of a slot.
+            Failed: the forward failed, or the batcher was closed.
+        """
+        if not ids or len(ids) >= self.context:
+            raise Refused(
+                f"the prompt has {len(ids)} tokens; the context of {self.context} tokens must hold "
+                "it and an answer"
+            )
+        most = min(sampling.max_tokens, self.context - len(ids))
+        if len(ids) + most > self.slots.room:
+            raise Refused(
+                f"prompt and answer may take {len(ids) + most} tokens and memory holds "
+                f"{self.slots.room} for each of {self.slots.count} sequences at a time: "
+                "lower the concurrency or max_tokens"
+            )
+        future: asyncio.Future[Generated] = asyncio.get_running_loop().create_future()
+        row = Row(ids, sampling, most, Random(seed), future)
+        with self.wake:
+            if self.closing:
+                raise Failed("the engine was closed")
+            self.waiting.append(row)
+            self.wake.notify()
+        return await future
+
+    def close(self) -> None:
+        """Stop the thread; what is under way or waiting fails."""
+        with self.wake:
+            self.closing = True
+            self.wake.notify()
+        self.thread.join()
+
+    @torch.inference_mode()
+    def _work(self) -> None:
+        while True:
+            with self.wake:
+                self.wake.wait_for(lambda: self.waiting or self.rows or self.closing)
+                if self.closing:
+                    break
+            try:
+                self._drop_cancelled()
+                self._admit()
+                self._step()
+            except (
+                Exception
+            ) as error:  # out of memory, or a model's own: these rows, not the thread
+                self._fail(Failed(f"{type(error).__name__}: {error}"))
+            self._deliver()
+        self._fail(Failed("the engine was closed"))
+        self._deliver()
+
+    def _drop_cancelled(self) -> None:
+        for slot, row in enumerate(self.rows):
+            if row is not None and row.future.cancelled():
+                self.rows[slot] = None
+
+    def _admit(self) -> None:
+        """Fill free slots from the queue, then close the gaps: active rows are the first slots."""
+        while taken := self._take():
+            for slot, row in taken:
+                places, _ = self.prefixes.match(row.prompt)
+                if places:
+                    self.prefixes.load(slot, places)
+                row.cached = len(places) * BLOCK
+            self._prefill([slot for slot, _ in taken])
+        while None in self.rows:
+            if (last := self.rows.pop()) is not None:
+                gap = self.rows.index(None)
+                self.slots.move(len(self.rows), gap, len(last.prompt) + len(last.new) - 1)
+                self.rows[gap] = last
+
+    def _take(self) -> list[tuple[int, Row]]:
+        """Put waiting sequences into free slots, in order.
+
+        One that would compute the same block as another stays behind and finds it in the cache.
+        """
+        free = [slot for slot, row in enumerate(self.rows) if row is None]
+        free += range(len(self.rows), self.slots.count)
+        taken: list[tuple[int, Row]] = []
+        behind: list[Row] = []
+        claimed = set()
+        while len(taken) < len(free) and self.waiting:
+            row = self.waiting.popleft()
+            if row.future.cancelled():
+                continue
+            _, missing = self.prefixes.match(row.prompt)
+            if missing is not None and missing in claimed:
+                behind.append(row)
+                continue
+            claimed.add(missing)
+            slot = free[len(taken)]
+            self.rows += [None] * (slot + 1 - len(self.rows))
+            self.rows[slot] = row
+            taken.append((slot, row))
+        self.waiting.extendleft(reversed(behind))
+        return taken
+
+    def _prefill(self, slots: list[int]) -> None:
+        """Compute prompts and choose each one's first token; those of similar length together."""
+        starts: dict[int, int] = {}
+        for slot in slots:
+            row = self._row(slot)
+            starts[slot] = row.cached
+            while len(row.prompt) - starts[slot] > CHUNK:
+                start = starts[slot]
+                self.slots.run([slot], [row.prompt[start : start + CHUNK]], [start])
+                starts[slot] += CHUNK
+        rest = {slot: self._row(slot).prompt[starts[slot] :] for slot in slots}
+        ordered = sorted(slots, key=lambda slot: -len(rest[slot]))
+        while ordered:
+            longest = len(rest[ordered[0]])
+            group = [s for s in ordered if len(rest[s]) * 4 >= longest * 3]
+            group = group[: max(1, FORWARD // longest)]
+            ordered = ordered[len(group) :]
+            logits_BV = self.slots.run(group, [rest[s] for s in group], [starts[s] for s in group])
+            for slot in group:
+                row = self._row(slot)
+                self.prefixes.keep(slot, row.prompt)
+                self.counts["requests"] += 1
+                self.counts["prompt_tokens"] += len(row.prompt)
+                self.counts["cached_tokens"] += row.cached
+            self._advance(group, logits_BV)
+
+    def _step(self) -> None:
+        """One token for everybody."""
+        rows = [self._row(slot) for slot in range(len(self.rows))]
+        if rows:
+            last = [len(row.prompt) + len(row.new) - 1 for row in rows]
+            logits_BV = self.slots.run(None, [row.new[-1:] for row in rows], last)
+            self._advance(list(range(len(rows))), logits_BV)
+
+    def _advance(self, slots: list[int], logits_BV: Tensor) -> None:
+        """Choose the next token of these rows; the finished leave their slots."""
+        rows = [self._row(slot) for slot in slots]
+        uniforms = [row.random.random() if row.sampling.temperature > 0 else 0.0 for row in rows]
+        tokens = choose(logits_BV, [row.sampling for row in rows], uniforms)
+        self.counts["generated_tokens"] += len(tokens)
+        for slot, row, token in zip(slots, rows, tokens, strict=True):
+            row.new.append(token)
+            ended = token in self.eos and not row.sampling.ignore_eos
+            if ended or len(row.new) >= row.most:
+                self.prefixes.keep(slot, row.prompt + row.new[:-1])
+                self.rows[slot] = None
+                reason = "stop" if ended else "length"
+                self.finished.append((row, Generated(row.new, reason, row.cached)))
+
+    def _row(self, slot: int) -> Row:
+        row = self.rows[slot]
+        assert row is not None
+        return row
+
+    def _fail(self, error: Exception) -> None:
+        """Give up everything under way; when closing, what waits too."""
+        rows = [row for row in self.rows if row is not None]
+        if self.closing:
+            rows += self.waiting
+            self.waiting.clear()
+        self.rows = []
+        self.finished += [(row, error) for row in rows]
+
+    def _deliver(self) -> None:
+        """Hand results to the event loops that wait for them, one call per loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Row, Generated | Exception]]] = {}
+        for row, result in self.finished:
+            by_loop.setdefault(row.future.get_loop(), []).append((row, result))
+        self.finished = []
+        for loop, results in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(resolve, results)
+
+
+def resolve(results: list[tuple[Row, Generated | Exception]]) -> None:
+    """Set results of futures that nobody has cancelled."""
+    for row, result in results:
+        if row.future.done():
+            continue
+        if isinstance(result, Exception):
+            row.future.set_exception(result)
+        else:
+            row.future.set_result(result)
