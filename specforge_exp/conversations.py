@@ -2,7 +2,8 @@
 
     {"id": str, "conversations": [{"role": "system|user|assistant|tool", "content": str, ...}, ...]}
 
-ShareGPT's from/value pairs and OpenAI's `messages` are accepted on input.
+ShareGPT's from/value pairs and OpenAI's `messages` are accepted on input. `tools` of the record
+and `tool_calls` and `reasoning_content` of its messages stay.
 """
 
 import hashlib
@@ -11,19 +12,20 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from specforge_exp.errors import InputError
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
+_NAMES = {
+    "system": "system developer",
+    "user": "user human",
+    "assistant": "assistant gpt chatgpt bing bard model function_call tool_call",
+    "tool": "tool function observation ipython tool_response function_response",
 }
+ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
+"""What data sets call the four roles."""
+LISTS = ("conversations", "messages", "conversation")
+IDS = ("id", "uuid", "prompt_id", "conversation_id")
 
 
 class BadRecord(ValueError):
@@ -33,22 +35,32 @@ class BadRecord(ValueError):
 def normalise(record: Any) -> dict[str, Any]:
     """One conversation in the project's form.
 
-    Keeps extra keys of the record and of its messages (tool calls, categories). A record without
-    an id gets one from its content, so the same conversation always has the same id.
+    Keeps extra keys of the record and of its messages (tool calls, categories). `tools` becomes a
+    list, a `system` text beside the messages becomes the first of them. A record without an id
+    (see IDS) gets one from its content, so the same conversation always has the same id.
 
     Raises:
-        BadRecord: it has no messages, an unknown role or content that is not text.
+        BadRecord: it has no messages, an unknown role, content that is not text or `tools` that
+            are not a JSON list.
     """
     if not isinstance(record, dict):
         raise BadRecord(f"a {type(record).__name__} where an object was expected")
-    found = next((key for key in ("conversations", "messages") if record.get(key)), None)
+    found = next((key for key in LISTS if record.get(key)), None)
     if found is None:
         raise BadRecord("no `conversations` or `messages`")
     if not isinstance(record[found], list):
         raise BadRecord(f"`{found}` is not a list")
     messages = [normalise_message(message) for message in record[found]]
-    rest = {key: value for key, value in record.items() if key not in ("id", found)}
-    name = record.get("id")
+    named = next((key for key in IDS if record.get(key) is not None), "id")
+    rest = {key: value for key, value in record.items() if key not in ("id", named, found)}
+    if "tools" in rest:
+        tools = normalise_tools(rest.pop("tools"))
+        rest |= {"tools": tools} if tools else {}
+    if isinstance(rest.get("system"), str):
+        system = rest.pop("system")
+        if system.strip() and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+    name = record.get(named)
     return {
         "id": content_id(messages) if name is None else str(name),
         "conversations": messages,
@@ -61,7 +73,7 @@ def normalise_message(message: Any) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise BadRecord("a message is not an object")
     role = message.get("role", message.get("from"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise BadRecord(f"unknown role {role!r}; valid: {', '.join(ROLES)}")
     content = message.get("content", message.get("value"))
     if content is None and message.get("tool_calls"):
@@ -69,7 +81,36 @@ def normalise_message(message: Any) -> dict[str, Any]:
     if not isinstance(content, str):
         raise BadRecord(f"the content of a {role} message is not text")
     rest = {k: v for k, v in message.items() if k not in ("role", "from", "content", "value")}
+    if role in ("function_call", "tool_call"):
+        calls = called(content)
+        if calls:
+            content, rest["tool_calls"] = "", calls
     return {"role": ROLES[role], "content": content, **rest}
+
+
+def called(text: str) -> list[dict[str, Any]]:
+    """ShareGPT's calls, `{"name": ..., "arguments": ...}` or a list of them; [] for other text."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return []
+    calls = found if isinstance(found, list) else [found]
+    if not all(isinstance(call, dict) and "name" in call for call in calls):
+        return []
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def normalise_tools(tools: Any) -> list[Any]:
+    """The tools of a record, given as a list, as one tool or as JSON; raises BadRecord."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else []
+        except ValueError as error:
+            raise BadRecord(f"`tools` is not JSON: {error}") from None
+    tools = [tools] if isinstance(tools, dict) else tools or []
+    if not isinstance(tools, list):
+        raise BadRecord("`tools` is not a list")
+    return tools
 
 
 def content_id(messages: list[dict[str, Any]]) -> str:
@@ -78,22 +119,35 @@ def content_id(messages: list[dict[str, Any]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def encode(value: Any, sort: bool = False) -> bytes:
+    """A value as JSON in UTF-8, NaN and infinity as null; `sort` orders the keys.
+
+    Raises:
+        UnicodeEncodeError: it holds half of a surrogate pair.
+        TypeError, ValueError, RecursionError: JSON has no such value.
+    """
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS if sort else None)
+    except TypeError:  # also integers above 64 bits, which are JSON all the same
+        return json.dumps(value, sort_keys=sort, ensure_ascii=False).encode()
+
+
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> int:
     """Write one JSON object per line; returns how many."""
     count = 0
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("wb") as file:
         for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(encode(record) + b"\n")
             count += 1
     return count
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file that one of our stages wrote; InputError names file and line."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield normalise(json.loads(line))
+                yield normalise(orjson.loads(line))
             except ValueError as error:
                 raise InputError(f"{path}:{number}: {error}") from None
 

@@ -77,7 +77,7 @@ def test_everything_read_is_accounted_for(tmp_path: Path, caplog: pytest.LogCapt
 def test_nothing_rejected_leaves_no_file(tmp_path: Path) -> None:
     folder = prep(config(tmp_path, [Source("synthetic:train", limit=8)]))
     names = {path.name for path in folder.iterdir()}
-    assert names == {"train.jsonl", "eval.jsonl", "run.json"}
+    assert names == {"train.jsonl", "eval.jsonl", "account.json", "run.json"}
 
 
 def test_max_turns_counts_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -193,12 +193,11 @@ def test_an_interrupted_run_leaves_nothing_complete(
 ) -> None:
     cfg = config(tmp_path, [Source("synthetic:train", limit=8)])
 
-    def killed(path: Path, records: object) -> int:
-        path.write_text('{"half')
+    def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "write_jsonl", killed)
+        patch.setattr(stage, "drop_known", killed)
         with pytest.raises(KeyboardInterrupt):
             prep(cfg)
     folder = paths.prompts_dir(cfg)

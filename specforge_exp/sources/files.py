@@ -1,17 +1,21 @@
 """Raw records out of .jsonl, .json and .parquet files, also gzipped, with the place of each."""
 
 import gzip
+import io
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 from specforge_exp.errors import InputError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
-COLUMNS = "id conversations messages task_id prompt question".split()
 RAW_CHARACTERS = 2000
+CHUNK_CHARACTERS = 2**20
+BATCH_ROWS = 1000
+SPACE = re.compile(r"[ \t\r\n]*")
 INSTALL_DATA = "pip install -c constraints.txt datasets pyarrow"
 
 
@@ -26,12 +30,33 @@ class Rejected:
     raw: str
     """The record as it was found; a long one is cut at RAW_CHARACTERS."""
 
+    @property
+    def kind(self) -> str:
+        """The reason without its details."""
+        return re.split("[:;]", self.reason)[0]
+
 
 Raw = tuple[str, Any]
 """Where a record stands, and its parsed content."""
 
 
-def parse(name: str, file: IO[bytes]) -> Iterator[Raw | Rejected]:
+class Columns(NamedTuple):
+    """What is read of a table; a .jsonl or .json record is read whole."""
+
+    needed: frozenset[str]
+    """A table has at least one of these."""
+    optional: frozenset[str]
+    """Also read where it has them."""
+
+    def of(self, name: str, found: list[str]) -> list[str]:
+        """The columns to read, or an InputError that lists what there is."""
+        if not self.needed.intersection(found):
+            wanted = " or ".join(f"`{column}`" for column in sorted(self.needed))
+            raise InputError(f"{name} has the columns {', '.join(found)}; expected {wanted}")
+        return [column for column in found if column in self.needed | self.optional]
+
+
+def parse(name: str, file: IO[bytes], columns: Columns) -> Iterator[Raw | Rejected]:
     """The records of one file; its name tells the format.
 
     Raises:
@@ -43,11 +68,11 @@ def parse(name: str, file: IO[bytes]) -> Iterator[Raw | Rejected]:
         if name.endswith(".gz"):
             name, file = name.removesuffix(".gz"), cast(IO[bytes], gzip.GzipFile(fileobj=file))
         if name.endswith(".parquet"):
-            yield from parse_parquet(name, file)
+            yield from parse_parquet(name, file, columns)
         elif name.endswith(".jsonl"):
             yield from parse_lines(name, file)
         else:
-            yield from parse_json(name, file.read())
+            yield from parse_json(name, file)
     except (EOFError, gzip.BadGzipFile) as error:
         raise InputError(f"{name} is a broken gzip file: {error}; fetch it again") from None
 
@@ -68,25 +93,72 @@ def parse_lines(name: str, lines: Iterable[bytes]) -> Iterator[Raw | Rejected]:
             yield Rejected(where, f"not JSON: {error}", text[:RAW_CHARACTERS])
 
 
-def parse_json(name: str, data: bytes) -> Iterator[Raw | Rejected]:
+def parse_json(name: str, file: IO[bytes]) -> Iterator[Raw | Rejected]:
     """A list of records, an object of records by name, one record, or lines after all."""
+    if file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        file.seek(0)
+        yield from parse_list(name, file)
+        return
+    file.seek(0)
+    first = file.readline()
     try:
-        content = json.loads(data.decode("utf-8-sig"))
+        json.loads(first)
+        second = file.readline()
+    except (ValueError, RecursionError):
+        second = b""
+    if second.strip():  # JSON lines under the name .json are common
+        yield from parse_lines(name, itertools.chain([first, second], file))
+        return
+    try:
+        content = json.loads((first + second + file.read()).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        if str(error).startswith("Extra data"):  # JSON lines under the name .json are common
-            yield from parse_lines(name, data.splitlines())
-            return
         raise InputError(f"{name} is not JSON: {error}; a file of lines is named .jsonl") from None
-    if isinstance(content, dict):
-        by_name = content and all(isinstance(value, dict) for value in content.values())
-        content = list(content.values()) if by_name else [content]
-    if not isinstance(content, list):
+    if not isinstance(content, dict):
         raise InputError(f"{name} holds a {type(content).__name__}, not a list of records")
-    for number, record in enumerate(content):
+    by_name = content and all(isinstance(value, dict) for value in content.values())
+    for number, record in enumerate(content.values() if by_name else [content]):
         yield f"{name}#{number}", record
 
 
-def parse_parquet(name: str, file: IO[bytes]) -> Iterator[Raw]:
+def parse_list(name: str, file: IO[bytes]) -> Iterator[Raw]:
+    """The records of a JSON list one by one: the file may be larger than memory.
+
+    Bytes that are no UTF-8 become what no JSON file can hold, so that only their record is lost.
+    """
+    decode = json.JSONDecoder().raw_decode
+    reader = io.TextIOWrapper(cast(Any, file), encoding="utf-8-sig", errors="surrogateescape")
+    text, place, number, mark = "", 0, 0, "["
+    while True:
+        try:
+            start = after_space(text, place)
+            if text[start] == "]" and mark == ",":
+                break
+            if text[start] != mark:
+                raise InputError(f"{name} is not JSON: no `{mark}` after {number} records")
+            start = after_space(text, start + 1)
+            if text[start] == "]" and mark == "[":
+                break
+            record, end = decode(text, start)
+            text[end]  # a list goes on after a record; at the end of the text it may be half of one
+        except (ValueError, IndexError, RecursionError) as error:
+            more = reader.read(max(CHUNK_CHARACTERS, len(text) - place))
+            if not more:
+                why = f"broken after {number} records: {error}"
+                raise InputError(f"{name} is not JSON: {why}; fetch it again") from None
+            text, place = text[place:] + more, 0
+            continue
+        yield f"{name}#{number}", record
+        number, mark, place = number + 1, ",", end
+    if (text[start + 1 :] + reader.read()).strip():
+        raise InputError(f"{name} is not JSON: it goes on after its list of {number} records")
+
+
+def after_space(text: str, place: int) -> int:
+    """Where the white space at `place` ends."""
+    return cast(re.Match[str], SPACE.match(text, place)).end()
+
+
+def parse_parquet(name: str, file: IO[bytes], columns: Columns) -> Iterator[Raw]:
     """The rows of a Parquet file, only the columns that matter."""
     try:
         import pyarrow
@@ -95,23 +167,13 @@ def parse_parquet(name: str, file: IO[bytes]) -> Iterator[Raw]:
         raise InputError(f"{name} needs: {INSTALL_DATA}") from None
     try:
         table = parquet.ParquetFile(file)
-        columns = wanted_columns(name, table.schema_arrow.names)
+        wanted = columns.of(name, table.schema_arrow.names)
         number = itertools.count()
-        for batch in table.iter_batches(columns=columns):
+        for batch in table.iter_batches(BATCH_ROWS, columns=wanted):
             for row in batch.to_pylist():
                 yield f"{name}#{next(number)}", without_nulls(row)
     except pyarrow.ArrowException as error:
         raise InputError(f"{name} is not a readable Parquet file: {error}") from None
-
-
-def wanted_columns(name: str, columns: list[str]) -> list[str]:
-    """The columns that any format reads, or an InputError that lists what there is."""
-    wanted = [column for column in columns if column in COLUMNS]
-    if not wanted or wanted == ["id"]:
-        raise InputError(
-            f"{name} has the columns {', '.join(columns)}; expected `conversations` or `messages`"
-        )
-    return wanted
 
 
 def without_nulls(value: Any) -> Any:

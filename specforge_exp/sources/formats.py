@@ -2,13 +2,17 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from specforge_exp.conversations import BadRecord, normalise
-from specforge_exp.sources.files import RAW_CHARACTERS, Raw, Rejected
+from specforge_exp.conversations import IDS, LISTS, BadRecord, encode, normalise
+from specforge_exp.sources.files import RAW_CHARACTERS, Columns, Raw, Rejected
 
 QUESTION_WORDS = "what how why who where when which".split()
 QUESTION_LENGTH = 8
+MARK = "<image>"
+MORE = "system tools image url source".split()
+"""Columns that are kept beside a conversation."""
 
 Record = dict[str, Any]
 
@@ -20,7 +24,7 @@ def convert(item: Raw, adapt: Callable[[Any], Any]) -> Record | Rejected:
         record = normalise(adapt(value))
         if not any(m["role"] == "user" and m["content"].strip() for m in record["conversations"]):
             raise BadRecord("no user message")
-        json.dumps(record, ensure_ascii=False).encode()
+        encode(record)
         return record
     except UnicodeEncodeError:
         reason = "half of a surrogate pair: its text is no valid Unicode"
@@ -28,13 +32,47 @@ def convert(item: Raw, adapt: Callable[[Any], Any]) -> Record | Rejected:
         reason = str(error)
     except (ValueError, TypeError, RecursionError) as error:
         reason = f"cannot be written as JSON: {error}"
-    raw = json.dumps(value, default=str) if not isinstance(value, str) else value
-    return Rejected(where, reason, raw[:RAW_CHARACTERS])
+    return Rejected(where, reason, json.dumps(value, default=str)[:RAW_CHARACTERS])
 
 
 def as_it_is() -> Callable[[Any], Any]:
     """format=conversations: the record is one."""
     return lambda value: value
+
+
+def image() -> Callable[[Any], Any]:
+    """format=image: conversations about a picture; the `<image>` marks leave the text.
+
+    What `image` says of the picture (a path, a URL) stays in the record.
+    """
+
+    def without_marks(message: Any) -> Any:
+        if not isinstance(message, dict):
+            return message
+        found = {k: v for k, v in message.items() if isinstance(v, str) and MARK in v}
+        return message | {key: text.replace(MARK, "").strip() for key, text in found.items()}
+
+    def dialog(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        lists = {key: value[key] for key in LISTS if isinstance(value.get(key), list)}
+        return value | {key: [without_marks(m) for m in found] for key, found in lists.items()}
+
+    return dialog
+
+
+def instruction() -> Callable[[Any], Any]:
+    """format=instruction: Alpaca's `instruction` (and `input`), and `output` or `response`."""
+
+    def task(value: Any) -> Record:
+        asks = text_of(value, "instruction")
+        if isinstance(value.get("input"), str) and value["input"].strip():
+            asks += "\n\n" + value["input"]
+        answer = {"role": "assistant", "content": text_of(value, "output", "response")}
+        kept = {key: value[key] for key in (*IDS, *MORE) if key in value}
+        return kept | {"conversations": [*asked(asks)["conversations"], answer]}
+
+    return task
 
 
 def chitchat() -> Callable[[Any], Any]:
@@ -106,9 +144,26 @@ def asked(text: str) -> Record:
     return {"conversations": [{"role": "user", "content": text}]}
 
 
-FORMATS: dict[str, Callable[[], Callable[[Any], Any]]] = {
-    "conversations": as_it_is,
-    "chitchat": chitchat,
-    "humaneval": humaneval,
-    "gsm8k": gsm8k,
+@dataclass(frozen=True)
+class Format:
+    """How the records of a source read."""
+
+    adapt: Callable[[], Callable[[Any], Any]]
+    """Makes what turns a raw record into one that `conversations.normalise` takes."""
+    columns: Columns
+    """What is read of a table."""
+
+
+def format_of(adapt: Callable[[], Callable[[Any], Any]], needed: str, optional: str = "") -> Format:
+    """A format; ids are read of every table."""
+    return Format(adapt, Columns(frozenset(needed.split()), frozenset([*optional.split(), *IDS])))
+
+
+FORMATS = {
+    "conversations": format_of(as_it_is, " ".join(LISTS), " ".join(MORE)),
+    "image": format_of(image, " ".join(LISTS), " ".join(MORE)),
+    "instruction": format_of(instruction, "instruction", "input output response system tools"),
+    "chitchat": format_of(chitchat, "messages"),
+    "humaneval": format_of(humaneval, "prompt", "task_id"),
+    "gsm8k": format_of(gsm8k, "question prompt"),
 }

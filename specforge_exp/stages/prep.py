@@ -1,24 +1,32 @@
 """prep: collect the prompts of a data set.
 
-Reads the sources of data.train and data.eval; writes datasets/<data>/: train.jsonl, eval.jsonl
-and, for records that are no conversation, train.rejected.jsonl and eval.rejected.jsonl.
+Reads the sources of data.train and data.eval; writes datasets/<data>/: train.jsonl, eval.jsonl,
+account.json and, for records that are no conversation, train.rejected.jsonl and
+eval.rejected.jsonl. Records go to disk as they are read: memory holds 16 bytes of hashes each.
 """
 
 import hashlib
+import itertools
 import logging
+import shlex
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import orjson
 from tqdm import tqdm
 
 from specforge_exp import paths
-from specforge_exp.artifacts import Fingerprint, reusable, writing
+from specforge_exp.artifacts import Fingerprint, read_record, reusable, writing
 from specforge_exp.config import Config, Source
-from specforge_exp.conversations import content_id, write_jsonl
+from specforge_exp.conversations import encode
 from specforge_exp.errors import InputError
-from specforge_exp.provenance import sha256
+from specforge_exp.provenance import sha256, write_json
 from specforge_exp.sources import Rejected, from_first_user, local_files, read, reasons
 
 log = logging.getLogger(__name__)
@@ -28,19 +36,35 @@ Record = dict[str, Any]
 
 @dataclass
 class Split:
-    """The conversations of train or eval, what was set aside, and the account of it."""
+    """The files of train or eval, and the account of what went where."""
 
-    kept: list[Record] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
+    path: Path
+    out: IO[bytes]
+    aside: IO[bytes]
+    read: int = 0
+    kept: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Records that are no conversation, by reason."""
     counts: Counter[str] = field(default_factory=Counter)
     """What left the split besides the rejected, by reason."""
     cuts: Counter[str] = field(default_factory=Counter)
-    """Conversations that were kept, but shortened."""
-    read: int = 0
+    """Conversations that were kept, but changed or worth a word."""
+    first: Rejected | None = None
+
+    def keep(self, record: Record) -> None:
+        """Write a conversation."""
+        self.out.write(encode(record) + b"\n")
+        self.kept += 1
+
+    def reject(self, item: Rejected) -> None:
+        """Set a record aside."""
+        self.first = self.first or item
+        self.rejected[item.kind] += 1
+        self.aside.write(encode(asdict(item)) + b"\n")
 
     def account(self) -> str:
         """Where everything went: read = kept + rejected (by reason) + ..."""
-        parts = [f"kept {len(self.kept)}", f"rejected {len(self.rejected)}"]
+        parts = [f"kept {self.kept}", f"rejected {self.rejected.total()}"]
         if self.rejected:
             parts[-1] += f" ({reasons(self.rejected)})"
         parts += [f"{what} {count}" for what, count in self.counts.items()]
@@ -55,69 +79,87 @@ def prep(cfg: Config) -> Path:
         raise InputError(
             "data.train names no source; choose data=sharegpt, or data=local data.path=<file>"
         )
-    files = [file for source in [*cfg.data.train, *cfg.data.eval] for file in local_files(source)]
-    settings = {
+    settings: dict[str, Any] = {
         "data.train": [asdict(source) for source in cfg.data.train],
         "data.eval": [asdict(source) for source in cfg.data.eval],
         "data.split_eval": cfg.data.split_eval,
         "data.sample_size": cfg.data.sample_size,
         "data.max_turns": cfg.data.max_turns,
-        "number of local files": len(files),
     }
+    if cfg.prep.check:
+        return check(cfg, folder, settings)
+    files = [file for source in [*cfg.data.train, *cfg.data.eval] for file in local_files(source)]
+    settings["number of local files"] = len(files)
     fingerprint = Fingerprint({str(file): sha256(file) for file in files}, settings)
     if reusable(folder / "run.json", fingerprint, cfg.prep.force, "prep"):
         return folder
     with writing(folder, fingerprint, cfg) as partial:
-        train = collect(cfg, "train", cfg.data.train, cfg.data.sample_size)
-        if cfg.data.eval:
-            held_out = collect(cfg, "eval", cfg.data.eval, None)
-        else:
-            held_out = hold_out(train, cfg.data.split_eval)
-        drop_known(held_out, train)
+        with opened(partial, "train") as train, opened(partial, "eval") as held_out:
+            fill(cfg, train, held_out)
         for name, split in (("train", train), ("eval", held_out)):
-            log.info("prep: %s: %s", name, split.account())
+            report(name, split, folder)
             if not split.kept and (name == "train" or cfg.data.eval):
                 raise InputError(f"data.{name} is left without a conversation: {split.account()}")
-            write_jsonl(partial / f"{name}.jsonl", split.kept)
-            if split.rejected:
-                write_jsonl(partial / f"{name}.rejected.jsonl", map(asdict, split.rejected))
-                first = split.rejected[0]
-                log.warning(
-                    "prep: set aside in %s.rejected.jsonl, the first: %s: %s",
-                    folder / name, first.where, first.reason,
-                )  # fmt: skip
-    log.info("prep: %d + %d conversations in %s", len(train.kept), len(held_out.kept), folder)
+        counts = {"train": train.kept, "eval": held_out.kept}
+        account = {"train": train.account(), "eval": held_out.account()}
+        write_json(partial / "account.json", {"conversations": counts, "account": account})
+    log.info("prep: %d + %d conversations in %s", train.kept, held_out.kept, folder)
     return folder
 
 
-def collect(cfg: Config, name: str, sources: list[Source], most: int | None) -> Split:
-    """Read sources in order into at most `most` different conversations, cut to max_turns."""
-    split = Split()
-    contents: set[str] = set()
-    ids: set[str] = set()
-    bar = tqdm(desc=f"prep {name}", unit="conv", disable=None)
-    items = (item for source in sources for item in read(source))
-    while most is None or len(split.kept) < most:
-        item = next(items, None)
-        if item is None:
-            break
+@contextmanager
+def opened(folder: Path, name: str) -> Iterator[Split]:
+    """A split to write to; without rejected records it leaves no file of them."""
+    path, rejected = folder / f"{name}.jsonl", folder / f"{name}.rejected.jsonl"
+    with path.open("wb") as out, rejected.open("wb") as aside:
+        split = Split(path, out, aside)
+        yield split
+    if not split.rejected:
+        rejected.unlink()
+
+
+def fill(cfg: Config, train: Split, held_out: Split) -> None:
+    """Write both splits; what is held out is chosen by `rank` unless data.eval names it."""
+    share = 0.0 if cfg.data.eval else cfg.data.split_eval
+    for record in different(cfg, train, cfg.data.train, cfg.data.sample_size):
+        (held_out if share and rank(record["id"]) < share else train).keep(record)
+    if cfg.data.eval:
+        for record in different(cfg, held_out, cfg.data.eval, None):
+            held_out.keep(record)
+    train.out.flush()
+    held_out.out.flush()
+    if share:
+        leave_one_each(train, held_out)
+        held_out.read = train.counts["held out"] = held_out.kept
+    drop_known(train, held_out)
+
+
+def different(
+    cfg: Config, split: Split, sources: list[Source], most: int | None
+) -> Iterator[Record]:
+    """At most `most` different conversations of the sources, in order, cut to max_turns."""
+    contents: set[int] = set()
+    ids: set[int] = set()
+    items = itertools.chain.from_iterable(map(read, sources))
+    for item in tqdm(items, desc=f"prep {split.path.stem}", unit="conv", disable=None):
         split.read += 1
-        bar.update()
         if isinstance(item, Rejected):
-            split.rejected.append(item)
+            split.reject(item)
             continue
         record = shorten(item, cfg.data.max_turns, split.cuts)
-        content = content_id(record["conversations"])
+        content = content_hash(record)
         if content in contents:
             split.counts["duplicate"] += 1
             continue
         contents.add(content)
-        if record["id"] in ids:  # two sources may both count from 0
-            record = {**record, "id": f"{record['id']}-{content}"}
-        ids.add(record["id"])
-        split.kept.append(record)
-    bar.close()
-    return split
+        if short_hash(record["id"].encode()) in ids:  # two sources may both count from 0
+            record = {**record, "id": f"{record['id']}-{content:016x}"}
+        ids.add(short_hash(record["id"].encode()))
+        if record.get("image"):
+            split.cuts["about a picture"] += 1
+        yield record
+        if len(contents) == most:
+            return
 
 
 def shorten(record: Record, max_turns: int | None, cuts: Counter[str]) -> Record:
@@ -133,22 +175,67 @@ def shorten(record: Record, max_turns: int | None, cuts: Counter[str]) -> Record
     return {**shorter, "conversations": messages[: ends[max_turns - 1]]}
 
 
-def hold_out(train: Split, share: float) -> Split:
-    """Move about `share` of the conversations out of train, chosen by a hash of their id.
+def leave_one_each(train: Split, held_out: Split) -> None:
+    """Move one conversation where a share above 0 took none of two, or all.
 
-    The choice does not depend on what else is in the data set, save that a share above 0 takes at
-    least one conversation and leaves at least one.
+    The share itself is by `rank`, so that it does not depend on what else is in the data set.
     """
-    ranks = {record["id"]: rank(record["id"]) for record in train.kept}
-    ordered = sorted(ranks, key=ranks.__getitem__)
-    count = sum(value < share for value in ranks.values())
-    if share > 0:
-        count = min(max(count, 1), len(ordered) - 1)
-    chosen = set(ordered[: max(count, 0)])
-    split = Split(kept=[r for r in train.kept if r["id"] in chosen], read=len(chosen))
-    train.kept = [r for r in train.kept if r["id"] not in chosen]
-    train.counts["held out"] += len(chosen)
-    return split
+    if held_out.kept and not train.kept:
+        giver, taker, pick = held_out, train, max
+    elif train.kept > 1 and not held_out.kept:
+        giver, taker, pick = train, held_out, min
+    else:
+        return
+    with giver.path.open("rb") as file:
+        ranks = ((rank(orjson.loads(line)["id"]), number) for number, line in enumerate(file))
+        _, moved = pick(ranks)
+    rewrite(giver, [moved], taker)
+
+
+def drop_known(train: Split, held_out: Split) -> None:
+    """Leave out held-out conversations that open as a training conversation does."""
+    with held_out.path.open("rb") as file:
+        asked = [opening(orjson.loads(line)) for line in file]
+    wanted = set(asked)
+    with train.path.open("rb") as file:
+        known = {found for line in file if (found := opening(orjson.loads(line))) in wanted}
+    dropped = [number for number, hashed in enumerate(asked) if hashed in known]
+    if dropped:
+        held_out.counts["asked in training too"] += len(dropped)
+        rewrite(held_out, dropped, None)
+
+
+def rewrite(giver: Split, numbers: list[int], taker: Split | None) -> None:
+    """Take the lines of these numbers out of a split, into another one or out of both."""
+    leaving, rest = set(numbers), giver.path.with_name("rest")
+    with giver.path.open("rb") as lines, rest.open("wb") as out:
+        for number, line in enumerate(lines):
+            if number not in leaving:
+                out.write(line)
+            elif taker:
+                taker.out.write(line)
+                taker.kept += 1
+    rest.replace(giver.path)
+    giver.kept -= len(leaving)
+    if taker:
+        taker.out.flush()
+
+
+def short_hash(data: bytes) -> int:
+    """64 bits: among ten million records two differing ones meet with a chance of 3e-6."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def content_hash(record: Record) -> int:
+    """Equal for records that put the same to a model: messages, tools and picture."""
+    content = [record["conversations"], record.get("tools"), record.get("image")]
+    return short_hash(encode(content, sort=True))
+
+
+def opening(record: Record) -> int:
+    """Hash of the first user message and of the picture it is about."""
+    asked = next(m["content"] for m in record["conversations"] if m["role"] == "user")
+    return short_hash(encode([asked, record.get("image")]))
 
 
 def rank(name: str) -> float:
@@ -156,15 +243,57 @@ def rank(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
-def drop_known(held_out: Split, train: Split) -> None:
-    """Leave out held-out conversations that open as a training conversation does."""
-    known = {opening(record) for record in train.kept}
-    fresh = [record for record in held_out.kept if opening(record) not in known]
-    if len(fresh) < len(held_out.kept):
-        held_out.counts["asked in training too"] += len(held_out.kept) - len(fresh)
-    held_out.kept = fresh
+def report(name: str, split: Split, folder: Path) -> None:
+    """Say where the records of a split went."""
+    log.info("prep: %s: %s", name, split.account())
+    if split.first:
+        log.warning(
+            "prep: set aside in %s.rejected.jsonl, the first: %s: %s",
+            folder / name, split.first.where, split.first.reason,
+        )  # fmt: skip
+    if split.cuts["about a picture"]:
+        log.warning(
+            "prep: %s: %d conversations are about a picture; only their text is used, `image` "
+            "keeps the reference: training on pictures is out of scope",
+            name, split.cuts["about a picture"],
+        )  # fmt: skip
 
 
-def opening(record: Record) -> str:
-    """The first user message."""
-    return str(next(m["content"] for m in record["conversations"] if m["role"] == "user"))
+def check(cfg: Config, folder: Path, settings: dict[str, Any]) -> Path:
+    """Say whether the data set is there, how large, and whether its inputs changed.
+
+    Raises:
+        InputError: it is not there; the message is the command that makes it.
+    """
+    options = [a for a in sys.argv[1:] if "=" in a and not a.startswith("prep.check=")]
+    command = shlex.join(["python", "prep.py", *options])
+    made = folder / "run.json"
+    if not made.exists():
+        raise InputError(f"{folder} does not exist; make it with: {command}")
+    record = read_record(made)
+    account = folder / "account.json"
+    counts = read_record(account)["conversations"] if account.exists() else {}
+    size = sum(file.stat().st_size for file in folder.glob("*.jsonl")) / 1e6
+    when = datetime.fromisoformat(record["finished"]).astimezone()
+    log.info(
+        "prep: %s: %s training and %s held-out conversations, %.1f MB, made %s",
+        folder, counts.get("train", "?"), counts.get("eval", "?"), size, f"{when:%Y-%m-%d %H:%M}",
+    )  # fmt: skip
+    changes = Fingerprint({}, settings).changes(record)
+    try:
+        found = {
+            str(file): file.stat().st_mtime
+            for source in [*cfg.data.train, *cfg.data.eval]
+            for file in local_files(source)
+        }
+        changes += [f"{name} is gone" for name in record["inputs"] if name not in found]
+        changes += [f"{name} is new" for name in found if name not in record["inputs"]]
+        changes += [f"{n} was written later" for n, t in found.items() if t > made.stat().st_mtime]
+    except InputError as error:
+        changes.append(str(error))
+    if changes:
+        again = f"{command} prep.force=true"
+        log.warning("prep: it was made of something else: %s; again: %s", "; ".join(changes), again)
+    else:
+        log.info("prep: its inputs have not changed")
+    return folder
