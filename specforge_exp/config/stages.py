@@ -104,6 +104,8 @@ class PathsConfig:
 class PrepConfig:
     """python prep.py"""
 
+    check: bool = False
+    """Only say whether the data set is there, how large it is and whether its inputs changed."""
     force: bool = False
     """Make it again even if it is complete."""
 
