@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_regen import Record, read, say
 
 from specforge_exp import paths
 from specforge_exp.config import Config
@@ -14,6 +13,18 @@ from specforge_exp.conversations import write_jsonl
 from specforge_exp.errors import InputError
 from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.tokens import read_split
+
+Record = dict[str, Any]
+
+
+def say(*texts: str, name: str = "c") -> Record:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    return {"id": name, "conversations": messages}
+
+
+def read(path: Path) -> list[Record]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture

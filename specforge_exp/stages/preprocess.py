@@ -1,30 +1,50 @@
 """preprocess: conversations -> token ids, supervised turns and the draft's vocabulary.
 
 Reads datasets/<data>--<model>/ (or datasets/<data>/ with preprocess.source=prep); writes
-datasets/<data>--<model>.tokens/. Loss masks come from the target's own chat template.
+datasets/<data>--<model>.tokens/. Loss masks come from the target's own chat template; report.json
+says what they look like, what was set aside and how much the draft's vocabulary covers.
 """
 
 import json
 import logging
+import shutil
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoConfig
 
 from specforge_exp import paths
 from specforge_exp.artifacts import Fingerprint, require, reusable, writing
-from specforge_exp.chat import Encoded, Unrenderable, encode, eos_token_ids
+from specforge_exp.blocks import Block, cut, encode_blocks, read_encoded
 from specforge_exp.config import Config
-from specforge_exp.conversations import read_jsonl, write_jsonl
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
-from specforge_exp.provenance import model_digest, sha256
-from specforge_exp.target import load_tokenizer
-from specforge_exp.tokens import ShardWriter, read_split, supervised_counts
+from specforge_exp.provenance import model_digest, sha256, write_json
+from specforge_exp.tokens import Ints, ShardWriter, packing
 
 log = logging.getLogger(__name__)
+
+OPTIONS = ("source", "overlong", "last_turn_only", "thinking")
+"""Options of this stage that change its result."""
+ENOUGH = 0.95
+"""Coverage below this is worth a warning."""
+
+
+@dataclass
+class Split:
+    """What one file became."""
+
+    path: Path
+    counts_V: Ints
+    """How often each id is supervised."""
+    account: Counter[str] = field(default_factory=Counter)
+    lengths: list[Ints] = field(default_factory=list)
+    shards: list[dict[str, Any]] = field(default_factory=list)
 
 
 def preprocess(cfg: Config) -> Path:
@@ -38,8 +58,7 @@ def preprocess(cfg: Config) -> Path:
     inputs = {f"{source.name}/{path.name}": sha256(path) for path in files.values()}
     inputs["the target"] = model_digest(cfg.model.path)
     settings = {
-        "preprocess.source": cfg.preprocess.source,
-        "preprocess.overlong": cfg.preprocess.overlong,
+        **{f"preprocess.{key}": vars(cfg.preprocess)[key] for key in OPTIONS},
         "max_length": cfg.max_length,
         "draft.draft_vocab_size": cfg.draft.draft_vocab_size,
         "model.chat_template_kwargs": cfg.model.chat_template_kwargs,
@@ -47,65 +66,137 @@ def preprocess(cfg: Config) -> Path:
     fingerprint = Fingerprint(inputs, settings)
     if reusable(folder / "run.json", fingerprint, cfg.preprocess.force, "preprocess"):
         return folder
-    tokenizer = load_tokenizer(cfg.model)
-    with writing(folder, fingerprint, cfg) as partial:
-        index = {name: encode_file(cfg, tokenizer, path, partial) for name, path in files.items()}
-        (partial / "index.json").write_text(json.dumps(index, indent=2) + "\n")
+    with writing(folder, fingerprint, cfg, resume=True) as partial:
         vocabulary = AutoConfig.from_pretrained(cfg.model.path).get_text_config().vocab_size
-        counts_V = supervised_counts(read_split(partial, "train"), vocabulary)
+        blocks = {name: cut(path) for name, path in files.items()}
+        encode_files(cfg, [block for part in blocks.values() for block in part], partial / "blocks")
+        splits = {
+            name: merge(cfg, Split(files[name], np.zeros(vocabulary, np.int64)), part, partial)
+            for name, part in blocks.items()
+        }
+        index = {name: split.shards for name, split in splits.items()}
+        (partial / "index.json").write_text(json.dumps(index, indent=2) + "\n")
         size = cfg.draft.draft_vocab_size or vocabulary
-        mapping = vocabulary_mapping(counts_V, size)
+        mapping = vocabulary_mapping(torch.from_numpy(splits["train"].counts_V), size)
         torch.save(mapping, partial / "vocab_mapping.pt")
-        covered = counts_V[mapping["t2d"]].sum().item() / max(1, counts_V.sum().item())
-        log.info(
-            "preprocess: the draft's %d tokens cover %.2f %% of the answers", size, 100 * covered
+        row = cfg.trainer.pack_tokens or cfg.max_length
+        in_draft_V = mapping["t2d"].numpy()
+        report = {name: describe(split, in_draft_V, row) for name, split in splits.items()}
+        warnings = [text for name in splits for text in doubts(name, report[name])]
+        write_json(
+            partial / "report.json", {"draft_vocab_size": size, **report, "warnings": warnings}
         )
+        shutil.rmtree(partial / "blocks")
+    log.info(
+        "preprocess: the draft's %d tokens cover %.2f %% of the answers, %.2f %% of the held-out",
+        size, 100 * report["train"]["coverage"], 100 * report["eval"]["coverage"],
+    )  # fmt: skip
+    for text in warnings:
+        log.warning("preprocess: warning: %s", text)
     return folder
 
 
-def encode_file(
-    cfg: Config, tokenizer: object, path: Path, partial: Path
-) -> list[dict[str, object]]:
-    """Encode one file into shards; what does not fit is set aside, counted and reported."""
-    eos = eos_token_ids(cfg.model.path, tokenizer)
-    writer = ShardWriter(partial, path.stem, cfg.preprocess.shard_tokens)
-    accounts: Counter[str] = Counter()
-    rejected = []
-    for record in tqdm(read_jsonl(path), desc=f"preprocess {path.stem}", unit="conv", disable=None):
-        accounts["read"] += 1
-        try:
-            messages, kwargs = record["conversations"], cfg.model.chat_template_kwargs
-            encoded = fit(encode(tokenizer, messages, kwargs, eos), cfg, accounts, record["id"])
-        except Unrenderable as error:
-            reason = str(error)
-            accounts[f"set aside: {reason}"] += 1
-            rejected.append({"reason": reason, **record})
-            continue
-        accounts["kept"] += 1
-        writer.add(encoded)
+def encode_files(cfg: Config, blocks: list[Block], folder: Path) -> None:
+    """Encode the blocks that an interrupted run has not left in `folder`."""
+    folder.mkdir(exist_ok=True)
+    missing = [b for b in blocks if not (folder / f"{b.name}.safetensors").exists()]
+    if len(missing) < len(blocks):
+        log.info("preprocess: %d of %d blocks are there", len(blocks) - len(missing), len(blocks))
+    total = sum(block.stop for block in blocks) - sum(block.start for block in blocks)
+    left = sum(block.stop - block.start for block in missing)
+    with tqdm(
+        total=total, initial=total - left, desc="preprocess", unit="B", unit_scale=True,
+        disable=None,
+    ) as bar:  # fmt: skip
+        for block in encode_blocks(missing, cfg, folder) if missing else ():
+            bar.update(block.stop - block.start)
+
+
+def merge(cfg: Config, split: Split, blocks: list[Block], partial: Path) -> Split:
+    """Put the blocks of one file together, in order, as shards; count what is in them."""
+    folder = partial / "blocks"
+    writer = ShardWriter(partial, split.path.stem, cfg.preprocess.shard_tokens, split.shards)
+    rejected = [folder / f"{block.name}.rejected.jsonl" for block in blocks]
+    for block in blocks:
+        arrays, account = read_encoded(folder, block)
+        writer.add(arrays)
+        split.account.update(account)
+        split.lengths.append(np.diff(arrays["offsets"]))
+        said = arrays["ids"][arrays["turns"] > 0]
+        split.counts_V += np.bincount(said, minlength=len(split.counts_V))
     writer.flush()
-    if rejected:
-        write_jsonl(partial / f"{path.stem}.rejected.jsonl", rejected)
-    report = ", ".join(f"{count} {what}" for what, count in accounts.items())
-    log.info("preprocess: %s: %s", path, report or "empty")
-    if path.stem == "train" and not writer.shards:
-        raise InputError(f"{path}: no conversation is left to train on ({report or 'it is empty'})")
-    return writer.shards
+    if any(path.exists() for path in rejected):
+        with (partial / f"{split.path.stem}.rejected.jsonl").open("wb") as out:
+            for path in rejected:
+                if path.exists():
+                    with path.open("rb") as part:
+                        shutil.copyfileobj(part, out)
+    shown = ("read", "kept", "truncated")
+    parts = [f"{n} {what}" for what, n in split.account.items() if n and what in shown]
+    parts += [f"{n} set aside: {reason}" for reason, n in set_aside(split.account).items()]
+    text = ", ".join(parts)
+    log.info("preprocess: %s: %s", split.path, text or "empty")
+    if split.path.stem == "train" and not split.shards:
+        raise InputError(
+            f"{split.path}: no conversation is left to train on ({text or 'it is empty'})"
+        )
+    return split
 
 
-def fit(encoded: Encoded, cfg: Config, accounts: Counter[str], name: str) -> Encoded:
-    """The conversation within max_length; raises Unrenderable when it is to be left out."""
-    if len(encoded.ids) > cfg.max_length:
-        if cfg.preprocess.overlong == "error":
-            raise InputError(
-                f"conversation {name} has {len(encoded.ids)} tokens, above "
-                f"max_length={cfg.max_length}; raise it, or set "
-                "preprocess.overlong=truncate or drop"
-            )
-        if cfg.preprocess.overlong == "drop":
-            raise Unrenderable("longer than max_length")
-        accounts["truncated"] += 1
-        encoded = Encoded(encoded.ids[: cfg.max_length], encoded.turns[: cfg.max_length])
-    if not any(encoded.turns):
-        raise Unrenderable("no assistant token")
-    return encoded
+def set_aside(account: Counter[str], most: int = 20) -> dict[str, int]:
+    """Conversations left out by reason, the most frequent first, the rare ones together."""
+    prefix = "set aside: "
+    found = Counter({k.removeprefix(prefix): n for k, n in account.items() if k.startswith(prefix)})
+    reasons = dict(found.most_common(most))
+    others = found.total() - sum(reasons.values())
+    return {**reasons, "other reasons": others} if others else reasons
+
+
+def describe(split: Split, in_draft_V: Ints, row: int) -> dict[str, Any]:
+    """The entry of report.json for one split."""
+    lengths = np.concatenate([np.zeros(0, np.int64), *split.lengths])
+    quantiles = np.quantile(lengths, (0.05, 0.5, 0.95, 1)) if len(lengths) else np.zeros(4)
+    tokens, supervised = int(lengths.sum()), int(split.counts_V.sum())
+    account = split.account
+    return {
+        "read": account["read"],
+        "conversations": account["kept"],
+        "truncated": account["truncated"],
+        "set_aside": set_aside(account),
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "supervised_share": supervised / max(1, tokens),
+        "lengths": dict(zip(("p5", "p50", "p95", "max"), quantiles.tolist(), strict=True)),
+        "turns": account["turns"],
+        "turns_with_end": account["closed"],
+        "answers_checked": account["checked"],
+        "answers_misread": account["misread"],
+        "coverage": float(split.counts_V[in_draft_V].sum()) / max(1, supervised),
+        "packing": packing(lengths, row),
+    }
+
+
+def doubts(name: str, entry: dict[str, Any]) -> list[str]:
+    """What a user should look at before training."""
+    if not entry["conversations"]:
+        return []
+    found = []
+    if entry["coverage"] < ENOUGH:
+        found.append(
+            f"the draft's vocabulary covers {entry['coverage']:.1%} of the supervised tokens of "
+            f"{name}: it can never propose the others; raise draft.draft_vocab_size"
+        )
+    if not entry["turns_with_end"]:
+        found.append(
+            f"no answer of {name} ends with an end-of-turn token, so the draft never learns to "
+            "stop: see eos_token_id in the model's generation_config.json and tokenizer"
+        )
+    share = entry["supervised_share"]
+    if share < 0.01 or share == 1:
+        found.append(f"{share:.1%} of the tokens of {name} are supervised: see the chat template")
+    if entry["answers_misread"] > 0.02 * entry["answers_checked"]:
+        found.append(
+            f"the supervised tokens do not spell the answer in {entry['answers_misread']} of "
+            f"{entry['answers_checked']} answers of {name} that were checked"
+        )
+    return found
