@@ -1,19 +1,26 @@
 """Regeneration: every turn by the target itself, in order, exactly once."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import REPOSITORY
 
 from specforge_exp import paths
 from specforge_exp.chat import prompt_ids
 from specforge_exp.config import Config
 from specforge_exp.conversations import write_jsonl
 from specforge_exp.errors import InputError
-from specforge_exp.generation.transformers_engine import TransformersEngine
-from specforge_exp.stages import regen as stage
+from specforge_exp.generation.engine import Sampling
+from specforge_exp.generation.rules import sampling_of
+from specforge_exp.stages.prep import prep
 from specforge_exp.stages.regen import regen
 from specforge_exp.target import Target
 
@@ -33,7 +40,7 @@ def prompts(cfg: Config) -> list[Record]:
     """Written as prep would; cfg is set to short greedy answers."""
     cfg.regen.temperature = 0.0
     cfg.regen.max_tokens = 12
-    cfg.engine.batch_size = 2
+    cfg.engine.concurrency = 2
     records = [
         say("Describe a kettle.", name="one"),
         say("How can I bake bread?", "old", "And then?", "old", name="two"),
@@ -89,44 +96,114 @@ def test_complete_is_reused_and_a_change_is_named(cfg: Config, prompts: list[Rec
         regen(cfg)
 
 
-def test_interrupted_continues(
-    cfg: Config, prompts: list[Record], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed after the first batch, with half a line written: the rest is done, nothing twice."""
-    whole = read(regen(cfg) / "train.jsonl")
-    cfg.regen.force = True
-    batches: list[int] = []
-    answer = stage.answer
+def without_time(records: list[Record]) -> list[Record]:
+    return [{**r, "regenerated": {**r["regenerated"], "time": ""}} for r in records]
 
-    def stop_after_one(cfg: Config, engine: TransformersEngine, batch: Any) -> Any:
-        if len(batches) == 1:
-            raise KeyboardInterrupt
-        batches.append(len(batch))
-        return answer(cfg, engine, batch)
 
-    monkeypatch.setattr(stage, "answer", stop_after_one)
-    with pytest.raises(KeyboardInterrupt):
-        regen(cfg)
-    journal = paths.regen_dir(cfg).with_suffix(".partial") / "train.done"
-    assert len(journal.read_text().splitlines()) == 2
-    with journal.open("a") as file:
-        file.write('{"number": 3, "resu')
-    seen: list[int] = []
+def started(folder: Path, *options: str) -> subprocess.Popen[str]:
+    """`python regen.py` on sixteen templated prompts, in a process of its own."""
+    roots = {f"SPECFORGE_{n.upper()}": str(folder / n) for n in ("datasets", "checkpoints")}
+    command = [sys.executable, "regen.py", *options, "experiment=smoke", "model=tiny"]
+    return subprocess.Popen(
+        [*command, "engine.concurrency=1", "regen.max_tokens=120"],
+        env={**os.environ, **roots}, cwd=REPOSITORY, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
-    def count(cfg: Config, engine: TransformersEngine, batch: Any) -> Any:
-        seen.extend(number for number, _ in batch)
-        return answer(cfg, engine, batch)
 
-    monkeypatch.setattr(stage, "answer", count)
-    assert read(regen(cfg) / "train.jsonl") == whole
-    assert len(seen) == 3 + 1  # the rest of train, and eval
+def lines_in(folder: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("shards/*.open"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_interrupted_continues(tmp_path: Path, cfg: Config, number: signal.Signals) -> None:
+    """The process is killed in the middle; the same command answers the rest, nothing twice."""
+    cfg.data.name, cfg.data.train[0].limit = "smoke", 16
+    prep(cfg)
+    folder = tmp_path / "datasets" / "smoke--tiny"
+    partial = folder.with_suffix(".partial")
+    assert "nothing yet" in started(tmp_path, "status").communicate()[0]
+    first = started(tmp_path)
+    deadline = time.monotonic() + 60
+    while lines_in(partial) < 3:
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.01)
+    if number == signal.SIGTERM:
+        while not (partial / "progress.json").exists():
+            time.sleep(0.01)
+        said = started(tmp_path, "status").communicate()[0]
+        assert "1 in flight" in said and "Traceback" not in said
+    first.send_signal(number)
+    printed = first.communicate()[0]
+    assert first.returncode == -number and "Traceback" not in printed
+    kept = lines_in(partial)
+    if number == signal.SIGTERM:
+        assert "stopping; answers under way get 15 s to end" in printed
+    second = started(tmp_path)
+    printed = second.communicate()[0]
+    assert second.returncode == 0, printed
+    assert f"{kept} of 20 are answered already" in printed
+    assert "input 20 = done 20 + failed 0 + skipped 0" in printed
+    done = read(folder / "train.jsonl")
+    assert {path.name for path in folder.iterdir()} == {
+        "train.jsonl", "eval.jsonl", "failed.jsonl", "run.json"
+    }  # fmt: skip
+    assert "complete" in started(tmp_path, "status").communicate()[0]
+    whole = started(tmp_path, "regen.force=true")
+    assert whole.wait() == 0
+    assert without_time(read(folder / "train.jsonl")) == without_time(done)
 
 
 def test_sampling_is_repeatable(cfg: Config, prompts: list[Record]) -> None:
     cfg.regen.temperature = 1.0
     first = read(regen(cfg) / "train.jsonl")
-    cfg.regen.force = True
-    assert read(regen(cfg) / "train.jsonl") == first
+    cfg.regen.force, cfg.engine.concurrency = True, 1
+    assert without_time(read(regen(cfg) / "train.jsonl")) == without_time(first)
+
+
+def test_samples_and_the_rest(
+    cfg: Config, prompts: list[Record], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two answers to each of the first three; the other conversations are skipped, and said."""
+    cfg.regen.num_samples, cfg.regen.samples_per_prompt, cfg.regen.temperature = 3, 2, 1.0
+    caplog.set_level("INFO")
+    done = read(regen(cfg) / "train.jsonl")
+    assert [r["id"] for r in done] == ["one#0", "one#1", "two#0", "two#1", "three#0", "three#1"]
+    answers = [r["conversations"][-1]["content"] for r in done]
+    assert answers[0] != answers[1]
+    assert "input 12 = done 8 + failed 0 + skipped 4" in caplog.text
+
+
+def test_a_dry_run_touches_nothing(
+    cfg: Config, prompts: list[Record], caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg.regen.dry_run = True
+    caplog.set_level("INFO")
+    folder = regen(cfg)
+    assert not folder.exists() and not folder.with_suffix(".partial").exists()
+    assert "5 of 5 conversations in 1 chunks" in caplog.text
+    assert "temperature 0, top_p 1, top_k 0, at most 12 tokens" in caplog.text
+
+
+def test_nothing_answered_is_an_error(cfg: Config, prompts: list[Record]) -> None:
+    cfg.max_length = 5
+    cfg.draft.ttt_length = 1
+    with pytest.raises(InputError, match=r"answered none .*failed\.jsonl"):
+        regen(cfg)
+
+
+def test_the_models_own_sampling(cfg: Config, tmp_path: Path) -> None:
+    """Null means the generation config of the model; what is given wins."""
+    cfg.regen.temperature = None
+    own = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    cfg.model.path = str(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(own))
+    assert sampling_of(cfg) == Sampling(0.6, 0.95, 20, 0.0, cfg.regen.max_tokens)
+    cfg.regen.temperature, cfg.regen.top_k, cfg.regen.top_p = 0.0, 0, 1.0
+    assert sampling_of(cfg) == Sampling(0.0, 1.0, 0, 0.0, cfg.regen.max_tokens)
+    cfg.regen.temperature = None
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": False}))
+    assert sampling_of(cfg).temperature == 0.0
 
 
 def test_missing_prompts_name_the_command(cfg: Config) -> None:

@@ -1,4 +1,4 @@
-"""Many conversations at a time: servers stay busy, beginnings stay where they are, ends are clean."""
+"""Many conversations at a time: servers stay busy, beginnings stay together, ends are clean."""
 
 import asyncio
 import json
