@@ -2,6 +2,10 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ import pytest
 
 from specforge_exp import paths
 from specforge_exp.config import (
+    REPOSITORY,
     Config,
     DataConfig,
     DraftConfig,
@@ -72,6 +77,66 @@ def test_everything_read_is_accounted_for(tmp_path: Path, caplog: pytest.LogCapt
     assert (
         "eval: read 3 = kept 1 + rejected 1 (1 not JSON) + asked in training too 1" in caplog.text
     )
+
+
+def test_bad_input_costs_no_more_than_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def line(name: str, text: str) -> bytes:
+        return json.dumps({"id": name, "conversations": turns(text, "x")}).encode()
+
+    long = "word " * 100_000
+    lines = [
+        line("a", "1"),
+        line("b", "2").replace(b"2", b"\xff\xfe"),
+        line("c", "3")[:-1],
+        line("d", long),
+        line("a", "5"),
+        line("e", "1"),
+        b'{"id": "f", "conversations": [{"role": "user", "content": "\\ud83d"}]}',
+        b'{"id": "g", "messages": [{"role": "user", "content": "7"}], "tools": "[oops"}',
+        b'"\\ud83d"',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    with caplog.at_level(logging.INFO):
+        folder = prep(config(tmp_path, [Source(str(tmp_path / "a.jsonl"))], split_eval=0.0))
+    assert openings(folder, "train") == ["1", long, "5"]
+    first, _, again = (r["id"] for r in read_jsonl(folder / "train.jsonl"))
+    assert first == "a"
+    assert again.startswith("a-")
+    aside = [json.loads(x) for x in (folder / "train.rejected.jsonl").read_text().splitlines()]
+    assert [int(r["where"].rpartition(":")[2]) for r in aside] == [2, 3, 7, 8, 9]
+    assert "read 9 = kept 3 + rejected 5 (1 not UTF-8, 1 not JSON, 1 half of a" in caplog.text
+    assert "1 `tools` is not JSON, 1 a str where an object was expected)" in caplog.text
+    assert "+ duplicate 1" in caplog.text
+
+
+def test_tools_and_pictures_tell_conversations_apart(tmp_path: Path) -> None:
+    pictures = [{"image": name, "conversations": turns("What is this?")} for name in "aba"]
+    tools = [{"tools": [{"name": name}], "conversations": turns("Look.")} for name in "cc"]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*pictures, *tools])))
+    folder = prep(config(tmp_path, [Source(str(path))], split_eval=0.0))
+    records = list(read_jsonl(folder / "train.jsonl"))
+    assert [r.get("image") for r in records] == ["a", "b", None]
+    assert records[2]["tools"] == [{"name": "c"}]
+    assert len({r["id"] for r in records}) == 3
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+    def peak(count: int) -> int:
+        source = write(tmp_path / "a.jsonl", *(turns(f"{n} " * 500) for n in range(count)))
+        cfg = config(tmp_path, [source], split_eval=0.5)
+        cfg.prep.force = True
+        tracemalloc.start()
+        try:
+            prep(cfg)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(10)  # loads what loads late
+    assert (peak(4000) - peak(1000)) / 3000 < 400  # bytes per record of 2.5 kB
 
 
 def test_nothing_rejected_leaves_no_file(tmp_path: Path) -> None:
@@ -205,3 +270,56 @@ def test_an_interrupted_run_leaves_nothing_complete(
     assert prep(cfg) == folder
     assert len(openings(folder, "train")) + len(openings(folder, "eval")) == 8
     assert [path.name for path in folder.parent.iterdir()] == ["d"]
+
+
+def test_check_says_what_is_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "a.jsonl", turns("1"), turns("2"))
+    cfg = config(tmp_path, [source])
+    monkeypatch.setattr("sys.argv", ["prep.py", "data=local", "data.path=a b", "prep.check=true"])
+    cfg.prep.check = True
+    with pytest.raises(InputError, match=r"it with: python prep\.py data=local 'data\.path=a b'"):
+        prep(cfg)
+    assert not (tmp_path / "datasets").exists()
+    cfg.prep.check = False
+    folder = prep(cfg)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    cfg.prep.check = True
+
+    def said(now: Config = cfg) -> str:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert prep(now) == folder
+        return caplog.text
+
+    assert "1 training and 1 held-out conversations, 0.0 MB, made 20" in said()
+    assert "its inputs have not changed" in said()
+    assert "data.max_turns was None, now 1; again: python prep.py data=local" in said(
+        replace(cfg, data=replace(cfg.data, max_turns=1))
+    )
+    later = (folder / "run.json").stat().st_mtime + 5
+    os.utime(source.path, (later, later))
+    assert "a.jsonl was written later; again: " in said()
+    Path(source.path).unlink()
+    assert "a.jsonl does not exist" in said()
+    (folder / "account.json").unlink()
+    assert "? training and ? held-out" in said()
+    del before[folder / "account.json"]
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_the_exit_code_of_check(tmp_path: Path) -> None:
+    options = [f"paths.{name}={tmp_path}/{name}" for name in ("datasets", "checkpoints")]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(REPOSITORY / "prep.py"), "data=synthetic", *options, *more]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    missing = run("prep.check=true")
+    assert missing.returncode == 1
+    assert f"make it with: python prep.py data=synthetic {options[0]}" in missing.stderr
+    assert run().returncode == 0
+    there = run("prep.check=true")
+    assert there.returncode == 0
+    assert "100 training and 10 held-out conversations" in there.stdout
