@@ -164,6 +164,14 @@ class PreprocessConfig:
     """regen: the target's own answers; prep: the answers that came with the data."""
     overlong: str = "truncate"
     """A conversation above max_length is cut (truncate), left out (drop) or refused (error)."""
+    last_turn_only: bool = False
+    """Supervise the last answer only: for thinking models, whose template leaves the thoughts of
+    earlier answers out."""
+    thinking: str = "in"
+    """Thoughts (reasoning_content, or <think>...</think> in an answer): in: supervised where the
+    template shows them; out: taken out of the conversation."""
+    processes: int | None = None
+    """Processes that encode; null: one per CPU that may be used. Changes no byte."""
     shard_tokens: int = 50_000_000
     """Tokens per shard, about."""
     force: bool = False
@@ -172,6 +180,8 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         one_of("preprocess.source", self.source, ("regen", "prep"))
         one_of("preprocess.overlong", self.overlong, ("truncate", "drop", "error"))
+        one_of("preprocess.thinking", self.thinking, ("in", "out"))
+        at_least("preprocess.processes", self.processes, 1)
         at_least("preprocess.shard_tokens", self.shard_tokens, 1)
 
 
