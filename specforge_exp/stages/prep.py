@@ -2,7 +2,7 @@
 
 Reads the sources of data.train and data.eval; writes datasets/<data>/: train.jsonl, eval.jsonl,
 account.json and, for records that are no conversation, train.rejected.jsonl and
-eval.rejected.jsonl. Records go to disk as they are read: memory holds two hashes of each, 160 bytes.
+eval.rejected.jsonl. Records go to disk as they are read: memory holds two hashes of each (160 B).
 """
 
 import hashlib
