@@ -25,7 +25,11 @@ OPTIONS = sorted(
     for path in CONF.rglob("*.yaml")
     if path.parent != CONF and path.parent.name != "local"
 )
-NEEDED = {"model": ["model.path=x/y"], "data": ["data.path=x.jsonl"]}
+NEEDED = {
+    ("model", "local"): ["model.path=x/y"],
+    ("data", "local"): ["data.path=x.jsonl"],
+    ("engine", "openai"): ["engine.urls=[http://127.0.0.1:30000/v1]"],
+}
 
 
 def composed(*overrides: str) -> Config:
@@ -41,8 +45,7 @@ def choice(group: str, name: str) -> str:
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS, ids=str)
 def test_every_option_composes(group: str, name: str) -> None:
-    needed = NEEDED.get(group, []) if name == "local" else []
-    cfg = composed(choice(group, name), *needed)
+    cfg = composed(choice(group, name), *NEEDED.get((group, name), []))
     assert cfg.run_name
     locate(cfg.loss._target_)
 
