@@ -178,20 +178,20 @@ def with_markers(message: Message, number: int) -> Marked:
     """Put the markers of turn `number` into an assistant's message."""
     marker, thoughts_marker = MARKER.format("answer", number), MARKER.format("thoughts", number)
     opening, thoughts, closing, answer = split_thoughts(message["content"])
-    marked, said = dict(message), thoughts
+    marked, said = dict(message), thoughts if thoughts.strip() else ""
     if str(message.get("reasoning_content") or "").strip():
         marked["reasoning_content"], said = thoughts_marker, message["reasoning_content"]
-    elif thoughts.strip():
+    elif said:
         thoughts = thoughts_marker
     calls = message.get("tool_calls")
     if not calls or answer.strip():
         marked["content"] = opening + thoughts + closing + marker
-        return Marked(marked, said.strip(), answer, bool(calls))
+        return Marked(marked, said, answer, bool(calls))
     inner = calls[0].get("function", calls[0])
     named = {**inner, "name": marker}
     first = {**calls[0], "function": named} if "function" in calls[0] else named
     marked |= {"content": opening + thoughts + closing + answer, "tool_calls": [first, *calls[1:]]}
-    return Marked(marked, said.strip(), inner["name"], True)
+    return Marked(marked, said, inner["name"], True)
 
 
 def trimmed(said: str) -> Iterator[str]:
