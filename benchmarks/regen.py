@@ -53,7 +53,7 @@ from specforge_exp.generation.engine import Answer, Request, Sampling  # noqa: E
 from specforge_exp.generation.openai_engine import OpenAIEngine  # noqa: E402
 from specforge_exp.generation.progress import Progress  # noqa: E402
 from specforge_exp.generation.run import Pace, Run, run  # noqa: E402
-from specforge_exp.training.interrupt import Interrupt  # noqa: E402
+from specforge_exp.interrupt import Interrupt  # noqa: E402
 
 TARGET = ROOT / "assets" / "tiny_target"
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}

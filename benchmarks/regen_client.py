@@ -26,8 +26,8 @@ from specforge_exp.generation.engine import Answer, Request, Unreachable  # noqa
 from specforge_exp.generation.progress import Progress  # noqa: E402
 from specforge_exp.generation.run import Pace, Run, run  # noqa: E402
 from specforge_exp.generation.store import Store  # noqa: E402
+from specforge_exp.interrupt import Interrupt  # noqa: E402
 from specforge_exp.provenance import sha256  # noqa: E402
-from specforge_exp.training.interrupt import Interrupt  # noqa: E402
 
 REPLY = {"role": "assistant", "content": "answer " * 70}
 

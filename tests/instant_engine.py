@@ -10,7 +10,7 @@ from specforge_exp.generation.engine import Answer, Request, Sampling, ServerDie
 from specforge_exp.generation.progress import Progress
 from specforge_exp.generation.run import Pace, Run, run
 from specforge_exp.generation.store import Store
-from specforge_exp.training.interrupt import Interrupt
+from specforge_exp.interrupt import Interrupt
 
 
 def rules(**changes: Any) -> Rules:

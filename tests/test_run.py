@@ -16,7 +16,7 @@ from test_plan import write
 from specforge_exp.generation.engine import Answer, Request, Unreachable
 from specforge_exp.generation.progress import Progress
 from specforge_exp.generation.run import Pace, Run, run
-from specforge_exp.training.interrupt import Interrupt
+from specforge_exp.interrupt import Interrupt
 
 
 def test_no_server_gets_more_than_its_share(tmp_path: Path) -> None:

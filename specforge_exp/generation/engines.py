@@ -11,7 +11,7 @@ from specforge_exp.generation.rules import rules_of, sampling_of
 from specforge_exp.generation.run import Pace, Run, run
 from specforge_exp.generation.sglang_engine import SGLangEngine, layout
 from specforge_exp.generation.store import Store
-from specforge_exp.training.interrupt import Interrupt
+from specforge_exp.interrupt import Interrupt
 
 
 def make_engine(cfg: Config) -> Engine:

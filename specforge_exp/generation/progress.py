@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from tqdm import tqdm
 
 from specforge_exp.generation.store import Store
+from specforge_exp.interrupt import Interrupt
 from specforge_exp.provenance import write_json
-from specforge_exp.training.interrupt import Interrupt
 
 EVERY = 2.0
 """Seconds between two lines of progress.json."""

@@ -20,9 +20,9 @@ from specforge_exp.config import Config
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engines import answer_all, describe
 from specforge_exp.generation.store import Store
+from specforge_exp.interrupt import Interrupt
 from specforge_exp.provenance import model_digest, sha256
 from specforge_exp.target import check_gpus
-from specforge_exp.training.interrupt import Interrupt
 
 log = logging.getLogger(__name__)
 

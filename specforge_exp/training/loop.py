@@ -24,12 +24,12 @@ from specforge_exp.checkpoint import (
 )
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
+from specforge_exp.interrupt import Interrupt
 from specforge_exp.layers import gradient_of
 from specforge_exp.sharding import is_sharded, whole
 from specforge_exp.tokens import TokenSet
 from specforge_exp.tracking import best_step, open_tracker
 from specforge_exp.training.batches import Batch, epoch_windows, lay_out, make_batch, share
-from specforge_exp.training.interrupt import Interrupt
 from specforge_exp.training.objective import Outcome, Sample
 from specforge_exp.training.progress import WindowLog, means, summary
 from specforge_exp.training.ranks import Ranks
