@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections import Counter, deque
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -137,6 +138,8 @@ class Batcher:
                 Exception
             ) as error:  # out of memory, or a model's own: these rows, not the thread
                 self._fail(Failed(f"{type(error).__name__}: {error}"))
+                self.slots.clear()
+                self.prefixes.places.clear()
             self._deliver()
         self._fail(Failed("the engine was closed"))
         self._deliver()
@@ -257,7 +260,7 @@ class Batcher:
             by_loop.setdefault(row.future.get_loop(), []).append((row, result))
         self.finished = []
         for loop, results in by_loop.items():
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(resolve, results)
 
 

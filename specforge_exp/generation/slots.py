@@ -77,6 +77,12 @@ class Slots(Cache):
                 stores[layer] = new_SHCD
         self.capacity = capacity
 
+    def clear(self) -> None:
+        """Give the memory back, whatever state it is in; it grows again."""
+        self.capacity = 0
+        for stores in (self.keys, self.values):
+            stores[:] = [store_SHCD[:, :, :0].clone() for store_SHCD in stores]
+
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy a sequence to another slot."""
         for store_SHCD in self.keys + self.values:
