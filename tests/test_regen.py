@@ -209,3 +209,38 @@ def test_the_models_own_sampling(cfg: Config, tmp_path: Path) -> None:
 def test_missing_prompts_name_the_command(cfg: Config) -> None:
     with pytest.raises(InputError, match=r"train\.jsonl does not exist.*python prep\.py"):
         regen(cfg)
+
+
+FULL = """
+mount -t tmpfs -o size=256k tmpfs {there} && cp -r {here}/datasets {there}/ || exit 77
+head -c 1M /dev/zero > {there}/filler 2> /dev/null
+truncate -s -32K {there}/filler
+{command}; echo "ended with $?"
+rm {there}/filler
+{command}; echo "ended with $?"
+wc -l {there}/datasets/smoke--tiny/train.jsonl
+"""
+
+
+def test_a_full_disk_is_said_and_costs_nothing(tmp_path: Path, cfg: Config) -> None:
+    """A file system without room: one line with the remedy; with room the same command ends."""
+    cfg.data.name, cfg.data.train[0].limit = "smoke", 16
+    prep(cfg)
+    there = tmp_path / "there"
+    there.mkdir()
+    roots = f"paths.datasets={there}/datasets paths.checkpoints={tmp_path}/checkpoints"
+    command = f"{sys.executable} regen.py experiment=smoke model=tiny engine.concurrency=2 {roots}"
+    script = FULL.format(here=tmp_path, there=there, command=command)
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script],
+        cwd=REPOSITORY, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    if done.returncode == 77 or "unshare failed" in done.stderr:
+        pytest.skip("no namespaces: a file system of this test's own cannot be mounted")
+    printed = done.stdout + done.stderr
+    assert "the disk is full while writing" in printed and "Traceback" not in printed
+    assert [line for line in done.stdout.splitlines() if line.startswith("ended")] == [
+        "ended with 1", "ended with 0",
+    ]  # fmt: skip
+    assert "are answered already" in printed
+    assert f"16 {there}/datasets/smoke--tiny/train.jsonl" in done.stdout
