@@ -77,6 +77,7 @@ def test_every_stage_gets_settings(machine: str) -> None:
     ("overrides", "train", "one"),
     [
         ([], "H100:8", "H100"),
+        (["engine=openai", "engine.urls=[http://x/v1]"], "H100:8", "H100"),
         (["resources=h100"], "H100", "H100"),
         (["resources=cpu"], None, None),
         (["resources=h100x8", "model=qwen3_0_6b"], "H100:8", "H100"),
@@ -89,9 +90,36 @@ def test_every_stage_gets_settings(machine: str) -> None:
 def test_gpus_of_each_stage(overrides: list[str], train: Any, one: Any) -> None:
     found = {stage: settings(stage, *overrides).gpu for stage in STAGES}
     assert found == {
-        **dict.fromkeys(("prefetch", "prep", "preprocess", "export")),
-        "train": train, "regen": one, "bench": one,
+        **dict.fromkeys(("prefetch", "prep", "regen", "preprocess", "export")),
+        "train": train, "bench": one,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpu"),
+    [
+        (["engine=transformers"], "H100"),
+        (["engine=sglang"], "H100:8"),
+        (["engine=sglang", "resources.gpu=[H200:2,H100:4]"], ["H200:2", "H100:4"]),
+        (["engine=transformers", "model=tiny"], None),
+    ],
+)
+def test_regen_gets_what_its_engine_uses(overrides: list[str], gpu: Any) -> None:
+    assert settings("regen", *overrides).gpu == gpu
+
+
+@pytest.mark.parametrize("model", BIG)
+def test_regen_of_models_for_a_gpu_fans_out(model: str) -> None:
+    cfg = composed(f"model={model}")
+    assert cfg.engine.name == "modal"
+    assert settings("regen", f"model={model}").image.extras == ["data", "wandb", "modal"]
+    assert composed(f"model={model}", "engine=sglang").engine.name == "sglang"
+
+
+def test_regen_of_the_others_stays_here() -> None:
+    for other in ("experiment=quickstart", "experiment=smollm2", "model=tiny"):
+        assert composed(other).engine.name == "transformers"
+    assert composed("experiment=smoke", "model=tiny").engine.name == "transformers"
 
 
 @pytest.mark.parametrize("model", BIG)
@@ -264,7 +292,7 @@ def test_resolvers_mean_the_machine_that_asks(tmp_path: Path) -> None:
 def test_refused_before_anything_is_read(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(InputError, match=f"on Modal: python {stage.__name__}.py -m"):
-        stage(composed("paths.datasets=/nowhere"))
+        stage(composed("paths.datasets=/nowhere", "engine=transformers"))
 
 
 def test_refused_at_once_without_a_gpu(tmp_path: Path) -> None:

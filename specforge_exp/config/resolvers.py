@@ -49,6 +49,11 @@ def one_gpu(gpu: Any) -> Any:
     return gpu.partition(":")[0] if gpu else None
 
 
+def regen_gpu(engine: str, gpu: Any) -> Any:
+    """What regen's own process needs: all GPUs for servers of its own, one, or none."""
+    return {"sglang": gpu, "transformers": one_gpu(gpu)}.get(engine)
+
+
 def both_secrets(one: Mapping[str, list[str]], other: Mapping[str, list[str]]) -> dict[str, Any]:
     """The keys of both, by secret."""
     names = [*one, *(name for name in other if name not in one)]
@@ -96,7 +101,7 @@ def own_overrides() -> list[str]:
 def register() -> None:
     """Make them known to OmegaConf under their own names."""
     functions = (
-        folder_name, repository, gpu_count, one_gpu, both_secrets, prefetched, answers,
+        folder_name, repository, gpu_count, one_gpu, regen_gpu, both_secrets, prefetched, answers,
         when_losses_differ, command,
     )  # fmt: skip
     for function in functions:

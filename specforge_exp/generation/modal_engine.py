@@ -37,7 +37,7 @@ from specforge_exp.generation.rules import rules_of
 from specforge_exp.generation.run import Pace
 from specforge_exp.generation.sglang_engine import tp_size_of
 from specforge_exp.generation.store import Chunk, Store
-from specforge_exp.training.interrupt import Interrupt
+from specforge_exp.interrupt import Interrupt
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ async def answer_on_modal(cfg: Config, store: Store, interrupt: Interrupt) -> No
         async with client.spawning:  # a call that is being spawned gets its line
             for task in [*tasks, look]:
                 task.cancel()
-        await asyncio.gather(*tasks, look, return_exceptions=True)
+        await asyncio.gather(*tasks, look, work, return_exceptions=True)
         client.report()
 
 

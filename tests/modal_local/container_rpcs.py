@@ -33,6 +33,8 @@ async def _get_inputs(peer: Peer, request: Any) -> Any:
         # It asks for the next input only after the output of the last: this one got lost.
         for item in list(task.running.values()):
             give_back(plane, task, item)
+    if not task.ready:  # what its class does on entering is done
+        task.ready, task.idle_since = True, time.time()
     end = time.time() + POLL_SECONDS
     while not fn.queue and not _stopping(task):
         left = end - time.time()

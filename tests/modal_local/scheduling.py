@@ -345,7 +345,7 @@ def _drain_idle(plane: ControlPlane, fn: Fn, now: float) -> None:
     window = fn.setting("scaledown_window", "task_idle_timeout_secs") or 60.0
     window = min(window, plane.options.max_idle)
     live = [task for task in fn.tasks.values() if not task.draining]
-    idle = [task for task in live if not task.running and task.process is not None]
+    idle = [task for task in live if not task.running and task.ready]
     for task in idle[: max(0, len(live) - floor(fn))]:
         if now - task.idle_since > window:
             task.draining = True
