@@ -39,6 +39,10 @@ BATCH = 64
 """Conversations tokenised together; the first of each is checked against its answers."""
 
 
+WORTH = 8
+"""Blocks that take as long as starting a process, about."""
+
+
 @dataclass(frozen=True)
 class Block:
     """Lines of one file."""
@@ -168,12 +172,14 @@ def encode_blocks(blocks: list[Block], cfg: Config, folder: Path) -> Iterator[Bl
     Raises:
         InputError: a line is no conversation, a conversation is refused, or a process was killed.
     """
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = min(cfg.preprocess.processes or here or 1, len(blocks))
+    wanted = cfg.preprocess.processes
+    if wanted is None:
+        here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        wanted = min(here or 1, len(blocks) // WORTH)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a core
     chat = make_chat(cfg)
-    if processes > 1:
-        yield from in_processes(blocks, cfg, folder, processes)
+    if min(wanted, len(blocks)) > 1:
+        yield from in_processes(blocks, cfg, folder, min(wanted, len(blocks)))
         return
     for block in blocks:
         encode_block(block, chat, cfg, folder)

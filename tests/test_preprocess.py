@@ -1,17 +1,26 @@
 """Tokens on disk: what is kept, what is set aside, and what is refused."""
 
+import contextlib
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import REPOSITORY
 
-from specforge_exp import paths
+from specforge_exp import blocks, paths
 from specforge_exp.config import Config
 from specforge_exp.conversations import write_jsonl
 from specforge_exp.errors import InputError
-from specforge_exp.stages.preprocess import preprocess
+from specforge_exp.stages.preprocess import doubts, preprocess
 from specforge_exp.tokens import read_split
 
 Record = dict[str, Any]
@@ -144,3 +153,212 @@ def test_target_without_chat_template(cfg: Config, source: Path, tmp_path: Path)
     cfg.model.path = str(model)
     with pytest.raises(InputError, match="no chat template"):
         preprocess(cfg)
+
+
+def chats(count: int) -> list[Record]:
+    """Conversations of different lengths; every fifth has no answer."""
+    texts = (
+        ("Hi " * (i % 7 + 1), f"Number {i}. " * (i % 5 + 1))[: 2 - (i % 5 == 4)]
+        for i in range(count)
+    )
+    return [say(*text, name=str(number)) for number, text in enumerate(texts)]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file but the record of the run."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "run.json"}
+
+
+def test_any_number_of_processes_writes_the_same(
+    cfg: Config, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "LINES", 16)
+    put(source, chats(150))
+    cfg.preprocess.shard_tokens = 300
+    cfg.preprocess.force = True
+    cfg.preprocess.processes = 1
+    alone = content(preprocess(cfg))
+    assert len([name for name in alone if name.startswith("train-")]) > 2
+    assert [r["id"] for r in read(paths.tokens_dir(cfg) / "train.rejected.jsonl")] == [
+        str(i) for i in range(4, 150, 5)
+    ]
+    cfg.preprocess.processes = 3
+    assert content(preprocess(cfg)) == alone
+    monkeypatch.setattr(blocks, "LINES", 512)
+    cfg.preprocess.processes = None
+    larger = content(preprocess(cfg))
+    assert {**larger, "report.json": alone["report.json"]} == alone  # checks one in each batch
+
+
+@pytest.fixture
+def command(cfg: Config, source: Path) -> list[str]:
+    """preprocess.py over 20 blocks, some seconds of work."""
+    texts = [f"It is number {i} of many. " * 30 for i in range(10)]
+    put(source, [say("Hi", texts[i % 10], name=str(i)) for i in range(20 * blocks.LINES)])
+    return [
+        sys.executable, "preprocess.py", "model=tiny", "data=local", "data.path=none",
+        "data.name=small", "preprocess.source=prep", "device=cpu",
+        "draft.draft_vocab_size=512", f"paths.datasets={cfg.paths.datasets}",
+        f"paths.checkpoints={cfg.paths.checkpoints}",
+    ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def at_work(command: list[str], cfg: Config) -> Iterator[subprocess.Popen[str]]:
+    """The command in a session of its own, once it has finished two blocks."""
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        try:
+            until(lambda: len(finished(cfg)) > 1 or process.poll() is not None)
+            assert process.poll() is None
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def finished(cfg: Config) -> list[Path]:
+    folder = paths.tokens_dir(cfg)
+    return sorted(folder.with_name(folder.name + ".partial").glob("blocks/*.safetensors"))
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.02)
+
+
+def members(session: int) -> list[int]:
+    """Living processes of a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def test_killed_it_continues(cfg: Config, command: list[str]) -> None:
+    with at_work([*command, "preprocess.processes=1"], cfg) as process:
+        process.kill()
+        process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in finished(cfg)}
+    assert 2 <= len(kept) <= 20
+    done = subprocess.run(
+        [*command, "preprocess.processes=1"], cwd=REPOSITORY, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert f"{len(kept)} of 21 blocks are there" in done.stdout
+    folder = paths.tokens_dir(cfg)
+    continued = content(folder)
+    assert len(read_split(folder, "train")) == 20 * blocks.LINES
+    assert "blocks" not in continued
+    cfg.preprocess.force = True
+    cfg.max_length = 2048
+    cfg.preprocess.processes = 1
+    assert content(preprocess(cfg)) == continued
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_process_outlives_it(cfg: Config, command: list[str], number: signal.Signals) -> None:
+    with at_work([*command, "preprocess.processes=2"], cfg) as process:
+        assert len(members(process.pid)) >= 3
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
+        process.wait(60)
+        assert process.returncode
+        until(lambda: not members(process.pid))
+
+
+def test_a_process_that_dies_is_reported(cfg: Config, command: list[str]) -> None:
+    with at_work([*command, "preprocess.processes=2"], cfg) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        worker = next(
+            pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
+        )
+        os.kill(int(worker), signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "a process of preprocess died on train-0" in output
+        assert "Traceback" not in output
+
+
+def test_an_error_in_a_process_is_the_users_to_mend(
+    cfg: Config, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "LINES", 2)
+    cfg.preprocess.processes = 2
+    with (source / "train.jsonl").open("ab") as file:
+        file.write(b'{"id": 1, "conversations": "\xff"}\n')
+    with pytest.raises(InputError, match=r"train\.jsonl:6: .*utf-8"):
+        preprocess(cfg)
+
+
+def test_report(cfg: Config, source: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    put(source, [*(say("Hi", "Hello there.", name=str(i)) for i in range(9)), say("?", name="x")])
+    folder = preprocess(cfg)
+    report = json.loads((folder / "report.json").read_text())
+    train = report["train"]
+    tokens = read_split(folder, "train")
+    supervised = sum(int((turns > 0).sum()) for turns in tokens.turns)
+    assert (train["read"], train["conversations"], train["truncated"]) == (10, 9, 0)
+    assert train["set_aside"] == {"no assistant token": 1}
+    assert train["tokens"] == sum(len(ids) for ids in tokens.ids)
+    assert train["supervised_tokens"] == supervised
+    assert train["turns"] == train["turns_with_end"] == 9
+    assert (train["answers_checked"], train["answers_misread"]) == (1, 0)
+    assert train["coverage"] == 1.0
+    assert train["lengths"]["max"] == len(tokens.ids[0])
+    assert train["packing"]["rows"] == 1
+    assert report["eval"]["coverage"] > 0
+    assert "cover 100.00 % of the answers" in caplog.text
+    assert report["warnings"] == []
+
+
+def test_doubtful_masks_are_warned_about(
+    cfg: Config, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A small vocabulary, and a template after whose answers nothing ends the turn."""
+    model = Path(cfg.paths.datasets) / "model"
+    shutil.copytree(cfg.model.path, model)
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        path = model / name
+        if path.exists():
+            path.write_text(
+                path.read_text().replace("<|im_end|>' ", "' ").replace("<|im_end|>\n", "\n")
+            )
+    cfg.model.path = str(model)
+    cfg.draft.draft_vocab_size = 3
+    report = json.loads((preprocess(cfg) / "report.json").read_text())
+    assert report["train"]["coverage"] < 0.95
+    assert "raise draft.draft_vocab_size" in caplog.text
+    assert [text for text in report["warnings"] if "the draft never learns to stop" in text]
+
+
+def test_a_tokenizer_of_another_model(cfg: Config, source: Path) -> None:
+    model = Path(cfg.paths.datasets) / "model"
+    shutil.copytree(cfg.model.path, model)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "vocab_size": 100}))
+    cfg.model.path = str(model)
+    with pytest.raises(InputError, match="none of the target's 100"):
+        preprocess(cfg)
+
+
+def test_doubts() -> None:
+    entry = {
+        "conversations": 9, "coverage": 0.99, "turns_with_end": 9, "supervised_share": 0.5,
+        "answers_checked": 50, "answers_misread": 1,
+    }  # fmt: skip
+    assert doubts("train", entry) == []
+    assert "0.5% of the tokens" in doubts("train", {**entry, "supervised_share": 0.005})[0]
+    assert "100.0% of the tokens" in doubts("train", {**entry, "supervised_share": 1.0})[0]
+    assert "2 of 50 answers" in doubts("train", {**entry, "answers_misread": 2})[0]
+    assert doubts("eval", {**entry, "conversations": 0, "coverage": 0.0}) == []

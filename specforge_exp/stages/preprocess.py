@@ -122,6 +122,12 @@ def merge(cfg: Config, split: Split, blocks: list[Block], partial: Path) -> Spli
         writer.add(arrays)
         split.account.update(account)
         split.lengths.append(np.diff(arrays["offsets"]))
+        highest = arrays["ids"].max(initial=0)
+        if highest >= len(split.counts_V):
+            raise InputError(
+                f"{split.path}: token {highest} is none of the target's {len(split.counts_V)}: the "
+                f"tokenizer in {cfg.model.path} belongs to another model"
+            )
         said = arrays["ids"][arrays["turns"] > 0]
         split.counts_V += np.bincount(said, minlength=len(split.counts_V))
     writer.flush()
