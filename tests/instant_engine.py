@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from specforge_exp.generation.conversation import Rules
-from specforge_exp.generation.engine import Answer, Request, Sampling, ServerDied
+from specforge_exp.generation.engine import Answer, Engine, Request, Sampling, ServerDied
 from specforge_exp.generation.progress import Progress
 from specforge_exp.generation.run import Pace, Run, run
 from specforge_exp.generation.store import Store
@@ -75,7 +75,7 @@ def said(text: str, finish_reason: str = "stop", **message: Any) -> Answer:
 
 
 def answer_all(
-    store: Store, engine: Instant, concurrency: int = 8, rate: float | None = None, **changes: Any
+    store: Store, engine: Engine, concurrency: int = 8, rate: float | None = None, **changes: Any
 ) -> None:
     """Run until everything is answered."""
     with Interrupt() as interrupt:
