@@ -192,9 +192,9 @@ def test_any_number_of_processes_writes_the_same(
 
 @pytest.fixture
 def command(cfg: Config, source: Path) -> list[str]:
-    """preprocess.py over 20 blocks, some seconds of work."""
-    texts = [f"It is number {i} of many. " * 30 for i in range(10)]
-    put(source, [say("Hi", texts[i % 10], name=str(i)) for i in range(20 * blocks.LINES)])
+    """preprocess.py over 12 blocks, some seconds of work."""
+    texts = [f"It is number {i} of many. " * 15 for i in range(10)]
+    put(source, [say("Hi", texts[i % 10], name=str(i)) for i in range(12 * blocks.LINES)])
     return [
         sys.executable, "preprocess.py", "model=tiny", "data=local", "data.path=none",
         "data.name=small", "preprocess.source=prep", "device=cpu",
@@ -247,15 +247,15 @@ def test_killed_it_continues(cfg: Config, command: list[str]) -> None:
         process.kill()
         process.wait()
     kept = {path: path.stat().st_mtime_ns for path in finished(cfg)}
-    assert 2 <= len(kept) <= 20
+    assert 2 <= len(kept) <= 12
     done = subprocess.run(
         [*command, "preprocess.processes=1"], cwd=REPOSITORY, capture_output=True, text=True,
         check=True,
     )  # fmt: skip
-    assert f"{len(kept)} of 21 blocks are there" in done.stdout
+    assert f"{len(kept)} of 13 blocks are there" in done.stdout
     folder = paths.tokens_dir(cfg)
     continued = content(folder)
-    assert len(read_split(folder, "train")) == 20 * blocks.LINES
+    assert len(read_split(folder, "train")) == 12 * blocks.LINES
     assert "blocks" not in continued
     cfg.preprocess.force = True
     cfg.max_length = 2048
@@ -328,12 +328,8 @@ def test_doubtful_masks_are_warned_about(
     """A small vocabulary, and a template after whose answers nothing ends the turn."""
     model = Path(cfg.paths.datasets) / "model"
     shutil.copytree(cfg.model.path, model)
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
-        path = model / name
-        if path.exists():
-            path.write_text(
-                path.read_text().replace("<|im_end|>' ", "' ").replace("<|im_end|>\n", "\n")
-            )
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_end|>", ""))
     cfg.model.path = str(model)
     cfg.draft.draft_vocab_size = 3
     report = json.loads((preprocess(cfg) / "report.json").read_text())
