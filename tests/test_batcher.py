@@ -114,6 +114,16 @@ def test_other_memories_are_refused(random_target: Target) -> None:
         Slots(random_target.model, 2, 64)
 
 
+def test_short_memory_means_fewer_at_a_time(
+    random_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tokens, count, room in ((10 * 512, 9, 512), (100, 1, 64)):
+        size = 8 * 2 * 2 * 8 * 4 * tokens
+        monkeypatch.setattr("specforge_exp.generation.slots.free_bytes", lambda _, s=size: s)
+        slots = Slots(random_target.model, 16, 512)
+        assert (slots.count, slots.room) == (count, room)
+
+
 def test_a_sample_is_its_own(random_target: Target) -> None:
     prompts = ragged(64, [9, 30, 4, 17, 22, 9])
     kinds = [

@@ -175,21 +175,29 @@ def test_more_than_may_wait_are_sent_away_and_a_lost_client_frees_its_slot(url: 
 def test_sigterm_finishes_what_runs_and_accepts_no_more() -> None:
     async def scene() -> None:
         with serving("--concurrency", "1") as (url, process):
-            task = asyncio.create_task(asyncio.to_thread(complete, url, LONG))
-            await asyncio.to_thread(wait_for, lambda: running(url) == 1)
-            process.send_signal(signal.SIGTERM)
+            async with aiohttp.ClientSession() as http:
+                address = f"{url}/v1/chat/completions"
+                task = asyncio.create_task(http.post(address, json=LONG))
+                await asyncio.to_thread(wait_for, lambda: running(url) == 1)
+                # This leaves a connection that is kept open.
+                async with http.get(f"{url}/health") as answer:
+                    assert answer.status == 200
+                process.send_signal(signal.SIGTERM)
 
-            def closed() -> bool:
-                try:
-                    return not fetch(f"{url}/health")
-                except (urllib.error.URLError, ConnectionError):
-                    return True
+                def closed() -> bool:
+                    try:
+                        return fetch(f"{url}/health")[0] != 200
+                    except (urllib.error.URLError, ConnectionError):
+                        return True
 
-            await asyncio.to_thread(wait_for, closed)
-            assert process.poll() is None
-            status, _, body = await task
-            assert (status, body["usage"]["completion_tokens"]) == (200, TOKENS)
-            assert await asyncio.to_thread(process.wait, DEADLINE) == 0
+                await asyncio.to_thread(wait_for, closed)
+                assert process.poll() is None
+                with pytest.raises(aiohttp.ClientError):
+                    async with http.post(address, json=LONG) as late:
+                        late.raise_for_status()
+                body = await (await task).json()
+                assert body["usage"]["completion_tokens"] == TOKENS
+                assert await asyncio.to_thread(process.wait, DEADLINE) == 0
 
     asyncio.run(asyncio.wait_for(scene(), 2 * DEADLINE))
 

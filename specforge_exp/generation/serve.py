@@ -32,6 +32,8 @@ NUMBERS: dict[str, tuple[Any, float, float]] = {
     "n": (int, 1, 1),
 }
 """Types and bounds of the numbers in a request."""
+DRAIN = 86400.0
+"""Seconds that answers under way may take after SIGTERM."""
 
 
 class BadField(ValueError):
@@ -93,6 +95,7 @@ class Server:
     def __init__(self, engine: "TransformersEngine", name: str, max_queue: int) -> None:
         self.engine, self.name, self.max_queue = engine, name, max_queue
         self.under_way = 0
+        self.closing = False
         self.counts: Counter[str] = Counter()
 
     def app(self) -> "web.Application":
@@ -113,6 +116,8 @@ class Server:
         import orjson
 
         batcher = self.engine.batcher
+        if self.closing:
+            return problem(503, "the server is stopping", {"Connection": "close"})
         if self.under_way >= batcher.slots.count + self.max_queue:
             self.counts["busy"] += 1
             return problem(503, f"{self.max_queue} requests wait already", {"Retry-After": "1"})
@@ -132,9 +137,9 @@ class Server:
         return reply(completion(answer, self.name, self.counts["answers"]))
 
     async def health(self, _: "web.Request") -> "web.Response":
-        """200 as long as the batcher's thread lives."""
-        alive = self.engine.batcher.thread.is_alive()
-        return reply({"status": "ok"}) if alive else problem(503, "the batcher has stopped")
+        """200 as long as requests are answered."""
+        alive = self.engine.batcher.thread.is_alive() and not self.closing
+        return reply({"status": "ok"}) if alive else problem(503, "the server is stopping")
 
     async def models(self, _: "web.Request") -> "web.Response":
         """The only model."""
@@ -247,9 +252,11 @@ async def serve(args: argparse.Namespace) -> None:
     )
     engine = TransformersEngine(cfg, context=args.context_length, cache_mb=args.cache_mb)
     server = Server(engine, args.model, args.max_queue)
-    runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True)
+    runner = web.AppRunner(
+        server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=DRAIN
+    )
     await runner.setup()
-    site = web.TCPSite(runner, args.host, args.port, shutdown_timeout=86400.0)
+    site = web.TCPSite(runner, args.host, args.port)
     stop = asyncio.Event()
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -264,6 +271,7 @@ async def serve(args: argparse.Namespace) -> None:
         print(f"listening on http://{host}:{port}", flush=True)
         await stop.wait()
     finally:
+        server.closing = True
         await runner.cleanup()
         await engine.close()
 

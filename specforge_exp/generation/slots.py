@@ -4,6 +4,7 @@ Shape suffixes: B rows of a forward, T new tokens of a row, K positions seen, H 
 C capacity of a slot, S slots and one more, N = B H T, V vocabulary.
 """
 
+import logging
 import os
 from typing import Any
 
@@ -13,7 +14,11 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from specforge_exp.errors import InputError
 
+log = logging.getLogger(__name__)
+
 GROWTH = 64
+USUAL = 8192
+"""Tokens of a sequence for which memory is planned where the context is longer."""
 ATTENTION = {"full_attention", "sliding_attention"}
 
 
@@ -43,17 +48,24 @@ class Slots(Cache):
                 f"engine=transformers serves models of {sorted(ATTENTION)}; this one has "
                 f"{sorted(set(self.kinds) - ATTENTION)}: use engine=sglang or engine=openai"
             )
-        self.model, self.count, self.device = model, count, model.device
+        self.model, self.device = model, model.device
         probe = DynamicCache()
         model(torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=probe)
         self.capacity = 0
         self.dtype = model.dtype
-        self.keys = [self._empty(layer.keys) for layer in probe.layers]
-        self.values = [self._empty(layer.values) for layer in probe.layers]
-        stores = self.keys + self.values
-        self.token_bytes = sum(s.shape[1] * s.shape[3] * s.element_size() for s in stores)
-        affordable = (free_bytes(self.device) - aside) // (self.token_bytes * (count + 1))
-        self.room = max(GROWTH, min(context, affordable))
+        probed = [(layer.keys, layer.values) for layer in probe.layers]
+        self.token_bytes = sum(t.numel() * t.element_size() for pair in probed for t in pair)
+        affordable = (free_bytes(self.device) - aside) // self.token_bytes
+        self.count = max(1, min(count, affordable // min(context, USUAL) - 1))
+        """Sequences at a time: fewer than were asked for where memory is short."""
+        if self.count < count:
+            log.warning(
+                "%d sequences at a time instead of %d: memory for keys and values holds %d tokens",
+                self.count, count, affordable,
+            )  # fmt: skip
+        self.keys = [self._empty(keys) for keys, _ in probed]
+        self.values = [self._empty(values) for _, values in probed]
+        self.room = max(GROWTH, min(context, affordable // (self.count + 1)))
         """Tokens that a slot may come to hold; less than the context where memory is short."""
         self.rows_B: Tensor | None = None
         self.at: dict[int, Tensor] = {}
@@ -175,7 +187,7 @@ def additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that keys and values may take: most of what is free on a GPU, half on a CPU."""
+    """Memory that keys and values may take: most of what a GPU has free, a quarter of a CPU's."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 0.9)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
