@@ -1,8 +1,10 @@
 """engine=modal against a local Modal: exactly once, whatever dies."""
 
+import asyncio
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,12 +15,10 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 from modal_app import regen_driver
-from modal_app.regen_driver import CHUNK, COMMAND, POISON, REFUSED, config, write_prompts
+from modal_app.regen_driver import CHUNK, COMMAND, CRASH, POISON, REFUSED, config, write_prompts
 from modal_local import client
 from modal_local.client import LocalModal
 from test_stages_on_modal import launch
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ def drive(modal: LocalModal, *arguments: object) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def finish(process: "subprocess.Popen[str]", seconds: float = 170) -> str:
-    output, _ = process.communicate(timeout=seconds)
-    assert process.returncode == 0, output
+def finish(process: "subprocess.Popen[str]", expect: int = 0) -> str:
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == expect, output
     return output
 
 
@@ -50,6 +50,7 @@ def lines(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_or_done_twice(modal_here: LocalModal, tmp_path: Path) -> None:
     """The client is killed 20 times, containers twice, four results expire, two prompts are bad."""
     texts = [f"Describe kettle {number}." for number in range(81)]
@@ -87,6 +88,7 @@ def test_nothing_is_lost_or_done_twice(modal_here: LocalModal, tmp_path: Path) -
     assert left == ["eval.jsonl", "failed.jsonl", "run.json", "train.jsonl"]
 
 
+@pytest.mark.slow
 def test_the_volume_answers_for_expired_calls(modal_here: LocalModal, tmp_path: Path) -> None:
     """The client is gone, the calls end, their results expire: nothing is computed again."""
     texts = [f"Describe lamp {number}." for number in range(2 * CHUNK + 1)]
@@ -103,6 +105,48 @@ def test_the_volume_answers_for_expired_calls(modal_here: LocalModal, tmp_path: 
     assert set(modal_here.state()["calls"]) - before == set(calls)
 
 
+@pytest.mark.slow
+def test_asked_to_end_it_leaves_the_calls(modal_here: LocalModal, tmp_path: Path) -> None:
+    texts = [f"Describe a jar {number}." for number in range(2 * CHUNK + 1)]
+    write_prompts(config(tmp_path, 2), texts)
+    before = set(modal_here.state()["calls"])
+    process = drive(modal_here, tmp_path, len(texts), 2, 0)
+    modal_here.wait_for(lambda state: len(set(state["calls"]) - before) == 3, 60)
+    [client_pid] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(client_pid), signal.SIGTERM)
+    output = finish(process, expect=256 - signal.SIGTERM)
+    assert re.search(r"regen: stopped; \d calls go on at Modal", output), output
+    assert "input 17 = done 17" in finish(drive(modal_here, tmp_path, len(texts), 2, 0))
+    assert len(set(modal_here.state()["calls"]) - before) == 3
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_start_is_no_endless_loop(
+    modal_here: LocalModal, tmp_path: Path
+) -> None:
+    texts = [f"Describe a door {number}." for number in range(3)]
+    write_prompts(config(tmp_path, 3), texts)
+    broken = ["python", "-c", "print('no room for the model'); raise SystemExit(4)"]
+    output = finish(drive(modal_here, tmp_path, len(texts), 3, 0, *broken), expect=1)
+    assert "error: the containers of specforge-regen-" in output
+    assert "no room for the model" in output and "modal app logs specforge-regen-" in output
+    assert "input 3 = done 3" in finish(drive(modal_here, tmp_path, len(texts), 3, 0))
+
+
+@pytest.mark.slow
+def test_a_conversation_that_takes_containers_along(tmp_path: Path) -> None:
+    texts = [f"Describe a bell {number}." for number in range(4)]
+    texts[1] += " " + CRASH
+    write_prompts(config(tmp_path, 4), texts)
+    with client.start(options={"max_containers": 2, "crash_retries": 0}) as modal:
+        output = finish(drive(modal, tmp_path, len(texts), 4, 0))
+    assert "input 4 = done 3 + failed 1" in output
+    [failed] = lines(tmp_path, "failed.jsonl")
+    assert failed["id"] == "c1"
+    assert re.match(r"the container dies \(.*\), with nothing else", failed["error"])
+
+
+@pytest.mark.slow
 def test_the_client_runs_on_modal_too(on_local_modal: LocalModal, tmp_path: Path) -> None:
     """A job on a CPU that starts the containers with the servers and waits for them."""
     smoke = ["experiment=smoke", "model=tiny", "hydra/launcher=modal", "data.name=fanned"]
@@ -117,3 +161,38 @@ def test_the_client_runs_on_modal_too(on_local_modal: LocalModal, tmp_path: Path
     assert counts is not None and counts[1] == counts[2] == "20"
     apps = [app["name"] for app in on_local_modal.state()["apps"].values()]
     assert any(name.startswith("specforge-regen-") for name in apps)
+
+
+def test_an_app_for_everything_that_differs_in_its_containers(tmp_path: Path) -> None:
+    from specforge_exp.generation.modal_app import app_name
+
+    cfg = config(tmp_path, 0)
+    cfg.engine.tp_size = 1
+    name = app_name(cfg)
+    for field, value in {"num_servers": 7, "usd_per_gpu_hour": 1.0, "rate_limit": 2.0}.items():
+        setattr(cfg.engine, field, value)
+        assert app_name(cfg) == name
+    names = {name}
+    for field, value in {"tp_size": 2, "gpu": "H200", "args": {"a": 1}, "concurrency": 3}.items():
+        setattr(cfg.engine, field, value)
+        names.add(app_name(cfg))
+    cfg.model.path = "Qwen/Qwen3-8B"
+    names.add(app_name(cfg))
+    assert len(names) == 6
+
+
+def test_a_model_that_is_not_on_the_volume_yet(
+    on_local_modal: LocalModal, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every container would download it: the command that does it once is named."""
+    from specforge_exp.generation import modal_app, modal_worker
+
+    cfg = config(tmp_path, 0)
+    cfg.model.path = "Qwen/Qwen3-8B"
+    asyncio.run(modal_app.warn_of_downloads(cfg))
+    assert "python prefetch.py -m" in caplog.text
+    caplog.clear()
+    marker = "prefetched/models--Qwen--Qwen3-8B"
+    asyncio.run(modal_worker.write(modal_app.volume("hf"), marker, b""))
+    asyncio.run(modal_app.warn_of_downloads(cfg))
+    assert not caplog.text

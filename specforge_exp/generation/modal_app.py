@@ -12,8 +12,9 @@ import modal
 
 import specforge_exp
 from specforge_exp.config import Config
+from specforge_exp.config.resolvers import command, prefetched
 from specforge_exp.errors import InputError
-from specforge_exp.generation.modal_worker import WHAT, Worker
+from specforge_exp.generation.modal_worker import WHAT, Worker, read
 from specforge_exp.provenance import model_digest
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ async def deployed(cfg: Config) -> str:
         return name
     except modal.exception.NotFoundError:
         log.info("regen: deploying %s; an image that is new to Modal takes minutes", name)
+    await warn_of_downloads(cfg)
     engine = cfg.engine
     tp_size = engine.tp_size or 1
     app = modal.App(name)
@@ -125,6 +127,18 @@ async def deployed(cfg: Config) -> str:
     )(modal.concurrent(max_inputs=2)(Worker))
     await app.deploy.aio()
     return name
+
+
+async def warn_of_downloads(cfg: Config) -> None:
+    """Say so when every container will have to fetch the model by itself."""
+    marker, home = prefetched(cfg.model.path), cfg.resources.env.get("HF_HOME")
+    name = mounts(cfg).get(home or "")
+    if marker and name and await read(volume(name), marker) is None:
+        log.warning(
+            "regen: Volume %s has no whole %s, so every container downloads it, at the price of "
+            "its GPUs; to do so once: %s hydra/launcher=modal",
+            name, cfg.model.path, command("prefetch"),
+        )  # fmt: skip
 
 
 def volume(name: str) -> modal.Volume:

@@ -64,7 +64,7 @@ class Worker:
         try:
             results = await self.results(part)
         except Exception:
-            modal.experimental.stop_fetching_inputs()  # the next attempt gets another container
+            await modal.experimental.stop_fetching_inputs.aio()  # others get another container
             raise
         before, self.accounted = self.accounted, time.monotonic()
         answered = pack({"results": results, "seconds": round(self.accounted - before, 2)})

@@ -1,6 +1,6 @@
 """Regenerate on a local Modal with the tiny target, in a process that kills itself again and again.
 
-    python regen_driver.py FOLDER CONVERSATIONS SEED KILLS [spawned]
+    python regen_driver.py FOLDER CONVERSATIONS SEED KILLS [spawned | COMMAND of the server]
 
 Every life is a fork, so that only the first one pays for the imports. It ends by SIGKILL before,
 after or in the middle of something that it writes; with `spawned`, after the last call is written
@@ -26,12 +26,14 @@ from specforge_exp.config import (
     RegenConfig,
     ResourcesConfig,
 )
+from specforge_exp.errors import InputError
 from specforge_exp.generation import modal_calls, modal_engine
 from specforge_exp.generation.store import Store
 from specforge_exp.stages.regen import regen
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 POISON, REFUSED = "the poisoned kettle", "the refused kettle"
+CRASH = "the kettle that takes its container along"
 SERVE = f"""
 import os
 from specforge_exp.generation import serve
@@ -41,6 +43,8 @@ class Server(serve.Server):
         body = await http.read()
         if {POISON!r}.encode() in body:
             os._exit(9)
+        if {CRASH!r}.encode() in body:
+            os.kill(-1, 9)
         if {REFUSED!r}.encode() in body:
             return serve.problem(400, "not this one")
         return await super().chat(http)
@@ -139,6 +143,8 @@ def live(cfg: Config) -> int:
         try:
             regen(cfg)
             code = 0
+        except InputError as error:
+            print(f"error: {error}")
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -150,11 +156,13 @@ def main() -> None:
     folder, conversations, seed, kills = Path(sys.argv[1]), *map(int, sys.argv[2:5])
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     cfg = config(folder, seed)
+    if len(sys.argv) > 6:
+        cfg.engine.command = sys.argv[5:]
     random.seed(seed)
     methods = modal_calls.Journal.write, Store.add, Store.finish, modal_engine.Client.keep
     killed = 0
     while killed < kills:
-        if sys.argv[5:]:
+        if sys.argv[5:] == ["spawned"]:
             die_when_spawned(-(-(conversations - 1) // CHUNK) + 1)
         else:
             doomed(random.randint(1, 16))
@@ -162,7 +170,7 @@ def main() -> None:
         killed += 1
         modal_calls.Journal.write, Store.add, Store.finish, modal_engine.Client.keep = methods  # type: ignore[method-assign]
     print(f"killed {killed} times", flush=True)
-    if not sys.argv[5:]:
+    if sys.argv[5:] != ["spawned"]:
         sys.exit(os.waitstatus_to_exitcode(live(cfg)))
 
 
