@@ -36,7 +36,9 @@ from specforge_exp.tokens import Ints, arrays_of
 LINES, BYTES = 512, 8 * 2**20
 """A block ends after so many lines, or the line that passes so many bytes."""
 BATCH = 64
-"""Conversations tokenised together; the first of each is checked against its answers."""
+"""Conversations tokenised together."""
+CHECKED = 16
+"""One of so many is checked against its answers."""
 
 
 WORTH = 8
@@ -109,7 +111,7 @@ def encode_block(block: Block, chat: Chat, cfg: Config, folder: Path) -> None:
         batch = records[at : at + BATCH]
         for place, (record, result) in enumerate(zip(batch, encode_many(chat, batch), strict=True)):
             account["read"] += 1
-            if isinstance(result, Encoded) and place == 0:
+            if isinstance(result, Encoded) and place % CHECKED == 0:
                 check(record, result, chat, account)
             try:
                 kept.append(fit(result, cfg, account, record["id"]))

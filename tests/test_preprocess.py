@@ -186,8 +186,7 @@ def test_any_number_of_processes_writes_the_same(
     assert content(preprocess(cfg)) == alone
     monkeypatch.setattr(blocks, "LINES", 512)
     cfg.preprocess.processes = None
-    larger = content(preprocess(cfg))
-    assert {**larger, "report.json": alone["report.json"]} == alone  # checks one in each batch
+    assert content(preprocess(cfg)) == alone
 
 
 @pytest.fixture
