@@ -192,6 +192,17 @@ def test_nothing_answered_is_an_error(cfg: Config, prompts: list[Record]) -> Non
         regen(cfg)
 
 
+def test_a_hundred_thousand_tokens(cfg: Config, prompts: list[Record]) -> None:
+    """Beyond the target's own context, whatever max_length says: failed, with both numbers."""
+    cfg.max_length = 10**6
+    long = say("word " * 100_000, name="endless")
+    write_jsonl(paths.prompts_dir(cfg) / "train.jsonl", [*prompts[:2], long])
+    folder = regen(cfg)
+    [failed] = read(folder / "failed.jsonl")
+    assert failed["id"] == "endless" and "context of 2048 tokens" in failed["error"]
+    assert [r["id"] for r in read(folder / "train.jsonl")] == ["one", "two"]
+
+
 def test_the_models_own_sampling(cfg: Config, tmp_path: Path) -> None:
     """Null means the generation config of the model; what is given wins."""
     cfg.regen.temperature = None
