@@ -198,12 +198,13 @@ torch.set_num_threads(1)
 path, source, size, new = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+model.generation_config.eos_token_id = None
 prompts = [json.loads(line)["conversations"] for line in open(source)]
 def answer(batch):
     options = dict(add_generation_prompt=True, tokenize=True, return_dict=True, padding=True)
     inputs = tokenizer.apply_chat_template(batch, return_tensors="pt", **options)
     return model.generate(
-        **inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False
+        **inputs, max_new_tokens=new, do_sample=False
     )[:, inputs["input_ids"].shape[1]:]
 with torch.no_grad():
     answer(prompts[:2])
@@ -225,7 +226,7 @@ def offline(source: Path, size: int, new: int) -> dict[str, Any]:
 def rate(runs: list[dict[str, Any]], case: str, who: str) -> float:
     """Median of tokens per second."""
     chosen = [r for r in runs if r["case"] == case and r["who"] == who]
-    return statistics.median(r["tokens"] / r["seconds"] for r in chosen)
+    return float(statistics.median(r["tokens"] / r["seconds"] for r in chosen))
 
 
 def measure(runs: list[dict[str, Any]], case: str, who: str, found: dict[str, Any]) -> None:

@@ -1,12 +1,12 @@
 """One conversation, answered turn by turn; system, user and tool turns stay as they are."""
 
 import hashlib
-import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from specforge_exp.chat import split_thoughts
 from specforge_exp.generation.engine import Answer, Failed, Message, Refused, Request, Sampling
 
 Record = dict[str, Any]
@@ -98,7 +98,7 @@ async def one_answer(
         name = f"{rules.seed}/{record['id']}/{item.sample}/{len(before)}/{attempt}"
         seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest()) >> 1
         request = Request(
-            messages=list(said), sampling=rules.sampling, seed=seed, tools=tools_of(record),
+            messages=list(said), sampling=rules.sampling, seed=seed, tools=record.get("tools"),
             template_kwargs=rules.template_kwargs, session=f"{record['id']}/{item.sample}",
             server=item.server,
         )  # fmt: skip
@@ -130,24 +130,13 @@ def check_room(record: Record, said: list[Message], rules: Rules, before: list[A
         raise Stop(f"the prompt alone has {known} tokens, max_length={rules.max_length}")
 
 
-def tools_of(record: Record) -> list[Any] | None:
-    """The record's tools; some data sets hold them as a JSON string."""
-    tools = record.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise Refused("its `tools` are no JSON") from None
-    return tools or None
-
-
 def sort_thoughts(message: Message, thinking: str) -> Message:
     """The message without its thoughts; with them as reasoning_content when they are kept."""
-    thoughts, answer = message.get("reasoning_content") or "", message["content"]
-    if not thoughts and (answer.lstrip().startswith("<think>") or "</think>" in answer):
-        thoughts, _, answer = answer.partition("</think>")
-        thoughts = thoughts.replace("<think>", "", 1)
+    _, inline, _, answer = split_thoughts(message["content"])
+    if answer.lstrip().startswith("<think>"):  # cut before they ended
+        inline, answer = answer.lstrip().removeprefix("<think>"), ""
+    thoughts = (message.get("reasoning_content") or inline).strip("\n")
     rest = {key: value for key, value in message.items() if key != "reasoning_content"}
     sorted_out = {**rest, "content": answer.lstrip("\n")}
     kept = thinking == "kept" and thoughts.strip()
-    return {**sorted_out, "reasoning_content": thoughts.strip("\n")} if kept else sorted_out
+    return {**sorted_out, "reasoning_content": thoughts} if kept else sorted_out

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from specforge_exp.chat import prompt_ids
 from specforge_exp.config import Config
-from specforge_exp.generation.conversation import Record, Rules, tools_of
+from specforge_exp.generation.conversation import Record, Rules
 from specforge_exp.generation.engine import Message, Sampling
 from specforge_exp.provenance import model_digest
 from specforge_exp.target import load_tokenizer
@@ -51,7 +51,7 @@ def rules_of(cfg: Config) -> Rules:
         return load_tokenizer(cfg.model)
 
     def count(record: Record, messages: list[Message]) -> int:
-        tools = {"tools": tools_of(record)} if record.get("tools") else {}
+        tools = {"tools": record["tools"]} if record.get("tools") else {}
         return len(prompt_ids(tokenizer(), messages, {**kwargs, **tools}))
 
     made_by = {
