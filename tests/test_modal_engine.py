@@ -108,6 +108,7 @@ def test_the_volume_answers_for_expired_calls(modal_here: LocalModal, tmp_path: 
 @pytest.mark.slow
 def test_asked_to_end_it_leaves_the_calls(modal_here: LocalModal, tmp_path: Path) -> None:
     texts = [f"Describe a jar {number}." for number in range(2 * CHUNK + 1)]
+    texts[5] = "word " * 400
     write_prompts(config(tmp_path, 2), texts)
     before = set(modal_here.state()["calls"])
     process = drive(modal_here, tmp_path, len(texts), 2, 0)
@@ -116,21 +117,35 @@ def test_asked_to_end_it_leaves_the_calls(modal_here: LocalModal, tmp_path: Path
     os.kill(int(client_pid), signal.SIGTERM)
     output = finish(process, expect=256 - signal.SIGTERM)
     assert re.search(r"regen: stopped; \d calls go on at Modal", output), output
-    assert "input 17 = done 17" in finish(drive(modal_here, tmp_path, len(texts), 2, 0))
+    assert "input 17 = done 16 + failed 1" in finish(drive(modal_here, tmp_path, 17, 2, 0))
+    [failed] = lines(tmp_path, "failed.jsonl")
+    assert failed["id"] == "c5" and failed["error"].endswith("tokens, max_length=256")
     assert len(set(modal_here.state()["calls"]) - before) == 3
 
 
+BROKEN = {
+    "no room for the model": "print('no room for the model'); raise SystemExit(4)",
+    "HTTP 404": (
+        "import sys; from aiohttp import web; app = web.Application();"
+        "app.router.add_get('/health', lambda r: web.Response());"
+        "web.run_app(app, host='127.0.0.1', port=int(sys.argv[1]))"
+    ),
+}
+
+
 @pytest.mark.slow
-def test_a_server_that_does_not_start_is_no_endless_loop(
-    modal_here: LocalModal, tmp_path: Path
+@pytest.mark.parametrize("said", BROKEN)
+def test_a_server_that_never_works_is_no_endless_loop(
+    said: str, modal_here: LocalModal, tmp_path: Path
 ) -> None:
     texts = [f"Describe a door {number}." for number in range(3)]
     write_prompts(config(tmp_path, 3), texts)
-    broken = ["python", "-c", "print('no room for the model'); raise SystemExit(4)"]
-    output = finish(drive(modal_here, tmp_path, len(texts), 3, 0, *broken), expect=1)
+    command = ["python", "-c", BROKEN[said], "{port}"]
+    output = finish(drive(modal_here, tmp_path, len(texts), 3, 0, *command), expect=1)
     assert "error: the containers of specforge-regen-" in output
-    assert "no room for the model" in output and "modal app logs specforge-regen-" in output
-    assert "input 3 = done 3" in finish(drive(modal_here, tmp_path, len(texts), 3, 0))
+    assert said in output and "modal app logs specforge-regen-" in output
+    if said == "HTTP 404":  # mended: the same run goes on with new calls
+        assert "input 3 = done 3" in finish(drive(modal_here, tmp_path, len(texts), 3, 0))
 
 
 @pytest.mark.slow

@@ -14,7 +14,13 @@ import time
 from dataclasses import asdict, replace
 from typing import Any
 
-import modal
+try:
+    import modal
+except ImportError:
+    from specforge_exp.errors import InputError
+
+    needed = "engine=modal needs Modal's client: pip install 'specforge-exp[modal]'"
+    raise InputError(needed) from None
 
 from specforge_exp.config import Config
 from specforge_exp.conversations import BadRecord
@@ -41,6 +47,7 @@ from specforge_exp.interrupt import Interrupt
 
 log = logging.getLogger(__name__)
 
+JOURNAL = "calls.jsonl"
 POLL = 1.0
 """Seconds between two looks at a call."""
 TOGETHER = 8
@@ -53,14 +60,21 @@ async def answer_on_modal(cfg: Config, store: Store, interrupt: Interrupt) -> No
     """Answer everything that the store lacks, or until the process is asked to end.
 
     Raises:
-        InputError: the containers' own code fails, or Modal has not answered for long.
+        InputError: the containers' own code fails, or Modal refuses or has not answered for long.
     """
     chunks = list(store.chunks())
-    if not chunks:
+    if not chunks and not (store.folder / JOURNAL).exists():
         return
     cfg = replace(cfg, engine=replace(cfg.engine, tp_size=tp_size_of(cfg)))
-    client = Client(cfg, store, await deployed(cfg))
-    progress = client.progress = Progress(store, interrupt)
+    try:
+        await fan_out(Client(cfg, store, await deployed(cfg)), chunks, interrupt)
+    except modal.exception.Error as error:
+        raise InputError(f"engine=modal: {error}; what is done is kept") from None
+
+
+async def fan_out(client: "Client", chunks: list[Chunk], interrupt: Interrupt) -> None:
+    """Answer these chunks; what the run has on the Volume is deleted when they are complete."""
+    progress = client.progress = Progress(client.store, interrupt)
     await client.begin()
     tasks = [asyncio.create_task(client.complete(chunk)) for chunk in chunks]
     work: asyncio.Future[Any] = asyncio.gather(*tasks)
@@ -108,7 +122,7 @@ class Client:
         said = json.dumps(decides, sort_keys=True)
         self.folder = f"regen/{hashlib.sha256(said.encode()).hexdigest()[:16]}"
         self.volume_name = cfg.resources.volumes[cfg.resources.env["SPECFORGE_DATASETS"]]
-        self.journal = Journal(store.folder / "calls.jsonl")
+        self.journal = Journal(store.folder / JOURNAL)
         self.pace = Pace(cfg.engine.rate_limit)
         self.spawning = asyncio.Lock()
         self.outage = Outage()
@@ -130,6 +144,8 @@ class Client:
 
     async def bring(self, chunk: Chunk, places: list[int], alone: bool) -> None:
         """Bring results for these places; where a server dies of them, for each half by itself."""
+        if all(place in chunk.results for place in places):
+            return
         part = part_name(chunk, places, alone)
         if part not in self.journal.left:
             why = await self.call_until_answered(part, chunk, places, alone)

@@ -92,9 +92,12 @@ class Server:
 
     def problem(self, what: str) -> InputError:
         """Why it did not start, with the end of its log."""
+        return InputError(f"the server `{' '.join(self.command)}` {what}; {self.tail()}")
+
+    def tail(self) -> str:
+        """The last lines of its log."""
         lines = self.log.read_text(errors="replace").splitlines()[-TAIL:]
-        said = "\n  ".join([f"the end of {self.log}:", *lines])
-        return InputError(f"the server `{' '.join(self.command)}` {what}; {said}")
+        return "\n  ".join([f"the end of {self.log}:", *lines])
 
     async def stop(self) -> None:
         """End it and everything that it has started."""

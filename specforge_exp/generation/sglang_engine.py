@@ -72,7 +72,8 @@ class SGLangEngine:
             if server.running:
                 return
             if server.process is not None:
-                log.warning("regen: server %d has died and is started again", number)
+                said = server.tail()
+                log.warning("regen: server %d has died and is started again; %s", number, said)
             else:
                 log.info("regen: server %d starts; its log: %s", number, server.log)
             try:
