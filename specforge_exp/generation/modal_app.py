@@ -23,9 +23,12 @@ CODE = Path(specforge_exp.__file__).parent
 MODEL = "/root/model"
 """Where a container has a target that is a folder of this machine."""
 MOST_BYTES = 2e9
-NEEDED = ("omegaconf", "aiohttp", "orjson")
-"""What our code needs beside what SGLang's image has."""
-WHOLE = (*NEEDED, "torch", "transformers", "safetensors", "numpy", "huggingface_hub")
+NEEDED = ("omegaconf>=2.3", "aiohttp>=3.11", "orjson>=3.10")
+"""What our code needs beside SGLang; what its image has already stays as it is."""
+WHOLE = (
+    "omegaconf", "aiohttp", "orjson", "torch", "transformers", "safetensors", "numpy",
+    "huggingface_hub",
+)  # fmt: skip
 """What it needs in an image without SGLang."""
 CPU, MEMORY = 4.0, 32768
 """Cores, and MiB that are kept free, per GPU."""
@@ -73,9 +76,10 @@ def mounts(cfg: Config) -> dict[str, str]:
 
 
 def packages(cfg: Config) -> list[str]:
-    """What is installed, in the versions that are here."""
-    names = WHOLE if cfg.engine.image == "debian_slim" else NEEDED
-    return [f"{name}=={version(name).partition('+')[0]}" for name in names]
+    """What is installed; in an image of our own, the versions that are here."""
+    if cfg.engine.image != "debian_slim":
+        return list(NEEDED)
+    return [f"{name}=={version(name).partition('+')[0]}" for name in WHOLE]
 
 
 def image(cfg: Config) -> modal.Image:
