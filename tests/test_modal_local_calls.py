@@ -84,8 +84,12 @@ def test_calls_and_their_results(run_program: Program, local_modal: LocalModal) 
         """
 with app.run():
     calls = [square.spawn(x) for x in (2, 3)]
+    gathered = modal.FunctionCall.gather(*calls)
+    end = time.monotonic() + 30  # a container sends its logs a little later than its results
+    while not list(calls[0].logs.tail(5)) and time.monotonic() < end:
+        time.sleep(0.1)
     out = {
-        "gather": modal.FunctionCall.gather(*calls),
+        "gather": gathered,
         "from_id": modal.FunctionCall.from_id(calls[1].object_id).get(timeout=5),
         "map": list(square.map(range(10))),
         "exceptions": [type(r).__name__ for r in square.map([1, 13], return_exceptions=True)],

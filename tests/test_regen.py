@@ -20,6 +20,7 @@ from specforge_exp.conversations import write_jsonl
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Sampling
 from specforge_exp.generation.rules import sampling_of
+from specforge_exp.stages import regen as stage
 from specforge_exp.stages.prep import prep
 from specforge_exp.stages.regen import regen
 from specforge_exp.target import Target
@@ -122,7 +123,6 @@ def test_interrupted_continues(tmp_path: Path, cfg: Config, number: signal.Signa
     prep(cfg)
     folder = tmp_path / "datasets" / "smoke--tiny"
     partial = folder.with_suffix(".partial")
-    assert "nothing yet" in started(tmp_path, "status").communicate()[0]
     first = started(tmp_path)
     deadline = time.monotonic() + 60
     while lines_in(partial) < 3:
@@ -132,7 +132,7 @@ def test_interrupted_continues(tmp_path: Path, cfg: Config, number: signal.Signa
         while not (partial / "progress.json").exists():
             time.sleep(0.01)
         said = started(tmp_path, "status").communicate()[0]
-        assert "1 in flight" in said and "Traceback" not in said
+        assert " of 20 done, 0 failed; 1 in flight; " in said and "Traceback" not in said
     first.send_signal(number)
     printed = first.communicate()[0]
     assert first.returncode == -number and "Traceback" not in printed
@@ -148,10 +148,30 @@ def test_interrupted_continues(tmp_path: Path, cfg: Config, number: signal.Signa
     assert {path.name for path in folder.iterdir()} == {
         "train.jsonl", "eval.jsonl", "failed.jsonl", "run.json"
     }  # fmt: skip
-    assert "complete" in started(tmp_path, "status").communicate()[0]
-    whole = started(tmp_path, "regen.force=true")
-    assert whole.wait() == 0
-    assert without_time(read(folder / "train.jsonl")) == without_time(done)
+    if number == signal.SIGKILL:
+        whole = started(tmp_path, "regen.force=true")
+        assert whole.wait() == 0
+        assert without_time(read(folder / "train.jsonl")) == without_time(done)
+
+
+def test_status(cfg: Config, tmp_path: Path) -> None:
+    """Of a run that has not begun, of one that was killed long ago, of one that is complete."""
+    folder = tmp_path / "data--model"
+    assert stage.status(folder).startswith("nothing yet; start it with: python regen.py")
+    partial = tmp_path / "data--model.partial"
+    partial.mkdir()
+    said = {
+        "time": "2026-01-01T00:00:00+00:00", "total": 9, "done": 3, "failed": 1, "in_flight": 2,
+        "conversations_per_second": 1.5, "tokens_per_second": 200.0, "seconds_left": 60,
+        "usd": 1.234,
+    }  # fmt: skip
+    (partial / "progress.json").write_text(json.dumps(said))
+    found = stage.status(folder)
+    assert found.startswith("3 of 9 done, 1 failed; 1.5 conversations/s, 200.0 tokens/s; no sign")
+    assert found.endswith("; $1.23") and "in flight" not in found
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    assert stage.status(folder) == f"complete: {folder}"
 
 
 def test_sampling_is_repeatable(cfg: Config, prompts: list[Record]) -> None:

@@ -7,7 +7,6 @@ from specforge_exp.config.checks import at_least, one_of, safe_name
 from specforge_exp.config.choices import Source
 from specforge_exp.errors import InputError
 
-
 ENGINES = ("transformers", "openai", "sglang", "modal")
 
 

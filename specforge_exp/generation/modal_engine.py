@@ -272,8 +272,7 @@ class Client:
         progress, engine = self.progress, self.cfg.engine
         progress.in_flight = sum(count for _, count in self.pending.values())
         gpu_seconds = sum(self.journal.seconds.values()) * (engine.tp_size or 1)
-        elapsed = time.monotonic() - progress.started
-        progress.usd_per_hour = engine.usd_per_gpu_hour * gpu_seconds / elapsed
+        progress.usd = engine.usd_per_gpu_hour * gpu_seconds / 3600
         progress.write()
 
     async def clear(self) -> None:

@@ -12,8 +12,6 @@ import os
 import socket
 import time
 import zlib
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import modal
@@ -22,7 +20,7 @@ import orjson
 
 from specforge_exp.config import Config, EngineConfig, LossConfig, ModelConfig
 from specforge_exp.generation.conversation import Item, Record, Rules, regenerate
-from specforge_exp.generation.engine import Message, Sampling, ServerDied
+from specforge_exp.generation.engine import Sampling, ServerDied
 from specforge_exp.generation.sglang_engine import SGLangEngine
 
 WHAT = "SPECFORGE_REGEN"
@@ -73,9 +71,12 @@ class Worker:
 
     async def results(self, part: dict[str, Any]) -> dict[str, Record]:
         """Regenerate, `engine.concurrency` conversations of this container at a time."""
+        from specforge_exp.generation.rules import counter  # loads torch, after the server began
+
         said = part["rules"]
         sampling = Sampling(**said.pop("sampling"))
-        rules = Rules(sampling=sampling, count=self.counter(said["template_kwargs"]), **said)
+        count = counter(self.cfg.model, said["template_kwargs"])
+        rules = Rules(sampling=sampling, count=count, **said)
         results: dict[str, Record] = {}
 
         async def one(place: int, sample: int, record: Record) -> None:
@@ -94,18 +95,6 @@ class Worker:
             for task in tasks:
                 task.cancel()
         return results
-
-    def counter(self, kwargs: dict[str, Any]) -> Callable[[Record, list[Message]], int]:
-        """`Rules.count`; loads the tokenizer for the first conversation that may be too long."""
-
-        @cache
-        def count() -> Any:
-            from specforge_exp.generation.rules import rules_of
-
-            self.cfg.model.chat_template_kwargs = kwargs
-            return rules_of(self.cfg).count
-
-        return lambda record, messages: int(count()(record, messages))
 
 
 def pack(said: dict[str, Any]) -> bytes:

@@ -21,8 +21,8 @@ class Progress:
 
     store: Store
     interrupt: Interrupt
-    usd_per_hour: float = 0.0
-    """Of everything that runs for it."""
+    usd: float = 0.0
+    """What was spent so far, where it is known."""
     in_flight: int = 0
     stopping: bool = False
 
@@ -48,7 +48,7 @@ class Progress:
             "conversations_per_second": round(here / seconds, 3),
             "tokens_per_second": round((now.tokens - before.tokens) / seconds, 1),
             "seconds_left": round(left * seconds / here) if here else None,
-            "usd": round(self.usd_per_hour * seconds / 3600, 2),
+            "usd": round(self.usd, 2),
         })  # fmt: skip
 
     async def watch(self, workers: list[asyncio.Task[None]], drain: float) -> None:

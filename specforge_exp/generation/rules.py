@@ -1,5 +1,6 @@
 """How answers are asked for: options of the run over the model's generation config."""
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import GenerationConfig
 
 from specforge_exp.chat import prompt_ids
-from specforge_exp.config import Config
+from specforge_exp.config import Config, ModelConfig
 from specforge_exp.generation.conversation import Record, Rules
 from specforge_exp.generation.engine import Message, Sampling
 from specforge_exp.provenance import model_digest
@@ -46,14 +47,6 @@ def rules_of(cfg: Config) -> Rules:
     if thinking in THINKING:
         kwargs["enable_thinking"] = THINKING[thinking]
 
-    @cache
-    def tokenizer() -> Any:
-        return load_tokenizer(cfg.model)
-
-    def count(record: Record, messages: list[Message]) -> int:
-        tools = {"tools": record["tools"]} if record.get("tools") else {}
-        return len(prompt_ids(tokenizer(), messages, {**kwargs, **tools}))
-
     made_by = {
         "model": cfg.model.path,
         "revision": revision(cfg.model.path),
@@ -67,9 +60,23 @@ def rules_of(cfg: Config) -> Rules:
     }
     attempts = cfg.engine.retries + 1 if sampling.temperature else 1
     return Rules(
-        sampling, cfg.max_length, count, kwargs, thinking, cfg.regen.truncated, cfg.seed,
-        attempts, made_by,
+        sampling, cfg.max_length, counter(cfg.model, kwargs), kwargs, thinking,
+        cfg.regen.truncated, cfg.seed, attempts, made_by,
     )  # fmt: skip
+
+
+def counter(model: ModelConfig, kwargs: dict[str, Any]) -> Callable[[Record, list[Message]], int]:
+    """`Rules.count`; the tokenizer is loaded for the first conversation that may be too long."""
+
+    @cache
+    def tokenizer() -> Any:
+        return load_tokenizer(model)
+
+    def count(record: Record, messages: list[Message]) -> int:
+        tools = {"tools": record["tools"]} if record.get("tools") else {}
+        return len(prompt_ids(tokenizer(), messages, {**kwargs, **tools}))
+
+    return count
 
 
 def revision(path: str) -> str | None:
