@@ -21,7 +21,7 @@ smollm2: .venv/.ready  ## the same six stages with SmolLM2-135M and real prompts
 	PYTHON=$(BIN)/python bash runs/smollm2.sh
 
 test: .venv/.ready  ## the test suite
-	$(BIN)/python -m pytest -m 'not gpu and not live'
+	$(BIN)/python -m pytest -m 'not gpu and not live' -n 2 --dist loadfile
 
 lint: .venv/.ready  ## ruff and mypy
 	$(BIN)/ruff check .
