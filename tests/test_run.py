@@ -115,6 +115,25 @@ def test_no_server_stops_the_run_and_keeps_what_is_done(tmp_path: Path) -> None:
     assert len(merged(again)[0]) == 30
 
 
+def test_the_other_servers_do_the_work_of_one_that_is_away(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also when they have long ended by the time that one is given up."""
+
+    class Partly(Instant):
+        async def answer(self, request: Request) -> Answer:
+            if request.server == 1:
+                await asyncio.sleep(0.2)
+                raise Unreachable("http://two: it cannot be reached")
+            return await super().answer(request)
+
+    path = write(tmp_path / "a.jsonl", *(str(n) for n in range(30)))
+    store = make_store(tmp_path / "out", path)
+    answer_all(store, Partly(servers=3), concurrency=2)
+    assert len(merged(store)[0]) == 30
+    assert caplog.text.count("the other servers do the work of http://two") == 1
+
+
 @pytest.mark.parametrize("drain", [5.0, 0.2])
 def test_a_signal_lets_answers_end(tmp_path: Path, drain: float) -> None:
     """Within `drain` seconds what is under way is kept; nothing new is begun."""

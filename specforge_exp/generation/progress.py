@@ -1,6 +1,7 @@
 """How far a regeneration is: the bar, progress.json for `regen.py status`, and signals."""
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -11,8 +12,12 @@ from specforge_exp.generation.store import Store
 from specforge_exp.interrupt import Interrupt
 from specforge_exp.provenance import write_json
 
+log = logging.getLogger(__name__)
+
 EVERY = 2.0
-"""Seconds between two lines of progress.json."""
+"""Seconds between two versions of progress.json."""
+SAY_EVERY = 60.0
+"""Seconds between two lines where there is no terminal for a bar."""
 
 
 @dataclass
@@ -27,7 +32,7 @@ class Progress:
     stopping: bool = False
 
     def __post_init__(self) -> None:
-        self.started = time.monotonic()
+        self.started = self.said = time.monotonic()
         self.before = replace(self.store.counts)
         self.bar = tqdm(
             total=self.store.total, initial=self.before.done + self.before.failed,
@@ -40,6 +45,13 @@ class Progress:
         now, before = self.store.counts, self.before
         here = now.done + now.failed - before.done - before.failed
         left = self.store.total - now.done - now.failed
+        if self.bar.disable and time.monotonic() - self.said > SAY_EVERY:
+            self.said = time.monotonic()
+            log.info(
+                "regen: %d of %d done, %d failed, %d in flight, %.0f tokens/s",
+                now.done, self.store.total, now.failed, self.in_flight,
+                (now.tokens - before.tokens) / seconds,
+            )  # fmt: skip
         write_json(self.store.folder / "progress.json", {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "total": self.store.total,

@@ -70,11 +70,23 @@ class Run:
     progress: Progress
     suspects: list[Place] = field(default_factory=list)
     """Under way when a server died."""
+    lost: dict[int, Unreachable] = field(default_factory=dict)
+    """Servers that are given up."""
 
     async def work(self, deal: Deal, server: int) -> None:
-        """Answer places of one server until there are none, or the run is to end."""
+        """Answer places of one server until there are none, or the run is to end.
+
+        What a server that cannot be reached leaves is there for the others.
+        """
         while not self.progress.stopping and (place := deal.next(server)):
-            await self.answer(place, server)
+            try:
+                await self.answer(place, server)
+            except Unreachable as error:
+                deal.waiting[server].appendleft(place)
+                if server not in self.lost and self.engine.servers > 1:
+                    log.warning("regen: the other servers do the work of %s", error)
+                self.lost[server] = error
+                return
 
     async def answer(self, place: Place, server: int) -> None:
         """Answer one place and keep the result."""
@@ -132,13 +144,21 @@ async def run(run: Run, concurrency: int, drain: float) -> None:
         Unreachable: no server answers; what is done is kept.
     """
     deal = Deal(run.store.chunks(), [deque() for _ in range(run.engine.servers)])
-    servers = [n for n in range(run.engine.servers) for _ in range(concurrency)]
-    workers = [asyncio.create_task(run.work(deal, n)) for n in servers]
+    workers: list[asyncio.Task[None]] = []
     watch = asyncio.create_task(run.progress.watch(workers, drain))
     try:
-        await asyncio.gather(*workers)
+        while not run.progress.stopping:
+            alive = [n for n in range(run.engine.servers) if n not in run.lost]
+            if not alive:
+                raise next(iter(run.lost.values()))
+            servers = [n for n in alive for _ in range(concurrency)]
+            workers[:] = [asyncio.create_task(run.work(deal, n)) for n in servers]
+            await asyncio.gather(*workers)
+            if not any(deal.waiting):
+                break
         if run.suspects:
-            await run.try_suspects()
+            workers.append(asyncio.create_task(run.try_suspects()))
+            await workers[-1]
     except asyncio.CancelledError:
         if not run.progress.stopping:
             raise
