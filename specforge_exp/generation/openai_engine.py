@@ -56,10 +56,10 @@ class OpenAIEngine:
         self.cfg, self.options = cfg, cfg.engine
         self.urls = [url.rstrip("/") for url in urls]
         self.gone = gone
-        self.names: list[str | None] = [None] * len(urls)
+        self.names: dict[int, asyncio.Task[str]] = {}
+        """The model's name on each server: the first contact, for which all requests wait."""
         self.alive = [0.0] * len(urls)
         """When each server last answered anything."""
-        self.locks = [asyncio.Lock() for _ in urls]
         self.opened: aiohttp.ClientSession | None = None
 
     @property
@@ -81,15 +81,24 @@ class OpenAIEngine:
 
     async def close(self) -> None:
         """Close the connections."""
+        for contact in self.names.values():
+            contact.cancel()
         if self.opened is not None:
             await self.opened.close()
 
     async def answer(self, request: Request) -> Answer:
         """As `Engine.answer`."""
         server = request.server % len(self.urls)
-        async with self.locks[server]:  # the others wait until the first contact is made
-            if self.names[server] is None:
-                self.names[server] = await self.patiently(server, lambda: self.name_of(server))
+        if server not in self.names:
+            first = self.patiently(server, lambda: self.name_of(server))
+            self.names[server] = asyncio.create_task(first)
+        contact = self.names[server]
+        try:
+            await asyncio.shield(contact)
+        except (InputError, ServerDied, Failed, Refused):
+            if self.names.get(server) is contact:  # whoever asks later tries again
+                del self.names[server]
+            raise
         for attempt in range(self.options.retries + 1):
             try:
                 answer: Answer = await self.patiently(server, lambda: self.once(server, request))
@@ -176,7 +185,7 @@ class OpenAIEngine:
         """One attempt at an answer."""
         sampling = request.sampling
         body: dict[str, Any] = {
-            "model": self.names[server],
+            "model": self.names[server].result(),
             "messages": [{k: m[k] for k in MESSAGE_KEYS if k in m} for m in request.messages],
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
