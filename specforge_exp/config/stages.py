@@ -53,7 +53,7 @@ class EngineConfig:
     patience: float = 600.0
     """Seconds to wait for servers that refuse connections or are too busy (429, 503)."""
     rate_limit: float | None = None
-    """Requests (modal: chunks) per second, at most; null: no limit."""
+    """Conversations (modal: chunks) begun per second, at most; null: no limit."""
 
     def __post_init__(self) -> None:
         one_of("engine.name", self.name, ENGINES)
