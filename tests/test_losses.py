@@ -142,7 +142,8 @@ def test_the_closed_form_is_what_autograd_finds(
     assert set(values) == set(expected.parts) | {"alpha"}
     for name, value in expected.parts.items():
         torch.testing.assert_close(values[name], value, rtol=1e-5, atol=1e-5)
-    assert float((found - gradient).abs().max()) <= 2e-5 * float(gradient.abs().max())
+    rounding = 16 * torch.finfo(torch.float32).eps * scale  # of log-ratios, a few times the scale
+    assert float((found - gradient).abs().max()) <= 2e-5 * float(gradient.abs().max()) + rounding
 
 
 def test_without_a_gradient_the_values_are_the_same() -> None:

@@ -104,6 +104,21 @@ def test_preemption_interrupts_the_main_process_only(
     assert (found["starts"], found["preemptions"], found["retries"]) == ([2], 1, [0])
 
 
+COMMITTED = """
+left = {"one", "two"}
+while left:
+    for name in list(left):
+        try:
+            if int(b"".join(volume.read_file(name))) > 1:
+                left.remove(name)
+        except FileNotFoundError:
+            pass
+    time.sleep(0.1)
+print("null")
+"""
+"""Ends when both jobs have left steps on the Volume."""
+
+
 def test_killed_driver_and_lost_containers(
     start_program: Program, run_program: Program, local_modal: LocalModal, tmp_path: Path
 ) -> None:
@@ -113,7 +128,7 @@ def test_killed_driver_and_lost_containers(
         """
         app.deploy()
         fn = modal.Function.from_name("faults", "train").with_options(gpu="H100:4")
-        ids = [fn.spawn(name, 60, 0.1).object_id for name in ("one", "two")]
+        ids = [fn.spawn(name, 80, 0.1).object_id for name in ("one", "two")]
         print(json.dumps(ids), flush=True)
         time.sleep(60)
         """,
@@ -126,9 +141,8 @@ def test_killed_driver_and_lost_containers(
     def tasks(state: State) -> dict[str, str]:
         return {t["calls"][0]: i for i, t in state["tasks"].items() if set(t["calls"]) & set(ids)}
 
-    state = local_modal.wait_for(
-        lambda s: len(tasks(s)) == 2 and s["rpcs"].get("VolumeCommit", 0) >= 4
-    )
+    run_program(APP, COMMITTED)
+    state = local_modal.state()
     found = tasks(state)
     assert state["tasks"][found[ids[0]]]["gpu"] == 4
     local_modal.preempt(found[ids[0]])
@@ -138,7 +152,7 @@ def test_killed_driver_and_lost_containers(
         "print(json.dumps([modal.FunctionCall.from_id(i).get() for i in sys.argv[1:]]))",
         *ids,
     )
-    assert all(0 < step < 60 for step in resumed)
+    assert all(0 < step < 80 for step in resumed)
     calls = local_modal.state()["calls"]
     assert calls[ids[0]]["preemptions"] == 1
     assert calls[ids[1]]["crashes"] == [1]
