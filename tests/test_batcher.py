@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from specforge_exp.generation.prefixes import BLOCK, Prefixes
 from specforge_exp.generation.sampling import choose
 from specforge_exp.generation.slots import Slots
 from specforge_exp.generation.transformers_engine import TransformersEngine
-from specforge_exp.target import Target
+from specforge_exp.target import Target, load_tokenizer
 
 DEADLINE = 60
 
@@ -313,3 +314,31 @@ def test_the_engine_renders_and_decodes(
         await engine.close()
 
     asyncio.run(scene())
+
+
+CALLS = (
+    "{% for m in messages %}{% if m.tool_calls %}x is {{ m.tool_calls[0].function.arguments.x }}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+def test_arguments_of_tool_calls_are_read_as_servers_read_them(
+    cfg: Config, tiny_target: Target
+) -> None:
+    """OpenAI's are JSON in a string; templates want the object."""
+    tokenizer = load_tokenizer(cfg.model)
+    tokenizer.chat_template = CALLS
+    engine = TransformersEngine(cfg, (tiny_target, tokenizer), cache_mb=1)
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 7}'}}
+    said = {"role": "assistant", "content": "", "tool_calls": [call]}
+    request = Request([{"role": "user", "content": "now "}, said], Sampling(max_tokens=1))
+    broken = {**call, "function": {"name": "f", "arguments": "{"}}
+
+    async def both() -> int:
+        answer = await engine.answer(request)
+        with pytest.raises(Refused, match="arguments are no JSON"):
+            await engine.answer(replace(request, messages=[{**said, "tool_calls": [broken]}]))
+        await engine.close()
+        return answer.prompt_tokens
+
+    assert asyncio.run(both()) == len(tokenizer("now x is 7")["input_ids"])

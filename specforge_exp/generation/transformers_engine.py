@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from specforge_exp.chat import Unrenderable, eos_token_ids, prompt_ids
+from specforge_exp.chat import Unrenderable, eos_token_ids, prompt_ids, readable
 from specforge_exp.config import Config
 from specforge_exp.generation.batcher import Batcher
 from specforge_exp.generation.engine import Answer, Refused, Request
@@ -55,7 +55,8 @@ class TransformersEngine:
         if request.tools:
             kwargs["tools"] = request.tools
         try:
-            ids = prompt_ids(self.tokenizer, request.messages, kwargs)
+            messages = [readable(message, "in") for message in request.messages]
+            ids = prompt_ids(self.tokenizer, messages, kwargs)
         except Unrenderable as error:
             raise Refused(str(error)) from None
         generated = await self.batcher.generate(ids, request.sampling, request.seed)
