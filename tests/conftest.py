@@ -1,6 +1,7 @@
 """Small real things that tests share."""
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from specforge_exp.target import Target, load_target, load_tokenizer
 from specforge_exp.tokens import TokenSet
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background jobs:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # programs of the tests inherit it
 PLANTED = "s3cr3t-that-no-file-may-hold"
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ModelConfig(name="tiny", path=str(REPOSITORY / "assets" / "tiny_target"))
