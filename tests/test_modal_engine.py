@@ -178,6 +178,22 @@ def test_the_client_runs_on_modal_too(on_local_modal: LocalModal, tmp_path: Path
     assert any(name.startswith("specforge-regen-") for name in apps)
 
 
+def test_what_is_deleted_at_the_end_is_the_runs_own(tmp_path: Path) -> None:
+    """Two data sets that are regenerated in the same way at the same time."""
+    from specforge_exp.generation.modal_engine import Client
+    from specforge_exp.generation.store import Store
+
+    cfg, folders = config(tmp_path, 0), set()
+    for name in ("one", "two"):
+        source = tmp_path / name / "train.jsonl"
+        source.parent.mkdir()
+        source.write_text("")
+        store = Store(source.parent, {source: name}, CHUNK, None, 1)
+        folders.add(Client(cfg, store, "app").folder)
+        store.close()
+    assert len(folders) == 2
+
+
 def test_an_app_for_everything_that_differs_in_its_containers(tmp_path: Path) -> None:
     from specforge_exp.generation.modal_app import app_name
 

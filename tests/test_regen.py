@@ -171,6 +171,9 @@ def test_status(cfg: Config, tmp_path: Path) -> None:
     assert found.endswith("; $1.23") and "in flight" not in found
     folder.mkdir()
     (folder / "run.json").write_text("{}")
+    (partial / "progress.json").write_text(json.dumps(said | {"usd": 0.0}))
+    assert stage.status(folder) == found.removesuffix("; $1.23")  # being made again
+    (partial / "progress.json").unlink()
     assert stage.status(folder) == f"complete: {folder}"
 
 

@@ -157,3 +157,26 @@ def test_a_signal_lets_answers_end(tmp_path: Path, drain: float) -> None:
     assert store.counts.done == (4 if drain > release else 0)
     said_so = json.loads((tmp_path / "out" / "progress.json").read_text())
     assert said_so["total"] == 30
+
+
+def test_signals_are_heard_when_progress_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(Instant):
+        async def answer(self, request: Request) -> Answer:
+            self.asked.append(request)
+            if len(self.asked) == 2:
+                threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            await asyncio.sleep(1.0)
+            return said("x")
+
+    def full(progress: Progress) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Progress, "write", full)
+    path = write(tmp_path / "a.jsonl", *(str(n) for n in range(8)))
+    store, engine = make_store(tmp_path / "out", path), Slow()
+    with Interrupt() as interrupt:
+        job = Run(store, engine, rules(), Pace(None), Progress(store, interrupt))
+        asyncio.run(run(job, 2, 5.0))
+    assert len(engine.asked) == 2 and store.counts.done == 2

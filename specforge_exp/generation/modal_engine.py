@@ -119,6 +119,7 @@ class Client:
         self.cfg, self.store, self.app = cfg, store, app
         self.rules = plain(rules_of(cfg))
         decides = {**self.rules, "made_by": cfg.model.path, "samples": store.samples}
+        decides["sources"] = [plan.digest for plan in store.plans]  # the folder is deleted as one
         said = json.dumps(decides, sort_keys=True)
         self.folder = f"regen/{hashlib.sha256(said.encode()).hexdigest()[:16]}"
         self.volume_name = cfg.resources.volumes[cfg.resources.env["SPECFORGE_DATASETS"]]

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -71,7 +72,8 @@ class Progress:
             await asyncio.sleep(0.1)
             now = time.monotonic()
             if now - written > EVERY:
-                self.write()
+                with suppress(OSError):  # the next answer meets a full disk; signals must go on
+                    self.write()
                 written = now
             if self.interrupt.number and asked is None:
                 asked, self.stopping = now, True

@@ -120,7 +120,8 @@ class Run:
         while groups and not self.progress.stopping:
             group, self.suspects = groups.pop(), []
             log.info("regen: a server died; %d conversations that it had are tried", len(group))
-            await asyncio.gather(*(self.answer(place, 0) for place in group))
+            server = next(n for n in range(self.engine.servers) if n not in self.lost)
+            await asyncio.gather(*(self.answer(place, server) for place in group))
             died = self.suspects
             if len(group) == 1 and died:
                 chunk, number = died[0]

@@ -96,13 +96,13 @@ def finish(store: Store, partial: Path) -> None:
 
 def status(folder: Path) -> str:
     """How far a regeneration is, in one line."""
-    if (folder / "run.json").exists():
-        return f"complete: {folder}"
     try:
         said = json.loads(
             (folder.with_name(folder.name + ".partial") / "progress.json").read_text()
         )
     except (OSError, ValueError):
+        if (folder / "run.json").exists():
+            return f"complete: {folder}"
         return "nothing yet; start it with: python regen.py (with the same options)"
     age = time.time() - datetime.fromisoformat(said["time"]).astimezone(UTC).timestamp()
     parts = [
@@ -115,4 +115,6 @@ def status(folder: Path) -> str:
         parts.append("time left unknown" if left is None else f"about {left / 60:.0f} min left")
     else:
         parts.append(f"no sign of life for {age / 60:.0f} min; the same command continues")
-    return "; ".join([*parts, f"${said['usd']:.2f}"])
+    if said["usd"]:
+        parts.append(f"${said['usd']:.2f}")
+    return "; ".join(parts)
