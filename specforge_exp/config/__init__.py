@@ -34,6 +34,7 @@ from specforge_exp.config.stages import (
     PrepConfig,
     PreprocessConfig,
     RegenConfig,
+    ReportConfig,
     TargetConfig,
     TrackerConfig,
     TrainerConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "PrepConfig",
     "PreprocessConfig",
     "RegenConfig",
+    "ReportConfig",
     "ResourcesConfig",
     "Source",
     "TargetConfig",
@@ -80,12 +82,18 @@ class Config:
     """Folder of the run under paths.checkpoints."""
     sweep_name: str = "sweep"
     """Folder of multiruns' records under paths.checkpoints/sweeps, one below it per script."""
+    sweep: str | None = None
+    """report, bench: the folder of a multirun, to report on or to bench as a whole; null: none."""
     lr: float = 1e-4
     """Peak learning rate; by default the loss's own `lrs` at `lr_point`."""
     lr_point: str = "mid"
     """low, mid or high: which of the loss's own learning rates."""
     seed: int = 0
     """Draft initialisation, order of the data, sampling."""
+    seeds: int = 1
+    """With -m: repeat every run of a grid with so many seeds, counted up from `seed`."""
+    objectives: list[str] = field(default_factory=lambda: ["simulated_length"])
+    """What train returns, for a study: values of its last evaluation, or gpu_hours."""
     epochs: int = 10
     """Passes over the training conversations."""
     max_steps: int | None = None
@@ -110,6 +118,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
 
     def __post_init__(self) -> None:
@@ -117,9 +126,17 @@ class Config:
         safe_name("sweep_name", self.sweep_name)
         one_of("lr_point", self.lr_point, ("low", "mid", "high"))
         one_of("device", self.device, ("auto", "cpu", "cuda"))
+        if not self.objectives:
+            raise InputError("objectives is empty; name at least one, e.g. [simulated_length]")
         if self.lr <= 0:
             raise InputError(f"lr={self.lr} must be above 0")
-        for name, minimum in (("epochs", 1), ("max_steps", 1), ("max_length", 2), ("threads", 1)):
+        for name, minimum in (
+            ("epochs", 1),
+            ("max_steps", 1),
+            ("max_length", 2),
+            ("threads", 1),
+            ("seeds", 1),
+        ):
             at_least(name, vars(self)[name], minimum)
         if self.max_length < self.draft.ttt_length + 2:
             raise InputError(

@@ -77,6 +77,11 @@ def when_losses_differ(stage: str, many: str, one: str) -> str:
     return one if stage in MATTERS else many
 
 
+def returned(stage: str, objectives: Sequence[str]) -> list[str]:
+    """Names of what a stage returns."""
+    return {"train": list(objectives), "bench": ["accepted_length"]}.get(stage, [])
+
+
 def command(stage: str) -> str:
     """The -m command of another stage with the options of this command line that matter to it."""
     matters = MATTERS.get(stage)
@@ -102,7 +107,7 @@ def register() -> None:
     """Make them known to OmegaConf under their own names."""
     functions = (
         folder_name, repository, gpu_count, one_gpu, regen_gpu, both_secrets, prefetched, answers,
-        when_losses_differ, command,
+        when_losses_differ, returned, command,
     )  # fmt: skip
     for function in functions:
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)

@@ -77,16 +77,18 @@ class TrackerConfig:
     """Where metrics go besides metrics.jsonl."""
 
     name: str = "none"
-    """none or wandb (offline when no key is found)."""
+    """none, wandb (offline when no key is found) or trackio (on this machine)."""
     project: str = "specforge-eagle3-opd"
-    """W&B project."""
+    """Project of the tracker."""
     group: str | None = None
-    """W&B group; null: none."""
+    """Group of the runs; null: none."""
+    prefix: str = ""
+    """Put before run_name to name the run there."""
     secrets: dict[str, list[str]] = field(default_factory=dict)
     """Modal secrets with its key: name of the secret: keys."""
 
     def __post_init__(self) -> None:
-        one_of("tracker.name", self.name, ("none", "wandb"))
+        one_of("tracker.name", self.name, ("none", "wandb", "trackio"))
 
 
 @dataclass
@@ -319,3 +321,17 @@ class BenchConfig:
         one_of("bench.dtype", self.dtype, ("float32", "bfloat16"))
         for name in self.datasets:
             safe_name("bench.datasets", name)
+
+
+@dataclass
+class ReportConfig:
+    """python report.py"""
+
+    metric: str = "simulated_length"
+    """What runs are ranked by: accepted_length (of bench), or a value of the last evaluation, e.g.
+    simulated_length, loss or alpha/0. Losses and costs are better when smaller."""
+    resamples: int = 2000
+    """Resamples behind the 95 % intervals."""
+
+    def __post_init__(self) -> None:
+        at_least("report.resamples", self.resamples, 1)
