@@ -1,5 +1,6 @@
 """What speculative decoding earned: accepted length, its interval, and how new the answers were."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,7 @@ def summarise(
         "prompts": len(requests),
         "accepted_length": mean(lengths),
         "accepted_length_pooled": pooled_length(requests),
+        "lengths": [mean(r.with_draft.gained) if r.with_draft.gained else None for r in requests],
         "accepted_length_ci95": list(bootstrap_interval(lengths, resamples)) if lengths else None,
         "acceptance_by_position": acceptance_by_position(requests, chain_length),
         "speedup": (tokens / seconds) / (alone_tokens / alone_seconds),
@@ -88,7 +90,7 @@ def summarise(
     }
 
 
-def mean(values: list[float]) -> float:
+def mean(values: Sequence[float]) -> float:
     """Arithmetic mean; 1 (no draft at all) when no request needed a verification."""
     return sum(values) / len(values) if values else 1.0
 

@@ -175,6 +175,7 @@ def test_figures_by_hand() -> None:
     found = summarise(requests, chain_length=3, resamples=100, greedy=True)
     assert found["accepted_length"] == (3 + 1) / 2
     assert found["accepted_length_pooled"] == 9 / 5
+    assert found["lengths"] == [3, 1, None]
     assert found["acceptance_by_position"] == [2 / 5, 1 / 5, 1 / 5]
     assert found["target_forwards_saved"] == 1 - 8 / 12
     assert found["speedup"] == pytest.approx(2.0)

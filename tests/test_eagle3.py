@@ -100,6 +100,23 @@ def test_the_fast_path_is_the_reference(
         torch.testing.assert_close(found.sums[name].float(), value.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_accepted_lengths_by_conversation(random_target: Target) -> None:
+    """What an evaluation keeps of packed conversations is what each has alone."""
+    draft = small_draft(random_target)
+    each = [conversation(1), conversation(2, [0, 1, 1, 0]), conversation(3)]
+    sample = packed(random_target, *each)
+    with torch.no_grad():
+        found = outcome(draft, random_target, sample, divisors(sample)).lengths_B2
+        alone = [
+            outcome(draft, random_target, one, divisors(one)).sums
+            for one in (packed(random_target, part) for part in each)
+        ]
+    expected = [[float(sums["length"]), float(sums["length_slots"])] for sums in alone]
+    assert found is not None
+    torch.testing.assert_close(found.float(), torch.tensor(expected))
+    assert expected[1][1] == 0 < expected[0][1]
+
+
 def test_a_loss_of_ones_own_is_differentiated(random_target: Target) -> None:
     """A `_target_` that is not `opd` goes through autograd row by row, to the same numbers."""
     draft = small_draft(random_target)

@@ -2,8 +2,11 @@
 
 import json
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.stages.train import train
 from specforge_exp.target import Target
 from specforge_exp.training.batches import make_batch
-from specforge_exp.training.feature_cache import compared, plan
+from specforge_exp.training.feature_cache import compared, one_at_a_time, plan
 from specforge_exp.training.features import computed, remembered
 
 CPU = torch.device("cpu")
@@ -74,6 +77,29 @@ def test_an_unfinished_cache_goes_on(run: Config) -> None:
     shard.unlink()
     train(cached(run, "disk", "again"))
     assert shard.read_bytes() == before
+    assert (folder / "index.json").exists()
+
+
+def test_runs_of_a_sweep_share_one_cache(run: Config, caplog: pytest.LogCaptureFixture) -> None:
+    """While one run makes it another waits, then finds it whole."""
+    caplog.set_level(logging.INFO)
+    run.max_steps = 2
+    folder = paths.features_dir(run)
+    folder.mkdir(parents=True)
+    held = Event()
+
+    def first() -> bool:
+        with one_at_a_time(folder):
+            held.set()
+            while "another run is making" not in caplog.text:
+                time.sleep(0.02)
+            return (folder / "index.json").exists()
+
+    with ThreadPoolExecutor(1) as other:
+        made_meanwhile = other.submit(first)
+        assert held.wait(10)
+        train(cached(run, "disk", "second"))
+        assert not made_meanwhile.result()
     assert (folder / "index.json").exists()
 
 

@@ -44,6 +44,10 @@ def test_training_learns_and_leaves_a_record(run: Config) -> None:
     assert [f.name for f in step_folders(folder)] == ["step-000008", "step-000009"]
     record = json.loads((folder / "run.json").read_text())
     assert record["evaluation"]["simulated_length"] == length > 1
+    by_conversation = json.loads((folder / "evaluation.json").read_text())
+    assert len(by_conversation["length"]) == len(by_conversation["slots"]) == 4
+    together = sum(by_conversation["length"]) / sum(by_conversation["slots"])
+    assert together == pytest.approx(length) and by_conversation["step"] == 9
     lines = metrics(run)
     assert {"lr", "grad_norm", "ce", "alpha/0", "top1/2", "simulated_length"} <= set(lines[0])
     assert any("eval/loss" in line for line in lines)
@@ -57,6 +61,19 @@ def test_complete_is_reused(run: Config) -> None:
     assert (paths.run_dir(run) / "step-000002").stat().st_mtime_ns == stamp
     with pytest.raises(InputError, match=r"lr was 0\.001, now 0\.002.*trainer\.resume=false"):
         train(replace(run, lr=2e-3))
+
+
+def test_it_returns_the_objectives(run: Config) -> None:
+    run.max_steps = 2
+    length = train(run)
+    several = replace(run, objectives=["simulated_length", "gpu_hours", "alpha/0"])
+    again, hours, alpha = train(several)
+    record = json.loads((paths.run_dir(run) / "run.json").read_text())
+    assert again == length and alpha == record["evaluation"]["alpha/0"]
+    seconds = sum(line.get("seconds", 0) for line in metrics(run))
+    assert hours == pytest.approx(seconds / 3600, rel=0.2) and seconds > 0
+    with pytest.raises(InputError, match=r"objectives=tau is not valid; choose one of: simulated_"):
+        replace(run, objectives=["tau"])
 
 
 def test_the_last_line_is_a_mean_too(run: Config) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from specforge_exp.config.checks import at_least, one_of, safe_name
+from specforge_exp.config.checks import at_least, check_objectives, one_of, safe_name
 from specforge_exp.config.choices import (
     DataConfig,
     DraftConfig,
@@ -93,7 +93,8 @@ class Config:
     seeds: int = 1
     """With -m: repeat every run of a grid with so many seeds, counted up from `seed`."""
     objectives: list[str] = field(default_factory=lambda: ["simulated_length"])
-    """What train returns, for a study: values of its last evaluation, or gpu_hours."""
+    """What train returns, for a study: simulated_length, loss, alpha, top1 (or alpha/0, the first
+    unroll step's) of its last evaluation, gpu_hours."""
     epochs: int = 10
     """Passes over the training conversations."""
     max_steps: int | None = None
@@ -126,8 +127,7 @@ class Config:
         safe_name("sweep_name", self.sweep_name)
         one_of("lr_point", self.lr_point, ("low", "mid", "high"))
         one_of("device", self.device, ("auto", "cpu", "cuda"))
-        if not self.objectives:
-            raise InputError("objectives is empty; name at least one, e.g. [simulated_length]")
+        check_objectives(self.objectives, self.draft.ttt_length)
         if self.lr <= 0:
             raise InputError(f"lr={self.lr} must be above 0")
         for name, minimum in (

@@ -21,6 +21,16 @@ def at_least(key: str, value: float | None, minimum: float) -> None:
         raise InputError(f"{key}={value} must be at least {minimum}")
 
 
+def check_objectives(names: list[str], steps: int) -> None:
+    """Refuse objectives that no evaluation has, before anything is trained."""
+    by_step = [f"{name}/{k}" for name in ("alpha", "top1") for k in range(steps)]
+    allowed = ("simulated_length", "loss", "alpha", "top1", "gpu_hours", *by_step)
+    for name in names:
+        one_of("objectives", name, allowed)
+    if not names:
+        raise InputError("objectives is empty; name at least one, e.g. [simulated_length]")
+
+
 def safe_name(key: str, value: str) -> None:
     """Refuse a name that cannot be a folder name on every file system."""
     if value != MISSING and not SAFE_NAME.fullmatch(value):

@@ -9,7 +9,7 @@ How the sums of a step are averaged, by `draft.supervision` (`eagle3_chains` say
 
 Steps are summed with ttt_decay**k.
 
-Shape suffixes: T tokens, R rows, K steps, H hidden, A = 3 H, D draft vocabulary.
+Shape suffixes: T tokens, R rows, K steps, H hidden, A = 3 H, D draft vocabulary, B conversations.
 """
 
 from functools import partial
@@ -77,7 +77,9 @@ def objective(
     total = (value_K * decay_K).sum()
     if found.gradient_QH is not None:
         total = attach(total, found.gradient_QH, states)
-    return Outcome(total, value_K, reported(found), needed_flops(draft, carried, found))
+    lengths_B2 = None if gradient else by_conversation(found, carried, sample.lengths)
+    flops = needed_flops(draft, carried, found)
+    return Outcome(total, value_K, reported(found), lengths_B2, flops)
 
 
 def needed_flops(draft: "Eagle3", carried: Chains, found: Tally) -> float:
@@ -176,8 +178,22 @@ def reported(found: Tally) -> dict[str, Tensor]:
     for name in ("alpha", "top1"):
         sums.setdefault(name, torch.zeros(len(found.alpha_KR), device=found.alpha_KR.device))
     sums["rows"] = found.counted_KR.sum(1)
-    everywhere_R = found.counted_KR.all(0)
-    length_R = 1 + found.alpha_KR.cumprod(0).sum(0)
+    length_R, everywhere_R = simulated_lengths(found)
     sums["length"] = (length_R * everywhere_R).sum()
     sums["length_slots"] = everywhere_R.sum()
     return sums
+
+
+def simulated_lengths(found: Tally) -> tuple[Tensor, Tensor]:
+    """The simulated accepted length of every row, and whether it is supervised at every step."""
+    return 1 + found.alpha_KR.cumprod(0).sum(0), found.counted_KR.all(0)
+
+
+def by_conversation(found: Tally, carried: Chains, lengths: list[int]) -> Tensor:
+    """What `simulated_length` is the quotient of, summed over each conversation; [B, 2] float64."""
+    length_R, everywhere_R = simulated_lengths(found)
+    end_B = torch.tensor(lengths, device=length_R.device).cumsum(0)
+    conversation_R = torch.bucketize(carried.slot_R[: len(length_R)], end_B, right=True)
+    both_R2 = torch.stack([length_R, torch.ones_like(length_R)], 1) * everywhere_R[:, None]
+    found_B2 = torch.zeros(len(lengths), 2, dtype=torch.float64, device=length_R.device)
+    return found_B2.index_add_(0, conversation_R, both_R2.double())

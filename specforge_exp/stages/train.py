@@ -4,6 +4,7 @@ Reads datasets/<data>--<model>.tokens/; writes checkpoints/<run_name>/: metrics.
 at the end, run.json. Run the same command again to continue.
 """
 
+import json
 import logging
 import shutil
 from dataclasses import asdict, replace
@@ -33,8 +34,8 @@ from specforge_exp.training.ranks import join, launch, local_device, started
 log = logging.getLogger(__name__)
 
 
-def train(cfg: Config) -> float:
-    """Train one draft; returns the simulated accepted length on held-out conversations.
+def train(cfg: Config) -> float | tuple[float, ...]:
+    """Train one draft; returns what `objectives` names, of the last evaluation.
 
     With `trainer.gpus` above 1 it starts that many processes, each of which comes back here.
     """
@@ -48,9 +49,10 @@ def train(cfg: Config) -> float:
         if not cfg.trainer.resume:
             start_over(folder)
         if reusable(folder / "run.json", fingerprint, False, "train", "trainer.resume=false"):
-            return float(read_record(folder / "run.json")["evaluation"]["simulated_length"])
+            return objectives(cfg, read_record(folder / "run.json"))
         if cfg.trainer.gpus > 1:
-            return float(launch(train, cfg))
+            returned: float | tuple[float, ...] = launch(train, cfg)
+            return returned
     device = local_device(set_up_torch(cfg))
     run = Run(folder, fingerprint, join(device))
     splits = Splits(read_split(tokens, "train"), read_split(tokens, "eval"))
@@ -75,11 +77,21 @@ def train(cfg: Config) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     objective = make_objective(cfg, draft, target, states_of(cfg, target, splits, run))
     evaluation = fit(cfg, draft, objective, splits, run)
+    run.ranks.wait()
+    record = describe(cfg, fingerprint.inputs, fingerprint.settings)
+    record |= {"seconds": round(logged_seconds(folder), 1), "evaluation": evaluation}
     if run.ranks.rank == 0:
-        record = describe(cfg, fingerprint.inputs, fingerprint.settings)
-        write_json(folder / "run.json", {**record, "evaluation": evaluation})
+        write_json(folder / "run.json", record)
         log.info("train: complete: %s: %s", folder, summary(evaluation))
-    return evaluation["simulated_length"]
+    return objectives(cfg, record)
+
+
+def objectives(cfg: Config, record: dict[str, Any]) -> float | tuple[float, ...]:
+    """The values that `objectives` names, one by itself, from a run's record."""
+    gpu_hours = cfg.trainer.gpus * record.get("seconds", 0.0) / 3600
+    known = {**record["evaluation"], "gpu_hours": gpu_hours}
+    values = tuple(float(known[name]) for name in cfg.objectives)
+    return values if len(values) > 1 else values[0]
 
 
 def states_of(cfg: Config, target: Target, splits: Splits, run: Run) -> Features:
@@ -103,6 +115,13 @@ def states_of(cfg: Config, target: Target, splits: Splits, run: Run) -> Features
     make_cache(folder, features, splits_by_sign, made_of, run.ranks, together)
     target.forget_layers()
     return from_disk(folder, target.embed_VH.shape[1])
+
+
+def logged_seconds(folder: Path) -> float:
+    """Seconds of training by metrics.jsonl, over all attempts; 0 where another machine wrote it."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return float(sum(json.loads(line).get("seconds", 0.0) for line in lines))
 
 
 def make_objective(cfg: Config, draft: Any, target: Target, states: Features) -> Objective:

@@ -8,9 +8,12 @@ without a supervised token are not in it, since nothing can be learnt from them.
 Shape suffixes: T packed tokens, A three hidden sizes, H hidden.
 """
 
+import fcntl
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,15 +100,41 @@ def make_cache(
     Raises:
         InputError: the disk has no room, or the folder holds states of something else.
     """
-    if (folder / "index.json").exists():
-        return check(folder, fingerprint)
-    if (folder / "made_of.json").exists():
-        check(folder, fingerprint)
+    folder.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(folder) if ranks.rank == 0 else nullcontext():
+        ranks.wait()
+        if (folder / "made_of.json").exists():
+            check(folder, fingerprint)
+        if not any(ranks.gather((folder / "index.json").exists())):
+            write_missing(folder, target, splits, fingerprint, (ranks, together))
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Runs of a sweep want the same cache: one makes it, the others wait and find it."""
+    with (folder / "lock").open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("cache: another run is making %s; waiting for it", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def write_missing(
+    folder: Path,
+    target: Target,
+    splits: dict[int, TokenSet],
+    fingerprint: Fingerprint,
+    shared: tuple[Ranks, bool],
+) -> None:
+    """Write the shards that are not there, then the index; `shared` as in `make_cache`."""
+    ranks, together = shared
     shards = plan(splits, SHARD_TOKENS)
     sizes = [x.shape[-1] * x.element_size() for x in target(torch.zeros(1, 1, dtype=torch.long))]
-    ranks.wait()
     if ranks.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         announce(folder, splits, shards, sizes)
         described = {"inputs": fingerprint.inputs, "settings": fingerprint.settings}
         write_json(folder / "made_of.json", described)

@@ -26,6 +26,7 @@ from specforge_exp.config import Config
 from specforge_exp.errors import InputError
 from specforge_exp.interrupt import Interrupt
 from specforge_exp.layers import gradient_of
+from specforge_exp.provenance import write_json
 from specforge_exp.sharding import is_sharded, whole
 from specforge_exp.tokens import TokenSet
 from specforge_exp.tracking import best_step, open_tracker
@@ -139,7 +140,7 @@ def fit(
                 if tracker:
                     tracker.log(metrics)
             if done % options.eval_every == 0 or last:
-                evaluation = evaluate(cfg, draft, objective, splits.eval, ranks)
+                evaluation = evaluate(cfg, draft, objective, splits.eval, run, done)
                 log.info("step %d: held out: %s", done, summary(evaluation))
                 if tracker:
                     tracker.log({"step": done, **{f"eval/{k}": v for k, v in evaluation.items()}})
@@ -153,7 +154,7 @@ def fit(
             fetching = time.monotonic()
     if tracker:
         tracker.close()
-    return evaluation or evaluate(cfg, draft, objective, splits.eval, ranks)
+    return evaluation or evaluate(cfg, draft, objective, splits.eval, run, total)
 
 
 def total_steps(cfg: Config, tokens: TokenSet) -> int:
@@ -295,10 +296,14 @@ def not_finite(cfg: Config, run: Run, loss: float, window: Window) -> str:
 
 @torch.no_grad()
 def evaluate(
-    cfg: Config, draft: nn.Module, objective: Objective, tokens: TokenSet, ranks: Ranks
+    cfg: Config, draft: nn.Module, objective: Objective, tokens: TokenSet, run: Run, step: int
 ) -> dict[str, float]:
-    """Loss and metrics over held-out conversations, with one normalisation over all of them."""
-    device = next(draft.parameters()).device
+    """Loss and metrics over held-out conversations, with one normalisation over all of them.
+
+    What each conversation gave to the simulated accepted length goes to evaluation.json, in the
+    order of the file: intervals and comparisons between runs resample conversations.
+    """
+    device, ranks = next(draft.parameters()).device, run.ranks
     lengths = [len(ids) for ids in tokens.ids]
     mine = share(range(len(lengths)), lengths, ranks.rank, ranks.world)
     packed = replace(cfg.trainer, pack_tokens=cfg.trainer.pack_tokens or EVAL_TOKENS)
@@ -306,6 +311,7 @@ def evaluate(
     batches = [make_batch(tokens, part, device, held_out=True) for part in parts]
     window_K = divisors(objective, batches, ranks, device)
     total, loss = WindowLog(device, 1.0), torch.zeros(1, dtype=torch.float64, device=device)
+    by_number: dict[int, list[float]] = {}
     quiet = None if ranks.rank == 0 else True
     rounds = range(max(ranks.gather(len(batches))))
     for index in tqdm(rounds, desc="evaluate", unit="batch", disable=quiet, leave=False):
@@ -314,5 +320,12 @@ def evaluate(
             outcome = objective.forward(sample, window_K)
             total.add(outcome, sum(sample.lengths))
             loss += outcome.loss.double()
+            if samples and outcome.lengths_B2 is not None:
+                by_number |= dict(zip(parts[index], outcome.lengths_B2.tolist(), strict=True))
     ranks.add_up(loss)
+    found = {n: both for part in ranks.gather(by_number) for n, both in part.items()}
+    if ranks.rank == 0:
+        both = [found[number] for number in sorted(found)]
+        length, slots = [b[0] for b in both], [int(b[1]) for b in both]
+        write_json(run.folder / "evaluation.json", {"step": step, "length": length, "slots": slots})
     return {"loss": float(loss), **means(total.everywhere(ranks).sums)}

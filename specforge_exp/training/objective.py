@@ -1,6 +1,6 @@
 """What the training loop and a draft's objective pass each other.
 
-Shape suffixes: T packed tokens, K steps, H hidden, A = 3 H.
+Shape suffixes: T packed tokens, K steps, H hidden, A = 3 H, B conversations.
 """
 
 from dataclasses import dataclass
@@ -31,5 +31,8 @@ class Outcome:
     """The loss of each step, not multiplied by ttt_decay**k; detached."""
     sums: dict[str, Tensor]
     """Sums over rows per step ([K], detached); divide by `rows` for a mean."""
+    lengths_B2: Tensor | None = None
+    """Without gradients: of each conversation the sum of the simulated accepted length over its
+    slots, and their number."""
     flops: float = 0.0
     """Needed floating-point operations of forward and backward."""
