@@ -82,6 +82,11 @@ def returned(stage: str, objectives: Sequence[str]) -> list[str]:
     return {"train": list(objectives), "bench": ["accepted_length"]}.get(stage, [])
 
 
+def if_done(stage: str, resume: bool) -> str:
+    """Whether -m leaves a finished run alone: the other stages see by themselves what has changed."""
+    return "skip" if stage == "train" and resume else "rerun"
+
+
 def command(stage: str) -> str:
     """The -m command of another stage with the options of this command line that matter to it."""
     matters = MATTERS.get(stage)
@@ -107,7 +112,7 @@ def register() -> None:
     """Make them known to OmegaConf under their own names."""
     functions = (
         folder_name, repository, gpu_count, one_gpu, regen_gpu, both_secrets, prefetched, answers,
-        when_losses_differ, returned, command,
+        when_losses_differ, returned, if_done, command,
     )  # fmt: skip
     for function in functions:
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)
