@@ -83,7 +83,7 @@ def returned(stage: str, objectives: Sequence[str]) -> list[str]:
 
 
 def if_done(stage: str, resume: bool) -> str:
-    """Whether -m leaves a finished run alone: the other stages see by themselves what has changed."""
+    """Whether -m leaves a finished run alone; the other stages look for what has changed."""
     return "skip" if stage == "train" and resume else "rerun"
 
 
