@@ -191,24 +191,18 @@ def outcome(returned: JobReturn) -> tuple[str, Value, str | None]:
 
     A number that is NaN or infinite, alone or among several, is a failure.
     """
+    error = returned._return_value
     if returned.status != JobStatus.COMPLETED:
-        error = returned._return_value
-        if not isinstance(error, BaseException):
-            return "failed", None, "the launcher brought no result"
-        return "failed", None, one_line(error)
+        known = isinstance(error, BaseException)
+        return "failed", None, one_line(error) if known else "the launcher brought no result"
     value = returned._return_value
-    if isinstance(value, list | tuple):
-        several = [number(each) for each in value]
-        if not several or None in several:
-            return "completed", None, None
-        kept: list[float | None] = [x if x is not None and math.isfinite(x) else None
-                                    for x in several]  # fmt: skip
-        bad = [x for x in several if x is not None and not math.isfinite(x)]
-        return ("failed", kept, f"returned {bad[0]}") if bad else ("completed", kept, None)
-    alone = number(value)
-    if alone is not None and not math.isfinite(alone):
-        return "failed", None, f"returned {alone}"
-    return "completed", alone, None
+    values = [number(each) for each in (value if isinstance(value, list | tuple) else [value])]
+    if not values or None in values:
+        return "completed", None, None
+    kept = [each if each is not None and math.isfinite(each) else None for each in values]
+    bad = [each for each in values if each is not None and not math.isfinite(each)]
+    status, reason = ("failed", f"returned {bad[0]}") if bad else ("completed", None)
+    return status, kept if isinstance(value, list | tuple) else kept[0], reason
 
 
 def number(value: Any) -> float | None:
@@ -243,12 +237,12 @@ def command_line(argv: Sequence[str] | None = None) -> str:
     return shlex.join(["python", *(sys.argv if argv is None else argv)])
 
 
-def run_command(overrides: Iterable[str], hydra: Sequence[str]) -> str:
+def run_command(overrides: Iterable[str], hydra: Sequence[str] | None = None) -> str:
     """The command that reproduces one run alone.
 
     Args:
         overrides: the job's own.
-        hydra: those of Hydra's node that it needs; with -m where there are any.
+        hydra: with -m, and these overrides of Hydra's node; None: without -m.
     """
     flags, given = [], sys.argv[1:]
     for index, word in enumerate(given):
@@ -256,5 +250,5 @@ def run_command(overrides: Iterable[str], hydra: Sequence[str]) -> str:
             flags += given[index : index + 2]
         elif word.partition("=")[0] in CONFIG_FLAGS:
             flags.append(word)
-    many = ["-m"] if hydra else []
-    return command_line([sys.argv[0], *flags, *many, *overrides, *hydra])
+    many = [] if hydra is None else ["-m"]
+    return command_line([sys.argv[0], *flags, *many, *overrides, *(hydra or [])])

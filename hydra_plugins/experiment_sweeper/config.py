@@ -1,4 +1,8 @@
-"""Every option of hydra/sweeper=experiment."""
+"""Every option of hydra/sweeper=experiment.
+
+The options are stored as experiment_schema; _conf/ has the file `experiment` that extends it, and
+an app may have a file of that name with values of its own.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,15 +52,9 @@ class ExperimentSweeperConf:
     """Dotted path of a function (cfg, sweep_dir) that is called at the end."""
 
 
-def register() -> None:
-    """Offer the sweeper, and its options for a configuration file of the same name to extend."""
-    for name in ("experiment", "experiment_schema"):
-        ConfigStore.instance().store(
-            group="hydra/sweeper",
-            name=name,
-            node=ExperimentSweeperConf,
-            provider="experiment_sweeper",
-        )
-
-
-register()
+ConfigStore.instance().store(
+    group="hydra/sweeper",
+    name="experiment_schema",
+    node=ExperimentSweeperConf,
+    provider="experiment_sweeper",
+)
