@@ -47,7 +47,7 @@ def compose(source: Source, overrides: Sequence[str], number: int) -> Job:
     loader = source.context.config_loader
     try:
         config = loader.load_sweep_config(source.master, list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         said = " ".join(overrides)
         raise SweepError(f"run {number} ({said}) cannot be composed: {error}") from None
     job = Job(number, list(overrides), config)

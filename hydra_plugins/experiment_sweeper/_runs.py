@@ -15,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn, configure_log, filter_overrides
 from hydra.errors import CompactHydraException
 from hydra.plugins.launcher import Launcher
@@ -113,7 +112,7 @@ def check(options: ExperimentSweeperConf, launcher: Launcher, master: DictConfig
         raise SweepError(
             f"hydra.sweeper.repeats={options.repeats} needs hydra.sweeper.repeat_key, e.g. seed"
         )
-    if options.n_jobs is not None and type(launcher) is not BasicLauncher:
+    if options.n_jobs is not None and not is_basic(launcher):
         name = master.hydra.runtime.choices.get("hydra/launcher")
         key = "hydra.launcher.max_parallel"
         own = f", {key}" if OmegaConf.select(master, key, default=0) != 0 else ""
@@ -121,6 +120,13 @@ def check(options: ExperimentSweeperConf, launcher: Launcher, master: DictConfig
             f"hydra.sweeper.n_jobs={options.n_jobs} is for hydra/launcher=basic; "
             f"hydra/launcher={name} has a limit of its own{own}"
         )
+
+
+def is_basic(launcher: Launcher) -> bool:
+    """Whether it is Hydra's own, which runs one job after the other in this process."""
+    from hydra._internal.core_plugins.basic_launcher import BasicLauncher  # Hydra loads it anew
+
+    return type(launcher) is BasicLauncher
 
 
 def fresh(options: ExperimentSweeperConf, master: DictConfig) -> Sweep:
@@ -159,7 +165,6 @@ def finished(grid: Grid, earlier: Sweep) -> dict[int, Run]:
 
 def carry_out(grid: Grid) -> list[Sequence[JobReturn]]:
     """Run what is not done; afterwards the table, the report, and an error if runs failed."""
-    # Copied, since a launcher may resolve or change what it gets.
     OmegaConf.save(grid.master, grid.sweep_dir / "multirun.yaml")
     grid.sweep = _record.begin(grid.sweep_dir, grid.sweep)
     set_up(grid, finished(grid, grid.sweep))
@@ -187,7 +192,7 @@ def carry_out(grid: Grid) -> list[Sequence[JobReturn]]:
 def set_up(grid: Grid, done: Mapping[int, Run]) -> None:
     """Put the runs of this command into the record."""
     hydra = None
-    if not isinstance(grid.launcher, BasicLauncher):
+    if not is_basic(grid.launcher):
         hydra = needed_of_hydra(grid)
     for job in grid.jobs:
         run = Run(job.number, _jobs.subdir(job), job.overrides)
@@ -221,7 +226,7 @@ def run_pending(grid: Grid) -> None:
     """Launch what is not done, the way the launcher needs."""
     if grid.options.n_jobs is not None:
         run_processes(grid, grid.options.n_jobs)
-    elif type(grid.launcher) is BasicLauncher:
+    elif is_basic(grid.launcher):
         for job in grid.pending:
             run_here(grid, job)
     else:

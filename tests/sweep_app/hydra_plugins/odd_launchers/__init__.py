@@ -1,0 +1,1 @@
+"""Launchers for the tests of sweepers."""
