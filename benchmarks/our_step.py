@@ -24,7 +24,8 @@ def packed(chats: Chats, device: str, dtype: torch.dtype) -> Sample:
         torch.cat([value[row, :length] for row, length in enumerate(chats.lengths)]).to(device)
         for value in (chats.ids_BT, chats.mask_BT, chats.aux_BTA, chats.last_BTH)
     )
-    return Sample(ids, mask, chats.lengths, aux.to(dtype), last.to(dtype))
+    numbers = list(range(len(chats.lengths)))
+    return Sample(ids, mask, numbers, chats.lengths, 0, aux.to(dtype), last.to(dtype))
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     del weights, chats
     cfg = DraftConfig(name="peer", ttt_length=shape.ttt, supervision=args.supervision)
     loss = (opd, LossConfig(name="peer", lambda_ce=1.0))
-    divisors_K = draft.denominators(cfg, sample.turns_T, sample.lengths)
+    divisors_K = draft.denominators(cfg, sample)
     if args.supervision == "specforge":  # it divides by the padding, too
         divisors_K.fill_(padded)
     outcomes: list[Any] = []

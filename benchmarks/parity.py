@@ -94,9 +94,10 @@ def run(arrays: Any, meta: dict[str, Any], speculators: bool) -> tuple[Eagle3, O
     lengths = [inputs["input_ids"].shape[1]] * len(inputs["input_ids"])
     turns = (inputs["loss_mask"] > 0).long().flatten()
     aux = inputs["aux_hidden_states"].float().flatten(0, 1)
-    sample = Sample(inputs["input_ids"].flatten(), turns, lengths, aux, last.flatten(0, 1))
+    ids, numbers = inputs["input_ids"].flatten(), list(range(len(lengths)))
+    sample = Sample(ids, turns, numbers, lengths, 0, aux, last.flatten(0, 1))
     loss = (opd, loss_config(meta, speculators))
-    window_K = draft.denominators(cfg, turns, lengths)
+    window_K = draft.denominators(cfg, sample)
     outcome = draft.objective(sample, weights["target_head.weight"], loss, cfg, window_K)
     outcome.loss.backward()
     return draft, outcome

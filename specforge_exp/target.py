@@ -1,11 +1,12 @@
 """The frozen target model: hidden states and logits for training and verification.
 
-Shape suffixes: B batch, T tokens, H hidden, A = 3 H, V vocabulary, N rows.
+Shape suffixes: B batch, T tokens, H hidden, A auxiliary states, V vocabulary, N rows.
 """
 
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,22 +67,19 @@ def check_gpus(cfg: Config, stage: str, processes: int = 1) -> None:
         )
 
 
-def aux_layer_ids(layers: int, chosen: list[int] | None) -> list[int]:
-    """The 0-based layers whose outputs feed the draft: 1, N/2-1, N-4 unless chosen.
+def aux_layer_ids(
+    layers: int, chosen: list[int] | None, feeds: Callable[[int], list[int]] | None
+) -> list[int]:
+    """The 0-based layers whose outputs feed the draft: the chosen ones, or what the draft wants.
 
     Raises:
-        InputError: the target has too few layers for the default, or a chosen one does not exist.
+        InputError: a chosen layer does not exist, or the draft finds too few.
     """
     if chosen is not None:
         if any(not 0 <= layer < layers for layer in chosen):
             raise InputError(f"model.aux_layers={chosen}: this target has layers 0..{layers - 1}")
         return list(chosen)
-    if layers < 7:
-        raise InputError(
-            f"the target has {layers} layers; the default auxiliary layers need at least 7. "
-            "Name three with model.aux_layers=[a,b,c]"
-        )
-    return [1, layers // 2 - 1, layers - 4]
+    return feeds(layers) if feeds else []
 
 
 @dataclass
@@ -136,7 +134,7 @@ class Target:
 
     @torch.no_grad()
     def features(self, ids_BT: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, Tensor]:
-        """Auxiliary hidden states [B, T, 3H] and post-norm last hidden states [B, T, H].
+        """Auxiliary hidden states [B, T, A] and post-norm last hidden states [B, T, H].
 
         Args:
             ids_BT: tokens; padding belongs on the right, where causal attention hides it.
@@ -157,12 +155,17 @@ class Target:
         finally:
             for handle in handles:
                 handle.remove()
-        aux_BTA = torch.cat([captured[i] for i in self.aux_layers], -1)
-        return aux_BTA, out.last_hidden_state
+        last_BTH: Tensor = out.last_hidden_state
+        aux = [captured[i] for i in self.aux_layers]
+        return torch.cat(aux, -1) if aux else last_BTH[..., :0], last_BTH
 
 
 def load_target(
-    cfg: ModelConfig, device: torch.device, dtype: str = "auto", processes: int = 1
+    cfg: ModelConfig,
+    device: torch.device,
+    dtype: str = "auto",
+    processes: int = 1,
+    feeds: Callable[[int], list[int]] | None = None,
 ) -> Target:
     """Load the target's weights, frozen.
 
@@ -172,6 +175,7 @@ def load_target(
         dtype: "auto" takes float32 on a CPU and bfloat16 on a GPU.
         processes: share each layer among so many (transformers' tensor parallelism); all of them
             must then run the same inputs.
+        feeds: which of so many layers feed the draft; None: none do.
 
     Raises:
         InputError: it cannot be found or read, or has too few layers.
@@ -189,7 +193,7 @@ def load_target(
         raise InputError(not_loadable(cfg, error)) from None
     model.requires_grad_(False).eval().to(device)
     layers = model.config.get_text_config().num_hidden_layers
-    return Target(model, aux_layer_ids(layers, cfg.aux_layers))
+    return Target(model, aux_layer_ids(layers, cfg.aux_layers, feeds))
 
 
 def load_tokenizer(cfg: ModelConfig) -> Any:

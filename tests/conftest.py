@@ -24,6 +24,7 @@ from specforge_exp.config import (
     PathsConfig,
     Source,
 )
+from specforge_exp.drafts.eagle3 import Eagle3
 from specforge_exp.stages.prep import prep
 from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.target import Target, load_target, load_tokenizer
@@ -56,7 +57,7 @@ def random_target() -> Target:
 
 @pytest.fixture(scope="session")
 def tiny_target() -> Target:
-    return load_target(TINY, torch.device("cpu"))
+    return load_target(TINY, torch.device("cpu"), feeds=Eagle3.target_layers)
 
 
 @pytest.fixture(scope="session")

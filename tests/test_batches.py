@@ -45,7 +45,7 @@ def test_forwards_hold_every_conversation_once(
 def test_a_batch_has_no_padding() -> None:
     ids = [torch.arange(3), torch.arange(5)]
     tokens = TokenSet(ids, [torch.ones_like(i) for i in ids])
-    batch = make_batch(tokens, [1, 0], torch.device("cpu"), held_out=True)
+    batch = make_batch(tokens, [1, 0], torch.device("cpu"))
     assert batch.ids_T.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert batch.lengths == [5, 3]
     assert batch.numbers == [-2, -1]

@@ -22,7 +22,7 @@ from specforge_exp.acceptance import (
     training_ngrams,
 )
 from specforge_exp.config import Config, Source
-from specforge_exp.drafts.eagle3_export import load_export
+from specforge_exp.drafts.eagle3 import Eagle3
 from specforge_exp.errors import InputError
 from specforge_exp.speculative import Generation
 from specforge_exp.stages.bench import bench
@@ -72,7 +72,7 @@ def test_export_is_what_engines_load(exported: Path, tiny_target: Target) -> Non
 
 
 def test_export_round_trip(exported: Path, tiny_target: Target) -> None:
-    draft = load_export(exported, tiny_target)
+    draft = Eagle3.load(exported, tiny_target)
     for name, value in load_file(exported / "model.safetensors").items():
         torch.testing.assert_close(
             draft.state_dict()[name], value.to(draft.state_dict()[name].dtype)
@@ -102,16 +102,16 @@ def test_a_broken_export_is_refused(
 ) -> None:
     change(exported, name, value)
     with pytest.raises(InputError, match=words):
-        load_export(exported, tiny_target)
+        Eagle3.load(exported, tiny_target)
 
 
 def test_a_draft_of_another_target_is_refused(
     exported: Path, tiny_target: Target, random_target: Target, cfg: Config, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="made for another target"):
-        load_export(exported, random_target)
+        Eagle3.load(exported, random_target)
     with pytest.raises(InputError, match="auxiliary layers"):
-        load_export(exported, Target(tiny_target.model, [0, 1, 2]))
+        Eagle3.load(exported, Target(tiny_target.model, [0, 1, 2]))
     other = tmp_path / "other"
     tiny_target.model.save_pretrained(other)
     with pytest.raises(InputError, match="holds a checkpoint of another target"):

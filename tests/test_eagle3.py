@@ -21,6 +21,7 @@ from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.losses import RowLoss, TeacherRows, opd
 from specforge_exp.target import Target
+from specforge_exp.training.batches import Batch
 from specforge_exp.training.objective import Outcome, Sample
 
 K, T, V = 4, 14, 64
@@ -46,11 +47,12 @@ def packed(target: Target, *conversations: tuple[Tensor, Tensor]) -> Sample:
     ids, turns = (torch.cat(column) for column in zip(*conversations, strict=True))
     states = [target.features(i[None]) for i, _ in conversations]
     aux, last = (torch.cat([x[0] for x in column]) for column in zip(*states, strict=True))
-    return Sample(ids, turns, [len(i) for i, _ in conversations], aux, last)
+    numbers = list(range(len(conversations)))
+    return Sample(ids, turns, numbers, [len(i) for i, _ in conversations], 0, aux, last)
 
 
 def divisors(sample: Sample, cfg: DraftConfig = CFG) -> Tensor:
-    return denominators(cfg, sample.turns_T, sample.lengths)
+    return denominators(cfg, sample)
 
 
 def outcome(draft: Eagle3, target: Target, sample: Sample, window: Tensor) -> Outcome:
@@ -263,7 +265,8 @@ def test_supervision_is_what_serving_reaches() -> None:
     assert masks == [[0, 1, 4], [0], []]
     across = [m.nonzero().flatten().tolist() for m in turn_masks("speculators", turns, end, 1)]
     assert across == [[0, 1, 2, 4, 5, 8]]
-    assert denominators(replace(CFG, ttt_length=3), turns, [8, 3]).tolist() == [3, 1, 0]
+    batch = Batch(turns, turns, [0, 1], [8, 3], 0)
+    assert denominators(replace(CFG, ttt_length=3), batch).tolist() == [3, 1, 0]
 
 
 def test_rows_are_carried_as_long_as_they_are_needed() -> None:

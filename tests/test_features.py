@@ -150,7 +150,7 @@ def test_the_target_sees_one_conversation_at_a_time(random_target: Target) -> No
         return random_target.features(ids)
 
     tokens = conversation_set([[1] * 5, [1] * 9, [1] * 7])
-    together, alone = (make_batch(tokens, n, CPU) for n in ([0, 1, 2], [1]))
+    together, alone = (make_batch(tokens, n, CPU, draw=1) for n in ([0, 1, 2], [1]))
     ((aux, last),) = computed(features)([together])
     assert torch.equal(aux[5:14], computed(features)([alone])[0][0])
     calls.clear()
@@ -160,5 +160,5 @@ def test_the_target_sees_one_conversation_at_a_time(random_target: Target) -> No
         assert torch.equal(found[0], aux)
         assert torch.equal(found[1], last)
     assert calls == [5, 9, 7]
-    lookup([make_batch(tokens, [1], CPU, held_out=True)])
+    lookup([make_batch(tokens, [1], CPU)])
     assert calls == [5, 9, 7, 9]

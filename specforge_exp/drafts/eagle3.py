@@ -8,6 +8,7 @@ Shape suffixes: B batch, S slots, H hidden, A three target hidden sizes, D draft
 V target vocabulary, N query heads, M key-value heads, E head size, P positions.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +19,17 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specforge_exp.attention import rotate
 from specforge_exp.config import DraftConfig, LossConfig
+from specforge_exp.drafts.eagle3_chains import make_chains
 from specforge_exp.drafts.eagle3_decoder import Eagle3Decoder
+from specforge_exp.drafts.eagle3_export import load_export, write_export
 from specforge_exp.drafts.eagle3_training import denominators, objective
+from specforge_exp.drafts.eagle3_unroll import unroll
 from specforge_exp.drafts.vocabulary import check_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.layers import RMSNorm, gradient_of
 from specforge_exp.losses import LossFunction
 from specforge_exp.target import Target
+from specforge_exp.training.batches import Batch
 from specforge_exp.training.objective import Outcome, Sample
 
 
@@ -121,9 +126,44 @@ class Eagle3(nn.Module):
         """Target id of every draft id."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
-    def denominators(self, cfg: DraftConfig, turns_T: Tensor, lengths: list[int]) -> Tensor:
+    @staticmethod
+    def target_layers(layers: int) -> list[int]:
+        """The layers (0-based) of a target that feed the draft unless model.aux_layers says so.
+
+        Raises:
+            InputError: the target has too few.
+        """
+        if layers < 7:
+            raise InputError(
+                f"the target has {layers} layers; the default auxiliary layers need at least 7. "
+                "Name three with model.aux_layers=[a,b,c]"
+            )
+        return [1, layers // 2 - 1, layers - 4]
+
+    @classmethod
+    def load(cls, folder: Path, target: Target) -> "Eagle3":
+        """See `eagle3_export.load_export`."""
+        return load_export(cls, folder, target)
+
+    def write(self, folder: Path, target: Target, target_path: str, dtype: torch.dtype) -> None:
+        """See `eagle3_export.write_export`."""
+        write_export(self, folder, target, target_path, dtype)
+
+    @torch.no_grad()
+    def all_logits(self, cfg: DraftConfig, ids_1T: Tensor, aux_1TA: Tensor) -> Tensor:
+        """Logits of every slot and step of one conversation, fp32, for comparisons."""
+        everywhere_T = torch.ones_like(ids_1T[0])
+        chains = make_chains("speculators", everywhere_T, [len(everywhere_T)], cfg.ttt_length)
+        states = unroll(self, chains, ids_1T[0], aux_1TA[0])
+        return torch.cat([self.lm_head(self.norm(state)) for state in states])
+
+    def divisors(self, cfg: DraftConfig) -> int:
+        """How many divisors an optimiser window has: one per step."""
+        return cfg.ttt_length
+
+    def denominators(self, cfg: DraftConfig, batch: Batch) -> Tensor:
         """See `eagle3_training.denominators`."""
-        return denominators(cfg, turns_T, lengths)
+        return denominators(cfg, batch)
 
     def objective(
         self,

@@ -5,7 +5,7 @@ Tensor names are those of published EAGLE-3 drafts; embeddings are the target's 
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from specforge_exp.drafts.eagle3 import Eagle3
 from specforge_exp.drafts.vocabulary import check_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.target import Target
 
+if TYPE_CHECKING:
+    from specforge_exp.drafts.eagle3 import Eagle3
 
-def export_config(draft: Eagle3, target: Target, target_path: str, dtype: str) -> dict[str, Any]:
+
+def export_config(draft: "Eagle3", target: Target, target_path: str, dtype: str) -> dict[str, Any]:
     """config.json as serving engines read it.
 
     The rotary embedding is written in both spellings (rope_parameters, and rope_theta with
@@ -67,7 +69,7 @@ def export_config(draft: Eagle3, target: Target, target_path: str, dtype: str) -
 
 
 def write_export(
-    draft: Eagle3, folder: Path, target: Target, target_path: str, dtype: torch.dtype
+    draft: "Eagle3", folder: Path, target: Target, target_path: str, dtype: torch.dtype
 ) -> None:
     """Write config.json and model.safetensors into an existing folder."""
     name = str(dtype).removeprefix("torch.")
@@ -80,8 +82,8 @@ def write_export(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def load_export(folder: Path, target: Target) -> Eagle3:
-    """A draft in fp32 from an exported folder, checked against the target it is to serve.
+def load_export(kind: "type[Eagle3]", folder: Path, target: Target) -> "Eagle3":
+    """A draft of that class from an exported folder, in fp32, checked against its target.
 
     Raises:
         InputError: a file is missing or broken, a tensor is missing, superfluous or of the wrong
@@ -101,7 +103,7 @@ def load_export(folder: Path, target: Target) -> Eagle3:
     keys += "num_attention_heads num_key_value_heads rms_norm_eps rope_parameters "
     keys += "max_position_embeddings"
     llama = LlamaConfig(num_hidden_layers=1, **{key: config[key] for key in keys.split()})
-    draft = Eagle3(llama, target.embed_VH, tensors["d2t"], tensors["t2d"])
+    draft = kind(llama, target.embed_VH, tensors["d2t"], tensors["t2d"])
     check_tensors(folder, draft.state_dict(), tensors)
     draft.load_state_dict(tensors)
     return draft

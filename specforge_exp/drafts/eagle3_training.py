@@ -23,21 +23,22 @@ from specforge_exp.drafts.eagle3_chains import Chains, document_bounds, make_cha
 from specforge_exp.drafts.eagle3_unroll import unroll
 from specforge_exp.drafts.head_loss import Heads, Tally, Weighting, attach, tally
 from specforge_exp.losses import TERMS, LossFunction, opd
+from specforge_exp.training.batches import Batch
 from specforge_exp.training.objective import Outcome, Sample
 
 if TYPE_CHECKING:
     from specforge_exp.drafts.eagle3 import Eagle3
 
 
-def denominators(cfg: DraftConfig, turns_T: Tensor, lengths: list[int]) -> Tensor:
+def denominators(cfg: DraftConfig, batch: Batch) -> Tensor:
     """What the sums of each step are divided by, as far as this batch goes; [K] float64.
 
     The divisor of an optimiser window is the sum over its batches, known before any forward.
     """
     if cfg.supervision == "specforge":
-        return torch.full((cfg.ttt_length,), float(len(turns_T)), dtype=torch.float64)
-    _, end_T = document_bounds(lengths, turns_T.device)
-    masks = turn_masks(cfg.supervision, turns_T, end_T, cfg.ttt_length)
+        return torch.full((cfg.ttt_length,), float(len(batch.turns_T)), dtype=torch.float64)
+    _, end_T = document_bounds(batch.lengths, batch.turns_T.device)
+    masks = turn_masks(cfg.supervision, batch.turns_T, end_T, cfg.ttt_length)
     return torch.stack([mask.sum() for mask in masks]).double()
 
 

@@ -15,10 +15,8 @@ from specforge_exp import paths
 from specforge_exp.acceptance import Request, overlap, summarise, training_ngrams
 from specforge_exp.artifacts import Fingerprint, disk_errors, read_record, require, reusable
 from specforge_exp.chat import eos_token_ids, prompt_ids
-from specforge_exp.config import Config
+from specforge_exp.config import Config, locate
 from specforge_exp.conversations import prompt_of, read_jsonl
-from specforge_exp.drafts.eagle3 import Eagle3
-from specforge_exp.drafts.eagle3_export import load_export
 from specforge_exp.errors import InputError
 from specforge_exp.provenance import describe, model_digest, sha256, write_json
 from specforge_exp.sources import load
@@ -63,8 +61,9 @@ def measure(cfg: Config) -> dict[str, Any]:
     """Answer all prompts and summarise; the parts of bench.json that are results."""
     device = set_up_torch(cfg)
     tokenizer = load_tokenizer(cfg.model)
-    target = load_target(cfg.model, device, cfg.bench.dtype)
-    draft = load_export(paths.export_dir(cfg), target).to(device, DTYPES[cfg.bench.dtype])
+    kind = locate(cfg.draft._target_)
+    target = load_target(cfg.model, device, cfg.bench.dtype, feeds=kind.target_layers)
+    draft = kind.load(paths.export_dir(cfg), target).to(device, DTYPES[cfg.bench.dtype])
     known = training_answers(cfg)
     decoding = Decoding(
         max_tokens=cfg.bench.max_tokens,
@@ -114,7 +113,7 @@ def answer_all(
     name: str,
     prompts: list[list[int]],
     target: Target,
-    draft: Eagle3,
+    draft: Any,
     decoding: Decoding,
     known: torch.Tensor | None,
 ) -> list[Request]:

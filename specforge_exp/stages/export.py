@@ -6,18 +6,14 @@ compared with the trained draft before it says done.
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from specforge_exp import paths
 from specforge_exp.artifacts import Fingerprint, require, reusable, writing
 from specforge_exp.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from specforge_exp.config import Config, locate
-from specforge_exp.drafts.eagle3 import Eagle3
-from specforge_exp.drafts.eagle3_chains import make_chains
-from specforge_exp.drafts.eagle3_export import load_export, write_export
-from specforge_exp.drafts.eagle3_unroll import unroll
 from specforge_exp.errors import InputError
 from specforge_exp.provenance import model_digest
 from specforge_exp.target import DTYPES, Target, load_target, set_up_torch
@@ -43,15 +39,16 @@ def export(cfg: Config) -> Path:
     if reusable(folder / "run.json", fingerprint, cfg.export.force, "export"):
         return folder
     device = set_up_torch(cfg)
-    target = load_target(cfg.model, device, cfg.model.dtype)
+    kind = locate(cfg.draft._target_)
+    target = load_target(cfg.model, device, cfg.model.dtype, feeds=kind.target_layers)
     mapping = {name: checkpoint.draft[name] for name in ("d2t", "t2d")}
-    draft = locate(cfg.draft._target_).new(target, cfg.draft, mapping, cfg.seed)
+    draft = kind.new(target, cfg.draft, mapping, cfg.seed)
     draft.load_state_dict(checkpoint.draft)
     draft.to(device)
     dtype = DTYPES[cfg.export.dtype]
     with writing(folder, fingerprint, cfg) as partial:
-        write_export(draft, partial, target, cfg.model.path, dtype)
-        agreement = compare(cfg, draft, load_export(partial, target).to(device), target, dtype)
+        draft.write(partial, target, cfg.model.path, dtype)
+        agreement = compare(cfg, draft, kind.load(partial, target).to(device), target, dtype)
     log.info(
         "export: complete: %s: step %d, reloaded with equal logits; rounding to %s keeps %.2f %% "
         "of the draft's choices", folder, checkpoint.step, cfg.export.dtype, 100 * agreement,
@@ -75,9 +72,7 @@ def chosen_checkpoint(cfg: Config) -> Checkpoint:
 
 
 @torch.no_grad()
-def compare(
-    cfg: Config, trained: Eagle3, loaded: Eagle3, target: Target, dtype: torch.dtype
-) -> float:
+def compare(cfg: Config, trained: Any, loaded: Any, target: Target, dtype: torch.dtype) -> float:
     """Check the reloaded draft on a held-out conversation; returns the share of equal choices.
 
     Raises:
@@ -85,21 +80,13 @@ def compare(
     """
     tokens = read_split(paths.tokens_dir(cfg), "eval")
     ids_1T = tokens.ids[0][None].to(target.device)
-    exact_TD = all_logits(trained, target, ids_1T, cfg.draft.ttt_length)
+    aux_1TA, _ = target.features(ids_1T)
+    exact_TD = trained.all_logits(cfg.draft, ids_1T, aux_1TA)
     for weight in trained.parameters():
         weight.copy_(weight.to(dtype))
-    rounded_TD = all_logits(trained, target, ids_1T, cfg.draft.ttt_length)
-    loaded_TD = all_logits(loaded, target, ids_1T, cfg.draft.ttt_length)
+    rounded_TD = trained.all_logits(cfg.draft, ids_1T, aux_1TA)
+    loaded_TD = loaded.all_logits(cfg.draft, ids_1T, aux_1TA)
     if not torch.equal(rounded_TD, loaded_TD):
         worst = float((rounded_TD - loaded_TD).abs().max())
         raise InputError(f"the exported draft's logits differ from the trained one's by {worst}")
     return float((exact_TD.argmax(-1) == loaded_TD.argmax(-1)).float().mean())
-
-
-def all_logits(draft: Eagle3, target: Target, ids_1T: Tensor, steps: int) -> Tensor:
-    """Logits of every slot and step, fp32."""
-    aux_1TA, _ = target.features(ids_1T)
-    everywhere_T = torch.ones_like(ids_1T[0])
-    chains = make_chains("speculators", everywhere_T, [len(everywhere_T)], steps)
-    states = unroll(draft, chains, ids_1T[0], aux_1TA[0])
-    return torch.cat([draft.lm_head(draft.norm(state)) for state in states])

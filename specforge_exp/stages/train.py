@@ -62,9 +62,10 @@ def train(cfg: Config) -> float | tuple[float, ...]:
             f"data.split_eval={cfg.data.split_eval}"
         )
     processes = run.ranks.world if cfg.target.shard else 1
-    target = load_target(cfg.model, device, cfg.model.dtype, processes)
+    kind = locate(cfg.draft._target_)
+    target = load_target(cfg.model, device, cfg.model.dtype, processes, kind.target_layers)
     mapping = torch.load(tokens / "vocab_mapping.pt", weights_only=True)
-    draft = locate(cfg.draft._target_).new(target, cfg.draft, mapping, cfg.seed).to(device)
+    draft = kind.new(target, cfg.draft, mapping, cfg.seed).to(device)
     draft.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     draft.gradient_checkpointing = cfg.trainer.gradient_checkpointing
     log.info(
@@ -108,13 +109,13 @@ def states_of(cfg: Config, target: Target, splits: Splits, run: Run) -> Features
     folder = paths.features_dir(cfg)
     made_of = Fingerprint(
         run.fingerprint.inputs,
-        {"model.path": cfg.model.path, "model.aux_layers": cfg.model.aux_layers,
+        {"model.path": cfg.model.path, "model.aux_layers": target.aux_layers,
          "model.dtype": str(target.model.dtype), "max_length": cfg.max_length},
     )  # fmt: skip
     splits_by_sign = {1: splits.train, -1: splits.eval}
     make_cache(folder, features, splits_by_sign, made_of, run.ranks, together)
     target.forget_layers()
-    return from_disk(folder, target.embed_VH.shape[1])
+    return from_disk(folder, (len(target.aux_layers), target.embed_VH.shape[1]))
 
 
 def logged_seconds(folder: Path) -> float:
@@ -132,12 +133,12 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
 
     def prepare(batches: list[Batch]) -> list[Sample]:
         return [
-            Sample(batch.ids_T, batch.turns_T, batch.lengths, aux_TA, last_TH)
+            Sample(**vars(batch), aux_TA=aux_TA, last_TH=last_TH)
             for batch, (aux_TA, last_TH) in zip(batches, states(batches), strict=True)
         ]
 
     def denominators(batch: Batch) -> Tensor:
-        found: Tensor = draft.denominators(cfg.draft, batch.turns_T, batch.lengths)
+        found: Tensor = draft.denominators(cfg.draft, batch)
         return found
 
     def forward(sample: Sample, window_K: Tensor) -> Outcome:
@@ -146,8 +147,9 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
 
     nothing_2 = torch.zeros(2, dtype=torch.long, device=target.device)
     states_2H = torch.zeros(2, head_VH.shape[1], device=target.device)
-    idle = Sample(nothing_2, nothing_2, [2], torch.cat([states_2H] * 3, -1), states_2H)
-    return Objective(cfg.draft.ttt_length, prepare, denominators, idle, forward)
+    aux_2A = torch.cat([states_2H] * len(target.aux_layers), -1)
+    idle = Sample(nothing_2, nothing_2, [0], [2], 0, aux_2A, states_2H)
+    return Objective(draft.divisors(cfg.draft), prepare, denominators, idle, forward)
 
 
 def start_over(folder: Path) -> None:

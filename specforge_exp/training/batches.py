@@ -23,15 +23,23 @@ class Batch:
 
     ids_T: Tensor
     turns_T: Tensor
+    """The number of the assistant turn a token belongs to, from 1; 0 elsewhere."""
     numbers: list[int]
     """Which conversations these are, over both splits: held-out ones count down from -1."""
     lengths: list[int]
     """Tokens of each."""
+    draw: int
+    """Seeds what the objective samples in these conversations: another number in every epoch."""
+
+
+def draw_of(seed: int, epoch: int) -> int:
+    """One number for a seed and an epoch."""
+    return seed * 1_000_003 + epoch
 
 
 def epoch_windows(conversations: int, size: int, seed: int, epoch: int) -> list[list[int]]:
     """Windows of `size` conversations for one epoch, the last maybe smaller; every one once."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(draw_of(seed, epoch))
     order = torch.randperm(conversations, generator=generator).tolist()
     return [order[i : i + size] for i in range(0, conversations, size)]
 
@@ -72,11 +80,11 @@ def lay_out(numbers: list[int], lengths: Sequence[int], cfg: TrainerConfig) -> l
 
 
 def make_batch(
-    tokens: TokenSet, numbers: list[int], device: torch.device, held_out: bool = False
+    tokens: TokenSet, numbers: list[int], device: torch.device, draw: int | None = None
 ) -> Batch:
-    """Put the numbered conversations one after the other."""
+    """Put the numbered conversations one after the other; held-out ones are not drawn anew."""
     ids_T = torch.cat([tokens.ids[n] for n in numbers])
     turns_T = torch.cat([tokens.turns[n] for n in numbers])
-    names = [-1 - n for n in numbers] if held_out else numbers
+    names = [-1 - n for n in numbers] if draw is None else numbers
     lengths = [len(tokens.ids[n]) for n in numbers]
-    return Batch(ids_T.to(device), turns_T.to(device), names, lengths)
+    return Batch(ids_T.to(device), turns_T.to(device), names, lengths, draw or 0)

@@ -5,7 +5,7 @@ of those that a loss can compare with, and index.json, which says where each con
 Training reads the rows it needs from the shards; nothing is scanned at the start. Conversations
 without a supervised token are not in it, since nothing can be learnt from them.
 
-Shape suffixes: T packed tokens, A three hidden sizes, H hidden.
+Shape suffixes: T packed tokens, A auxiliary states, H hidden.
 """
 
 import fcntl
@@ -227,11 +227,16 @@ def check(folder: Path, fingerprint: Fingerprint) -> None:
         )
 
 
-def from_disk(folder: Path, hidden: int) -> Features:
+def from_disk(folder: Path, sizes: tuple[int, int]) -> Features:
     """Read a batch's states from the shards; positions that no loss asks for are 0 in `last`.
 
     A conversation that is not in the cache has no supervised token: its states are zeros.
+
+    Args:
+        folder: what `make_cache` wrote.
+        sizes: how many layers feed the draft, and the hidden size.
     """
+    layers, hidden = sizes
     index = {int(k): Entry(*v) for k, v in json.loads((folder / "index.json").read_text()).items()}
     opened: dict[str, Any] = {}
 
@@ -248,7 +253,7 @@ def from_disk(folder: Path, hidden: int) -> Features:
                 full_TH = full_TH.to(last_MH.dtype)
                 full_TH[wanted_T] = last_MH
             else:
-                aux_TA = torch.zeros(length, 3 * hidden)
+                aux_TA = torch.zeros(length, layers * hidden)
             aux.append(aux_TA)
             last.append(full_TH)
         device = batch.ids_T.device

@@ -3,7 +3,7 @@
 The target sees one conversation at a time, whatever the batch: so its states do not depend on
 what a conversation is trained with, and what was kept is to the bit what would be computed.
 
-Shape suffixes: T packed tokens, H hidden, A = 3 H.
+Shape suffixes: T packed tokens, H hidden, A auxiliary states.
 """
 
 from collections.abc import Callable

@@ -30,7 +30,14 @@ from specforge_exp.provenance import write_json
 from specforge_exp.sharding import is_sharded, whole
 from specforge_exp.tokens import TokenSet
 from specforge_exp.tracking import best_step, open_tracker
-from specforge_exp.training.batches import Batch, epoch_windows, lay_out, make_batch, share
+from specforge_exp.training.batches import (
+    Batch,
+    draw_of,
+    epoch_windows,
+    lay_out,
+    make_batch,
+    share,
+)
 from specforge_exp.training.objective import Outcome, Sample
 from specforge_exp.training.progress import WindowLog, means, summary
 from specforge_exp.training.ranks import Ranks
@@ -185,7 +192,8 @@ def windows(
         numbers = epoch_windows(len(lengths), size, cfg.seed, epoch)[index]
         mine = share(numbers, lengths, ranks.rank, ranks.world)
         parts = lay_out(mine, lengths, cfg.trainer)
-        batches = [make_batch(tokens, part, device) for part in parts]
+        draw = draw_of(cfg.seed, epoch)
+        batches = [make_batch(tokens, part, device, draw) for part in parts]
         return Window(step, epoch, numbers, batches, objective.prepare(batches))
 
     if cfg.target.cache != "disk":
@@ -308,7 +316,7 @@ def evaluate(
     mine = share(range(len(lengths)), lengths, ranks.rank, ranks.world)
     packed = replace(cfg.trainer, pack_tokens=cfg.trainer.pack_tokens or EVAL_TOKENS)
     parts = lay_out(mine, lengths, packed)
-    batches = [make_batch(tokens, part, device, held_out=True) for part in parts]
+    batches = [make_batch(tokens, part, device) for part in parts]
     window_K = divisors(objective, batches, ranks, device)
     total, loss = WindowLog(device, 1.0), torch.zeros(1, dtype=torch.float64, device=device)
     by_number: dict[int, list[float]] = {}

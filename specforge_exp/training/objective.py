@@ -1,24 +1,23 @@
 """What the training loop and a draft's objective pass each other.
 
-Shape suffixes: T packed tokens, K steps, H hidden, A = 3 H, B conversations.
+Shape suffixes: T packed tokens, K steps, H hidden, A auxiliary states, B conversations.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from specforge_exp.training.batches import Batch
+
 
 @dataclass(frozen=True)
-class Sample:
-    """Conversations one after the other, with what the target says about them."""
+class Sample(Batch):
+    """A batch with what the target says about it."""
 
-    ids_T: Tensor
-    turns_T: Tensor
-    """The number of the assistant turn a token belongs to, from 1; 0 elsewhere."""
-    lengths: list[int]
-    """Tokens of each conversation."""
     aux_TA: Tensor
+    """Its hidden states at the layers that feed the draft, side by side."""
     last_TH: Tensor
+    """Its post-norm last hidden states."""
 
 
 @dataclass(frozen=True)
