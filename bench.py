@@ -1,4 +1,4 @@
-"""Measure the accepted length and the speed-up of an exported draft."""
+"""Measure the accepted length and the speed-up of an exported draft, or of every run of a sweep."""
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -6,6 +6,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
 from specforge_exp.config import InputError, from_omegaconf, schema
+from specforge_exp.sweeps import bench_all
 
 ConfigStore.instance().store(name="schema", node=schema())
 
@@ -13,10 +14,9 @@ ConfigStore.instance().store(name="schema", node=schema())
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> object:
     try:
-        config = from_omegaconf(cfg)
-        from specforge_exp.stages.bench import bench  # loads torch
+        from specforge_exp.stages import bench, export  # they load torch
 
-        return bench(config)
+        return bench_all(from_omegaconf(cfg), export.export, bench.bench)
     except InputError as error:
         raise CompactHydraException(f"error: {error}") from None
 
