@@ -100,6 +100,8 @@ class Processes:
     jobs: dict[int, Job] = field(default_factory=dict)
     unmade: list[tuple[int, JobReturn]] = field(default_factory=list)
     """Ends of jobs that could not be composed."""
+    last: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    """Progress of jobs whose end was given."""
 
     def __post_init__(self) -> None:
         setup_globals()
@@ -189,12 +191,13 @@ class Processes:
         ready = {ends[end] for end in wait(list(ends), 0 if done else seconds)}
         for number in sorted(ready):
             done.append((number, result_of(self.jobs[number])))
-            del self.jobs[number]
+            self.last[number] = self.jobs.pop(number).progress.new()
         return done
 
     def reports(self) -> dict[int, list[dict[str, Any]]]:
         """New lines of the files that hydra.sweeper.progress_file names."""
-        found = {number: job.progress.new() for number, job in self.jobs.items()}
+        last, self.last = self.last, {}
+        found = last | {number: job.progress.new() for number, job in self.jobs.items()}
         return {number: lines for number, lines in found.items() if lines}
 
     def stop(self, number: int) -> None:

@@ -28,6 +28,7 @@ class Runner(Protocol):
     def reports(self) -> dict[int, list[dict[str, Any]]]:
         """The new JSON lines of the jobs' progress files since the last call, by number.
 
+        The last lines of a job may come when `ended` has given its end.
         A number that continues an earlier job reports that one's lines again.
         """
 
@@ -38,15 +39,16 @@ class Runner(Protocol):
         """End what still runs. May be called again."""
 
 
-def open_runner(launcher: Launcher, several: bool) -> Runner:
+def open_runner(launcher: Launcher, several: bool, total: int = 1) -> Runner:
     """What keeps the jobs of a launcher in flight.
 
     Args:
         launcher: after its `setup`.
         several: more than one job at a time, so that each needs a file for what it prints.
+        total: how many jobs are going to be started, for estimates.
     """
     if session := getattr(launcher, "session", None):
-        runner: Runner = session()
+        runner: Runner = session(total)
         return runner
     kind = type(launcher)
     # By name: Hydra's scan executes plugin modules again, and so makes their classes again.

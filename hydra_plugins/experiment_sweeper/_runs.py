@@ -182,7 +182,7 @@ def carry_out(grid: Grid) -> list[Sequence[JobReturn]]:
         raise
     grid.write()
     print(_show.table(grid.sweep, list(grid.runs.values())), flush=True)
-    report(grid)
+    report(grid.options.report, grid.master, grid.sweep_dir)
     failed = [run for run in grid.runs.values() if run.status == "failed"]
     if failed:
         raise SweepError(f"{len(failed)} of {len(grid.jobs)} runs failed; why: see the table")
@@ -349,18 +349,18 @@ def raising_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def report(grid: Grid) -> None:
+def report(dotted: str | None, master: DictConfig, sweep_dir: Path) -> None:
     """Call hydra.sweeper.report; its failure is a warning."""
-    if not grid.options.report:
+    if not dotted:
         return
-    config = copy.deepcopy(grid.master)
+    config = copy.deepcopy(master)
     OmegaConf.set_readonly(config, False)
     with read_write(config), open_dict(config):
         del config["hydra"]
     try:
-        module, _, name = grid.options.report.rpartition(".")
+        module, _, name = dotted.rpartition(".")
         call: Any = getattr(importlib.import_module(module), name)
-        call(config, grid.sweep_dir)
+        call(config, sweep_dir)
     except (Exception, SystemExit) as error:
-        again = f"python report.py sweep={grid.sweep_dir}"
+        again = f"python report.py sweep={sweep_dir}"
         log.warning(f"no report ({_record.one_line(error)}); to try again: {again}")
