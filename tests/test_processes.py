@@ -5,55 +5,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
 from hydra_plugins.experiment_sweeper._processes import Processes, Tail
 from hydra_plugins.experiment_sweeper._runner import Batches, neighbours, open_runner
 from tests.study_app import toy
+from tests.study_app.here import journal, launcher_for, wait_for
 
 
 @pytest.fixture(autouse=True)
 def fresh_hydra(hydra_restore_singletons: Any) -> Iterator[None]:
-    toy.ConfigStore.instance().store(name="toy", node=toy.Config)
     yield
     GlobalHydra.instance().clear()
-
-
-def launcher_for(
-    folder: Path, *overrides: str, task: Callable[[DictConfig], Any] = toy.toy
-) -> BasicLauncher:
-    """A launcher of the toy app whose sweep lies in `folder`."""
-    GlobalHydra.instance().clear()
-    hydra = Hydra.create_main_hydra2("toy", create_config_search_path(None))
-    config = hydra.compose_config(
-        config_name="toy",
-        overrides=[
-            f"hydra.sweep.dir={folder}",
-            "hydra.sweep.subdir=${run_name}",
-            "+hydra.sweeper.progress_file=${hydra.sweep.dir}/${run_name}/progress.jsonl",
-            *overrides,
-        ],
-        run_mode=RunMode.MULTIRUN,
-        with_log_configuration=False,
-    )
-    context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
-    launcher = Plugins.instance().instantiate_launcher(
-        hydra_context=context, task_function=task, config=config
-    )
-    return cast(BasicLauncher, launcher)
 
 
 def drain(processes: Processes) -> dict[int, JobReturn]:
@@ -64,18 +35,6 @@ def drain(processes: Processes) -> dict[int, JobReturn]:
         assert time.monotonic() < deadline
         done |= dict(processes.ended(1))
     return done
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def journal(folder: Path) -> list[list[str]]:
-    path = folder / "journal"
-    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def test_basic_becomes_processes_and_others_batches(tmp_path: Path) -> None:
@@ -233,7 +192,7 @@ def test_close_kills_what_does_not_listen(tmp_path: Path, monkeypatch: pytest.Mo
 CONTROLLER = """
 import sys, time
 from pathlib import Path
-from tests.test_processes import launcher_for
+from tests.study_app.here import launcher_for
 from hydra_plugins.experiment_sweeper._processes import Processes
 processes = Processes(launcher_for(Path(sys.argv[1])), True)
 processes.start(0, ["x=1", "steps=2"])

@@ -1,6 +1,7 @@
 """What a study searches: from Hydra's overrides to suggestions, conditions and first points."""
 
 import math
+import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from hydra_plugins.experiment_sweeper._errors import SweepError
 from hydra_plugins.experiment_sweeper._grid import key_of, nothing, parse
 
+PLAIN = re.compile(r"[\w.+/$%*@?|-]+")
 CONDITIONAL = "hydra.sweeper.conditional"
 
 
@@ -166,8 +168,16 @@ def active(param: Param, values: Mapping[str, Any]) -> bool:
 
 
 def text(values: Mapping[str, Any]) -> list[str]:
-    """Values as overrides."""
-    return [f"{key}={value}" for key, value in values.items()]
+    """Values as overrides; what Hydra would read otherwise is quoted."""
+
+    def quoted(value: Any) -> str:
+        said = str(value)
+        if not isinstance(value, str) or value[:1] in ("[", "{") or PLAIN.fullmatch(value):
+            return said
+        said = re.sub(r"(\\*)(?='|$)", r"\1\1", said).replace("'", "\\'")
+        return f"'{said}'"
+
+    return [f"{key}={quoted(value)}" for key, value in values.items()]
 
 
 def read(
@@ -209,7 +219,7 @@ def read(
 def encoded(override: Override) -> Any:
     """An override's value as sweeps give theirs: numbers and booleans, else text."""
     value = override.value()
-    plain = isinstance(value, bool | int | float)
+    plain = isinstance(value, bool | int | float | str)
     return value if plain else override.get_value_element_as_str()
 
 
@@ -267,7 +277,8 @@ def condition(loader: ConfigLoader, master: DictConfig, space: Space, said: str)
             )
         space.known[key] = found
     for value in values:
-        if params and not any(param.holds(value) for param in params):
+        narrowed = not params or key in space.typed  # then it may never hold
+        if not narrowed and not any(param.holds(value) for param in params):
             raise SweepError(
                 f"{CONDITIONAL}: {said!r}: {key} is never {value}; it is searched in "
                 + " or ".join(param.described() for param in params)
@@ -320,11 +331,11 @@ def first_point(
     """
     try:
         overrides = parse(loader, shlex.split(said))
-        values = {key_of(each.get_key_element()): encoded(each) for each in overrides}
     except (ValueError, HydraException) as error:
         raise SweepError(f"{where} cannot be read: {error}") from None
     if any(override.is_sweep_override() for override in overrides):
         raise SweepError(f"{where}: a point has one value for each key")
+    values = {key_of(each.get_key_element()): encoded(each) for each in overrides}
     beside, point = {**space.known, **values}, dict[str, Any]()
     for key, value in values.items():
         found = [param for param in space.params if param.name == key]

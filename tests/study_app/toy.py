@@ -31,7 +31,12 @@ class Config:
     run_name: str = "toy_x${x}_${kind}"
 
 
-ConfigStore.instance().store(name="toy", node=Config)
+def register() -> None:
+    """Offer the configuration."""
+    ConfigStore.instance().store(name="toy", node=Config)
+
+
+register()
 
 
 def value_of(cfg: DictConfig) -> float:
