@@ -1,0 +1,364 @@
+"""What the runs of a sweep left: settings, evaluations, curves, benchmarks, cost.
+
+Nothing here needs to be whole: a sweep may still run, a file may be cut off or damaged. What cannot
+be read is named in `Collected.problems` and left out.
+"""
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from specforge_exp.report.statistics import Sample, stratum
+from specforge_exp.sweeps import FILE, read_sweep, run_folder
+
+SHOWN = re.compile(r"(eval/)?(loss|simulated_length|alpha/\d+)")
+"""Metrics that the page draws over steps."""
+NOT_CHOSEN = {"run_dir", "run_name", "usd_per_hour", "gpus"}
+"""Keys of a run's record that describe where and on what it ran, not what was tried."""
+LOWER_IS_BETTER = re.compile(
+    r"loss|ce|reverse_kl|hinge|tv|lk_\w+|gpu_hours|usd|cost|seconds|hours|.*_mb|.*memory.*|data_wait"
+)
+ACCEPTED = "accepted_length"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric over optimiser steps, in order."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What bench measured on one data set."""
+
+    value: float
+    """Accepted length: mean over prompts of tokens per verification."""
+    low: float | None
+    high: float | None
+    prompts: int
+
+
+@dataclass
+class Run:
+    """One run of a sweep."""
+
+    number: int
+    name: str
+    label: str
+    """`name` without what all runs of the sweep have in common at its beginning."""
+    status: str
+    """planned, running, completed, failed or pruned."""
+    error: str | None
+    command: str
+    choices: dict[str, Any]
+    """What was tried: loss, lr, seed, and whatever else was recorded, overridden or sampled."""
+    params: list[str]
+    """The keys of `choices` that a study sampled."""
+    returned: dict[str, float]
+    """What the run returned, by objective."""
+    gpus: int = 1
+    usd_per_hour: float | None = None
+    """Of the whole machine; None: unknown."""
+    folder: Path | None = None
+    evaluation: dict[str, float] = field(default_factory=dict)
+    final: bool = False
+    """Whether `evaluation` is the last one of a finished run."""
+    step: int | None = None
+    """Newest optimiser step that is known."""
+    seconds: float | None = None
+    """Seconds of training, over all attempts."""
+    curves: dict[str, Curve] = field(default_factory=dict)
+    samples: dict[str, Sample] = field(default_factory=dict)
+    """What intervals of a metric are made from; simulated_length and accepted_length at most."""
+    datasets: dict[str, DataSet] = field(default_factory=dict)
+    tracker: dict[str, str] = field(default_factory=dict)
+    """`url` of the run at W&B, or the command that uploads it as `sync`; empty: not tracked."""
+
+    @property
+    def loss(self) -> str:
+        """Name of the loss; empty where the runs have none."""
+        return str(self.choices.get("loss", ""))
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """GPUs times hours of training."""
+        return None if self.seconds is None else self.gpus * self.seconds / 3600
+
+    @property
+    def usd(self) -> float | None:
+        """Price of the machine for the time of training."""
+        known = self.seconds is not None and self.usd_per_hour is not None
+        return self.seconds * self.usd_per_hour / 3600 if known else None  # type: ignore[operator]
+
+    def metric(self, name: str) -> float | None:
+        """A metric by the name that `report.metric` uses; None: not known (yet)."""
+        known = self.evaluation.get(name, self.returned.get(name))
+        return self.gpu_hours if known is None and name == "gpu_hours" else known
+
+
+@dataclass
+class Collected:
+    """A sweep and its runs."""
+
+    folder: Path
+    name: str
+    script: str
+    kind: str
+    """grid or study."""
+    state: str
+    """running, complete or interrupted."""
+    command: str
+    started: str
+    updated: str
+    directions: dict[str, str]
+    """minimize or maximize, by objective, in the order in which runs return them."""
+    study: dict[str, Any]
+    runs: list[Run]
+    problems: list[str]
+    """What could not be read, one line each."""
+
+    def minimised(self, metric: str) -> bool:
+        """Whether less of a metric is better: as the sweep says, else by its name."""
+        if metric in self.directions:
+            return self.directions[metric] == "minimize"
+        return LOWER_IS_BETTER.fullmatch(metric.partition("/")[0]) is not None
+
+
+def collect(sweep_dir: Path) -> Collected:
+    """Read sweep.json and what its runs left.
+
+    Raises:
+        InputError: sweep.json is missing or cannot be read.
+    """
+    sweep = read_sweep(sweep_dir)
+    problems: list[str] = []
+    listed = [run for run in sweep["runs"] if isinstance(run, dict) and run.get("name")]
+    if len(listed) < len(sweep["runs"]):
+        missing = len(sweep["runs"]) - len(listed)
+        problems.append(f"{sweep_dir / FILE}: {missing} runs without a name are left out")
+    directions = {
+        str(one["name"]): str(one.get("direction", "maximize"))
+        for one in sweep.get("objectives") or []
+    }
+    script = str(sweep.get("script") or "train")
+    short = labels([str(run["name"]) for run in listed])
+    if all(label.isdigit() for label in short):
+        short = [f"trial {label}" for label in short]
+    runs = []
+    for label, raw in zip(short, listed, strict=True):
+        run = listed_run(raw, label, list(directions), script)
+        run.folder = run_folder(sweep_dir, sweep, raw)
+        if run.folder is not None:
+            read_folder(run, run.folder, problems)
+        runs.append(run)
+    resolved = sweep_dir.resolve()
+    return Collected(
+        folder=sweep_dir,
+        name=resolved.parent.name if resolved.name == script else resolved.name,
+        script=script,
+        kind=str(sweep.get("kind") or "grid"),
+        state=str(sweep.get("state") or "unknown"),
+        command=str(sweep.get("command") or ""),
+        started=str(sweep.get("started") or ""),
+        updated=str(sweep.get("updated") or ""),
+        directions=directions,
+        study=sweep.get("study") or {},
+        runs=runs,
+        problems=problems,
+    )
+
+
+def labels(names: list[str]) -> list[str]:
+    """Names without the beginning that all of them share, cut after an underscore."""
+    ends = zip(min(names, default=""), max(names, default=""), strict=False)
+    same = "".join(one for one, _ in takewhile(lambda both: both[0] == both[1], ends))
+    cut = same.rfind("_") + 1 if len(names) > 1 else 0
+    short = [name[cut:] for name in names]
+    return short if all(short) else names
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if known and math.isfinite(value) else None
+
+
+def listed_run(raw: dict[str, Any], label: str, objectives: list[str], script: str) -> Run:
+    """A run as sweep.json lists it."""
+    record = raw.get("record") or {}
+    params = raw.get("params") or {}
+    overrides = [str(override) for override in raw.get("overrides") or []]
+    choices = {key: value for key, value in record.items() if key not in NOT_CHOSEN}
+    for override in overrides:
+        key, _, text = override.lstrip("+~").partition("=")
+        choices.setdefault(key, parsed(text))
+    value = raw.get("value")
+    values = value if isinstance(value, list) else [value]
+    found = {name: number(one) for name, one in zip(objectives, values, strict=False)}
+    command = shlex.join(["python", f"{script}.py", *overrides])
+    return Run(
+        number=int(raw.get("number", 0)),
+        name=str(raw["name"]),
+        label=label,
+        status=str(raw.get("status") or "planned"),
+        error=raw.get("error"),
+        command=str(raw.get("command") or command),
+        choices=choices | params,
+        params=list(params),
+        returned={name: one for name, one in found.items() if one is not None},
+        gpus=int(number(record.get("gpus")) or 1),
+        usd_per_hour=number(record.get("usd_per_hour")),
+    )
+
+
+def parsed(text: str) -> Any:
+    """An override's value as a number where it is one."""
+    try:
+        return orjson.loads(text)
+    except ValueError:
+        found = re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text)
+        return float(text) if found else text
+
+
+def read_folder(run: Run, folder: Path, problems: list[str]) -> None:
+    """Add what a run's folder holds; what cannot be read is named in `problems`."""
+    parts: list[tuple[str, Callable[[Run, Path], None]]] = [
+        ("metrics.jsonl", add_curves),
+        ("run.json", add_record),
+        ("evaluation.json", add_conversations),
+        ("bench.json", add_bench),
+        ("wandb_id", add_tracker),
+    ]
+    for name, add in parts:
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            add(run, file)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            said = str(error) if isinstance(error, OSError | ValueError) else repr(error)
+            problems.append(f"{file} is damaged and left out: {' '.join(said.split())}")
+
+
+def metric_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that is still being written is not there yet.
+
+    Raises:
+        ValueError: another line is no JSON object with a step.
+    """
+    with file.open("rb") as lines:
+        for count, line in enumerate(lines, 1):
+            try:
+                try:
+                    found = orjson.loads(line)
+                except orjson.JSONDecodeError:  # NaN and Infinity, which Python writes
+                    found = json.loads(line)
+                if not (isinstance(found, dict) and isinstance(found.get("step"), int)):
+                    raise ValueError("no object with a step")
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise ValueError(f"line {count}: {error}") from None
+            yield found
+
+
+def add_curves(run: Run, file: Path) -> None:
+    """Curves, seconds and the newest evaluation, from metrics.jsonl."""
+    points: dict[str, tuple[list[int], list[float]]] = {}
+    seconds, step = 0.0, None
+    evaluation: dict[str, float] = {}
+    for line in metric_lines(file):
+        step = line["step"]
+        seconds += number(line.get("seconds")) or 0.0
+        values = {key: found for key, v in line.items() if (found := number(v)) is not None}
+        held_out = {k.removeprefix("eval/"): v for k, v in values.items() if k.startswith("eval/")}
+        evaluation = held_out or evaluation
+        for key, value in values.items():
+            if SHOWN.fullmatch(key):
+                both = points.setdefault(key, ([], []))
+                both[0].append(step)
+                both[1].append(value)
+    run.step, run.seconds, run.evaluation = step, seconds or None, evaluation
+    run.curves = {
+        key: Curve(np.array(steps), np.array(values)) for key, (steps, values) in points.items()
+    }
+
+
+def add_record(run: Run, file: Path) -> None:
+    """The last evaluation and what the record of the sweep did not say, from run.json."""
+    record = json.loads(file.read_text())
+    config = record.get("config") or {}
+    for key, value in (("loss", (config.get("loss") or {}).get("name")), ("lr", config.get("lr"))):
+        if value is not None:
+            run.choices.setdefault(key, value)
+    run.gpus = int((config.get("trainer") or {}).get("gpus") or run.gpus)
+    found = {key: number(value) for key, value in (record.get("evaluation") or {}).items()}
+    if found:
+        run.evaluation |= {key: value for key, value in found.items() if value is not None}
+        run.final = True
+    if run.seconds is None:
+        run.seconds = number(record.get("seconds"))
+
+
+def add_conversations(run: Run, file: Path) -> None:
+    """What the held-out conversations gave, from evaluation.json.
+
+    Raises:
+        ValueError: it is not of the evaluation that the run reports.
+    """
+    found = json.loads(file.read_text())
+    sample = Sample((stratum("held-out", found["length"], found["slots"]),))
+    reported = run.evaluation.setdefault("simulated_length", sample.estimate)
+    if not math.isclose(sample.estimate, reported, rel_tol=1e-3):
+        if not run.final:  # a step ahead of metrics.jsonl, or behind
+            return
+        raise ValueError(
+            f"it gives a simulated_length of {sample.estimate:.4f}, the run reports {reported:.4f}"
+        )
+    run.samples["simulated_length"] = sample
+
+
+def add_bench(run: Run, file: Path) -> None:
+    """Accepted lengths by data set, from bench.json."""
+    bench = json.loads(file.read_text())
+    strata = []
+    for name, found in bench["datasets"].items():
+        low, high = found.get("accepted_length_ci95") or (None, None)
+        value = float(found["accepted_length"])
+        run.datasets[str(name)] = DataSet(value, low, high, int(found.get("prompts") or 0))
+        lengths = found.get("lengths")
+        if lengths and any(length is not None for length in lengths):
+            gained = [length or 0.0 for length in lengths]
+            strata.append(stratum(name, gained, [length is not None for length in lengths]))
+    run.evaluation[ACCEPTED] = float(bench["average"])
+    if run.datasets and len(strata) == len(run.datasets):
+        how = {key: bench.get("settings", {}).get(key) for key in ("chain_length", "temperature")}
+        run.samples[ACCEPTED] = Sample(tuple(strata), str(how))
+
+
+def add_tracker(run: Run, file: Path) -> None:
+    """Where the run is at W&B: an address when it was online, else how to upload it."""
+    folder = file.parent
+    record = folder / "run.json"
+    config = json.loads(record.read_text()).get("config", {}) if record.is_file() else {}
+    options = config.get("tracker") or {}
+    offline = sorted(folder.glob("wandb/offline-run-*"))
+    online = sorted(folder.glob("wandb/run-*"))
+    if offline and not online:
+        run.tracker["sync"] = "wandb sync " + shlex.join(str(one) for one in offline)
+    elif online and options.get("entity") and options.get("project"):
+        run.tracker["url"] = (
+            f"https://wandb.ai/{options['entity']}/{options['project']}/runs/"
+            f"{file.read_text().strip()}"
+        )

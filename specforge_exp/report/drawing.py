@@ -1,0 +1,91 @@
+"""How all charts look: colours, axes, legends that are the page's."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bokeh.models import FixedTicker, HoverTool, PanTool, ResetTool, SaveTool, WheelZoomTool
+from bokeh.plotting import figure
+
+from specforge_exp.report.collect import Run
+from specforge_exp.report.text import title_of
+
+PALETTE = (
+    "#2f6fde", "#e07b16", "#159a80", "#b8429e", "#8b6f1e", "#5b6b83", "#d6455d", "#5f9c2f",
+)  # fmt: skip
+"""Colours of the losses, in the order in which the sweep has them."""
+INK, FAINT, GRID = "#33404f", "#8592a3", "#e9edf2"
+FORMAT = "0.[0000]"
+"""Of measured numbers in tooltips."""
+FONT = "Inter, 'Segoe UI', system-ui, -apple-system, Roboto, 'Liberation Sans', sans-serif"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart on the page."""
+
+    key: str
+    title: str
+    note: str
+    figure: Any
+    wide: bool = False
+    """Over the whole width of the page."""
+    sources: tuple[str, ...] = ()
+    """Names of what the reader may choose between; columns of the glyphs begin with them."""
+    steps: tuple[str, ...] = ()
+    """A second choice; columns are `<source>:<step>`."""
+    chosen: tuple[str, str] = field(default=("", ""))
+    """What is drawn first."""
+
+
+def colours(runs: Sequence[Run]) -> dict[str, str]:
+    """A colour for every loss, the same in all charts."""
+    losses = list(dict.fromkeys(run.loss for run in runs))
+    return {loss: PALETTE[place % len(PALETTE)] for place, loss in enumerate(losses)}
+
+
+def new_figure(height: int = 320, **options: Any) -> Any:
+    """An empty chart in the page's style; `tooltips` is a list of (name, column)."""
+    tooltips = options.pop("tooltips", None)
+    tools: list[Any] = [PanTool(), WheelZoomTool(), ResetTool(), SaveTool()]
+    if tooltips:
+        tools.append(HoverTool(tooltips=tooltips, point_policy="follow_mouse"))
+    found = figure(height=height, sizing_mode="stretch_width", tools=tools, **options)
+    found.toolbar.logo = None
+    found.toolbar.autohide = True
+    found.outline_line_color = None
+    found.background_fill_color = found.border_fill_color = None
+    found.min_border_right = 18
+    for axis in found.axis:
+        axis.axis_line_color = axis.major_tick_line_color = "#c3ccd6"
+        axis.minor_tick_line_color = None
+        axis.major_label_text_color = axis.axis_label_text_color = INK
+        axis.major_label_text_font = axis.axis_label_text_font = FONT
+        axis.major_label_text_font_size, axis.axis_label_text_font_size = "11px", "12px"
+        axis.axis_label_text_font_style = "normal"
+    for grid in found.grid:
+        grid.grid_line_color = GRID
+    return found
+
+
+def logarithmic(axis: Any, values: Sequence[float]) -> None:
+    """Tick a logarithmic axis at the values themselves when they are few, else at 1 and 3."""
+    ticks = sorted(set(values))
+    if len(ticks) > 5:
+        decades = range(math.floor(math.log10(ticks[0])), math.ceil(math.log10(ticks[-1])) + 1)
+        steps = (1, 3) if len(decades) <= 4 else (1,)
+        ticks = [m * 10.0**e for e in decades for m in steps]
+    axis.ticker = FixedTicker(ticks=ticks)
+    axis.major_label_overrides = {tick: f"{tick:g}" for tick in ticks}
+
+
+def heading(metric: str) -> str:
+    """A metric at the beginning of a heading."""
+    title = title_of(metric)
+    return title[0].upper() + title[1:]
+
+
+def spans_decades(values: Sequence[float]) -> bool:
+    """Whether a logarithmic axis shows the values better."""
+    return min(values) > 0 and max(values) / min(values) >= 10

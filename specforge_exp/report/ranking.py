@@ -1,0 +1,221 @@
+"""Which run is best, and whether that is more than chance."""
+
+import json
+import re
+from dataclasses import dataclass
+
+from specforge_exp.errors import InputError
+from specforge_exp.report.collect import ACCEPTED, Collected, Run
+from specforge_exp.report.statistics import (
+    Comparison,
+    Spread,
+    averaged,
+    compare,
+    over_seeds,
+    spread,
+)
+from specforge_exp.report.text import interval_text, measure
+
+BEST, SAME, WORSE, UNKNOWN = "best", "not distinguishable", "worse", "no interval"
+"""Verdicts on an entry beside the best one; better cannot be."""
+
+
+@dataclass
+class Entry:
+    """A configuration: one run, or several that differ in their seed only."""
+
+    name: str
+    label: str
+    runs: list[Run]
+    status: str
+    """Of its runs: completed when one is, else the furthest any has come."""
+    spread: Spread | None = None
+    """The metric; None: not known (yet)."""
+    rank: int | None = None
+    """1 is best; None: not finished."""
+    against: Comparison | None = None
+    """Beside the best."""
+    verdict: str = ""
+    """Empty without a rank."""
+
+    @property
+    def value(self) -> float | None:
+        """The metric; None: not known (yet)."""
+        return None if self.spread is None else self.spread.value
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Its 95 % interval, where one is known."""
+        return None if self.spread is None else self.spread.interval
+
+    @property
+    def finished(self) -> list[Run]:
+        """The runs whose metric counts."""
+        return [run for run in self.runs if counts(run)]
+
+    def mean(self, metric: str) -> float | None:
+        """Mean of a metric over the runs that count, else over those that have it so far."""
+        found = [run.metric(metric) for run in self.finished or self.runs]
+        known = [value for value in found if value is not None]
+        return sum(known) / len(known) if known else None
+
+
+@dataclass
+class Ranking:
+    """Entries, best first, then those without a rank."""
+
+    metric: str
+    minimised: bool
+    entries: list[Entry]
+
+    @property
+    def ranked(self) -> list[Entry]:
+        """Those with a rank, best first."""
+        return [entry for entry in self.entries if entry.rank is not None]
+
+    @property
+    def several_seeds(self) -> bool:
+        """Whether a configuration ran with more than one seed."""
+        return any(len(entry.runs) > 1 for entry in self.entries)
+
+
+def counts(run: Run) -> bool:
+    """Whether a run's numbers are final."""
+    return run.status == "completed" or (run.status == "running" and run.final)
+
+
+def spread_of(run: Run, metric: str, resamples: int) -> Spread | None:
+    """A metric of one run with its interval, where the run left what one can be made of."""
+    if metric in run.samples:
+        return spread(run.samples[metric], resamples)
+    value = run.metric(metric)
+    if value is None:
+        return None
+    if metric == ACCEPTED:
+        found = [(d.value, d.low, d.high) for d in run.datasets.values()]
+        known = [(v, low, high) for v, low, high in found if low is not None and high is not None]
+        if known and len(known) == len(found):
+            return averaged(known)
+    return Spread(value)
+
+
+def configurations(runs: list[Run]) -> list[list[Run]]:
+    """Runs that differ in their seed only, together, by seed; each seed once."""
+    found: dict[tuple[str, int], list[Run]] = {}
+    for run in sorted(runs, key=lambda one: (one.number, one.name)):
+        others = {key: value for key, value in run.choices.items() if key != "seed"}
+        key = json.dumps(others, sort_keys=True, default=str)
+        seed, again = run.choices.get("seed"), 0
+        while any(one.choices.get("seed") == seed for one in found.get((key, again), [])):
+            again += 1
+        found.setdefault((key, again), []).append(run)
+    return [sorted(group, key=lambda run: str(run.choices.get("seed"))) for group in found.values()]
+
+
+def rank(sweep: Collected, metric: str, resamples: int, by_seed: bool = False) -> Ranking:
+    """Order the sweep's configurations by a metric and compare each with the best.
+
+    Args:
+        sweep: what was collected.
+        metric: `report.metric`.
+        resamples: of each bootstrap.
+        by_seed: rank every run by itself.
+
+    Raises:
+        InputError: runs have finished, and none of them has this metric.
+    """
+    metric = metric.removeprefix("eval/")
+    check_metric(sweep, metric)
+    groups = [[run] for run in sweep.runs] if by_seed else configurations(sweep.runs)
+    entries = [entry_of(group, metric, resamples) for group in groups]
+    minimised = sweep.minimised(metric)
+
+    def order(entry: Entry) -> tuple[bool, bool, float, int]:
+        value = (entry.value or 0.0) * (1 if minimised else -1)
+        return not entry.finished, entry.spread is None, value, entry.runs[0].number
+
+    entries.sort(key=order)
+    ranked = [entry for entry in entries if entry.finished and entry.spread is not None]
+    for place, entry in enumerate(ranked, 1):
+        assert entry.spread is not None and ranked[0].spread is not None
+        entry.rank = place
+        entry.against = compare(entry.spread, ranked[0].spread)
+        told = {True: WORSE, False: SAME, None: UNKNOWN}[entry.against.distinguishable]
+        entry.verdict = BEST if place == 1 else told
+    return Ranking(metric, minimised, entries)
+
+
+def entry_of(runs: list[Run], metric: str, resamples: int) -> Entry:
+    """A configuration with its metric: over its finished seeds, else how far it has come."""
+    label = runs[0].label
+    if len(runs) > 1:
+        label = re.sub(r"[_-]?seed[-_=]?\d+", "", label) or label
+    states = [run.status for run in runs]
+    status = next(s for s in ("completed", "running", *states) if s in states)
+    entry = Entry(runs[0].name, label, runs, status)
+    spreads = [spread_of(run, metric, resamples) for run in entry.finished or runs]
+    known = [one for one in spreads if one is not None]
+    if known:
+        entry.spread = over_seeds(known, resamples) if entry.finished else Spread(known[0].value)
+    return entry
+
+
+def check_metric(sweep: Collected, metric: str) -> None:
+    """Refuse a metric that no finished run has."""
+    known = sorted({name for run in sweep.runs for name in (*run.evaluation, *run.returned)})
+    if not known or metric in (*known, *sweep.directions, "gpu_hours"):
+        return
+    if metric == ACCEPTED:
+        raise InputError(
+            f"report.metric={ACCEPTED} comes from bench.json, which no run of {sweep.folder} has; "
+            f"python bench.py sweep={sweep.folder}"
+        )
+    shown = [name for name in known if "/" not in name or name.endswith("/0")]
+    raise InputError(
+        f"report.metric={metric} is in no evaluation of {sweep.folder}; there are "
+        f"{', '.join(shown)} (and /1, /2 ... of those with /0), and {ACCEPTED} after bench"
+    )
+
+
+def headline(ranking: Ranking) -> list[str]:
+    """What can be said of the best, as sentences; the first names it."""
+    ranked = ranking.ranked
+    if not ranked:
+        return [f"No run has finished with a {ranking.metric} yet."]
+    best = ranked[0]
+    said = f"{best.label} is best: {ranking.metric} {measure(best.value)}"
+    if between := best.interval:
+        said += f" (95 % interval {interval_text(between)})"
+    lines = [said + "."]
+    if len(ranked) == 1:
+        return [*lines, "It is the only finished one.", *noise(ranking)]
+    same = [entry.label for entry in ranked if entry.verdict == SAME]
+    unknown = sum(entry.verdict == UNKNOWN for entry in ranked)
+    others = len(ranked) - 1
+    if unknown == others:
+        lines.append("No intervals are known, so nothing can be said about chance.")
+        return lines
+    if same:
+        named = ", ".join(same[:3]) + (f" and {len(same) - 3} more" if len(same) > 3 else "")
+        lines.append(f"Not distinguishable from it: {named} ({len(same)} of {others} others).")
+    elif not unknown:
+        lines.append(
+            "The other is distinguishably worse."
+            if others == 1
+            else f"All {others} others are distinguishably worse."
+        )
+    if unknown:
+        lines.append(f"{unknown} of {others} others have no interval.")
+    return lines + noise(ranking)
+
+
+def noise(ranking: Ranking) -> list[str]:
+    """What the intervals leave out."""
+    if all(len(entry.finished) < 2 for entry in ranking.ranked):
+        return [
+            "Training noise is not in the intervals: every configuration was trained with one "
+            "seed (seeds=3 repeats each with three)."
+        ]
+    few = [entry.label for entry in ranking.ranked if len(entry.finished) < 2]
+    said = ["Intervals include the spread between seeds."]
+    return said + ([f"One seed only, without training noise: {', '.join(few)}."] if few else [])

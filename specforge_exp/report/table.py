@@ -1,0 +1,252 @@
+"""The table of runs as Markdown and CSV, and all curves as CSV."""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from specforge_exp.report.collect import ACCEPTED, Collected, metric_lines, number
+from specforge_exp.report.ranking import Entry, Ranking, headline
+from specforge_exp.report.text import interval_text, measure, shown, title_of
+
+BESIDE = ("simulated_length", ACCEPTED, "loss", "alpha/0")
+"""Metrics that have a column in every table, where a run has them."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the tables on the page and in Markdown."""
+
+    key: str
+    title: str
+    text: Callable[[Entry], str]
+    value: Callable[[Entry], Any]
+    """What the column is sorted by: a number or a text; None: last."""
+    between: Callable[[Entry], str] | None = None
+    """The interval of what it shows."""
+
+
+def against_text(entry: Entry) -> str:
+    """The difference to the best; empty for the best and without a rank."""
+    return "" if entry.against is None or entry.rank == 1 else f"{entry.against.value:+.3f}"
+
+
+def between_text(entry: Entry) -> str:
+    """The interval of that difference; empty where the two are not paired."""
+    if entry.against is None or entry.rank == 1 or entry.against.interval is None:
+        return ""
+    return "{:+.3f} to {:+.3f}".format(*entry.against.interval)
+
+
+def varied(sweep: Collected) -> list[str]:
+    """What the runs differ in, the loss and the learning rate first; those two in any case."""
+    values: dict[str, set[str]] = {}
+    for run in sweep.runs:
+        for key, value in run.choices.items():
+            values.setdefault(key, set()).add(json.dumps(value, default=str))
+    names = [key for key in ("loss", "lr") if key in values]
+    absent = {key for key in values if any(key not in run.choices for run in sweep.runs)}
+    different = [key for key, found in values.items() if len(found) > 1 or key in absent]
+    return names + [key for key in different if key not in ("loss", "lr", "seed")]
+
+
+def chosen(key: str) -> Callable[[Entry], Any]:
+    """What an entry tried for a key."""
+    return lambda entry: entry.runs[0].choices.get(key)
+
+
+def metric_column(name: str) -> Column:
+    """A metric's mean over an entry's runs."""
+    return Column(name, title_of(name), lambda e: measure(e.mean(name)), lambda e: e.mean(name))
+
+
+def status_text(entry: Entry) -> str:
+    """Status, with the step of a run that is not finished."""
+    run = entry.runs[0]
+    at = f" at step {run.step}" if entry.status in ("running", "failed", "pruned") else ""
+    return entry.status + (at if at and run.step is not None else "")
+
+
+def total(entry: Entry, name: str) -> float | None:
+    """gpu_hours or usd of all runs of an entry."""
+    known = [value for run in entry.runs if (value := getattr(run, name)) is not None]
+    return sum(known) if known else None
+
+
+def columns(sweep: Collected, ranking: Ranking, seeds: bool) -> list[Column]:
+    """The columns of a table; `seeds`: of runs by seed rather than of configurations."""
+    found = [
+        Column("rank", "#", lambda e: shown(e.rank), lambda e: e.rank),
+        Column("name", "run", lambda e: e.label, lambda e: e.label),
+        *(Column(key, key, chosen_text(key), chosen(key)) for key in varied(sweep)),
+    ]
+    if seeds:
+        found.append(Column("seed", "seed", chosen_text("seed"), chosen("seed")))
+    elif ranking.several_seeds:
+        found.append(
+            Column(
+                "seeds", "seeds", lambda e: f"{len(e.finished)} of {len(e.runs)}",
+                lambda e: len(e.finished),
+            )
+        )  # fmt: skip
+    title = title_of(ranking.metric)
+    found.append(
+        Column("metric", title, lambda e: measure(e.value), lambda e: e.value,
+               lambda e: interval_text(e.interval))
+    )  # fmt: skip
+    if not seeds:  # between two seeds of one configuration there is nothing but training noise
+        found += [
+            Column("against", "beside the best", against_text,
+                   lambda e: e.against and e.against.value, between_text),
+            Column("verdict", "verdict", lambda e: e.verdict, lambda e: e.verdict or None),
+        ]  # fmt: skip
+    runs = sweep.runs
+    beside = [n for n in dict.fromkeys((*BESIDE, *sweep.directions)) if n != ranking.metric]
+    found += [
+        metric_column(n) for n in beside
+        if n != "gpu_hours" and any(run.metric(n) is not None for run in runs)
+    ]  # fmt: skip
+    for name in ("gpu_hours", "usd"):
+        if any(getattr(run, name) is not None for run in runs):
+            found.append(
+                Column(name, title_of(name), lambda e, n=name: measure(total(e, n), 3),  # type: ignore[misc]
+                       lambda e, n=name: total(e, n))  # type: ignore[misc]
+            )  # fmt: skip
+    return [*found, Column("status", "status", status_text, lambda e: e.status)]
+
+
+def chosen_text(key: str) -> Callable[[Entry], str]:
+    """What an entry tried for a key, as text."""
+    return lambda entry: shown(entry.runs[0].choices.get(key))
+
+
+def markdown_table(found: list[Column], entries: list[Entry]) -> str:
+    """A Markdown table whose columns also line up where it is only printed."""
+    found = [one for column in found for one in with_interval(column)]
+    rows = [[c.title for c in found]] + [[c.text(e) or "-" for c in found] for e in entries]
+    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(found))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def with_interval(column: Column) -> list[Column]:
+    """A column and, where it has intervals, one of them."""
+    if column.between is None:
+        return [column]
+    return [column, Column("between", "95 % interval", column.between, column.value)]
+
+
+def markdown(sweep: Collected, ranking: Ranking, by_seed: Ranking) -> str:
+    """report.md: what is best, the table, what failed and how to run each row again."""
+    parts = [
+        f"# {sweep.name}", f"{sweep.script}, {sweep.kind}, {sweep.state}; {status_counts(sweep)}.",
+        " ".join(headline(ranking)),
+        markdown_table(columns(sweep, ranking, seeds=False), ranking.entries),
+    ]  # fmt: skip
+    if ranking.several_seeds:
+        parts += ["Every run:", markdown_table(columns(sweep, by_seed, True), by_seed.entries)]
+    failed = [run for run in sweep.runs if run.error]
+    if failed:
+        parts.append("\n".join(["Failures:", "", *(f"- {r.label}: {r.error}" for r in failed)]))
+    if sweep.problems:
+        parts.append("\n".join(["Left out:", "", *(f"- {one}" for one in sweep.problems)]))
+    commands = [run.command for entry in ranking.entries for run in entry.runs]
+    parts.append("\n".join(["Commands, in the order of the table:", "", "```", *commands, "```"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def status_counts(sweep: Collected) -> str:
+    """`12 runs: 10 completed, 2 failed`."""
+    states = [run.status for run in sweep.runs]
+    order = ("completed", "running", "planned", "failed", "pruned")
+    found = [
+        f"{states.count(one)} {one}" for one in dict.fromkeys((*order, *states)) if one in states
+    ]
+    return f"{len(states)} {'run' if len(states) == 1 else 'runs'}: {', '.join(found) or 'none'}"
+
+
+@contextmanager
+def written(path: Path) -> Iterator[TextIO]:
+    """A file that appears under its name when it is whole."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, sweep: Collected, ranking: Ranking, by_seed: Ranking) -> None:
+    """report.csv: one row per run, with everything the tables show.
+
+    Columns from `group` to `verdict` are of the configuration, over its seeds; `tau/<data set>` are
+    bench's.
+    """
+    groups = {run.name: entry for entry in ranking.entries for run in entry.runs}
+    rows = []
+    for entry in by_seed.entries:
+        run, group = entry.runs[0], groups[entry.name]
+        row: dict[str, Any] = {"rank": entry.rank, "number": run.number, "run": run.name}
+        row |= {"status": run.status, "step": run.step}
+        row |= {
+            k: v if not isinstance(v, list | dict) else json.dumps(v)
+            for k, v in run.choices.items()
+        }
+        low, high = entry.interval or (None, None)
+        row |= {"metric": ranking.metric, "value": entry.value, "low": low, "high": high}
+        row |= group_columns(group)
+        row |= {f"eval/{name}": value for name, value in sorted(run.evaluation.items())}
+        for name, data in run.datasets.items():
+            row |= {
+                f"tau/{name}": data.value,
+                f"tau/{name}/low": data.low,
+                f"tau/{name}/high": data.high,
+            }
+        row |= {"gpu_hours": run.gpu_hours, "usd": run.usd, "seconds": run.seconds}
+        row |= {"wandb": run.tracker.get("url") or run.tracker.get("sync")}
+        rows.append(row | {"folder": run.folder, "command": run.command, "error": run.error})
+    with written(path) as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def group_columns(group: Entry) -> dict[str, Any]:
+    """The configuration over its seeds, and how it compares with the best one, as columns."""
+    low, high = group.interval or (None, None)
+    against = group.against
+    between = (against and against.interval) or (None, None)
+    return {
+        "group": group.label, "group_rank": group.rank, "group_seeds": len(group.finished),
+        "group_value": group.value, "group_low": low, "group_high": high,
+        "difference": against and against.value, "difference_low": between[0],
+        "difference_high": between[1], "verdict": group.verdict,
+    }  # fmt: skip
+
+
+def write_curves(path: Path, sweep: Collected) -> None:
+    """curves.csv: every number of every readable metrics.jsonl: run, step, metric, value."""
+    with written(path) as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "step", "metric", "value"])
+        for run in sweep.runs:
+            if run.curves and run.folder is not None:
+                writer.writerows(points(run.name, metric_lines(run.folder / "metrics.jsonl")))
+
+
+def points(run: str, lines: Iterable[dict[str, Any]]) -> Iterator[tuple[str, int, str, float]]:
+    """Rows of curves.csv."""
+    for line in lines:
+        step = line["step"]
+        for key, value in line.items():
+            if key != "step" and (isinstance(value, float) or number(value) is not None):
+                yield run, step, key, value

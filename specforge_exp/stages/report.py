@@ -1,0 +1,72 @@
+"""report: what a sweep found, as a page, a table and CSV files.
+
+Reads <sweep>/sweep.json and the folders of its runs, also while they run; writes report.html,
+report.md, report.csv and curves.csv into <sweep>.
+"""
+
+import logging
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from specforge_exp.artifacts import disk_errors
+from specforge_exp.config import Config, ReportConfig
+from specforge_exp.errors import InputError
+from specforge_exp.report.collect import collect
+from specforge_exp.report.page import page
+from specforge_exp.report.ranking import headline, rank
+from specforge_exp.report.table import (
+    columns,
+    markdown,
+    markdown_table,
+    write_csv,
+    write_curves,
+    written,
+)
+from specforge_exp.sweeps import find_sweep, no_sweep
+
+log = logging.getLogger(__name__)
+
+PRINTED = 40
+"""Rows of the printed table, at most."""
+
+
+def report(cfg: Config) -> None:
+    """Write the report of the sweep that `sweep` names, and print its table."""
+    if cfg.sweep is None:
+        root = Path(cfg.paths.checkpoints) / "sweeps"
+        raise InputError(f"sweep=<dir> is missing: {no_sweep(root, root)}")
+    make(find_sweep(cfg.sweep, cfg.paths.checkpoints), cfg.report)
+
+
+def at_end(cfg: DictConfig, sweep_dir: str | Path) -> None:
+    """The same at the end of a sweep, from the configuration that Hydra composed.
+
+    Raises:
+        InputError: as `report`.
+    """
+    options = OmegaConf.to_object(OmegaConf.merge(ReportConfig, cfg.get("report") or {}))
+    assert isinstance(options, ReportConfig)
+    make(Path(sweep_dir), options)
+
+
+def make(sweep_dir: Path, options: ReportConfig) -> None:
+    """Write the four files and print the table."""
+    sweep = collect(sweep_dir)
+    ranking = rank(sweep, options.metric, options.resamples)
+    by_seed = rank(sweep, options.metric, options.resamples, by_seed=True)
+    html = sweep_dir / "report.html"
+    with disk_errors(html):
+        with written(html) as file:
+            file.write(page(sweep, ranking, by_seed))
+        with written(sweep_dir / "report.md") as file:
+            file.write(markdown(sweep, ranking, by_seed))
+        write_csv(sweep_dir / "report.csv", sweep, ranking, by_seed)
+        write_curves(sweep_dir / "curves.csv", sweep)
+    for problem in sweep.problems:
+        log.warning("report: %s", problem)
+    shown = ranking.entries[:PRINTED]
+    print(markdown_table(columns(sweep, ranking, seeds=False), shown))
+    if len(shown) < len(ranking.entries):
+        print(f"... and {len(ranking.entries) - len(shown)} more in {sweep_dir / 'report.md'}")
+    print(f"\n{' '.join(headline(ranking))}\n{html}")
