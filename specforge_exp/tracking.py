@@ -1,18 +1,25 @@
-"""Metrics: metrics.jsonl always, W&B when asked."""
+"""Metrics: metrics.jsonl always; mirror.py, another process, copies it to a tracker."""
 
 import json
 import logging
 import os
-import secrets
+import subprocess
+import sys
 from dataclasses import asdict, dataclass
-from netrc import NetrcParseError, netrc
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from specforge_exp.artifacts import disk_errors
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
 
 log = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 90.0
+"""How long the end of a training waits for the tracker to take what it has not taken yet."""
+ONLINE_SECONDS = 45.0
+"""How long W&B's server may take to answer before the run goes on offline."""
 
 
 @dataclass
@@ -20,23 +27,49 @@ class Tracker:
     """Where one run's metrics go."""
 
     file: Path
-    wandb_run: Any = None
+    mirror: "subprocess.Popen[bytes] | None" = None
+    """Copies `file` to the tracker; nothing it does or fails to do touches the training."""
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Append one line and pass it on; W&B failing ends W&B, not the run."""
-        with self.file.open("a") as file:
+        """Append one line; InputError when the disk is full."""
+        with disk_errors(self.file), self.file.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
-        if self.wandb_run is not None:
-            try:
-                self.wandb_run.log(metrics, step=metrics["step"])
-            except Exception as error:  # whatever it is, training goes on
-                log.warning("W&B stopped (%s); metrics go on in %s", error, self.file)
-                self.wandb_run = None
+        if self.mirror is not None and self.mirror.poll() is not None:
+            self.give_up(f"stopped ({self.told('stopped') or self.mirror.returncode})")
 
     def close(self) -> None:
-        """Finish the W&B run."""
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
+        """Let the tracker take the rest, for CLOSE_SECONDS at most."""
+        if self.mirror is None:
+            return
+        assert self.mirror.stdin is not None
+        try:
+            with self.mirror.stdin as pipe:
+                pipe.write(b"complete\n")
+            code = self.mirror.wait(CLOSE_SECONDS)
+        except OSError:  # it is gone
+            code = self.mirror.wait()
+        except subprocess.TimeoutExpired:
+            self.mirror.kill()
+            self.mirror.wait()
+            return self.give_up(f"did not take everything in {CLOSE_SECONDS:.0f} s")
+        if code:
+            self.give_up(f"stopped ({self.told('stopped') or code})")
+        self.mirror = None
+
+    def give_up(self, reason: str) -> None:
+        """Say why, and what the user can do; the metrics go on in the file."""
+        upload = self.told("sync")
+        hint = f"; upload what it has with: {upload}" if upload else ""
+        log.warning("the tracker %s; all metrics are in %s%s", reason, self.file, hint)
+        self.mirror = None
+
+    def told(self, key: str) -> str | None:
+        """What the mirror wrote to tracker.json."""
+        try:
+            told: str | None = json.loads(self.file.with_name("tracker.json").read_text()).get(key)
+        except (OSError, ValueError):
+            return None
+        return told
 
 
 def open_tracker(cfg: Config, run_dir: Path, start_step: int) -> Tracker:
@@ -49,9 +82,53 @@ def open_tracker(cfg: Config, run_dir: Path, start_step: int) -> Tracker:
             line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start_step
         ]
     partial = file.with_suffix(".jsonl.partial")
-    partial.write_text("".join(kept))
-    partial.replace(file)
-    return Tracker(file, start_wandb(cfg, run_dir) if cfg.tracker.name == "wandb" else None)
+    with disk_errors(file):
+        partial.write_text("".join(kept))
+        partial.replace(file)
+    return Tracker(file, start_mirror(cfg, run_dir) if cfg.tracker.name != "none" else None)
+
+
+def start_mirror(cfg: Config, run_dir: Path) -> "subprocess.Popen[bytes] | None":
+    """Start the process that copies metrics.jsonl; None when it cannot be started.
+
+    Raises:
+        InputError: the tracker's package is not installed.
+    """
+    name = cfg.tracker.name
+    if find_spec(name) is None:
+        raise InputError(
+            f"tracker={name} needs {name}: pip install -c constraints.txt 'specforge-exp[{name}]'"
+        )
+    if not cfg.trainer.resume:  # other numbers under the same steps: a run of its own there
+        (run_dir / f"{name}_id").unlink(missing_ok=True)
+    request = {
+        "tracker": name,
+        "project": cfg.tracker.project,
+        "group": cfg.tracker.group,
+        "name": cfg.tracker.prefix + cfg.run_name,
+        "config": asdict(cfg),
+        "folder": str(run_dir.resolve()),
+        "argv": sys.argv,
+        "trainer": os.getpid(),
+        "patience": CLOSE_SECONDS,
+        "online_seconds": ONLINE_SECONDS,
+    }
+    mirror = Path(__file__).with_name("mirror.py")
+    try:
+        process = subprocess.Popen(
+            # -P: this package's modules must not hide others by their names.
+            [sys.executable, "-P", str(mirror)],
+            stdin=subprocess.PIPE,
+            stdout=2,
+            start_new_session=True,  # Ctrl-C is for the training
+        )
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
+        process.stdin.flush()
+        return process
+    except OSError as error:
+        log.warning("tracker=%s cannot be started (%s); metrics go to metrics.jsonl", name, error)
+        return None
 
 
 def best_step(folder: Path) -> int | None:
@@ -63,40 +140,3 @@ def best_step(folder: Path) -> int | None:
     evaluated = [line for line in lines if "eval/simulated_length" in line]
     best = max(evaluated, key=lambda line: line["eval/simulated_length"], default=None)
     return int(best["step"]) if best else None
-
-
-def start_wandb(cfg: Config, run_dir: Path) -> Any:
-    """A W&B run that resumes under the same id; offline when no key is found."""
-    try:
-        import wandb  # half a second, and an extra
-    except ImportError:
-        raise InputError(
-            "tracker=wandb needs wandb: pip install -c constraints.txt 'specforge-exp[wandb]'"
-        ) from None
-    id_file = run_dir / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
-    run = wandb.init(
-        project=cfg.tracker.project,
-        group=cfg.tracker.group,
-        name=cfg.run_name,
-        id=id_file.read_text(),
-        resume="allow",
-        mode=mode,
-        dir=str(run_dir),
-        config=asdict(cfg),
-    )
-    if mode == "offline":
-        log.info("W&B is offline; upload later with: wandb sync %s", Path(run.dir).parent)
-    return run
-
-
-def has_wandb_key() -> bool:
-    """Whether W&B could log in: WANDB_API_KEY, or ~/.netrc as `wandb login` writes it."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, NetrcParseError):
-        return False
