@@ -91,9 +91,12 @@ def trackio_rows(tmp_path: Path) -> list[tuple[str, str, int, list[str]]]:
     file = tmp_path / "trackio" / f"{PROJECT}.db"
     if not file.exists():
         return []
+    query = "select run_name, run_id, step, metrics from metrics order by id"
     with closing(sqlite3.connect(file)) as store:
-        query = "select run_name, run_id, step, metrics from metrics order by id"
-        return [(n, i, s, sorted(json.loads(m))) for n, i, s, m in store.execute(query)]
+        try:
+            return [(n, i, s, sorted(json.loads(m))) for n, i, s, m in store.execute(query)]
+        except sqlite3.OperationalError:  # no table yet
+            return []
 
 
 def test_lines_after_the_checkpoint_are_dropped(cfg: Config, tmp_path: Path) -> None:
