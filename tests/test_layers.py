@@ -13,7 +13,7 @@ RECORDS = {
     "artifacts", "config", "conversations", "errors", "paths", "provenance", "sources", "synthetic",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "wandb", "datasets", "modal", "hydra"}
-SCRIPTS = ["prefetch", "prep", "regen", "preprocess", "train", "export", "bench"]
+SCRIPTS = ["prefetch", "prep", "regen", "preprocess", "train", "export", "bench", "report"]
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

@@ -152,7 +152,7 @@ def schema() -> type[Config]:
     unknown one: Hydra's own message names the key, but not what would be right. `regen.py status`
     is short for regen.status=true.
     """
-    if Path(sys.argv[0]).stem in STAGES:
+    if Path(sys.argv[0]).stem in (*STAGES, "report"):
         if sys.argv[1:2] == ["status"]:
             sys.argv[1] = "regen.status=true"
         problem = unknown_key(sys.argv[1:], Config)
