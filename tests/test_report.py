@@ -341,15 +341,15 @@ def test_gpu_hours_and_cost(tmp_path: Path) -> None:
 def test_links_to_wandb(tmp_path: Path) -> None:
     plans = grid(("baseline",))
     sweep_dir = write_sweep(tmp_path, plans)
-    online, offline = (tmp_path / plan.name for plan in plans[:2])
-    for folder, name in ((online, "run-1-abc"), (offline, "offline-run-1-abc")):
-        (folder / "wandb" / name).mkdir(parents=True)
-        (folder / "wandb_id").write_text("abc\n")
-        change(folder / "run.json", config={"tracker": {"project": "drafts", "entity": "us"}})
-    runs = collect(sweep_dir).runs
-    assert runs[0].tracker == {"url": "https://wandb.ai/us/drafts/runs/abc"}
-    assert runs[1].tracker == {"sync": f"wandb sync {offline}/wandb/offline-run-1-abc"}
-    assert not runs[2].tracker
+    url, sync = "https://wandb.ai/us/drafts/runs/abc", "wandb sync /there/offline-run-1"
+    said = [{"url": url, "sync": sync}, {"url": None, "sync": sync}, {"url": "javascript:alert(1)"}]
+    for plan, told in zip(plans, said, strict=True):
+        (tmp_path / plan.name / "tracker.json").write_text(json.dumps(told))
+    assert [run.tracker for run in collect(sweep_dir).runs] == [{"url": url}, {"sync": sync}, {}]
+    make(sweep_dir, ReportConfig(resamples=10))
+    html = (sweep_dir / "report.html").read_text()
+    assert f'<a href="{url}"' in html and f'data-copy="{sync}"' in html
+    assert "javascript:alert" not in html
 
 
 @given(

@@ -136,8 +136,9 @@ def test_hover_names_the_run(page: Page) -> None:
     )
     page.mouse.move(spot[0] - 1, spot[1])
     page.mouse.move(*spot)
-    tip = page.locator('.chart[data-chart="ranking"]').get_by_text("full-opd_lr3e-05")
-    tip.wait_for(timeout=10_000)
+    page.locator(".bk-tooltip-row-value").get_by_text("full-opd_lr3e-05").wait_for(timeout=10_000)
+    values = page.locator(".bk-tooltip-row-value").all_text_contents()
+    assert len(values) == 4 and " to " in values[2] and values[3].strip() == "best"
 
 
 def test_a_row_gives_its_command(page: Page) -> None:

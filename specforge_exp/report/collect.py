@@ -83,7 +83,7 @@ class Run:
     """What intervals of a metric are made from; simulated_length and accepted_length at most."""
     datasets: dict[str, DataSet] = field(default_factory=dict)
     tracker: dict[str, str] = field(default_factory=dict)
-    """`url` of the run at W&B, or the command that uploads it as `sync`; empty: not tracked."""
+    """`url` of the run at W&B, or the command that uploads it as `sync`; else empty."""
 
     @property
     def loss(self) -> str:
@@ -238,7 +238,7 @@ def read_folder(run: Run, folder: Path, problems: list[str]) -> None:
         ("run.json", add_record),
         ("evaluation.json", add_conversations),
         ("bench.json", add_bench),
-        ("wandb_id", add_tracker),
+        ("tracker.json", add_tracker),
     ]
     for name, add in parts:
         file = folder / name
@@ -348,17 +348,10 @@ def add_bench(run: Run, file: Path) -> None:
 
 
 def add_tracker(run: Run, file: Path) -> None:
-    """Where the run is at W&B: an address when it was online, else how to upload it."""
-    folder = file.parent
-    record = folder / "run.json"
-    config = json.loads(record.read_text()).get("config", {}) if record.is_file() else {}
-    options = config.get("tracker") or {}
-    offline = sorted(folder.glob("wandb/offline-run-*"))
-    online = sorted(folder.glob("wandb/run-*"))
-    if offline and not online:
-        run.tracker["sync"] = "wandb sync " + shlex.join(str(one) for one in offline)
-    elif online and options.get("entity") and options.get("project"):
-        run.tracker["url"] = (
-            f"https://wandb.ai/{options['entity']}/{options['project']}/runs/"
-            f"{file.read_text().strip()}"
-        )
+    """Where the run is at its tracker: an address, or the command that uploads or shows it."""
+    told = json.loads(file.read_text())
+    url, sync = told.get("url"), told.get("sync")
+    if isinstance(url, str) and url.startswith(("https://", "http://")):
+        run.tracker["url"] = url
+    elif isinstance(sync, str):
+        run.tracker["sync"] = sync

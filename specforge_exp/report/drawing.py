@@ -5,7 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bokeh.models import FixedTicker, HoverTool, PanTool, ResetTool, SaveTool, WheelZoomTool
+from bokeh.models import (
+    FixedTicker,
+    HoverTool,
+    MultiLine,
+    PanTool,
+    ResetTool,
+    SaveTool,
+    Scatter,
+    WheelZoomTool,
+)
 from bokeh.plotting import figure
 
 from specforge_exp.report.collect import Run
@@ -37,6 +46,13 @@ class Chart:
     """A second choice; columns are `<source>:<step>`."""
     chosen: tuple[str, str] = field(default=("", ""))
     """What is drawn first."""
+
+    def __post_init__(self) -> None:
+        for tool in self.figure.select(type=HoverTool):
+            marks = [
+                one for one in self.figure.renderers if isinstance(one.glyph, Scatter | MultiLine)
+            ]
+            tool.renderers = marks
 
 
 def colours(runs: Sequence[Run]) -> dict[str, str]:

@@ -61,7 +61,9 @@ def chosen(key: str) -> Callable[[Entry], Any]:
 
 def metric_column(name: str) -> Column:
     """A metric's mean over an entry's runs."""
-    return Column(name, title_of(name), lambda e: measure(e.mean(name)), lambda e: e.mean(name))
+    return Column(
+        f"eval/{name}", title_of(name), lambda e: measure(e.mean(name)), lambda e: e.mean(name)
+    )
 
 
 def status_text(entry: Entry) -> str:
