@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+
+from specforge_exp.config import Config
+
+ConfigStore.instance().store(name="schema", node=Config)
 
 
 def dry_run(*overrides: str, script: str = "train.py") -> subprocess.CompletedProcess[str]:
@@ -84,6 +90,18 @@ def test_seeds_begin_with_the_configured_one() -> None:
     runs = planned("loss=mixed", "seed=5", "seeds=2")
     assert [run[1].split()[-1] for run in runs[:1]] == ["seed=5"]
     assert runs[1][2].endswith("_seed6")
+
+
+def test_what_a_stage_returns_and_which_way_it_should_go() -> None:
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        wanted = ["objectives=[loss,simulated_length]", "hydra.job.name=train", "model=tiny"]
+        options = compose("config", wanted, return_hydra_config=True).hydra.sweeper
+        assert (options.names, options.direction) == (
+            ["loss", "simulated_length"], ["minimize", "maximize"]
+        )  # fmt: skip
+        early = ["hydra.job.name=prep", "model=tiny"]
+        options = compose("config", early, return_hydra_config=True).hydra.sweeper
+        assert (options.names, options.direction, options.if_done) == ([], [], "rerun")
 
 
 def test_the_stock_sweeper_takes_the_same_options(tmp_path: Path) -> None:

@@ -74,7 +74,10 @@ def shown(value: Value) -> str:
 
 
 def choices(runs: Sequence[Run]) -> dict[str, str]:
-    """By name of the run: the overrides in which the runs differ; of a run alone all."""
+    """By name of the run: the overrides in which the runs differ; of a run alone all.
+
+    One that only names the run is left out.
+    """
     by_key: dict[str, set[str]] = {}
     for run in runs:
         for override in run.overrides:
@@ -86,7 +89,12 @@ def choices(runs: Sequence[Run]) -> dict[str, str]:
         if len(runs) > 1 and all(override in run.overrides for run in runs)
     }
     return {
-        run.name: " ".join(each for each in run.overrides if each not in everywhere) for run in runs
+        run.name: " ".join(
+            each
+            for each in run.overrides
+            if each not in everywhere and each.partition("=")[2] != run.name
+        )
+        for run in runs
     }
 
 

@@ -82,6 +82,11 @@ def returned(stage: str, objectives: Sequence[str]) -> list[str]:
     return {"train": list(objectives), "bench": ["accepted_length"]}.get(stage, [])
 
 
+def directions(names: Sequence[str]) -> list[str]:
+    """Whether more or less of each returned value is better."""
+    return ["minimize" if name in ("loss", "gpu_hours") else "maximize" for name in names]
+
+
 def if_done(stage: str, resume: bool) -> str:
     """Whether -m leaves a finished run alone; the other stages look for what has changed."""
     return "skip" if stage == "train" and resume else "rerun"
@@ -112,7 +117,7 @@ def register() -> None:
     """Make them known to OmegaConf under their own names."""
     functions = (
         folder_name, repository, gpu_count, one_gpu, regen_gpu, both_secrets, prefetched, answers,
-        when_losses_differ, returned, if_done, command,
+        when_losses_differ, returned, directions, if_done, command,
     )  # fmt: skip
     for function in functions:
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)
