@@ -250,6 +250,17 @@ def test_a_damaged_line_in_the_middle_leaves_the_curves_out(tmp_path: Path) -> N
     assert plans[0].name not in {row["run"] for row in rows(sweep_dir / "curves.csv")}
 
 
+def test_a_damaged_entry_of_sweep_json_is_named(tmp_path: Path) -> None:
+    sweep_dir = write_sweep(tmp_path, grid(("baseline", "full-opd")))
+    file = sweep_dir / "sweep.json"
+    runs = json.loads(file.read_text())["runs"]
+    runs[0]["record"], runs[1]["number"], runs[2] = ["x"], "one", None
+    change(file, runs=runs, objectives=["simulated_length"])
+    make(sweep_dir, ReportConfig(resamples=10))
+    found = collect(sweep_dir)
+    assert len(found.problems) == 3 and len(found.runs) == 3
+
+
 def test_numbers_that_are_none_are_no_points(tmp_path: Path) -> None:
     plans = grid(("baseline",))
     sweep_dir = write_sweep(tmp_path, plans)

@@ -150,6 +150,7 @@ def collect(sweep_dir: Path) -> Collected:
     directions = {
         str(one["name"]): str(one.get("direction", "maximize"))
         for one in sweep.get("objectives") or []
+        if isinstance(one, dict) and "name" in one
     }
     script = str(sweep.get("script") or "train")
     short = labels([str(run["name"]) for run in listed])
@@ -157,8 +158,12 @@ def collect(sweep_dir: Path) -> Collected:
         short = [f"trial {label}" for label in short]
     runs = []
     for label, raw in zip(short, listed, strict=True):
-        run = listed_run(raw, label, list(directions), script)
-        run.folder = run_folder(sweep_dir, sweep, raw)
+        try:
+            run = listed_run(raw, label, list(directions), script)
+            run.folder = run_folder(sweep_dir, sweep, raw)
+        except (TypeError, ValueError, AttributeError) as error:
+            problems.append(f"{sweep_dir / FILE}: {raw['name']} is damaged and left out: {error}")
+            continue
         if run.folder is not None:
             read_folder(run, run.folder, problems)
         runs.append(run)
