@@ -39,7 +39,7 @@ def composed(*overrides: str) -> Config:
 
 def choice(group: str, name: str) -> str:
     """The override that picks an option; options in sub-folders keep the folder in their name."""
-    top, *rest = group.split("/")
+    top, *rest = [group] if group.startswith("hydra/") else group.split("/")
     return f"{top}={'/'.join([*rest, name])}"
 
 
