@@ -214,7 +214,7 @@ def noise(ranking: Ranking) -> list[str]:
     if all(len(entry.finished) < 2 for entry in ranking.ranked):
         return [
             "Training noise is not in the intervals: every configuration was trained with one "
-            "seed (seeds=3 repeats each with three)."
+            "seed (a grid repeats each with seeds=3)."
         ]
     few = [entry.label for entry in ranking.ranked if len(entry.finished) < 2]
     said = ["Intervals include the spread between seeds."]
