@@ -56,6 +56,8 @@ def compose(
         with open_dict(config):
             config.hydra.job.id = f"job_id_for_{number}"
             config.hydra.job.num = number
+            # Typed by a class of the sweeper's plugin, which a container need not have.
+            config.hydra.sweeper = OmegaConf.to_container(config.hydra.sweeper)
         configs.append(config)
     return configs
 
