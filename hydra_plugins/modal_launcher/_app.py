@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_plugins.modal_launcher import _code, _image
+from hydra_plugins.modal_launcher._errors import LaunchError
 from hydra_plugins.modal_launcher._plan import Job, function_name
 
 if TYPE_CHECKING:
@@ -44,12 +45,21 @@ def deploy(name: str, jobs: Sequence[Job], tags: dict[str, str]) -> bool:
 
 
 def stage(code: _code.Shipment, folder: Path) -> Path:
-    """Copy the files of a shipment below one folder, as they will lie below /root."""
-    for remote, local in code.files.items():
-        target = folder / Path(remote).relative_to("/root")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(local, target)
-    return folder
+    """Copy the files of a shipment below one folder, as they will lie below /root.
+
+    Raises:
+        LaunchError: they are not what the shipment's hash was made of any more.
+    """
+    staged = {remote: folder / Path(remote).relative_to("/root") for remote in code.files}
+    try:
+        for remote, local in code.files.items():
+            staged[remote].parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(local, staged[remote])
+        if _code.digest_of(staged) == code.digest:
+            return folder
+    except FileNotFoundError:
+        pass
+    raise LaunchError("the code has changed since this command was started; start it again")
 
 
 def add_function(app: "modal.App", name: str, job: Job, folder: Path) -> None:

@@ -1,7 +1,6 @@
 """A sweep's calls, seen from here: looked at without waiting for long, kinds of ends told apart."""
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,15 +65,6 @@ def failed(kind: str, message: str, status: str = "failed") -> Ended:
     return Ended({"status": status, "error": {"type": kind, "message": message}}, trusted=True)
 
 
-def on_volume(volume: "modal.Volume", sweep: str, keys: Iterable[str]) -> Ended | None:
-    """The result that a worker left on the Volume, newest generation first."""
-    for key in keys:
-        data = read_if_there(volume, f"{sweep}/{key}/result.bin")
-        if data is not None:
-            return Ended(_result.unpack(data), trusted=False)
-    return None
-
-
 def read_if_there(volume: "modal.Volume", path: str) -> bytes | None:
     """A file of a Volume, or None."""
     from modal import exception
@@ -116,9 +106,3 @@ class Statuses:
         self.gone |= self.known.keys() - found.keys()
         self.known = found
         return self.known
-
-
-def elapsed(status: dict[str, Any]) -> float | None:
-    """Seconds since an attempt has started; None before."""
-    started = status.get("started")
-    return time.time() - started if started else None

@@ -59,10 +59,15 @@ def shipment(root: Path | None, sources: list[str] | None, leave_out: Path) -> S
             f"{root} would ship {len(files)} files, {size / 1e6:.0f} MB, to every container; "
             "name the folders that the job needs in image.sources"
         )
+    return Shipment(files, digest_of(files))
+
+
+def digest_of(files: dict[str, Path]) -> str:
+    """Hash of files by their path in the container."""
     digest = hashlib.sha256()
     for remote, path in sorted(files.items()):
         digest.update(f"{remote}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return Shipment(files, digest.hexdigest())
+    return digest.hexdigest()
 
 
 def plugin_files() -> Iterator[tuple[str, Path]]:

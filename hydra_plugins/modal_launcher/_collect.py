@@ -23,6 +23,11 @@ def job_folder(journal: Journal, record: JobRecord) -> Path:
     return journal.folder / f"{record.number}-{record.identity[:8]}"
 
 
+def saved_at(journal: Journal, record: JobRecord) -> tuple["modal.Volume", str]:
+    """The Volume and the folder where a job's container saves."""
+    return _app.volume(journal.sweep["volume"]), f"{journal.sweep['id']}/{record.key}"
+
+
 def collect(journal: Journal, record: JobRecord, ended: Ended) -> None:
     """Bring a job's outputs here, then note its end.
 
@@ -30,8 +35,7 @@ def collect(journal: Journal, record: JobRecord, ended: Ended) -> None:
         OSError: when a file could not be brought; nothing is noted, so it is tried again.
     """
     envelope = ended.envelope
-    volume = _app.volume(journal.sweep["volume"])
-    base = f"{journal.sweep['id']}/{record.key}"
+    volume, base = saved_at(journal, record)
     folder = output_dir(journal, record)
     if "files" in envelope:
         unpack_files(envelope, folder)
@@ -69,7 +73,7 @@ def shown_value(envelope: dict[str, Any]) -> Any:
     """The return value as the journal keeps it: JSON only, and small."""
     held = envelope.get("value") or {}
     if "json" in held and len(json.dumps(held["json"])) < 4096:
-        return {"json": held["json"]}
+        return held
     return {"other": True} if held else None
 
 
@@ -80,12 +84,16 @@ def unpack_files(envelope: dict[str, Any], folder: Path) -> int:
     return len(envelope["files"])
 
 
-def pull(volume: "modal.Volume", base: str, folder: Path, progress: Callable[[int], None]) -> int:
+def pull(
+    journal: Journal, record: JobRecord, progress: Callable[[int], None] = lambda size: None
+) -> int:
     """Bring what a job has saved and what is not here yet; number of files fetched.
 
     Raises:
         FileNotFoundError: nothing was saved yet.
     """
+    volume, base = saved_at(journal, record)
+    folder = output_dir(journal, record)
     packed = read_if_there(volume, f"{base}/result.bin")
     envelope = _result.unpack(packed) if packed is not None else {}
     if "files" in envelope:
@@ -104,8 +112,9 @@ def read_manifest(volume: "modal.Volume", base: str) -> dict[str, Any]:
     return manifest
 
 
-def log_text(volume: "modal.Volume", base: str) -> str | None:
+def log_text(journal: Journal, record: JobRecord) -> str | None:
     """What a job has printed, as it was saved; None when it was not."""
+    volume, base = saved_at(journal, record)
     saved = read_if_there(volume, f"{base}/log.txt")
     if saved is None and (packed := read_if_there(volume, f"{base}/result.bin")) is not None:
         held = _result.unpack(packed).get("log")

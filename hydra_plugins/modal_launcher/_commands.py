@@ -10,7 +10,7 @@ from typing import Any
 from hydra_plugins.modal_launcher import _calls, _collect, _report, _submit, _table, _watch
 from hydra_plugins.modal_launcher._app import Functions, volume
 from hydra_plugins.modal_launcher._cloud import status_dict
-from hydra_plugins.modal_launcher._errors import LaunchError, ResultGone
+from hydra_plugins.modal_launcher._errors import LaunchError
 from hydra_plugins.modal_launcher._journal import FOLDER, JobRecord, Journal, open_journal
 
 
@@ -38,7 +38,7 @@ def status(arguments: argparse.Namespace) -> int:
     """One look, without waiting; results that are ready are brought."""
     journal = open_journal(arguments.sweep)
     records = journal.ordered()
-    watch = new_watch(journal)
+    watch = _watch.Watch(journal, _table.Table(), Functions(), poll=1.0)
     for record in records:
         if record.call is not None and record.end is None:
             watch.settle(record, seconds=0.0)
@@ -46,11 +46,6 @@ def status(arguments: argparse.Namespace) -> int:
     rows = [_table.row(record, said.get(record.key, {}), None, {}) for record in records]
     _report.console_print(_table.rich_table(rows))
     return exit_code(records)
-
-
-def new_watch(journal: Journal) -> _watch.Watch:
-    """A watch that notes in plain lines."""
-    return _watch.Watch(journal, _table.Table(), Functions(), poll=1.0)
 
 
 def exit_code(records: Sequence[JobRecord]) -> int:
@@ -77,7 +72,7 @@ def finish(journal: Journal, records: Sequence[JobRecord], functions: Functions)
         with _table.Table() as table:
             _watch.Watch(journal, table, functions, poll=1.0).wait(records)
     except KeyboardInterrupt:
-        _report.interrupted(journal)
+        _report.detached(journal)
         return 130
     _report.summary(journal, records)
     for record in records:
@@ -100,8 +95,7 @@ def logs(arguments: argparse.Namespace) -> int:
     """Print what a job has printed: from the Volume when it was saved, else from Modal's log."""
     journal = open_journal(arguments.sweep)
     [record] = by_number(journal, [arguments.job])
-    outputs = volume(journal.sweep["volume"])
-    saved = _collect.log_text(outputs, f"{journal.sweep['id']}/{record.key}")
+    saved = _collect.log_text(journal, record)
     if saved is not None and record.end is not None:
         sys.stdout.write(saved)
         return 0
@@ -117,14 +111,11 @@ def logs(arguments: argparse.Namespace) -> int:
 def pull(arguments: argparse.Namespace) -> int:
     """Bring the outputs of all jobs; files that are here already cost nothing."""
     journal = open_journal(arguments.sweep)
-    outputs = volume(journal.sweep["volume"])
     fetched = 0
     for record in journal.ordered():
-        base = f"{journal.sweep['id']}/{record.key}"
-        folder = _collect.output_dir(journal, record)
         with Progress(f"job {record.number}") as progress:
             try:
-                fetched += _collect.pull(outputs, base, folder, progress.add)
+                fetched += _collect.pull(journal, record, progress.add)
             except FileNotFoundError:
                 _report.say(f"job {record.number}: nothing was saved yet")
                 continue
@@ -214,17 +205,9 @@ def push(arguments: argparse.Namespace) -> int:
 
 def cancel(arguments: argparse.Namespace) -> int:
     """Cancel calls that have no result yet."""
-    import modal
-
     journal = open_journal(arguments.sweep)
     records = by_number(journal, arguments.job) if arguments.job else journal.ordered()
-    count = 0
-    for record in records:
-        if record.call is None or record.end is not None:
-            continue
-        journal.write([{"event": "cancel", "identity": record.identity, "call": record.call}])
-        modal.FunctionCall.from_id(record.call).cancel()
-        count += 1
+    count = sum(_submit.cancel(journal, record) for record in records)
     print(f"{count} jobs cancelled; what they saved stays, the launching command runs them again")
     return 0
 
@@ -241,7 +224,7 @@ def rerun(arguments: argparse.Namespace) -> int:
         if not records:
             raise LaunchError("nothing to run again: name job numbers, or --failed")
         for record in records:
-            if record.call is not None and record.end is None and in_flight(record):
+            if record.call is not None and record.end is None and _submit.still_runs(record):
                 raise LaunchError(
                     f"job {record.number} is still running: "
                     f"modal-sweep cancel {journal.sweep_dir} {record.number}"
@@ -252,22 +235,13 @@ def rerun(arguments: argparse.Namespace) -> int:
     return finish(journal, records, functions)
 
 
-def in_flight(record: JobRecord) -> bool:
-    """Whether a job's call has no result yet."""
-    assert record.call is not None
-    try:
-        return _calls.look(record.call) is None
-    except ResultGone:
-        return False
-
-
 def clean(arguments: argparse.Namespace) -> int:
     """Delete the sweep's folder on its Volume and its Dict."""
     import modal
 
     journal = open_journal(arguments.sweep)
     running = [record for record in journal.ordered() if record.call and record.end is None]
-    if running and any(in_flight(record) for record in running):
+    if running and any(_submit.still_runs(record) for record in running):
         raise LaunchError(f"jobs are running: modal-sweep cancel {journal.sweep_dir} first")
     place = f"{journal.sweep['volume']}:{journal.sweep['id']}"
     if not arguments.yes:

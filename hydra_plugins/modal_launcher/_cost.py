@@ -28,14 +28,8 @@ PRICES = {
 LEAST_CORES, LEAST_GIB = 0.125, 0.125
 
 
-def usd_per_hour(settings: JobSettings, overrides: dict[str, float]) -> float:
-    """Price of a job's container; with a list of GPUs, of the dearest."""
-    options = {"gpus": gpu_list(settings.gpu), "cpu": settings.cpu, "memory": settings.memory}
-    return options_per_hour(options, overrides)
-
-
 def options_per_hour(options: dict[str, Any], overrides: dict[str, float]) -> float:
-    """The same from a plan's options.
+    """Price of a job's container by a plan's options; with a list of GPUs, of the dearest.
 
     Raises:
         LaunchError: for a GPU without a price.
@@ -58,6 +52,7 @@ def options_per_hour(options: dict[str, Any], overrides: dict[str, float]) -> fl
 
 def estimate(settings: JobSettings, overrides: dict[str, float]) -> tuple[float | None, float]:
     """Expected cost (None when `hours` is not given) and the most that one attempt costs."""
-    rate = usd_per_hour(settings, overrides)
+    options = {"gpus": gpu_list(settings.gpu), "cpu": settings.cpu, "memory": settings.memory}
+    rate = options_per_hour(options, overrides)
     expected = None if settings.hours is None else rate * settings.hours
     return expected, rate * settings.timeout / 3600

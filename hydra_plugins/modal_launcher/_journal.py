@@ -4,7 +4,8 @@ sweep  id, app prefix, Volume, Dict: written once
 plan   a job: everything that is needed to spawn it, also by a process that never saw its config
 spawn  generation and call id; flushed to the disk before the next call is spawned
 end    how a generation ended, once its result and outputs are here
-cancel asked for by modal-sweep cancel
+cancel asked for by modal-sweep cancel, or by a search
+told   a search has heard of a failure
 """
 
 import fcntl
@@ -33,6 +34,7 @@ class JobRecord:
     """Call ids by generation; several when a kill hid the first one."""
     ends: dict[int, dict[str, Any]] = field(default_factory=dict)
     cancelled: set[str] = field(default_factory=set)
+    told: set[int] = field(default_factory=set)
 
     @property
     def identity(self) -> str:
@@ -106,7 +108,9 @@ class Journal:
             job.cancelled.add(event["call"])
             return
         generation = int(event["generation"])
-        if kind == "spawn":
+        if kind == "told":
+            job.told.add(generation)
+        elif kind == "spawn":
             job.generation = max(job.generation, generation)
             job.calls.setdefault(generation, []).append(event["call"])
         elif kind == "end":
@@ -131,20 +135,25 @@ class Journal:
             os.close(folder)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, patience: float = 0.0) -> Iterator[None]:
         """Only one process spawns into a sweep at a time; a kill opens the lock.
 
         Raises:
-            LaunchError: another one does.
+            LaunchError: another one does, for more than `patience` seconds.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + patience
         with (self.folder / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise LaunchError(
-                    f"another process is spawning the jobs of {self.sweep_dir}; wait for it"
-                ) from None
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if time.monotonic() >= deadline:
+                        raise LaunchError(
+                            f"another process is spawning the jobs of {self.sweep_dir}; wait for it"
+                        ) from None
+                    time.sleep(0.1)
             self.replay()
             yield
 

@@ -65,15 +65,12 @@ def copy(source: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
-def restore(saved: Path, folder: Path) -> int:
-    """Bring a preempted attempt's files back into the container; number of files."""
-    count = 0
+def restore(saved: Path, folder: Path) -> None:
+    """Bring a preempted attempt's files back into the container."""
     for path in files_below(saved):
         target = folder / path.relative_to(saved)
         if not target.exists():
             copy(path, target)
-            count += 1
-    return count
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:

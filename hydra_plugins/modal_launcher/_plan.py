@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,27 +62,41 @@ def compose(
     return configs
 
 
+Packed = tuple[dict[str, Any], _code.Shipment]
+# What a container does not depend on, and `function`'s.
+OWN = {
+    "hours", "requires", "unique", "progress_file", "progress_keys", "checkpoints", "single_use",
+}  # fmt: skip
+
+
 def describe(
-    configs: list[DictConfig], conf: ModalLauncherConf, root: Path | None, sweep_dir: Path
+    configs: list[DictConfig],
+    conf: ModalLauncherConf,
+    root: Path | None,
+    sweep_dir: Path,
+    known: dict[str, Packed],
 ) -> list[Job]:
-    """Settings, code and identity of every composed job."""
-    shipments: dict[str, _code.Shipment] = {}
-    images: dict[str, dict[str, Any]] = {}
+    """Settings, code and identity of every composed job.
+
+    Args:
+        known: images and the code in them, by what was asked for; new ones are added. What is
+            known stays as it was, also when somebody edits the files.
+    """
     jobs = []
     for config in configs:
         settings = _settings.job_settings(conf, config)
-        wanted = json.dumps(_settings.as_json(settings)["image"], sort_keys=True)
-        if wanted not in images:
-            images[wanted] = _image.image_spec(settings.image, root)
-            shipments[wanted] = _code.shipment(root, settings.image.sources, sweep_dir)
+        wanted = json.dumps(asdict(settings.image), sort_keys=True)
+        if wanted not in known:
+            image = _image.image_spec(settings.image, root)
+            known[wanted] = image, _code.shipment(root, settings.image.sources, sweep_dir)
         job = Job(
             number=config.hydra.job.num,
             overrides=list(filter_overrides(config.hydra.overrides.task)),
             config=config,
             settings=settings,
             output_dir=fix_output_dir(config),
-            image=images[wanted],
-            code=shipments[wanted],
+            image=known[wanted][0],
+            code=known[wanted][1],
         )
         job.identity = identity(job, conf.resources)
         jobs.append(job)
@@ -147,6 +161,7 @@ def plan_event(
             "mounts": dict(settings.volumes),
             "timeout": settings.timeout,
             "progress_file": settings.progress_file,
+            "progress_keys": list(settings.progress_keys),
             "checkpoints": settings.checkpoints,
             "sync_cwd": conf.sync_cwd,
             "single_use": _settings.single_use(settings),
@@ -179,9 +194,8 @@ def call_options(
 
 def job_kind(settings: JobSettings) -> str:
     """Jobs of one kind share containers, and the limit on them."""
-    said = _settings.as_json(settings)
-    own = ("hours", "requires", "unique", "progress_file", "checkpoints", "single_use")
-    return _image.digest({name: said[name] for name in said if name not in own})
+    said = asdict(settings)
+    return _image.digest({name: said[name] for name in said if name not in OWN})
 
 
 def function_name(function: dict[str, Any]) -> str:

@@ -23,17 +23,21 @@ def check_jobs(jobs: Sequence[Job]) -> None:
     for job in jobs:
         validate(job)
         refuse_env_copy(job)
-    for places in (lambda job: [job.output_dir], lambda job: job.settings.unique):
-        writer: dict[str, Job] = {}
-        for job in jobs:
-            for place in places(job):
-                other = writer.setdefault(place, job)
-                if other is not job:
-                    raise LaunchError(
-                        f"job {other.number} [{' '.join(other.overrides)}] and job {job.number} "
-                        f"[{' '.join(job.overrides)}] would both write {place}; "
-                        "give them different names"
-                    )
+    refuse_same_places(jobs)
+
+
+def refuse_same_places(jobs: Sequence[Job]) -> None:
+    """Jobs that run at the same time write to places of their own."""
+    writer: dict[str, Job] = {}
+    for job in jobs:
+        for place in [job.output_dir, *job.settings.unique]:
+            other = writer.setdefault(place, job)
+            if other is not job:
+                raise LaunchError(
+                    f"job {other.number} [{' '.join(other.overrides)}] and job {job.number} "
+                    f"[{' '.join(job.overrides)}] would both write {place}; "
+                    "give them different names"
+                )
 
 
 def validate(job: Job) -> None:

@@ -58,7 +58,7 @@ def say(text: str) -> None:
 
 def rehearse(jobs: Sequence[Job], conf: ModalLauncherConf, sweep_dir: Path) -> None:
     """Print what would run and what it needs; spawn nothing. With setup, make the Volumes."""
-    from hydra_plugins.modal_launcher._launch import volume_name
+    from hydra_plugins.modal_launcher._spawn import volume_name
 
     console_print(job_table(jobs, conf))
     expected, most = _preflight.totals(jobs, conf)
@@ -158,14 +158,12 @@ def commands(journal: Journal) -> str:
     )
 
 
-def detached(journal: Journal, count: int) -> None:
-    """After submission without waiting."""
-    say(f"{count} jobs are on Modal and need this machine no longer:\n{commands(journal)}")
-
-
-def interrupted(journal: Journal) -> None:
-    """After Ctrl-C."""
-    say(f"\ndetached; the jobs go on without this process:\n{commands(journal)}")
+def detached(journal: Journal) -> None:
+    """When this process ends before its jobs do."""
+    say(
+        "\nthe jobs go on without this process; the same command for the same directory "
+        f"continues with them:\n{commands(journal)}"
+    )
 
 
 def summary(journal: Journal, records: Sequence[JobRecord]) -> None:

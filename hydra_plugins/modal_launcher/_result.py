@@ -80,6 +80,8 @@ def pack_value(value: Any) -> dict[str, Any]:
     """A return value: as JSON where that says it exactly, else pickled."""
     if is_plain(value):
         return {"json": value}
+    if type(value) is tuple and is_plain(list(value)):
+        return {"json": list(value), "tuple": True}
     import cloudpickle
 
     return {"pickle": base64.b64encode(cloudpickle.dumps(value)).decode()}
@@ -107,7 +109,7 @@ def unpack_value(held: dict[str, Any], trusted: bool) -> Any:
         JobFailed: it was pickled and is not trusted.
     """
     if "json" in held:
-        return held["json"]
+        return tuple(held["json"]) if held.get("tuple") else held["json"]
     if not trusted:
         raise JobFailed("its return value was kept in its call, which has expired")
     import pickle

@@ -155,8 +155,3 @@ def type_and_count(gpu: str, where: str = "resources") -> tuple[str, int]:
 def single_use(settings: JobSettings) -> bool:
     """Whether every job gets a container of its own."""
     return bool(settings.gpu) if settings.single_use is None else settings.single_use
-
-
-def as_json(settings: JobSettings) -> dict[str, Any]:
-    """Plain values, for records."""
-    return asdict(settings)

@@ -1,7 +1,7 @@
 """Spawning: every call's id is on the disk before the next call is spawned."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,24 +50,19 @@ def alike(sweep_dir: Path, first: bytes) -> bytes:
     return held
 
 
-def plan(journal: Journal, events: list[dict[str, Any]]) -> None:
-    """Write down what this launch is going to spawn, before it spawns anything."""
-    if events:
-        journal.write(events)
+def will_spawn(record: JobRecord | None, conf: ModalLauncherConf, search: bool) -> bool:
+    """Whether a launch spawns a job: it never ran, was cancelled, or has no result to keep.
 
-
-def will_spawn(record: JobRecord | None, conf: ModalLauncherConf) -> bool:
-    """Whether a launch spawns a job: it never ran, was cancelled, or has no result to keep."""
+    A search may not have heard of a failure before it was killed: then that is the result.
+    """
     if record is None or record.call is None:
         return True
     if record.end is None:
         return record.call in record.cancelled
-    return not (record.end["status"] == "completed" and conf.if_done == "skip")
-
-
-def settled(record: JobRecord) -> bool:
-    """Whether nothing of a job is running or waiting."""
-    return record.call is None or record.end is not None
+    if record.end["status"] == "completed":
+        return conf.if_done != "skip"
+    unheard = search and record.generation not in record.told
+    return not (unheard and record.end["status"] == "failed")
 
 
 def refuse_other_code(journal: Journal, jobs: Sequence[_plan.Job]) -> None:
@@ -79,7 +74,8 @@ def refuse_other_code(journal: Journal, jobs: Sequence[_plan.Job]) -> None:
         for record in journal.ordered()
         if record.identity not in ours
         and record.plan["code"] not in codes
-        and not settled(record)
+        and record.call is not None
+        and record.end is None
         and still_runs(record)
     ]
     if running:
@@ -122,10 +118,11 @@ def spawn_event(record: JobRecord, generation: int, call: str) -> dict[str, Any]
 def submit(
     journal: Journal,
     records: Sequence[JobRecord],
+    wanted: Container[str],
     conf: ModalLauncherConf,
     functions: _app.Functions,
 ) -> dict[str, str]:
-    """Spawn what has to run; what is running is left alone.
+    """Spawn the jobs with the wanted identities; what is running is left alone.
 
     Returns:
         By identity: spawned, attached or done.
@@ -138,9 +135,20 @@ def submit(
         )
     said = {}
     for record in records:
-        if will_spawn(record, conf):
+        if record.identity in wanted:
             spawn(journal, record, functions, record.generation + (record.call is not None))
             said[record.identity] = "spawned"
         else:
             said[record.identity] = "done" if record.end else "attached"
     return said
+
+
+def cancel(journal: Journal, record: JobRecord) -> bool:
+    """End a job that runs or waits; False when there is nothing to end."""
+    import modal
+
+    if record.call is None or record.end is not None:
+        return False
+    journal.write([{"event": "cancel", "identity": record.identity, "call": record.call}])
+    modal.FunctionCall.from_id(record.call).cancel()
+    return True

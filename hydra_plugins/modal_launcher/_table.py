@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from hydra_plugins.modal_launcher._calls import Ended, elapsed
+from hydra_plugins.modal_launcher._calls import Ended
 from hydra_plugins.modal_launcher._cost import options_per_hour
 from hydra_plugins.modal_launcher._journal import JobRecord
 
@@ -20,7 +20,8 @@ def row(
     record: JobRecord, status: dict[str, Any], ended: Ended | None, prices: dict[str, float]
 ) -> tuple[str, ...]:
     """One job as the table's texts."""
-    seconds = elapsed(status)
+    started = status.get("started")
+    seconds = time.time() - started if started else None
     state = state_of(record, status)
     if ended is not None:
         state, seconds = ended.envelope["status"], ended.envelope.get("seconds")

@@ -1,15 +1,18 @@
 """Waiting for the jobs of a sweep: every end is collected as it comes, whatever the others do."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
 
-from hydra_plugins.modal_launcher import _app, _calls, _collect, _submit
+from hydra_plugins.modal_launcher import _app, _calls, _collect, _result, _submit
 from hydra_plugins.modal_launcher._calls import Ended
 from hydra_plugins.modal_launcher._errors import LaunchError, ResultGone
 from hydra_plugins.modal_launcher._journal import JobRecord, Journal
 from hydra_plugins.modal_launcher._table import Table
 
+T = TypeVar("T")
 SLOW_LOOK = 20.0
 OUTAGE = 900.0
 TRIES = 5
@@ -27,6 +30,12 @@ class Watch:
     looked: dict[str, float] = field(default_factory=dict)
     trouble: dict[str, int] = field(default_factory=dict)
     unreachable_since: float | None = None
+    pause: float = 0.05
+
+    @cached_property
+    def statuses(self) -> _calls.Statuses:
+        """What the workers say about themselves."""
+        return _calls.Statuses(self.journal.sweep["dict"])
 
     def wait(self, records: Sequence[JobRecord]) -> dict[str, Ended]:
         """Collect every job's end; by identity.
@@ -34,45 +43,60 @@ class Watch:
         Raises:
             LaunchError: when Modal does not answer for 15 minutes; the jobs go on.
         """
-        statuses = _calls.Statuses(self.journal.sweep["dict"])
-        pending = [record for record in records if record.end is None]
-        pause = 0.05
-        while pending:
-            said = statuses.read(self.poll if self.table.live else 5 * self.poll)
-            self.table.show(records, said, self.ended)
-            progress = self.round(pending, statuses)
-            pending = [record for record in pending if record.identity not in self.ended]
-            pause = 0.05 if progress else min(self.poll, pause * 1.5)
-            if pending and self.unreachable_since is None:
-                progress |= self.settle(pending[0], seconds=pause)
-                pending = [record for record in pending if record.identity not in self.ended]
-            elif pending:
-                time.sleep(self.poll)
-        self.table.show(records, statuses.known, self.ended, last=True)
+        while pending := [record for record in records if record.end is None]:
+            self.turn(records, pending, self.poll)
+        self.table.show(records, self.statuses.known, self.ended, last=True)
         return self.ended
 
-    def round(self, pending: Sequence[JobRecord], statuses: _calls.Statuses) -> bool:
+    def turn(self, records: Sequence[JobRecord], pending: Sequence[JobRecord], most: float) -> None:
+        """Show the records and look at the pending ones; waits at most `most` seconds."""
+        said = self.statuses.read(self.poll if self.table.live else 5 * self.poll)
+        self.table.show(records, said, self.ended)
+        progress = self.round(pending)
+        self.pause = 0.05 if progress else min(self.poll, self.pause * 1.5)
+        left = [record for record in pending if record.end is None]
+        if left and self.unreachable_since is None:
+            self.settle(left[0], seconds=min(self.pause, most))
+        elif left or not pending:
+            time.sleep(min(self.poll, most))
+
+    def round(self, pending: Sequence[JobRecord]) -> bool:
         """Look at the calls that have stopped running, and now and then at all others."""
         progress = False
         now = time.monotonic()
         for record in pending:
             due = now - self.looked.setdefault(record.identity, now) > SLOW_LOOK
-            if record.key in statuses.gone or due:
-                statuses.gone.discard(record.key)
+            if record.key in self.statuses.gone or due:
+                self.statuses.gone.discard(record.key)
                 self.looked[record.identity] = now
                 progress |= self.settle(record, seconds=0.0)
         return progress
 
     def settle(self, record: JobRecord, seconds: float) -> bool:
         """Look at one job's call; True when it has come to its end."""
-        from modal import exception
-
-        transient = (exception.ConnectionError, exception.ServiceError, exception.InternalError)
         try:
             return self.look(record, seconds)
-        except (_calls.Unreachable, *transient) as error:
+        except transient() as error:
             self.outage(str(error))
             return False
+
+    def patiently(self, step: Callable[[], T]) -> T:
+        """Do a step, again and again while Modal does not answer."""
+        while True:
+            try:
+                done = step()
+            except transient() as error:
+                self.outage(str(error))
+                time.sleep(self.poll)
+                continue
+            self.answered()
+            return done
+
+    def answered(self) -> None:
+        """Modal is there."""
+        if self.unreachable_since is not None:
+            self.unreachable_since = None
+            self.table.note("Modal answers again")
 
     def look(self, record: JobRecord, seconds: float) -> bool:
         """The same while Modal answers."""
@@ -81,9 +105,7 @@ class Watch:
             ended = _calls.look(record.call, seconds)
         except ResultGone:
             ended = self.after_expiry(record)
-        if self.unreachable_since is not None:
-            self.unreachable_since = None
-            self.table.note("Modal answers again")
+        self.answered()
         if ended is None:
             return False
         if ended.envelope["status"] == "duplicate":
@@ -122,8 +144,9 @@ class Watch:
 
     def saved(self, record: JobRecord) -> Ended | None:
         """The result on the Volume."""
-        volume = _app.volume(self.journal.sweep["volume"])
-        return _calls.on_volume(volume, self.journal.sweep["id"], [record.key])
+        volume, base = _collect.saved_at(self.journal, record)
+        packed = _calls.read_if_there(volume, f"{base}/result.bin")
+        return None if packed is None else Ended(_result.unpack(packed), trusted=False)
 
     def after_expiry(self, record: JobRecord) -> Ended | None:
         """A call's result is gone: the Volume has it, or the job runs again."""
@@ -149,3 +172,10 @@ class Watch:
                 "Modal has not answered for 15 minutes; the jobs go on without this process. "
                 f"Later: modal-sweep attach {self.journal.sweep_dir}"
             )
+
+
+def transient() -> tuple[type[Exception], ...]:
+    """What is raised while Modal does not answer."""
+    from modal import exception as modal
+
+    return _calls.Unreachable, modal.ConnectionError, modal.ServiceError, modal.InternalError

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hydra_plugins.modal_launcher import _cloud, _outputs, _result
+from hydra_plugins.modal_launcher import _cloud, _outputs, _progress, _result
 from hydra_plugins.modal_launcher._signals import Signals, send_group
 
 MOUNT = Path("/mnt/hydra-sweeps")
@@ -66,6 +66,8 @@ class Attempt:
     ) -> None:
         self.reference, self.folder, self.cloud = reference, folder, cloud
         self.output_dir = Path(reference["output_dir"])
+        self.progress = self.output_dir / (reference["progress_file"] or "")
+        self.tail = _progress.Tail(self.progress, reference["progress_keys"])
         self.started = time.time()
         self.manifest: dict[str, Any] = _outputs.read_manifest(folder / "manifest.json")
         self.scratch = SCRATCH / reference["key"]
@@ -145,37 +147,36 @@ class Attempt:
                 "error": {"type": "NotANumber", "message": message},
             }
         if envelope["status"] == "failed":
-            envelope["tail"] = tail(self.log, 2000)
+            said = self.log.read_text(errors="replace") if self.log.exists() else ""
+            envelope["tail"] = said[-2000:]
         return dict(envelope)
 
     def report_progress(self) -> None:
-        """Say that the job runs, and what the last line of its progress file says."""
-        name = self.reference["progress_file"]
-        said = last_json(self.output_dir / name) if name else {}
-        shown = {key: said[key] for key in ("step", "loss") if key in said}
+        """Say that the job runs, and what its progress file says."""
+        said = self.tail.look()
+        shown: dict[str, Any] = {
+            key: said.last[key] for key in ("step", "loss") if key in said.last
+        }
+        if said.reports:
+            shown["reports"] = list(said.reports)
         self.cloud.status(state="running", started=self.started, **shown)
 
     def keep_progress(self) -> None:
         """A progress file that lies elsewhere comes along with the outputs."""
-        name = self.reference["progress_file"]
-        path = Path(name or "")
-        if path.is_absolute() and path.is_file() and not path.is_relative_to(self.output_dir):
-            _outputs.copy(path, self.output_dir / path.name)
+        if self.progress.is_file() and not self.progress.is_relative_to(self.output_dir):
+            place = _progress.place(str(self.progress), self.output_dir)
+            _outputs.copy(self.progress, self.output_dir / place)
 
     def try_to_save(self) -> None:
         """Save in the middle of a job: a Volume that refuses is the job's end only at its end."""
         try:
-            self.save()
+            self.copy_outputs()
+            self.cloud.commit()
         except OSError as error:
             print(f"modal_launcher: outputs are not saved yet: {error}", file=sys.stderr)
 
-    def save(self) -> None:
-        """Copy outputs and log to the Volume and commit all Volumes."""
-        self.copy_outputs()
-        self.cloud.commit()
-
     def copy_outputs(self) -> None:
-        """Outputs, their manifest and the log."""
+        """Outputs, their manifest and the log to the Volume."""
         self.keep_progress()
         self.manifest = _outputs.save(self.output_dir, self.folder / "outputs", self.manifest)
         if self.log.exists():
@@ -251,43 +252,14 @@ def start_zygote() -> socket.socket:
     if not zygotes or zygotes[-1][0].poll() is not None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "hydra_plugins.modal_launcher._zygote"]
+        path = os.environ.get("PYTHONPATH", "")
         process = subprocess.Popen(
             [*command, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             start_new_session=True,
-            env=job_environment(),
+            # The sources are in /root.
+            env={**os.environ, "PYTHONPATH": path or "/root", "PYTHONUNBUFFERED": "1"},
         )
         theirs.close()
         zygotes.append((process, ours))
     return zygotes[-1][1]
-
-
-def job_environment() -> dict[str, str]:
-    """This environment; PYTHONPATH names /root, where the sources are."""
-    path = os.environ.get("PYTHONPATH", "")
-    return {**os.environ, "PYTHONPATH": path or "/root", "PYTHONUNBUFFERED": "1"}
-
-
-def tail(path: Path, most: int) -> str:
-    """The last characters of a text file."""
-    if not path.exists():
-        return ""
-    return path.read_text(errors="replace")[-most:]
-
-
-def last_json(path: Path) -> dict[str, Any]:
-    """The last whole line of a JSON-lines file; {} when there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 65536))
-            lines = file.read().splitlines(keepends=True)
-    except OSError:
-        return {}
-    for line in reversed(lines):
-        if line.endswith(b"\n"):
-            try:
-                said = json.loads(line)
-            except ValueError:
-                return {}
-            return said if isinstance(said, dict) else {}
-    return {}

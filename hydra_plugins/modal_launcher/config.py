@@ -77,6 +77,8 @@ class JobSettings:
     progress_file: str | None = None
     """JSON lines with `step` and `loss`, relative to the output directory or absolute; shown in the
     table, and brought here with the outputs."""
+    progress_keys: list[str] = field(default_factory=list)
+    """Keys of its lines that a search gets, with the step, while the job runs: to stop it early."""
     validate: str | None = None
     """Dotted path of a function that is called here with a job's configuration and raises when it
     is not valid."""
@@ -96,7 +98,8 @@ class ModalLauncherConf(JobSettings):
     volume: str | None = None
     """Volume for outputs and results; null: `<app>-sweeps`."""
     max_parallel: int | None = None
-    """Containers at a time, at most; null: as many as Modal gives."""
+    """Containers at a time, at most; null: as many as Modal gives. A search counts every kind of
+    machine apart."""
     tags: dict[str, str] = field(default_factory=dict)
     """Tags of the app, for billing reports."""
     detach: bool = False

@@ -1,7 +1,7 @@
 """The launcher plugin: what Hydra imports at every start, so it imports next to nothing."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.utils import JobReturn
@@ -11,6 +11,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from hydra_plugins.modal_launcher.config import register
+
+if TYPE_CHECKING:
+    from hydra_plugins.modal_launcher._session import Session
 
 
 class ModalLauncherRegistration(SearchPathPlugin):
@@ -54,3 +57,13 @@ class ModalLauncher(Launcher):
         from hydra_plugins.modal_launcher._launch import launch
 
         return launch(self, job_overrides, initial_job_idx)
+
+    def session(self, total: int = 1) -> "Session":
+        """Keep jobs in flight, for a sweeper that chooses the next ones by how others end.
+
+        Args:
+            total: how many jobs it is going to start, for the estimate of the cost.
+        """
+        from hydra_plugins.modal_launcher._session import Session
+
+        return Session(self, total)

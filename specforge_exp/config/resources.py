@@ -70,6 +70,8 @@ class ResourcesConfig:
     """Places the job writes; two jobs of a sweep with the same one are refused."""
     progress_file: str | None = None
     """JSON lines with `step` and `loss`, shown while the job runs."""
+    progress_keys: list[str] = field(default_factory=list)
+    """Keys of its lines that a study gets while the job runs, for pruning."""
     validate: str | None = None
     """Dotted path of the function that checks a job's configuration on the launching machine."""
     checkpoints: str | None = None

@@ -1,0 +1,57 @@
+"""A job's progress file: JSON lines that it appends to while it runs."""
+
+import json
+import os
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+MOST = 50
+
+
+def place(name: str, output_dir: Path) -> Path:
+    """Where it lies below the output directory; one from elsewhere is copied there."""
+    path = output_dir / name
+    return path.relative_to(output_dir) if path.is_relative_to(output_dir) else Path(path.name)
+
+
+class Tail:
+    """What was appended since the last look: the newest line, and what certain lines report."""
+
+    def __init__(self, path: Path, keys: Sequence[str], most: int | None = MOST) -> None:
+        self.path, self.keys = path, list(keys)
+        self.last: dict[str, Any] = {}
+        self.reports: deque[dict[str, Any]] = deque(maxlen=most)
+        """The step and the keys of every line that has one of the keys."""
+        self.inode, self.at = 0, 0
+
+    def look(self) -> "Tail":
+        """Read on; a file that was written anew is read from its beginning."""
+        try:
+            with self.path.open("rb") as file:
+                said = os.fstat(file.fileno())
+                if said.st_ino != self.inode or said.st_size < self.at:
+                    self.inode, self.at = said.st_ino, 0
+                    self.reports.clear()
+                file.seek(self.at)
+                data = file.read()
+        except OSError:
+            return self
+        whole = data[: data.rfind(b"\n") + 1]
+        self.at += len(whole)
+        for line in whole.splitlines():
+            self.take(line)
+        return self
+
+    def take(self, line: bytes) -> None:
+        """Take one line into account; what is no JSON object says nothing."""
+        try:
+            said = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(said, dict):
+            return
+        self.last = said
+        if any(key in said for key in self.keys):
+            self.reports.append({key: said[key] for key in ("step", *self.keys) if key in said})
