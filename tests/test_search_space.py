@@ -77,8 +77,8 @@ def test_the_same_distributions_as_the_stock_sweeper() -> None:
 
     said = [
         "a=interval(0.0,1.0)", "b=int(interval(1,8))", "c=tag(log,interval(1e-5,1e-3))",
-        "d=tag(log,int(interval(1,100)))", "e=range(1,8)", "f=range(1,9,2)", "g=choice(1,2.5,true,no)",
-        "h=range(0.0,1.0,0.25)", "i=x,y", "j=choice('a b',c)",
+        "d=tag(log,int(interval(1,100)))", "e=range(1,8)", "f=range(1,9,2)",
+        "g=choice(1,2.5,true,no)", "h=range(0.0,1.0,0.25)", "i=x,y", "j=choice('a b',c)",
     ]  # fmt: skip
     theirs = create_params_from_overrides(said)[0]
     trial = optuna.create_study().ask()

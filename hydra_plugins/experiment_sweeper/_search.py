@@ -159,9 +159,11 @@ def named(source: Source, options: OptunaAsyncConf, overrides: Sequence[str], nu
     base = str(_jobs.value(job, key))
     base = re.sub(r"\d+\.\d{3,}(e[-+]?\d+)?", lambda found: f"{float(found[0]):.3g}", base)
     parts = [base, *([options.study_name] if options.study_name else []), f"trial{number}"]
-    others = [each for each in overrides if key_of(each) != key]
     name = "_".join(_names.safe(part) for part in parts)
-    return _jobs.compose(source, [*others, f"{key}={name}"], number)
+    OmegaConf.update(job.config, key, name)  # as composing it once more would
+    job.overrides = [each for each in overrides if key_of(each) != key]
+    job.overrides.append(f"{key}={name}")
+    return job
 
 
 def carry_out(one: Search) -> list[JobReturn]:

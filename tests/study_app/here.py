@@ -1,5 +1,6 @@
 """The toy app driven in this process, and what its jobs told."""
 
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ STUDY = [
     "hydra.sweeper.name_key=run_name",
     f"hydra.sweeper.progress_file={PROGRESS}",
     "hydra.sweeper.progress_metric=eval/score",
-    "hydra.sweeper.record={x: '${x}'}",
+    "+hydra.sweeper.record.x=${x}",
 ]
 
 
@@ -54,11 +55,20 @@ def launcher_for(
     return cast(BasicLauncher, launcher)
 
 
+def first(*points: str) -> str:
+    """Points that are tried first, as an override."""
+    return f"hydra.sweeper.warm_start={[*points]}"
+
+
 def study(
-    folder: Path, *overrides: str, task: Callable[[DictConfig], Any] = toy.toy
+    folder: Path,
+    *overrides: str,
+    task: Callable[[DictConfig], Any] = toy.toy,
+    conditional: dict[str, Any] | None = None,
 ) -> list[JobReturn]:
     """One start of a study of the toy app."""
     context, config = composed(folder, *STUDY, *overrides)
+    config.hydra.sweeper.conditional = conditional or {}
     sweeper = Plugins.instance().instantiate_sweeper(
         hydra_context=context, task_function=task, config=config
     )
@@ -72,9 +82,10 @@ def journal(folder: Path) -> list[list[str]]:
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait until it is true."""
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str] | None" = None) -> None:
+    """Wait until it is true; `process` must not end before."""
+    deadline = time.monotonic() + 60
     while not condition():
+        assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)

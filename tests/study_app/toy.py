@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ class Config:
     beta: float = 0.0
     gamma: float = 0.0
     act: str = "value"
-    """value, pair, nan, raise, kill, exit."""
+    """value, pair, nans, raise, kill, exit."""
     bad: int = -1
     """The job number that does `act`; the others return a value. -1: all."""
     steps: int = 0
-    """Lines of progress.jsonl; before each it waits for <sweep dir>/go or <sweep dir>/go-<step>."""
+    """Lines of progress.jsonl; before each it waits for <sweep dir>/go, go-<step> or
+    go-<job number>-<step>."""
     run_name: str = "toy_x${x}_${kind}"
 
 
@@ -60,8 +62,7 @@ def toy(cfg: DictConfig) -> Any:
     progress = folder / "progress.jsonl"
     taken = len(progress.read_bytes().splitlines()) if progress.exists() else 0
     for step in range(taken, cfg.steps):
-        while not (sweep / "go").exists() and not (sweep / f"go-{step}").exists():
-            time.sleep(0.01)
+        wait_for_one(sweep / name for name in ("go", f"go-{step}", f"go-{number}-{step}"))
         line = {"step": step + 1, "loss": 1.0, "eval/score": value_of(cfg) * (step + 1) / cfg.steps}
         with progress.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -69,6 +70,26 @@ def toy(cfg: DictConfig) -> Any:
     result = acted(act, value_of(cfg))
     tell(sweep, f"end {number} {os.getpid()}")
     return result
+
+
+def wait_for_one(files: Iterable[Path]) -> None:
+    """Wait until one of them is there."""
+    deadline, names = time.monotonic() + 60, list(files)
+    while not any(name.exists() for name in names):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"none of {names} came")
+        time.sleep(0.01)
+
+
+def more(cfg: DictConfig, trial: Any) -> None:
+    """A custom_search_space."""
+    if trial.params["kind"] == "b":
+        trial.suggest_float("gamma", 5.0, 6.0)
+
+
+def broken(cfg: DictConfig, trial: Any) -> None:
+    """A custom_search_space with a mistake."""
+    trial.params["nothing"]
 
 
 def acted(act: str, value: float) -> Any:
@@ -79,7 +100,7 @@ def acted(act: str, value: float) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
     if act == "exit":
         os._exit(7)
-    return {"value": value, "nan": float("nan"), "pair": (value, 2.0)}[act]
+    return {"value": value, "nans": float("nan"), "pair": (value, 2.0)}[act]
 
 
 @hydra.main(version_base="1.3", config_path=None, config_name="toy")
