@@ -206,6 +206,13 @@ def test_batches_that_fail(tmp_path: Path) -> None:
     assert content(tmp_path)["state"] == "interrupted"
 
 
+def test_jobs_that_go_on_elsewhere(tmp_path: Path) -> None:
+    """A launcher that leaves its jobs running ends the process; nobody says that they ended."""
+    sweep(tmp_path, "hydra/launcher=breaking", "kind=waits", "x=1,2")
+    assert {run["status"] for run in runs(tmp_path).values()} == {"running"}
+    assert content(tmp_path)["state"] == "running"
+
+
 def test_folders_by_job_number(tmp_path: Path) -> None:
     """A job keeps its number, and so its folder, beside jobs that are done."""
     numbered = ["hydra/launcher=breaking", "hydra.sweep.subdir=${hydra:job.num}"]

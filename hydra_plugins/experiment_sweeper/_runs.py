@@ -177,6 +177,8 @@ def carry_out(grid: Grid) -> list[Sequence[JobReturn]]:
         print(_show.table(grid.sweep, list(grid.runs.values())), flush=True)
         print("interrupted; the same command continues", file=sys.stderr, flush=True)
         raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else 143) from None
+    except SystemExit:  # a launcher's: its jobs go on without this process
+        raise
     except BaseException:
         interrupted(grid)
         raise

@@ -1,4 +1,4 @@
-"""Launchers that break, and that remember."""
+"""Launchers that break, leave and remember."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ HERE = "hydra_plugins.odd_launchers.launchers"
 
 
 class Breaking(BasicLauncher):
-    """Breaks where a job raises, and refuses where one dies."""
+    """Breaks where a job raises, refuses where one dies, leaves where one waits."""
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -24,6 +24,8 @@ class Breaking(BasicLauncher):
             raise RuntimeError("a launcher that breaks")
         if "kind=dies" in words:
             raise CompactHydraException("a launcher that refuses")
+        if "kind=waits" in words:
+            raise SystemExit(0)
         return super().launch(job_overrides, initial_job_idx)
 
 
