@@ -66,8 +66,8 @@ def test_both_ends_of_optuna(name: str, tmp_path: Path) -> None:
     assert said.startswith("2.10" if name == "oldest" else "5.")
     (tmp_path / "go").touch()
     options = [
-        "x=interval(0.0,6.0)", "kind=a,b", "steps=2", "act=value,nans,raise", "hydra.sweeper.n_jobs=3",
-        "hydra/sweeper/pruner=median", "hydra.sweeper.direction=maximize",
+        "x=interval(0.0,6.0)", "kind=a,b", "steps=2", "act=value,nans,raise",
+        "hydra.sweeper.n_jobs=3", "hydra/sweeper/pruner=median", "hydra.sweeper.direction=maximize",
         "hydra.sweeper.warm_start=['x=3 act=nans','x=3 act=value','x=3 act=raise']",
     ]  # fmt: skip
     first = study(python, tmp_path, *options, "hydra.sweeper.n_trials=4")
