@@ -70,7 +70,7 @@ def test_ends_come_as_they_happen(
     assert (tmp_path / "end-pair" / ".hydra" / "overrides.yaml").exists()
     session.close()
     printed = capsys.readouterr().err
-    assert "job 0 [+name=end-value" in printed and "raises" in printed
+    assert "job 0 [name=end-value" in printed and "raises" in printed
     assert "without this process" not in printed
 
 

@@ -29,10 +29,10 @@ def open_session(sweep: Path, *overrides: str, total: int = 1) -> Session:
     """What a sweeper gets from the launcher that Hydra has made for it."""
     flags = ["hydra/launcher=modal", f"hydra.sweep.dir={sweep}", "hydra.launcher.poll=0.2"]
     flags += ["hydra.launcher.image.sources=[trial.py]", "hydra.job.name=trial"]
-    flags += ["+hydra.launcher.volumes={/runs:session-runs}", "hydra.sweep.subdir=${name}"]
+    flags += ["hydra.sweep.subdir=${name}"]
     GlobalHydra.instance().clear()
-    hydra = Hydra.create_main_hydra2("trial", create_config_search_path(None))
-    config = hydra.compose_config(None, [*flags, *overrides], run_mode=RunMode.MULTIRUN)
+    hydra = Hydra.create_main_hydra2("trial", create_config_search_path(str(APP / "conf")))
+    config = hydra.compose_config("trial", [*flags, *overrides], run_mode=RunMode.MULTIRUN)
     launcher: Any = Plugins.instance().instantiate_launcher(
         hydra_context=HydraContext(hydra.config_loader, Callbacks(config)),
         task_function=trial.main,
@@ -43,10 +43,8 @@ def open_session(sweep: Path, *overrides: str, total: int = 1) -> Session:
 
 
 def job(name: str, **values: object) -> list[str]:
-    """Overrides of a job, with those that a sweeper hands over for all jobs."""
-    shared = ["+resources.progress_file=/runs/${name}/progress.jsonl"]
-    shared += ["+resources.progress_keys=[score]"]
-    return [f"+name={name}", *(f"+{key}={value}" for key, value in values.items()), *shared]
+    """Overrides of a job."""
+    return [f"name={name}", *(f"{key}={value}" for key, value in values.items())]
 
 
 def said(returned: JobReturn) -> str:
