@@ -256,6 +256,11 @@ def test_interrupted(tmp_path: Path, n_jobs: str, number: signal.Signals) -> Non
     command = ["kind=value,waits", "x=1,2", f"hydra.sweeper.n_jobs={n_jobs}"]
     process = start(tmp_path, *command)
     wait_for(lambda: "waits_x1" in started(tmp_path), process)
+    done = {"value_x1", "value_x2"}
+    wait_for(
+        lambda: {n for n, r in runs(tmp_path).items() if r["status"] == "completed"} == done,
+        process,
+    )
     assert content(tmp_path)["state"] == "running"
     process.send_signal(number)
     printed, errors = process.communicate(timeout=60)
