@@ -14,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 
 from specforge_exp.config import Config, LossConfig, from_omegaconf, locate
 from specforge_exp.config.keys import unknown_key
+from specforge_exp.config.resolvers import output_folder
 from specforge_exp.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,6 +77,16 @@ def test_the_four_losses(name: str) -> None:
 
 def test_glob_finds_four_losses() -> None:
     assert sorted(p.stem for p in (CONF / "loss").glob("*.yaml")) == sorted(LOSSES)
+
+
+def test_a_call_about_a_sweep_makes_no_run_folder(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweeps" / "some"
+    sweep.mkdir(parents=True)
+    folder = str(tmp_path)
+    assert output_folder(folder, "run", None) == str(tmp_path / "run")
+    assert output_folder(folder, "run", str(sweep)) == output_folder(folder, "run", "some")
+    assert output_folder(folder, "run", "some") == str(sweep)
+    assert output_folder(folder, "run", "misspelt") == str(tmp_path / "sweeps")
 
 
 def test_seed_defaults() -> None:

@@ -77,6 +77,15 @@ def when_losses_differ(stage: str, many: str, one: str) -> str:
     return one if stage in MATTERS else many
 
 
+def output_folder(checkpoints: str, run_name: str, sweep: str | None) -> str:
+    """Where Hydra keeps the record of a call: the run's folder, or the one that sweep= names."""
+    if sweep is None:
+        return str(Path(checkpoints) / run_name)
+    sweeps = Path(checkpoints) / "sweeps"
+    folders = (Path(sweep), sweeps / sweep)
+    return str(next((folder for folder in folders if folder.is_dir()), sweeps))
+
+
 def returned(stage: str, objectives: Sequence[str]) -> list[str]:
     """Names of what a stage returns."""
     return {"train": list(objectives), "bench": ["accepted_length"]}.get(stage, [])
@@ -117,7 +126,7 @@ def register() -> None:
     """Make them known to OmegaConf under their own names."""
     functions = (
         folder_name, repository, gpu_count, one_gpu, regen_gpu, both_secrets, prefetched, answers,
-        when_losses_differ, returned, directions, if_done, command,
+        when_losses_differ, output_folder, returned, directions, if_done, command,
     )  # fmt: skip
     for function in functions:
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)
