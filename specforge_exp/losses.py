@@ -6,6 +6,7 @@ q = softmax(z), r = log q - log p.
 
     term        value                               gradient in z
     CE          -sum p~ log q                       q - p~
+    hard CE     -log q(next token)                  q - 1[next token]
     reverse KL  sum q (log q - log p~)              q (r - sum q r)
     hinge H     sum q max(0, r)                     q (r+ + 1[r>0] - H - M), M = sum of q, r > 0
     TV          1 - sum min(p, q)                   q (1[r>0] - M)
@@ -38,6 +39,8 @@ class TeacherRows:
     """log p~, renormalised on the draft's vocabulary; fp32."""
     log_mass_N: Tensor
     """log C; fp32, at most 0."""
+    next_N: Tensor | None = None
+    """The text's own next token, in the draft's vocabulary; needed by hard CE alone."""
 
     def logp_full_ND(self) -> Tensor:
         """log p on the draft's vocabulary, not renormalised."""
@@ -72,6 +75,12 @@ def teacher_rows(logits_ND: Tensor, log_z_N: Tensor, temperature: float = 1.0) -
 def cross_entropy(logq_ND: Tensor, teacher: TeacherRows) -> Tensor:
     """-sum p~ log q per row: the forward KL up to the entropy of p~."""
     return -(teacher.logp_ND.exp() * logq_ND).sum(-1)
+
+
+def hard_cross_entropy(logq_ND: Tensor, teacher: TeacherRows) -> Tensor:
+    """-log q(next token of the text) per row."""
+    assert teacher.next_N is not None, "hard CE needs the text"
+    return -logq_ND.gather(1, teacher.next_N[:, None])[:, 0]
 
 
 def forward_kl(logq_ND: Tensor, teacher: TeacherRows) -> Tensor:
@@ -116,6 +125,7 @@ def lk_lambda(logq_ND: Tensor, teacher: TeacherRows) -> Tensor:
 
 TERMS = {
     "lambda_ce": ("ce", cross_entropy),
+    "lambda_hard": ("hard_ce", hard_cross_entropy),
     "lambda_rkl": ("reverse_kl", reverse_kl),
     "beta": ("hinge", hinge),
     "lambda_tv": ("tv", total_variation),
@@ -172,11 +182,15 @@ def opd_closed(
     logq_ND = logits_ND.sub_(torch.logsumexp(logits_ND, -1, keepdim=True))
     q_ND, target_ND = logq_ND.exp(), teacher.logp_ND.exp()
     values = {"ce": -torch.linalg.vecdot(target_ND, logq_ND)} if "ce" in weights else {}
+    if "hard_ce" in weights:
+        values["hard_ce"] = hard_cross_entropy(logq_ND, teacher)
     alpha_N = torch.minimum(q_ND, target_ND * teacher.log_mass_N.exp()[:, None]).sum(-1)
-    if set(weights) <= {"ce"}:
-        if gradient:
-            share_N1 = weights["ce"][:, None]
-            torch.sub(q_ND, target_ND, out=logits_ND).mul_(share_N1)
+    if len(weights) == 1 and values:
+        if gradient and "ce" in weights:
+            torch.sub(q_ND, target_ND, out=logits_ND).mul_(weights["ce"][:, None])
+        elif gradient:
+            torch.mul(q_ND, weights["hard_ce"][:, None], out=logits_ND)
+            subtract_next(logits_ND, teacher, weights)
         return values | {"alpha": alpha_N}
     r_ND = logq_ND.sub_(teacher.logp_ND)
     below_ND = (r_ND <= teacher.log_mass_N[:, None]).to(q_ND.dtype)
@@ -192,12 +206,20 @@ def opd_closed(
     if gradient:
         b_N, c_N = zeros_and(weights, "reverse_kl"), zeros_and(weights, "hinge")
         d_N = c_N + tv_N
-        a_N = share_N + d_N * low_N
+        a_N = share_N + zeros_and(weights, "hard_ce") + d_N * low_N
         a_N = a_N - b_N * values.get("reverse_kl", 0) - c_N * values.get("hinge", 0)
         r_ND.mul_(b_N[:, None]).add_(a_N[:, None]).addcmul_(excess_ND, c_N[:, None])
         r_ND.addcmul_(below_ND, d_N[:, None], value=-1).mul_(q_ND)
         r_ND.addcmul_(target_ND, share_N[:, None], value=-1)
+        subtract_next(r_ND, teacher, weights)
     return values | {"alpha": alpha_N}
+
+
+def subtract_next(gradient_ND: Tensor, teacher: TeacherRows, weights: dict[str, Tensor]) -> None:
+    """The one entry per row in which the gradient of hard CE is not q."""
+    if "hard_ce" in weights:
+        assert teacher.next_N is not None
+        gradient_ND.scatter_add_(1, teacher.next_N[:, None], -weights["hard_ce"][:, None])
 
 
 def closed_values(

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def random_target() -> Target:
 
 @pytest.fixture(scope="session")
 def tiny_target() -> Target:
-    return load_target(TINY, torch.device("cpu"), feeds=Eagle3.target_layers)
+    return load_target(
+        TINY, torch.device("cpu"), feeds=partial(Eagle3.target_layers, DraftConfig())
+    )
 
 
 @pytest.fixture(scope="session")

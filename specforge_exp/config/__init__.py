@@ -127,7 +127,7 @@ class Config:
         safe_name("sweep_name", self.sweep_name)
         one_of("lr_point", self.lr_point, ("low", "mid", "high"))
         one_of("device", self.device, ("auto", "cpu", "cuda"))
-        check_objectives(self.objectives, self.draft.ttt_length)
+        check_objectives(self.objectives, self.draft.steps)
         if self.lr <= 0:
             raise InputError(f"lr={self.lr} must be above 0")
         for name, minimum in (
@@ -138,10 +138,17 @@ class Config:
             ("seeds", 1),
         ):
             at_least(name, vars(self)[name], minimum)
-        if self.max_length < self.draft.ttt_length + 2:
+        name = "ttt_length" if self.draft.block_size is None else "block_size"
+        if self.max_length < self.draft.steps + 2:
             raise InputError(
                 f"max_length={self.max_length} leaves nothing to learn for "
-                f"draft.ttt_length={self.draft.ttt_length}; it needs ttt_length + 2 tokens"
+                f"draft.{name}={vars(self.draft)[name]}; it needs {self.draft.steps + 2} tokens"
+            )
+        aux, wanted = self.model.aux_layers, self.draft.features
+        if aux is not None and len(aux) != wanted:
+            raise InputError(
+                f"model.aux_layers={aux} names {len(aux)} layers; draft={self.draft.name} is fed "
+                f"by {wanted}"
             )
 
 

@@ -20,7 +20,8 @@ class ModelConfig:
     dtype: str = "auto"
     """Weights in memory: auto (float32 on a CPU, bfloat16 on a GPU), float32 or bfloat16."""
     aux_layers: list[int] | None = None
-    """The three layers (0-based) whose outputs feed the draft; null: 1, N/2-1 and N-4."""
+    """The layers (0-based) whose outputs feed the draft; null: what the draft wants (eagle3: 1,
+    N/2-1 and N-4)."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Passed to the tokenizer's chat template, e.g. enable_thinking: false."""
     gpu: Any = None
@@ -33,8 +34,6 @@ class ModelConfig:
             raise InputError("model=local needs model.path=<folder or hub id>")
         safe_name("model.name", self.name)
         one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        if self.aux_layers is not None and len(self.aux_layers) != 3:
-            raise InputError(f"model.aux_layers={self.aux_layers} must name exactly three layers")
 
 
 @dataclass
@@ -113,6 +112,8 @@ class LossConfig:
     """Short name, part of the run's name."""
     lambda_ce: float = 0.0
     """Weight of the cross-entropy against the target's distribution."""
+    lambda_hard: float = 0.0
+    """Weight of the cross-entropy against the text's own next token."""
     lambda_rkl: float = 0.0
     """Weight of the reverse KL divergence."""
     beta: float = 0.0
@@ -142,8 +143,8 @@ class LossConfig:
 
     def weights(self) -> dict[str, float]:
         """Weight of every term, by the field's name."""
-        names = ("lambda_ce", "lambda_rkl", "beta", "lambda_tv", "lambda_lk_alpha", "lambda_lk")
-        return {name: vars(self)[name] for name in names}
+        names = "lambda_ce lambda_hard lambda_rkl beta lambda_tv lambda_lk_alpha lambda_lk"
+        return {name: vars(self)[name] for name in names.split()}
 
 
 @dataclass
@@ -165,13 +166,42 @@ class DraftConfig:
     supervision: str = "inference"
     """Which (slot, step) pairs train and how they are averaged: inference (the states that exist
     when serving; the mean per step), or a peer's way: specforge, speculators."""
+    block_size: int | None = None
+    """dflash: slots of a block, the token it starts from included; null: no dflash."""
+    num_layers: int = 5
+    """dflash: layers of the draft."""
+    num_features: int = 5
+    """dflash: layers of the target whose states are its context."""
+    num_anchors: int = 512
+    """dflash: blocks drawn in each conversation and epoch, at most."""
+    loss_gamma: float = 7.0
+    """dflash: the label k places after its anchor weighs exp(-(k - 1) / loss_gamma)."""
+    min_loss_tokens: int | None = None
+    """dflash: conversations with fewer supervised tokens are left out; null: twice block_size."""
+    mask_token_id: int | None = None
+    """dflash: the token that stands for masked slots; null: the last of the vocabulary."""
 
     def __post_init__(self) -> None:
         safe_name("draft.name", self.name)
         at_least("draft.draft_vocab_size", self.draft_vocab_size, 1)
         at_least("draft.ttt_length", self.ttt_length, 1)
+        for name in ("num_layers", "num_features", "num_anchors", "min_loss_tokens"):
+            at_least(f"draft.{name}", vars(self)[name], 1)
+        at_least("draft.block_size", self.block_size, 2)
+        if self.loss_gamma <= 0:
+            raise InputError(f"draft.loss_gamma={self.loss_gamma} must be above 0")
         if not 0 < self.ttt_decay <= 1:
             raise InputError(f"draft.ttt_decay={self.ttt_decay} must be in (0, 1]")
         allowed = ("inference", "specforge", "speculators")
         one_of("draft.start", self.start, ("target", "random"))
         one_of("draft.supervision", self.supervision, allowed)
+
+    @property
+    def steps(self) -> int:
+        """Tokens that a row is trained on: unrolled steps, or the masked slots of a block."""
+        return self.ttt_length if self.block_size is None else self.block_size - 1
+
+    @property
+    def features(self) -> int:
+        """Layers of the target that feed it."""
+        return 3 if self.block_size is None else self.num_features

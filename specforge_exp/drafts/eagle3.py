@@ -126,8 +126,15 @@ class Eagle3(nn.Module):
         """Target id of every draft id."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
+    @classmethod
+    def restored(cls, target: Target, cfg: DraftConfig, tensors: dict[str, Tensor]) -> "Eagle3":
+        """The draft of a checkpoint."""
+        draft = cls.new(target, cfg, {name: tensors[name] for name in ("d2t", "t2d")}, 0)
+        draft.load_state_dict(tensors)
+        return draft
+
     @staticmethod
-    def target_layers(layers: int) -> list[int]:
+    def target_layers(cfg: DraftConfig, layers: int) -> list[int]:
         """The layers (0-based) of a target that feed the draft unless model.aux_layers says so.
 
         Raises:

@@ -9,7 +9,7 @@ How the sums of a step are averaged, by `draft.supervision` (`eagle3_chains` say
 
 Steps are summed with ttt_decay**k.
 
-Shape suffixes: T tokens, R rows, K steps, H hidden, A = 3 H, D draft vocabulary, B conversations.
+Shape suffixes: T tokens, R rows, K steps, H hidden, A = 3 H, D draft vocabulary.
 """
 
 from functools import partial
@@ -22,6 +22,8 @@ from specforge_exp.config import DraftConfig, LossConfig
 from specforge_exp.drafts.eagle3_chains import Chains, document_bounds, make_chains, turn_masks
 from specforge_exp.drafts.eagle3_unroll import unroll
 from specforge_exp.drafts.head_loss import Heads, Tally, Weighting, attach, tally
+from specforge_exp.drafts.outcome import by_conversation, reported, step_values
+from specforge_exp.errors import InputError
 from specforge_exp.losses import TERMS, LossFunction, opd
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.objective import Outcome, Sample
@@ -64,8 +66,15 @@ def objective(
     carried = make_chains(cfg.supervision, sample.turns_T, sample.lengths, cfg.ttt_length)
     gradient = torch.is_grad_enabled()
     states = unroll(draft, carried, sample.ids_T, sample.aux_TA)
+    if loss[1].lambda_hard and not bool(draft.t2d.all()):
+        raise InputError(
+            "loss.lambda_hard compares with the text, whose tokens the draft must all know: "
+            "it needs draft.draft_vocab_size=null"
+        )
+    draft_id_V = draft.t2d.cumsum(0) - 1
+    next_T = draft_id_V[torch.cat([sample.ids_T[1:], sample.ids_T[:1]])].clamp(min=0)
     heads = Heads(
-        draft.norm, draft.lm_head.weight, draft.draft_ids_D, target_head_VH, sample.last_TH
+        draft.norm, draft.lm_head.weight, draft.draft_ids_D, target_head_VH, sample.last_TH, next_T
     )
     weigh = partial(weighting, loss, cfg, window_K.to(sample.ids_T.device))
     if cfg.supervision == "specforge" and (loss[1].lambda_lk or loss[1].lambda_lk_alpha):
@@ -157,44 +166,3 @@ def specforge_weighting(
             terms["lk_alpha"] = cfg.lambda_lk_alpha * share_K
     terms = {name: weight_K.float() for name, weight_K in terms.items()}
     return Weighting(terms, each_K.float(), None, cfg.temperature, floor=1e-8, drop_unknown=True)
-
-
-def step_values(found: Tally, measured: Weighting) -> Tensor:
-    """The loss of each step, decay included, from the sums; [K] fp32."""
-    total_K = torch.zeros_like(measured.scale_K)
-    if measured.function is not None:
-        return total_K + measured.scale_K * found.sums.get("loss", 0)
-    for name, weight_K in measured.terms.items():
-        total_K = total_K + weight_K * found.sums.get(name, 0)
-    return total_K
-
-
-def reported(found: Tally) -> dict[str, Tensor]:
-    """Sums for the metrics: values, rows, and the simulated accepted length.
-
-    The length is 1 + sum_k prod_{j<=k} alpha_j over slots supervised at every step: the mean of
-    products, bonus token included, is what sampling from the draft would earn.
-    """
-    sums = {name: value for name, value in found.sums.items() if name != "loss"}
-    for name in ("alpha", "top1"):
-        sums.setdefault(name, torch.zeros(len(found.alpha_KR), device=found.alpha_KR.device))
-    sums["rows"] = found.counted_KR.sum(1)
-    length_R, everywhere_R = simulated_lengths(found)
-    sums["length"] = (length_R * everywhere_R).sum()
-    sums["length_slots"] = everywhere_R.sum()
-    return sums
-
-
-def simulated_lengths(found: Tally) -> tuple[Tensor, Tensor]:
-    """The simulated accepted length of every row, and whether it is supervised at every step."""
-    return 1 + found.alpha_KR.cumprod(0).sum(0), found.counted_KR.all(0)
-
-
-def by_conversation(found: Tally, carried: Chains, lengths: list[int]) -> Tensor:
-    """What `simulated_length` is the quotient of, summed over each conversation; [B, 2] float64."""
-    length_R, everywhere_R = simulated_lengths(found)
-    end_B = torch.tensor(lengths, device=length_R.device).cumsum(0)
-    conversation_R = torch.bucketize(carried.slot_R[: len(length_R)], end_B, right=True)
-    both_R2 = torch.stack([length_R, torch.ones_like(length_R)], 1) * everywhere_R[:, None]
-    found_B2 = torch.zeros(len(lengths), 2, dtype=torch.float64, device=length_R.device)
-    return found_B2.index_add_(0, conversation_R, both_R2.double())

@@ -10,7 +10,7 @@ step 0, K steps, H hidden, D draft vocabulary, V target vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,8 @@ class Heads:
     target_VH: Tensor
     last_TH: Tensor
     """The target's post-norm last hidden states."""
+    next_T: Tensor
+    """The token after each position, in the draft's vocabulary (any where it has none)."""
 
 
 @dataclass
@@ -180,8 +182,9 @@ def visit(
     size = max(1, BLOCK[logits_ND.device.type] // logits_ND.shape[1])
     for block in range(0, len(listed_N), size):
         part = slice(block, block + size)
+        next_N = heads.next_T[rows.position_P[rows.at_Q[listed_N[part]]]]
         values = visit_block(
-            logits_ND[part], teacher, at_N[part], weighting, (step_N[part], gradient)
+            logits_ND[part], teacher, at_N[part], weighting, (step_N[part], next_N, gradient)
         )
         result.alpha_KR[step_N[part], rows.row_Q[listed_N[part]]] = values["alpha"]
         for name, value_N in values.items():
@@ -203,10 +206,10 @@ def visit_block(
     teacher: Teacher,
     at_N: Tensor,
     weighting: Weighting,
-    how: tuple[Tensor, bool],
+    how: tuple[Tensor, Tensor, bool],
 ) -> dict[str, Tensor]:
     """Values per row; the logits become their gradient."""
-    step_N, gradient = how
+    step_N, next_N, gradient = how
     best_N = teacher.best_P[at_N]
     top_N = logits_ND.gather(1, best_N[:, None])[:, 0] >= logits_ND.amax(-1)
     measured = {"top1": (top_N & teacher.known_P[at_N]).float()}
@@ -214,9 +217,9 @@ def visit_block(
     if scaled or weighting.local or weighting.function is not None:
         logq_ND = torch.log_softmax(logits_ND, -1)
         measured["alpha"] = acceptance_rate(logq_ND, teacher.plain_rows(at_N))
-    target = teacher.rows(at_N)
+    target = replace(teacher.rows(at_N), next_N=next_N)
     if weighting.local:
-        target = TeacherRows(target.logp_ND, torch.zeros_like(target.log_mass_N))
+        target = replace(target, log_mass_N=torch.zeros_like(target.log_mass_N))
     if weighting.function is not None:
         return differentiate(weighting, logits_ND, target, step_N, gradient) | measured
     if scaled:

@@ -6,6 +6,7 @@ Every prompt is answered twice in turn, with the draft and by the target alone.
 
 import logging
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def measure(cfg: Config) -> dict[str, Any]:
     device = set_up_torch(cfg)
     tokenizer = load_tokenizer(cfg.model)
     kind = locate(cfg.draft._target_)
-    target = load_target(cfg.model, device, cfg.bench.dtype, feeds=kind.target_layers)
+    feeds = partial(kind.target_layers, cfg.draft)
+    target = load_target(cfg.model, device, cfg.bench.dtype, feeds=feeds)
     draft = kind.load(paths.export_dir(cfg), target).to(device, DTYPES[cfg.bench.dtype])
     known = training_answers(cfg)
     decoding = Decoding(

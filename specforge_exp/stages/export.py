@@ -5,6 +5,7 @@ compared with the trained draft before it says done.
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,13 @@ def export(cfg: Config) -> Path:
         return folder
     device = set_up_torch(cfg)
     kind = locate(cfg.draft._target_)
-    target = load_target(cfg.model, device, cfg.model.dtype, feeds=kind.target_layers)
-    mapping = {name: checkpoint.draft[name] for name in ("d2t", "t2d")}
-    draft = kind.new(target, cfg.draft, mapping, cfg.seed)
-    draft.load_state_dict(checkpoint.draft)
-    draft.to(device)
+    feeds = partial(kind.target_layers, cfg.draft)
+    target = load_target(cfg.model, device, cfg.model.dtype, feeds=feeds)
+    draft = kind.restored(target, cfg.draft, checkpoint.draft).to(device)
     dtype = DTYPES[cfg.export.dtype]
-    with writing(folder, fingerprint, cfg) as partial:
-        draft.write(partial, target, cfg.model.path, dtype)
-        agreement = compare(cfg, draft, kind.load(partial, target).to(device), target, dtype)
+    with writing(folder, fingerprint, cfg) as unfinished:
+        draft.write(unfinished, target, cfg.model.path, dtype)
+        agreement = compare(cfg, draft, kind.load(unfinished, target).to(device), target, dtype)
     log.info(
         "export: complete: %s: step %d, reloaded with equal logits; rounding to %s keeps %.2f %% "
         "of the draft's choices", folder, checkpoint.step, cfg.export.dtype, 100 * agreement,

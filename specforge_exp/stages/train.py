@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ def train(cfg: Config) -> float | tuple[float, ...]:
         )
     processes = run.ranks.world if cfg.target.shard else 1
     kind = locate(cfg.draft._target_)
-    target = load_target(cfg.model, device, cfg.model.dtype, processes, kind.target_layers)
+    target = load_target(
+        cfg.model, device, cfg.model.dtype, processes, partial(kind.target_layers, cfg.draft)
+    )
     mapping = torch.load(tokens / "vocab_mapping.pt", weights_only=True)
     draft = kind.new(target, cfg.draft, mapping, cfg.seed).to(device)
     draft.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -1,0 +1,105 @@
+"""Attention of a DFlash layer: a block sees the context before its anchor, and itself.
+
+The slots of a block see the keys of their conversation strictly before the anchor, whose own state
+does not exist when serving, and all slots of their own block, whatever their order. The two parts
+are merged by their log-sum-exp; scores of the context exist for some rows at a time and are
+computed again in the backward pass.
+
+Shape suffixes: R blocks, S slots of a block, Q = R * S rows, T positions, N query heads, M
+key-value heads, G = N / M, E head size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from specforge_exp.attention import Visible, shared_backward, shared_forward
+
+
+def by_block(x_QMGE: Tensor, slots: int) -> Tensor:
+    """[Q, M, G, E] -> [R, M, S * G, E]."""
+    blocks: Tensor = x_QMGE.unflatten(0, (-1, slots)).transpose(1, 2).flatten(2, 3)
+    return blocks
+
+
+def by_row(x_RMXE: Tensor, slots: int) -> Tensor:
+    """Undo `by_block`."""
+    rows: Tensor = x_RMXE.unflatten(2, (slots, -1)).transpose(1, 2).flatten(0, 1)
+    return rows
+
+
+def own_scores(q_RMXE: Tensor, k_QME: Tensor, slots: int) -> Tensor:
+    """Scores [R, M, S * G, S] in fp32 of a block's slots with each other."""
+    return (q_RMXE @ own(k_QME, slots).transpose(2, 3)).float()
+
+
+def own(x_QME: Tensor, slots: int) -> Tensor:
+    """[Q, M, E] -> [R, M, S, E]."""
+    blocks: Tensor = x_QME.unflatten(0, (-1, slots)).transpose(1, 2)
+    return blocks
+
+
+class _BlockAttention(Function):
+    @staticmethod
+    def forward(ctx: Any, seen: Visible, slots: int, q_QNE: Tensor, *keys: Tensor) -> Tensor:
+        k_TME, v_TME, k_QME, v_QME = keys
+        M, E = k_TME.shape[1:]
+        q_QMGE = q_QNE.unflatten(1, (M, -1)) * E**-0.5
+        out_QMGE, lse_QMG1 = shared_forward(seen, q_QMGE, k_TME, v_TME)
+        scores = own_scores(by_block(q_QMGE, slots), k_QME, slots)
+        own_lse_QMG1 = by_row(torch.logsumexp(scores, -1, keepdim=True), slots)
+        merged_QMG1 = torch.logaddexp(lse_QMG1, own_lse_QMG1)
+        weights = scores.sub_(by_block(merged_QMG1, slots)).exp_().to(v_QME.dtype)
+        out_QMGE.mul_((lse_QMG1 - merged_QMG1).exp())
+        out_QMGE += by_row(weights @ own(v_QME, slots), slots)
+        out_QNE = out_QMGE.flatten(1, 2)
+        ctx.save_for_backward(q_QNE, *keys, out_QNE, merged_QMG1)
+        ctx.seen, ctx.slots = seen, slots
+        return out_QNE
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        q_QNE, k_TME, v_TME, k_QME, v_QME, out_QNE, lse_QMG1 = ctx.saved_tensors
+        slots: int = ctx.slots
+        M, E = k_TME.shape[1:]
+        q_QMGE = q_QNE.unflatten(1, (M, -1)) * E**-0.5
+        outer_QMGE = outer[0].unflatten(1, (M, -1))
+        out_QMGE = out_QNE.unflatten(1, (M, -1))
+        delta_QMG1 = (outer_QMGE.float() * out_QMGE.float()).sum(-1, keepdim=True)
+        dq_QMGE, dk_TME, dv_TME = shared_backward(
+            ctx.seen, (q_QMGE, k_TME, v_TME), outer_QMGE, lse_QMG1, delta_QMG1
+        )
+        q_RMXE, outer_RMXE = by_block(q_QMGE, slots), by_block(outer_QMGE, slots)
+        weights = own_scores(q_RMXE, k_QME, slots).sub_(by_block(lse_QMG1, slots)).exp_()
+        dv_RMSE = weights.to(outer_RMXE.dtype).transpose(2, 3) @ outer_RMXE
+        inner = (outer_RMXE @ own(v_QME, slots).transpose(2, 3)).float()
+        slope = weights.mul_(inner.sub_(by_block(delta_QMG1, slots))).to(q_QNE.dtype)
+        dq_QMGE += by_row(slope @ own(k_QME, slots), slots)
+        dk_RMSE = slope.transpose(2, 3) @ q_RMXE
+        dk_QME, dv_QME = (x.transpose(1, 2).flatten(0, 1) for x in (dk_RMSE, dv_RMSE))
+        return None, None, dq_QMGE.mul_(E**-0.5).flatten(1, 2), dk_TME, dv_TME, dk_QME, dv_QME
+
+
+def block_attention(
+    seen: Visible,
+    q_QNE: Tensor,
+    context: tuple[Tensor, Tensor],
+    block: tuple[Tensor, Tensor],
+    slots: int,
+) -> Tensor:
+    """Attention of one layer.
+
+    Args:
+        seen: what the rows see of the context: up to the position before their anchor.
+        q_QNE: rotated queries, the slots of a block one after the other.
+        context: rotated keys and values of all positions, [T, M, E] each.
+        block: rotated keys and values of the rows themselves, [Q, M, E] each.
+        slots: rows of a block.
+
+    Returns:
+        [Q, N, E].
+    """
+    out: Tensor = _BlockAttention.apply(seen, slots, q_QNE, *context, *block)
+    return out
