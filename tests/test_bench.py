@@ -131,7 +131,7 @@ def test_bench_measures_once(
     assert result["average"] == average == figures["accepted_length"] >= 1
     low, high = figures["accepted_length_ci95"]
     assert low <= figures["accepted_length"] <= high
-    assert len(figures["acceptance_by_position"]) == cfg.bench.chain_length
+    assert len(figures["acceptance_by_position"]) == cfg.chain_length
     assert "lossless" in capsys.readouterr().out
     stamp = file.stat().st_mtime_ns
     assert bench(cfg) == average

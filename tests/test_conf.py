@@ -109,7 +109,7 @@ def test_seed_defaults() -> None:
         ("max_length=5", "draft.ttt_length=7"),
         ("data.split_eval=1.5", "data.split_eval"),
         ("run_name=a/b", "run_name"),
-        ("model.aux_layers=[1]", "three layers"),
+        ("model.aux_layers=[1]", "draft=eagle3 is fed by 3"),
         ("loss.lambda_ce=0", "at least one loss weight"),
     ],
 )

@@ -127,6 +127,12 @@ class Config:
         safe_name("sweep_name", self.sweep_name)
         one_of("lr_point", self.lr_point, ("low", "mid", "high"))
         one_of("device", self.device, ("auto", "cpu", "cuda"))
+        block = self.draft.block_size
+        if block and self.chain_length >= block:
+            raise InputError(
+                f"bench.chain_length={self.bench.chain_length} must be below draft.block_size="
+                f"{block}: a block starts with a token that is there already"
+            )
         check_objectives(self.objectives, self.draft.steps)
         if self.lr <= 0:
             raise InputError(f"lr={self.lr} must be above 0")
@@ -150,6 +156,12 @@ class Config:
                 f"model.aux_layers={aux} names {len(aux)} layers; draft={self.draft.name} is fed "
                 f"by {wanted}"
             )
+
+    @property
+    def chain_length(self) -> int:
+        """Tokens that bench drafts per verification."""
+        block = self.draft.block_size
+        return self.bench.chain_length or (block - 1 if block else 5)
 
 
 def schema() -> type[Config]:

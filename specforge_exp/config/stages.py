@@ -300,8 +300,8 @@ class BenchConfig:
 
     datasets: dict[str, Source] = field(default_factory=dict)
     """The prompts, by data set; empty: the run's held-out conversations."""
-    chain_length: int = 5
-    """Tokens drafted per verification."""
+    chain_length: int | None = None
+    """Tokens drafted per verification; null: 5, or a whole block where draft.block_size is set."""
     max_tokens: int = 64
     """Most new tokens of one answer."""
     temperature: float = 0.0

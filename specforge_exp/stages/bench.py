@@ -46,6 +46,7 @@ def bench(cfg: Config) -> float:
     }
     options = asdict(cfg.bench)
     del options["force"]
+    options["chain_length"] = cfg.chain_length
     settings = {**options, "seed": cfg.seed, "max_length": cfg.max_length}
     fingerprint = Fingerprint(inputs, settings)
     if reusable(file, fingerprint, cfg.bench.force, "bench"):
@@ -69,7 +70,7 @@ def measure(cfg: Config) -> dict[str, Any]:
     known = training_answers(cfg)
     decoding = Decoding(
         max_tokens=cfg.bench.max_tokens,
-        chain_length=cfg.bench.chain_length,
+        chain_length=cfg.chain_length,
         temperature=cfg.bench.temperature,
         eos=frozenset(eos_token_ids(cfg.model.path, tokenizer)),
     )
@@ -87,7 +88,7 @@ def measure(cfg: Config) -> dict[str, Any]:
             prompts.append(ids)
         requests = answer_all(name, prompts, target, draft, decoding, known)
         greedy = cfg.bench.temperature == 0
-        found[name] = summarise(requests, cfg.bench.chain_length, cfg.bench.bootstrap, greedy)
+        found[name] = summarise(requests, cfg.chain_length, cfg.bench.bootstrap, greedy)
     average = sum(d["accepted_length"] for d in found.values()) / len(found)
     run = paths.export_dir(cfg)
     return {"target": cfg.model.path, "draft": str(run), "datasets": found, "average": average}
