@@ -21,8 +21,9 @@ def tokens_dir(cfg: Config) -> Path:
 
 
 def features_dir(cfg: Config) -> Path:
-    """Folder of the target's hidden states that target.cache=disk writes."""
-    return Path(cfg.paths.datasets) / f"{cfg.data.name}--{cfg.model.name}.features"
+    """Folder of the target's hidden states that target.cache=disk writes: drafts want others."""
+    name = f"{cfg.data.name}--{cfg.model.name}.{cfg.draft.name}.features"
+    return Path(cfg.paths.datasets) / name
 
 
 def run_dir(cfg: Config) -> Path:
