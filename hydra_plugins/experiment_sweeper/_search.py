@@ -248,7 +248,9 @@ def catch_up(one: Search) -> None:
 def run_of(one: Search, job: Job, params: dict[str, Any]) -> Run:
     """A trial's entry in sweep.json."""
     run = Run(job.number, _jobs.subdir(job), job.overrides)
-    run.command = _record.run_command(job.overrides, one.hydra)
+    group = one.options.search_group if one.hydra is not None else None
+    alone = [each for each in job.overrides if key_of(each) != group]
+    run.command = _record.run_command(alone, one.hydra)
     run.digest, run.record = _jobs.digest(job, []), _jobs.record(job)
     run.params = dict(params)
     return run

@@ -64,6 +64,8 @@ class OptunaAsyncConf:
     name_key: str | None = None
     """The key that names a run; each trial adds _trial<number> to it. null: hydra.sweep.subdir has
     to depend on ${hydra.job.num}."""
+    search_group: str | None = None
+    """The config group that chooses a search; with -m a run's own command leaves it out."""
     record: dict[str, Any] = field(default_factory=dict)
     """Kept in sweep.json with every run, resolved in its configuration."""
     report: str | None = None
