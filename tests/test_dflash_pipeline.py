@@ -80,6 +80,13 @@ def test_train_export_bench(run: Config, tiny_target: Target) -> None:
         DFlash.load(folder, Target(tiny_target.model, [0, 1, 2]))
 
 
+def test_options_of_the_other_draft_do_not_matter(run: Config) -> None:
+    train(run)
+    train(replace(run, draft=replace(DRAFT, ttt_length=2)))
+    with pytest.raises(InputError, match=r"draft\.loss_gamma was 4\.0, now 3\.0"):
+        train(replace(run, draft=replace(DRAFT, loss_gamma=3.0)))
+
+
 def test_interrupted_training_goes_on(run: Config) -> None:
     """The anchors of a step depend on seed, epoch and conversation, not on what was before."""
     run.trainer = replace(run.trainer, log_every=1, save_every=2)

@@ -73,7 +73,7 @@ def test_names_are_the_choices() -> None:
     folder = f"artifacts/checkpoints/sweeps/qwen3_8b_sharegpt_eagle3/train/{base}_lr3e-05"
     assert runs[0][3] == folder
     names = [run[2] for run in planned("experiment=quickstart_ablations", "loss=mixed")]
-    assert names == [f"quickstart_mixed_lr{lr}" for lr in ("0.001", "0.002", "0.004")]
+    assert names == [f"quickstart_mixed_lr{lr}" for lr in ("0.004", "0.008", "0.016")]
 
 
 def test_names_never_meet_and_stay() -> None:

@@ -196,6 +196,14 @@ class DraftConfig:
         one_of("draft.start", self.start, ("target", "random"))
         one_of("draft.supervision", self.supervision, allowed)
 
+    def matters(self) -> dict[str, Any]:
+        """The fields that this draft's training depends on: not those of another architecture."""
+        eagle3 = {"ttt_length", "ttt_decay", "supervision", "draft_vocab_size"}
+        dflash = {"block_size", "num_layers", "num_features", "num_anchors", "loss_gamma"}
+        dflash |= {"min_loss_tokens", "mask_token_id"}
+        others = dflash if self.block_size is None else eagle3
+        return {name: value for name, value in vars(self).items() if name not in others}
+
     @property
     def steps(self) -> int:
         """Tokens that a row is trained on: unrolled steps, or the masked slots of a block."""

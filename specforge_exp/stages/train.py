@@ -180,8 +180,9 @@ def fingerprint_of(cfg: Config, tokens: Path) -> Fingerprint:
         "log_every", "eval_every", "save_every", "keep_last", "keep_best", "resume",
         "gpus", "shard", "pack_tokens", "gradient_checkpointing",
     )  # fmt: skip
-    for group, node in (("draft", cfg.draft), ("loss", cfg.loss), ("trainer", cfg.trainer)):
-        for key, value in asdict(node).items():
+    groups = {"loss": asdict(cfg.loss), "trainer": asdict(cfg.trainer)}
+    for group, node in {"draft": cfg.draft.matters(), **groups}.items():
+        for key, value in node.items():
             if not (key in quiet or key == "lrs"):
                 settings[f"{group}.{key}"] = value
     settings["model.aux_layers"] = cfg.model.aux_layers
