@@ -49,10 +49,11 @@ def grid(losses: tuple[str, ...] = LOSSES, seeds: int = 1, **options: Any) -> li
     for place, loss in enumerate(losses):
         for point, lr in enumerate(RATES.get(loss, (3e-5, 5e-5, 1e-4))):
             for seed in range(seeds):
-                name = f"tiny_quickstart_eagle3_{loss}_lr{lr:g}" + (
-                    f"_seed{seed}" if seeds > 1 else ""
-                )
-                overrides = [f"loss={loss}", f"lr={lr:g}"] + ([f"seed={seed}"] if seeds > 1 else [])
+                name = f"tiny_quickstart_eagle3_{loss}_lr{lr:g}"
+                overrides = [f"loss={loss}", f"lr={lr:g}"]
+                if seed:  # as the sweeper repeats a run that an earlier command has made
+                    name += f"_seed{seed}"
+                    overrides += [f"seeds={seeds}", f"seed={seed}", f"run_name={name}"]
                 noise = np.random.default_rng((place, point, seed)).normal(0, 0.01)
                 tau = 3.25 + GAIN.get(loss, 0.0) + 0.05 * point * (1.2 - point) + noise
                 record = {"loss": loss, "lr": lr, "seed": seed}

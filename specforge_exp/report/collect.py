@@ -24,6 +24,8 @@ SHOWN = re.compile(r"(eval/)?(loss|simulated_length|alpha/\d+)")
 """Metrics that the page draws over steps."""
 NOT_CHOSEN = {"run_dir", "run_name", "usd_per_hour", "gpus"}
 """Keys of a run's record that describe where and on what it ran, not what was tried."""
+NOT_TRIED = re.compile(r"seeds|run_name|sweep(_name)?|lr_point|(report|tracker|resources)([./].*)?")
+"""Overrides that change no number, or only say where others come from."""
 LOWER_IS_BETTER = re.compile(
     r"loss|ce|reverse_kl|hinge|tv|lk_\w+|gpu_hours|usd|cost|seconds|hours|.*_mb|.*memory.*|data_wait"
 )
@@ -207,7 +209,8 @@ def listed_run(raw: dict[str, Any], label: str, objectives: list[str], script: s
     choices = {key: value for key, value in record.items() if key not in NOT_CHOSEN}
     for override in overrides:
         key, _, text = override.lstrip("+~").partition("=")
-        choices.setdefault(key, parsed(text))
+        if not NOT_TRIED.fullmatch(key):
+            choices.setdefault(key, parsed(text))
     value = raw.get("value")
     values = value if isinstance(value, list) else [value]
     found = {name: number(one) for name, one in zip(objectives, values, strict=False)}
