@@ -21,19 +21,19 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from specforge_exp.attention import Visible, rotate, visible
-from specforge_exp.config import DraftConfig, LossConfig
+from specforge_exp.config import DraftConfig
 from specforge_exp.drafts.dflash_attention import block_attention
 from specforge_exp.drafts.dflash_blocks import Blocks, denominators
 from specforge_exp.drafts.dflash_decoder import DFlashDecoder
 from specforge_exp.drafts.dflash_export import load_export, write_export
 from specforge_exp.drafts.dflash_training import objective
+from specforge_exp.drafts.draft import MLP, Draft
 from specforge_exp.errors import InputError
-from specforge_exp.layers import RMSNorm, gradient_of, linear, norm_linear, swiglu_down
-from specforge_exp.losses import LossFunction
+from specforge_exp.layers import RMSNorm, linear, norm_linear, swiglu_down
 from specforge_exp.sharding import whole
 from specforge_exp.target import Target
 from specforge_exp.training.batches import Batch
-from specforge_exp.training.objective import Outcome, Sample
+from specforge_exp.training.objective import Outcome
 
 
 class Attention(nn.Module):
@@ -51,17 +51,6 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(E, config.rms_norm_eps)
 
 
-class MLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: Qwen3Config) -> None:
-        super().__init__()
-        H, size = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(H, size, bias=False)
-        self.up_proj = nn.Linear(H, size, bias=False)
-        self.down_proj = nn.Linear(size, H, bias=False)
-
-
 class Layer(nn.Module):
     """One decoder layer of Qwen3's shapes."""
 
@@ -69,7 +58,7 @@ class Layer(nn.Module):
         super().__init__()
         H, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(config)
-        self.mlp = MLP(config)
+        self.mlp = MLP(H, config.intermediate_size)
         self.input_layernorm = RMSNorm(H, eps)
         self.post_attention_layernorm = RMSNorm(H, eps)
 
@@ -81,7 +70,7 @@ class Angles(NamedTuple):
     sin: Tensor
 
 
-class DFlash(nn.Module):
+class DFlash(Draft):
     """A DFlash draft. Parameter names are those of the files that SGLang loads.
 
     Args:
@@ -102,8 +91,6 @@ class DFlash(nn.Module):
         self.layers: Any = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(H, config.rms_norm_eps)
         self.rotary = Qwen3RotaryEmbedding(config)
-        self.gradient_checkpointing = False
-        self.compute_dtype = torch.float32  # of training; weights and their gradients stay fp32
         self.register_buffer("embed_VH", embed_VH, persistent=False)
         self.register_buffer("head_VH", head_VH, persistent=False)
 
@@ -168,27 +155,9 @@ class DFlash(nn.Module):
         """See `dflash_blocks.denominators`."""
         return denominators(cfg, batch)
 
-    def objective(
-        self,
-        sample: Sample,
-        target_head_VH: Tensor,
-        loss: tuple[LossFunction, LossConfig],
-        cfg: DraftConfig,
-        window_K: Tensor,
-    ) -> Outcome:
+    def objective(self, *arguments: Any) -> Outcome:
         """See `dflash_training.objective`."""
-        return objective(self, sample, target_head_VH, loss, cfg, window_K)
-
-    def forward(self, *arguments: Any) -> tuple[Tensor, Outcome]:
-        """`objective`, called as a module so that the hooks of a sharding run; (loss, outcome).
-
-        Gradients exist from the start: what is added to them must be the same tensors everywhere.
-        """
-        if torch.is_grad_enabled():
-            for weight in self.parameters():
-                gradient_of(weight)
-        outcome = self.objective(*arguments)
-        return outcome.loss, outcome
+        return objective(self, *arguments)
 
     def decoder(self) -> DFlashDecoder:
         """A decoder for one request."""

@@ -92,9 +92,7 @@ class DFlashDecoder:
             )
             out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
             state_SH = state_SH + attn.o_proj(out[0].transpose(0, 1).flatten(1))
-            mlp, normed_SH = layer.mlp, layer.post_attention_layernorm(state_SH)
-            inner = F.silu(mlp.gate_proj(normed_SH)) * mlp.up_proj(normed_SH)
-            state_SH = state_SH + mlp.down_proj(inner)
+            state_SH = state_SH + layer.mlp(layer.post_attention_layernorm(state_SH))
         normed = draft.norm(state_SH[1:])
         logits = list(F.linear(normed, draft.head_VH.to(normed.dtype)).float())
         return [choose(logits_V) for logits_V in logits], logits

@@ -18,7 +18,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specforge_exp.attention import rotate
-from specforge_exp.config import DraftConfig, LossConfig
+from specforge_exp.config import DraftConfig
+from specforge_exp.drafts.draft import MLP, Draft
 from specforge_exp.drafts.eagle3_chains import make_chains
 from specforge_exp.drafts.eagle3_decoder import Eagle3Decoder
 from specforge_exp.drafts.eagle3_export import load_export, write_export
@@ -26,11 +27,10 @@ from specforge_exp.drafts.eagle3_training import denominators, objective
 from specforge_exp.drafts.eagle3_unroll import unroll
 from specforge_exp.drafts.vocabulary import check_mapping
 from specforge_exp.errors import InputError
-from specforge_exp.layers import RMSNorm, gradient_of
-from specforge_exp.losses import LossFunction
+from specforge_exp.layers import RMSNorm
 from specforge_exp.target import Target
 from specforge_exp.training.batches import Batch
-from specforge_exp.training.objective import Outcome, Sample
+from specforge_exp.training.objective import Outcome
 
 
 class Attention(nn.Module):
@@ -46,22 +46,6 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(N * E, H, bias=False)
 
 
-class MLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        H, size = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(H, size, bias=False)
-        self.up_proj = nn.Linear(H, size, bias=False)
-        self.down_proj = nn.Linear(size, H, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., H] -> [..., H]."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
-
-
 class Midlayer(nn.Module):
     """The one decoder layer; input_layernorm is the embedding's, hidden_norm the state's."""
 
@@ -69,13 +53,13 @@ class Midlayer(nn.Module):
         super().__init__()
         H, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(config)
-        self.mlp = MLP(config)
+        self.mlp = MLP(H, config.intermediate_size)
         self.input_layernorm = RMSNorm(H, eps)
         self.hidden_norm = RMSNorm(H, eps)
         self.post_attention_layernorm = RMSNorm(H, eps)
 
 
-class Eagle3(nn.Module):
+class Eagle3(Draft):
     """An EAGLE-3 draft. Parameter names are those of the files that SGLang and vLLM load.
 
     Args:
@@ -98,8 +82,6 @@ class Eagle3(nn.Module):
         self.norm = RMSNorm(H, config.rms_norm_eps)
         self.lm_head = nn.Linear(H, config.draft_vocab_size, bias=False)
         self.rotary = LlamaRotaryEmbedding(config)
-        self.gradient_checkpointing = False
-        self.compute_dtype = torch.float32  # of training; weights and their gradients stay fp32
         check_mapping(d2t, t2d)
         self.register_buffer("d2t", d2t)
         self.register_buffer("t2d", t2d)
@@ -172,27 +154,9 @@ class Eagle3(nn.Module):
         """See `eagle3_training.denominators`."""
         return denominators(cfg, batch)
 
-    def objective(
-        self,
-        sample: Sample,
-        target_head_VH: Tensor,
-        loss: tuple[LossFunction, LossConfig],
-        cfg: DraftConfig,
-        window_K: Tensor,
-    ) -> Outcome:
+    def objective(self, *arguments: Any) -> Outcome:
         """See `eagle3_training.objective`."""
-        return objective(self, sample, target_head_VH, loss, cfg, window_K)
-
-    def forward(self, *arguments: Any) -> tuple[Tensor, Outcome]:
-        """`objective`, called as a module so that the hooks of a sharding run; (loss, outcome).
-
-        Gradients exist from the start: what is added to them must be the same tensors everywhere.
-        """
-        if torch.is_grad_enabled():
-            for weight in self.parameters():
-                gradient_of(weight)
-        outcome = self.objective(*arguments)
-        return outcome.loss, outcome
+        return objective(self, *arguments)
 
     def decoder(self) -> Eagle3Decoder:
         """A decoder for one request."""
