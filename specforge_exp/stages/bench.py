@@ -5,7 +5,9 @@ Every prompt is answered twice in turn, with the draft and by the target alone.
 """
 
 import logging
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -15,12 +17,14 @@ from tqdm import tqdm
 from specforge_exp import paths
 from specforge_exp.acceptance import Request, overlap, summarise, training_ngrams
 from specforge_exp.artifacts import Fingerprint, disk_errors, read_record, require, reusable
-from specforge_exp.chat import eos_token_ids, prompt_ids
+from specforge_exp.bench_sets import bench_sets
+from specforge_exp.bench_table import table
+from specforge_exp.chat import Message, eos_token_ids, prompt_ids
 from specforge_exp.config import Config, locate
-from specforge_exp.conversations import prompt_of, read_jsonl
+from specforge_exp.conversations import asks_of
 from specforge_exp.errors import InputError
 from specforge_exp.provenance import describe, model_digest, sha256, write_json
-from specforge_exp.sources import load
+from specforge_exp.published import same_setting
 from specforge_exp.speculative import Decoding, generate, speculate
 from specforge_exp.target import (
     DTYPES,
@@ -55,43 +59,86 @@ def bench(cfg: Config) -> float:
         result = describe(cfg, inputs, settings) | measure(cfg)
         with disk_errors(file):
             write_json(file, result)
-    print(table(result))
+    print(table(result, same_setting(result)))
     return float(result["average"])
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What answers prompts, with a draft and without."""
+
+    target: Target
+    draft: Any
+    decoding: Decoding
+    known: torch.Tensor | None
+    """Keys of the training answers' 8-grams; None: not known."""
+    encode: Callable[[list[Message]], list[int]]
+    """The prompt of a conversation so far."""
+    decode: Callable[[list[int]], str]
+    """The text of an answer."""
+    room: int
+    """Tokens of a prompt, at most."""
 
 
 def measure(cfg: Config) -> dict[str, Any]:
     """Answer all prompts and summarise; the parts of bench.json that are results."""
+    own = cfg.bench
+    sets = bench_sets(cfg)
+    setup = set_up(cfg)
+    found: dict[str, Any] = {}
+    left_out: Counter[str] = Counter()
+    limit = f"max_length={setup.room + own.max_tokens} with bench.max_tokens={own.max_tokens}"
+    for name, records in sets.records.items():
+        asks = [asks_of(record)[: 1 if own.turns == "first" else None] for record in records]
+        lengths = [len(setup.encode(ask[0])) for ask in asks]
+        long = [number for number, length in enumerate(lengths) if length > setup.room]
+        if long and not own.suite:
+            raise InputError(
+                f"bench data set {name}: the prompt {records[long[0]]['id']} has "
+                f"{lengths[long[0]]} tokens, too many for {limit}"
+            )
+        left_out[name] += len(long)
+        asks = [ask for ask, length in zip(asks, lengths, strict=True) if length <= setup.room]
+        if not asks:
+            continue
+        requests = answer_all(name, asks, setup)
+        found[name] = {"source": sets.origins[name]} | summarise(
+            requests, cfg.chain_length, own.bootstrap, own.temperature == 0, own.average
+        )
+        left_out[f"{name} (later turns)"] += sum(map(len, asks)) - len(requests)
+    if not found:
+        raise InputError(f"bench: no prompt fits {limit}")
+    average = sum(d["accepted_length"] for d in found.values()) / len(found)
+    return {
+        "target": cfg.model.path, "draft": str(paths.export_dir(cfg)), "datasets": found,
+        "left_out": dict(+left_out), "samples_because": sets.why, "average": average,
+    }  # fmt: skip
+
+
+def set_up(cfg: Config) -> Bench:
+    """Load target and draft."""
     device = set_up_torch(cfg)
     tokenizer = load_tokenizer(cfg.model)
     kind = locate(cfg.draft._target_)
     feeds = partial(kind.target_layers, cfg.draft)
     target = load_target(cfg.model, device, cfg.bench.dtype, feeds=feeds)
-    draft = kind.load(paths.export_dir(cfg), target).to(device, DTYPES[cfg.bench.dtype])
-    known = training_answers(cfg)
-    decoding = Decoding(
-        max_tokens=cfg.bench.max_tokens,
-        chain_length=cfg.chain_length,
-        temperature=cfg.bench.temperature,
-        eos=frozenset(eos_token_ids(cfg.model.path, tokenizer)),
+    kwargs = dict(cfg.model.chat_template_kwargs)
+    if cfg.bench.thinking != "model":
+        kwargs["enable_thinking"] = cfg.bench.thinking == "on"
+    return Bench(
+        target,
+        kind.load(paths.export_dir(cfg), target).to(device, DTYPES[cfg.bench.dtype]),
+        Decoding(
+            max_tokens=cfg.bench.max_tokens,
+            chain_length=cfg.chain_length,
+            temperature=cfg.bench.temperature,
+            eos=frozenset(eos_token_ids(cfg.model.path, tokenizer)),
+        ),
+        training_answers(cfg),
+        lambda messages: prompt_ids(tokenizer, messages, kwargs),
+        partial(tokenizer.decode, skip_special_tokens=True),
+        (cfg.bench.max_length or cfg.max_length) - cfg.bench.max_tokens,
     )
-    found = {}
-    for name, conversations in data_sets(cfg).items():
-        prompts = []
-        for record in conversations:
-            ids = prompt_ids(tokenizer, prompt_of(record), cfg.model.chat_template_kwargs)
-            if len(ids) + cfg.bench.max_tokens > cfg.max_length:
-                raise InputError(
-                    f"bench data set {name}: the prompt {record['id']} has {len(ids)} tokens; with "
-                    f"bench.max_tokens={cfg.bench.max_tokens} it exceeds "
-                    f"max_length={cfg.max_length}"
-                )
-            prompts.append(ids)
-        requests = answer_all(name, prompts, target, draft, decoding, known)
-        greedy = cfg.bench.temperature == 0
-        found[name] = summarise(requests, cfg.chain_length, cfg.bench.bootstrap, greedy)
-    average = sum(d["accepted_length"] for d in found.values()) / len(found)
-    run = paths.export_dir(cfg)
-    return {"target": cfg.model.path, "draft": str(run), "datasets": found, "average": average}
 
 
 def training_answers(cfg: Config) -> torch.Tensor | None:
@@ -104,56 +151,36 @@ def training_answers(cfg: Config) -> torch.Tensor | None:
     return training_ngrams(train.ids, train.turns)
 
 
-def data_sets(cfg: Config) -> dict[str, list[dict[str, Any]]]:
-    """The conversations of every data set; without any named, the run's held-out ones."""
-    if cfg.bench.datasets:
-        return {name: load(source, name) for name, source in cfg.bench.datasets.items()}
-    path = require(paths.prompts_dir(cfg) / "eval.jsonl", f"python prep.py data={cfg.data.name}")
-    return {"held-out": list(read_jsonl(path))}
-
-
-def answer_all(
-    name: str,
-    prompts: list[list[int]],
-    target: Target,
-    draft: Any,
-    decoding: Decoding,
-    known: torch.Tensor | None,
-) -> list[Request]:
-    """Answer each prompt with the draft and alone; the first once more before, to warm up."""
-    requests = []
+def answer_all(name: str, conversations: list[list[list[Message]]], setup: Bench) -> list[Request]:
+    """Answer each conversation's turns; the very first prompt once more before, to warm up."""
     generator = torch.Generator().manual_seed(0)
-    bar = tqdm([prompts[0], *prompts], desc=f"bench {name}", unit="prompt", disable=None)
-    for prompt in bar:
+    answers = [
+        converse(asks, setup, generator)
+        for asks in tqdm(
+            [conversations[0][:1], *conversations],
+            desc=f"bench {name}",
+            unit="prompt",
+            disable=None,
+        )
+    ]
+    return [request for requests in answers[1:] for request in requests]
+
+
+def converse(asks: list[list[Message]], setup: Bench, generator: torch.Generator) -> list[Request]:
+    """Ask in turn, with the draft and alone, each time after the drafted answer to the one before.
+
+    Ends before a turn for which there is no room.
+    """
+    requests: list[Request] = []
+    messages: list[Message] = []
+    target, draft, decoding = setup.target, setup.draft, setup.decoding
+    for ask in asks:
+        prompt = setup.encode(messages := [*messages, *ask])
+        if len(prompt) > setup.room:
+            break
         drafted = speculate(target, draft.decoder(), draft.draft_ids_D, prompt, decoding, generator)
         alone = generate(target, prompt, decoding, generator)
-        requests.append(Request(drafted, alone, overlap(alone.tokens, known)))
-    return requests[1:]
-
-
-def table(result: dict[str, Any]) -> str:
-    """bench.json as a table for people."""
-    settings = result["settings"]
-    chain, temperature = settings["chain_length"], settings["temperature"]
-    head = f"{'data set':14} {'prompts':>7} {'tau':>6} {'95 % interval':>15} {'pooled':>7}"
-    head += f" {'novel':>11} {'speed-up':>8} {'forwards saved':>14}  lossless"
-    lines = [f"{result['draft']}: chain of {chain}, temperature {temperature}", head]
-    for name, d in result["datasets"].items():
-        low, high = d["accepted_length_ci95"] or (1.0, 1.0)
-        novel = d["novel"]
-        fresh = (
-            "-" if not novel["prompts"] else f"{novel['accepted_length']:.2f} ({novel['prompts']})"
-        )
-        lossless = {True: "yes", False: "NO", None: "sampled"}[d["lossless"]]
-        lines.append(
-            f"{name:14} {d['prompts']:7} {d['accepted_length']:6.2f} {low:7.2f}-{high:<7.2f} "
-            f"{d['accepted_length_pooled']:7.2f} {fresh:>11} {d['speedup']:7.2f}x "
-            f"{100 * d['target_forwards_saved']:13.0f}%  {lossless}"
-        )
-    lines.append(f"average tau {result['average']:.2f}")
-    rates = [
-        f"{name} {' '.join(f'{rate:.2f}' for rate in d['acceptance_by_position'])}"
-        for name, d in result["datasets"].items()
-    ]
-    lines.append("accepted at position 1.. : " + " | ".join(rates))
-    return "\n".join(lines)
+        novelty = overlap(alone.tokens, setup.known)
+        requests.append(Request(drafted, alone, novelty, follows=bool(requests)))
+        messages.append({"role": "assistant", "content": setup.decode(drafted.tokens)})
+    return requests

@@ -1,0 +1,84 @@
+"""Figures that others published, and which of them a measurement of ours may stand beside."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from specforge_exp.config import REPOSITORY
+
+FILE = REPOSITORY / "benchmarks" / "published.yaml"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One published accepted length, or speed-up, or both."""
+
+    system: str
+    """Who measured, with what."""
+    model: str
+    """The target's hub id."""
+    method: str
+    """Family of drafts, e.g. dflash."""
+    setting: dict[str, Any]
+    """See `setting_of`; what the source does not tell is `unknown`, the same as nothing."""
+    data_set: str
+    tau: Any
+    """A number, a range of two, or None."""
+    speedup: Any
+    source: str
+
+
+def figures() -> list[Figure]:
+    """All entries of benchmarks/published.yaml; none where the file is not at hand."""
+    if not FILE.exists():
+        return []
+    entries: Any = OmegaConf.to_container(OmegaConf.load(FILE))
+    return [
+        Figure(
+            data_set=data_set, tau=found.get("tau"), speedup=found.get("speedup"),
+            **{key: entry[key] for key in ("system", "model", "method", "setting", "source")},
+        )
+        for entry in entries
+        for data_set, found in entry["figures"].items()
+    ]  # fmt: skip
+
+
+def setting_of(result: dict[str, Any]) -> dict[str, Any]:
+    """What bench.json was measured with, in the words of published.yaml."""
+    settings, draft = result["settings"], result["config"]["draft"]
+    thinking: Any = settings["thinking"]
+    if thinking == "model":
+        kwargs = result["config"]["model"]["chat_template_kwargs"]
+        thinking = {True: "on", False: "off"}.get(kwargs.get("enable_thinking"))
+    whole = draft["block_size"] and settings["chain_length"] == draft["block_size"] - 1
+    shape = f"block {draft['block_size']}" if whole else f"chain {settings['chain_length']}"
+    own = {key: settings[key] for key in ("temperature", "max_tokens", "average", "turns")}
+    return own | {"draft": shape, "thinking": thinking}
+
+
+def same_setting(result: dict[str, Any]) -> list[str]:
+    """Lines "ours / published" for bench.json's data sets; none where nothing is comparable.
+
+    Comparable: the same target, family of drafts, data set (from the hub, not a sample) and every
+    word of the setting. How many turns were asked matters to mt-bench only. Speed-ups depend on
+    the machine and are not compared.
+    """
+    own, lines = setting_of(result), []
+    for figure in figures():
+        ours = result["datasets"].get(figure.data_set)
+        keys = [key for key in own if key != "turns" or figure.data_set == "mt-bench"]
+        if (
+            ours is not None
+            and ours["source"].startswith("hub:")
+            and isinstance(figure.tau, float)
+            and figure.model == result["target"]
+            and figure.method == result["config"]["draft"]["name"]
+            and all(figure.setting[key] == own[key] for key in keys)
+        ):
+            low, high = ours["accepted_length_ci95"] or (1.0, 1.0)
+            lines.append(
+                f"  {figure.data_set}: {ours['accepted_length']:.2f} ({low:.2f}-{high:.2f}, "
+                f"{ours['prompts']} prompts) / {figure.tau:.2f} ({figure.system}, {figure.source})"
+            )
+    return ["ours / published, same setting:", *lines] if lines else []
