@@ -77,11 +77,12 @@ def summarise(
     """The figures of one data set, as bench.json holds them; `average` is bench.average."""
     groups = grouped(requests, average)
     all_lengths = [accepted_length(group, average) for group in groups]
-    lengths = [length for length in all_lengths if length is not None]
+    lengths = [found for found in all_lengths if found is not None]
     new_groups = [[r for r in group if r.overlap < NOVEL_BELOW] for group in groups]
     novel = [r for group in new_groups for r in group]
-    new_lengths = [accepted_length(group, average) for group in new_groups]
-    novel_lengths = [length for length in new_lengths if length is not None]
+    novel_lengths = [
+        found for group in new_groups if (found := accepted_length(group, average)) is not None
+    ]
     gained = [g for r in requests for g in r.with_draft.gained]
     tokens = sum(len(r.with_draft.tokens) for r in requests)
     seconds = sum(r.with_draft.seconds for r in requests)

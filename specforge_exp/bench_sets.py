@@ -1,6 +1,5 @@
 """The prompts that bench asks, and where they come from."""
 
-import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,8 +9,6 @@ from specforge_exp.config import REPOSITORY, Config, Source
 from specforge_exp.conversations import read_jsonl
 from specforge_exp.errors import InputError
 from specforge_exp.sources import load
-
-log = logging.getLogger(__name__)
 
 SHIPPED = REPOSITORY / "assets" / "bench"
 """One file for each data set of the suite, in its raw schema, of our own writing."""
@@ -54,7 +51,6 @@ def bench_sets(cfg: Config) -> BenchSets:
             if own.samples == "hub":
                 raise
             why = str(error).partition(" (")[0]
-            log.warning("bench: %s", why)
     shipped = {
         name: replace(source, path=str(SHIPPED / f"{name}.jsonl"), skip=0)
         for name, source in wanted.items()

@@ -37,5 +37,6 @@ def export_dir(cfg: Config) -> Path:
 
 
 def bench_file(cfg: Config) -> Path:
-    """What bench measured."""
-    return run_dir(cfg) / "bench.json"
+    """What bench measured; every suite has its own file."""
+    suite = f"-{cfg.bench.name}" if cfg.bench.name else ""
+    return run_dir(cfg) / f"bench{suite}.json"

@@ -248,6 +248,8 @@ def test_ten_rows_without_a_network(exported: Config, tmp_path: Path) -> None:
     assert {row[-1] for row in rows} == {"yes"}
     assert lines[head + 11].startswith("average tau")
     assert "left out" not in done.stdout and "published" not in done.stdout
+    assert not paths.bench_file(exported).exists()
+    exported.bench.name = "standard"
     result = json.loads(paths.bench_file(exported).read_text())
     assert {d["source"] for d in result["datasets"].values()} == {"shipped"}
     assert result["settings"]["samples"] == "auto" and "cannot be read" in result["samples_because"]

@@ -300,6 +300,8 @@ class BenchConfig:
 
     datasets: dict[str, Source] = field(default_factory=dict)
     """The prompts, by data set; empty: the run's held-out conversations."""
+    name: str = ""
+    """The suite's name: the file is bench-<name>.json, or bench.json without one."""
     suite: dict[str, Source] = field(default_factory=dict)
     """The data sets of bench=standard and bench=zlab; where there are any, `datasets` is not
     read."""
@@ -348,6 +350,7 @@ class BenchConfig:
             ("thinking", ("model", "off", "on")),
         ):
             one_of(f"bench.{name}", vars(self)[name], allowed)
+        safe_name("bench.name", self.name or "none")
         for name in (*self.datasets, *self.suite):
             safe_name("bench.datasets", name)
         for name in self.only:

@@ -241,11 +241,12 @@ def parsed(text: str) -> Any:
 
 def read_folder(run: Run, folder: Path, problems: list[str]) -> None:
     """Add what a run's folder holds; what cannot be read is named in `problems`."""
+    benches = sorted(folder.glob("bench*.json"), key=lambda file: file.stat().st_mtime)
     parts: list[tuple[str, Callable[[Run, Path], None]]] = [
         ("metrics.jsonl", add_curves),
         ("run.json", add_record),
         ("evaluation.json", add_conversations),
-        ("bench.json", add_bench),
+        *((file.name, add_bench) for file in benches[-1:]),
         ("tracker.json", add_tracker),
     ]
     for name, add in parts:
@@ -338,7 +339,7 @@ def add_conversations(run: Run, file: Path) -> None:
 
 
 def add_bench(run: Run, file: Path) -> None:
-    """Accepted lengths by data set, from bench.json."""
+    """Accepted lengths by data set, from what bench measured last."""
     bench = json.loads(file.read_text())
     strata = []
     for name, found in bench["datasets"].items():
@@ -351,7 +352,9 @@ def add_bench(run: Run, file: Path) -> None:
             strata.append(stratum(name, gained, [length is not None for length in lengths]))
     run.evaluation[ACCEPTED] = float(bench["average"])
     if run.datasets and len(strata) == len(run.datasets):
-        how = {key: bench.get("settings", {}).get(key) for key in ("chain_length", "temperature")}
+        keys = "chain_length temperature max_tokens turns average thinking".split()
+        how = [bench.get("settings", {}).get(key) for key in keys]
+        how += [found.get("source") for found in bench["datasets"].values()]
         run.samples[ACCEPTED] = Sample(tuple(strata), str(how))
 
 

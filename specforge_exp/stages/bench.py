@@ -1,6 +1,7 @@
 """bench: what an exported draft earns.
 
-Reads checkpoints/<run_name>/export/ and the target; writes checkpoints/<run_name>/bench.json.
+Reads checkpoints/<run_name>/export/ and the target; writes checkpoints/<run_name>/bench.json, or
+bench-<suite>.json.
 Every prompt is answered twice in turn, with the draft and by the target alone.
 """
 
