@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -183,6 +184,21 @@ def test_a_prompt_that_needed_no_verification_is_left_out(tmp_path: Path) -> Non
     file.write_text(json.dumps(bench | {"average": 3.0}))
     [entry] = rank(collect(sweep_dir), "accepted_length", 200).ranked
     assert entry.value == 3.0 and entry.interval == (2.0, 4.0)
+
+
+def test_the_newest_bench_counts_and_other_prompts_are_not_paired(tmp_path: Path) -> None:
+    plans = grid(("baseline", "full-opd"), bench=DATA_SETS)
+    sweep_dir = write_sweep(tmp_path, plans)
+    first = tmp_path / plans[0].name / "bench.json"
+    bench = json.loads(first.read_text())
+    for one in bench["datasets"].values():
+        one |= {"source": "shipped", "lengths": [length + 2 for length in one["lengths"]]}
+    newer = first.with_name("bench-standard.json")
+    newer.write_text(json.dumps(bench))
+    os.utime(newer, (first.stat().st_atime, first.stat().st_mtime + 5))
+    found = rank(collect(sweep_dir), "accepted_length", 300)
+    assert found.ranked[0].name == plans[0].name and found.ranked[0].value > 4
+    assert found.ranked[1].against is not None and found.ranked[1].against.interval is None
 
 
 def test_a_running_sweep_has_a_report(tmp_path: Path) -> None:
