@@ -128,7 +128,7 @@ APART = {
     "specforge_exp/generation": 28_000,
     "specforge_exp/report": 16_000,
     "specforge_exp/drafts": 18_000,
-    "": 62_000,
+    "": 64_000,
 }
 
 
