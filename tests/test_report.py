@@ -138,6 +138,25 @@ def test_close_runs_are_not_distinguishable_and_the_headline_says_so(tmp_path: P
     assert "Training noise is not in the intervals" in said
 
 
+def test_one_seed_is_not_enough_where_intervals_overlap(tmp_path: Path) -> None:
+    """Paired by conversation both differences are clear; the noise of training is known in one."""
+    close = {"baseline": 3.32, "full-opd": 3.40}
+
+    def verdicts(folder: Path, seeds: int) -> list[str]:
+        plans = [
+            Plan(f"a_{loss}_{seed}", [f"loss={loss}"], {"loss": loss, "lr": 1e-4, "seed": seed},
+                 tau=tau + 0.001 * seed)
+            for loss, tau in close.items() for seed in range(seeds)
+        ]  # fmt: skip
+        found = rank(collect(write_sweep(folder, plans)), "simulated_length", 1000)
+        last = found.ranked[-1]
+        assert last.against and last.against.interval and last.against.interval[1] < 0
+        return [entry.verdict for entry in found.ranked]
+
+    assert verdicts(tmp_path / "one", 1) == [BEST, SAME]
+    assert verdicts(tmp_path / "three", 3) == [BEST, WORSE]
+
+
 def test_runs_that_differ_in_seed_are_one_row_with_a_wider_interval(tmp_path: Path) -> None:
     sweep = collect(write_sweep(tmp_path, grid(seeds=3)))
     found, alone = rank(sweep, "simulated_length", 500), rank(sweep, "simulated_length", 500, True)

@@ -140,9 +140,24 @@ def rank(sweep: Collected, metric: str, resamples: int, by_seed: bool = False) -
         assert entry.spread is not None and ranked[0].spread is not None
         entry.rank = place
         entry.against = compare(entry.spread, ranked[0].spread)
-        told = {True: WORSE, False: SAME, None: UNKNOWN}[entry.against.distinguishable]
-        entry.verdict = BEST if place == 1 else told
+        entry.verdict = BEST if place == 1 else verdict(entry, ranked[0])
     return Ranking(metric, minimised, entries)
+
+
+def verdict(entry: Entry, best: Entry) -> str:
+    """What the comparison with the best says.
+
+    A paired difference leaves out the noise of training where one of the two has a single seed;
+    then it takes intervals that do not overlap as well.
+    """
+    assert entry.against is not None
+    told = entry.against.distinguishable
+    if told is None:
+        return UNKNOWN
+    one, other = entry.interval, best.interval
+    overlap = one is not None and other is not None and one[0] <= other[1] and other[0] <= one[1]
+    repeated = len(entry.finished) > 1 and len(best.finished) > 1
+    return WORSE if told and (repeated or not overlap) else SAME
 
 
 def entry_of(runs: list[Run], metric: str, resamples: int) -> Entry:
