@@ -39,6 +39,15 @@ class Runner(Protocol):
         """End what still runs. May be called again."""
 
 
+def is_basic(launcher: Launcher) -> bool:
+    """Whether it is Hydra's own, which runs one job after the other in this process.
+
+    By name: Hydra's scan executes plugin modules again, and so makes their classes again.
+    """
+    kind = type(launcher)
+    return f"{kind.__module__}.{kind.__qualname__}" == BASIC
+
+
 def open_runner(launcher: Launcher, several: bool, total: int = 1) -> Runner:
     """What keeps the jobs of a launcher in flight.
 
@@ -50,9 +59,7 @@ def open_runner(launcher: Launcher, several: bool, total: int = 1) -> Runner:
     if session := getattr(launcher, "session", None):
         runner: Runner = session(total)
         return runner
-    kind = type(launcher)
-    # By name: Hydra's scan executes plugin modules again, and so makes their classes again.
-    if f"{kind.__module__}.{kind.__qualname__}" == BASIC:
+    if is_basic(launcher):
         from hydra_plugins.experiment_sweeper._processes import Processes
 
         return Processes(cast(Any, launcher), several)

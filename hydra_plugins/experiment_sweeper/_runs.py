@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra.core.utils import JobReturn, configure_log, filter_overrides
 from hydra.errors import CompactHydraException
@@ -25,7 +25,13 @@ from hydra_plugins.experiment_sweeper._errors import SweepError
 from hydra_plugins.experiment_sweeper._jobs import Job, Source
 from hydra_plugins.experiment_sweeper._processes import show
 from hydra_plugins.experiment_sweeper._record import Run, Sweep
-from hydra_plugins.experiment_sweeper._runner import JobFailed, failure, neighbours, open_runner
+from hydra_plugins.experiment_sweeper._runner import (
+    JobFailed,
+    failure,
+    is_basic,
+    neighbours,
+    open_runner,
+)
 from hydra_plugins.experiment_sweeper.config import ExperimentSweeperConf
 
 if TYPE_CHECKING:
@@ -122,13 +128,6 @@ def check(options: ExperimentSweeperConf, launcher: Launcher, master: DictConfig
         )
 
 
-def is_basic(launcher: Launcher) -> bool:
-    """Whether it is Hydra's own, which runs one job after the other in this process."""
-    from hydra._internal.core_plugins.basic_launcher import BasicLauncher  # Hydra loads it anew
-
-    return type(launcher) is BasicLauncher
-
-
 def fresh(options: ExperimentSweeperConf, master: DictConfig) -> Sweep:
     """The record of this command, without its runs."""
     names = list(options.names)
@@ -213,15 +212,23 @@ def set_up(grid: Grid, done: Mapping[int, Run]) -> None:
 
 def needed_of_hydra(grid: Grid) -> list[str]:
     """The overrides of Hydra's node without which a run alone would be another one."""
-    given = OmegaConf.to_container(grid.master.hydra.overrides.hydra)
-    assert isinstance(given, list)
-    kinds = ("hydra/launcher=", "hydra.launcher.", "hydra.sweep.")
-    kept = [each for each in given if each.startswith(kinds)]
+    kept = kept_of_hydra(grid.master)
     if grid.options.repeats > 1:
         kept.append("hydra.sweeper.repeats=1")
     if grid.options.cases:
         kept.append("hydra.sweeper.cases=[]")
     return kept
+
+
+def kept_of_hydra(master: DictConfig) -> list[str]:
+    """The command line's overrides that say where a job runs and writes."""
+    kinds = ("hydra/launcher=", "hydra.launcher.", "hydra.sweep.")
+    return [each for each in asked_of_hydra(master) if each.startswith(kinds)]
+
+
+def asked_of_hydra(master: DictConfig) -> list[str]:
+    """The command line's overrides of Hydra's node, interpolations as they were written."""
+    return cast(list[str], OmegaConf.to_container(master.hydra.overrides.hydra))
 
 
 def run_pending(grid: Grid) -> None:

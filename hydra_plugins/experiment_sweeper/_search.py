@@ -20,7 +20,7 @@ from hydra_plugins.experiment_sweeper._errors import SweepError
 from hydra_plugins.experiment_sweeper._grid import key_of
 from hydra_plugins.experiment_sweeper._jobs import Job, Source
 from hydra_plugins.experiment_sweeper._record import Run, Sweep
-from hydra_plugins.experiment_sweeper._runner import Runner, open_runner
+from hydra_plugins.experiment_sweeper._runner import Runner, is_basic, open_runner
 from hydra_plugins.experiment_sweeper._space import Space
 from hydra_plugins.experiment_sweeper.study_config import OptunaAsyncConf
 
@@ -82,8 +82,7 @@ def search(sweeper: "OptunaAsyncSweeper", arguments: list[str]) -> list[JobRetur
     _study.check(options)
     loader, source = context.config_loader, Source(master, context)
     space = _space.read(loader, master, options.params or {}, options.conditional, arguments)
-    asked = OmegaConf.to_container(master.hydra.overrides.hydra)
-    assert isinstance(asked, list)
+    asked = _runs.asked_of_hydra(master)
     strict = any(each.startswith("hydra.sweeper.warm_start=") for each in asked)
     first = [
         _space.first_point(loader, space, f"hydra.sweeper.warm_start[{n}]={said!r}", said, strict)
@@ -108,14 +107,12 @@ def search(sweeper: "OptunaAsyncSweeper", arguments: list[str]) -> list[JobRetur
         _study.enqueue(study, options, space, first)
         trials = study.get_trials(deepcopy=False)
         count = _study.missing(options, space, trials) + len(_study.in_state(trials, "RUNNING"))
-        kinds = ("hydra/launcher=", "hydra.launcher.", "hydra.sweep.")
-        kept = [each for each in asked if each.startswith(kinds)]
-        own = type(launcher).__name__ != "BasicLauncher"
+        hydra = None if is_basic(launcher) else _runs.kept_of_hydra(master)
         # Copied, since a launcher may resolve or change what it gets.
         OmegaConf.save(master, sweep_dir / "multirun.yaml")
         runner = open_runner(launcher, options.n_jobs > 1, count)
         sweep = _record.begin(sweep_dir, fresh)
-        one = Search(options, source, sweep_dir, space, study, runner, sweep, kept if own else None)
+        one = Search(options, source, sweep_dir, space, study, runner, sweep, hydra)
         return carry_out(one)
 
 

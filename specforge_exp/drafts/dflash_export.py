@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import Qwen3Config
 
-from specforge_exp.drafts.eagle3_export import check_tensors
+from specforge_exp.drafts.eagle3_export import check_tensors, read_export
 from specforge_exp.errors import InputError
 from specforge_exp.target import Target
 
@@ -82,11 +81,7 @@ def load_export(kind: "type[DFlash]", folder: Path, target: Target) -> "DFlash":
         InputError: a file is missing or broken, a tensor is missing, superfluous or of the wrong
             shape, or the draft was made for another target.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        tensors = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be read as an exported draft: {error}") from None
+    config, tensors = read_export(folder)
     text = target.model.config.get_text_config()
     nested = config.get("dflash_config", {})
     wanted = {

@@ -89,11 +89,7 @@ def load_export(kind: "type[Eagle3]", folder: Path, target: Target) -> "Eagle3":
         InputError: a file is missing or broken, a tensor is missing, superfluous or of the wrong
             shape, d2t and t2d disagree, or the draft was made for another target.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        tensors = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be read as an exported draft: {error}") from None
+    config, tensors = read_export(folder)
     check_target(folder, config, target)
     for name in ("d2t", "t2d"):
         if name not in tensors:
@@ -107,6 +103,15 @@ def load_export(kind: "type[Eagle3]", folder: Path, target: Target) -> "Eagle3":
     check_tensors(folder, draft.state_dict(), tensors)
     draft.load_state_dict(tensors)
     return draft
+
+
+def read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the tensors of an exported draft; InputError when they cannot be read."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        return config, load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder} cannot be read as an exported draft: {error}") from None
 
 
 def check_target(folder: Path, config: dict[str, Any], target: Target) -> None:

@@ -1,9 +1,10 @@
 """The target's hidden states on disk, so that many epochs and runs pay for the target once.
 
-`datasets/<data>--<model>.features/` holds shards with `aux` [N, A] of every token and `last` [M, H]
-of those that a loss can compare with, and index.json, which says where each conversation lies.
-Training reads the rows it needs from the shards; nothing is scanned at the start. Conversations
-without a supervised token are not in it, since nothing can be learnt from them.
+`datasets/<data>--<model>.<draft>.features/` holds shards with `aux` [N, A] of every token and
+`last` [M, H] of those that a loss can compare with, and index.json, which says where each
+conversation lies. Training reads the rows it needs from the shards; nothing is scanned at the
+start. Conversations without a supervised token are not in it, since nothing can be learnt from
+them.
 
 Shape suffixes: T packed tokens, A auxiliary states, H hidden.
 """
