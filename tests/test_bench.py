@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from specforge_exp import paths
-from specforge_exp.acceptance import (
+from specforge_exp.bench.acceptance import (
     Request,
     bootstrap_interval,
     ngram_keys,

@@ -14,8 +14,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from specforge_exp import paths
-from specforge_exp.acceptance import Request, summarise
-from specforge_exp.bench_sets import SHIPPED, bench_sets
+from specforge_exp.bench.acceptance import Request, summarise
+from specforge_exp.bench.sets import SHIPPED, bench_sets
 from specforge_exp.config import Config, Source, from_omegaconf
 from specforge_exp.conversations import asks_of
 from specforge_exp.errors import InputError

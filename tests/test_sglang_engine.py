@@ -21,14 +21,8 @@ from specforge_exp.config import Config, EngineConfig
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Request, Sampling, ServerDied
 from specforge_exp.generation.engines import describe
-from specforge_exp.generation.sglang_engine import (
-    SGLangEngine,
-    count_servers,
-    layout,
-    parameters,
-    server_command,
-    tp_size_for,
-)
+from specforge_exp.generation.sglang_engine import SGLangEngine, layout
+from specforge_exp.serving.sglang import count_servers, parameters, server_command, tp_size_for
 from specforge_exp.stages.regen import regen
 
 QWEN3_8B = {
@@ -224,7 +218,7 @@ def test_nothing_is_left_when_the_client_is_killed(stub: Config, tmp_path: Path)
     script.write_text(
         "import asyncio, sys\n"
         "from pathlib import Path\n"
-        "from specforge_exp.generation.servers import Server\n"
+        "from specforge_exp.serving.server import Server\n"
         "async def main():\n"
         "    await Server(sys.argv[3:], int(sys.argv[1]), Path(sys.argv[2]), {}).start(60)\n"
         "    print('healthy', flush=True)\n"

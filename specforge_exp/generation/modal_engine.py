@@ -41,9 +41,9 @@ from specforge_exp.generation.modal_worker import pack, read, unpack
 from specforge_exp.generation.progress import EVERY, Progress
 from specforge_exp.generation.rules import rules_of
 from specforge_exp.generation.run import Pace
-from specforge_exp.generation.sglang_engine import tp_size_of
 from specforge_exp.generation.store import Chunk, Store
 from specforge_exp.interrupt import Interrupt
+from specforge_exp.serving.sglang import tp_size_of
 
 log = logging.getLogger(__name__)
 

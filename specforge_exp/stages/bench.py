@@ -16,16 +16,16 @@ import torch
 from tqdm import tqdm
 
 from specforge_exp import paths
-from specforge_exp.acceptance import Request, overlap, summarise, training_ngrams
 from specforge_exp.artifacts import Fingerprint, disk_errors, read_record, require, reusable
-from specforge_exp.bench_sets import bench_sets
-from specforge_exp.bench_table import table
+from specforge_exp.bench.acceptance import Request, overlap, summarise, training_ngrams
+from specforge_exp.bench.published import same_setting
+from specforge_exp.bench.sets import bench_sets
+from specforge_exp.bench.table import table
 from specforge_exp.chat import Message, eos_token_ids, prompt_ids
 from specforge_exp.config import Config, locate
 from specforge_exp.conversations import asks_of
 from specforge_exp.errors import InputError
 from specforge_exp.provenance import describe, model_digest, sha256, write_json
-from specforge_exp.published import same_setting
 from specforge_exp.speculative import Decoding, generate, speculate
 from specforge_exp.target import (
     DTYPES,

@@ -1,0 +1,1 @@
+"""What is asked of an exported draft, what answers it, and the figures it earns."""
