@@ -66,8 +66,9 @@ def test_export_is_what_engines_load(exported: Path, tiny_target: Target) -> Non
     assert config["draft_vocab_size"] == D
     assert config["max_position_embeddings"] == tiny_target.model.config.max_position_embeddings
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000
-    # the outputs of layers 1, 3 and 4 are the inputs of 2, 4 and 5
-    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
+    # SGLang takes the outputs of layers 1, 3 and 4, vLLM the inputs of 2, 4 and 5
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
     assert (exported / "run.json").exists()
 
 

@@ -52,9 +52,11 @@ def export_config(draft: "Eagle3", target: Target, target_path: str, dtype: str)
         "vocab_size": config.vocab_size,
         "draft_vocab_size": config.draft_vocab_size,
         "num_aux_hidden_states": 3,
-        # Serving engines number the inputs of layers: one more than the output they follow.
+        # vLLM reads the number of the layer whose input it takes, SGLang (in eagle_config) that of
+        # the layer whose output it takes.
+        "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in target.aux_layers],
         "eagle_config": {
-            "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in target.aux_layers],
+            "eagle_aux_hidden_state_layer_ids": list(target.aux_layers),
             "use_aux_hidden_state": True,
         },
         "target_model_name_or_path": target_path,
@@ -117,7 +119,7 @@ def read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def check_target(folder: Path, config: dict[str, Any], target: Target) -> None:
     """Refuse a draft whose sizes or auxiliary layers are another target's."""
     text = target.model.config.get_text_config()
-    layers = [i - 1 for i in config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]]
+    layers = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
     pairs = {
         "vocab_size": (config["vocab_size"], text.vocab_size),
         "target_hidden_size": (config["target_hidden_size"], text.hidden_size),
@@ -127,7 +129,8 @@ def check_target(folder: Path, config: dict[str, Any], target: Target) -> None:
         if draft_has != target_has:
             raise InputError(
                 f"{folder} was made for another target ({config['target_model_name_or_path']}): "
-                f"its {name} is {draft_has}, this target's is {target_has}"
+                f"its {name} is {draft_has}, this target's is {target_has}; if it was not, export "
+                "it again: python export.py ... export.force=true"
             )
 
 

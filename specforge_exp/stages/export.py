@@ -23,6 +23,9 @@ from specforge_exp.tracking import best_step
 
 log = logging.getLogger(__name__)
 
+LAYOUT = 2
+"""Of exported folders: raised whenever the same checkpoint is written in another way."""
+
 
 def export(cfg: Config) -> Path:
     """Export the run's draft; returns the folder."""
@@ -35,7 +38,7 @@ def export(cfg: Config) -> Path:
         )
     fingerprint = Fingerprint(
         checkpoint.record["inputs"],
-        {"export.dtype": cfg.export.dtype, "step": checkpoint.step},
+        {"export.dtype": cfg.export.dtype, "step": checkpoint.step, "layout": LAYOUT},
     )
     if reusable(folder / "run.json", fingerprint, cfg.export.force, "export"):
         return folder
