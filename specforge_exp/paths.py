@@ -37,6 +37,7 @@ def export_dir(cfg: Config) -> Path:
 
 
 def bench_file(cfg: Config) -> Path:
-    """What bench measured; every suite has its own file."""
+    """What bench measured; every suite has its own file, and every kind of server."""
     suite = f"-{cfg.bench.name}" if cfg.bench.name else ""
-    return run_dir(cfg) / f"bench{suite}.json"
+    engine = "" if cfg.bench_engine == "transformers" else f"-{cfg.bench_engine}"
+    return run_dir(cfg) / f"bench{suite}{engine}.json"

@@ -56,6 +56,8 @@ class Generation:
     """Tokens that each verification was given."""
     accepted: list[int] = field(default_factory=list)
     """Drafted tokens that each verification kept."""
+    first_seconds: float = 0.0
+    """Of `seconds`, until the first token was there: the prompt's share."""
 
 
 @dataclass
@@ -140,7 +142,7 @@ def speculate(
     aux_1TA, last_1TH = target.features(torch.tensor([prompt], device=target.device), cache)
     first = choice(target.head(last_1TH[0, -1:])[0])
     drafter.commit(aux_1TA, [*prompt[1:], first])
-    answer = Generation([first])
+    answer = Generation([first], first_seconds=time.perf_counter() - started)
     over = first in decoding.eos or decoding.max_tokens == 1
     while not over:
         drafted, draft_logits = drafter.propose(decoding.chain_length, choice)
@@ -177,5 +179,6 @@ def generate(
         kept, over = until_end(ids, decoding.max_tokens - len(answer.tokens), decoding.eos)
         answer.tokens += kept
         answer.forwards += 1
+        answer.first_seconds = answer.first_seconds or time.perf_counter() - started
     answer.seconds = time.perf_counter() - started
     return answer

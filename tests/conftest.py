@@ -68,9 +68,8 @@ def tiny_tokenizer() -> Any:
     return load_tokenizer(TINY)
 
 
-@pytest.fixture
-def cfg(tmp_path: Path) -> Config:
-    """A configuration over the tiny target whose artifacts live in tmp_path."""
+def make_config(folder: Path) -> Config:
+    """A configuration over the tiny target whose artifacts live in `folder`."""
     return Config(
         run_name="test",
         lr=1e-3,
@@ -85,8 +84,14 @@ def cfg(tmp_path: Path) -> Config:
         ),
         loss=LossConfig(name="baseline", lambda_ce=1.0),
         draft=DraftConfig(name="eagle3", draft_vocab_size=512, ttt_length=3),
-        paths=PathsConfig(str(tmp_path / "datasets"), str(tmp_path / "checkpoints")),
+        paths=PathsConfig(str(folder / "datasets"), str(folder / "checkpoints")),
     )
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> Config:
+    """`make_config` in tmp_path."""
+    return make_config(tmp_path)
 
 
 @pytest.fixture

@@ -175,6 +175,13 @@ def write_bench(
     content = {
         "datasets": datasets,
         "average": average,
-        "settings": {"chain_length": 5, "temperature": 0},
+        "target": "tiny",
+        "settings": {
+            "chain_length": 5, "temperature": 0, "max_tokens": 96, "average": "conversations",
+            "turns": "first", "thinking": "model",
+        },
+        "config": {
+            "draft": {"name": "eagle3", "block_size": None}, "model": {"chat_template_kwargs": {}},
+        },
     }
     (folder / "bench.json").write_text(json.dumps(content))

@@ -15,16 +15,18 @@ from hydra.core.config_store import ConfigStore
 
 from specforge_exp import paths
 from specforge_exp.bench.acceptance import Request, summarise
+from specforge_exp.bench.asking import Asking, asking_of
+from specforge_exp.bench.in_process import converse, load_pair
 from specforge_exp.bench.sets import SHIPPED, bench_sets
 from specforge_exp.config import Config, Source, from_omegaconf
 from specforge_exp.conversations import asks_of
 from specforge_exp.errors import InputError
 from specforge_exp.sources import load, spelt_out
 from specforge_exp.speculative import Generation
-from specforge_exp.stages import bench as stage
-from specforge_exp.stages.bench import Bench, bench, converse
+from specforge_exp.stages.bench import bench
 from specforge_exp.stages.export import export
 from specforge_exp.stages.train import train
+from specforge_exp.target import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ConfigStore.instance().store(name="schema", node=Config)
@@ -285,23 +287,26 @@ def test_long_prompts_of_a_suite_are_counted_and_others_refused(
 def test_the_second_turn_follows_the_own_answer(exported: Config) -> None:
     """The prompt of turn 2 holds what the model said to turn 1."""
     seen: list[list[dict[str, Any]]] = []
-    setup = stage.set_up(exported)
 
-    def encode(messages: list[dict[str, Any]]) -> list[int]:
-        seen.append(list(messages))
-        return setup.encode(messages)
+    class Watched(Asking):
+        def encode(self, messages: list[dict[str, Any]]) -> list[int]:
+            seen.append(list(messages))
+            return super().encode(messages)
 
+    setup = asking_of(exported, load_tokenizer(exported.model), None)
+    pair = load_pair(exported)
     asks = [[{"role": "user", "content": text}] for text in ("Tell me a story.", "Go on.")]
-    watched = Bench(**{**vars(setup), "encode": encode})
-    first, second = converse(asks, watched, torch.Generator().manual_seed(0))
+    watched = Watched(**vars(setup))
+    first, second = converse(asks, watched, pair, torch.Generator().manual_seed(0))
+    assert first.alone is not None and second.alone is not None
     assert (first.follows, second.follows) == (False, True)
     assert first.with_draft.tokens == first.alone.tokens
     assert second.with_draft.tokens == second.alone.tokens
     said = setup.decode(first.alone.tokens)
     assert said.strip()
     assert seen[1] == [*asks[0], {"role": "assistant", "content": said}, *asks[1]]
-    without_room = Bench(**{**vars(watched), "room": len(setup.encode(asks[0]))})
-    assert len(converse(asks, without_room, torch.Generator())) == 1
+    without_room = replace(setup, room=len(setup.encode(asks[0])))
+    assert len(converse(asks, without_room, pair, torch.Generator())) == 1
 
 
 def test_recorded_answers_are_left_to_the_model() -> None:
@@ -318,14 +323,13 @@ def test_recorded_answers_are_left_to_the_model() -> None:
 
 @pytest.mark.parametrize(("thinking", "expected"), [("off", False), ("on", True), ("model", None)])
 def test_the_thinking_switch_reaches_the_template(
-    exported: Config, monkeypatch: pytest.MonkeyPatch, thinking: str, expected: bool | None
+    cfg: Config, thinking: str, expected: bool | None
 ) -> None:
+    tokenizer = load_tokenizer(cfg.model)
     template = "{{ 'thinking ' ~ enable_thinking ~ ' ' }}{{ messages[0]['content'] }}"
-    tokenizer = stage.load_tokenizer(exported.model)
     tokenizer.chat_template = template
-    monkeypatch.setattr(stage, "load_tokenizer", lambda model: tokenizer)
-    exported.bench.thinking = thinking
-    ids = stage.set_up(exported).encode([{"role": "user", "content": "Hi"}])
+    cfg.bench.thinking = thinking
+    ids = asking_of(cfg, tokenizer, None).encode([{"role": "user", "content": "Hi"}])
     word = "" if expected is None else str(expected)
     assert tokenizer.decode(ids) == f"thinking {word} Hi"
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from specforge_exp.bench.published import FILE, figures, same_setting, setting_of
+from specforge_exp.published import FILE, figures, same_setting, setting_of
 
 KEYS = {"draft", "temperature", "thinking", "max_tokens", "average", "turns"}
 RESULT: dict[str, Any] = {

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sweep_folders import grid, write_sweep
+from test_published import RESULT
 from test_report import change
 
 from specforge_exp.config import ReportConfig
@@ -42,6 +43,25 @@ def test_gpu_hours_and_cost(tmp_path: Path) -> None:
     assert run.usd == pytest.approx(45 * 2.7 / 3600 * 31.6)
     make(sweep_dir, ReportConfig(resamples=10))
     assert "USD" in (sweep_dir / "report.md").read_text()
+
+
+def test_published_figures_stand_beside_the_same_setting_only(tmp_path: Path) -> None:
+    plans = grid(("baseline",))
+    sweep_dir = write_sweep(tmp_path, plans)
+    for plan in plans:
+        (tmp_path / plan.name / "bench.json").write_text(json.dumps(RESULT | {"average": 6.1}))
+    sampled = {"settings": {**RESULT["settings"], "temperature": 0.5}}
+    change(tmp_path / plans[0].name / "bench.json", **sampled)
+    runs = collect(sweep_dir).runs
+    assert [len(run.published) for run in runs[:2]] == [0, 1]
+    make(sweep_dir, ReportConfig(resamples=10))
+    html = (sweep_dir / "report.html").read_text()
+    assert "Published figures of the same setting" in html
+    assert html.count("z-lab DFlash") == 2 * (len(runs) - 1)  # as sort key and as text
+    for run in runs:
+        (tmp_path / run.name / "bench.json").unlink()
+    make(sweep_dir, ReportConfig(resamples=10))
+    assert "Published figures" not in (sweep_dir / "report.html").read_text()
 
 
 def test_links_to_wandb(tmp_path: Path) -> None:

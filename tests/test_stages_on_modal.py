@@ -37,6 +37,14 @@ def test_the_pipeline(on_local_modal: LocalModal, tmp_path: Path) -> None:
         count = 2 if stage in ("train", "export", "bench") else 1
         assert done.returncode == 0, done.stderr
         assert f"{count} of {count} jobs completed" in done.stderr
+    server = "tests/speculating_server.py"
+    served = launch(
+        "bench", tmp_path, *SMOKE, "loss=baseline", "engine=sglang", "bench.alone=false",
+        f'engine.command=[python,/root/{server},--model,"{{model}}",--draft,"{{draft}}",--port,"{{port}}"]',
+        f"resources.image.sources=[specforge_exp,assets,benchmarks/published.yaml,{server}]",
+    )  # fmt: skip
+    assert served.returncode == 0, served.stderr
+    assert "engine=sglang, 1 at a time" in served.stdout + served.stderr
     assert not (tmp_path / "datasets").exists()
     logs = sorted((tmp_path / "checkpoints/sweeps/smoke_tiny/train").glob("*/train.log"))
     assert [log.parent.name for log in logs] == ["smoke_tiny_baseline", "smoke_tiny_full-opd"]

@@ -20,11 +20,19 @@ class Request:
     """One prompt, answered with the draft and by the target alone."""
 
     with_draft: Generation
-    alone: Generation
+    alone: Generation | None
+    """None: not measured."""
     overlap: float
     """Share of the answer's 8-grams that stand in the training answers."""
     follows: bool = False
     """A later turn of the conversation of the request before."""
+    verified: int | None = None
+    """Verifications that a server counted; None: those of `with_draft`."""
+
+    @property
+    def verifications(self) -> int:
+        """Forwards of the target after the prompt's."""
+        return len(self.with_draft.gained) if self.verified is None else self.verified
 
 
 def bootstrap_interval(values: list[float], resamples: int, seed: int = 0) -> tuple[float, float]:
@@ -48,11 +56,12 @@ def grouped(requests: list[Request], average: str) -> list[list[Request]]:
 
 def accepted_length(requests: list[Request], average: str) -> float | None:
     """Tokens per verification of requests together; None when they needed none."""
+    verifications = sum(r.verifications for r in requests)
+    if not verifications:
+        return None
     if average == "responses":
-        gained = [a + 1 for r in requests for a in r.with_draft.accepted]
-    else:
-        gained = [g for r in requests for g in r.with_draft.gained]
-    return sum(gained) / len(gained) if gained else None
+        return 1 + sum(sum(r.with_draft.accepted) for r in requests) / verifications
+    return sum(len(r.with_draft.tokens) - 1 for r in requests) / verifications
 
 
 def acceptance_by_position(requests: list[Request], chain_length: int) -> list[float]:
@@ -73,8 +82,18 @@ def summarise(
     resamples: int,
     greedy: bool,
     average: str = "conversations",
+    seconds: tuple[float, float | None] | None = None,
 ) -> dict[str, Any]:
-    """The figures of one data set, as bench.json holds them; `average` is bench.average."""
+    """The figures of one data set, as bench.json holds them.
+
+    Args:
+        requests: in the order of the conversations.
+        chain_length: tokens drafted per verification.
+        resamples: behind the 95 % interval.
+        greedy: whether both ways of answering must say the same.
+        average: bench.average.
+        seconds: that all answers took with the draft, and alone; None: one after the other.
+    """
     groups = grouped(requests, average)
     all_lengths = [accepted_length(group, average) for group in groups]
     lengths = [found for found in all_lengths if found is not None]
@@ -85,10 +104,7 @@ def summarise(
     ]
     gained = [g for r in requests for g in r.with_draft.gained]
     tokens = sum(len(r.with_draft.tokens) for r in requests)
-    seconds = sum(r.with_draft.seconds for r in requests)
-    alone_tokens = sum(len(r.alone.tokens) for r in requests)
-    alone_seconds = sum(r.alone.seconds for r in requests)
-    lossless = all(r.with_draft.tokens == r.alone.tokens for r in requests) if greedy else None
+    saved = 1 - (len(requests) + sum(r.verifications for r in requests)) / tokens
     return {
         "prompts": sum(not r.follows for r in requests),
         "responses": len(requests),
@@ -98,14 +114,13 @@ def summarise(
         "accepted_length_ci95": list(bootstrap_interval(lengths, resamples)) if lengths else None,
         "gained": [gained.count(number) for number in range(1, chain_length + 2)],
         "gained_at_least": {
-            least: sum(g >= int(least) for g in gained) / max(1, len(gained)) for least in "35"
+            least: sum(g >= int(least) for g in gained) / len(gained) if gained else None
+            for least in "35"
         },
         "acceptance_by_position": acceptance_by_position(requests, chain_length),
-        "speedup": (tokens / seconds) / (alone_tokens / alone_seconds),
-        "lossless": lossless,
-        "tokens_per_second": tokens / seconds,
-        "tokens_per_second_alone": alone_tokens / alone_seconds,
-        "target_forwards_saved": 1 - sum(r.with_draft.forwards for r in requests) / tokens,
+        **speeds(requests, seconds),
+        **(compared(requests) if greedy else {"lossless": None, "identical": None}),
+        "target_forwards_saved": saved,
         "tokens": tokens,
         "novel": {
             "prompts": len(novel_lengths),
@@ -113,6 +128,43 @@ def summarise(
             "accepted_length_pooled": accepted_length(novel, "conversations"),
         },
     }
+
+
+def compared(requests: list[Request]) -> dict[str, Any]:
+    """Whether all answers are the target's own, and the share of those that are."""
+    same = [r.with_draft.tokens == r.alone.tokens for r in requests if r.alone is not None]
+    if not same:
+        return {"lossless": None, "identical": None}
+    return {"lossless": all(same), "identical": sum(same) / len(same)}
+
+
+def speeds(requests: list[Request], seconds: tuple[float, float | None] | None) -> dict[str, Any]:
+    """Tokens per second and their ratios, with the prompts' share (`speedup`) and without."""
+    drafted = [r.with_draft for r in requests]
+    alone = [r.alone for r in requests if r.alone is not None]
+    if seconds is None:
+        seconds = sum(g.seconds for g in drafted), sum(g.seconds for g in alone)
+    rate = rate_of(drafted, seconds[0])
+    rate_alone = rate_of(alone, seconds[1])
+    decode, decode_alone = decode_rate(drafted), decode_rate(alone)
+    return {
+        "speedup": rate / rate_alone if rate and rate_alone else None,
+        "speedup_decode": decode / decode_alone if decode and decode_alone else None,
+        "tokens_per_second": rate,
+        "tokens_per_second_alone": rate_alone,
+        "first_token_seconds": mean([g.first_seconds for g in drafted]),
+    }
+
+
+def rate_of(answers: list[Generation], seconds: float | None) -> float | None:
+    """Tokens per second; None without answers."""
+    return sum(len(g.tokens) for g in answers) / seconds if answers and seconds else None
+
+
+def decode_rate(answers: list[Generation]) -> float | None:
+    """Tokens after the first per second after the first, each answer's own; None without any."""
+    seconds = sum(g.seconds - g.first_seconds for g in answers)
+    return sum(len(g.tokens) - 1 for g in answers) / seconds if seconds else None
 
 
 def mean(values: Sequence[float]) -> float:

@@ -8,10 +8,11 @@ def table(result: dict[str, Any], published: list[str]) -> str:
     settings = result["settings"]
     sets = result["datasets"]
     head = f"{'data set':14} {'prompts':>7} {'tau':>6} {'95 % interval':>15} {'pooled':>7}"
-    head += f" {'novel':>11} {'>=3':>5} {'>=5':>5} {'speed-up':>8} {'forwards saved':>14}  lossless"
+    head += f" {'novel':>11} {'>=3':>5} {'>=5':>5} {'speed-up':>8} {'decode':>7}"
+    head += f" {'forwards saved':>14}  lossless"
     lines = [
         f"{result['draft']}: chain of {settings['chain_length']}, temperature "
-        f"{settings['temperature']}, at most {settings['max_tokens']} tokens",
+        f"{settings['temperature']}, at most {settings['max_tokens']} tokens{served(settings)}",
         *origin(result),
         head,
     ]
@@ -21,12 +22,15 @@ def table(result: dict[str, Any], published: list[str]) -> str:
         fresh = (
             "-" if not novel["prompts"] else f"{novel['accepted_length']:.2f} ({novel['prompts']})"
         )
-        lossless = {True: "yes", False: "NO", None: "sampled"}[d["lossless"]]
-        shares = "".join(f"{100 * share:4.0f}% " for share in d["gained_at_least"].values())
+        shares = "".join(
+            f"{'-':>5} " if share is None else f"{100 * share:4.0f}% "
+            for share in d["gained_at_least"].values()
+        )
         lines.append(
             f"{name:14} {d['prompts']:7} {d['accepted_length']:6.2f} {low:7.2f}-{high:<7.2f} "
-            f"{d['accepted_length_pooled']:7.2f} {fresh:>11} {shares}{d['speedup']:7.2f}x "
-            f"{100 * d['target_forwards_saved']:13.0f}%  {lossless}"
+            f"{d['accepted_length_pooled']:7.2f} {fresh:>11} {shares}{times(d['speedup']):>8} "
+            f"{times(d['speedup_decode']):>7} {100 * d['target_forwards_saved']:13.0f}%  "
+            f"{same(d, settings)}"
         )
     lines.append(f"average tau {result['average']:.2f}")
     rates = [
@@ -38,6 +42,29 @@ def table(result: dict[str, Any], published: list[str]) -> str:
         counts = ", ".join(f"{name} {count}" for name, count in result["left_out"].items())
         lines.append(f"left out, too long: {counts}")
     return "\n".join([*lines, *published])
+
+
+def served(settings: dict[str, Any]) -> str:
+    """Which engine answered, and how many prompts at a time, where that was not this process."""
+    if "engine" not in settings:
+        return ""
+    return f", engine={settings['engine']['name']}, {settings['concurrency']} at a time"
+
+
+def times(ratio: float | None) -> str:
+    """A speed-up."""
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def same(found: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Whether the answers are the target's own; a server's arithmetic depends on the batch."""
+    if settings["temperature"] > 0:
+        return "sampled"
+    if found["identical"] is None:
+        return "-"
+    if found["lossless"]:
+        return "yes"
+    return f"{100 * found['identical']:.0f}% same" if "engine" in settings else "NO"
 
 
 def origin(result: dict[str, Any]) -> list[str]:

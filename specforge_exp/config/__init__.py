@@ -133,6 +133,11 @@ class Config:
                 f"bench.chain_length={self.bench.chain_length} must be below draft.block_size="
                 f"{block}: a block starts with a token that is there already"
             )
+        if self.bench_engine == "transformers" and self.bench.concurrency > 1:
+            raise InputError(
+                f"bench.concurrency={self.bench.concurrency} needs engine=sglang or engine=openai; "
+                f"with engine.name={self.engine.name} bench answers one prompt at a time"
+            )
         check_objectives(self.objectives, self.draft.steps)
         if self.lr <= 0:
             raise InputError(f"lr={self.lr} must be above 0")
@@ -156,6 +161,18 @@ class Config:
                 f"model.aux_layers={aux} names {len(aux)} layers; draft={self.draft.name} is fed "
                 f"by {wanted}"
             )
+
+    @property
+    def bench_engine(self) -> str:
+        """What answers bench: the engine where that is a server here, else transformers."""
+        return self.engine.name if self.engine.name in ("sglang", "openai") else "transformers"
+
+    @property
+    def bench_alone(self) -> bool:
+        """Whether bench also asks the target alone."""
+        if self.bench_engine == "openai":
+            return self.bench.alone_url is not None
+        return self.bench.alone
 
     @property
     def chain_length(self) -> int:

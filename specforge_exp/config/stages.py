@@ -33,7 +33,11 @@ class EngineConfig:
     time, at most; null: as many as Modal gives."""
     command: list[str] = field(default_factory=list)
     """sglang, modal: starts another server than SGLang; {model}, {port} and {tp_size} are filled
-    in. It needs /health and /v1/chat/completions."""
+    in, for bench also {draft} (empty for the target alone). It needs /health and
+    /v1/chat/completions; for bench SGLang's /generate."""
+    python: str | None = None
+    """sglang: the Python that has SGLang, whose versions differ from those of training; null: this
+    one."""
     args: dict[str, Any] = field(default_factory=dict)
     """sglang, modal: more of SGLang's options, e.g. mem_fraction_static: 0.85."""
     port: int = 30000
@@ -331,6 +335,12 @@ class BenchConfig:
     """float32 (exact comparison) or bfloat16."""
     bootstrap: int = 2000
     """Resamples behind the 95 % interval."""
+    concurrency: int = 1
+    """engine=sglang, openai: conversations under way at a time."""
+    alone: bool = True
+    """engine=sglang: also answer with the target alone, for speed-ups and a comparison."""
+    alone_url: str | None = None
+    """engine=openai: a server of the target alone, for the same; null: none."""
     force: bool = False
     """Measure again even if bench.json is complete."""
 
@@ -340,6 +350,7 @@ class BenchConfig:
         at_least("bench.max_length", self.max_length, 3)
         at_least("bench.temperature", self.temperature, 0)
         at_least("bench.bootstrap", self.bootstrap, 1)
+        at_least("bench.concurrency", self.concurrency, 1)
         # YAML reads off and on as truth values.
         self.thinking = {"False": "off", "True": "on"}.get(self.thinking, self.thinking)
         for name, allowed in (

@@ -133,6 +133,13 @@ class DFlash(Draft):
             return [layers // 2]
         return [round(1 + i * (layers - 4) / (number - 1)) for i in range(number)]
 
+    @staticmethod
+    def sglang_options(chain_length: int) -> dict[str, Any]:
+        """SGLang's options for blocks with so many tokens to guess; the folder comes to them."""
+        return {
+            "speculative_algorithm": "DFLASH", "speculative_num_draft_tokens": chain_length + 1,
+        }  # fmt: skip
+
     @classmethod
     def load(cls, folder: Path, target: Target) -> "DFlash":
         """See `dflash_export.load_export`."""

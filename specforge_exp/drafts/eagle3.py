@@ -129,6 +129,14 @@ class Eagle3(Draft):
             )
         return [1, layers // 2 - 1, layers - 4]
 
+    @staticmethod
+    def sglang_options(chain_length: int) -> dict[str, Any]:
+        """SGLang's options for chains of this length; the folder of the draft comes to them."""
+        return {
+            "speculative_algorithm": "EAGLE3", "speculative_num_steps": chain_length,
+            "speculative_eagle_topk": 1, "speculative_num_draft_tokens": chain_length + 1,
+        }  # fmt: skip
+
     @classmethod
     def load(cls, folder: Path, target: Target) -> "Eagle3":
         """See `eagle3_export.load_export`."""

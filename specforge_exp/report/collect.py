@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from specforge_exp.published import Beside, beside
 from specforge_exp.report.statistics import Sample, stratum
 from specforge_exp.sweeps import FILE, read_sweep, run_folder
 
@@ -84,6 +85,8 @@ class Run:
     samples: dict[str, Sample] = field(default_factory=dict)
     """What intervals of a metric are made from; simulated_length and accepted_length at most."""
     datasets: dict[str, DataSet] = field(default_factory=dict)
+    published: list[Beside] = field(default_factory=list)
+    """Other people's figures of the setting that bench measured last."""
     tracker: dict[str, str] = field(default_factory=dict)
     """`url` of the run at W&B, or the command that uploads it as `sync`; else empty."""
 
@@ -351,6 +354,7 @@ def add_bench(run: Run, file: Path) -> None:
             gained = [length or 0.0 for length in lengths]
             strata.append(stratum(name, gained, [length is not None for length in lengths]))
     run.evaluation[ACCEPTED] = float(bench["average"])
+    run.published = beside(bench)
     if run.datasets and len(strata) == len(run.datasets):
         keys = "chain_length temperature max_tokens turns average thinking".split()
         how = [bench.get("settings", {}).get(key) for key in keys]

@@ -56,6 +56,7 @@ def page(sweep: Collected, ranking: Ranking, by_seed: Ranking) -> str:
         tables=tables,
         sections=sections(drawn, study),
         data_sets=data_set_table(by_seed),
+        published=[(run, b) for run in sweep.runs for b in run.published],
         failures=[run for run in sweep.runs if run.error],
         metric=ranking.metric,
         style=Markup(part("page.css")),

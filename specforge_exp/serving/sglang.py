@@ -16,25 +16,32 @@ LARGEST = 8
 
 def check_installed(options: EngineConfig) -> None:
     """Raise InputError when neither SGLang nor another server's command is at hand."""
-    if not options.command and importlib.util.find_spec("sglang") is None:
+    own = not options.command and options.python is None
+    if own and importlib.util.find_spec("sglang") is None:
         raise InputError(
-            "engine=sglang needs SGLang in this environment: pip install sglang; or name "
-            "another server with engine.command=[...]"
+            "engine=sglang needs SGLang in this environment: pip install sglang; or name the "
+            "Python that has it with engine.python=..., or another server with "
+            "engine.command=[...]"
         )
 
 
-def server_command(options: EngineConfig, model: str, tp_size: int, port: int) -> list[str]:
-    """The command line of one server."""
+def server_command(
+    options: EngineConfig, model: str, tp_size: int, port: int, draft: dict[str, Any] | None = None
+) -> list[str]:
+    """The command line of one server, with SGLang's options for a draft if there is one."""
+    draft = draft or {}
+    python = options.python or sys.executable
     if options.command:
         values = {"{model}": model, "{port}": str(port), "{tp_size}": str(tp_size)}
+        values["{draft}"] = draft.get("speculative_draft_model_path", "")
         command = list(options.command)
         for name, value in values.items():
             command = [word.replace(name, value) for word in command]
         # The Python that runs this, whether its folder is on the PATH or not.
-        return [sys.executable, *command[1:]] if command[0] == "python" else command
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
+        return [python, *command[1:]] if command[0] == "python" else command
+    command = [python, "-m", "sglang.launch_server", "--model-path", model]
     command += ["--tp-size", str(tp_size), "--host", "127.0.0.1", "--port", str(port)]
-    for key, value in options.args.items():
+    for key, value in {**draft, **options.args}.items():
         command += flag(key, value)
     return command
 

@@ -57,14 +57,26 @@ def setting_of(result: dict[str, Any]) -> dict[str, Any]:
     return own | {"draft": shape, "thinking": thinking}
 
 
-def same_setting(result: dict[str, Any]) -> list[str]:
-    """Lines "ours / published" for bench.json's data sets; none where nothing is comparable.
+@dataclass(frozen=True)
+class Beside:
+    """A measurement of ours and a published one of the same setting."""
 
-    Comparable: the same target, family of drafts, data set (from the hub, not a sample) and every
+    data_set: str
+    ours: float
+    low: float
+    high: float
+    prompts: int
+    figure: Figure
+
+
+def beside(result: dict[str, Any]) -> list[Beside]:
+    """Published accepted lengths that bench.json's may stand beside.
+
+    Those of the same target, family of drafts, data set (from the hub, not a sample) and every
     word of the setting. How many turns were asked matters to mt-bench only. Speed-ups depend on
     the machine and are not compared.
     """
-    own, lines = setting_of(result), []
+    own, found = setting_of(result), []
     for figure in figures():
         ours = result["datasets"].get(figure.data_set)
         keys = [key for key in own if key != "turns" or figure.data_set == "mt-bench"]
@@ -77,8 +89,16 @@ def same_setting(result: dict[str, Any]) -> list[str]:
             and all(figure.setting[key] == own[key] for key in keys)
         ):
             low, high = ours["accepted_length_ci95"] or (1.0, 1.0)
-            lines.append(
-                f"  {figure.data_set}: {ours['accepted_length']:.2f} ({low:.2f}-{high:.2f}, "
-                f"{ours['prompts']} prompts) / {figure.tau:.2f} ({figure.system}, {figure.source})"
-            )
+            length, prompts = float(ours["accepted_length"]), int(ours["prompts"])
+            found.append(Beside(figure.data_set, length, low, high, prompts, figure))
+    return found
+
+
+def same_setting(result: dict[str, Any]) -> list[str]:
+    """Lines "ours / published" for bench.json's data sets; none where nothing is comparable."""
+    lines = [
+        f"  {b.data_set}: {b.ours:.2f} ({b.low:.2f}-{b.high:.2f}, {b.prompts} prompts) / "
+        f"{b.figure.tau:.2f} ({b.figure.system}, {b.figure.source})"
+        for b in beside(result)
+    ]
     return ["ours / published, same setting:", *lines] if lines else []

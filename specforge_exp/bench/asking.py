@@ -1,0 +1,72 @@
+"""What every engine of bench is told: how prompts are rendered, and how answers end."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from specforge_exp.bench.acceptance import Request
+from specforge_exp.chat import Message, eos_token_ids, prompt_ids
+from specforge_exp.config import Config
+from specforge_exp.speculative import Decoding
+
+Conversation = list[list[Message]]
+"""What is asked, turn by turn."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How to ask."""
+
+    tokenizer: Any
+    decoding: Decoding
+    template_kwargs: dict[str, Any]
+    """Passed to the chat template."""
+    known: torch.Tensor | None
+    """Keys of the training answers' 8-grams; None: not known."""
+    room: int
+    """Tokens of a prompt, at most."""
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """The prompt of a conversation so far."""
+        return prompt_ids(self.tokenizer, messages, self.template_kwargs)
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of an answer."""
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The answers to one data set."""
+
+    requests: list[Request]
+    seconds: float
+    """That all answers with the draft took, as many at a time as bench.concurrency."""
+    seconds_alone: float | None
+    """Likewise without it; None: not measured."""
+
+
+Answer = Callable[[Config, Asking, dict[str, list[Conversation]]], dict[str, Answered]]
+"""What an engine of bench is: the answers to all data sets.
+
+Raises:
+    InputError: it cannot answer, or never speculated.
+"""
+
+
+def asking_of(cfg: Config, tokenizer: Any, known: torch.Tensor | None) -> Asking:
+    """By the configuration's options of bench."""
+    kwargs = dict(cfg.model.chat_template_kwargs)
+    if cfg.bench.thinking != "model":
+        kwargs["enable_thinking"] = cfg.bench.thinking == "on"
+    decoding = Decoding(
+        max_tokens=cfg.bench.max_tokens,
+        chain_length=cfg.chain_length,
+        temperature=cfg.bench.temperature,
+        eos=frozenset(eos_token_ids(cfg.model.path, tokenizer)),
+    )
+    room = (cfg.bench.max_length or cfg.max_length) - cfg.bench.max_tokens
+    return Asking(tokenizer, decoding, kwargs, known, room)

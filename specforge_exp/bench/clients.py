@@ -1,0 +1,243 @@
+"""One prompt, asked of a server that speculates, with the counts of its verifications.
+
+SGLang is asked through its own /generate, which counts for every request. Others through
+/v1/completions; vLLM counts in /metrics, for all requests together, so only one may be under way.
+Both take token ids and give them back, so that answers can be compared token for token.
+"""
+
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import orjson
+
+from specforge_exp.errors import InputError
+from specforge_exp.speculative import Decoding, Generation
+
+JSON = {"Content-Type": "application/json"}
+READ = 2**24
+"""Bytes of one line of a stream, at most: SGLang repeats the whole answer with every token."""
+COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+?)(?:_total)?\{(.*)\} (\S+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back."""
+
+    generation: Generation
+    verified: int
+    """Verifications that the server counted; 0: it did not speculate, or does not say."""
+
+
+Client = Callable[[list[int], Decoding], Awaitable[Answer]]
+"""Asks for the answer to a prompt; raises InputError when the server refuses or fails."""
+
+
+@dataclass
+class Progress:
+    """An answer while it comes."""
+
+    began: float = field(default_factory=time.perf_counter)
+    first: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    """Tokens of each piece after the first one."""
+
+    def add(self, tokens: list[int], whole: bool) -> None:
+        """Take a piece, or the whole answer so far."""
+        new = len(tokens) - (len(self.tokens) if whole else 0)
+        if new <= 0:
+            return
+        if self.tokens:
+            self.steps.append(new)
+        else:
+            self.first = time.perf_counter() - self.began
+            # The prompt's forward gives one token; what came with it is the first verification's.
+            self.steps += [new - 1] if new > 1 else []
+        self.tokens = tokens if whole else [*self.tokens, *tokens]
+
+    def end(self, verified: int, accepted: list[int] | None) -> Answer:
+        """The answer, with the server's counts; pieces that held several steps are left out."""
+        seconds = time.perf_counter() - self.began
+        exact = len(self.steps) == verified
+        if accepted is None:
+            accepted = [step - 1 for step in self.steps] if exact else []
+        gained = self.steps if exact else [number + 1 for number in accepted]
+        forwards = 1 + verified if verified else len(self.tokens)
+        generation = Generation(
+            self.tokens, seconds, forwards, gained if verified else [], [],
+            accepted if verified else [], self.first,
+        )  # fmt: skip
+        return Answer(generation, verified)
+
+
+def session(timeout: float, key: str | None) -> aiohttp.ClientSession:
+    """Connections to a server; `timeout` in seconds for one answer."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        timeout=aiohttp.ClientTimeout(total=timeout, connect=30.0),
+        read_bufsize=READ,
+    )
+
+
+async def pieces(
+    http: aiohttp.ClientSession, url: str, body: dict[str, Any]
+) -> AsyncIterator[dict[str, Any]]:
+    """The events of a streamed answer; raises InputError for what is none."""
+    try:
+        async with http.post(url, data=orjson.dumps(body), headers=JSON) as response:
+            if response.status != 200:
+                said = " ".join((await response.text()).split())[:300]
+                raise InputError(f"{url}: HTTP {response.status}: {said}")
+            async for line in response.content:
+                text = line.strip().removeprefix(b"data:").strip()
+                if text and text != b"[DONE]":
+                    event = orjson.loads(text)
+                    if error := event.get("error"):
+                        raise InputError(f"{url}: {error}")
+                    yield event
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        raise InputError(f"{url} did not answer ({type(error).__name__}: {error})") from None
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{url}: the answer is no stream of JSON ({error})") from None
+
+
+def sglang(http: aiohttp.ClientSession, root: str) -> Client:
+    """A client of SGLang's own interface."""
+
+    async def ask(prompt: list[int], decoding: Decoding) -> Answer:
+        body = {
+            "input_ids": prompt,
+            "sampling_params": {
+                "temperature": decoding.temperature,
+                "max_new_tokens": decoding.max_tokens,
+                "stop_token_ids": sorted(decoding.eos),
+            },
+            "stream": True,
+        }
+        progress, meta = Progress(), {}
+        async for event in pieces(http, f"{root}/generate", body):
+            if "output_ids" not in event:
+                raise InputError(f"{root}/generate gives no output_ids; SGLang 0.5 and later do")
+            meta, tokens = event["meta_info"], event["output_ids"]
+            # Depending on the server's options a piece is new, or the whole answer so far.
+            progress.add(tokens, whole=len(tokens) == meta["completion_tokens"])
+        reason = meta.get("finish_reason") or {}
+        if reason.get("type") == "abort":
+            raise InputError(f"{root} broke an answer off: {reason.get('message', reason)}")
+        histogram = meta.get("spec_correct_drafts_histogram", meta.get("spec_accept_histogram"))
+        accepted = None
+        if histogram is not None:
+            accepted = [n for n, count in enumerate(histogram) for _ in range(int(count))]
+        return progress.end(int(meta.get("spec_verify_ct") or 0), accepted)
+
+    return ask
+
+
+def openai(http: aiohttp.ClientSession, root: str, model: str) -> Client:
+    """A client of OpenAI's completions; counts come from vLLM's /metrics where it has them."""
+
+    async def ask(prompt: list[int], decoding: Decoding) -> Answer:
+        body = {
+            "model": model, "prompt": prompt, "stream": True, "return_token_ids": True,
+            "temperature": decoding.temperature, "max_tokens": decoding.max_tokens,
+            "stop_token_ids": sorted(decoding.eos),
+        }  # fmt: skip
+        before = await counters(http, root)
+        progress = Progress()
+        async for event in pieces(http, f"{root}/v1/completions", body):
+            for choice in event.get("choices", []):
+                tokens = choice.get("token_ids")
+                if tokens is None and choice.get("text"):
+                    raise InputError(
+                        f"{root}/v1/completions gives no token_ids, which tell how many tokens "
+                        "came at once; vLLM 0.10.2 and later do, and SGLang through its /generate"
+                    )
+                progress.add(tokens or [], whole=False)
+        after = await counters(http, root)
+        grown = {name: after[name] - before.get(name, 0.0) for name in after}
+        return progress.end(int(grown.get("drafts", 0)), accepted_of(grown))
+
+    return ask
+
+
+async def counters(http: aiohttp.ClientSession, root: str) -> dict[str, float]:
+    """vLLM's counts of speculation so far, by name and position; empty for other servers."""
+    try:
+        async with http.get(f"{root}/metrics") as response:
+            text = await response.text() if response.status == 200 else ""
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        return {}
+    found: dict[str, float] = {}
+    for name, labels, value in COUNTER.findall(text):
+        position = re.search(r'position="(\d+)"', labels)
+        key = f"{name}/{position[1]}" if position else name
+        found[key] = found.get(key, 0.0) + float(value)
+    return found
+
+
+def accepted_of(grown: dict[str, float]) -> list[int] | None:
+    """Drafted tokens that each verification kept, from how often each position was kept."""
+    prefix = "accepted_tokens_per_pos/"
+    kept = {int(k.removeprefix(prefix)): int(n) for k, n in grown.items() if k.startswith(prefix)}
+    if not kept:
+        return None
+    at_least = [int(grown["drafts"]), *(kept[position] for position in sorted(kept)), 0]
+    return [
+        number
+        for number in range(len(at_least) - 1)
+        for _ in range(at_least[number] - at_least[number + 1])
+    ]
+
+
+async def client_of(
+    http: aiohttp.ClientSession, url: str, model: str | None, several: bool
+) -> Client:
+    """The client for the server at `url`, with or without /v1: SGLang's, or OpenAI's.
+
+    Args:
+        http: the connections.
+        url: where it listens.
+        model: its name there; None: the only one.
+        several: whether several prompts will be under way.
+
+    Raises:
+        InputError: it cannot be reached, serves several models and `model` names none, or cannot
+            tell several prompts' counts apart.
+    """
+    root = url.rstrip("/").removesuffix("/v1")
+    for page in ("model_info", "get_model_info"):
+        if await fetch(http, f"{root}/{page}") is not None:
+            return sglang(http, root)
+    listed = await fetch(http, f"{root}/v1/models")
+    if listed is None:
+        raise InputError(f"{root} has neither SGLang's /model_info nor OpenAI's /v1/models")
+    names = [str(each.get("id")) for each in listed.get("data", [])]
+    if model is None and len(names) != 1:
+        raise InputError(f"{root} serves {names}; choose one with engine.served_name")
+    if several:
+        raise InputError(
+            f"{root} is not SGLang and counts verifications of all requests together; with it only "
+            "bench.concurrency=1 is possible"
+        )
+    return openai(http, root, model or names[0])
+
+
+async def fetch(http: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
+    """A JSON page; None where there is none.
+
+    Raises:
+        InputError: nothing answers there.
+    """
+    try:
+        async with http.get(url) as response:
+            found = orjson.loads(await response.read()) if response.status == 200 else None
+            return found if isinstance(found, dict) else None
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        raise InputError(f"{url} cannot be reached ({type(error).__name__}: {error})") from None
+    except ValueError:
+        return None

@@ -1,0 +1,79 @@
+"""Answers by this process, one at a time: with the draft and by the target alone in turn."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from specforge_exp import paths
+from specforge_exp.bench.acceptance import Request, overlap
+from specforge_exp.bench.asking import Answered, Asking, Conversation
+from specforge_exp.chat import Message
+from specforge_exp.config import Config, locate
+from specforge_exp.speculative import generate, speculate
+from specforge_exp.target import DTYPES, Target, load_target, set_up_torch
+
+
+class Pair(NamedTuple):
+    """A target and its draft."""
+
+    target: Target
+    draft: Any
+
+
+def answer(cfg: Config, asking: Asking, sets: dict[str, list[Conversation]]) -> dict[str, Answered]:
+    """As `asking.Answer`."""
+    pair = load_pair(cfg)
+    return {name: answer_all(name, asks, asking, pair) for name, asks in sets.items()}
+
+
+def load_pair(cfg: Config) -> Pair:
+    """Load target and draft; InputError when they do not fit each other."""
+    device = set_up_torch(cfg)
+    kind = locate(cfg.draft._target_)
+    feeds = partial(kind.target_layers, cfg.draft)
+    target = load_target(cfg.model, device, cfg.bench.dtype, feeds=feeds)
+    draft = kind.load(paths.export_dir(cfg), target).to(device, DTYPES[cfg.bench.dtype])
+    return Pair(target, draft)
+
+
+def answer_all(
+    name: str, conversations: list[Conversation], asking: Asking, pair: Pair
+) -> Answered:
+    """Answer each conversation's turns; the very first prompt once more before, to warm up."""
+    generator = torch.Generator().manual_seed(0)
+    answers = [
+        converse(asks, asking, pair, generator)
+        for asks in tqdm(
+            [conversations[0][:1], *conversations],
+            desc=f"bench {name}",
+            unit="prompt",
+            disable=None,
+        )
+    ]
+    requests = [request for requests in answers[1:] for request in requests]
+    seconds = sum(r.with_draft.seconds for r in requests)
+    return Answered(requests, seconds, sum(r.alone.seconds for r in requests if r.alone))
+
+
+def converse(
+    asks: Conversation, asking: Asking, pair: Pair, generator: torch.Generator
+) -> list[Request]:
+    """Ask in turn, with the draft and alone, each time after the drafted answer to the one before.
+
+    Ends before a turn for which there is no room.
+    """
+    requests: list[Request] = []
+    messages: list[Message] = []
+    target, draft, decoding = pair.target, pair.draft, asking.decoding
+    for ask in asks:
+        prompt = asking.encode(messages := [*messages, *ask])
+        if len(prompt) > asking.room:
+            break
+        drafted = speculate(target, draft.decoder(), draft.draft_ids_D, prompt, decoding, generator)
+        alone = generate(target, prompt, decoding, generator)
+        novelty = overlap(alone.tokens, asking.known)
+        requests.append(Request(drafted, alone, novelty, follows=bool(requests)))
+        messages.append({"role": "assistant", "content": asking.decode(drafted.tokens)})
+    return requests

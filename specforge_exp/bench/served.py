@@ -1,0 +1,211 @@
+"""Answers by servers: one with the draft, then one of the target alone, on the same prompts.
+
+engine=sglang starts them one after the other on the same GPUs and ends them with everything that
+they have started. engine=openai asks servers that run already.
+"""
+
+import asyncio
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from specforge_exp import paths
+from specforge_exp.bench import clients
+from specforge_exp.bench.acceptance import Request, overlap
+from specforge_exp.bench.asking import Answered, Asking, Conversation
+from specforge_exp.bench.clients import Client
+from specforge_exp.chat import Message
+from specforge_exp.config import Config, locate
+from specforge_exp.downloads import download
+from specforge_exp.errors import InputError
+from specforge_exp.serving.server import Server
+from specforge_exp.serving.sglang import (
+    check_installed,
+    count_servers,
+    server_command,
+    tp_size_of,
+    visible_gpus,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, and what came back."""
+
+    prompt: list[int]
+    answer: clients.Answer
+
+
+Answers = tuple[list[list[Asked]], float]
+"""By conversation and turn, and the seconds that all took together."""
+One = Callable[[int], Awaitable[list[Asked]]]
+"""Carries out a conversation, by its number."""
+
+
+def answer(cfg: Config, asking: Asking, sets: dict[str, list[Conversation]]) -> dict[str, Answered]:
+    """As `asking.Answer`."""
+    return asyncio.run(answer_sets(cfg, asking, sets))
+
+
+async def answer_sets(
+    cfg: Config, asking: Asking, sets: dict[str, list[Conversation]]
+) -> dict[str, Answered]:
+    """Everything with the draft; then the prompts that this has led to, alone."""
+    drafted: dict[str, Answers] = {}
+    async with serving(cfg, alone=False) as client:
+        crowd = Crowd(cfg, asking, client)
+        for name, conversations in sets.items():
+            drafted[name] = await crowd.converse(name, conversations)
+            check_speculated(cfg, name, drafted[name][0])
+    alone: dict[str, Answers] = {}
+    if cfg.bench_alone:
+        async with serving(cfg, alone=True) as client:
+            crowd = Crowd(cfg, asking, client)
+            for name, (found, _) in drafted.items():
+                prompts = [[asked.prompt for asked in turns] for turns in found]
+                alone[name] = await crowd.repeat(name, prompts)
+    return {name: together(found, alone.get(name), asking) for name, found in drafted.items()}
+
+
+@asynccontextmanager
+async def serving(cfg: Config, alone: bool) -> AsyncIterator[Client]:
+    """The client of a server with the draft, or of one without; one that is started here ends.
+
+    Raises:
+        InputError: there is no server, or it does not start; with the end of its log.
+    """
+    options, several = cfg.engine, cfg.bench.concurrency > 1
+    key = os.environ.get(options.api_key) if options.name == "openai" else None
+    async with clients.session(options.timeout, key) as http:
+        if options.name == "openai":
+            url = cfg.bench.alone_url if alone else options.urls[0]
+            yield await clients.client_of(http, str(url), options.served_name, several)
+            return
+        folder = Path(tempfile.mkdtemp(prefix="specforge-bench-"))
+        server = server_of(cfg, alone, folder)
+        log.info("bench: the server starts; its log: %s", server.log)
+        try:
+            await server.start(options.startup_timeout)
+            yield await clients.client_of(http, server.url, None, several)
+        except InputError as error:
+            said = "" if "the end of" in str(error) else f"; {server.tail()}"
+            raise InputError(f"{error}{said}") from None
+        finally:
+            await server.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def server_of(cfg: Config, alone: bool, folder: Path) -> Server:
+    """A server on this machine's first GPUs that has not been started."""
+    check_installed(cfg.engine)
+    if not Path(cfg.model.path).is_dir() and not cfg.engine.command:
+        download(cfg.model.path)
+    tp_size, gpus = tp_size_of(cfg), visible_gpus()
+    count_servers(cfg.engine, tp_size, len(gpus))
+    draft = {}
+    if not alone:
+        kind = locate(cfg.draft._target_)
+        draft = kind.sglang_options(cfg.chain_length)
+        draft["speculative_draft_model_path"] = str(paths.export_dir(cfg).resolve())
+    command = server_command(cfg.engine, cfg.model.path, tp_size, cfg.engine.port, draft)
+    own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[:tp_size])} if gpus else {}
+    return Server(command, cfg.engine.port, folder / "server.log", own)
+
+
+class Crowd:
+    """bench.concurrency askers of one server."""
+
+    def __init__(self, cfg: Config, asking: Asking, client: Client) -> None:
+        self.asking, self.client = asking, client
+        self.size = cfg.bench.concurrency
+        self.warm = False
+
+    async def converse(self, name: str, conversations: list[Conversation]) -> Answers:
+        """Ask every conversation's turns, each after the answer to the one before.
+
+        A conversation ends before a turn for which there is no room.
+        """
+        first = [self.asking.encode(asks[0]) for asks in conversations[: self.size]]
+
+        async def one(number: int) -> list[Asked]:
+            turns: list[Asked] = []
+            messages: list[Message] = []
+            for ask in conversations[number]:
+                messages = [*messages, *ask]
+                prompt = self.asking.encode(messages)
+                if len(prompt) > self.asking.room:
+                    break
+                turns.append(Asked(prompt, await self.client(prompt, self.asking.decoding)))
+                said = self.asking.decode(turns[-1].answer.generation.tokens)
+                messages.append({"role": "assistant", "content": said})
+            return turns
+
+        return await self.all(f"bench {name}", first, len(conversations), one)
+
+    async def repeat(self, name: str, prompts: list[list[list[int]]]) -> Answers:
+        """Ask the prompts of every conversation, in turn."""
+
+        async def one(number: int) -> list[Asked]:
+            decoding = self.asking.decoding
+            return [Asked(p, await self.client(p, decoding)) for p in prompts[number]]
+
+        first = [turns[0] for turns in prompts[: self.size]]
+        return await self.all(f"bench {name}, alone", first, len(prompts), one)
+
+    async def all(self, title: str, first: list[list[int]], count: int, one: One) -> Answers:
+        """Carry out conversations 0..count-1, `size` at a time; a server's first ones twice."""
+        if not self.warm:
+            await asyncio.gather(*(self.client(p, self.asking.decoding) for p in first))
+            self.warm = True
+        found: list[list[Asked]] = [[] for _ in range(count)]
+        waiting = iter(range(count))
+        with tqdm(total=count, desc=title, unit="prompt", disable=None) as bar:
+
+            async def asker() -> None:
+                for number in waiting:
+                    found[number] = await one(number)
+                    bar.update()
+
+            began = time.perf_counter()
+            askers = [asyncio.create_task(asker()) for _ in range(self.size)]
+            try:
+                await asyncio.gather(*askers)
+            finally:
+                for task in askers:
+                    task.cancel()
+            return found, time.perf_counter() - began
+
+
+def check_speculated(cfg: Config, name: str, conversations: list[list[Asked]]) -> None:
+    """Raise InputError when no answer of a data set took a verification."""
+    answers = [asked.answer for turns in conversations for asked in turns]
+    if any(a.verified for a in answers) or all(len(a.generation.tokens) < 2 for a in answers):
+        return
+    where = cfg.engine.urls[0] if cfg.engine.name == "openai" else "the server"
+    raise InputError(
+        f"bench {name}: {where} never speculated, or does not count it: neither spec_verify_ct in "
+        "/generate nor vllm:spec_decode_num_drafts in /metrics has grown; is it started with the "
+        "draft?"
+    )
+
+
+def together(drafted: Answers, alone: Answers | None, asking: Asking) -> Answered:
+    """Both ways of answering the same prompts."""
+    requests = []
+    for number, turns in enumerate(drafted[0]):
+        for turn, asked in enumerate(turns):
+            ours, verified = asked.answer.generation, asked.answer.verified
+            single = alone[0][number][turn].answer.generation if alone else None
+            novelty = overlap((single or ours).tokens, asking.known)
+            requests.append(Request(ours, single, novelty, turn > 0, verified))
+    return Answered(requests, drafted[1], alone[1] if alone else None)
