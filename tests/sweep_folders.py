@@ -177,11 +177,16 @@ def write_bench(
         "average": average,
         "target": "tiny",
         "settings": {
-            "chain_length": 5, "temperature": 0, "max_tokens": 96, "average": "conversations",
-            "turns": "first", "thinking": "model",
+            "chain_length": 5,
+            "temperature": 0,
+            "max_tokens": 96,
+            "average": "conversations",
+            "turns": "first",
+            "thinking": "model",
         },
         "config": {
-            "draft": {"name": "eagle3", "block_size": None}, "model": {"chat_template_kwargs": {}},
+            "draft": {"name": "eagle3", "block_size": None},
+            "model": {"chat_template_kwargs": {}},
         },
     }
     (folder / "bench.json").write_text(json.dumps(content))

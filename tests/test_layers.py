@@ -125,7 +125,7 @@ def code_of(path: Path) -> str:
 APART = {
     "hydra_plugins/modal_launcher": 34_000,
     "hydra_plugins/experiment_sweeper": 24_000,
-    "specforge_exp/generation": 28_000,
+    "specforge_exp/generation": 26_000,
     "specforge_exp/report": 16_000,
     "specforge_exp/drafts": 18_000,
     "specforge_exp/bench": 12_000,
