@@ -39,13 +39,15 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ModelConfig(name="tiny", path=str(REPOSITORY / "assets" / "tiny_target"))
 
 
-def small_target(vocabulary: int = 64, hidden: int = 16, seed: int = 0) -> Target:
+def small_target(
+    vocabulary: int = 64, hidden: int = 16, seed: int = 0, head_dim: int = 8
+) -> Target:
     """A random Qwen3 of 8 layers."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=24, num_hidden_layers=8,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
-        initializer_range=0.3, tie_word_embeddings=False,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=head_dim,
+        max_position_embeddings=512, initializer_range=0.3, tie_word_embeddings=False,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config).eval().requires_grad_(False)
     return Target(model, [1, 3, 4])

@@ -106,6 +106,18 @@ def test_a_broken_export_is_refused(
         Eagle3.load(exported, tiny_target)
 
 
+@pytest.mark.parametrize("key", ["vocab_size", "eagle_config"])
+def test_a_configuration_that_lacks_a_key_is_refused(
+    exported: Path, tiny_target: Target, key: str
+) -> None:
+    file = exported / "config.json"
+    config = json.loads(file.read_text())
+    del config[key]
+    file.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=f"config.json has no {key}"):
+        Eagle3.load(exported, tiny_target)
+
+
 def test_a_draft_of_another_target_is_refused(
     exported: Path, tiny_target: Target, random_target: Target, cfg: Config, tmp_path: Path
 ) -> None:

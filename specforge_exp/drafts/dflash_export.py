@@ -24,6 +24,9 @@ SHAPES = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim rms_norm_eps rope_parameters max_position_embeddings vocab_size"
 ).split()
+OWN = (
+    "block_size num_target_layers dflash_config.mask_token_id dflash_config.target_layer_ids"
+).split()
 
 
 def export_config(draft: "DFlash", target: Target, target_path: str, dtype: str) -> dict[str, Any]:
@@ -81,14 +84,14 @@ def load_export(kind: "type[DFlash]", folder: Path, target: Target) -> "DFlash":
         InputError: a file is missing or broken, a tensor is missing, superfluous or of the wrong
             shape, or the draft was made for another target.
     """
-    config, tensors = read_export(folder)
+    config, tensors = read_export(folder, [*SHAPES, *OWN])
     text = target.model.config.get_text_config()
-    nested = config.get("dflash_config", {})
+    nested = config["dflash_config"]
     wanted = {
-        "hidden_size": (config.get("hidden_size"), text.hidden_size),
-        "vocab_size": (config.get("vocab_size"), text.vocab_size),
-        "num_target_layers": (config.get("num_target_layers"), text.num_hidden_layers),
-        "dflash_config.target_layer_ids": (nested.get("target_layer_ids"), target.aux_layers),
+        "hidden_size": (config["hidden_size"], text.hidden_size),
+        "vocab_size": (config["vocab_size"], text.vocab_size),
+        "num_target_layers": (config["num_target_layers"], text.num_hidden_layers),
+        "dflash_config.target_layer_ids": (nested["target_layer_ids"], target.aux_layers),
     }
     for name, (theirs, ours) in wanted.items():
         if theirs != ours:

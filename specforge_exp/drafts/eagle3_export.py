@@ -4,6 +4,7 @@ Tensor names are those of published EAGLE-3 drafts; embeddings are the target's 
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,12 @@ from specforge_exp.target import Target
 
 if TYPE_CHECKING:
     from specforge_exp.drafts.eagle3 import Eagle3
+
+KEYS = (
+    "target_hidden_size draft_vocab_size vocab_size hidden_size intermediate_size head_dim "
+    "num_attention_heads num_key_value_heads rms_norm_eps rope_parameters max_position_embeddings"
+).split()
+LAYERS = ("eagle_config.eagle_aux_hidden_state_layer_ids", "target_model_name_or_path")
 
 
 def export_config(draft: "Eagle3", target: Target, target_path: str, dtype: str) -> dict[str, Any]:
@@ -91,29 +98,41 @@ def load_export(kind: "type[Eagle3]", folder: Path, target: Target) -> "Eagle3":
         InputError: a file is missing or broken, a tensor is missing, superfluous or of the wrong
             shape, d2t and t2d disagree, or the draft was made for another target.
     """
-    config, tensors = read_export(folder)
+    config, tensors = read_export(folder, [*KEYS, *LAYERS])
     check_target(folder, config, target)
     for name in ("d2t", "t2d"):
         if name not in tensors:
             raise InputError(f"{folder}: {name} is missing")
     check_mapping(tensors["d2t"], tensors["t2d"])
-    keys = "target_hidden_size draft_vocab_size vocab_size hidden_size intermediate_size head_dim "
-    keys += "num_attention_heads num_key_value_heads rms_norm_eps rope_parameters "
-    keys += "max_position_embeddings"
-    llama = LlamaConfig(num_hidden_layers=1, **{key: config[key] for key in keys.split()})
+    llama = LlamaConfig(num_hidden_layers=1, **{key: config[key] for key in KEYS})
     draft = kind(llama, target.embed_VH, tensors["d2t"], tensors["t2d"])
     check_tensors(folder, draft.state_dict(), tensors)
     draft.load_state_dict(tensors)
     return draft
 
 
-def read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and the tensors of an exported draft; InputError when they cannot be read."""
+def read_export(folder: Path, keys: Iterable[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the tensors of an exported draft.
+
+    Args:
+        folder: of the draft.
+        keys: what config.json must have; `a.b` is b within a.
+
+    Raises:
+        InputError: a file cannot be read, or a key is missing.
+    """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        return config, load_file(folder / "model.safetensors")
+        tensors = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be read as an exported draft: {error}") from None
+    for key in keys:
+        node: Any = config
+        for name in key.split("."):
+            if not isinstance(node, dict) or name not in node:
+                raise InputError(f"{folder}/config.json has no {key}")
+            node = node[name]
+    return config, tensors
 
 
 def check_target(folder: Path, config: dict[str, Any], target: Target) -> None:
