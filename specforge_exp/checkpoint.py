@@ -69,7 +69,9 @@ class Checkpoint:
 
 def step_folders(run_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in run_dir.glob("step-*") if path.suffix != ".partial")
+    steps = {path: path.name.removeprefix("step-") for path in run_dir.glob("step-*")}
+    whole = {path: int(step) for path, step in steps.items() if step.isdigit()}  # not .partial
+    return sorted(whole, key=lambda path: whole[path])
 
 
 def save_checkpoint(run_dir: Path, kept: Kept, fingerprint: Fingerprint) -> Path:

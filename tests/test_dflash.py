@@ -55,7 +55,7 @@ MIXTURES = [
 
 @pytest.mark.parametrize("weights", MIXTURES, ids="+".join)
 def test_the_fast_path_is_the_dense_one(target: Target, weights: dict[str, float]) -> None:
-    """Losses, metrics and gradients of two packed conversations."""
+    """R5: losses, metrics and gradients of two packed conversations."""
     draft, loss = small_draft(target), LossConfig(name="m", **weights)
     sample = packed(target, conversation(1, LONG), conversation(2, LONG[3:]))
     window = draft.denominators(CFG, sample)
@@ -154,7 +154,7 @@ def test_target_layers(layers: int, number: int, expected: list[int]) -> None:
 
 
 def test_training_and_serving_give_the_same_logits(target: Target) -> None:
-    """A decoder that was committed up to an anchor proposes what the training forward says."""
+    """R5: a decoder that was committed up to an anchor proposes what the training forward says."""
     draft = small_draft(target)
     ids, _ = conversation(4, LONG)
     expected = logits(draft, target, ids)

@@ -55,7 +55,7 @@ def layer_shapes(config: dict[str, Any]) -> dict[str, list[int]]:
 
 
 def test_train_export_bench(run: Config, tiny_target: Target) -> None:
-    """R3, R4, R20, R32: one pipeline for both drafts; the export has the documented layout."""
+    """R3, R4, R32: one pipeline for both drafts; the export has the documented layout."""
     run.draft = replace(DRAFT, num_layers=5)
     train(run)
     record = json.loads((paths.run_dir(run) / "run.json").read_text())

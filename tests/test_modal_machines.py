@@ -64,7 +64,7 @@ def losses(path: Path) -> dict[int, float]:
 def test_a_preempted_training_takes_the_same_steps(
     datasets: Path, tmp_path: Path, on_local_modal: LocalModal
 ) -> None:
-    """train.py itself: its losses are those of a run on this machine, to the bit."""
+    """R30: train.py itself: its losses are those of a run on this machine, to the bit."""
     import modal
 
     make_tokens("tiny", datasets)

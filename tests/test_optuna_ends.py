@@ -33,9 +33,11 @@ def python_of(name: str) -> str:
     with (VENVS / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another test process may be making it
         if not ready.exists() or ready.read_text() != wanted:
-            subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-            pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-            subprocess.run([*pip, *PACKAGES[name]], check=True)
+            venv = [sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder)]
+            subprocess.run(venv, check=True)
+            pip = [sys.executable, "-m", "pip", "--python", str(python), "--quiet"]
+            install = ["install", "--no-compile", "--disable-pip-version-check"]
+            subprocess.run([*pip, *install, *PACKAGES[name]], check=True)
             ready.write_text(wanted)
     return str(python)
 

@@ -186,6 +186,7 @@ def test_half_a_checkpoint_is_not_one(tmp_path: Path) -> None:
 
 
 def test_jobs_that_write_one_place() -> None:
+    """R29: runs of a sweep write to places of their own."""
     for early in ("prep", "regen", "preprocess"):
         assert settings(early, "loss=mixed").unique == settings(early).unique
     for late in ("train", "export", "bench"):
@@ -234,6 +235,7 @@ def test_a_job_validates_without_hydras_node() -> None:
 def test_jobs_that_a_container_cannot_run(
     override: str, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """R28: what would be written outside the Volumes, among others."""
     monkeypatch.chdir(ROOT)
     with pytest.raises(InputError) as caught:
         check_job(for_validation(override))

@@ -77,6 +77,7 @@ def test_names_are_the_choices() -> None:
 
 
 def test_names_never_meet_and_stay() -> None:
+    """R29: every run of a sweep has a folder of its own."""
     command = ["loss=mixed", "draft.ttt_length=3,5", "seeds=2"]
     runs = planned(*command)
     base = "qwen3_8b_sharegpt_eagle3_mixed_lr0.0001_ttt_length"

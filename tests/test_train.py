@@ -188,7 +188,7 @@ def test_loss_is_finite_or_training_stops(run: Config) -> None:
 
 
 def test_the_best_checkpoint_is_kept(run: Config) -> None:
-    """Evaluated every step with a rate that ruins the draft: the best is not the newest."""
+    """R31: evaluated every step with a rate that ruins the draft: the best is not the newest."""
     run.lr = 0.05
     run.trainer = replace(run.trainer, eval_every=1, save_every=9, keep_last=1, keep_best=True)
     train(run)

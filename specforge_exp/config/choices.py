@@ -189,6 +189,9 @@ class DraftConfig:
     """dflash: conversations with fewer supervised tokens are left out; null: twice block_size."""
     mask_token_id: int | None = None
     """dflash: the token that stands for masked slots; null: the last of the vocabulary."""
+    attention: str = "auto"
+    """dflash: flex: FlexAttention, one compiled kernel; merged: plain products on any device;
+    auto: flex on CUDA. Changes no number but its rounding."""
 
     def __post_init__(self) -> None:
         safe_name("draft.name", self.name)
@@ -203,6 +206,7 @@ class DraftConfig:
             raise InputError(f"draft.ttt_decay={self.ttt_decay} must be in (0, 1]")
         allowed = ("inference", "specforge", "speculators")
         one_of("draft.start", self.start, ("target", "random"))
+        one_of("draft.attention", self.attention, ("auto", "flex", "merged"))
         one_of("draft.supervision", self.supervision, allowed)
 
     def matters(self) -> dict[str, Any]:
@@ -210,7 +214,7 @@ class DraftConfig:
         eagle3 = {"ttt_length", "ttt_decay", "supervision", "draft_vocab_size"}
         dflash = {"block_size", "num_layers", "num_features", "num_anchors", "loss_gamma"}
         dflash |= {"min_loss_tokens", "mask_token_id"}
-        others = dflash if self.block_size is None else eagle3
+        others = {"attention"} | (dflash if self.block_size is None else eagle3)
         return {name: value for name, value in vars(self).items() if name not in others}
 
     @property

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from specforge_exp.artifacts import Fingerprint
@@ -219,7 +220,9 @@ def add_gradients(
     parameters = [weight for weight in draft.parameters() if weight.requires_grad]
     window_K = divisors(objective, window.batches, ranks, parameters[0].device)
     loss = 0.0
-    for sample in [*window.samples, *idle(draft, objective, window.samples, ranks)]:
+    samples = [*window.samples, *idle(draft, objective, window.samples, ranks)]
+    for number, sample in enumerate(samples, 1):
+        share_again(draft, number == len(samples))
         outcome = objective.forward(sample, window_K)
         outcome.loss.backward()
         window_log.add(outcome, sum(sample.lengths))
@@ -236,6 +239,14 @@ def idle(
     if not is_sharded(draft):
         return []
     return [objective.idle] * (max(ranks.gather(len(samples))) - len(samples))
+
+
+def share_again(draft: nn.Module, last: bool) -> None:
+    """Shared weights are gathered for a window's first forward, and gradients added up after its
+    last: between them each process has both in full anyway while it works on a forward."""
+    if isinstance(draft, FSDPModule):
+        draft.set_requires_gradient_sync(last)
+        draft.set_reshard_after_backward(last)
 
 
 def take_step(optimizer: torch.optim.Optimizer, rate: float, clip: float) -> float:

@@ -3,12 +3,13 @@
 MFU = needed FLOP / (seconds * peak FLOP per second * processes). Needed FLOP are those of the
 products in the draft's forward and backward pass (and of the target, when it runs), nothing for
 what is computed twice. The peak is the data sheet's dense bfloat16 figure of a known GPU; elsewhere
-it is the measured rate of a 2048^3 product.
+it is the measured rate of a square product.
 """
 
 import resource
 import sys
 import time
+from functools import cache
 
 import torch
 
@@ -26,11 +27,13 @@ def peak_flops(device: torch.device) -> float:
         known = [rate for part, rate in PEAK.items() if part in name]
         if known:
             return known[0]
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return matmul_rate(device, dtype)
+    if device.type == "cuda":
+        return matmul_rate(device, torch.bfloat16, 2048)
+    return matmul_rate(device, torch.float32, 1024)
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+@cache
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """FLOP per second of a size^3 product, the best of five."""
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")

@@ -1,4 +1,7 @@
-"""A small real training job: fits a line with torch, saves every step, continues where it was."""
+"""A small real training job: fits a line with torch, saves every step, continues where it was.
+
+It steps by itself, as torch.optim.SGD does with momentum: that module takes a second to load.
+"""
 
 import json
 import os
@@ -19,27 +22,29 @@ def main(cfg: DictConfig) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(cfg.get("seed", 0))
     model = torch.nn.Linear(4, 1)
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    velocity = [torch.zeros_like(weight) for weight in model.parameters()]
     inputs = torch.randn(32, 4)
     targets = inputs @ torch.tensor([[1.0], [-2.0], [3.0], [0.5]])
     start, loss, saved = 0, torch.tensor(float("nan")), folder / "last.pt"
     if saved.exists():
         state = torch.load(saved, weights_only=True)
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
+        velocity = state["velocity"]
         start, loss = state["step"], state["loss"]
     for step in range(start, cfg.get("steps", 5)):
         loss = torch.nn.functional.mse_loss(model(inputs), targets)
-        optimiser.zero_grad()
+        model.zero_grad()
         loss.backward()
-        optimiser.step()
+        with torch.no_grad():
+            for weight, speed in zip(model.parameters(), velocity, strict=True):
+                weight.sub_(speed.mul_(0.9).add_(weight.grad), alpha=0.1)
         print(f"STEP {cfg.name} {step} {loss.item():.9f}", flush=True)
         if cfg.name == "raises" and step == 2:
             raise ValueError("a job that raises")
         if cfg.name == "exits" and step == 1:
             os._exit(7)
         state = {"step": step + 1, "loss": loss.detach(), "model": model.state_dict()}
-        state["optimiser"] = optimiser.state_dict()
+        state["velocity"] = velocity
         torch.save(state, folder / "partial.pt")
         os.replace(folder / "partial.pt", saved)
         with open(folder / "progress.jsonl", "a") as file:

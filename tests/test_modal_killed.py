@@ -1,0 +1,82 @@
+"""A sweep outlives its launcher and the handles of its calls; with real training jobs."""
+
+from pathlib import Path
+
+import pytest
+from modal_app import driver
+from modal_local.client import LocalModal
+
+pytestmark = pytest.mark.usefixtures("on_local_modal")
+STEPS = 5
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_a_killed_launcher_loses_nothing(
+    at: int, when: str, tmp_path: Path, control_plane: LocalModal
+) -> None:
+    sweep = tmp_path / "sweep"
+    names = {f"k{at}{when}{job}" for job in range(4)}
+    asked = driver.command(sweep, f"+name={','.join(sorted(names))}")
+    killer = [str(driver.APP / "kill_at_spawn.py"), str(at), when]
+    driver.run([*killer, *asked], expect=-9)
+    assert len(driver.events(sweep, "spawn")) == at - (when == "before")
+    if at % 2:
+        driver.run(asked)
+    else:
+        driver.modal_sweep("attach", sweep)
+    ended = driver.ends(sweep)
+    assert sorted(ended) == [0, 1, 2, 3]
+    assert {end["status"] for end in ended.values()} == {"completed"}
+    executed = driver.steps_by_call(names, control_plane)
+    assert set(executed) == names
+    for calls in executed.values():
+        assert list(calls.values()) == [list(range(STEPS))]
+
+
+def test_an_owner_that_was_cancelled_opens_the_next_generation(
+    tmp_path: Path, control_plane: LocalModal
+) -> None:
+    """Killed before its line in jobs.jsonl, a call goes on as the job's owner; then it is ended."""
+    import modal
+
+    sweep = tmp_path / "sweep"
+    before = set(control_plane.state()["calls"])
+    asked = driver.command(sweep, "+name=orphan", "+pause=0.3", steps=12)
+    killer = [str(driver.APP / "kill_at_spawn.py"), "1", "before"]
+    driver.run([*killer, *asked], expect=-9)
+    [orphan] = set(control_plane.state()["calls"]) - before
+    control_plane.wait_for(lambda state: "STEP orphan 2" in driver.logs_of(orphan), 60)
+    modal.FunctionCall.from_id(orphan).cancel()
+    control_plane.wait_for(lambda state: state["calls"][orphan]["done"], 60)
+    printed = driver.run(asked)
+    assert "runs again: its owner ended without a result" in printed
+    [end] = driver.ends(sweep).values()
+    assert (end["status"], end["generation"]) == ("completed", 1)
+
+
+def test_expired_handles(tmp_path: Path, control_plane: LocalModal) -> None:
+    """The Volume has the result; without one the job runs again as the next generation."""
+    sweep = tmp_path / "sweep"
+    asked = driver.command(sweep, "+name=expired0,expired1", "hydra.launcher.detach=true")
+    driver.run(asked)
+    calls = [event["call"] for event in driver.events(sweep, "spawn")]
+    control_plane.wait_for(lambda state: all(state["calls"][call]["done"] for call in calls), 60)
+    for call in calls:
+        control_plane.expire(call)
+    identity = driver.events(sweep, "plan")[1]["identity"]
+    remove_result(sweep, identity)
+    driver.modal_sweep("attach", sweep)
+    ended = driver.ends(sweep)
+    assert {end["status"] for end in ended.values()} == {"completed"}
+    assert [ended[job]["generation"] for job in (0, 1)] == [0, 1]
+    assert ended[0]["value"] == ended[1]["value"]
+
+
+def remove_result(sweep: Path, identity: str) -> None:
+    """As if the container had been lost before its commit."""
+    import modal
+
+    [said] = driver.events(sweep, "sweep")
+    volume = modal.Volume.from_name(said["volume"])
+    volume.remove_file(f"{said['id']}/{identity}.0", recursive=True)
