@@ -1,16 +1,28 @@
-"""One EAGLE-3 training step: ours beside SpecForge 0.2.0 and speculators 0.9.0.
+"""One training step of EAGLE-3 or DFlash: ours beside SpecForge 0.2.0 and speculators 0.9.0.
 
     python benchmarks/train_step.py [--json] [--steps 3] [--threads 2] [--device cpu|cuda]
     python benchmarks/train_step.py --growth          # time and memory, 512 to 4096 tokens
+    python benchmarks/train_step.py --draft dflash [--json]
 
 Everybody gets the same weights, inputs and supervised rows, in a process of its own, one after the
 other: median process CPU time (on CUDA: wall time between synchronisations), wall time, and
-activation memory (see peers/measure.py). The ratios are to SpecForge with its compact teacher.
+activation memory (see peers/measure.py). EAGLE-3's ratios are to SpecForge with its compact
+teacher; DFlash's to the better peer, which may be one for time and the other for memory.
 
     unmasked     one conversation of 512 tokens, everything supervised
     half_prompt  the same, its first half a prompt
     packed       conversations of 64, 128, .. 512 tokens, half prompt: one padded batch for
                  SpecForge, packed for speculators and us
+
+DFlash's cases (half prompt, an anchor for 8 tokens, blocks of 16, 5 layers, 5 states of the target,
+the target's whole vocabulary; the same anchors for everybody, see peers/dflash_inputs.py):
+
+    hard         one conversation of 512 tokens, cross-entropy against the text
+    packed       conversations of 64, 128, 192, 256 tokens, the same loss; padded for SpecForge
+    kl_div       as hard, with speculators' default loss, which SpecForge has not
+
+Losses are compared at one divisor, the sum of the labels' weights; the summary has `loss_rel`, the
+largest relative difference of a peer's to ours.
 
 The peers run in a virtual environment that the first run makes (a few minutes, 2 GB), eagerly on a
 CPU. matmul_share is the needed FLOP (objective.flops: nothing for what is computed twice) over wall
@@ -26,6 +38,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from peers import dflash_inputs
 from peers.inputs import Shape, make_chats, make_weights, save, vocabulary
 
 HERE = Path(__file__).resolve().parent
@@ -34,7 +47,18 @@ CASES = {
     "half_prompt": ([512], 0.5),
     "packed": (list(range(64, 513, 64)), 0.5),
 }
+DFLASH_CASES = {
+    "hard": ([512], "hard"),
+    "packed": ([64, 128, 192, 256], "hard"),
+    "kl_div": ([512], "kl_div"),
+}
+DFLASH_EVERY = 8
+"""Tokens for each anchor."""
 PEERS = ("specforge", "speculators")
+HEADING = (
+    f"{'case':12} {'who':19} {'rows':>6} {'loss':>8} {'CPU s':>8} {'wall s':>8} "
+    f"{'activation':>10} {'time':>6} {'memory':>7} {'matmul':>7}"
+)
 INSTALLS = [
     ["torch==2.13.0"],
     ["transformers==5.8.1", "numpy", "safetensors", "pydantic", "pyyaml", "triton", "openai",
@@ -73,9 +97,10 @@ def run(python: Path, module: str, file: Path, args: argparse.Namespace, *more: 
 
 
 def shape_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The sizes asked for; by default Qwen3-0.6B's with 32000 draft tokens."""
-    names = ("hidden", "inter", "heads", "kv_heads", "head_dim", "vocab", "draft_vocab")
-    return {name: getattr(args, name) for name in names}
+    """The sizes asked for; by default Qwen3-0.6B's, for EAGLE-3 with 32000 draft tokens."""
+    kind = Shape if args.draft == "eagle3" else dflash_inputs.Shape
+    own = [name for name in vars(kind()) if getattr(args, name, None) is not None]
+    return {name: getattr(args, name) for name in own}
 
 
 def show(case: str, result: dict[str, Any], base: dict[str, Any], time: str) -> None:
@@ -97,8 +122,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     weights |= vocabulary(shape, weights, list(chats.values()))
     python = args.peers_python or peers_python(args.venv)
     time = "cpu_s" if args.device == "cpu" else "wall_s"
-    heading = f"{'case':12} {'who':19} {'rows':>6} {'loss':>8} {'CPU s':>8} {'wall s':>8} "
-    print(heading + f"{'activation':>10} {'time':>6} {'memory':>7} {'matmul':>7}")
+    print(HEADING)
     summary: dict[str, Any] = {"cases": {}, "matmul_share": None, "runs": []}
     for case in args.cases:
         file = folder / "inputs.npz"
@@ -123,6 +147,40 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         }
         if ours["rows"] != base["rows"] or abs(ours["loss"] / base["loss"] - 1) > 1e-4:
             print(f"warning: {case}: rows or loss differ from SpecForge's", file=sys.stderr)
+    return summary
+
+
+def compare_dflash(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All cases of DFlash: prints the table and returns the summary."""
+    shape = dflash_inputs.Shape(**shape_of(args))
+    weights = dflash_inputs.make_weights(shape, seed=0)
+    python = args.peers_python or peers_python(args.venv)
+    time = "cpu_s" if args.device == "cpu" else "wall_s"
+    print(HEADING)
+    summary: dict[str, Any] = {"cases": {}, "matmul_share": None, "runs": []}
+    file = folder / "inputs.npz"
+    for case in args.cases:
+        lengths, loss = DFLASH_CASES[case]
+        head_VH = weights["lm_head.weight"]
+        save(file, weights, dflash_inputs.make_chats(shape, head_VH, lengths, 0.5, DFLASH_EVERY))
+        names = PEERS if loss == "hard" else PEERS[1:]
+        peers = [
+            run(python, f"peers.{peer}_dflash_step", file, args, "--loss", loss) for peer in names
+        ]
+        ours = run(Path(sys.executable), "our_dflash_step", file, args, "--loss", loss)
+        best = {key: min(peer[key] for peer in peers) for key in (time, "activation_mb")}
+        for result in [*peers, ours]:
+            show(case, result, best, time)
+            summary["runs"].append({"case": case, **result})
+        summary["cases"][case] = {
+            "cpu_ratio": ours[time] / best[time],
+            "activation_ratio": ours["activation_mb"] / best["activation_mb"],
+            "loss_rel": max(abs(peer["loss"] / ours["loss"] - 1) for peer in peers),
+        }
+        summary["matmul_share"] = summary["matmul_share"] or ours["matmul_share"]
+        rows = {result["rows"] for result in [*peers, ours]}
+        if len(rows) > 1 or summary["cases"][case]["loss_rel"] > 1e-5:
+            print(f"warning: {case}: rows or loss differ from a peer's", file=sys.stderr)
     return summary
 
 
@@ -165,23 +223,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--draft", choices=["eagle3", "dflash"], default="eagle3")
     parser.add_argument("--json", action="store_true", help="print the summary as the last line")
     parser.add_argument(
         "--growth", action="store_true", help="512 to 4096 tokens instead of the cases"
     )
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=sorted({*CASES, *DFLASH_CASES}))
     parser.add_argument("--steps", type=int, default=3, help="measured steps, after one to warm up")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     parser.add_argument("--venv", type=Path, default=cache / "specforge_exp" / "peers")
     parser.add_argument("--peers-python", type=Path, help="an interpreter that has the peers")
-    for name, value in vars(Shape()).items():
-        if name not in ("ttt", "rope_theta", "rms_eps"):
-            parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    sizes = vars(Shape()) | vars(dflash_inputs.Shape())
+    for name in sizes.keys() - {"ttt", "rope_theta", "rms_eps", "loss_gamma"}:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     args = parser.parse_args()
+    measures: Any = {"eagle3": (CASES, compare), "dflash": (DFLASH_CASES, compare_dflash)}
+    cases, measured = measures[args.draft]
+    args.cases = args.cases or list(cases)
+    if not set(args.cases) <= set(cases) or (args.growth and args.draft == "dflash"):
+        parser.error(f"--draft {args.draft} has the cases {', '.join(cases)}")
     with tempfile.TemporaryDirectory() as folder:
-        summary = (growth if args.growth else compare)(args, Path(folder))
+        summary = (growth if args.growth else measured)(args, Path(folder))
     if args.json:
         print(json.dumps(summary))
 

@@ -4,7 +4,7 @@ The draft's vocabulary holds the target's best token of every position, as real 
 otherwise SpecForge drops most rows of random inputs and any ratio means nothing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,8 @@ class Shape:
     vocab: int = 151936
     draft_vocab: int = 32000
     ttt: int = 7
+    features: int = 3
+    """Layers of the target whose states the draft sees."""
     rope_theta: float = 1e6
     rms_eps: float = 1e-6
 
@@ -38,6 +40,8 @@ class Chats:
     mask_BT: Tensor
     """1 where the assistant speaks."""
     lengths: list[int]
+    anchor_BR: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    """Where DFlash's blocks start, -1 where a conversation has fewer."""
 
 
 def make_weights(shape: Shape, seed: int) -> dict[str, Tensor]:
@@ -77,7 +81,7 @@ def make_chats(shape: Shape, lengths: list[int], mask_frac: float, seed: int) ->
         mask_BT[row, int(length * mask_frac) : length - 1] = 1
     return Chats(
         torch.randint(0, shape.vocab, (B, T), generator=g),
-        torch.randn(B, T, 3 * shape.hidden, generator=g),
+        torch.randn(B, T, shape.features * shape.hidden, generator=g),
         2 * torch.randn(B, T, shape.hidden, generator=g),
         mask_BT,
         lengths,
@@ -102,13 +106,15 @@ def save(path: Path, weights: dict[str, Tensor], chats: Chats) -> None:
     inputs = {"ids": chats.ids_BT, "aux": chats.aux_BTA, "last": chats.last_BTH}
     arrays |= {f"in/{name}": value.numpy() for name, value in inputs.items()}
     arrays |= {"in/mask": chats.mask_BT.numpy(), "in/lengths": np.asarray(chats.lengths)}
+    arrays |= {"in/anchors": chats.anchor_BR.numpy()}
     np.savez(path, allow_pickle=False, **arrays)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], Chats]:
     """What `save` wrote."""
     with np.load(path, allow_pickle=False) as arrays:
-        tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name[0] in "wi"}
     weights = {k[2:]: v for k, v in tensors.items() if k.startswith("w/")}
     i = {k[3:]: v for k, v in tensors.items() if k.startswith("in/")}
-    return weights, Chats(i["ids"], i["aux"], i["last"], i["mask"], i["lengths"].tolist())
+    lengths = i["lengths"].tolist()
+    return weights, Chats(i["ids"], i["aux"], i["last"], i["mask"], lengths, i["anchors"])

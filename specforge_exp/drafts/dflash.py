@@ -11,7 +11,7 @@ P positions.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from specforge_exp.attention import Visible, rotate, visible
+from specforge_exp.attention import Visible, visible
 from specforge_exp.config import DraftConfig
-from specforge_exp.drafts.dflash_attention import block_attention
+from specforge_exp.drafts.dflash_attention import Angles, How, block_attention
 from specforge_exp.drafts.dflash_blocks import Blocks, denominators
 from specforge_exp.drafts.dflash_decoder import DFlashDecoder
 from specforge_exp.drafts.dflash_export import load_export, write_export
+from specforge_exp.drafts.dflash_flex import Hidden, flex_block_attention, hide, useful
 from specforge_exp.drafts.dflash_training import objective
 from specforge_exp.drafts.draft import MLP, Draft
 from specforge_exp.errors import InputError
@@ -63,13 +64,6 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(H, eps)
 
 
-class Angles(NamedTuple):
-    """Rotary angles."""
-
-    cos: Tensor
-    sin: Tensor
-
-
 class DFlash(Draft):
     """A DFlash draft. Parameter names are those of the files that SGLang loads.
 
@@ -86,6 +80,7 @@ class DFlash(Draft):
         super().__init__()
         H = config.hidden_size
         self.config = config
+        self.attention = "auto"  # as draft.attention
         self.fc = nn.Linear(len(config.target_layers) * H, H, bias=False)
         self.hidden_norm = RMSNorm(H, config.rms_norm_eps)
         self.layers: Any = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -101,6 +96,7 @@ class DFlash(Draft):
         """A fresh draft in fp32; it speaks the target's whole vocabulary, `mapping` is not used."""
         torch.manual_seed(seed)
         draft = cls(draft_config(target, cfg), target.embed_VH, target.head_weight_VH)
+        draft.attention = cfg.attention
         with torch.no_grad():
             for weight in draft.parameters():
                 if weight.dim() > 1:
@@ -198,13 +194,15 @@ class DFlash(Draft):
         context_TH = self.context(aux_TA.to(self.compute_dtype))
         slot_S = torch.arange(slots, device=ids_T.device)
         anchor_Q = blocks.anchor_R.repeat_interleave(slots)
-        seen = visible(anchor_Q - 1, blocks.start_T[anchor_Q])
+        first_Q = blocks.start_T[anchor_Q]
+        seen: Visible | Hidden = visible(anchor_Q - 1, first_Q)
+        if useful(self.attention, ids_T.device, self.config.head_dim):
+            seen = hide(anchor_Q, first_Q, slots, len(ids_T))
         at_T = torch.arange(len(ids_T), device=ids_T.device) - blocks.start_T
         at_Q = at_T[anchor_Q] + slot_S.repeat(len(blocks.anchor_R))
         angles = self.angles(at_T, context_TH), self.angles(at_Q, context_TH)
-        masked_RS = torch.full_like(at_Q, self.config.mask_token_id).view(-1, slots)
-        masked_RS[:, 0] = ids_T[blocks.anchor_R]
-        state_QH = F.embedding(masked_RS.flatten(), self.embed_VH).to(context_TH.dtype)
+        ids_U = F.pad(ids_T[blocks.anchor_R], (0, 1), value=self.config.mask_token_id)
+        state_QH = F.embedding(ids_U, self.embed_VH).to(context_TH.dtype)
         for layer in self.layers:
             arguments = (self, layer, state_QH, context_TH, (seen, slots), angles)
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -214,18 +212,10 @@ class DFlash(Draft):
         return state_QH
 
 
-def keys_values(
-    layer: Layer, x_PH: Tensor, norm: RMSNorm | None, angles: Angles, head_dim: int
-) -> tuple[Tensor, Tensor]:
-    """Normed and rotated keys, and values, [P, M, E] each, of context or (normed first) block."""
-    weights = (layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight)
-    pair = (
-        norm_linear(x_PH, norm, slice(None), *weights)
-        if norm is not None
-        else tuple(linear(x_PH, weight) for weight in weights)
-    )
-    k_PME, v_PME = (x.unflatten(-1, (-1, head_dim)) for x in pair)
-    return rotate(layer.self_attn.k_norm(k_PME), *angles), v_PME
+def spread(x_UH: Tensor, slots: int) -> Tensor:
+    """The rows of all blocks, from those of the anchors and, last, the mask's."""
+    mask_RSH = x_UH[-1].expand(len(x_UH) - 1, slots - 1, -1)
+    return torch.cat([x_UH[:-1, None], mask_RSH], 1).flatten(0, 1)
 
 
 def layer_step(
@@ -233,22 +223,25 @@ def layer_step(
     layer: Layer,
     state_QH: Tensor,
     context_TH: Tensor,
-    seen: tuple[Visible, int],
+    seen: tuple[Visible | Hidden, int],
     angles: tuple[Angles, Angles],
 ) -> Tensor:
-    """One layer over all blocks: the next states."""
+    """One layer over all blocks: the next states.
+
+    The first layer's are one row for each anchor and one for the mask: what it makes of a masked
+    slot before the rotation does not depend on the slot.
+    """
     attn, mlp, E = layer.self_attn, layer.mlp, draft.config.head_dim
-    weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
-    q_QX, k_QX, v_QX = norm_linear(state_QH, layer.input_layernorm, slice(None), *weights)
-    q_QNE, k_QME, v_QME = (x.unflatten(-1, (-1, E)) for x in (q_QX, k_QX, v_QX))
-    context = keys_values(layer, context_TH, None, angles[0], E)
-    attended_QNE = block_attention(
-        seen[0],
-        rotate(attn.q_norm(q_QNE), *angles[1]),
-        context,
-        (rotate(attn.k_norm(k_QME), *angles[1]), v_QME),
-        seen[1],
-    )
+    keys = (attn.k_proj.weight, attn.v_proj.weight)
+    weights = (attn.q_proj.weight, *keys)
+    ours = [*norm_linear(state_QH, layer.input_layernorm, slice(None), *weights)]
+    if len(state_QH) != len(angles[1].cos_PE):
+        state_QH, *ours = (spread(x, seen[1]) for x in (state_QH, *ours))
+    q_QNE, k_QME, v_QME = (x.unflatten(-1, (-1, E)) for x in ours)
+    k_TME, v_TME = (linear(context_TH, weight).unflatten(-1, (-1, E)) for weight in keys)
+    how = How(*seen, (attn.q_norm, attn.k_norm), angles)
+    attend = flex_block_attention if isinstance(seen[0], Hidden) else block_attention
+    attended_QNE = attend(how, q_QNE, (k_TME, v_TME), (k_QME, v_QME))
     state_QH = state_QH + linear(attended_QNE.flatten(1), attn.o_proj.weight)
     gate_QI, up_QI = norm_linear(
         state_QH, layer.post_attention_layernorm, slice(None),

@@ -107,10 +107,13 @@ def needed_flops(draft: "DFlash", blocks: Blocks, found: Tally, tokens: int) -> 
         for layer in draft.layers
         for proj in (layer.self_attn.k_proj, layer.self_attn.v_proj)
     )
+    attn = draft.layers[0].self_attn
+    first = sum(proj.weight.numel() for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+    repeated = max(0, rows - len(blocks.anchor_R) - 1)  # all masked slots enter as one row
     supervised = int(blocks.counts_RK.sum())
     needed: float = (
         6.0 * tokens * (draft.fc.weight.numel() + keys)
-        + 6.0 * rows * layers
+        + 6.0 * (rows * layers - repeated * first)
         + 4.0 * supervised * H * len(draft.head_VH)
         + 2.0 * found.positions * H * len(draft.head_VH)
     )

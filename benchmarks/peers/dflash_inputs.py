@@ -1,0 +1,111 @@
+"""Weights and inputs of the DFlash benchmark: the same arrays and the same blocks for everybody.
+
+The text is what the target itself would say greedily: every token is its most likely one after the
+position before. So a label read from the text (SpecForge, ours) is the target's best token
+(speculators). The target's last states have the root mean square SCALE at every position, so that
+speculators' verifier norm with that weight reads the states that everybody else reads.
+
+Anchors are drawn once and given to everybody: two supervised tokens in a row, as SpecForge asks,
+not the first token, and the whole block inside its conversation, as speculators needs for the last.
+
+Shape suffixes: B conversations, T tokens, H hidden, R blocks of a conversation (-1: none).
+"""
+
+import json
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from peers import inputs
+from peers.inputs import Chats
+
+SCALE = 2.0
+
+
+@dataclass(frozen=True)
+class Shape(inputs.Shape):
+    """Sizes of a DFlash draft and its target."""
+
+    features: int = 5
+    layers: int = 5
+    block_size: int = 16
+    loss_gamma: float = 7.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Shape":
+        """From JSON; what it leaves out has its default."""
+        return cls(**json.loads(text))
+
+    @property
+    def mask_token(self) -> int:
+        """The token that stands for masked slots."""
+        return self.vocab - 1
+
+
+def make_weights(shape: Shape, seed: int) -> dict[str, Tensor]:
+    """The draft's weights by the names that SGLang loads, the target's embeddings and head."""
+    g = torch.Generator().manual_seed(seed)
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    H, inter, E = shape.hidden, shape.inter, shape.head_dim
+    sizes: dict[str, tuple[int, ...]] = {
+        "embed_tokens": (shape.vocab, H), "lm_head": (shape.vocab, H),
+        "fc": (H, shape.features * H), "hidden_norm": (H,), "norm": (H,),
+    }  # fmt: skip
+    layer: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (q, H), "self_attn.k_proj": (kv, H), "self_attn.v_proj": (kv, H),
+        "self_attn.o_proj": (H, q), "self_attn.q_norm": (E,), "self_attn.k_norm": (E,),
+        "mlp.gate_proj": (inter, H), "mlp.up_proj": (inter, H), "mlp.down_proj": (H, inter),
+        "input_layernorm": (H,), "post_attention_layernorm": (H,),
+    }  # fmt: skip
+    for number in range(shape.layers):
+        sizes |= {f"layers.{number}.{name}": size for name, size in layer.items()}
+    weights = {}
+    for name, size in sizes.items():
+        noise = torch.randn(size, generator=g)
+        weights[f"{name}.weight"] = 1 + 0.1 * noise if len(size) == 1 else noise * size[1] ** -0.5
+    return weights
+
+
+def make_chats(
+    shape: Shape, head_VH: Tensor, lengths: list[int], mask_frac: float, every: int
+) -> Chats:
+    """Random states, the target's own text, and one anchor for `every` tokens.
+
+    Args:
+        shape: sizes.
+        head_VH: the target's output embeddings.
+        lengths: tokens of each conversation.
+        mask_frac: the share of each that is its prompt.
+        every: tokens for each anchor, the prompt's included.
+    """
+    chats = inputs.make_chats(shape, lengths, mask_frac, seed=1)
+    last_BTH = SCALE * torch.nn.functional.rms_norm(chats.last_BTH, [shape.hidden])
+    ids_BT = chats.ids_BT.clone()
+    ids_BT[:, 1:] = torch.stack([(state_TH @ head_VH.T).argmax(-1)[:-1] for state_TH in last_BTH])
+    g = torch.Generator().manual_seed(2)
+    anchor_BR = torch.full((len(lengths), max(lengths) // every), -1)
+    for row, length in enumerate(lengths):
+        both_T = (chats.mask_BT[row, 1:-1] > 0) & (chats.mask_BT[row, 2:] > 0)
+        possible = both_T[: length - shape.block_size].nonzero()[:, 0] + 1
+        drawn = possible[torch.randperm(len(possible), generator=g)[: length // every]]
+        anchor_BR[row, : len(drawn)] = drawn.sort().values
+    return replace(chats, ids_BT=ids_BT, last_BTH=last_BTH, anchor_BR=anchor_BR)
+
+
+def packed_anchors(chats: Chats) -> Tensor:
+    """The anchors' positions in the conversations put one after the other; [R]."""
+    first = [sum(chats.lengths[:row]) for row in range(len(chats.lengths))]
+    return torch.cat(
+        [anchor_R[anchor_R >= 0] + at for anchor_R, at in zip(chats.anchor_BR, first, strict=True)]
+    )
+
+
+def label_weights(shape: Shape, chats: Chats) -> tuple[int, float]:
+    """How many labels count, and the sum of their decays: the divisors of the peers' means."""
+    row_R, column_R = (chats.anchor_BR >= 0).nonzero(as_tuple=True)
+    place_K = torch.arange(1, shape.block_size)
+    at_RK = chats.anchor_BR[row_R, column_R][:, None] + place_K
+    counts_RK = chats.mask_BT[row_R[:, None], at_RK] > 0
+    decay_K = torch.exp(-(place_K - 1) / shape.loss_gamma)
+    return int(counts_RK.sum()), float((counts_RK * decay_K).sum())
