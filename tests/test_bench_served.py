@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -177,6 +178,16 @@ def test_a_server_that_fails_leaves_nothing_behind(
     pids = [int(p) for line in log.read_text().splitlines() if line.startswith("pids")
             for p in line.split()[1:]]  # fmt: skip
     assert len(pids) == 2 and gone(pids)
+
+
+def test_a_port_that_is_taken(exported: Config) -> None:
+    cfg = served(exported)
+    taken = rf"port {cfg.engine.port} is taken.*engine\.port"
+    with (
+        socket.create_server(("127.0.0.1", cfg.engine.port)),
+        pytest.raises(InputError, match=taken),
+    ):
+        bench(cfg)
 
 
 def test_the_command_line_of_sglang(cfg: Config, tmp_path: Path) -> None:

@@ -98,8 +98,9 @@ async def serving(cfg: Config, alone: bool) -> AsyncIterator[Client]:
             await server.start(options.startup_timeout)
             yield await clients.client_of(http, server.url, None, several)
         except InputError as error:
-            said = "" if "the end of" in str(error) else f"; {server.tail()}"
-            raise InputError(f"{error}{said}") from None
+            if "the end of" in str(error) or not server.log.exists():
+                raise
+            raise InputError(f"{error}; {server.tail()}") from None
         finally:
             await server.stop()
         shutil.rmtree(folder, ignore_errors=True)
