@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 
 from specforge_exp.config import Config, from_omegaconf
 from specforge_exp.conversations import read_jsonl
@@ -36,12 +35,6 @@ def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
         return train, held_out
 
     return run
-
-
-@pytest.fixture(autouse=True)
-def fresh_hydra() -> None:
-    """Tests of plugins in the same process leave Hydra initialised."""
-    GlobalHydra.instance().clear()
 
 
 def table(path: str, rows: list[Record]) -> None:

@@ -3,11 +3,12 @@
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn, JobStatus
 from modal_app import driver
 from modal_app.session_driver import APP, job, open_session, said
@@ -19,6 +20,13 @@ from hydra_plugins.modal_launcher._session import Session
 
 pytestmark = pytest.mark.usefixtures("on_local_modal")
 SECONDS = 60.0
+
+
+@pytest.fixture(autouse=True)
+def fresh_hydra() -> Iterator[None]:
+    """Opening a session initialises Hydra in this process."""
+    yield
+    GlobalHydra.instance().clear()
 
 
 class Seen:
