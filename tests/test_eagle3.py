@@ -148,6 +148,7 @@ def test_chunks_change_nothing(random_target: Target, monkeypatch: pytest.Monkey
     monkeypatch.setattr(head_loss, "POSITIONS", 3)
     monkeypatch.setattr(head_loss, "LOGITS", 5 * 40)
     monkeypatch.setitem(head_loss.BLOCK, "cpu", 2 * 40)
+    monkeypatch.setitem(head_loss.TILE, "cpu", 7 * random_target.head_weight_VH.shape[1])
     monkeypatch.setitem(teacher.TILE_ELEMENTS, "cpu", 20)
     monkeypatch.setattr(attention, "BLOCK_ROWS", 2)
     second = outcome(draft, random_target, sample, window)

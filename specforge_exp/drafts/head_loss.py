@@ -28,6 +28,8 @@ LOGITS = 2**25
 """Logits of the draft held together."""
 BLOCK = {"cpu": 2**19, "cuda": 2**28}
 """Logits that one round of element-wise operations visits; on a CPU they should fit its cache."""
+TILE = {"cpu": 2**20, "cuda": 2**62}
+"""Weights of the head that one product takes: with few rows a CPU is faster when it keeps them."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,11 @@ def visit(
     normed_NH = heads.norm(state_NH)
     weight_DH = heads.weight_DH.to(normed_NH.dtype)
     if normed_NH.dtype == buffer.dtype:
-        logits_ND = torch.mm(normed_NH, weight_DH.T, out=buffer[: len(listed_N)])
+        logits_ND = buffer[: len(listed_N)]
+        width = max(1, TILE[buffer.device.type] // weight_DH.shape[1])
+        tiles = zip(weight_DH.split(width), logits_ND.split(width, 1), strict=True)
+        for weight_LH, logits_NL in tiles:
+            torch.mm(normed_NH, weight_LH.T, out=logits_NL)
     else:
         logits_ND = (normed_NH @ weight_DH.T).float()
     gradient = result.gradient_QH is not None
