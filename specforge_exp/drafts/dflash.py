@@ -195,9 +195,11 @@ class DFlash(Draft):
         slot_S = torch.arange(slots, device=ids_T.device)
         anchor_Q = blocks.anchor_R.repeat_interleave(slots)
         first_Q = blocks.start_T[anchor_Q]
-        seen: Visible | Hidden = visible(anchor_Q - 1, first_Q)
+        seen: Visible | Hidden
         if useful(self.attention, ids_T.device, self.config.head_dim):
             seen = hide(anchor_Q, first_Q, slots, len(ids_T))
+        else:
+            seen = visible(anchor_Q - 1, first_Q)
         at_T = torch.arange(len(ids_T), device=ids_T.device) - blocks.start_T
         at_Q = at_T[anchor_Q] + slot_S.repeat(len(blocks.anchor_R))
         angles = self.angles(at_T, context_TH), self.angles(at_Q, context_TH)
