@@ -31,15 +31,7 @@ TERMS = {"hard": "lambda_hard", "kl_div": "lambda_ce"}
 def build(shape: Shape, weights: dict[str, Tensor]) -> DFlash:
     """A draft with the file's weights; embeddings and head are taken out of them."""
     config = Qwen3Config(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inter,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab,
-        num_hidden_layers=shape.layers,
-        rms_norm_eps=shape.rms_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        **shape.qwen3,
         block_size=shape.block_size,
         mask_token_id=shape.mask_token,
         target_layers=list(range(shape.features)),

@@ -42,7 +42,6 @@ def report(
         outcome: one forward.
         extra: taken off the loss that is printed.
     """
-    cuda = args.device.startswith("cuda")
     outcomes: list[Any] = []
 
     def step() -> None:
@@ -54,7 +53,7 @@ def report(
         outcomes[:] = [(float(found.loss), int(found.sums["rows"].sum()), found.flops)]
 
     rate = matmul_rate(args.device, draft.compute_dtype)
-    found: dict[str, Any] = measure(step, args.warmup, args.steps, cuda)
+    found: dict[str, Any] = measure(step, args)
     rate = (rate + matmul_rate(args.device, draft.compute_dtype)) / 2
     value, rows, flops = outcomes[0]
     found |= {"loss": value - extra, "rows": rows, "flops": flops}

@@ -1,13 +1,14 @@
 """One training step of EAGLE-3 or DFlash: ours beside SpecForge 0.2.0 and speculators 0.9.0.
 
-    python benchmarks/train_step.py [--json] [--steps 3] [--threads 2] [--device cpu|cuda]
+    python benchmarks/train_step.py [--json] [--steps 5] [--threads 2] [--device cpu|cuda]
     python benchmarks/train_step.py --growth          # time and memory, 512 to 4096 tokens
     python benchmarks/train_step.py --draft dflash [--json]
 
-Everybody gets the same weights, inputs and supervised rows, in a process of its own, one after the
-other: median process CPU time (on CUDA: wall time between synchronisations), wall time, and
-activation memory (see peers/measure.py). EAGLE-3's ratios are to SpecForge with its compact
-teacher; DFlash's to the better peer, which may be one for time and the other for memory.
+Everybody gets the same weights, inputs and supervised rows, in a process of its own; they take
+turns step by step, so that a slow minute of the machine slows all. Measured are the medians of
+process CPU time (on CUDA: wall time between synchronisations), wall time and activation memory (see
+peers/measure.py). EAGLE-3's ratios are to SpecForge with its compact teacher; DFlash's to the
+better peer, which may be one for time and the other for memory.
 
     unmasked     one conversation of 512 tokens, everything supervised
     half_prompt  the same, its first half a prompt
@@ -80,20 +81,61 @@ def peers_python(venv: Path) -> Path:
     return python
 
 
-def run(python: Path, module: str, file: Path, args: argparse.Namespace, *more: str) -> Any:
-    """One measurement in a process of its own."""
-    command = [str(python), "-m", module, str(file), "--shape", json.dumps(shape_of(args))]
-    command += ["--threads", str(args.threads), "--steps", str(args.steps)]
-    command += ["--device", args.device, *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    if args.device == "cpu":
-        environment["TORCHDYNAMO_DISABLE"] = "1"
-    done = subprocess.run(
-        command, env=environment, cwd=HERE, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{module} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+class Step:
+    """A measurement in a process of its own; it sets up, warms up, and waits for its turns."""
+
+    def __init__(self, who: str, file: Path, args: argparse.Namespace, *more: str) -> None:
+        """`who` is a module here: a peer's, which the peers' interpreter runs, or ours."""
+        theirs = (args.peers_python or peers_python(args.venv)) if "." in who else sys.executable
+        command = [str(theirs), "-m", who, str(file), "--shape", json.dumps(shape_of(args))]
+        command += ["--threads", str(args.threads), "--steps", str(args.steps), "--turns"]
+        command += ["--device", args.device, *more]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+        if args.device == "cpu":
+            environment["TORCHDYNAMO_DISABLE"] = "1"
+        self.who, self.log = who, file.with_name("".join([who, *more, ".log"]))
+        with self.log.open("w") as errors:
+            self.process = subprocess.Popen(
+                command, env=environment, cwd=HERE, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+            )  # fmt: skip
+        self.said = self.hear()
+
+    def hear(self) -> str:
+        """The next line: ready for a step, or the result as JSON."""
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line == "ready\n" or line.startswith("{"):
+                return str(line)
+        self.process.wait()
+        raise SystemExit(f"{self.who} failed:\n{self.log.read_text()[-3000:]}")
+
+    def take_turn(self) -> None:
+        """One step, to its end."""
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.said = self.hear()
+
+    def end(self) -> None:
+        """No process and no pipe is left."""
+        self.process.kill()
+        self.process.communicate()
+
+
+def run(file: Path, args: argparse.Namespace, *steps: tuple[str, ...]) -> list[Any]:
+    """Measure modules, each with its options, in turns."""
+    measured: list[Step] = []
+    try:
+        for who, *more in steps:
+            measured.append(Step(who, file, args, *more))
+        for _ in range(args.steps):
+            for step in measured:
+                step.take_turn()
+        return [json.loads(step.said) for step in measured]
+    finally:
+        for step in measured:
+            step.end()
 
 
 def shape_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -120,20 +162,18 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     weights = make_weights(shape, seed=0)
     chats = {case: make_chats(shape, *CASES[case], seed=1) for case in args.cases}
     weights |= vocabulary(shape, weights, list(chats.values()))
-    python = args.peers_python or peers_python(args.venv)
     time = "cpu_s" if args.device == "cpu" else "wall_s"
     print(HEADING)
     summary: dict[str, Any] = {"cases": {}, "matmul_share": None, "runs": []}
     for case in args.cases:
         file = folder / "inputs.npz"
         save(file, weights, chats[case])
-        base = run(python, "peers.specforge_step", file, args)
-        ours = run(Path(sys.executable), "our_step", file, args)
-        results = [base, run(python, "peers.speculators_step", file, args), ours]
-        if case == "unmasked":
+        steps: list[tuple[str, ...]] = [(f"peers.{peer}_step",) for peer in PEERS]
+        more = [("our_step", "--checkpointing")] if case == "unmasked" else []
+        results = run(file, args, *steps, ("our_step",), *more)
+        base, _, ours, *rest = results
+        for checked in rest:
             summary["matmul_share"] = ours["matmul_share"]
-            checked = run(Path(sys.executable), "our_step", file, args, "--checkpointing")
-            results.append(checked)
             summary["checkpointing"] = {
                 "cpu_ratio_to_ours": checked[time] / ours[time],
                 "activation_ratio": checked["activation_mb"] / base["activation_mb"],
@@ -154,7 +194,6 @@ def compare_dflash(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All cases of DFlash: prints the table and returns the summary."""
     shape = dflash_inputs.Shape(**shape_of(args))
     weights = dflash_inputs.make_weights(shape, seed=0)
-    python = args.peers_python or peers_python(args.venv)
     time = "cpu_s" if args.device == "cpu" else "wall_s"
     print(HEADING)
     summary: dict[str, Any] = {"cases": {}, "matmul_share": None, "runs": []}
@@ -164,10 +203,8 @@ def compare_dflash(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         head_VH = weights["lm_head.weight"]
         save(file, weights, dflash_inputs.make_chats(shape, head_VH, lengths, 0.5, DFLASH_EVERY))
         names = PEERS if loss == "hard" else PEERS[1:]
-        peers = [
-            run(python, f"peers.{peer}_dflash_step", file, args, "--loss", loss) for peer in names
-        ]
-        ours = run(Path(sys.executable), "our_dflash_step", file, args, "--loss", loss)
+        who = [*(f"peers.{peer}_dflash_step" for peer in names), "our_dflash_step"]
+        *peers, ours = run(file, args, *((each, "--loss", loss) for each in who))
         best = {key: min(peer[key] for peer in peers) for key in (time, "activation_mb")}
         for result in [*peers, ours]:
             show(case, result, best, time)
@@ -194,17 +231,15 @@ def growth(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     lengths = [512, 1024, 2048, 4096]
     chats = [make_chats(shape, [length], 0.0, seed=1) for length in lengths]
     weights |= vocabulary(shape, weights, chats)
-    python = args.peers_python or peers_python(args.venv)
     print(f"{'who':12} {'tokens':>6} {'CPU s':>8} {'ms/row':>8} {'activation':>10} {'MB/token':>9}")
     runs: list[dict[str, Any]] = []
     before: dict[str, tuple[int, float]] = {}
     for length, chat in zip(lengths, chats, strict=True):
         file = folder / "inputs.npz"
         save(file, weights, chat)
-        found = [run(Path(sys.executable), "our_step", file, args)]
-        if length <= 1024:
-            found += [run(python, f"peers.{peer}_step", file, args) for peer in PEERS]
-        for one in found:
+        peers = PEERS if length <= 1024 else ()
+        steps: list[tuple[str, ...]] = [(f"peers.{peer}_step",) for peer in peers]
+        for one in run(file, args, ("our_step",), *steps):
             tokens, memory = before.get(one["who"], (0, 0.0))
             slope = (one["activation_mb"] - memory) / (length - tokens) if tokens else float("nan")
             before[one["who"]] = (length, one["activation_mb"])
@@ -229,15 +264,15 @@ def main() -> None:
         "--growth", action="store_true", help="512 to 4096 tokens instead of the cases"
     )
     parser.add_argument("--cases", nargs="+", choices=sorted({*CASES, *DFLASH_CASES}))
-    parser.add_argument("--steps", type=int, default=3, help="measured steps, after one to warm up")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps, after one to warm up")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     parser.add_argument("--venv", type=Path, default=cache / "specforge_exp" / "peers")
     parser.add_argument("--peers-python", type=Path, help="an interpreter that has the peers")
-    sizes = vars(Shape()) | vars(dflash_inputs.Shape())
-    for name in sizes.keys() - {"ttt", "rope_theta", "rms_eps", "loss_gamma"}:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    for name in vars(Shape()) | vars(dflash_inputs.Shape()):
+        if name not in ("ttt", "rope_theta", "rms_eps", "loss_gamma"):
+            parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     args = parser.parse_args()
     measures: Any = {"eagle3": (CASES, compare), "dflash": (DFLASH_CASES, compare_dflash)}
     cases, measured = measures[args.draft]

@@ -1,5 +1,6 @@
 """The benchmark's own half: fair inputs, a step that is SpecForge's, memory that is counted."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -8,9 +9,10 @@ from pathlib import Path
 import parity
 import pytest
 import torch
+import train_step
 from our_step import packed
 from peers.inputs import Shape, load, make_chats, make_weights, save, vocabulary
-from peers.measure import measure
+from peers.measure import arguments, measure
 
 from specforge_exp.config import DraftConfig, LossConfig
 from specforge_exp.losses import opd
@@ -71,6 +73,29 @@ def test_our_step_prints_one_line_of_json(file: Path) -> None:
     assert found["rows"] == 3 * (5 + 9)
 
 
+def test_steps_take_turns(file: Path) -> None:
+    """One step for every line that a process is given, and nothing before it."""
+    args = argparse.Namespace(
+        draft="eagle3", threads=1, steps=2, device="cpu", peers_python=None, **vars(SHAPE)
+    )
+    first, second = (train_step.Step("our_step", file, args) for _ in range(2))
+    try:
+        assert first.said == second.said == "ready\n"
+        first.take_turn()
+        assert (first.said, second.said) == ("ready\n", "ready\n")
+        first.take_turn()
+        second.take_turn()
+        assert json.loads(first.said)["who"] == "ours"
+        assert second.said == "ready\n"
+    finally:
+        first.end()
+        second.end()
+    found = train_step.run(file, args, ("our_step",), ("our_step", "--checkpointing"))
+    assert [each["who"] for each in found] == ["ours", "ours+checkpointing"]
+    with pytest.raises(SystemExit, match=r"our_step failed:(.|\n)*unrecognized arguments: --no"):
+        train_step.run(file, args, ("our_step", "--no"))
+
+
 def test_activation_memory_is_what_a_step_holds() -> None:
     """128 MB that live during the step are counted, what stays from before is not."""
     kept = torch.ones(2**24)
@@ -79,6 +104,6 @@ def test_activation_memory_is_what_a_step_holds() -> None:
         held = torch.ones(2**24) + kept
         held.sum()
 
-    found = measure(step, warmup=1, steps=3, cuda=False)
+    found = measure(step, arguments("").parse_args(["-", "--steps", "3"]))
     assert 100 < found["activation_mb"] < 180
     assert found["cpu_s"] > 0

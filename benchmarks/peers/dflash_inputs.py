@@ -13,6 +13,7 @@ Shape suffixes: B conversations, T tokens, H hidden, R blocks of a conversation 
 
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,21 @@ class Shape(inputs.Shape):
     def mask_token(self) -> int:
         """The token that stands for masked slots."""
         return self.vocab - 1
+
+    @property
+    def qwen3(self) -> dict[str, Any]:
+        """What a Qwen3Config of the draft's layers takes."""
+        return {
+            "hidden_size": self.hidden,
+            "intermediate_size": self.inter,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab,
+            "num_hidden_layers": self.layers,
+            "rms_norm_eps": self.rms_eps,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+        }
 
 
 def make_weights(shape: Shape, seed: int) -> dict[str, Tensor]:

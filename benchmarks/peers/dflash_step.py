@@ -73,8 +73,7 @@ def report(
         step()
         record(args, draft, losses[0], {"who": who, "loss": args.loss, "divisor": divided})
         return
-    cuda = args.device.startswith("cuda")
-    found: dict[str, Any] = measure(step, args.warmup, args.steps, cuda)
+    found: dict[str, Any] = measure(step, args)
     found |= {"loss": losses[-1] * divided / weight, "rows": rows}
     print(json.dumps({"who": who, **found}))
 

@@ -113,7 +113,8 @@ def save(path: Path, weights: dict[str, Tensor], chats: Chats) -> None:
 def load(path: Path) -> tuple[dict[str, Tensor], Chats]:
     """What `save` wrote."""
     with np.load(path, allow_pickle=False) as arrays:
-        tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name[0] in "wi"}
+        named = [name for name in arrays.files if name.startswith(("w/", "in/"))]
+        tensors = {name: torch.from_numpy(arrays[name]) for name in named}
     weights = {k[2:]: v for k, v in tensors.items() if k.startswith("w/")}
     i = {k[3:]: v for k, v in tensors.items() if k.startswith("in/")}
     lengths = i["lengths"].tolist()

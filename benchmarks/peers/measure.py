@@ -9,6 +9,7 @@ import argparse
 import ctypes
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--turns", action="store_true", help="wait for a line before every step")
     return parser
 
 
@@ -44,12 +46,26 @@ def settle() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(step: Callable[[], Any], warmup: int, steps: int, cuda: bool) -> dict[str, float]:
-    """Medians over `steps` calls; gradients must exist after the first call and be kept."""
-    for _ in range(warmup):
+def wait_for_turn() -> None:
+    """Say that a step could begin, and wait until this process is the one that works."""
+    print("ready", flush=True)
+    sys.stdin.readline()
+
+
+def measure(step: Callable[[], Any], args: argparse.Namespace) -> dict[str, float]:
+    """Medians over the steps; gradients must exist after the first call and be kept.
+
+    Args:
+        step: one forward and backward pass.
+        args: what `arguments` parsed.
+    """
+    cuda = args.device.startswith("cuda")
+    for _ in range(args.warmup):
         step()
     cpu, wall, memory = [], [], []
-    for _ in range(steps):
+    for _ in range(args.steps):
+        if args.turns:
+            wait_for_turn()
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

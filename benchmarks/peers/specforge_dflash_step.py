@@ -32,15 +32,7 @@ def build(shape: Shape, weights: dict[str, Tensor], device: str, blocks: int | N
     from transformers import Qwen3Config
 
     config = Qwen3Config(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inter,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab,
-        num_hidden_layers=shape.layers,
-        rms_norm_eps=shape.rms_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        **shape.qwen3,
         block_size=shape.block_size,
         num_target_layers=shape.features + 3,
         dflash_config={

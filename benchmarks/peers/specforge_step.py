@@ -114,7 +114,7 @@ def main() -> None:
         loss.backward()
         losses.append(float(loss))
 
-    found: dict[str, Any] = measure(step, args.warmup, args.steps, cuda)
+    found: dict[str, Any] = measure(step, args)
     rows = sum(int(mask[:, k:].sum()) for k in range(7))
     print(json.dumps({"who": "specforge", **found, "loss": losses[-1], "rows": rows}))
 

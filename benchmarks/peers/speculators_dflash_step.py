@@ -29,17 +29,7 @@ def build(shape: Shape, weights: dict[str, Tensor], device: str) -> Any:
     from speculators.proposals.greedy import GreedyTokenProposalConfig
     from transformers import Qwen3Config
 
-    layer = Qwen3Config(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inter,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab,
-        num_hidden_layers=shape.layers,
-        rms_norm_eps=shape.rms_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-    )
+    layer = Qwen3Config(**shape.qwen3)
     layer._attn_implementation = "sdpa" if device == "cpu" else "simple_flex_attention"
     proposal = GreedyTokenProposalConfig(speculative_tokens=shape.block_size - 1)
     config = DFlashSpeculatorConfig(

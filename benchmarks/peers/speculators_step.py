@@ -114,7 +114,7 @@ def main() -> None:
         losses.append(float(loss))
         rows.append(sum(float(metrics[f"full_acc_{k}_total"]) for k in range(shape.ttt)))
 
-    found: dict[str, Any] = measure(step, args.warmup, args.steps, cuda)
+    found: dict[str, Any] = measure(step, args)
     print(json.dumps({"who": "speculators", **found, "loss": losses[-1], "rows": int(rows[-1])}))
 
 
