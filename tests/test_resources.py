@@ -108,6 +108,15 @@ def test_regen_gets_what_its_engine_uses(overrides: list[str], gpu: Any) -> None
     assert settings("regen", *overrides).gpu == gpu
 
 
+def test_bench_by_sglang_runs_in_its_image() -> None:
+    """With a Python of its own for the server; the image is the engine's choice."""
+    found = settings("bench", "model=qwen3_8b", "engine=sglang", "resources=sglang")
+    assert (found.gpu, found.image.base) == ("H100", composed("engine=sglang").engine.image)
+    server = composed("engine=sglang").engine
+    assert server.python is None
+    assert found.env["SPECFORGE_SGLANG_PYTHON"] == "/usr/bin/python3"
+
+
 @pytest.mark.parametrize("model", BIG)
 def test_regen_of_models_for_a_gpu_fans_out(model: str) -> None:
     cfg = composed(f"model={model}")
