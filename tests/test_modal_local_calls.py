@@ -78,6 +78,21 @@ def flaky(key, failures):
 """
 
 
+def test_a_call_has_the_lines_that_it_printed(run_program: Program) -> None:
+    """They are there as soon as its result is, and no other call's."""
+    found = run_program(
+        APP,
+        """
+with app.run():
+    calls = [square.spawn(x) for x in range(20, 60)]
+    modal.FunctionCall.gather(*calls)
+    print(json.dumps({"lines": [[str(e) for e in call.logs.tail(5)] for call in calls]}))
+""",
+    )
+    for x, lines in enumerate(found["lines"], 20):
+        assert [f"squaring {x}" in line for line in lines] == [True], x
+
+
 def test_calls_and_their_results(run_program: Program, local_modal: LocalModal) -> None:
     found = run_program(
         APP,
@@ -85,9 +100,6 @@ def test_calls_and_their_results(run_program: Program, local_modal: LocalModal) 
 with app.run():
     calls = [square.spawn(x) for x in (2, 3)]
     gathered = modal.FunctionCall.gather(*calls)
-    end = time.monotonic() + 30  # a container sends its logs a little later than its results
-    while not list(calls[0].logs.tail(5)) and time.monotonic() < end:
-        time.sleep(0.1)
     out = {
         "gather": gathered,
         "from_id": modal.FunctionCall.from_id(calls[1].object_id).get(timeout=5),

@@ -14,6 +14,7 @@ from .servers import await_port
 from .state import Task
 
 POLL_SECONDS = 20.0  # below the idle limits of the channel
+TURNS = 4  # of the event loop, until a line that has arrived in a pipe is in the log
 
 
 @unary("ContainerHello")
@@ -72,6 +73,8 @@ undelivered("FunctionGetInputs", _return_inputs)
 @unary("FunctionPutOutputs")
 async def _put_outputs(peer: Peer, request: Any) -> Any:
     task = peer.container()
+    for _ in range(TURNS):  # what it printed before is read first, so that it belongs to this input
+        await asyncio.sleep(0)
     for output in request.outputs:
         item = peer.plane.inputs.get(output.input_id)
         # A repeated or late output, of an attempt that was given up, counts for nothing.
