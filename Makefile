@@ -29,7 +29,7 @@ lint: .venv/.ready  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy --explicit-package-bases hydra_plugins/modal_launcher hydra_plugins/experiment_sweeper tests/modal_local
+	$(BIN)/mypy --explicit-package-bases hydra_plugins modal_sweep hydra_sweeps tests/modal_local
 
 format: .venv/.ready  ## apply ruff's fixes and format
 	$(BIN)/ruff check --fix .

@@ -6,7 +6,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
 from specforge_exp.config import InputError, from_omegaconf, schema
-from specforge_exp.sweeps import bench_all
+from specforge_exp.report.record import bench_all
 
 ConfigStore.instance().store(name="schema", node=schema())
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from specforge_exp.config import DraftConfig, LossConfig
-from specforge_exp.drafts import dflash_training
-from specforge_exp.drafts.dflash import DFlash
-from specforge_exp.drafts.dflash_blocks import Blocks, labels
-from specforge_exp.drafts.eagle3_chains import document_bounds
+from specforge_exp.drafts.dflash import training
+from specforge_exp.drafts.dflash.blocks import Blocks, labels
+from specforge_exp.drafts.dflash.model import DFlash
+from specforge_exp.drafts.rows import document_bounds
 from specforge_exp.losses import opd
 from specforge_exp.training.objective import Outcome, Sample
 
@@ -52,7 +52,7 @@ def given_blocks(shape: Shape, chats: Chats, sample: Sample) -> Blocks:
 
 def entropy(cfg: DraftConfig, blocks: Blocks, sample: Sample, head_VH: Tensor) -> float:
     """The target's entropy, its sum weighed as the loss weighs its labels."""
-    decay_K = dflash_training.decays(cfg)
+    decay_K = training.decays(cfg)
     row_N, place_N = blocks.counts_RK.nonzero(as_tuple=True)
     weight_T = torch.zeros(len(sample.ids_T), device=row_N.device)
     at_N = blocks.anchor_R[row_N] + place_N
@@ -76,7 +76,7 @@ def prepare(args: Any) -> tuple[DFlash, Any, float]:
     draft.compute_dtype, draft.gradient_checkpointing = dtype, args.checkpointing
     sample = packed(chats, args.device, dtype)
     blocks = given_blocks(shape, chats, sample)
-    dflash_training.make_blocks = lambda *_: blocks
+    training.make_blocks = lambda *_: blocks
     cfg = DraftConfig(name="peer", block_size=shape.block_size, loss_gamma=shape.loss_gamma)
     terms: dict[str, Any] = {TERMS[args.loss]: 1.0}
     loss = (opd, LossConfig(name="peer", **terms))
@@ -89,7 +89,7 @@ def prepare(args: Any) -> tuple[DFlash, Any, float]:
         return draft.objective(sample, draft.head_VH, loss, cfg, divisors_K)
 
     extra = entropy(cfg, blocks, sample, draft.head_VH) if args.loss == "kl_div" else 0.0
-    return draft, outcome, extra / float((dflash_training.decays(cfg) * divisors_K).sum())
+    return draft, outcome, extra / float((training.decays(cfg) * divisors_K).sum())
 
 
 def main() -> None:

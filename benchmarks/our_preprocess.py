@@ -17,11 +17,11 @@ import numpy as np
 import tokenizers
 import torch
 
-from specforge_exp.blocks import cut, encode_block, make_chat
 from specforge_exp.config import Config, DataConfig, DraftConfig, LossConfig, ModelConfig
+from specforge_exp.data.blocks import cut, encode_block, make_chat
+from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.stages.preprocess import Split, merge
-from specforge_exp.tokens import read_split
 
 
 def tokenise(data: Path, tokenizer: str, options: dict[str, Any], out: Path) -> dict[str, Any]:

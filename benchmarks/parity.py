@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from specforge_exp.config import DraftConfig, LossConfig
-from specforge_exp.drafts.eagle3 import Eagle3
+from specforge_exp.drafts.eagle3.model import Eagle3
 from specforge_exp.errors import InputError
 from specforge_exp.losses import opd
 from specforge_exp.training.objective import Outcome, Sample

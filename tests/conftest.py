@@ -25,11 +25,11 @@ from specforge_exp.config import (
     PathsConfig,
     Source,
 )
-from specforge_exp.drafts.eagle3 import Eagle3
+from specforge_exp.data.tokens import TokenSet
+from specforge_exp.drafts.eagle3.model import Eagle3
 from specforge_exp.stages.prep import prep
 from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.target import Target, load_target, load_tokenizer
-from specforge_exp.tokens import TokenSet
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background jobs:

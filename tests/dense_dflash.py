@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specforge_exp.attention import rotate
 from specforge_exp.config import DraftConfig, LossConfig
-from specforge_exp.drafts.dflash import DFlash
-from specforge_exp.drafts.dflash_blocks import make_blocks
-from specforge_exp.drafts.dflash_training import decays
+from specforge_exp.drafts.chain_attention import rotate
+from specforge_exp.drafts.dflash.blocks import make_blocks
+from specforge_exp.drafts.dflash.model import DFlash
+from specforge_exp.drafts.dflash.training import decays
 from specforge_exp.losses import acceptance_rate, opd, teacher_rows
 from specforge_exp.training.objective import Sample
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specforge_exp.config import DraftConfig, LossConfig
-from specforge_exp.drafts.eagle3 import Eagle3
+from specforge_exp.drafts.eagle3.model import Eagle3
 from specforge_exp.losses import acceptance_rate, opd, teacher_rows
 from specforge_exp.training.objective import Sample
 

@@ -26,8 +26,8 @@ sys.path.insert(
 import torch
 from aiohttp import web
 
+from specforge_exp.bench.speculative import Decoding, Generation, generate, speculate
 from specforge_exp.config import DraftConfig, ModelConfig, locate
-from specforge_exp.speculative import Decoding, Generation, generate, speculate
 from specforge_exp.target import load_target
 
 

@@ -3,7 +3,7 @@
     python assets/tiny_target/make.py [--out DIR] [--steps N] [--seed N]
 
 A byte-level BPE tokenizer and a Qwen3 of about 1.1 million parameters are trained from scratch, on
-one thread, on the train split of `specforge_exp.synthetic` rendered as ChatML.
+one thread, on the train split of `specforge_exp.data.synthetic` rendered as ChatML.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from transformers import (
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from specforge_exp import synthetic  # noqa: E402  (run as a script, the root is not on the path)
+from specforge_exp.data import synthetic  # noqa: E402  (run as a script, the root is not on the path)
 
 VOCAB_SIZE = 1024
 PAD, BOT, EOT = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

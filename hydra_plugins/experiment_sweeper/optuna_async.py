@@ -11,7 +11,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from hydra_plugins.experiment_sweeper.study_config import OptunaAsyncConf, register_samplers
+from hydra_sweeps.study.config import OptunaAsyncConf, register, register_samplers
+
+register()
 
 
 class OptunaSamplers(SearchPathPlugin):
@@ -47,6 +49,6 @@ class OptunaAsyncSweeper(Sweeper):
             CompactHydraException: options that do not fit, no trial that completed.
             SystemExit: 130 after Ctrl-C.
         """
-        from hydra_plugins.experiment_sweeper._search import search
+        from hydra_sweeps.study.run import search
 
         return search(self, arguments)

@@ -6,10 +6,18 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from hydra_plugins.experiment_sweeper.config import ExperimentSweeperConf
+from hydra_sweeps.grid.config import ExperimentSweeperConf
+
+ConfigStore.instance().store(
+    group="hydra/sweeper",
+    name="experiment_schema",
+    node=ExperimentSweeperConf,
+    provider="experiment_sweeper",
+)
 
 
 class ExperimentSweeperOptions(SearchPathPlugin):
@@ -35,6 +43,6 @@ class ExperimentSweeper(BasicSweeper):
             CompactHydraException: nothing to run, options that do not fit, failed runs.
             SystemExit: 130 after Ctrl-C.
         """
-        from hydra_plugins.experiment_sweeper._runs import sweep
+        from hydra_sweeps.grid.run import sweep
 
         return sweep(self, arguments)

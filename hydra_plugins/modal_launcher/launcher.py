@@ -10,10 +10,12 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from hydra_plugins.modal_launcher.config import register
+from modal_sweep.config import register
+
+register()
 
 if TYPE_CHECKING:
-    from hydra_plugins.modal_launcher._session import Session
+    from modal_sweep.client.session import Session
 
 
 class ModalLauncherRegistration(SearchPathPlugin):
@@ -54,7 +56,7 @@ class ModalLauncher(Launcher):
             SystemExit: after a dry run (0), a detached submission (0) or Ctrl-C (130).
             CompactHydraException: for what the user can mend, before anything is spawned.
         """
-        from hydra_plugins.modal_launcher._launch import launch
+        from modal_sweep.client.launch import launch
 
         return launch(self, job_overrides, initial_job_idx)
 
@@ -64,6 +66,6 @@ class ModalLauncher(Launcher):
         Args:
             total: how many jobs it is going to start, for the estimate of the cost.
         """
-        from hydra_plugins.modal_launcher._session import Session
+        from modal_sweep.client.session import Session
 
         return Session(self, total)

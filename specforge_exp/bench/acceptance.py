@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specforge_exp.speculative import Generation
+from specforge_exp.bench.speculative import Generation
 
 NGRAM = 8
 NOVEL_BELOW = 0.2

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from specforge_exp.bench.acceptance import Request
-from specforge_exp.chat import Message, eos_token_ids, prompt_ids
+from specforge_exp.bench.speculative import Decoding
 from specforge_exp.config import Config
-from specforge_exp.speculative import Decoding
+from specforge_exp.data.chat import Message, eos_token_ids, prompt_ids
 
 Conversation = list[list[Message]]
 """What is asked, turn by turn."""

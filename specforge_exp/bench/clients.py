@@ -14,8 +14,8 @@ from typing import Any
 import aiohttp
 import orjson
 
+from specforge_exp.bench.speculative import Decoding, Generation
 from specforge_exp.errors import InputError
-from specforge_exp.speculative import Decoding, Generation
 
 JSON = {"Content-Type": "application/json"}
 READ = 2**24

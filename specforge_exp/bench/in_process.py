@@ -9,9 +9,9 @@ from tqdm import tqdm
 from specforge_exp import paths
 from specforge_exp.bench.acceptance import Request, overlap
 from specforge_exp.bench.asking import Answered, Asking, Conversation
-from specforge_exp.chat import Message
+from specforge_exp.bench.speculative import generate, speculate
 from specforge_exp.config import Config, locate
-from specforge_exp.speculative import generate, speculate
+from specforge_exp.data.chat import Message
 from specforge_exp.target import DTYPES, Target, load_target, set_up_torch
 
 

@@ -22,10 +22,10 @@ from specforge_exp.bench import clients
 from specforge_exp.bench.acceptance import Request, overlap
 from specforge_exp.bench.asking import Answered, Asking, Conversation
 from specforge_exp.bench.clients import Client
-from specforge_exp.chat import Message
 from specforge_exp.config import Config, locate
-from specforge_exp.downloads import download
+from specforge_exp.data.chat import Message
 from specforge_exp.errors import InputError
+from specforge_exp.serving.downloads import download
 from specforge_exp.serving.server import Server
 from specforge_exp.serving.sglang import (
     check_installed,

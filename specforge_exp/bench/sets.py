@@ -6,9 +6,9 @@ from typing import Any
 from specforge_exp import paths
 from specforge_exp.artifacts import require
 from specforge_exp.config import REPOSITORY, Config, Source
-from specforge_exp.conversations import read_jsonl
+from specforge_exp.data.conversations import read_jsonl
+from specforge_exp.data.sources import load
 from specforge_exp.errors import InputError
-from specforge_exp.sources import load
 
 SHIPPED = REPOSITORY / "assets" / "bench"
 """One file for each data set of the suite, in its raw schema, of our own writing."""

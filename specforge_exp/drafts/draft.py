@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specforge_exp.layers import gradient_of
+from specforge_exp.drafts.layers import gradient_of
 from specforge_exp.training.objective import Outcome
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from specforge_exp.drafts.eagle3_chains import Chains
+from specforge_exp.drafts.layers import RMSNorm, gradient_of
+from specforge_exp.drafts.rows import Chains
 from specforge_exp.drafts.teacher import Teacher, make_teacher
-from specforge_exp.layers import RMSNorm, gradient_of
 from specforge_exp.losses import RowLoss, TeacherRows, acceptance_rate, opd_closed
 
 POSITIONS = 512

@@ -6,8 +6,8 @@ Shape suffixes: R rows, K steps, B conversations.
 import torch
 from torch import Tensor
 
-from specforge_exp.drafts.eagle3_chains import Chains
 from specforge_exp.drafts.head_loss import Tally, Weighting
+from specforge_exp.drafts.rows import Chains
 
 
 def step_values(found: Tally, measured: Weighting) -> Tensor:

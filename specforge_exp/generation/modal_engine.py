@@ -23,7 +23,7 @@ except ImportError:
     raise InputError(needed) from None
 
 from specforge_exp.config import Config
-from specforge_exp.conversations import BadRecord
+from specforge_exp.data.conversations import BadRecord
 from specforge_exp.errors import InputError
 from specforge_exp.generation.conversation import Rules
 from specforge_exp.generation.modal_app import deployed, pools, volume

@@ -17,7 +17,7 @@ import orjson
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from specforge_exp.conversations import BadRecord, normalise
+from specforge_exp.data.conversations import BadRecord, normalise
 
 LEVELS = (128, 512, 2048, 8192)
 CHUNK_BYTES = 8 * 2**20

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from specforge_exp.conversations import BadRecord
+from specforge_exp.data.conversations import BadRecord
 from specforge_exp.generation.conversation import Item, Record, Rules, regenerate
 from specforge_exp.generation.engine import Engine, ServerDied, Unreachable
 from specforge_exp.generation.progress import Progress

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import orjson
 
-from specforge_exp.published import Beside, beside
+from specforge_exp.bench.published import Beside, beside
+from specforge_exp.report.record import FILE, read_sweep, run_folder
 from specforge_exp.report.statistics import Sample, stratum
-from specforge_exp.sweeps import FILE, read_sweep, run_folder
 
 SHOWN = re.compile(r"(eval/)?(loss|simulated_length|alpha/\d+)")
 """Metrics that the page draws over steps."""

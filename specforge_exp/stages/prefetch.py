@@ -15,8 +15,8 @@ from huggingface_hub.utils import disable_progress_bars
 from specforge_exp.artifacts import disk_errors
 from specforge_exp.config import Config
 from specforge_exp.config.resolvers import prefetched
-from specforge_exp.downloads import download
 from specforge_exp.errors import InputError
+from specforge_exp.serving.downloads import download
 
 log = logging.getLogger(__name__)
 

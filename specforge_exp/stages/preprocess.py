@@ -20,12 +20,12 @@ from transformers import AutoConfig
 
 from specforge_exp import paths
 from specforge_exp.artifacts import Fingerprint, require, reusable, writing
-from specforge_exp.blocks import Block, cut, encode_blocks, read_encoded
 from specforge_exp.config import Config
+from specforge_exp.data.blocks import Block, cut, encode_blocks, read_encoded
+from specforge_exp.data.tokens import Ints, ShardWriter, packing
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.provenance import model_digest, sha256, write_json
-from specforge_exp.tokens import Ints, ShardWriter, packing
 
 log = logging.getLogger(__name__)
 

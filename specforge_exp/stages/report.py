@@ -15,6 +15,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.report.collect import collect
 from specforge_exp.report.page import page
 from specforge_exp.report.ranking import headline, rank
+from specforge_exp.report.record import find_sweep, no_sweep
 from specforge_exp.report.table import (
     columns,
     markdown,
@@ -23,7 +24,6 @@ from specforge_exp.report.table import (
     write_curves,
     written,
 )
-from specforge_exp.sweeps import find_sweep, no_sweep
 
 log = logging.getLogger(__name__)
 

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from specforge_exp import paths
 from specforge_exp.artifacts import Fingerprint, read_record, require, reusable
-from specforge_exp.checkpoint import step_folders
 from specforge_exp.config import Config, locate
+from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
 from specforge_exp.provenance import describe, model_digest, sha256, write_json
 from specforge_exp.sharding import shard_draft
 from specforge_exp.target import Target, check_gpus, load_target, set_up_torch
-from specforge_exp.tokens import read_split
 from specforge_exp.training.batches import Batch
+from specforge_exp.training.checkpoint import step_folders
 from specforge_exp.training.feature_cache import from_disk, make_cache
 from specforge_exp.training.features import Features, computed, computed_together, remembered
 from specforge_exp.training.loop import Objective, Run, Splits, fit

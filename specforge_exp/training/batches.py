@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specforge_exp.config import TrainerConfig
-from specforge_exp.tokens import TokenSet
+from specforge_exp.data.tokens import TokenSet
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from specforge_exp.artifacts import Fingerprint, disk_errors, read_record
+from specforge_exp.data.tokens import TokenSet
 from specforge_exp.errors import InputError
 from specforge_exp.provenance import write_json
-from specforge_exp.tokens import TokenSet
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.features import Features, Target
 from specforge_exp.training.ranks import Ranks

@@ -15,22 +15,13 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from specforge_exp.artifacts import Fingerprint
-from specforge_exp.checkpoint import (
-    Kept,
-    forget_old,
-    keep,
-    newest_checkpoint,
-    restore,
-    save_checkpoint,
-)
 from specforge_exp.config import Config
+from specforge_exp.data.tokens import TokenSet
+from specforge_exp.drafts.layers import gradient_of
 from specforge_exp.errors import InputError
 from specforge_exp.interrupt import Interrupt
-from specforge_exp.layers import gradient_of
 from specforge_exp.provenance import write_json
 from specforge_exp.sharding import is_sharded, whole
-from specforge_exp.tokens import TokenSet
-from specforge_exp.tracking import best_step, open_tracker
 from specforge_exp.training.batches import (
     Batch,
     draw_of,
@@ -39,11 +30,20 @@ from specforge_exp.training.batches import (
     make_batch,
     share,
 )
+from specforge_exp.training.checkpoint import (
+    Kept,
+    forget_old,
+    keep,
+    newest_checkpoint,
+    restore,
+    save_checkpoint,
+)
 from specforge_exp.training.objective import Outcome, Sample
 from specforge_exp.training.progress import WindowLog, means, summary
 from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.schedule import learning_rate
 from specforge_exp.training.speed import peak_flops
+from specforge_exp.training.tracking import best_step, open_tracker
 
 log = logging.getLogger(__name__)
 

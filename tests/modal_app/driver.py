@@ -43,7 +43,7 @@ def finish(process: subprocess.Popen[str], expect: int = 0) -> str:
 
 def modal_sweep(name: str, *arguments: object, expect: int = 0) -> str:
     """A command of modal-sweep."""
-    module = ["-m", "hydra_plugins.modal_launcher", name]
+    module = ["-m", "modal_sweep", name]
     return run([*module, *(str(one) for one in arguments)], expect)
 
 

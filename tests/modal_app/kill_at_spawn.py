@@ -10,17 +10,17 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from hydra_plugins.modal_launcher import _journal
+from modal_sweep.protocol import journal
 
 
 def main() -> None:
     at, when = int(sys.argv[1]), sys.argv[2]
     sys.argv = sys.argv[3:]
     sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
-    write = _journal.Journal.write
+    write = journal.Journal.write
     spawned = 0
 
-    def write_or_die(self: _journal.Journal, events: Iterable[dict[str, Any]]) -> None:
+    def write_or_die(self: journal.Journal, events: Iterable[dict[str, Any]]) -> None:
         nonlocal spawned
         listed = list(events)
         spawned += sum(event["event"] == "spawn" for event in listed)
@@ -31,7 +31,7 @@ def main() -> None:
         if last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    _journal.Journal.write = write_or_die  # type: ignore[method-assign]
+    journal.Journal.write = write_or_die  # type: ignore[method-assign]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

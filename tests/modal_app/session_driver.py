@@ -20,7 +20,7 @@ from hydra.types import HydraContext, RunMode
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import trial
 
-from hydra_plugins.modal_launcher._session import Session
+from modal_sweep.client.session import Session
 
 APP = Path(__file__).resolve().parent
 

@@ -1,0 +1,1 @@
+"""Which jobs of a Hydra multirun run: grids and Optuna studies."""

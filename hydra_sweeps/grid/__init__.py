@@ -1,0 +1,1 @@
+"""Grids: lists of overrides, run once each."""

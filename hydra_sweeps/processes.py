@@ -1,0 +1,352 @@
+"""Jobs as processes of this machine: what hydra/launcher=basic becomes with several in flight."""
+
+import fcntl
+import json
+import logging
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import (
+    JobReturn,
+    JobStatus,
+    configure_log,
+    filter_overrides,
+    run_job,
+    setup_globals,
+)
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from hydra_sweeps.runner import JobFailed, failure
+
+log = logging.getLogger(__name__)
+
+GRACE = 60.0
+"""Seconds that a job gets to save after SIGTERM when all have to end."""
+LOCK = ".job.lock"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass
+class Job:
+    """One process."""
+
+    config: DictConfig
+    folder: Path
+    process: BaseProcess
+    result: Connection
+    output: Path | None
+    """Where it prints; None: where this process does."""
+    progress: "Tail"
+
+
+@dataclass
+class Tail:
+    """The lines that were added to a file of JSON lines."""
+
+    path: Path | None
+    at: int = 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """Whole lines since the last call; a line that is no JSON object is left out."""
+        try:
+            if self.path is None or (size := self.path.stat().st_size) == self.at:
+                return []
+            self.at = self.at if size > self.at else 0  # it was written anew
+            with self.path.open("rb") as file:
+                file.seek(self.at)
+                raw = file.read()
+        except OSError:
+            return []
+        whole = raw[: raw.rfind(b"\n") + 1]
+        self.at += len(whole)
+        found = []
+        for line in whole.splitlines():
+            try:
+                said = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(said, dict):
+                found.append(said)
+        return found
+
+
+@dataclass
+class Processes:
+    """A runner that forks a process for each job.
+
+    A job ends with its controller: it gets SIGTERM when that is gone. It holds a lock in its output
+    directory, so a job that is started again waits until its predecessor has saved.
+    """
+
+    launcher: BasicLauncher
+    redirect: bool
+    """Print to <output_dir>/<job name>.out."""
+    jobs: dict[int, Job] = field(default_factory=dict)
+    unmade: list[tuple[int, JobReturn]] = field(default_factory=list)
+    """Ends of jobs that could not be composed."""
+    last: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    """Progress of jobs whose end was given."""
+
+    def __post_init__(self) -> None:
+        setup_globals()
+        assert self.launcher.config is not None
+        master = self.launcher.config
+        configure_log(master.hydra.hydra_logging, master.hydra.verbose)
+        Path(str(master.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
+
+    def start(self, number: int, overrides: Sequence[str]) -> None:
+        """Compose a job and fork it."""
+        log.info(f"\t#{number} : {' '.join(filter_overrides(overrides))}")
+        try:
+            config = self.compose(number, overrides)
+            with job_config(config):
+                folder = Path(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir))
+                progress = OmegaConf.select(config, "hydra.sweeper.progress_file")
+            folder.mkdir(parents=True, exist_ok=True)
+        except Exception as error:
+            reason = JobFailed(f"{error} {error.__cause__ or ''}".strip())
+            self.unmade.append((number, failure(overrides, reason)))
+            return
+        output = folder / f"{config.hydra.job.name}.out" if self.redirect else None
+        tail = Tail(Path(str(progress)) if progress else None)
+        with blocked_signals():  # a process that is forked is also known
+            process, result = self.fork(config, folder, output)
+            self.jobs[number] = Job(config, folder, process, result, output, tail)
+
+    def compose(self, number: int, overrides: Sequence[str]) -> DictConfig:
+        """A job's configuration, as Hydra's own launchers make it."""
+        context = self.launcher.hydra_context
+        assert context is not None and self.launcher.config is not None
+        config = context.config_loader.load_sweep_config(self.launcher.config, list(overrides))
+        with open_dict(config):
+            config.hydra.job.id = number
+            config.hydra.job.num = number
+        return config
+
+    def fork(
+        self, config: DictConfig, folder: Path, output: Path | None
+    ) -> tuple[BaseProcess, Connection]:
+        """Start the process of a job; returns it and the end of the pipe that its result takes."""
+        forks = get_context("fork")
+        result, send = forks.Pipe(duplex=False)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        process = forks.Process(
+            target=self.child, args=(config, folder, output, send, parent), daemon=False
+        )
+        process.start()
+        send.close()  # so that the pipe ends with the job
+        return process, result
+
+    def child(
+        self, config: DictConfig, folder: Path, output: Path | None, send: Connection, parent: int
+    ) -> None:
+        """What the forked process does."""
+        os.setsid()  # Ctrl-C reaches the controller alone, which then decides
+        default_signals()
+        if output is not None:
+            redirect(output)
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+        with (folder / LOCK).open("w") as lock:
+            lock_or_wait(lock.fileno(), folder)
+            context, task = self.launcher.hydra_context, self.launcher.task_function
+            assert context is not None and task is not None
+            returned = run_job(
+                hydra_context=context,
+                task_function=task,
+                config=config,
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
+            )
+            if returned.status == JobStatus.FAILED:
+                show(returned._return_value)
+            send.send_bytes(packed(returned))
+        send.close()
+
+    def ended(self, seconds: float) -> list[tuple[int, JobReturn]]:
+        """Wait for the first end."""
+        done, self.unmade = self.unmade, []
+        if not self.jobs:
+            return done
+        ends: dict[Any, int] = {}
+        for number, job in self.jobs.items():
+            ends |= {job.result: number, job.process.sentinel: number}
+        ready = {ends[end] for end in wait(list(ends), 0 if done else seconds)}
+        for number in sorted(ready):
+            done.append((number, result_of(self.jobs[number])))
+            self.last[number] = self.jobs.pop(number).progress.new()
+        return done
+
+    def reports(self) -> dict[int, list[dict[str, Any]]]:
+        """New lines of the files that hydra.sweeper.progress_file names."""
+        last, self.last = self.last, {}
+        found = last | {number: job.progress.new() for number, job in self.jobs.items()}
+        return {number: lines for number, lines in found.items() if lines}
+
+    def stop(self, number: int) -> None:
+        """SIGTERM."""
+        if job := self.jobs.get(number):
+            job.process.terminate()
+
+    def close(self) -> None:
+        """SIGTERM to all, and SIGKILL to those that take more than `GRACE` seconds to save."""
+        for number in self.jobs:
+            self.stop(number)
+        deadline = time.monotonic() + GRACE
+        try:
+            for job in self.jobs.values():
+                job.process.join(max(0.0, deadline - time.monotonic()))
+        finally:  # after another Ctrl-C: at once
+            for job in self.jobs.values():
+                kill(job.process)
+                job.result.close()
+            self.jobs.clear()
+
+
+def result_of(job: Job) -> JobReturn:
+    """What a job sent, or how it ended without sending anything."""
+    returned: JobReturn | None = None
+    try:
+        if job.result.poll():
+            returned = pickle.loads(job.result.recv_bytes())
+    except (EOFError, OSError):  # it ended while it was sending
+        pass
+    job.process.join(5)  # what it left running has no say
+    kill(job.process)
+    job.result.close()
+    if returned is not None:
+        return returned
+    said = f"; its output: {job.output}" if job.output else ""
+    return unfinished(job, JobFailed(f"{how_it_ended(job.process.exitcode)}{said}"))
+
+
+def how_it_ended(code: int | None) -> str:
+    """A process's end in words."""
+    if code is None or code >= 0:
+        return f"the job's process ended with exit code {code} and no result"
+    name = signal.Signals(-code).name
+    return f"the job's process was ended by {name}" + (
+        " (out of memory?)" if name == "SIGKILL" else ""
+    )
+
+
+def unfinished(job: Job, error: Exception) -> JobReturn:
+    """The record of a job whose process did not make one."""
+    config = job.config
+    with read_write(config), read_write(config.hydra), open_dict(config.hydra):
+        config.hydra.runtime.output_dir = str(job.folder.resolve())
+        name = str(config.hydra.job.name)
+        returned = failure(list(config.hydra.overrides.task), error)
+        with open_dict(config):
+            hydra = config.pop("hydra")
+    returned.cfg, returned.hydra_cfg = config, OmegaConf.create({"hydra": hydra})
+    returned.working_dir, returned.task_name = os.getcwd(), name
+    return returned
+
+
+def kill(process: BaseProcess) -> None:
+    """End a process, and those that it started, if it is still there."""
+    if process.is_alive() and process.pid is not None:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # it has no session of its own yet
+            process.kill()
+        process.join()
+
+
+@contextmanager
+def job_config(config: DictConfig) -> Iterator[None]:
+    """`${hydra:...}` means this job."""
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(config)
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+@contextmanager
+def blocked_signals() -> Iterator[None]:
+    """Signals of this thread wait."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def default_signals() -> None:
+    """The controller's handlers are not the job's."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def redirect(path: Path) -> None:
+    """Print to the end of a file from here on."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.close(file)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - until the job ends
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+
+
+def end_with(parent: int) -> None:
+    """SIGTERM to this process when its parent is gone: nobody else would end it."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def lock_or_wait(lock: int, folder: Path) -> None:
+    """Lock a job's folder; the job of a controller that was killed may be saving there."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{folder}: waiting until an earlier process of this job has ended", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def show(error: BaseException) -> None:
+    """Print why a job failed where its output is: the controller gets the error alone."""
+    if isinstance(error, CompactHydraException):
+        print(error, file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
+
+
+def packed(returned: JobReturn) -> bytes:
+    """A job's record for the pipe; what pickle cannot take becomes a failure that says so."""
+    try:
+        raw = pickle.dumps(returned)
+        pickle.loads(raw)  # exceptions with arguments of their own fail only here
+        return raw
+    except Exception as error:
+        value = returned._return_value
+        if returned.status == JobStatus.FAILED:
+            returned.return_value = JobFailed(f"{type(value).__name__}: {value}")
+        else:
+            returned.status = JobStatus.FAILED
+            returned.return_value = JobFailed(
+                f"the return value, a {type(value).__name__}, cannot be sent: {error}"
+            )
+        return pickle.dumps(returned)

@@ -1,0 +1,133 @@
+"""How a sweeper keeps jobs in flight: one interface over processes here, Modal and launch()."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import CompactHydraException
+from hydra.plugins.launcher import Launcher
+
+BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+log = logging.getLogger(__name__)
+
+
+class JobFailed(CompactHydraException):
+    """A job ended without a result: a signal, an exit code, a configuration that cannot be made."""
+
+
+class Runner(Protocol):
+    """Jobs in flight. A job is known by its number; a number is started once."""
+
+    def start(self, number: int, overrides: Sequence[str]) -> None:
+        """Start a job; whatever is wrong with it alone becomes a failed end."""
+
+    def ended(self, seconds: float) -> list[tuple[int, JobReturn]]:
+        """Wait at most `seconds` for an end; returns all ends since the last call."""
+
+    def reports(self) -> dict[int, list[dict[str, Any]]]:
+        """The new JSON lines of the jobs' progress files since the last call, by number.
+
+        The last lines of a job may come when `ended` has given its end.
+        A number that continues an earlier job reports that one's lines again.
+        """
+
+    def stop(self, number: int) -> None:
+        """Ask a job to end; its end follows through `ended`."""
+
+    def close(self) -> None:
+        """End what still runs. May be called again."""
+
+
+def is_basic(launcher: Launcher) -> bool:
+    """Whether it is Hydra's own, which runs one job after the other in this process.
+
+    By name: Hydra's scan executes plugin modules again, and so makes their classes again.
+    """
+    kind = type(launcher)
+    return f"{kind.__module__}.{kind.__qualname__}" == BASIC
+
+
+def open_runner(launcher: Launcher, several: bool, total: int = 1) -> Runner:
+    """What keeps the jobs of a launcher in flight.
+
+    Args:
+        launcher: after its `setup`.
+        several: more than one job at a time, so that each needs a file for what it prints.
+        total: how many jobs are going to be started, for estimates.
+    """
+    if session := getattr(launcher, "session", None):
+        runner: Runner = session(total)
+        return runner
+    if is_basic(launcher):
+        from hydra_sweeps.processes import Processes
+
+        return Processes(cast(Any, launcher), several)
+    return Batches(launcher)
+
+
+class Batches:
+    """A launcher that only knows `launch`: the jobs that were started go out together."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self.launcher = launcher
+        self.waiting: dict[int, list[str]] = {}
+        self.told = False
+
+    def start(self, number: int, overrides: Sequence[str]) -> None:
+        """Wait for the next `ended`."""
+        self.waiting[number] = list(overrides)
+
+    def ended(self, seconds: float) -> list[tuple[int, JobReturn]]:
+        """Launch what waits; returns when the slowest of them is done, whatever `seconds` says."""
+        if not self.told and len(self.waiting) > 1:
+            self.told = True
+            name = type(self.launcher).__name__
+            log.info(f"\t{name} runs whole batches: each waits for the slowest of its jobs")
+        done = []
+        for group in neighbours(sorted(self.waiting)):
+            batch = [self.waiting.pop(number) for number in group]
+            done += list(zip(group, self.launch(batch, group[0]), strict=True))
+        return done
+
+    def launch(self, batch: list[list[str]], first: int) -> Sequence[JobReturn]:
+        """One launch; where it breaks, each of its jobs has failed."""
+        try:
+            returns = self.launcher.launch(batch, initial_job_idx=first)
+        except CompactHydraException:  # the launcher refuses: so it would refuse all others
+            raise
+        except Exception as error:
+            return [failure(overrides, error) for overrides in batch]
+        lost = JobFailed("the launcher returned nothing for this job")
+        both = zip(batch, returns, strict=True)
+        return [each or failure(overrides, lost) for overrides, each in both]
+
+    def reports(self) -> dict[int, list[dict[str, Any]]]:
+        """Nothing: no job runs between two calls."""
+        return {}
+
+    def stop(self, number: int) -> None:
+        """Forget a job that waits."""
+        self.waiting.pop(number, None)
+
+    def close(self) -> None:
+        """Forget all jobs that wait."""
+        self.waiting.clear()
+
+
+def neighbours(numbers: Sequence[int]) -> list[list[int]]:
+    """Runs of consecutive numbers: `launch` knows its first number only."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and groups[-1][-1] == number - 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return groups
+
+
+def failure(overrides: Sequence[str], error: Exception) -> JobReturn:
+    """The record of a job that has no configuration, or none that is known here."""
+    returned = JobReturn(overrides=list(overrides), status=JobStatus.FAILED)
+    returned.return_value = error
+    return returned

@@ -1,0 +1,1 @@
+"""Studies: Optuna chooses the next job as soon as one ends."""

@@ -1,0 +1,118 @@
+"""What the user reads: the runs of a dry run, and the table at the end."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hydra_sweeps import jobs as _jobs
+from hydra_sweeps.grid.overrides import key_of
+from hydra_sweeps.jobs import Job
+from hydra_sweeps.record import Run, Sweep, Value
+
+
+def plan(jobs: Sequence[Job], done: Mapping[int, Run], sweep_dir: Path) -> str:
+    """Every run with its overrides, name and folder; the last line is the number of runs.
+
+    Args:
+        jobs: all of them.
+        done: the records of those that would be skipped, by number.
+        sweep_dir: the folder above theirs.
+    """
+    rows = [("run", "overrides", "name", "folder", "")]
+    for job in jobs:
+        name = _jobs.subdir(job)
+        state = f"(done: {shown(done[job.number].value)})" if job.number in done else ""
+        rows.append((f"#{job.number}", job.said, name, str(sweep_dir / name), state))
+    return "\n".join([*columns(rows), f"{len(jobs)} runs"])
+
+
+def table(sweep: Sweep, runs: Sequence[Run]) -> str:
+    """Runs as a table, best first by the first objective, and why some have failed."""
+    names = [objective["name"] for objective in sweep.objectives]
+    said = choices(runs)
+    rows = [("rank", "run", "overrides", *names, "status", "time")]
+    numbers = [False, False, False, *(True for _ in names), False, True]
+    for rank, run in enumerate(ranked(sweep, runs), 1):
+        place = str(rank) if run.status == "completed" and first(run.value) is not None else "-"
+        values = [shown(each) for each in several(run.value, len(names))]
+        seconds = "" if run.seconds is None else duration(run.seconds)
+        rows.append((place, run.name, said[run.name], *values, run.status, seconds))
+    lines = columns(rows, numbers)
+    lines += [
+        f"#{run.number} {run.name} failed: {run.error}" for run in runs if run.status == "failed"
+    ]
+    return "\n".join(lines)
+
+
+def ranked(sweep: Sweep, runs: Sequence[Run]) -> list[Run]:
+    """Completed runs with a value, best first; then those without; then what did not complete."""
+    minimise = bool(sweep.objectives) and sweep.objectives[0]["direction"] == "minimize"
+
+    def place(run: Run) -> tuple[bool, bool, float, int]:
+        best = first(run.value)
+        worth = 0.0 if best is None else best if minimise else -best
+        return run.status != "completed", best is None, worth, run.number
+
+    return sorted(runs, key=place)
+
+
+def first(value: Value) -> float | None:
+    """The first objective."""
+    return value[0] if isinstance(value, list) else value
+
+
+def several(value: Value, count: int) -> list[float | None]:
+    """One entry for each of `count` objectives."""
+    values = value if isinstance(value, list) else [value]
+    return [*values, *[None] * count][:count]
+
+
+def shown(value: Value) -> str:
+    """A value in four digits."""
+    if isinstance(value, list):
+        return ", ".join(shown(each) for each in value)
+    return "-" if value is None else f"{value:.4g}"
+
+
+def choices(runs: Sequence[Run]) -> dict[str, str]:
+    """By name of the run: the overrides in which the runs differ; of a run alone all.
+
+    One that only names the run is left out.
+    """
+    by_key: dict[str, set[str]] = {}
+    for run in runs:
+        for override in run.overrides:
+            by_key.setdefault(key_of(override), set()).add(override)
+    everywhere = {
+        override
+        for values in by_key.values()
+        for override in values
+        if len(runs) > 1 and all(override in run.overrides for run in runs)
+    }
+    return {
+        run.name: " ".join(
+            each
+            for each in run.overrides
+            if each not in everywhere and each.partition("=")[2] != run.name
+        )
+        for run in runs
+    }
+
+
+def columns(rows: Sequence[Sequence[str]], right: Sequence[bool] | None = None) -> list[str]:
+    """Rows as lines, columns aligned; `right` says which of them to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = right or [False] * len(widths)
+    return [
+        "  ".join(
+            cell.rjust(width) if side else cell.ljust(width)
+            for cell, width, side in zip(row, widths, sides, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,128 @@
+"""Bringing a job's result here: outputs into the sweep directory, the end into the journal."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modal_sweep.client import deploy
+from modal_sweep.client.calls import Ended, read_if_there
+from modal_sweep.protocol import outputs, result
+from modal_sweep.protocol.journal import JobRecord, Journal
+
+if TYPE_CHECKING:
+    import modal
+
+
+def output_dir(journal: Journal, record: JobRecord) -> Path:
+    """A job's output directory here, also when the sweep directory has moved."""
+    return journal.sweep_dir / str(record.plan["subdir"])
+
+
+def job_folder(journal: Journal, record: JobRecord) -> Path:
+    """Where the launcher keeps a job's manifest and log."""
+    return journal.folder / f"{record.number}-{record.identity[:8]}"
+
+
+def saved_at(journal: Journal, record: JobRecord) -> tuple["modal.Volume", str]:
+    """The Volume and the folder where a job's container saves."""
+    return deploy.volume(journal.sweep["volume"]), f"{journal.sweep['id']}/{record.key}"
+
+
+def collect(journal: Journal, record: JobRecord, ended: Ended) -> None:
+    """Bring a job's outputs here, then note its end.
+
+    Raises:
+        OSError: when a file could not be brought; nothing is noted, so it is tried again.
+    """
+    envelope = ended.envelope
+    volume, base = saved_at(journal, record)
+    folder = output_dir(journal, record)
+    if "files" in envelope:
+        unpack_files(envelope, folder)
+    elif "manifest" in envelope:
+        manifest = envelope["manifest"]
+        if manifest is None:  # too long for the result
+            manifest = read_manifest(volume, base)
+        outputs.pull(manifest, folder, reader(volume, f"{base}/outputs"))
+        content = json.dumps(manifest, indent=1).encode()
+        outputs.write(job_folder(journal, record), "manifest.json", [content])
+    if envelope.get("cwd_files"):
+        cwd = Path(record.plan["ref"]["cwd"])
+        outputs.pull(envelope["cwd_files"], cwd, reader(volume, f"{base}/cwd"))
+    journal.write(
+        [
+            {
+                "event": "end",
+                "identity": record.identity,
+                "generation": record.generation,
+                "call": record.call,
+                "status": envelope["status"],
+                "value": shown_value(envelope),
+                "error": envelope.get("error"),
+                "tail": envelope.get("tail"),
+                "seconds": envelope.get("seconds"),
+                "attempt": envelope.get("attempt"),
+                "task_name": envelope.get("task_name"),
+                "working_dir": envelope.get("working_dir"),
+            }
+        ]
+    )
+
+
+def shown_value(envelope: dict[str, Any]) -> Any:
+    """The return value as the journal keeps it: JSON only, and small."""
+    held = envelope.get("value") or {}
+    if "json" in held and len(json.dumps(held["json"])) < 4096:
+        return held
+    return {"other": True} if held else None
+
+
+def unpack_files(envelope: dict[str, Any], folder: Path) -> int:
+    """Write the outputs that came inside a result; number of files."""
+    for name, held in envelope["files"].items():
+        outputs.write(folder, name, [result.to_bytes(held)])
+    return len(envelope["files"])
+
+
+def pull(
+    journal: Journal, record: JobRecord, progress: Callable[[int], None] = lambda size: None
+) -> int:
+    """Bring what a job has saved and what is not here yet; number of files fetched.
+
+    Raises:
+        FileNotFoundError: nothing was saved yet.
+    """
+    volume, base = saved_at(journal, record)
+    folder = output_dir(journal, record)
+    packed = read_if_there(volume, f"{base}/result.bin")
+    envelope = result.unpack(packed) if packed is not None else {}
+    if "files" in envelope:
+        return unpack_files(envelope, folder)
+    manifest = read_manifest(volume, base)
+    return outputs.pull(manifest, folder, reader(volume, f"{base}/outputs"), progress)
+
+
+def read_manifest(volume: "modal.Volume", base: str) -> dict[str, Any]:
+    """The manifest of a job's outputs; raises FileNotFoundError when nothing was saved."""
+    raw = read_if_there(volume, f"{base}/manifest.json")
+    if raw is None:
+        raise FileNotFoundError(f"{base} has no manifest")
+    manifest = json.loads(raw)
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def log_text(journal: Journal, record: JobRecord) -> str | None:
+    """What a job has printed, as it was saved; None when it was not."""
+    volume, base = saved_at(journal, record)
+    saved = read_if_there(volume, f"{base}/log.txt")
+    if saved is None and (packed := read_if_there(volume, f"{base}/result.bin")) is not None:
+        held = result.unpack(packed).get("log")
+        saved = result.to_bytes(held) if held else None
+    return None if saved is None else saved.decode(errors="replace")
+
+
+def reader(volume: "modal.Volume", base: str) -> Callable[[str], Iterable[bytes]]:
+    """Reads files below a folder of a Volume."""
+    return lambda name: volume.read_file(f"{base}/{name}")

@@ -1,0 +1,190 @@
+"""What the user reads: the dry run, how a sweep ended, how to come back to it."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modal_sweep.client import cost, preflight, settings
+from modal_sweep.client.plan import Job
+from modal_sweep.config import ModalLauncherConf
+from modal_sweep.errors import LaunchError
+from modal_sweep.protocol.journal import JobRecord, Journal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NO_TOKEN = (
+    "Modal does not know this machine. `modal setup` logs in (a free account is enough to start); "
+    "without an account, hydra/launcher=basic runs the jobs here, one after the other"
+)
+
+
+@contextmanager
+def modal_errors() -> Iterator[None]:
+    """Turn what a user can mend about Modal into one message."""
+    try:
+        from modal import exception
+    except ImportError:
+        raise LaunchError(
+            "hydra/launcher=modal needs the modal package: pip install modal"
+        ) from None
+    try:
+        yield
+    except exception.AuthError as error:
+        raise LaunchError(f"{NO_TOKEN}\n({first_line(error)})") from None
+    except (exception.ConnectionError, exception.ServiceError) as error:
+        raise LaunchError(
+            f"Modal does not answer ({first_line(error)}); the same command continues"
+        ) from None
+    except exception.ResourceExhaustedError as error:
+        raise LaunchError(
+            f"Modal refuses more ({first_line(error)}); the same command continues"
+        ) from None
+    except (exception.PermissionDeniedError, exception.InvalidError) as error:
+        raise LaunchError(f"Modal refuses: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """The start of an error's text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def say(text: str) -> None:
+    """One line or more on standard error, where the table is too."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def rehearse(jobs: Sequence[Job], conf: ModalLauncherConf, sweep_dir: Path) -> None:
+    """Print what would run and what it needs; spawn nothing. With setup, make the Volumes."""
+    from modal_sweep.client.prepare import volume_name
+
+    console_print(job_table(jobs, conf))
+    expected, most = preflight.totals(jobs, conf)
+    say(
+        f"estimate {expected:.2f} USD, at most {most:.2f} USD per attempt "
+        f"(list prices of {cost.PRICES_DATE}; overridable: hydra.launcher.prices)"
+    )
+    for job in {job.code.digest + str(job.image): job for job in jobs}.values():
+        packages = " ".join(job.image["packages"])
+        say(f"image {job.image['base']}, Python {job.image['python']}: {packages}")
+        say(f"ships {len(job.code.files)} files, code {job.code.digest[:12]}")
+    volumes = preflight.wanted_volumes(jobs, volume_name(conf))
+    wanted = preflight.wanted_secrets(jobs)
+    say(f"Volumes {', '.join(volumes)}; secrets {', '.join(sorted(wanted)) or 'none'}")
+    if conf.setup:
+        with modal_errors():
+            set_up(volumes, wanted)
+        return
+    for problem in problems(jobs, conf):
+        say(f"a launch would be refused: {problem}")
+    say(f"dry run: nothing was spawned; outputs would come to {sweep_dir}")
+
+
+def problems(jobs: Sequence[Job], conf: ModalLauncherConf) -> list[str]:
+    """What would keep these jobs from being spawned now; says what would be uploaded."""
+
+    def uploads() -> None:
+        for line in preflight.check_requires(jobs, push=False):
+            say(f"would upload {line}")
+
+    found = []
+    for check in (
+        lambda: preflight.check_secrets(jobs),
+        uploads,
+        lambda: preflight.check_cost(jobs, conf, ask=False),
+    ):
+        try:
+            with modal_errors():
+                check()
+        except LaunchError as error:
+            found.append(str(error))
+            if str(error).startswith(NO_TOKEN):
+                break
+    return found
+
+
+def set_up(volumes: Sequence[str], wanted: dict[str, set[str]]) -> None:
+    """Make the Volumes; name the secrets that only the user can make."""
+    from modal_sweep.client import deploy
+
+    for name in volumes:
+        deploy.volume(name).hydrate()
+        say(f"Volume {name}: there")
+    commands = preflight.missing_secrets(wanted)
+    for command in commands:
+        say(f"missing: {command}")
+    if commands:
+        raise LaunchError(f"{len(commands)} secrets are missing; make them with the commands above")
+    say("everything is there")
+
+
+def job_table(jobs: Sequence[Job], conf: ModalLauncherConf) -> "Table":
+    """Jobs, machines and money."""
+    from rich.table import Table
+
+    table = Table()
+    for column in ("job", "overrides", "gpu", "timeout", "hours", "USD expected", "USD at most"):
+        table.add_column(column, justify="left" if column in ("overrides", "gpu") else "right")
+    for job in jobs:
+        expected, most = cost.estimate(job.settings, conf.prices)
+        table.add_row(
+            str(job.number),
+            " ".join(job.overrides) or "-",
+            " or ".join(settings.gpu_list(job.settings.gpu)) or "none",
+            f"{job.settings.timeout / 3600:.1f} h",
+            "?" if job.settings.hours is None else f"{job.settings.hours:g}",
+            "?" if expected is None else f"{expected:.2f}",
+            f"{most:.2f}",
+        )
+    return table
+
+
+def console_print(what: Any) -> None:
+    """A rich object on standard error, as wide as it needs where there is no terminal."""
+    from rich.console import Console
+
+    Console(stderr=True, width=None if sys.stderr.isatty() else 160).print(what)
+
+
+def commands(journal: Journal) -> str:
+    """How to come back to a sweep."""
+    folder = journal.sweep_dir
+    return (
+        f"  modal-sweep attach {folder}    waits and brings the results\n"
+        f"  modal-sweep status {folder}    looks once\n"
+        f"  modal-sweep cancel {folder}    ends the jobs"
+    )
+
+
+def detached(journal: Journal) -> None:
+    """When this process ends before its jobs do."""
+    say(
+        "\nthe jobs go on without this process; the same command for the same directory "
+        f"continues with them:\n{commands(journal)}"
+    )
+
+
+def summary(journal: Journal, records: Sequence[JobRecord]) -> None:
+    """The end of a sweep in one line, and every job that did not complete."""
+    broken = [record for record in records if record.end and record.end["status"] != "completed"]
+    completed = f"{len(records) - len(broken)} of {len(records)} jobs completed"
+    say(f"{completed}; outputs in {journal.sweep_dir}")
+    if broken:
+        say(f"run those again: modal-sweep rerun --failed {journal.sweep_dir}")
+
+
+def failure_text(journal: Journal, record: JobRecord) -> str:
+    """Why a job failed, the end of its log and where the rest is."""
+    end = record.end or {}
+    error = end.get("error") or {}
+    lines = [
+        f"job {record.number} [{' '.join(record.plan['overrides'])}] {end.get('status')}: "
+        f"{error.get('type')}: {error.get('message')}"
+    ]
+    tail = [f"  | {line}" for line in (end.get("tail") or "").splitlines()[-12:]]
+    if tail:
+        lines += ["the end of its log:", *tail]
+    lines.append(f"all of it: modal-sweep logs {journal.sweep_dir} {record.number}")
+    return "\n".join(lines)

@@ -1,0 +1,200 @@
+"""Checks before the first spawn, on the launching machine; nothing here costs money."""
+
+import importlib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from modal_sweep.client import cost, deploy
+from modal_sweep.client.plan import Job
+from modal_sweep.config import ModalLauncherConf
+from modal_sweep.errors import LaunchError
+
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+MOST_PUSHED = 2_000_000_000
+
+
+def check_jobs(jobs: Sequence[Job]) -> None:
+    """What can be said without Modal: every job validates, no two write the same place."""
+    for job in jobs:
+        validate(job)
+        refuse_env_copy(job)
+    refuse_same_places(jobs)
+
+
+def refuse_same_places(jobs: Sequence[Job]) -> None:
+    """Jobs that run at the same time write to places of their own."""
+    writer: dict[str, Job] = {}
+    for job in jobs:
+        for place in [job.output_dir, *job.settings.unique]:
+            other = writer.setdefault(place, job)
+            if other is not job:
+                raise LaunchError(
+                    f"job {other.number} [{' '.join(other.overrides)}] and job {job.number} "
+                    f"[{' '.join(job.overrides)}] would both write {place}; "
+                    "give them different names"
+                )
+
+
+def validate(job: Job) -> None:
+    """Run the application's own check of its configuration on a job's."""
+    dotted = job.settings.validate
+    if dotted is None:
+        return
+    module, _, name = dotted.rpartition(".")
+    try:
+        check = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        raise LaunchError(f"validate={dotted} does not name an importable function") from None
+    keys = [key for key in job.config if key != "hydra"]
+    try:
+        check(OmegaConf.masked_copy(job.config, keys))  # type: ignore[arg-type]
+    except Exception as error:
+        raise LaunchError(f"job {job.number} [{' '.join(job.overrides)}]: {error}") from None
+
+
+def refuse_env_copy(job: Job) -> None:
+    """hydra.job.env_copy writes its values into hydra.yaml: no place for a secret."""
+    for name in job.config.hydra.job.env_copy or []:
+        if SECRET_NAME.search(name):
+            raise LaunchError(
+                f"hydra.job.env_copy={name} would write its value into .hydra/hydra.yaml; "
+                f"give it to the job as a secret: `modal secret create my-secret {name}=...` "
+                f"and resources.secrets={{my-secret: [{name}]}}"
+            )
+
+
+def missing_secrets(wanted: dict[str, set[str]]) -> list[str]:
+    """The command that makes each secret that is missing or lacks a key."""
+    import modal
+
+    commands = []
+    for name, keys in sorted(wanted.items()):
+        try:
+            modal.Secret.from_name(name, required_keys=sorted(keys)).hydrate()
+        except modal.exception.NotFoundError:
+            values = " ".join(f"{key}=..." for key in sorted(keys)) or "KEY=VALUE"
+            commands.append(f"modal secret create {name} {values}")
+    return commands
+
+
+def wanted_secrets(jobs: Iterable[Job]) -> dict[str, set[str]]:
+    """Names and keys of the secrets of all jobs."""
+    wanted: dict[str, set[str]] = {}
+    for job in jobs:
+        for name, keys in job.settings.secrets.items():
+            wanted.setdefault(name, set()).update(keys)
+    return wanted
+
+
+def wanted_volumes(jobs: Iterable[Job], outputs: str) -> list[str]:
+    """Names of the Volumes of all jobs."""
+    return sorted({outputs} | {name for job in jobs for name in job.settings.volumes.values()})
+
+
+def check_secrets(jobs: Sequence[Job]) -> None:
+    """Refuse when a secret is missing."""
+    commands = missing_secrets(wanted_secrets(jobs))
+    if commands:
+        raise LaunchError(
+            "secrets are missing or lack a key (the values stay on Modal); make them with:\n  "
+            + "\n  ".join(commands)
+        )
+
+
+def check_requires(jobs: Sequence[Job], push: bool) -> list[str]:
+    """Refuse when something that a job reads is missing; upload what lies here.
+
+    Args:
+        push: upload; False only says what would be uploaded.
+
+    Returns:
+        What was, or would be, uploaded.
+    """
+    said = []
+    for entry in unique_requires(jobs):
+        volume = deploy.volume(entry["volume"])
+        if there(volume, entry["path"]):
+            continue
+        local = Path(entry["local"]) if entry.get("local") else None
+        if local is not None and local.exists():
+            size = sum(path.stat().st_size for path in [local, *local.rglob("*")] if path.is_file())
+            if size > MOST_PUSHED:
+                raise LaunchError(
+                    f"{local} ({size / 1e9:.1f} GB) is not on the Volume {entry['volume']}; "
+                    f"upload it with `modal-sweep push {local} {entry['volume']}:{entry['path']}`"
+                )
+            said.append(f"{local} -> {entry['volume']}:{entry['path']} ({size / 1e6:.1f} MB)")
+            if push:
+                upload(volume, local, entry["path"])
+            continue
+        remedy = entry.get("remedy")
+        raise LaunchError(
+            f"{entry['volume']}:{entry['path']} is missing, and a job needs it"
+            + (f"; make it with:\n  {remedy}" if remedy else "")
+            + f"\n`modal volume ls {entry['volume']}` shows what is there"
+        )
+    return said
+
+
+def unique_requires(jobs: Iterable[Job]) -> list[dict[str, Any]]:
+    """What all jobs need, every place once."""
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
+    for job in jobs:
+        for entry in job.settings.requires:
+            if entry["path"]:
+                entries.setdefault((entry["volume"], entry["path"]), dict(entry))
+    return list(entries.values())
+
+
+def there(volume: Any, path: str) -> bool:
+    """Whether a file or folder lies on a Volume."""
+    import modal
+
+    try:
+        return bool(volume.listdir(path))
+    except (FileNotFoundError, modal.exception.NotFoundError):
+        return False
+
+
+def upload(volume: Any, local: Path, path: str) -> None:
+    """Copy a file or folder to a Volume; content that is there already is not sent again."""
+    with volume.batch_upload(force=True) as batch:
+        if local.is_dir():
+            batch.put_directory(str(local), path)
+        else:
+            batch.put_file(str(local), path)
+
+
+def check_cost(jobs: Sequence[Job], conf: ModalLauncherConf, ask: bool) -> None:
+    """Ask, or refuse, when the estimate is above max_usd."""
+    expected, most = totals(jobs, conf)
+    if conf.max_usd is None or expected <= conf.max_usd:
+        return
+    said = (
+        f"{len(jobs)} jobs are estimated at {expected:.0f} USD (prices of {cost.PRICES_DATE}; "
+        f"at most {most:.0f} USD per attempt), above hydra.launcher.max_usd={conf.max_usd:g}"
+    )
+    if ask and sys.stdin.isatty() and sys.stderr.isatty():
+        if input(f"{said}. Go on? [y/N] ").strip().lower() in ("y", "yes"):
+            return
+        raise LaunchError("nothing was spawned")
+    raise LaunchError(
+        f"{said}; allow it with hydra.launcher.max_usd={round_up(expected)}, or say how long a job "
+        f"takes with {conf.resources}.hours=..."
+    )
+
+
+def totals(jobs: Sequence[Job], conf: ModalLauncherConf) -> tuple[float, float]:
+    """Estimate (a job without expected hours counts with all of its timeout) and the most."""
+    both = [cost.estimate(job.settings, conf.prices) for job in jobs]
+    return sum(most if hours is None else hours for hours, most in both), sum(m for _, m in both)
+
+
+def round_up(usd: float) -> int:
+    """The next round number that allows an estimate."""
+    return int(-(-usd // 10) * 10)

@@ -1,0 +1,157 @@
+"""A job's settings: what the launcher says, overlaid with the job's own `resources` node."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from modal_sweep.config import ImageSettings, JobSettings, ModalLauncherConf
+from modal_sweep.errors import LaunchError
+
+GPU = re.compile(r"(?P<type>[A-Za-z0-9-]+)(?P<exact>!|\+)?(?::(?P<count>[1-9][0-9]*))?")
+MOST_SECONDS = 86400
+
+
+def launcher_conf(config: DictConfig) -> ModalLauncherConf:
+    """The launcher's own node; raises LaunchError for a value that is not valid.
+
+    What `JobSettings` has is left unresolved: `${name}` means something else in every job.
+    """
+    node = config.hydra.launcher
+    raw = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(raw, dict)
+    of_jobs = {field.name for field in fields(JobSettings)}
+    values: dict[str, Any] = {
+        str(key): value if key in of_jobs else plain(node[key]) for key, value in raw.items()
+    }
+    values["image"] = ImageSettings(**values["image"])
+    conf = ModalLauncherConf(**values)
+    if conf.if_done not in ("skip", "rerun", "fail"):
+        raise LaunchError(
+            f"hydra.launcher.if_done={conf.if_done} is not valid; choose one of: skip, rerun, fail"
+        )
+    if conf.max_parallel is not None and conf.max_parallel < 1:
+        raise LaunchError(f"hydra.launcher.max_parallel={conf.max_parallel} must be at least 1")
+    return conf
+
+
+def plain(value: Any) -> Any:
+    """A resolved value without OmegaConf's wrapping."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def for_job(conf: ModalLauncherConf, job: DictConfig) -> dict[str, Any]:
+    """The launcher's settings of jobs, resolved in one job's configuration."""
+    values = {field.name: getattr(conf, field.name) for field in fields(JobSettings)}
+    values["image"] = asdict(conf.image)
+    if "${" not in str(values):
+        return values
+    node = OmegaConf.create(values)
+    node._set_parent(job)
+    try:
+        resolved = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise LaunchError(f"hydra.launcher: {str(error).splitlines()[0]}") from None
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def job_settings(conf: ModalLauncherConf, job: DictConfig) -> JobSettings:
+    """Settings of one composed job; raises LaunchError that names the key."""
+    names = [field.name for field in fields(JobSettings)]
+    said = own_settings(conf, job)
+    unknown = sorted(set(said) - set(names))
+    if unknown:
+        raise LaunchError(
+            f"{conf.resources}.{unknown[0]} is not a setting of a job; valid: {', '.join(names)}"
+        )
+    values = for_job(conf, job)
+    defaults = asdict(JobSettings())
+    for name, value in said.items():
+        if values[name] != defaults[name]:
+            raise LaunchError(
+                f"hydra.launcher.{name} has no effect: the job says "
+                f"{conf.resources}.{name}={value}; set that one"
+            )
+        values[name] = value
+    values["image"] = image_settings(values["image"], conf.resources)
+    settings = JobSettings(**values)
+    check(settings, conf.resources)
+    return settings
+
+
+def own_settings(conf: ModalLauncherConf, job: DictConfig) -> dict[str, Any]:
+    """What the job's node says, with the part for this script laid over it."""
+    node = OmegaConf.select(job, conf.resources)
+    if node is None:
+        return {}
+    try:
+        said = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise LaunchError(f"{conf.resources}: {str(error).splitlines()[0]}") from None
+    if not isinstance(said, dict):
+        raise LaunchError(f"{conf.resources}={said!r} must be a mapping of a job's settings")
+    tasks = said.pop("tasks", None) or {}
+    own = tasks.get(job.hydra.job.name) or {}
+    return {str(key): value for key, value in {**said, **own}.items()}
+
+
+def image_settings(said: Mapping[str, Any], where: str) -> ImageSettings:
+    """The image of a `resources` node."""
+    names = [field.name for field in fields(ImageSettings)]
+    unknown = sorted(set(said) - set(names))
+    if unknown:
+        raise LaunchError(
+            f"{where}.image.{unknown[0]} is not a setting of an image; valid: {', '.join(names)}"
+        )
+    return ImageSettings(**said)
+
+
+def check(settings: JobSettings, where: str) -> None:
+    """Refuse what Modal would refuse, before anything is spawned."""
+    for gpu in gpu_list(settings.gpu):
+        type_and_count(gpu, where)
+    for name, most in (("timeout", MOST_SECONDS), ("startup_timeout", MOST_SECONDS)):
+        if not 1 <= getattr(settings, name) <= most:
+            raise LaunchError(
+                f"{where}.{name}={getattr(settings, name)} must be in 1..{most} seconds; a job "
+                "that takes longer continues in a new attempt"
+            )
+    if not 0 <= settings.retries <= 10:
+        raise LaunchError(f"{where}.retries={settings.retries} must be in 0..10")
+    for mount in settings.volumes:
+        if not mount.startswith("/") or mount.rstrip("/") in ("", "/root", "/tmp"):
+            raise LaunchError(
+                f"{where}.volumes: {mount} cannot hold a Volume; use an absolute path below / "
+                "other than /root and /tmp themselves"
+            )
+    for entry in settings.requires:
+        if not isinstance(entry, Mapping) or not {"volume", "path"} <= set(entry):
+            raise LaunchError(
+                f"{where}.requires: {entry} must have volume and path (and may have remedy, local)"
+            )
+
+
+def gpu_list(gpu: Any) -> list[str]:
+    """The acceptable GPUs in order; empty for none."""
+    if gpu is None or gpu == "":
+        return []
+    return [str(one) for one in gpu] if isinstance(gpu, list | tuple) else [str(gpu)]
+
+
+def type_and_count(gpu: str, where: str = "resources") -> tuple[str, int]:
+    """`H100!:8` -> ("H100", 8); raises LaunchError for what Modal does not take."""
+    match = GPU.fullmatch(gpu)
+    if match is None or int(match["count"] or 1) > 8:
+        raise LaunchError(
+            f"{where}.gpu={gpu} is not valid; write H100, H100:8 (at most 8), H100! or a list"
+        )
+    return match["type"].upper(), int(match["count"] or 1)
+
+
+def single_use(settings: JobSettings) -> bool:
+    """Whether every job gets a container of its own."""
+    return bool(settings.gpu) if settings.single_use is None else settings.single_use

@@ -1,0 +1,167 @@
+"""What is shown while jobs run: a live table, or plain lines without a terminal."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from modal_sweep.client.calls import Ended
+from modal_sweep.client.cost import options_per_hour
+from modal_sweep.protocol.journal import JobRecord
+
+COLUMNS = ("job", "overrides", "state", "step", "loss", "elapsed", "about USD")
+PLAIN_EVERY = 30.0
+STYLES = {"completed": "green", "done": "green", "failed": "red", "cancelled": "yellow"}
+
+
+def row(
+    record: JobRecord, status: dict[str, Any], ended: Ended | None, prices: dict[str, float]
+) -> tuple[str, ...]:
+    """One job as the table's texts."""
+    started = status.get("started")
+    seconds = time.time() - started if started else None
+    state = state_of(record, status)
+    if ended is not None:
+        state, seconds = ended.envelope["status"], ended.envelope.get("seconds")
+    elif record.end is not None:
+        state, seconds = record.end["status"], record.end.get("seconds")
+    attempt = status.get("attempt", 1)
+    if attempt > 1:
+        state += f" (attempt {attempt})"
+    cost = (
+        None
+        if seconds is None
+        else seconds / 3600 * options_per_hour(record.plan["options"], prices)
+    )
+    loss = status.get("loss")
+    return (
+        str(record.number),
+        " ".join(record.plan["overrides"]) or "-",
+        state,
+        str(status.get("step", "")),
+        f"{loss:.4f}" if isinstance(loss, float) else "",
+        "" if seconds is None else duration(seconds),
+        "" if cost is None else f"{cost:.2f}",
+    )
+
+
+def state_of(record: JobRecord, status: dict[str, Any]) -> str:
+    """queued (for GPUs, an image), starting, running, preempted, completed, failed."""
+    if record.call is None:
+        return "not spawned"
+    state = str(status.get("state", ""))
+    if not state:
+        return "queued for GPUs" if record.plan["options"]["gpus"] else "queued"
+    return state
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def reason(ended: Ended) -> str:
+    """Why a job failed, in one line."""
+    error = ended.envelope.get("error") or {}
+    lines = str(error.get("message", "")).strip().splitlines() or [""]
+    return f"{error.get('type', 'Error')}: {lines[0]}"[:300]
+
+
+@dataclass
+class Table:
+    """Shows the state of a sweep; use as a context."""
+
+    prices: dict[str, float] = field(default_factory=dict)
+    live: Any = None
+    said: dict[str, tuple[str, float]] = field(default_factory=dict)
+    shown: float = 0.0
+
+    def __enter__(self) -> "Table":
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self.live = Live(console=Console(stderr=True), refresh_per_second=2, transient=False)
+            self.live.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.live is not None:
+            self.live.__exit__(kind, error, trace)
+
+    def note(self, text: str) -> None:
+        """A line above the table."""
+        if self.live is not None:
+            self.live.console.print(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def show(
+        self,
+        records: Sequence[JobRecord],
+        said: dict[str, Any],
+        ended: dict[str, Ended],
+        last: bool = False,
+    ) -> None:
+        """Draw the table, at most twice a second; without a terminal say which states changed."""
+        if not last and time.monotonic() - self.shown < 0.5:
+            return
+        self.shown = time.monotonic()
+        rows = [
+            row(record, said.get(record.key, {}), ended.get(record.identity), self.prices)
+            for record in records
+        ]
+        if self.live is not None:
+            self.live.update(rich_table(rows))
+            return
+        for record, texts in zip(records, rows, strict=True):
+            if record.end is None and record.identity not in ended:
+                self.plain_line(record.identity, texts)
+
+    def plain_line(self, identity: str, texts: tuple[str, ...]) -> None:
+        """Say that a job's state has changed, or every half minute how far it is."""
+        number, overrides, state, step, loss, *_ = texts
+        said, at = self.said.get(identity, ("", 0.0))
+        line = f"job {number} [{overrides}] {state}"
+        now = time.monotonic()
+        if step and now - at > PLAIN_EVERY:
+            line += f", step {step}" + (f", loss {loss}" if loss else "")
+        elif state == said:
+            return
+        self.said[identity] = state, now
+        self.note(line)
+
+    def ended(self, record: JobRecord, ended: Ended) -> None:
+        """Say how a job ended."""
+        status = ended.envelope["status"]
+        seconds = ended.envelope.get("seconds")
+        after = f" after {duration(seconds)}" if seconds is not None else ""
+        why = "" if status == "completed" else f": {reason(ended)}"
+        if self.live is None or why:
+            self.note(
+                f"job {record.number} [{' '.join(record.plan['overrides'])}] {status}{after}{why}"
+            )
+
+
+def rich_table(rows: Sequence[tuple[str, ...]]) -> Any:
+    """The rows as a rich table."""
+    from rich.table import Table as RichTable
+
+    table = RichTable()
+    for column in COLUMNS:
+        table.add_column(
+            column, justify="right" if column not in ("overrides", "state") else "left"
+        )
+    for texts in rows:
+        style = STYLES.get(texts[2].split()[0])
+        table.add_row(*texts, style=style)
+    return table

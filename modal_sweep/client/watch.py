@@ -1,0 +1,182 @@
+"""Waiting for the jobs of a sweep: every end is collected as it comes, whatever the others do."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
+
+from modal_sweep.client import calls, collect, deploy, spawn
+from modal_sweep.client.calls import Ended
+from modal_sweep.client.table import Table
+from modal_sweep.errors import LaunchError, ResultGone
+from modal_sweep.protocol import result as _result
+from modal_sweep.protocol.journal import JobRecord, Journal
+
+T = TypeVar("T")
+SLOW_LOOK = 20.0
+OUTAGE = 900.0
+TRIES = 5
+
+
+@dataclass
+class Watch:
+    """One process's view of a sweep while it waits."""
+
+    journal: Journal
+    table: Table
+    functions: deploy.Functions
+    poll: float
+    ended: dict[str, Ended] = field(default_factory=dict)
+    looked: dict[str, float] = field(default_factory=dict)
+    trouble: dict[str, int] = field(default_factory=dict)
+    unreachable_since: float | None = None
+    pause: float = 0.05
+
+    @cached_property
+    def statuses(self) -> calls.Statuses:
+        """What the workers say about themselves."""
+        return calls.Statuses(self.journal.sweep["dict"])
+
+    def wait(self, records: Sequence[JobRecord]) -> dict[str, Ended]:
+        """Collect every job's end; by identity.
+
+        Raises:
+            LaunchError: when Modal does not answer for 15 minutes; the jobs go on.
+        """
+        while pending := [record for record in records if record.end is None]:
+            self.turn(records, pending, self.poll)
+        self.table.show(records, self.statuses.known, self.ended, last=True)
+        return self.ended
+
+    def turn(self, records: Sequence[JobRecord], pending: Sequence[JobRecord], most: float) -> None:
+        """Show the records and look at the pending ones; waits at most `most` seconds."""
+        said = self.statuses.read(self.poll if self.table.live else 5 * self.poll)
+        self.table.show(records, said, self.ended)
+        progress = self.round(pending)
+        self.pause = 0.05 if progress else min(self.poll, self.pause * 1.5)
+        left = [record for record in pending if record.end is None]
+        if left and self.unreachable_since is None:
+            self.settle(left[0], seconds=min(self.pause, most))
+        elif left or not pending:
+            time.sleep(min(self.poll, most))
+
+    def round(self, pending: Sequence[JobRecord]) -> bool:
+        """Look at the calls that have stopped running, and now and then at all others."""
+        progress = False
+        now = time.monotonic()
+        for record in pending:
+            due = now - self.looked.setdefault(record.identity, now) > SLOW_LOOK
+            if record.key in self.statuses.gone or due:
+                self.statuses.gone.discard(record.key)
+                self.looked[record.identity] = now
+                progress |= self.settle(record, seconds=0.0)
+        return progress
+
+    def settle(self, record: JobRecord, seconds: float) -> bool:
+        """Look at one job's call; True when it has come to its end."""
+        try:
+            return self.look(record, seconds)
+        except transient() as error:
+            self.outage(str(error))
+            return False
+
+    def patiently(self, step: Callable[[], T]) -> T:
+        """Do a step, again and again while Modal does not answer."""
+        while True:
+            try:
+                done = step()
+            except transient() as error:
+                self.outage(str(error))
+                time.sleep(self.poll)
+                continue
+            self.answered()
+            return done
+
+    def answered(self) -> None:
+        """Modal is there."""
+        if self.unreachable_since is not None:
+            self.unreachable_since = None
+            self.table.note("Modal answers again")
+
+    def look(self, record: JobRecord, seconds: float) -> bool:
+        """The same while Modal answers."""
+        assert record.call is not None
+        try:
+            ended = calls.look(record.call, seconds)
+        except ResultGone:
+            ended = self.after_expiry(record)
+        self.answered()
+        if ended is None:
+            return False
+        if ended.envelope["status"] == "duplicate":
+            self.follow_owner(record, ended.envelope["owner"])
+            return False
+        return self.bring(record, ended)
+
+    def bring(self, record: JobRecord, ended: Ended) -> bool:
+        """Collect an end; after a few failures the job counts as failed."""
+        try:
+            collect.collect(self.journal, record, ended)
+        except (OSError, ValueError) as error:
+            tries = self.trouble[record.identity] = self.trouble.get(record.identity, 0) + 1
+            if tries < TRIES:
+                self.table.note(f"job {record.number}: outputs not here yet ({error}); again soon")
+                time.sleep(self.poll)
+                return False
+            message = f"its outputs could not be brought here: {error}"
+            ended = calls.failed("NotPulled", message)
+            collect.collect(self.journal, record, ended)
+        self.ended[record.identity] = ended
+        self.table.ended(record, ended)
+        return True
+
+    def follow_owner(self, record: JobRecord, owner: str) -> None:
+        """Another call, spawned before a kill, owns the job: wait for that one."""
+        try:
+            result = calls.look(owner)
+        except ResultGone:
+            result = None if self.saved(record) else calls.failed("Expired", "", "cancelled")
+        if result is not None and result.envelope["status"] == "cancelled":
+            self.respawn(record, "its owner ended without a result")
+        else:
+            event = spawn.spawn_event(record, record.generation, owner)
+            self.journal.write([event])
+
+    def saved(self, record: JobRecord) -> Ended | None:
+        """The result on the Volume."""
+        volume, base = collect.saved_at(self.journal, record)
+        packed = calls.read_if_there(volume, f"{base}/result.bin")
+        return None if packed is None else Ended(_result.unpack(packed), trusted=False)
+
+    def after_expiry(self, record: JobRecord) -> Ended | None:
+        """A call's result is gone: the Volume has it, or the job runs again."""
+        saved = self.saved(record)
+        if saved is None:
+            self.respawn(record, "its call has expired without a result")
+        return saved
+
+    def respawn(self, record: JobRecord, why: str) -> None:
+        """Open the job's next generation."""
+        self.table.note(f"job {record.number} runs again: {why}")
+        spawn.restage(self.journal, record)
+        spawn.spawn(self.journal, record, self.functions, record.generation + 1)
+
+    def outage(self, message: str) -> None:
+        """Wait out a time without Modal; the jobs do not notice."""
+        now = time.monotonic()
+        if self.unreachable_since is None:
+            self.unreachable_since = now
+            self.table.note(f"Modal does not answer, trying again: {message}")
+        elif now - self.unreachable_since > OUTAGE:
+            raise LaunchError(
+                "Modal has not answered for 15 minutes; the jobs go on without this process. "
+                f"Later: modal-sweep attach {self.journal.sweep_dir}"
+            )
+
+
+def transient() -> tuple[type[Exception], ...]:
+    """What is raised while Modal does not answer."""
+    from modal import exception as modal
+
+    return calls.Unreachable, modal.ConnectionError, modal.ServiceError, modal.InternalError

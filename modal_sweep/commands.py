@@ -1,0 +1,259 @@
+"""The commands of modal-sweep, one function each; they return the exit code."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from modal_sweep.client import calls, collect, messages, spawn
+from modal_sweep.client import table as _table
+from modal_sweep.client import watch as _watch
+from modal_sweep.client.deploy import Functions, volume
+from modal_sweep.container.cloud import status_dict
+from modal_sweep.errors import LaunchError
+from modal_sweep.protocol.journal import FOLDER, JobRecord, Journal, open_journal
+
+
+def list_sweeps(arguments: argparse.Namespace) -> int:
+    """Print every sweep below a folder, from what is on the disk."""
+    found = sorted(arguments.folder.rglob(f"{FOLDER}/jobs.jsonl"))
+    for path in found:
+        journal = Journal(path.parent.parent)
+        states = [state(record) for record in journal.ordered()]
+        counts = ", ".join(f"{states.count(one)} {one}" for one in sorted(set(states)))
+        print(f"{journal.sweep_dir}  {len(states)} jobs: {counts}")
+    if not found:
+        print(f"no sweeps below {arguments.folder}")
+    return 0
+
+
+def state(record: JobRecord) -> str:
+    """What the journal says of a job."""
+    if record.end is not None:
+        return str(record.end["status"])
+    return "not spawned" if record.call is None else "in flight"
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """One look, without waiting; results that are ready are brought."""
+    journal = open_journal(arguments.sweep)
+    records = journal.ordered()
+    watch = _watch.Watch(journal, _table.Table(), Functions(), poll=1.0)
+    for record in records:
+        if record.call is not None and record.end is None:
+            watch.settle(record, seconds=0.0)
+    said = calls.Statuses(journal.sweep["dict"]).read()
+    rows = [_table.row(record, said.get(record.key, {}), None, {}) for record in records]
+    messages.console_print(_table.rich_table(rows))
+    return exit_code(records)
+
+
+def exit_code(records: Sequence[JobRecord]) -> int:
+    """1 when a job ended without a result."""
+    return int(any(record.end and record.end["status"] != "completed" for record in records))
+
+
+def attach(arguments: argparse.Namespace) -> int:
+    """Spawn what a kill left unspawned, wait for all, bring the results."""
+    journal = open_journal(arguments.sweep)
+    functions = Functions()
+    with journal.locked():
+        records = journal.ordered()
+        for record in records:
+            if record.call is None:
+                spawn.restage(journal, record)
+                spawn.spawn(journal, record, functions, 0)
+    return finish(journal, records, functions)
+
+
+def finish(journal: Journal, records: Sequence[JobRecord], functions: Functions) -> int:
+    """Wait with a table, then say how the sweep ended."""
+    try:
+        with _table.Table() as table:
+            _watch.Watch(journal, table, functions, poll=1.0).wait(records)
+    except KeyboardInterrupt:
+        messages.detached(journal)
+        return 130
+    messages.summary(journal, records)
+    for record in records:
+        if record.end and record.end["status"] != "completed":
+            messages.say(messages.failure_text(journal, record))
+    return exit_code(records)
+
+
+def by_number(journal: Journal, numbers: Sequence[int]) -> list[JobRecord]:
+    """The newest job of each number; raises LaunchError for a number that there is not."""
+    known = {record.number: record for record in journal.ordered()}
+    for number in numbers:
+        if number not in known:
+            listed = ", ".join(str(one) for one in sorted(known))
+            raise LaunchError(f"{journal.sweep_dir} has no job {number}; it has: {listed}")
+    return [known[number] for number in numbers]
+
+
+def logs(arguments: argparse.Namespace) -> int:
+    """Print what a job has printed: from the Volume when it was saved, else from Modal's log."""
+    journal = open_journal(arguments.sweep)
+    [record] = by_number(journal, [arguments.job])
+    saved = collect.log_text(journal, record)
+    if saved is not None and record.end is not None:
+        sys.stdout.write(saved)
+        return 0
+    if record.call is None:
+        raise LaunchError(f"job {record.number} was not spawned yet: modal-sweep attach")
+    import modal
+
+    for entry in modal.FunctionCall.from_id(record.call).logs.tail(1000):
+        sys.stdout.write(str(getattr(entry, "text", entry)))
+    return 0
+
+
+def pull(arguments: argparse.Namespace) -> int:
+    """Bring the outputs of all jobs; files that are here already cost nothing."""
+    journal = open_journal(arguments.sweep)
+    fetched = 0
+    for record in journal.ordered():
+        with Progress(f"job {record.number}") as progress:
+            try:
+                fetched += collect.pull(journal, record, progress.add)
+            except FileNotFoundError:
+                messages.say(f"job {record.number}: nothing was saved yet")
+                continue
+            if arguments.checkpoints:
+                target = arguments.to or collect.job_folder(journal, record) / "checkpoints"
+                fetched += pull_places(record, target, progress)
+    print(f"{fetched} files fetched into {journal.sweep_dir}")
+    return 0
+
+
+def pull_places(record: JobRecord, target: Path, progress: "Progress") -> int:
+    """Bring what a job wrote to mounted Volumes; number of files fetched."""
+    fetched = 0
+    for place in record.plan["unique"]:
+        for mount, name in record.plan["options"]["volumes"].items():
+            if place == mount or place.startswith(mount.rstrip("/") + "/"):
+                path = place[len(mount.rstrip("/")) :].strip("/")
+                fetched += pull_folder(name, path, target / path, progress)
+    return fetched
+
+
+def pull_folder(name: str, path: str, target: Path, progress: "Progress") -> int:
+    """Copy a folder of a Volume; files of the same size and a newer date here are kept."""
+    source = volume(name)
+    fetched = 0
+    for entry in source.iterdir(path, recursive=True):
+        if entry.type.name != "FILE":
+            continue
+        here = target / Path(entry.path).relative_to(path)
+        same = here.is_file() and here.stat().st_size == entry.size
+        if not (same and here.stat().st_mtime >= entry.mtime):
+            here.parent.mkdir(parents=True, exist_ok=True)
+            partial = here.with_name(here.name + ".partial")
+            with partial.open("wb") as file:
+                for chunk in source.read_file(entry.path):
+                    file.write(chunk)
+                    progress.add(len(chunk))
+            partial.replace(here)
+            fetched += 1
+    return fetched
+
+
+class Progress:
+    """Bytes on standard error while files come, where there is a terminal."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.bar: Any = None
+        self.task: Any = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import DownloadColumn, TextColumn, TransferSpeedColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
+            self.bar = Bar(*columns, console=Console(stderr=True))
+            self.bar.__enter__()
+            self.task = self.bar.add_task(self.label, total=None)
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        if self.bar is not None:
+            self.bar.__exit__(*failure)
+
+    def add(self, size: int) -> None:
+        """Some more bytes are here."""
+        if self.bar is not None:
+            self.bar.advance(self.task, size)
+
+
+def push(arguments: argparse.Namespace) -> int:
+    """Upload; blocks that are there already are not sent again."""
+    from modal_sweep.client.preflight import upload
+
+    name, colon, path = arguments.remote.partition(":")
+    if not colon or not name:
+        raise LaunchError(f"{arguments.remote} must be <volume>:<path>")
+    if not arguments.local.exists():
+        raise LaunchError(f"{arguments.local} does not exist")
+    target = path or arguments.local.name
+    upload(volume(name), arguments.local, target)
+    print(f"{arguments.local} is at {name}:{target}")
+    return 0
+
+
+def cancel(arguments: argparse.Namespace) -> int:
+    """Cancel calls that have no result yet."""
+    journal = open_journal(arguments.sweep)
+    records = by_number(journal, arguments.job) if arguments.job else journal.ordered()
+    count = sum(spawn.cancel(journal, record) for record in records)
+    print(f"{count} jobs cancelled; what they saved stays, the launching command runs them again")
+    return 0
+
+
+def rerun(arguments: argparse.Namespace) -> int:
+    """Open the next generation of jobs and wait for them."""
+    journal = open_journal(arguments.sweep)
+    functions = Functions()
+    with journal.locked():
+        records = by_number(journal, arguments.job)
+        if arguments.failed:
+            broken = [record for record in journal.ordered() if exit_code([record])]
+            records += [record for record in broken if record not in records]
+        if not records:
+            raise LaunchError("nothing to run again: name job numbers, or --failed")
+        for record in records:
+            if record.call is not None and record.end is None and spawn.still_runs(record):
+                raise LaunchError(
+                    f"job {record.number} is still running: "
+                    f"modal-sweep cancel {journal.sweep_dir} {record.number}"
+                )
+        for record in records:
+            spawn.restage(journal, record)
+            spawn.spawn(journal, record, functions, record.generation + (record.call is not None))
+    return finish(journal, records, functions)
+
+
+def clean(arguments: argparse.Namespace) -> int:
+    """Delete the sweep's folder on its Volume and its Dict."""
+    import modal
+
+    journal = open_journal(arguments.sweep)
+    running = [record for record in journal.ordered() if record.call and record.end is None]
+    if running and any(spawn.still_runs(record) for record in running):
+        raise LaunchError(f"jobs are running: modal-sweep cancel {journal.sweep_dir} first")
+    place = f"{journal.sweep['volume']}:{journal.sweep['id']}"
+    if not arguments.yes:
+        if not sys.stdin.isatty():
+            raise LaunchError(f"would delete {place} on Modal; confirm with --yes")
+        if input(f"delete {place} on Modal? [y/N] ").strip().lower() not in ("y", "yes"):
+            return 1
+    with contextlib.suppress(FileNotFoundError, modal.exception.NotFoundError):
+        volume(journal.sweep["volume"]).remove_file(journal.sweep["id"], recursive=True)
+    for name in (journal.sweep["dict"], status_dict(journal.sweep["dict"])):
+        modal.Dict.objects.delete(name, allow_missing=True)
+    print(f"{place} and the sweep's Dict are gone; {journal.sweep_dir} is as it was")
+    return 0

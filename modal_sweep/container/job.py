@@ -1,0 +1,115 @@
+"""The job itself, in its own process in the container: Hydra's `run_job`, then a JSON file."""
+
+import gc
+import hashlib
+import json
+import logging
+import os
+import pickle
+import traceback
+from pathlib import Path
+from typing import Any
+
+from modal_sweep.client import image
+from modal_sweep.protocol import delta, payload, result
+
+
+def preload() -> None:
+    """Import what every job needs, before the fork."""
+    import hydra.core.utils
+    import omegaconf
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()
+    image.versions()
+    # Fills the caches of the parser of interpolations.
+    warm = omegaconf.OmegaConf.create({"x": 1, "y": "a${x}/${.x}", "z": "${oc.select:x}"})
+    assert hydra.core.utils and warm.y and warm.z
+    # What is here now is never collected in a job, so its memory stays shared.
+    gc.freeze()
+
+
+def run(folder: Path) -> int:
+    """Run the job whose payload is in `folder`; writes result.json there. Returns the exit code."""
+    request = json.loads((folder / "request.json").read_text())
+    problem = mismatch(request["versions"])
+    if problem:
+        report(folder, {"status": "failed", "error": {"type": "VersionError", "message": problem}})
+        return 1
+    os.makedirs(request["cwd"], exist_ok=True)
+    os.chdir(request["cwd"])
+    packed = checked(folder / "common.bin", request["common"])
+    context, task_function, alike = payload.unpack(packed)
+    config = pickle.loads(delta.unpack(checked(folder / "payload.bin", request["sha256"]), alike))
+    try:
+        returned = run_hydra_job(context, task_function, config)
+    except SystemExit as error:
+        if error.code in (None, 0):
+            report(folder, {"status": "completed", "value": result.pack_value(None)})
+            return 0
+        report(folder, failure(error, f"left the interpreter with exit code {error.code}"))
+        return 1
+    report(folder, returned)
+    return 0
+
+
+def mismatch(launched_with: dict[str, str]) -> str | None:
+    """What differs between the launching Python and this one; None when they agree."""
+    here = image.versions()
+    wrong = [
+        f"{name} {here.get(name)}"
+        for name in launched_with
+        if here.get(name) != launched_with[name]
+    ]
+    if not wrong:
+        return None
+    wanted = ", ".join(f"{name} {number}" for name, number in launched_with.items())
+    return f"the image has {', '.join(wrong)}, but the job was launched with {wanted}"
+
+
+def checked(path: Path, sha256: str) -> bytes:
+    """A file whose hash came with the call; raises ValueError when it is another one."""
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{path.name} is not what the launcher sent")
+    return data
+
+
+def run_hydra_job(context: Any, task_function: Any, config: Any) -> dict[str, Any]:
+    """As Hydra's launchers do in their workers."""
+    from hydra.core.utils import JobStatus, run_job
+    from hydra.errors import CompactHydraException
+
+    returned = run_job(
+        hydra_context=context,
+        task_function=task_function,
+        config=config,
+        job_dir_key="hydra.sweep.dir",
+        job_subdir_key="hydra.sweep.subdir",
+    )
+    said = {
+        "working_dir": returned.working_dir,
+        "task_name": returned.task_name,
+        "output_dir": config.hydra.runtime.output_dir,
+    }
+    if returned.status == JobStatus.COMPLETED:
+        return {"status": "completed", "value": result.pack_value(returned.return_value), **said}
+    error = returned._return_value
+    # Hydra 1.3 keeps a job's traceback out of its log; a compact error is meant to have none.
+    compact = isinstance(error, CompactHydraException)
+    shown = [str(error)] if compact else traceback.format_exception(error)
+    logging.getLogger(returned.task_name).error("".join(shown).rstrip())
+    return {**failure(error), **said}
+
+
+def failure(error: BaseException, message: str | None = None) -> dict[str, Any]:
+    """An envelope for a job that raised."""
+    said = {"type": type(error).__name__, "message": message or str(error)}
+    return {"status": "failed", "error": said}
+
+
+def report(folder: Path, envelope: dict[str, Any]) -> None:
+    """Write result.json so that it is whole or not there."""
+    partial = folder / "result.json.partial"
+    partial.write_text(json.dumps(envelope))
+    os.replace(partial, folder / "result.json")

@@ -1,0 +1,184 @@
+"""jobs.jsonl: what was asked for and what was spawned, on disk before anything else happens.
+
+sweep  id, app prefix, Volume, Dict: written once
+plan   a job: everything that is needed to spawn it, also by a process that never saw its config
+spawn  generation and call id; flushed to the disk before the next call is spawned
+end    how a generation ended, once its result and outputs are here
+cancel asked for by modal-sweep cancel, or by a search
+told   a search has heard of a failure
+"""
+
+import fcntl
+import io
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modal_sweep.errors import LaunchError
+
+FOLDER = "modal"
+
+
+@dataclass
+class JobRecord:
+    """One job as the journal knows it."""
+
+    plan: dict[str, Any]
+    generation: int = 0
+    calls: dict[int, list[str]] = field(default_factory=dict)
+    """Call ids by generation; several when a kill hid the first one."""
+    ends: dict[int, dict[str, Any]] = field(default_factory=dict)
+    cancelled: set[str] = field(default_factory=set)
+    told: set[int] = field(default_factory=set)
+
+    @property
+    def identity(self) -> str:
+        """Hash of code, configuration and output directory."""
+        return str(self.plan["identity"])
+
+    @property
+    def number(self) -> int:
+        """Number of the job in its sweep."""
+        return int(self.plan["job"])
+
+    @property
+    def call(self) -> str | None:
+        """The newest call of the newest generation."""
+        calls = self.calls.get(self.generation)
+        return calls[-1] if calls else None
+
+    @property
+    def end(self) -> dict[str, Any] | None:
+        """How the newest generation ended; None while it has not."""
+        return self.ends.get(self.generation)
+
+    @property
+    def key(self) -> str:
+        """Names this generation on the Volume and in the Dict."""
+        return f"{self.identity}.{self.generation}"
+
+
+class Journal:
+    """A sweep's jobs.jsonl."""
+
+    def __init__(self, sweep_dir: Path) -> None:
+        self.sweep_dir = sweep_dir
+        self.folder = sweep_dir / FOLDER
+        self.path = self.folder / "jobs.jsonl"
+        self.sweep: dict[str, Any] = {}
+        self.jobs: dict[str, JobRecord] = {}
+        self.order: list[str] = []
+        self.replay()
+
+    def replay(self) -> None:
+        """Read what is there; a last line cut off by a kill is left out."""
+        self.sweep, self.jobs, self.order = {}, {}, []
+        if not self.path.exists():
+            return
+        raw = self.path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                self.apply(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise LaunchError(f"{self.path}:{number} cannot be read ({error!r})") from None
+
+    def apply(self, event: dict[str, Any]) -> None:
+        """Take one line into account."""
+        kind = event["event"]
+        if kind == "sweep":
+            self.sweep = event
+            return
+        identity = event["identity"]
+        if kind == "plan":
+            known = self.jobs.get(identity)
+            if known is None:
+                self.jobs[identity] = JobRecord(event)
+                self.order.append(identity)
+            else:
+                known.plan = event
+            return
+        job = self.jobs[identity]
+        if kind == "cancel":
+            job.cancelled.add(event["call"])
+            return
+        generation = int(event["generation"])
+        if kind == "told":
+            job.told.add(generation)
+        elif kind == "spawn":
+            job.generation = max(job.generation, generation)
+            job.calls.setdefault(generation, []).append(event["call"])
+        elif kind == "end":
+            job.ends[generation] = event
+
+    def write(self, events: Iterable[dict[str, Any]]) -> None:
+        """Append events and wait until they are on the disk."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        fresh = not self.path.exists()
+        lines = b""
+        for said in events:
+            event = {**said, "at": round(time.time(), 3)}
+            self.apply(event)
+            lines += json.dumps(event, separators=(",", ":")).encode() + b"\n"
+        with self.path.open("a+b", buffering=0) as file:
+            drop_cut_off_line(file)
+            file.write(lines)
+            os.fsync(file.fileno())
+        if fresh:
+            folder = os.open(self.folder, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+
+    @contextmanager
+    def locked(self, patience: float = 0.0) -> Iterator[None]:
+        """Only one process spawns into a sweep at a time; a kill opens the lock.
+
+        Raises:
+            LaunchError: another one does, for more than `patience` seconds.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + patience
+        with (self.folder / "lock").open("w") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if time.monotonic() >= deadline:
+                        raise LaunchError(
+                            f"another process is spawning the jobs of {self.sweep_dir}; wait for it"
+                        ) from None
+                    time.sleep(0.1)
+            self.replay()
+            yield
+
+    def ordered(self) -> list[JobRecord]:
+        """All jobs in the order they were planned."""
+        return [self.jobs[identity] for identity in self.order]
+
+
+def drop_cut_off_line(file: io.FileIO) -> None:
+    """Cut a file back to its last whole line: a kill may have stopped a writer in the middle."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return
+    file.seek(size - 1)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read(size).rfind(b"\n") + 1)
+
+
+def open_journal(sweep_dir: Path) -> Journal:
+    """The journal of a sweep that exists; raises LaunchError otherwise."""
+    journal = Journal(sweep_dir)
+    if not journal.sweep:
+        raise LaunchError(
+            f"{sweep_dir} is not a sweep on Modal (no {FOLDER}/jobs.jsonl); "
+            "`modal-sweep list <folder>` finds them"
+        )
+    return journal

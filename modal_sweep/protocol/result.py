@@ -1,0 +1,123 @@
+"""What a call returns: one small compressed JSON document, the same bytes as on the Volume."""
+
+import base64
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+from modal_sweep.errors import JobFailed
+from modal_sweep.protocol.outputs import files_below
+
+# Above 8 KiB Modal moves a result through an extra upload and download.
+MOST_BYTES = 7000
+MOST_PLAIN = 16 * MOST_BYTES
+PLAIN = (str, int, float, bool, type(None))
+
+
+def pack_whole(envelope: dict[str, Any], folder: Path, log: Path) -> bytes | None:
+    """Compress an envelope with all of a job's outputs and its log inside; None when too large."""
+    paths = list(files_below(folder))
+    if sum(path.stat().st_size for path in [*paths, *([log] if log.exists() else [])]) > MOST_PLAIN:
+        return None
+    files = {path.relative_to(folder).as_posix(): to_text(path.read_bytes()) for path in paths}
+    said = to_text(log.read_bytes()) if log.exists() else None
+    packed = compress({**envelope, "files": files, "log": said})
+    return packed if len(packed) <= MOST_BYTES else None
+
+
+def pack(envelope: dict[str, Any], manifest: dict[str, Any]) -> bytes:
+    """Compress an envelope without the outputs, which lie on the Volume.
+
+    Args:
+        envelope: status, value, error and so on.
+        manifest: the files, as `_outputs.save` returns it; left out when it is too large.
+    """
+    listed = {
+        name: {"size": said["size"], "sha256": said["sha256"]} for name, said in manifest.items()
+    }
+    small = compress({**envelope, "manifest": listed})
+    if len(small) <= MOST_BYTES:
+        return small
+    return compress({**shortened(envelope), "manifest": None})
+
+
+def compress(envelope: dict[str, Any]) -> bytes:
+    """JSON, compressed."""
+    return zlib.compress(json.dumps(envelope, separators=(",", ":")).encode(), 6)
+
+
+def shortened(envelope: dict[str, Any]) -> dict[str, Any]:
+    """An envelope whose error text leaves room; the whole text is in the job's log."""
+    error = envelope.get("error")
+    if not error:
+        return envelope
+    return {**envelope, "error": {**error, "message": error["message"][-2000:]}}
+
+
+def unpack(data: bytes) -> dict[str, Any]:
+    """The envelope of `pack`."""
+    envelope = json.loads(zlib.decompress(data))
+    assert isinstance(envelope, dict)
+    return envelope
+
+
+def to_text(content: bytes) -> dict[str, str]:
+    """Bytes as JSON can hold them."""
+    try:
+        return {"text": content.decode()}
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(content).decode()}
+
+
+def to_bytes(held: dict[str, str]) -> bytes:
+    """The opposite of `to_text`."""
+    return held["text"].encode() if "text" in held else base64.b64decode(held["base64"])
+
+
+def pack_value(value: Any) -> dict[str, Any]:
+    """A return value: as JSON where that says it exactly, else pickled."""
+    if is_plain(value):
+        return {"json": value}
+    if type(value) is tuple and is_plain(list(value)):
+        return {"json": list(value), "tuple": True}
+    import cloudpickle
+
+    return {"pickle": base64.b64encode(cloudpickle.dumps(value)).decode()}
+
+
+def is_plain(value: Any) -> bool:
+    """Whether JSON brings the value back as it was."""
+    if type(value) in PLAIN:
+        return True
+    if type(value) is list:
+        return all(is_plain(one) for one in value)
+    if type(value) is dict:
+        return all(type(key) is str and is_plain(one) for key, one in value.items())
+    return False
+
+
+def unpack_value(held: dict[str, Any], trusted: bool) -> Any:
+    """A return value.
+
+    Args:
+        held: what `pack_value` made.
+        trusted: it came from the call itself; nothing that lay on a disk is unpickled.
+
+    Raises:
+        JobFailed: it was pickled and is not trusted.
+    """
+    if "json" in held:
+        return tuple(held["json"]) if held.get("tuple") else held["json"]
+    if not trusted:
+        raise JobFailed("its return value was kept in its call, which has expired")
+    import pickle
+
+    return pickle.loads(base64.b64decode(held["pickle"]))
+
+
+def is_nan(held: dict[str, Any] | None) -> bool:
+    """Whether a job returned NaN: as a number to minimise it is no result."""
+    value = (held or {}).get("json")
+    return isinstance(value, float) and math.isnan(value)

@@ -1,0 +1,1 @@
+"""The way of a conversation: from records to supervised tokens."""

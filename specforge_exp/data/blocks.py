@@ -1,0 +1,243 @@
+"""A file of conversations, encoded block by block, by this process or by several.
+
+A block is a run of lines of a fixed size, so the blocks, and what becomes of each, do not depend on
+who encodes it. A finished block is a file under its own name: an interrupted run keeps it.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from specforge_exp.config import Config
+from specforge_exp.data.chat import (
+    Chat,
+    Encoded,
+    Unrenderable,
+    encode_many,
+    eos_token_ids,
+    split_thoughts,
+)
+from specforge_exp.data.conversations import normalise
+from specforge_exp.data.tokens import Ints, arrays_of
+from specforge_exp.errors import InputError
+from specforge_exp.target import load_tokenizer
+
+LINES, BYTES = 512, 8 * 2**20
+"""A block ends after so many lines, or the line that passes so many bytes."""
+BATCH = 64
+"""Conversations tokenised together."""
+CHECKED = 16
+"""One of so many is checked against its answers."""
+
+
+WORTH = 8
+"""Blocks that take as long as starting a process, about."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Lines of one file."""
+
+    path: Path
+    number: int
+    start: int
+    stop: int
+    """Bytes [start, stop)."""
+    line: int
+    """Number of its first line, from 1."""
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.path.stem}-{self.number:06d}"
+
+
+def cut(path: Path) -> list[Block]:
+    """The blocks of a JSON lines file, in order."""
+    blocks: list[Block] = []
+    start = at = 0
+    first = number = 1
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            at += len(line)
+            if number - first + 1 >= LINES or at - start >= BYTES:
+                blocks.append(Block(path, len(blocks), start, at, first))
+                start, first = at, number + 1
+    if at > start:
+        blocks.append(Block(path, len(blocks), start, at, first))
+    return blocks
+
+
+def make_chat(cfg: Config) -> Chat:
+    """What encodes this target's conversations; InputError without a usable tokenizer."""
+    tokenizer = load_tokenizer(cfg.model)
+    eos = eos_token_ids(cfg.model.path, tokenizer)
+    options = cfg.preprocess
+    kwargs = cfg.model.chat_template_kwargs
+    return Chat(tokenizer, kwargs, eos, options.thinking, options.last_turn_only)
+
+
+def read_block(block: Block) -> list[dict[str, Any]]:
+    """Its conversations; InputError names file and line."""
+    with block.path.open("rb") as file:
+        file.seek(block.start)
+        lines = file.read(block.stop - block.start).removesuffix(b"\n").split(b"\n")
+    records = []
+    for number, line in enumerate(lines, block.line):
+        try:
+            records.append(normalise(json.loads(line)))
+        except ValueError as error:
+            raise InputError(f"{block.path}:{number}: {error}") from None
+    return records
+
+
+def encode_block(block: Block, chat: Chat, cfg: Config, folder: Path) -> None:
+    """Write `<name>.safetensors`: a shard with its account as metadata, and what was set aside."""
+    account: Counter[str] = Counter()
+    kept, rejected = [], []
+    records = read_block(block)
+    for at in range(0, len(records), BATCH):
+        batch = records[at : at + BATCH]
+        for place, (record, result) in enumerate(zip(batch, encode_many(chat, batch), strict=True)):
+            account["read"] += 1
+            if isinstance(result, Encoded) and place % CHECKED == 0:
+                check(record, result, chat, account)
+            try:
+                kept.append(fit(result, cfg, account, record["id"]))
+            except Unrenderable as error:
+                account[f"set aside: {error}"] += 1
+                rejected.append({"reason": str(error), **record})
+    account["kept"] = len(kept)
+    for encoded in kept:
+        account["turns"] += len(encoded.spans)
+        account["closed"] += sum(encoded.ids[last - 1] in chat.eos for _, last in encoded.spans)
+    if rejected:
+        lines = (json.dumps(record) + "\n" for record in rejected)
+        (folder / f"{block.name}.rejected.jsonl").write_text("".join(lines))
+    partial = folder / f"{block.name}.{os.getpid()}"
+    save_file(arrays_of(kept), partial, {"account": json.dumps(account)})
+    partial.replace(folder / f"{block.name}.safetensors")
+
+
+def fit(encoded: Encoded | Unrenderable, cfg: Config, account: Counter[str], name: str) -> Encoded:
+    """The conversation within max_length; raises Unrenderable when it is to be left out."""
+    if isinstance(encoded, Unrenderable):
+        raise encoded
+    most = cfg.max_length
+    if len(encoded.ids) > most:
+        if cfg.preprocess.overlong == "error":
+            raise InputError(
+                f"conversation {name} has {len(encoded.ids)} tokens, above max_length={most}; "
+                "raise it, or set preprocess.overlong=truncate or drop"
+            )
+        if cfg.preprocess.overlong == "drop":
+            raise Unrenderable("longer than max_length")
+        account["truncated"] += 1
+        ids = encoded.ids[:most]
+        encoded = Encoded(ids, [(first, min(last, most)) for first, last in encoded.spans])
+    spans = [(first, last) for first, last in encoded.spans if first < last]
+    if not spans:
+        raise Unrenderable("no assistant token")
+    return Encoded(encoded.ids, spans)
+
+
+def check(record: dict[str, Any], encoded: Encoded, chat: Chat, account: Counter[str]) -> None:
+    """Count answers that are not in what their supervised tokens spell."""
+    said = [m["content"] for m in record["conversations"] if m["role"] == "assistant"]
+    said = [split_thoughts(content)[3].strip() for content in said][-len(encoded.spans) :]
+    for answer, (first, last) in zip(said, encoded.spans, strict=True):
+        account["checked"] += 1
+        account["misread"] += answer not in chat.tokenizer.decode(encoded.ids[first:last])
+
+
+def read_encoded(folder: Path, block: Block) -> tuple[dict[str, Ints], Counter[str]]:
+    """What `encode_block` wrote."""
+    with safe_open(folder / f"{block.name}.safetensors", "numpy") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return arrays, Counter(json.loads(file.metadata()["account"]))
+
+
+def encode_blocks(blocks: list[Block], cfg: Config, folder: Path) -> Iterator[Block]:
+    """Encode the blocks, with as many processes as are wanted and useful; yields each when done.
+
+    Raises:
+        InputError: a line is no conversation, a conversation is refused, or a process was killed.
+    """
+    wanted = cfg.preprocess.processes
+    if wanted is None:
+        here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        wanted = min(here or 1, len(blocks) // WORTH)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a core
+    chat = make_chat(cfg)
+    if min(wanted, len(blocks)) > 1:
+        yield from in_processes(blocks, cfg, folder, min(wanted, len(blocks)))
+        return
+    for block in blocks:
+        encode_block(block, chat, cfg, folder)
+        yield block
+
+
+def in_processes(blocks: list[Block], cfg: Config, folder: Path, processes: int) -> Iterator[Block]:
+    """Deal the blocks to processes; none outlives this one by more than its block."""
+    context = multiprocessing.get_context("spawn")
+    waiting = iter(blocks)
+    workers: dict[Connection, SpawnProcess] = {}
+    busy: dict[Connection, Block] = {}
+    try:
+        for _ in range(processes):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=serve, args=(theirs, cfg, folder), daemon=True)
+            worker.start()
+            theirs.close()
+            workers[ours] = worker
+            busy[ours] = next(waiting)
+            ours.send(busy[ours])
+        while busy:
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection)
+                try:
+                    complaint = ready.recv()
+                except (EOFError, ConnectionError):
+                    complaint = (
+                        f"a process of preprocess died on {busy[ready].name} (out of memory?); run "
+                        "the same command again, it continues; fewer preprocess.processes need less"
+                    )
+                if complaint:
+                    raise InputError(complaint)
+                yield busy.pop(ready)
+                if block := next(waiting, None):
+                    busy[ready] = block
+                    ready.send(block)
+    finally:
+        for ours, worker in workers.items():
+            ours.close()
+            worker.terminate()
+            worker.join()
+
+
+def serve(connection: Connection, cfg: Config, folder: Path) -> None:
+    """A worker: encode what comes until nobody is at the other end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; ours decides
+    try:
+        chat = make_chat(cfg)
+        while True:
+            block = connection.recv()
+            complaint = None
+            try:
+                encode_block(block, chat, cfg, folder)
+            except InputError as error:
+                complaint = str(error)
+            connection.send(complaint)
+    except (EOFError, ConnectionError):
+        return

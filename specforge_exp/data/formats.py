@@ -1,0 +1,242 @@
+"""From a raw record to a conversation: one function per `format` of a source."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from specforge_exp.data.conversations import IDS, LISTS, BadRecord, encode, normalise
+from specforge_exp.data.files import RAW_CHARACTERS, Columns, Raw, Rejected
+
+QUESTION_WORDS = "what how why who where when which".split()
+QUESTION_LENGTH = 8
+MARK = "<image>"
+MORE = "system tools image url source".split()
+"""Columns that are kept beside a conversation."""
+
+Record = dict[str, Any]
+
+
+def convert(item: Raw, adapt: Callable[[Any], Any]) -> Record | Rejected:
+    """One raw record as a conversation that a JSON-lines file can hold, or why it is none."""
+    where, value = item
+    try:
+        record = normalise(adapt(value))
+        if not any(m["role"] == "user" and m["content"].strip() for m in record["conversations"]):
+            raise BadRecord("no user message")
+        encode(record)
+        return record
+    except UnicodeEncodeError:
+        reason = "half of a surrogate pair: its text is no valid Unicode"
+    except BadRecord as error:
+        reason = str(error)
+    except (ValueError, TypeError, RecursionError) as error:
+        reason = f"cannot be written as JSON: {error}"
+    return Rejected(where, reason, json.dumps(value, default=str)[:RAW_CHARACTERS])
+
+
+def as_it_is() -> Callable[[Any], Any]:
+    """format=conversations: the record is one."""
+    return lambda value: value
+
+
+def image() -> Callable[[Any], Any]:
+    """format=image: conversations about a picture; the `<image>` marks leave the text.
+
+    What `image` says of the picture (a path, a URL) stays in the record.
+    """
+
+    def without_marks(message: Any) -> Any:
+        if not isinstance(message, dict):
+            return message
+        found = {k: v for k, v in message.items() if isinstance(v, str) and MARK in v}
+        return message | {key: text.replace(MARK, "").strip() for key, text in found.items()}
+
+    def dialog(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        lists = {key: value[key] for key in LISTS if isinstance(value.get(key), list)}
+        return value | {key: [without_marks(m) for m in found] for key, found in lists.items()}
+
+    return dialog
+
+
+def instruction() -> Callable[[Any], Any]:
+    """format=instruction: Alpaca's `instruction` (and `input`), and `output` or `response`."""
+
+    def task(value: Any) -> Record:
+        asks = text_of(value, "instruction")
+        if isinstance(value.get("input"), str) and value["input"].strip():
+            asks += "\n\n" + value["input"]
+        answer = {"role": "assistant", "content": text_of(value, "output", "response")}
+        kept = {key: value[key] for key in (*IDS, *MORE) if key in value}
+        return kept | {"conversations": [*asked(asks)["conversations"], answer]}
+
+    return task
+
+
+def chitchat() -> Callable[[Any], Any]:
+    """format=chitchat: one question of each dialog of PyPI's chitchat-dataset, to be answered.
+
+    The question is the dialog's first message of at least QUESTION_LENGTH words that begins with
+    one of QUESTION_WORDS and ends with a question mark. Most dialogs open with a greeting or with
+    an answer to a topic that is not part of them; those are nothing to ask a model. A question
+    that an earlier dialog asked (in any case) is rejected, so that skip and limit part disjoint
+    sets.
+    """
+    seen: set[str] = set()
+
+    def question(value: Any) -> Record:
+        try:
+            texts = [message["text"].strip() for turn in value["messages"] for message in turn]
+        except (TypeError, KeyError, AttributeError):
+            raise BadRecord("not a chitchat dialog: no `messages` of {text} lists") from None
+        found = next((text for text in texts if is_question(text)), None)
+        if found is None:
+            raise BadRecord(f"no question of {QUESTION_LENGTH} words")
+        if found.casefold() in seen:
+            raise BadRecord("the question of an earlier dialog")
+        seen.add(found.casefold())
+        return asked(found)
+
+    return question
+
+
+def is_question(text: str) -> bool:
+    """True for a message that asks something on its own; see `chitchat`."""
+    words = text.split()
+    opening = words[0].casefold().strip(",'") if words else ""
+    return len(words) >= QUESTION_LENGTH and text.endswith("?") and opening in QUESTION_WORDS
+
+
+def humaneval() -> Callable[[Any], Any]:
+    """format=humaneval: one user message that asks to complete the function of `prompt`."""
+
+    def task(value: Any) -> Record:
+        code = text_of(value, "prompt").strip()
+        name = {"id": value["task_id"]} if "task_id" in value else {}
+        return name | asked(f"Complete this Python function:\n\n```python\n{code}\n```")
+
+    return task
+
+
+def gsm8k() -> Callable[[Any], Any]:
+    """format=gsm8k: one user message with the `question` (or `prompt`)."""
+
+    def task(value: Any) -> Record:
+        name = {"id": value["id"]} if isinstance(value, dict) and "id" in value else {}
+        return name | asked(text_of(value, "question", "prompt").strip())
+
+    return task
+
+
+REASON = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+SOLVE = "Write a solution to the following problem and make sure that it passes the tests:"
+EXPERT = (
+    "You are an expert Python programmer. You will be given a question (problem specification) and "
+    "will generate a correct Python program that matches the specification and passes all tests. "
+    "You will NOT return anything except for the program"
+)
+
+
+def math(value: Any) -> list[str]:
+    """format=math: GSM8K, MATH-500, AIME."""
+    return [text_of(value, "question", "problem") + REASON]
+
+
+def solve(value: Any) -> list[str]:
+    """format=solve: HumanEval, not as format=humaneval asks it."""
+    return [f"{SOLVE}\n```python\n{text_of(value, 'prompt')}\n```"]
+
+
+def mbpp(value: Any) -> list[str]:
+    """format=mbpp: the `prompt` of its sanitized configuration."""
+    return [text_of(value, "prompt")]
+
+
+def livecodebench(value: Any) -> list[str]:
+    """format=livecodebench: with its starter code, where it has some."""
+    question, code = text_of(value, "question_content"), value.get("starter_code")
+    how = "Use the following code structure" if code else "Write your code in the following format"
+    return [
+        f"{EXPERT}\n\n### Question:\n{question}\n\n### Format: {how}:\n```python\n"
+        f"{code or '# YOUR CODE HERE'}\n```\n\n"
+        "### Answer: (use the provided format with backticks)"
+    ]
+
+
+def swe_bench(value: Any) -> list[str]:
+    """format=swe-bench: the issue alone, without its repository."""
+    asks = text_of(value, "problem_statement")
+    return [f"Problem Statement:\n{asks}\nPlease fix the issue described above."]
+
+
+def mt_bench(value: Any) -> list[str]:
+    """format=mt-bench: one turn per text of `prompt`."""
+    asks = value.get("prompt") if isinstance(value, dict) else None
+    if not (isinstance(asks, list) and asks and all(isinstance(text, str) for text in asks)):
+        raise BadRecord("no `prompt` list of texts")
+    return asks
+
+
+def alpaca(value: Any) -> list[str]:
+    """format=alpaca: `instruction` and `input`, without the answer."""
+    asks, more = text_of(value, "instruction"), value.get("input")
+    return [f"{asks}\n\nInput:\n{more}" if more else asks]
+
+
+def prompts(texts: Callable[[Any], list[str]]) -> Callable[[], Callable[[Any], Any]]:
+    """A format that has questions only: between two of them stands an empty answer."""
+
+    def task(value: Any) -> Record:
+        gap = {"role": "assistant", "content": ""}
+        messages = [m for text in texts(value) for m in (gap, *asked(text)["conversations"])]
+        return {key: value[key] for key in IDS if key in value} | {"conversations": messages[1:]}
+
+    return lambda: task
+
+
+def text_of(value: Any, *keys: str) -> str:
+    """The first of `keys` that holds text; raises BadRecord when none does."""
+    if isinstance(value, dict):
+        for key in keys:
+            if isinstance(value.get(key), str):
+                return str(value[key])
+    raise BadRecord(f"no {' or '.join(f'`{key}`' for key in keys)} text")
+
+
+def asked(text: str) -> Record:
+    """A conversation of one user message."""
+    return {"conversations": [{"role": "user", "content": text}]}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the records of a source read."""
+
+    adapt: Callable[[], Callable[[Any], Any]]
+    """Makes what turns a raw record into one that `conversations.normalise` takes."""
+    columns: Columns
+    """What is read of a table."""
+
+
+def format_of(adapt: Callable[[], Callable[[Any], Any]], needed: str, optional: str = "") -> Format:
+    """A format; ids are read of every table."""
+    return Format(adapt, Columns(frozenset(needed.split()), frozenset([*optional.split(), *IDS])))
+
+
+FORMATS = {
+    "conversations": format_of(as_it_is, " ".join(LISTS), " ".join(MORE)),
+    "image": format_of(image, " ".join(LISTS), " ".join(MORE)),
+    "instruction": format_of(instruction, "instruction", "input output response system tools"),
+    "chitchat": format_of(chitchat, "messages"),
+    "humaneval": format_of(humaneval, "prompt", "task_id"),
+    "gsm8k": format_of(gsm8k, "question prompt"),
+    "math": format_of(prompts(math), "question problem"),
+    "solve": format_of(prompts(solve), "prompt"),
+    "mbpp": format_of(prompts(mbpp), "prompt"),
+    "livecodebench": format_of(prompts(livecodebench), "question_content", "starter_code"),
+    "swe-bench": format_of(prompts(swe_bench), "problem_statement"),
+    "mt-bench": format_of(prompts(mt_bench), "prompt"),
+    "alpaca": format_of(prompts(alpaca), "instruction", "input"),
+}

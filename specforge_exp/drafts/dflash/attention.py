@@ -1,0 +1,148 @@
+"""Attention of a DFlash layer: a block sees the context before its anchor, and itself.
+
+The slots of a block see the keys of their conversation strictly before the anchor, whose own state
+does not exist when serving, and all slots of their own block, whatever their order. The two parts
+are merged by their log-sum-exp; scores of the context exist for some rows at a time. Scores, norms
+of the heads and rotations are computed again in the backward pass.
+
+Shape suffixes: R blocks, S slots of a block, Q = R * S rows, T positions, P either, N query heads,
+M key-value heads, G = N / M, E head size.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from specforge_exp.drafts.chain_attention import Visible, rotate, shared_backward, shared_forward
+from specforge_exp.drafts.layers import RMSNorm
+
+if TYPE_CHECKING:
+    from specforge_exp.drafts.dflash.flex import Hidden
+
+
+class Angles(NamedTuple):
+    """Rotary angles [P, E], the two halves of E the same."""
+
+    cos_PE: Tensor
+    sin_PE: Tensor
+
+
+class How(NamedTuple):
+    """What rows see, and what happens to queries and keys before they meet."""
+
+    seen: "Visible | Hidden"
+    """What the rows see of the context: up to the position before their anchor."""
+    slots: int
+    """Rows of a block."""
+    norms: tuple[RMSNorm, RMSNorm]
+    """Of the heads of queries and of keys."""
+    angles: tuple[Angles, Angles]
+    """Of the context's positions and of the rows'."""
+
+
+def by_block(x_QMGE: Tensor, slots: int) -> Tensor:
+    """[Q, M, G, E] -> [R, M, S * G, E]."""
+    blocks: Tensor = x_QMGE.unflatten(0, (-1, slots)).transpose(1, 2).flatten(2, 3)
+    return blocks
+
+
+def by_row(x_RMXE: Tensor, slots: int) -> Tensor:
+    """Undo `by_block`."""
+    rows: Tensor = x_RMXE.unflatten(2, (slots, -1)).transpose(1, 2).flatten(0, 1)
+    return rows
+
+
+def own_scores(q_RMXE: Tensor, k_QME: Tensor, slots: int) -> Tensor:
+    """Scores [R, M, S * G, S] in fp32 of a block's slots with each other."""
+    return (q_RMXE @ own(k_QME, slots).transpose(2, 3)).float()
+
+
+def own(x_QME: Tensor, slots: int) -> Tensor:
+    """[Q, M, E] -> [R, M, S, E]."""
+    blocks: Tensor = x_QME.unflatten(0, (-1, slots)).transpose(1, 2)
+    return blocks
+
+
+def turned(norm: RMSNorm, x_PNE: Tensor, angles: Angles) -> Tensor:
+    """Heads normed, then rotated."""
+    return rotate(norm(x_PNE), *angles)
+
+
+def turned_back(norm: RMSNorm, x_PNE: Tensor, angles: Angles, outer_PNE: Tensor) -> Tensor:
+    """Gradient of the heads from that of `turned`; the norm's is added to its `.grad`."""
+    inner_PNE = rotate(outer_PNE, angles.cos_PE, -angles.sin_PE)
+    E = x_PNE.shape[-1]
+    return norm.backward(x_PNE.reshape(-1, E), inner_PNE.view(-1, E)).view(x_PNE.shape)
+
+
+class _BlockAttention(Function):
+    @staticmethod
+    def forward(ctx: Any, how: How, q_QNE: Tensor, *keys: Tensor) -> Tensor:
+        k_TME, v_TME, k_QME, v_QME = keys
+        seen, slots, (q_norm, k_norm), (angles_T, angles_Q) = how
+        assert isinstance(seen, Visible)
+        M, E = k_TME.shape[1:]
+        q_QMGE = turned(q_norm, q_QNE, angles_Q).mul_(E**-0.5).unflatten(1, (M, -1))
+        out_QMGE, lse_QMG1 = shared_forward(seen, q_QMGE, turned(k_norm, k_TME, angles_T), v_TME)
+        turned_QME = turned(k_norm, k_QME, angles_Q)
+        scores = own_scores(by_block(q_QMGE, slots), turned_QME, slots)
+        own_lse_QMG1 = by_row(torch.logsumexp(scores, -1, keepdim=True), slots)
+        merged_QMG1 = torch.logaddexp(lse_QMG1, own_lse_QMG1)
+        weights = scores.sub_(by_block(merged_QMG1, slots)).exp_().to(v_QME.dtype)
+        out_QMGE.mul_((lse_QMG1 - merged_QMG1).exp())
+        out_QMGE += by_row(weights @ own(v_QME, slots), slots)
+        out_QNE = out_QMGE.flatten(1, 2)
+        ctx.save_for_backward(q_QNE, *keys, out_QNE, merged_QMG1)
+        ctx.how = how
+        return out_QNE
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        q_QNE, k_TME, v_TME, k_QME, v_QME, out_QNE, lse_QMG1 = ctx.saved_tensors
+        seen, slots, (q_norm, k_norm), (angles_T, angles_Q) = ctx.how
+        M, E = k_TME.shape[1:]
+        q_QMGE = turned(q_norm, q_QNE, angles_Q).mul_(E**-0.5).unflatten(1, (M, -1))
+        outer_QMGE = outer[0].unflatten(1, (M, -1))
+        delta_QN1 = (outer[0].float() * out_QNE.float()).sum(-1, keepdim=True)
+        delta_QMG1 = delta_QN1.unflatten(1, (M, -1))
+        keys = (turned(k_norm, k_TME, angles_T), v_TME)
+        dq_QMGE, dk_TME, dv_TME = shared_backward(
+            seen, (q_QMGE, *keys), outer_QMGE, lse_QMG1, delta_QMG1
+        )
+        q_RMXE, outer_RMXE = by_block(q_QMGE, slots), by_block(outer_QMGE, slots)
+        turned_QME = turned(k_norm, k_QME, angles_Q)
+        weights = own_scores(q_RMXE, turned_QME, slots).sub_(by_block(lse_QMG1, slots)).exp_()
+        dv_RMSE = weights.to(outer_RMXE.dtype).transpose(2, 3) @ outer_RMXE
+        inner = (outer_RMXE @ own(v_QME, slots).transpose(2, 3)).float()
+        slope = weights.mul_(inner.sub_(by_block(delta_QMG1, slots))).to(q_QNE.dtype)
+        dq_QMGE += by_row(slope @ own(turned_QME, slots), slots)
+        dk_RMSE = slope.transpose(2, 3) @ q_RMXE
+        dk_QME, dv_QME = (x.transpose(1, 2).flatten(0, 1) for x in (dk_RMSE, dv_RMSE))
+        return (
+            None,
+            turned_back(q_norm, q_QNE, angles_Q, dq_QMGE.mul_(E**-0.5).flatten(1, 2)),
+            turned_back(k_norm, k_TME, angles_T, dk_TME),
+            dv_TME,
+            turned_back(k_norm, k_QME, angles_Q, dk_QME),
+            dv_QME,
+        )
+
+
+def block_attention(
+    how: How, q_QNE: Tensor, context: tuple[Tensor, Tensor], block: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Attention of one layer; keeps what it is given and the output.
+
+    Args:
+        how: what is seen, and how heads are normed and rotated before.
+        q_QNE: queries, the slots of a block one after the other.
+        context: keys and values of all positions, [T, M, E] each.
+        block: keys and values of the rows themselves, [Q, M, E] each.
+
+    Returns:
+        [Q, N, E].
+    """
+    out: Tensor = _BlockAttention.apply(how, q_QNE, *context, *block)
+    return out

@@ -1,0 +1,68 @@
+"""Which blocks of a conversation a DFlash draft is trained on.
+
+A block starts at an anchor, a token of an assistant turn that the draft is given; the slots after
+it are masked, and slot k is to say the token k places after the anchor. Anchors are drawn anew in
+every epoch. A label counts when it belongs to the anchor's own turn: the tokens that exist when
+serving. The first token of a conversation is no anchor: nothing stands before it.
+
+Shape suffixes: T packed tokens, R blocks, K = block_size - 1 labels of a block.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specforge_exp.config import DraftConfig
+from specforge_exp.drafts.rows import document_bounds
+from specforge_exp.training.batches import Batch
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of packed conversations, in the order of their anchors."""
+
+    anchor_R: Tensor
+    """Position of each block's anchor."""
+    start_T: Tensor
+    """Where each token's conversation starts."""
+    end_T: Tensor
+    """Where it ends."""
+    counts_RK: Tensor
+    """Whether a label counts, bool."""
+
+
+def make_blocks(cfg: DraftConfig, batch: Batch) -> Blocks:
+    """Draw at most `num_anchors` anchors in each conversation, the same for equal `batch.draw`.
+
+    Conversations with fewer supervised tokens than `min_loss_tokens` have none.
+    """
+    assert cfg.block_size is not None
+    start_T, end_T = document_bounds(batch.lengths, batch.turns_T.device)
+    turns, first, anchors = batch.turns_T.cpu(), 0, []
+    for number, length in zip(batch.numbers, batch.lengths, strict=True):
+        turn_T = turns[first : first + length]
+        possible = (turn_T[1:-1] > 0) & (turn_T[1:-1] == turn_T[2:])
+        where = possible.nonzero()[:, 0] + 1
+        if int((turn_T > 0).sum()) >= (cfg.min_loss_tokens or 2 * cfg.block_size):
+            seed = (batch.draw * 2_654_435_761 + number) % 2**32  # a generator takes no more bits
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(where), generator=generator)[: cfg.num_anchors]
+            anchors.append(first + where[order].sort().values)
+        first += length
+    empty = torch.zeros(0, dtype=torch.long)
+    anchor_R = torch.cat([empty, *anchors]).to(batch.turns_T.device)
+    return Blocks(anchor_R, start_T, end_T, labels(batch, end_T, anchor_R, cfg.block_size - 1))
+
+
+def labels(batch: Batch, end_T: Tensor, anchor_R: Tensor, steps: int) -> Tensor:
+    """Which of the next `steps` tokens belong to the anchor's turn; [R, K]."""
+    at_RK = anchor_R[:, None] + torch.arange(1, steps + 1, device=anchor_R.device)
+    inside_RK = at_RK < end_T[anchor_R][:, None]
+    turn_RK = batch.turns_T[at_RK.clamp(max=len(batch.turns_T) - 1)]
+    return inside_RK & (turn_RK == batch.turns_T[anchor_R][:, None])
+
+
+def denominators(cfg: DraftConfig, batch: Batch) -> Tensor:
+    """How many labels count at each place after the anchor; [K] float64."""
+    return make_blocks(cfg, batch).counts_RK.sum(0).double().cpu()

@@ -1,0 +1,102 @@
+"""Attention of DFlash blocks by FlexAttention: on CUDA one fused kernel that skips what is hidden.
+
+The same attention as `dflash_attention.block_attention`, whose plain products work on any device.
+Rows and positions are padded to multiples of BUCKET, so that a training knows few shapes.
+
+Shape suffixes: T positions, Q rows, N query heads, M key-value heads, E head size, P padded.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from specforge_exp.drafts.dflash.attention import How, turned
+
+BUCKET = 256
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What the rows of blocks may see, for all layers of a forward."""
+
+    mask: BlockMask
+    rows: int
+    """Q, padded."""
+    positions: int
+    """T, padded."""
+
+
+def padded(number: int) -> int:
+    """The next multiple of BUCKET, at least one."""
+    return max(1, -(-number // BUCKET)) * BUCKET
+
+
+def hide(anchor_Q: Tensor, first_Q: Tensor, slots: int, positions: int) -> Hidden:
+    """The mask of rows that see the context before their anchor, and their own block.
+
+    Args:
+        anchor_Q: position of each row's anchor.
+        first_Q: where the anchor's conversation starts.
+        slots: rows of a block; they follow each other.
+        positions: T.
+    """
+    rows, columns = padded(len(anchor_Q)), padded(positions)
+    more = (0, rows - len(anchor_Q))
+    anchor_P, first_P = F.pad(anchor_Q, more), F.pad(first_Q, more)
+
+    def sees(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        before = (column >= first_P[row]) & (column < anchor_P[row])
+        own = (column - columns) // slots == row // slots
+        return torch.where(column < columns, before, own)
+
+    mask = masker(anchor_Q.device.type)(
+        sees, None, None, rows, columns + rows, device=str(anchor_Q.device)
+    )
+    return Hidden(mask, rows, columns)
+
+
+def flex_block_attention(
+    how: How, q_QNE: Tensor, context: tuple[Tensor, Tensor], block: tuple[Tensor, Tensor]
+) -> Tensor:
+    """As `dflash_attention.block_attention`, where `how.seen` is what `hide` made."""
+    hidden, _, (q_norm, k_norm), (angles_T, angles_Q) = how
+    assert isinstance(hidden, Hidden)
+    if not len(q_QNE):
+        return q_QNE
+    keys = turned(k_norm, context[0], angles_T), turned(k_norm, block[0], angles_Q)
+    k_1MPE, v_1MPE = (
+        torch.cat([grown(shared, hidden.positions), grown(own, hidden.rows)]).transpose(0, 1)[None]
+        for shared, own in (keys, (context[1], block[1]))
+    )
+    q_1NPE = grown(turned(q_norm, q_QNE, angles_Q), hidden.rows).transpose(0, 1)[None]
+    attend = kernel(q_QNE.device.type)
+    out_1NPE: Tensor = attend(q_1NPE, k_1MPE, v_1MPE, block_mask=hidden.mask, enable_gqa=True)
+    return out_1NPE[0].transpose(0, 1)[: len(q_QNE)]
+
+
+def grown(x_PNE: Tensor, length: int) -> Tensor:
+    """Zeros after the last row up to `length`."""
+    return F.pad(x_PNE, (0, 0, 0, 0, 0, length - len(x_PNE)))
+
+
+def useful(attention: str, device: torch.device, head_dim: int) -> bool:
+    """Whether draft.attention means FlexAttention here: auto takes it where it has a kernel."""
+    fits = head_dim >= 16 and head_dim & (head_dim - 1) == 0
+    return attention == "flex" or (attention == "auto" and device.type == "cuda" and fits)
+
+
+@cache
+def kernel(device: str) -> Any:
+    """FlexAttention, compiled where it has kernels; eagerly it is dense."""
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+
+
+@cache
+def masker(device: str) -> Any:
+    """What makes the mask: compiled on CUDA, where it would otherwise be dense for a moment."""
+    return torch.compile(create_block_mask) if device == "cuda" else create_block_mask

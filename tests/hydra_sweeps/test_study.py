@@ -1,0 +1,119 @@
+"""What a study refuses, its samplers, and the searches that come along."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import CompactHydraException
+from omegaconf import OmegaConf
+
+from hydra_sweeps.errors import SweepError
+from hydra_sweeps.study import trials
+from hydra_sweeps.study.config import NSGAII, SAMPLERS, OptunaAsyncConf
+from tests.study_app.here import STUDY, composed, first, journal, study
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fresh_hydra(hydra_restore_singletons: Any) -> Iterator[None]:
+    yield
+    GlobalHydra.instance().clear()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["hydra.sweeper.direction=[maximize,minimize]", "hydra.sweeper.names=[a,b]",
+             "hydra/sweeper/pruner=median"],
+            "pruner=MedianPruner and hydra.sweeper.direction with 2 objectives do not go together",
+        ),
+        (["hydra.sweeper.direction=[maximize,minimize]"], "direction has 2 entries"),
+        (["hydra.sweeper.direction=up"], "must be minimize or maximize"),
+        (["hydra/sweeper/pruner=median", "hydra.sweeper.progress_metric=null"], "progress_metric"),
+        (["hydra.sweeper.n_jobs=0"], "n_jobs=0 must be at least 1"),
+        (["hydra.sweeper.max_failure_rate=2"], "from 0 to 1"),
+        (["hydra.sweeper.search_space={x: {type: int}}"], "write it as hydra.sweeper.params"),
+        ([first("x=7")], r"warm_start\[0\]='x=7': x=7 lies outside"),
+        (["kid=a,b"], "run 0 .* cannot be composed.*kid"),
+        (["hydra.sweeper.name_key=null", "hydra.sweep.subdir=one"], "all trials would write to"),
+        (["hydra.sweeper.record.x=${nothing}"], "nothing"),
+        (["hydra.sweeper.storage=sqlite:////nowhere/at/all.db"], "cannot be opened"),
+        (["hydra.sweeper.custom_search_space=tests.study_app.toy.broken"], "toy.broken: KeyError"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(tmp_path: Path, options: list[str], said: str) -> None:
+    with pytest.raises(Exception, match=said) as caught:
+        study(tmp_path, "x=interval(0.0,6.0)", "hydra.sweeper.n_trials=1", *options)
+    assert isinstance(caught.value, CompactHydraException) or "record" in options[0]
+    assert not journal(tmp_path)
+
+
+def test_another_space_than_the_study_has(tmp_path: Path) -> None:
+    study(tmp_path, "kind=a,b", "hydra.sweeper.n_trials=1")
+    with pytest.raises(CompactHydraException, match="does not fit to what is searched now"):
+        study(tmp_path, "kind=a,c", "hydra.sweeper.n_trials=2")
+
+
+def test_samplers(tmp_path: Path) -> None:
+    context = composed(tmp_path, *STUDY, "x=interval(0.0,1.0)")[1]
+    options = OptunaAsyncConf(sampler=context.hydra.sweeper.sampler, pruner=None)
+    assert trials.sampler(options, 0)._constant_liar is True
+    assert trials.sampler(replace(options, n_jobs=1), 0)._constant_liar is False
+    given = OmegaConf.create({**options.sampler, "constant_liar": False})
+    assert trials.sampler(replace(options, sampler=given), 0)._constant_liar is False
+    for name in SAMPLERS:
+        chosen = composed(tmp_path, *STUDY, f"hydra/sweeper/sampler={name}")[1]
+        assert trials.sampler(replace(options, sampler=chosen.hydra.sweeper.sampler), 3)
+    assert isinstance(
+        trials.sampler(replace(options, sampler=OmegaConf.structured(NSGAII)), 0),
+        optuna.samplers.NSGAIISampler,
+    )
+
+
+def test_packages_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = "x=interval(0.0,6.0)"
+    found = {"optuna": "2.10.1", "sqlalchemy": "2.1.9"}
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.metadata.version", lambda name: found[name])
+        with pytest.raises(SweepError, match=r"SQLAlchemy 2\.1\.9: pip install"):
+            study(tmp_path, x)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(SweepError, match=r"needs Optuna .*pip install -c constraints\.txt"):
+        study(tmp_path, x)
+
+
+def test_hydra_loads_no_optuna() -> None:
+    code = (
+        "import sys, hydra_plugins.experiment_sweeper.optuna_async as a;"
+        "assert not {'optuna', 'sqlalchemy', 'multiprocessing'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def of(*options: str) -> str:
+    """What train.py prints for a search."""
+    command = [sys.executable, "train.py", "-m", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_searches_that_come_along(tmp_path: Path) -> None:
+    dry = ["hydra.sweeper.dry_run=true", f"paths.checkpoints={tmp_path}"]
+    plain = of("hparams_search=opd", *dry)
+    assert plain.endswith("\n24 runs\n") and "lr: float 1e-05 to 0.0003, log" in plain
+    assert plain.count("first: ") == 4 and "maximize simulated_length" in plain
+    rates = "lr=tag(log,interval(5e-4,5e-3))"
+    tiny = of("experiment=quickstart", "hparams_search=opd", rates, *dry)
+    assert "lr: float 0.0005 to 0.005, log" in tiny and tiny.count("first: ") == 4
+    cost = of("hparams_search=opd_cost", *dry)
+    assert cost.endswith("\n32 runs\n")
+    assert "maximize simulated_length, minimize gpu_hours" in cost

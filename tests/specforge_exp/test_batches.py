@@ -1,0 +1,51 @@
+"""A window is its conversations, however they are laid on processes and forwards."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specforge_exp.config import TrainerConfig
+from specforge_exp.data.tokens import TokenSet
+from specforge_exp.training.batches import epoch_windows, lay_out, make_batch, share
+
+LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
+
+
+@given(st.integers(1, 60), st.integers(1, 7), st.integers(0, 3))
+def test_every_conversation_once_an_epoch(conversations: int, size: int, epoch: int) -> None:
+    windows = epoch_windows(conversations, size, seed=4, epoch=epoch)
+    assert sorted(n for window in windows for n in window) == list(range(conversations))
+    assert windows == epoch_windows(conversations, size, seed=4, epoch=epoch)
+    assert all(len(window) == size for window in windows[:-1])
+
+
+@given(LENGTHS, st.integers(1, 5))
+def test_processes_share_a_window_evenly(lengths: list[int], world: int) -> None:
+    numbers = list(range(len(lengths)))
+    parts = [share(numbers, lengths, rank, world) for rank in range(world)]
+    assert sorted(n for part in parts for n in part) == numbers
+    loads = [sum(lengths[n] for n in part) for part in parts]
+    assert max(loads) - min(loads) <= max(lengths)
+
+
+@given(LENGTHS, st.integers(1, 5), st.none() | st.integers(1, 80))
+def test_forwards_hold_every_conversation_once(
+    lengths: list[int], accumulate: int, pack_tokens: int | None
+) -> None:
+    cfg = TrainerConfig(accumulate=accumulate, pack_tokens=pack_tokens)
+    forwards = lay_out(list(range(len(lengths))), lengths, cfg)
+    assert sorted(n for part in forwards for n in part) == list(range(len(lengths)))
+    assert all(forwards)
+    if pack_tokens is None:
+        assert len(forwards) <= accumulate
+    else:
+        assert all(len(p) == 1 or sum(lengths[n] for n in p) <= pack_tokens for p in forwards)
+
+
+def test_a_batch_has_no_padding() -> None:
+    ids = [torch.arange(3), torch.arange(5)]
+    tokens = TokenSet(ids, [torch.ones_like(i) for i in ids])
+    batch = make_batch(tokens, [1, 0], torch.device("cpu"))
+    assert batch.ids_T.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert batch.lengths == [5, 3]
+    assert batch.numbers == [-2, -1]

@@ -1,0 +1,217 @@
+"""Export and bench: the whole pipeline on the tiny target, and the figures it gives."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from specforge_exp import paths
+from specforge_exp.bench.acceptance import (
+    Request,
+    bootstrap_interval,
+    ngram_keys,
+    overlap,
+    summarise,
+    training_ngrams,
+)
+from specforge_exp.bench.speculative import Generation
+from specforge_exp.config import Config, Source
+from specforge_exp.drafts.eagle3.model import Eagle3
+from specforge_exp.errors import InputError
+from specforge_exp.stages.bench import bench
+from specforge_exp.stages.export import export
+from specforge_exp.stages.train import train
+from specforge_exp.target import Target
+
+
+@pytest.fixture
+def exported(cfg: Config, tokens: Path) -> Path:
+    cfg.max_steps = 3
+    cfg.bench.max_tokens = 12
+    cfg.bench.bootstrap = 50
+    cfg.bench.datasets = {"stories": Source(path="synthetic:bench/stories", limit=3)}
+    train(cfg)
+    return export(cfg)
+
+
+NAMES = {
+    "fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d",
+    "midlayer.input_layernorm.weight", "midlayer.hidden_norm.weight",
+    "midlayer.post_attention_layernorm.weight",
+    *(f"midlayer.self_attn.{n}_proj.weight" for n in "qkvo"),
+    *(f"midlayer.mlp.{n}_proj.weight" for n in ("gate", "up", "down")),
+}  # fmt: skip
+
+
+def test_export_is_what_engines_load(exported: Path, tiny_target: Target) -> None:
+    tensors = load_file(exported / "model.safetensors")
+    assert set(tensors) == NAMES
+    H, D, V = 128, 512, 1024
+    assert tensors["fc.weight"].shape == (H, 3 * H)
+    assert tensors["midlayer.self_attn.q_proj.weight"].shape == (128, 2 * H)
+    assert tensors["midlayer.self_attn.k_proj.weight"].shape == (64, 2 * H)
+    assert tensors["lm_head.weight"].shape == (D, H)
+    assert tensors["lm_head.weight"].dtype == torch.bfloat16
+    assert (tensors["d2t"].dtype, tensors["t2d"].dtype) == (torch.int64, torch.bool)
+    assert tensors["t2d"].shape == (V,)
+    config = json.loads((exported / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert config["draft_vocab_size"] == D
+    assert config["max_position_embeddings"] == tiny_target.model.config.max_position_embeddings
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000
+    # SGLang takes the outputs of layers 1, 3 and 4, vLLM the inputs of 2, 4 and 5
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
+    assert (exported / "run.json").exists()
+
+
+def test_export_round_trip(exported: Path, tiny_target: Target) -> None:
+    draft = Eagle3.load(exported, tiny_target)
+    for name, value in load_file(exported / "model.safetensors").items():
+        torch.testing.assert_close(
+            draft.state_dict()[name], value.to(draft.state_dict()[name].dtype)
+        )
+
+
+def change(folder: Path, name: str, value: torch.Tensor | None) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(name, None)
+    if value is not None:
+        tensors[name] = value
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("norm.weight", None, "norm.weight is missing"),
+        ("extra.weight", torch.zeros(2), "extra.weight is not expected"),
+        ("fc.weight", torch.zeros(2, 2), r"fc.weight has shape \[2, 2\]"),
+        ("d2t", torch.zeros(512, dtype=torch.int64), "different tokens"),
+        ("t2d", None, "t2d is missing"),
+    ],
+)
+def test_a_broken_export_is_refused(
+    exported: Path, tiny_target: Target, name: str, value: Any, words: str
+) -> None:
+    change(exported, name, value)
+    with pytest.raises(InputError, match=words):
+        Eagle3.load(exported, tiny_target)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "eagle_config"])
+def test_a_configuration_that_lacks_a_key_is_refused(
+    exported: Path, tiny_target: Target, key: str
+) -> None:
+    file = exported / "config.json"
+    config = json.loads(file.read_text())
+    del config[key]
+    file.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=f"config.json has no {key}"):
+        Eagle3.load(exported, tiny_target)
+
+
+def test_a_draft_of_another_target_is_refused(
+    exported: Path, tiny_target: Target, random_target: Target, cfg: Config, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="made for another target"):
+        Eagle3.load(exported, random_target)
+    with pytest.raises(InputError, match="auxiliary layers"):
+        Eagle3.load(exported, Target(tiny_target.model, [0, 1, 2]))
+    other = tmp_path / "other"
+    tiny_target.model.save_pretrained(other)
+    with pytest.raises(InputError, match="holds a checkpoint of another target"):
+        export(replace(cfg, model=replace(cfg.model, path=str(other))))
+
+
+def test_bench_measures_once(
+    exported: Path, cfg: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    average = bench(cfg)
+    file = paths.bench_file(cfg)
+    result = json.loads(file.read_text())
+    assert set(result) >= {"target", "draft", "settings", "datasets", "average"}
+    figures = result["datasets"]["stories"]
+    assert figures["prompts"] == 3
+    assert figures["lossless"] is True
+    assert result["average"] == average == figures["accepted_length"] >= 1
+    low, high = figures["accepted_length_ci95"]
+    assert low <= figures["accepted_length"] <= high
+    assert len(figures["acceptance_by_position"]) == cfg.chain_length
+    assert "lossless" in capsys.readouterr().out
+    stamp = file.stat().st_mtime_ns
+    assert bench(cfg) == average
+    assert file.stat().st_mtime_ns == stamp
+    assert bench(replace(cfg, bench=replace(cfg.bench, force=True))) == average
+    assert file.stat().st_mtime_ns != stamp
+    with pytest.raises(InputError, match=r"chain_length was 5, now 4.*bench\.force=true"):
+        bench(replace(cfg, bench=replace(cfg.bench, chain_length=4)))
+
+
+def test_bench_in_bfloat16_sampled_and_without_tokens(
+    exported: Path, cfg: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(paths.tokens_dir(cfg))
+    cfg.bench = replace(cfg.bench, dtype="bfloat16", temperature=0.7)
+    assert bench(cfg) >= 1
+    figures = json.loads(paths.bench_file(cfg).read_text())["datasets"]["stories"]
+    assert figures["lossless"] is None
+    assert figures["novel"]["prompts"] == 0
+    assert "sampled" in capsys.readouterr().out
+
+
+def test_missing_export_names_the_command(cfg: Config) -> None:
+    with pytest.raises(InputError, match=r"python export\.py"):
+        bench(cfg)
+    with pytest.raises(InputError, match=r"holds no checkpoint.*python train\.py"):
+        export(cfg)
+
+
+def request(tokens: list[int], gained: list[int], accepted: list[int]) -> Request:
+    with_draft = Generation(tokens, 1.0, 1 + len(gained), gained, [5] * len(gained), accepted)
+    return Request(with_draft, Generation(list(tokens), 2.0, len(tokens)), overlap=0.0)
+
+
+def test_figures_by_hand() -> None:
+    requests = [
+        request(list(range(7)), [4, 2], [3, 1]),
+        request(list(range(4)), [1, 1, 1], [0, 0, 0]),
+        request([9], [], []),
+    ]
+    found = summarise(requests, chain_length=3, resamples=100, greedy=True)
+    assert found["accepted_length"] == (3 + 1) / 2
+    assert found["accepted_length_pooled"] == 9 / 5
+    assert found["lengths"] == [3, 1, None]
+    assert found["acceptance_by_position"] == [2 / 5, 1 / 5, 1 / 5]
+    assert found["target_forwards_saved"] == 1 - 8 / 12
+    assert found["speedup"] == pytest.approx(2.0)
+    assert found["lossless"] is True
+    requests[0].alone.tokens[3] = 99
+    assert summarise(requests, 3, 10, True)["lossless"] is False
+    assert summarise(requests, 3, 10, False)["lossless"] is None
+
+
+@given(st.lists(st.floats(1, 6), min_size=1, max_size=30))
+def test_interval_holds_the_mean(values: list[float]) -> None:
+    low, high = bootstrap_interval(values, 400)
+    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+    if len(set(values)) == 1:
+        assert low == pytest.approx(high)
+
+
+def test_overlap_with_the_training_answers() -> None:
+    ids = [torch.arange(30)]
+    turns = [torch.tensor([0] * 10 + [1] * 10 + [0] * 2 + [2] * 8)]
+    known = training_ngrams(ids, turns)
+    assert len(known) == 3 + 1
+    assert overlap(list(range(10, 20)), known) == 1.0
+    assert overlap(list(range(12, 28)), known) == pytest.approx(1 / 9)
+    assert overlap([1, 2], known) == 0.0
+    assert len(ngram_keys(torch.arange(7))) == 0

@@ -1,0 +1,248 @@
+"""bench against servers that speculate for real: the same figures as in this process."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+from conftest import REPOSITORY, make_config
+from test_sglang_engine import free_port, gone
+
+from specforge_exp import paths
+from specforge_exp.bench.clients import Progress, accepted_of
+from specforge_exp.bench.served import server_of
+from specforge_exp.config import Config, EngineConfig, Source
+from specforge_exp.drafts.dflash.model import DFlash
+from specforge_exp.errors import InputError
+from specforge_exp.stages.bench import bench
+from specforge_exp.stages.export import export
+from specforge_exp.stages.prep import prep
+from specforge_exp.stages.preprocess import preprocess
+from specforge_exp.stages.train import train
+
+SERVER = [sys.executable, str(REPOSITORY / "tests" / "speculating_server.py")]
+PLACES = ["--model", "{model}", "--draft", "{draft}", "--port", "{port}"]
+EXACT = (
+    "prompts responses accepted_length accepted_length_pooled lengths gained gained_at_least "
+    "acceptance_by_position tokens target_forwards_saved lossless identical novel"
+).split()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """An exported draft whose chains are right now and then."""
+    cfg = make_config(tmp_path_factory.mktemp("trained"))
+    cfg.data.train[0].limit = 60
+    cfg.preprocess.source = "prep"
+    cfg.epochs, cfg.lr, cfg.trainer.batch_size = 3, 8e-3, 2
+    cfg.target.cache, cfg.export.dtype = "memory", "float32"
+    cfg.bench.max_tokens, cfg.bench.bootstrap, cfg.bench.turns = 24, 50, "all"
+    talks = Path(cfg.paths.datasets, "talks.jsonl")
+    talks.parent.mkdir(parents=True)
+    asks = [{"role": "user", "content": "Go on."}]
+    with talks.open("w") as file:
+        for number, name in enumerate(("Anna", "Ben", "Clara")):
+            first = {"role": "user", "content": f"Tell me a story about {name}."}
+            said = {"role": "assistant", "content": "x"}
+            record = {"id": str(number), "conversations": [first, said, *asks]}
+            file.write(json.dumps(record) + "\n")
+    cfg.bench.datasets = {
+        "stories": Source(path="synthetic:bench/stories", limit=3),
+        "talks": Source(path=str(talks)),
+    }
+    for stage in (prep, preprocess, train, export):
+        stage(cfg)
+    return cfg
+
+
+@pytest.fixture
+def exported(trained: Config, tmp_path: Path) -> Config:
+    """Its own copy for a test."""
+    cfg = deepcopy(trained)
+    cfg.paths.checkpoints = str(tmp_path)
+    shutil.copytree(paths.export_dir(trained), paths.export_dir(cfg))
+    return cfg
+
+
+def served(cfg: Config, *more: str, **bench_options: Any) -> Config:
+    """With a server that bench starts."""
+    engine = EngineConfig(name="sglang", command=[*SERVER, *PLACES, *more], port=free_port())
+    return replace(cfg, engine=engine, bench=replace(cfg.bench, **bench_options))
+
+
+@pytest.fixture
+def running(exported: Config) -> Iterator[Callable[..., str]]:
+    """Starts a server and returns its address."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(draft: str, *more: str) -> str:
+        port = free_port()
+        command = [*SERVER, "--model", exported.model.path, "--draft", draft, "--port", str(port)]
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        started.append(subprocess.Popen([*command, *more], env=environment))
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 60
+        while time.monotonic() < end:
+            try:
+                with urlopen(f"{url}/health", timeout=5):
+                    return url
+            except (URLError, OSError):
+                time.sleep(0.1)
+        raise AssertionError("the server did not start")
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def figures(cfg: Config) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(paths.bench_file(cfg).read_text())["datasets"]
+    return found
+
+
+def test_a_server_gives_the_figures_of_this_process(
+    exported: Config, running: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SGLang's interface with a server that bench starts, vLLM's with one that runs."""
+    bench(exported)
+    expected = figures(exported)
+    assert expected["talks"]["prompts"] == 3 and expected["talks"]["responses"] == 6
+    assert expected["stories"]["accepted_length"] > 1.2
+    cfg = served(exported)
+    bench(cfg)
+    assert paths.bench_file(cfg).name == "bench-sglang.json"
+    found = figures(cfg)
+    draft = str(paths.export_dir(exported))
+    engine = EngineConfig(name="openai", urls=[running(draft, "--speaks", "vllm") + "/v1"])
+    alone = running("", "--speaks", "vllm")
+    asked = replace(exported, engine=engine, bench=replace(exported.bench, alone_url=alone))
+    bench(asked)
+    for name, whole in expected.items():
+        for key in EXACT:
+            assert found[name][key] == pytest.approx(whole[key]), (name, key)
+            assert figures(asked)[name][key] == pytest.approx(whole[key]), (name, key)
+        for each in (found[name], figures(asked)[name]):
+            assert each["speedup"] > 0 and each["speedup_decode"] > 0
+            assert 0 < each["first_token_seconds"] < 5
+    said = capsys.readouterr().out
+    assert "engine=sglang, 1 at a time" in said and "engine=openai" in said
+    engine.urls = [alone]
+    refused = replace(asked, bench=replace(asked.bench, force=True))
+    with pytest.raises(InputError, match=r"never speculated.*started with the draft"):
+        bench(refused)
+    refused.bench.concurrency = 2
+    with pytest.raises(InputError, match=r"only bench\.concurrency=1"):
+        bench(refused)
+
+
+def test_several_at_a_time_change_no_count(exported: Config) -> None:
+    cfg = served(exported, concurrency=3, alone=False)
+    bench(cfg)
+    found = figures(cfg)
+    bench(exported)
+    for name, whole in figures(exported).items():
+        assert found[name]["lengths"] == pytest.approx(whole["lengths"])
+        assert found[name]["speedup"] is None and found[name]["lossless"] is None
+
+
+def test_a_server_that_never_speculates_is_no_measurement(exported: Config) -> None:
+    cfg = served(exported)
+    cfg.engine.command[cfg.engine.command.index("{draft}")] = ""
+    with pytest.raises(InputError, match=r"the server never speculated.*started with the draft"):
+        bench(cfg)
+    assert not paths.bench_file(cfg).exists()
+
+
+@pytest.mark.parametrize(
+    ("fails", "words"), [("at-once", "no such kernel"), ("later", "out of memory, says")]
+)
+def test_a_server_that_fails_leaves_nothing_behind(
+    exported: Config, fails: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R34: the error has the end of the log; nothing of the process group lives on."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(InputError, match=words):
+        bench(served(exported, "--fails", fails))
+    (log,) = tmp_path.glob("specforge-bench-*/server.log")
+    pids = [int(p) for line in log.read_text().splitlines() if line.startswith("pids")
+            for p in line.split()[1:]]  # fmt: skip
+    assert len(pids) == 2 and gone(pids)
+
+
+def test_a_port_that_is_taken(exported: Config) -> None:
+    cfg = served(exported)
+    taken = rf"port {cfg.engine.port} is taken.*engine\.port"
+    with (
+        socket.create_server(("127.0.0.1", cfg.engine.port)),
+        pytest.raises(InputError, match=taken),
+    ):
+        bench(cfg)
+
+
+def test_the_command_line_of_sglang(cfg: Config, tmp_path: Path) -> None:
+    """What the drafts ask for, where it is not the user's own engine.args."""
+    python = "/opt/sglang/bin/python"
+    cfg.engine = EngineConfig(
+        name="sglang", python=python, tp_size=1, args={"speculative_num_steps": 3}
+    )
+    cfg.model.path = str(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specforge_exp.bench.served.visible_gpus", lambda: ["4", "5"])
+        eagle3 = server_of(cfg, False, tmp_path)
+        alone = server_of(cfg, True, tmp_path)
+        cfg.draft = replace(
+            cfg.draft, _target_=f"{DFlash.__module__}.DFlash", name="dflash", block_size=16
+        )
+        dflash = server_of(cfg, False, tmp_path)
+    assert eagle3.environment == {"CUDA_VISIBLE_DEVICES": "4"}
+    folder = str(paths.export_dir(cfg).resolve())
+    start = [python, "-m", "sglang.launch_server", "--model-path", str(tmp_path), "--tp-size", "1"]
+    start += ["--host", "127.0.0.1", "--port", "30000"]
+    where = ["--speculative-draft-model-path", folder]
+    assert eagle3.command == [
+        *start, "--speculative-algorithm", "EAGLE3", "--speculative-num-steps", "3",
+        "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "6", *where,
+    ]  # fmt: skip
+    assert dflash.command == [
+        *start, "--speculative-algorithm", "DFLASH", "--speculative-num-draft-tokens", "16",
+        *where, "--speculative-num-steps", "3",
+    ]  # fmt: skip
+    assert alone.command == [*start, "--speculative-num-steps", "3"]
+
+
+def test_pieces_of_an_answer() -> None:
+    """Whole answers so far or new tokens; several steps at once; a first piece of two steps."""
+    whole = Progress()
+    for tokens in ([7], [7, 8, 9], [7, 8, 9], [7, 8, 9, 1, 2, 3]):
+        whole.add(tokens, whole=True)
+    found = whole.end(2, None)
+    assert found.generation.tokens == [7, 8, 9, 1, 2, 3]
+    assert found.generation.gained == [2, 3] and found.generation.accepted == [1, 2]
+    merged = Progress()
+    for tokens in ([7, 8, 9], [1, 2, 3]):
+        merged.add(tokens, whole=False)
+    assert merged.end(2, [1, 2]).generation.gained == [2, 3]
+    once = Progress()
+    once.add([7, 8, 9, 1, 2, 3], whole=False)
+    assert once.end(2, [1, 2]).generation.gained == [2, 3]
+    assert once.end(2, None).generation.gained == []
+    single = once.end(0, None).generation
+    assert single.gained == [] and single.forwards == 6
+
+
+def test_counts_by_position() -> None:
+    prefix = "accepted_tokens_per_pos/"
+    grown = {"drafts": 5.0, f"{prefix}0": 3.0, f"{prefix}1": 3.0, f"{prefix}2": 1.0}
+    assert accepted_of(grown) == [0, 0, 2, 2, 3]
+    assert accepted_of({"drafts": 5.0}) is None

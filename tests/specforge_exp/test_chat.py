@@ -1,0 +1,263 @@
+"""Supervised tokens are found through the model's own chat template."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+from conftest import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specforge_exp.data.chat import (
+    Chat,
+    Encoded,
+    Unrenderable,
+    answer_spans,
+    encode,
+    encode_many,
+    eos_token_ids,
+    prompt_ids,
+)
+from specforge_exp.data.conversations import prompt_of
+from specforge_exp.target import load_tokenizer
+
+TRIMMING = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+)
+LAST_THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+SHOUTING = "{% for m in messages %}{{ m.content | upper }}\n{% endfor %}"
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}"
+    "{% set r = m.reasoning_content or '' %}{% set c = m.content %}"
+    "{% if '</think>' in c %}{% set r = c.split('</think>')[0].split('<think>')[-1] %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if loop.last %}<think>\n{{ r.strip('\n') }}\n</think>\n\n{% endif %}{{ c }}"
+    "{% for call in m.tool_calls or [] %}{{ '\n' }}<tool_call>\n"
+    "{{ call.function | tojson }}\n</tool_call>"
+    "{% endfor %}{% else %}"
+    "{% if loop.first and tools %}{{ tools | tojson }}\n{% endif %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As Qwen3's: thoughts of the last answer only, in <think>, then tool calls."""
+REFUSING = "{{ raise_exception('roles must alternate') }}"
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizer: Any) -> Any:
+    """The tiny tokenizer, whose template a test may change."""
+    before = tiny_tokenizer.chat_template
+    yield tiny_tokenizer
+    tiny_tokenizer.chat_template = before
+
+
+def dialog(*texts: str) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def supervised(tokenizer: Any, messages: list[dict[str, str]]) -> list[str]:
+    """The text of every supervised turn."""
+    eos = {tokenizer.eos_token_id}
+    found = encode(tokenizer, messages, {}, eos)
+    turns = max(found.turns)
+    return [
+        tokenizer.decode([i for i, t in zip(found.ids, found.turns, strict=True) if t == turn])
+        for turn in range(1, turns + 1)
+    ]
+
+
+def test_answers_and_their_end_are_supervised(tokenizer: Any) -> None:
+    messages = dialog("Hi there", "Hello! How are you?", "Fine", "Good to hear.")
+    assert supervised(tokenizer, messages) == [
+        "Hello! How are you?<|im_end|>",
+        "Good to hear.<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize("template", [TRIMMING, LAST_THINKS])
+def test_other_templates(tokenizer: Any, template: str) -> None:
+    tokenizer.chat_template = template
+    messages = dialog("Hi", "  One. ", "Go on", "Two.")
+    found = [text.strip() for text in supervised(tokenizer, messages)]
+    assert [text.removesuffix("<|im_end|>").strip() for text in found] == ["One.", "Two."]
+
+
+def test_an_answer_that_quotes_the_template(tokenizer: Any) -> None:
+    """Header strings inside an answer or a prompt do not confuse the search."""
+    quoted = "say <|im_end|>\n<|im_start|>assistant\nno"
+    messages = dialog(quoted, quoted, "again", "done")
+    assert supervised(tokenizer, messages)[1] == "done<|im_end|>"
+
+
+def test_a_template_that_rewrites_is_set_aside(tokenizer: Any) -> None:
+    tokenizer.chat_template = SHOUTING
+    with pytest.raises(Unrenderable, match="rewrites"):
+        encode(tokenizer, dialog("hi", "low"), {}, set())
+    tokenizer.chat_template = REFUSING
+    with pytest.raises(Unrenderable, match="roles must alternate"):
+        encode(tokenizer, dialog("hi", "low"), {}, set())
+
+
+def test_no_answer_is_nothing_supervised(tokenizer: Any) -> None:
+    assert not any(encode(tokenizer, dialog("only a question"), {}, set()).turns)
+
+
+def test_prompt_is_what_precedes_the_first_answer(tokenizer: Any) -> None:
+    """Training sees the ids that serving sees: the prompt's, then the answer's."""
+    messages = dialog("Tell me about a lamp.", "A lamp shines.")
+    prompt = prompt_ids(tokenizer, prompt_of({"conversations": messages}), {})
+    found = encode(tokenizer, messages, {}, {tokenizer.eos_token_id})
+    assert found.ids[: len(prompt)] == prompt
+    assert found.turns[: len(prompt)] == [0] * len(prompt)
+    assert found.turns[len(prompt)] == 1
+
+
+@cache
+def shared_tokenizer() -> Any:
+    return load_tokenizer(TINY)
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=30)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(TEXT, min_size=2, max_size=6))
+def test_any_text_is_found_or_set_aside(texts: list[str]) -> None:
+    tokenizer = shared_tokenizer()
+    try:
+        found = encode(tokenizer, dialog(*texts), {}, {tokenizer.eos_token_id})
+    except Unrenderable:
+        return
+    assert len(found.ids) == len(found.turns)
+    assert max(found.turns) <= len(texts) // 2
+
+
+def test_eos_ids(tiny_tokenizer: Any, tmp_path: Any) -> None:
+    assert eos_token_ids(str(tmp_path), tiny_tokenizer) == {tiny_tokenizer.eos_token_id}
+
+
+def spoken(tokenizer: Any, record: dict[str, Any], **options: Any) -> list[str]:
+    """The text of every supervised turn of a record."""
+    (found,) = encode_many(Chat(tokenizer, {}, {tokenizer.eos_token_id}, **options), [record])
+    if isinstance(found, Unrenderable):
+        raise found
+    return [tokenizer.decode(found.ids[first:last]) for first, last in found.spans]
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["reasoning_content", "tags"])
+def test_thoughts_are_supervised_where_they_are_shown(tokenizer: Any, apart: bool) -> None:
+    """The template drops those of the first answer; the last one's begin where the model did."""
+    tokenizer.chat_template = THINKING
+    messages: list[dict[str, str]] = dialog("Hi", "One.", "Go on", "Two.")
+    for message, thoughts in zip(messages[1::2], ("first", "second  \n"), strict=True):
+        if apart:
+            message["reasoning_content"] = thoughts
+        else:
+            message["content"] = f"<think>\n{thoughts}</think>\n\n{message['content']}"
+    record = {"conversations": messages}
+    second = "second  \n</think>\n\nTwo.<|im_end|>"
+    assert spoken(tokenizer, record) == ["One.<|im_end|>", "<think>\n" + second]
+    assert spoken(tokenizer, record, last_turn_only=True) == ["<think>\n" + second]
+    out = ["One.<|im_end|>", "Two.<|im_end|>"]
+    assert spoken(tokenizer, record, thinking="out") == out
+
+
+def test_thoughts_in_a_template_that_knows_none(tokenizer: Any) -> None:
+    thinking = "<think>\nhm\n</think>\n\nYes."
+    record = {"conversations": dialog("Hi", thinking)}
+    assert spoken(tokenizer, record) == [thinking + "<|im_end|>"]
+    assert spoken(tokenizer, record, thinking="out") == ["Yes.<|im_end|>"]
+    unfinished = {"conversations": dialog("Hi", "<think>\nhm")}
+    assert spoken(tokenizer, unfinished) == ["<think>\nhm<|im_end|>"]
+    with pytest.raises(Unrenderable, match="nothing but thoughts"):
+        spoken(tokenizer, unfinished, thinking="out")
+    talk = "Write <think> and </think> around it."
+    assert spoken(tokenizer, {"conversations": dialog("Hi", talk)}, thinking="out") == [
+        talk + "<|im_end|>"
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "Let me see."])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_tool_calls_are_supervised(tokenizer: Any, content: str, as_text: bool) -> None:
+    """From where the model began to the token that ends the turn; results are not."""
+    tokenizer.chat_template = THINKING
+    arguments = {"city": "Rome"}
+    call = {
+        "function": {"name": "weather", "arguments": '{"city": "Rome"}' if as_text else arguments}
+    }
+    tools = [{"name": "weather"}]
+    record = {
+        "tools": str(tools).replace("'", '"') if as_text else tools,
+        "conversations": [
+            {"role": "user", "content": "Rain?"},
+            {"role": "assistant", "content": content, "tool_calls": [call]},
+            {"role": "tool", "content": "sunny"},
+            {"role": "assistant", "content": "No."},
+        ],
+    }
+    expected = '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    assert spoken(tokenizer, record) == [f"{content}{expected}<|im_end|>", "No.<|im_end|>"]
+    (found,) = encode_many(Chat(tokenizer, {}, set()), [record])
+    assert isinstance(found, Encoded)
+    assert 'user\n[{"name": "weather"}]\nRain?' in tokenizer.decode(found.ids)
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"tools": "[{"}, "its tools are no JSON"),
+        ({"tool_calls": "no"}, "its tool calls are no JSON"),
+        ({"tool_calls": [1]}, "no list of objects"),
+        ({"tool_calls": [{"function": {}}]}, "a tool call has no name"),
+        ({"tool_calls": [{"name": "f", "arguments": "{"}]}, "arguments are no JSON"),
+        ({"content": "half \ud800"}, "lone surrogate"),
+    ],
+)
+def test_what_cannot_be_rendered_says_why(
+    tokenizer: Any, extra: dict[str, Any], reason: str
+) -> None:
+    """One such conversation does not disturb its neighbours."""
+    tools = {"tools": extra.pop("tools")} if "tools" in extra else {}
+    answer = {"role": "assistant", "content": "", **extra}
+    bad = {"conversations": [{"role": "user", "content": "Hi"}, answer], **tools}
+    good = {"conversations": dialog("Hi", "Yes.")}
+    before, found, after = encode_many(Chat(tokenizer, {}, set()), [good, bad, good])
+    assert isinstance(found, Unrenderable)
+    assert reason in str(found)
+    assert before == after == encode(tokenizer, good["conversations"], {}, set())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(TEXT, min_size=2, max_size=6), min_size=1, max_size=4))
+def test_spans_are_what_walking_the_tokens_finds(chats: list[list[str]]) -> None:
+    """Batched and searched, or one after the other and token by token: the same tokens."""
+    tokenizer = shared_tokenizer()
+    eos = {tokenizer.eos_token_id}
+    chat = Chat(tokenizer, {}, eos)
+    for texts, found in zip(
+        chats, encode_many(chat, [{"conversations": dialog(*t)} for t in chats]), strict=True
+    ):
+        if isinstance(found, Unrenderable):
+            continue
+        text, spans = answer_spans(chat, dialog(*texts), {})
+        row = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        turns = [0] * len(row["input_ids"])
+        token = 0
+        for number, span in enumerate(spans, 1):
+            while token < len(turns) and row["offset_mapping"][token][0] < span.start:
+                token += 1
+            while token < len(turns) and row["offset_mapping"][token][0] < span.end:
+                turns[token] = number
+                token += 1
+            if token < len(turns) and row["input_ids"][token] in eos:
+                turns[token] = number
+                token += 1
+        assert (found.ids, found.turns) == (row["input_ids"], turns)

@@ -1,0 +1,186 @@
+"""Every option of every config group composes, and what does not fit is refused by name."""
+
+import ast
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+
+from specforge_exp.config import Config, LossConfig, from_omegaconf, locate
+from specforge_exp.config.keys import unknown_key
+from specforge_exp.config.resolvers import output_folder
+from specforge_exp.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+NODES = {field.type.__name__ for field in fields(Config) if is_dataclass(field.type)}
+ConfigStore.instance().store(name="schema", node=Config)
+OPTIONS = sorted(
+    (str(path.parent.relative_to(CONF)), path.stem)
+    for path in CONF.rglob("*.yaml")
+    if path.parent != CONF and path.parent.name != "local"
+)
+NEEDED = {
+    ("model", "local"): ["model.path=x/y"],
+    ("data", "local"): ["data.path=x.jsonl"],
+    ("engine", "openai"): ["engine.urls=[http://127.0.0.1:30000/v1]"],
+}
+
+
+def composed(*overrides: str) -> Config:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return from_omegaconf(compose("config", list(overrides)))
+
+
+def choice(group: str, name: str) -> str:
+    """The override that picks an option; options in sub-folders keep the folder in their name."""
+    top, *rest = [group] if group.startswith("hydra/") else group.split("/")
+    return f"{top}={'/'.join([*rest, name])}"
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS, ids=str)
+def test_every_option_composes(group: str, name: str) -> None:
+    cfg = composed(choice(group, name), *NEEDED.get((group, name), []))
+    assert cfg.run_name
+    locate(cfg.loss._target_)
+
+
+def test_all_groups_are_seen() -> None:
+    groups = {group.split("/")[0] for group, _ in OPTIONS}
+    assert groups >= set("model data loss draft engine tracker paths resources experiment".split())
+
+
+LOSSES = {
+    "baseline": (1.0, 0.0, 0.0, 5e-5, 1e-4, 2e-4),
+    "rkl-only": (0.0, 1.0, 0.0, 3e-5, 5e-5, 1e-4),
+    "mixed": (0.5, 0.5, 0.0, 5e-5, 1e-4, 2e-4),
+    "full-opd": (0.4, 0.5, 0.1, 3e-5, 5e-5, 1e-4),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_four_losses(name: str) -> None:
+    cfg = composed(f"loss={name}")
+    loss: LossConfig = cfg.loss
+    low, mid, high = loss.lrs.low, loss.lrs.mid, loss.lrs.high
+    assert (loss.lambda_ce, loss.lambda_rkl, loss.beta, low, mid, high) == LOSSES[name]
+    assert cfg.lr == mid
+    assert composed(f"loss={name}", "lr_point=high").lr == high
+    assert composed(f"loss={name}", "lr=3e-5").lr == 3e-5
+
+
+def test_glob_finds_four_losses() -> None:
+    assert sorted(p.stem for p in (CONF / "loss").glob("*.yaml")) == sorted(LOSSES)
+
+
+def test_a_call_about_a_sweep_makes_no_run_folder(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweeps" / "some"
+    sweep.mkdir(parents=True)
+    folder = str(tmp_path)
+    assert output_folder(folder, "run", None) == str(tmp_path / "run")
+    assert output_folder(folder, "run", str(sweep)) == output_folder(folder, "run", "some")
+    assert output_folder(folder, "run", "some") == str(sweep)
+    assert output_folder(folder, "run", "misspelt") == str(tmp_path / "sweeps")
+
+
+def test_seed_defaults() -> None:
+    cfg = composed()
+    assert cfg.model.path == "Qwen/Qwen3-8B"
+    assert (cfg.data.name, cfg.epochs, cfg.max_length, cfg.seed) == ("sharegpt", 10, 2048, 0)
+    assert (cfg.draft.ttt_length, cfg.draft.draft_vocab_size) == (7, 32000)
+    assert (cfg.regen.temperature, cfg.regen.max_tokens) == (0.7, 4096)
+    assert (cfg.trainer.warmup_ratio, cfg.trainer.clip) == (0.015, 0.5)
+    assert cfg.trainer.batch_size / cfg.trainer.gpus == 1
+    assert cfg.trainer.resume
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("device=gpu", "device=gpu is not valid; choose one of: auto, cpu, cuda"),
+        ("lr=-1", "lr=-1.0 must be above 0"),
+        ("draft.supervision=x", "inference, specforge, speculators"),
+        ("max_length=5", "draft.ttt_length=7"),
+        ("data.split_eval=1.5", "data.split_eval"),
+        ("run_name=a/b", "run_name"),
+        ("model.aux_layers=[1]", "draft=eagle3 is fed by 3"),
+        ("loss.lambda_ce=0", "at least one loss weight"),
+    ],
+)
+def test_wrong_values_are_named(override: str, named: str) -> None:
+    with pytest.raises(InputError) as caught:
+        composed(override)
+    assert named in str(caught.value)
+
+
+def run(
+    script: str, *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["loss=nope"], ["baseline", "full-opd", "mixed", "rkl-only"]),
+        (["lr=abc"], ["abc", "Float"]),
+        (["trainer.clipp=1"], ["did you mean trainer.clip?", "batch_size, accumulate"]),
+        (["epoch=1"], ["did you mean epochs?", "max_steps"]),
+        (["model=local"], ["model.path"]),
+        (["draft.supervision=x"], ["inference", "specforge", "speculators"]),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    done = run(
+        "train.py", *arguments, f"paths.checkpoints={tmp_path}", f"paths.datasets={tmp_path}"
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+KNOWN = (
+    "loss=baseline lr=1 model.chat_template_kwargs.any=1 +new=1 ~loss -m hydra/launcher=basic "
+    "experiment=x bench.datasets.a.limit=3 hydra.verbose=true"
+).split()
+
+
+def test_known_keys_pass() -> None:
+    assert unknown_key(KNOWN, Config) is None
+    assert "data.nam is not an option" in (unknown_key([*KNOWN, "data.nam=x"], Config) or "")
+
+
+def test_cfg_job_is_quick() -> None:
+    def once() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert run("train.py", "--cfg", "job").returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(once() for _ in range(3)) < 1.0
+
+
+def test_every_field_has_a_docstring() -> None:
+    for path in sorted((ROOT / "specforge_exp" / "config").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            following = dict(zip(node.body, [*node.body[1:], None], strict=True))
+            for field, doc in following.items():
+                if not isinstance(field, ast.AnnAssign) or ast.unparse(field.annotation) in NODES:
+                    continue
+                said = isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
+                assert said, f"{path.name}: {node.name}.{ast.unparse(field.target)}"

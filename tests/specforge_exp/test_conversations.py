@@ -1,0 +1,155 @@
+"""What data sets call a conversation, and what the project makes of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specforge_exp.data.conversations import (
+    BadRecord,
+    content_id,
+    encode,
+    normalise,
+    read_jsonl,
+    write_jsonl,
+)
+from specforge_exp.errors import InputError
+
+ASKED = {"role": "user", "content": "Weather in Rome?"}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = {"name": "weather", "arguments": {"city": "Rome"}}
+
+
+def test_openai_tool_use_is_kept() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        ASKED,
+        {**answer, "reasoning_content": "I should look."},
+        {"role": "tool", "content": "sunny", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "Sunny."},
+    ]
+    record = normalise({"messages": messages, "tools": [TOOL]})
+    found = record["conversations"]
+    assert [m["role"] for m in found] == ["system", "user", "assistant", "tool", "assistant"]
+    assert found[2]["tool_calls"] == [call]
+    assert found[2]["content"] == ""
+    assert found[2]["reasoning_content"] == "I should look."
+    assert found[3]["tool_call_id"] == "c1"
+    assert record["tools"] == [TOOL]
+
+
+def test_sharegpt_tool_use_becomes_openai_s() -> None:
+    pairs = [
+        ("human", "Weather in Rome?"),
+        ("function_call", json.dumps(CALL)),
+        ("observation", "sunny"),
+        ("gpt", "Sunny."),
+        ("tool_call", "no JSON"),
+    ]
+    turns = [{"from": role, "value": text} for role, text in pairs]
+    raw = {"conversations": turns, "tools": json.dumps([TOOL]), "system": "Be brief."}
+    record = normalise(raw)
+    found = record["conversations"]
+    roles = "system user assistant tool assistant assistant".split()
+    assert [m["role"] for m in found] == roles
+    assert found[0]["content"] == "Be brief."
+    assert found[2] == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": CALL}],
+    }
+    assert found[5]["content"] == "no JSON"
+    assert record["tools"] == [TOOL]
+    assert "system" not in record
+
+
+@pytest.mark.parametrize(
+    ("role", "meant"),
+    [
+        ("function", "tool"),
+        ("tool_response", "tool"),
+        ("function_response", "tool"),
+        ("ipython", "tool"),
+        ("model", "assistant"),
+        ("bing", "assistant"),
+    ],
+)
+def test_roles(role: str, meant: str) -> None:
+    message = {"role": role, "content": "x", "name": "f"}
+    assert normalise({"messages": [message]})["conversations"] == [{**message, "role": meant}]
+
+
+@pytest.mark.parametrize("tools", ["", "[]", [], None, " "])
+def test_no_tools_leave_no_key(tools: object) -> None:
+    assert "tools" not in normalise({"messages": [ASKED], "tools": tools})
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": [ASKED], "tools": "{broken"}, "`tools` is not JSON"),
+        ({"messages": [ASKED], "tools": "5"}, "`tools` is not a list"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role"),
+        ({"messages": [{"role": "user", "content": [1]}]}, "content of a user message"),
+        ({"messages": []}, "no `conversations`"),
+    ],
+)
+def test_bad_records(record: object, reason: str) -> None:
+    with pytest.raises(BadRecord, match=reason):
+        normalise(record)
+
+
+def test_the_system_text_of_the_messages_wins() -> None:
+    system = {"role": "system", "content": "first"}
+    record = normalise({"messages": [system, ASKED], "system": "second"})
+    assert [m["content"] for m in record["conversations"]] == ["first", ASKED["content"]]
+
+
+def test_ids() -> None:
+    assert normalise({"uuid": "u", "messages": [ASKED]}) == {"id": "u", "conversations": [ASKED]}
+    assert normalise({"id": None, "prompt_id": 5, "messages": [ASKED]})["id"] == "5"
+    assert normalise({"id": 0, "uuid": "u", "messages": [ASKED]})["id"] == "0"
+    first, second = (normalise({"messages": [ASKED]})["id"] for _ in range(2))
+    assert first == second == content_id([ASKED])
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text()
+    | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(JSON)
+def test_what_is_written_is_what_is_read(value: Any) -> None:
+    line = encode(value)
+    assert b"\n" not in line
+    assert json.loads(line) == value
+
+
+@given(st.dictionaries(st.text(), st.integers()))
+def test_sorted_keys_make_equal_bytes(value: dict[str, int]) -> None:
+    assert encode(dict(reversed(value.items())), sort=True) == encode(value, sort=True)
+
+
+def test_half_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(UnicodeEncodeError):
+        encode({"content": "\ud83d"})
+
+
+def test_lines(tmp_path: Path) -> None:
+    records = [{"id": str(n), "conversations": [ASKED]} for n in range(2)]
+    path = tmp_path / "a.jsonl"
+    assert write_jsonl(path, records) == 2
+    assert list(read_jsonl(path)) == records
+    path.write_bytes(path.read_bytes() + b'{"id": "\xff"}\n')
+    with pytest.raises(InputError, match=r"a\.jsonl:3: "):
+        list(read_jsonl(path))

@@ -1,0 +1,360 @@
+"""Tokens on disk: what is kept, what is set aside, and what is refused."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from specforge_exp import paths
+from specforge_exp.config import Config
+from specforge_exp.data import blocks
+from specforge_exp.data.conversations import write_jsonl
+from specforge_exp.data.tokens import read_split
+from specforge_exp.errors import InputError
+from specforge_exp.stages.preprocess import doubts, preprocess
+
+Record = dict[str, Any]
+
+
+def say(*texts: str, name: str = "c") -> Record:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    return {"id": name, "conversations": messages}
+
+
+def read(path: Path) -> list[Record]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def source(cfg: Config) -> Path:
+    cfg.preprocess.source = "prep"
+    folder = paths.prompts_dir(cfg)
+    folder.mkdir(parents=True)
+    put(folder, [say("Hi", "Hello there.", name=str(i)) for i in range(5)])
+    return folder
+
+
+def put(folder: Path, train: list[Record]) -> None:
+    write_jsonl(folder / "train.jsonl", train)
+    write_jsonl(folder / "eval.jsonl", [say("Hey", "Yes.", name="e")])
+
+
+def test_shards_hold_every_conversation(cfg: Config, source: Path, tiny_tokenizer: Any) -> None:
+    cfg.preprocess.shard_tokens = 40
+    folder = preprocess(cfg)
+    index = json.loads((folder / "index.json").read_text())
+    assert len(index["train"]) > 1
+    assert sum(shard["conversations"] for shard in index["train"]) == 5
+    tokens = read_split(folder, "train")
+    assert len(tokens) == 5
+    text = tiny_tokenizer.decode(tokens.ids[4])
+    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello there.<|im_end|>\n"
+    mapping = torch.load(folder / "vocab_mapping.pt", weights_only=True)
+    assert set(mapping) == {"d2t", "t2d"}
+    assert mapping["t2d"].sum() == 512
+    assert mapping["t2d"][tokens.ids[0][tokens.turns[0] > 0]].all()
+
+
+def test_the_whole_vocabulary(cfg: Config, source: Path) -> None:
+    cfg.draft.draft_vocab_size = None
+    mapping = torch.load(preprocess(cfg) / "vocab_mapping.pt", weights_only=True)
+    assert mapping["t2d"].all()
+    assert not mapping["d2t"].any()
+
+
+def test_what_cannot_be_trained_on_is_set_aside(cfg: Config, source: Path) -> None:
+    put(source, [say("Hi", "Yes.", name="good"), say("only a question", name="bad")])
+    folder = preprocess(cfg)
+    rejected = read(folder / "train.rejected.jsonl")
+    assert [(r["id"], r["reason"]) for r in rejected] == [("bad", "no assistant token")]
+    assert len(read_split(folder, "train")) == 1
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "drop", "error"])
+def test_overlong(
+    cfg: Config, source: Path, overlong: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(source, [say("Hi", "word " * 500, name="long"), say("Hi", "Yes.", name="short")])
+    cfg.preprocess.overlong = overlong
+    caplog.set_level("INFO")
+    if overlong == "error":
+        with pytest.raises(InputError, match=r"conversation long has .* max_length=256"):
+            preprocess(cfg)
+        assert not paths.tokens_dir(cfg).exists()
+        return
+    tokens = read_split(preprocess(cfg), "train")
+    sizes = [len(ids) for ids in tokens.ids]
+    assert max(sizes) == 256 if overlong == "truncate" else len(sizes) == 1
+    expected = "1 truncated" if overlong == "truncate" else "1 set aside: longer than max_length"
+    assert expected in caplog.text
+
+
+def test_nothing_left_is_an_error(cfg: Config, source: Path) -> None:
+    put(source, [say("only a question")])
+    with pytest.raises(InputError, match="no conversation is left to train on"):
+        preprocess(cfg)
+    put(source, [])
+    with pytest.raises(InputError, match="it is empty"):
+        preprocess(cfg)
+
+
+def test_malformed_line_of_a_stage_file_is_named(cfg: Config, source: Path) -> None:
+    with (source / "train.jsonl").open("a") as file:
+        file.write('{"id": 1, "conversations": [{"role": "user"\n')
+    with pytest.raises(InputError, match=r"train\.jsonl:6: "):
+        preprocess(cfg)
+
+
+def test_reused_and_changed(cfg: Config, source: Path) -> None:
+    folder = preprocess(cfg)
+    stamp = (folder / "run.json").stat().st_mtime_ns
+    preprocess(cfg)
+    assert (folder / "run.json").stat().st_mtime_ns == stamp
+    put(source, [say("Hi", "Other.", name="x")])
+    with pytest.raises(InputError, match=r"train\.jsonl has changed"):
+        preprocess(cfg)
+    cfg.preprocess.force = True
+    assert len(read_split(preprocess(cfg), "train")) == 1
+
+
+def test_missing_regen_names_both_ways(cfg: Config) -> None:
+    with pytest.raises(InputError, match=r"python regen\.py.*preprocess\.source=prep"):
+        preprocess(cfg)
+
+
+def test_truncated_shard_is_named(cfg: Config, source: Path) -> None:
+    folder = preprocess(cfg)
+    shard = folder / "train-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(InputError, match=r"train-00000\.safetensors.*preprocess\.force=true"):
+        read_split(folder, "train")
+
+
+def test_target_without_chat_template(cfg: Config, source: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in Path(cfg.model.path).glob("*"):
+        if file.is_file() and "template" not in file.name:
+            (model / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    cfg.model.path = str(model)
+    with pytest.raises(InputError, match="no chat template"):
+        preprocess(cfg)
+
+
+def chats(count: int) -> list[Record]:
+    """Conversations of different lengths; every fifth has no answer."""
+    texts = (
+        ("Hi " * (i % 7 + 1), f"Number {i}. " * (i % 5 + 1))[: 2 - (i % 5 == 4)]
+        for i in range(count)
+    )
+    return [say(*text, name=str(number)) for number, text in enumerate(texts)]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file but the record of the run."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "run.json"}
+
+
+def test_any_number_of_processes_writes_the_same(
+    cfg: Config, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "LINES", 16)
+    put(source, chats(150))
+    cfg.preprocess.shard_tokens = 300
+    cfg.preprocess.force = True
+    cfg.preprocess.processes = 1
+    alone = content(preprocess(cfg))
+    assert len([name for name in alone if name.startswith("train-")]) > 2
+    assert [r["id"] for r in read(paths.tokens_dir(cfg) / "train.rejected.jsonl")] == [
+        str(i) for i in range(4, 150, 5)
+    ]
+    cfg.preprocess.processes = 3
+    assert content(preprocess(cfg)) == alone
+    monkeypatch.setattr(blocks, "LINES", 512)
+    cfg.preprocess.processes = None
+    assert content(preprocess(cfg)) == alone
+
+
+@pytest.fixture
+def command(cfg: Config, source: Path) -> list[str]:
+    """preprocess.py over 12 blocks, some seconds of work."""
+    texts = [f"It is number {i} of many. " * 15 for i in range(10)]
+    put(source, [say("Hi", texts[i % 10], name=str(i)) for i in range(12 * blocks.LINES)])
+    return [
+        sys.executable, "preprocess.py", "model=tiny", "data=local", "data.path=none",
+        "data.name=small", "preprocess.source=prep", "device=cpu",
+        "draft.draft_vocab_size=512", f"paths.datasets={cfg.paths.datasets}",
+        f"paths.checkpoints={cfg.paths.checkpoints}",
+    ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def at_work(command: list[str], cfg: Config) -> Iterator[subprocess.Popen[str]]:
+    """The command in a session of its own, once it has finished two blocks."""
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        try:
+            until(lambda: len(finished(cfg)) > 1 or process.poll() is not None)
+            assert process.poll() is None
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def finished(cfg: Config) -> list[Path]:
+    folder = paths.tokens_dir(cfg)
+    return sorted(folder.with_name(folder.name + ".partial").glob("blocks/*.safetensors"))
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.02)
+
+
+def members(session: int) -> list[int]:
+    """Living processes of a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def test_killed_it_continues(cfg: Config, command: list[str]) -> None:
+    with at_work([*command, "preprocess.processes=1"], cfg) as process:
+        process.kill()
+        process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in finished(cfg)}
+    assert 2 <= len(kept) <= 12
+    done = subprocess.run(
+        [*command, "preprocess.processes=1"], cwd=REPOSITORY, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert f"{len(kept)} of 13 blocks are there" in done.stdout
+    folder = paths.tokens_dir(cfg)
+    continued = content(folder)
+    assert len(read_split(folder, "train")) == 12 * blocks.LINES
+    assert "blocks" not in continued
+    cfg.preprocess.force = True
+    cfg.max_length = 2048
+    cfg.preprocess.processes = 1
+    assert content(preprocess(cfg)) == continued
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_process_outlives_it(cfg: Config, command: list[str], number: signal.Signals) -> None:
+    with at_work([*command, "preprocess.processes=2"], cfg) as process:
+        assert len(members(process.pid)) >= 3
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
+        process.wait(60)
+        assert process.returncode
+        until(lambda: not members(process.pid))
+
+
+def test_a_process_that_dies_is_reported(cfg: Config, command: list[str]) -> None:
+    with at_work([*command, "preprocess.processes=2"], cfg) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        worker = next(
+            pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
+        )
+        os.kill(int(worker), signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "a process of preprocess died on train-0" in output
+        assert "Traceback" not in output
+
+
+def test_an_error_in_a_process_is_the_users_to_mend(
+    cfg: Config, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "LINES", 2)
+    cfg.preprocess.processes = 2
+    with (source / "train.jsonl").open("ab") as file:
+        file.write(b'{"id": 1, "conversations": "\xff"}\n')
+    with pytest.raises(InputError, match=r"train\.jsonl:6: .*utf-8"):
+        preprocess(cfg)
+
+
+def test_report(cfg: Config, source: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    put(source, [*(say("Hi", "Hello there.", name=str(i)) for i in range(9)), say("?", name="x")])
+    folder = preprocess(cfg)
+    report = json.loads((folder / "report.json").read_text())
+    train = report["train"]
+    tokens = read_split(folder, "train")
+    supervised = sum(int((turns > 0).sum()) for turns in tokens.turns)
+    assert (train["read"], train["conversations"], train["truncated"]) == (10, 9, 0)
+    assert train["set_aside"] == {"no assistant token": 1}
+    assert train["tokens"] == sum(len(ids) for ids in tokens.ids)
+    assert train["supervised_tokens"] == supervised
+    assert train["turns"] == train["turns_with_end"] == 9
+    assert (train["answers_checked"], train["answers_misread"]) == (1, 0)
+    assert train["coverage"] == 1.0
+    assert train["lengths"]["max"] == len(tokens.ids[0])
+    assert train["packing"]["rows"] == 1
+    assert report["eval"]["coverage"] > 0
+    assert "cover 100.00 % of the answers" in caplog.text
+    assert report["warnings"] == []
+
+
+def test_doubtful_masks_are_warned_about(
+    cfg: Config, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A small vocabulary, and a template after whose answers nothing ends the turn."""
+    model = Path(cfg.paths.datasets) / "model"
+    shutil.copytree(cfg.model.path, model)
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_end|>", ""))
+    cfg.model.path = str(model)
+    cfg.draft.draft_vocab_size = 3
+    report = json.loads((preprocess(cfg) / "report.json").read_text())
+    assert report["train"]["coverage"] < 0.95
+    assert "raise draft.draft_vocab_size" in caplog.text
+    assert [text for text in report["warnings"] if "the draft never learns to stop" in text]
+
+
+def test_a_tokenizer_of_another_model(cfg: Config, source: Path) -> None:
+    model = Path(cfg.paths.datasets) / "model"
+    shutil.copytree(cfg.model.path, model)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "vocab_size": 100}))
+    cfg.model.path = str(model)
+    with pytest.raises(InputError, match="none of the target's 100"):
+        preprocess(cfg)
+
+
+def test_doubts() -> None:
+    entry = {
+        "conversations": 9, "coverage": 0.99, "turns_with_end": 9, "supervised_share": 0.5,
+        "answers_checked": 50, "answers_misread": 1,
+    }  # fmt: skip
+    assert doubts("train", entry) == []
+    assert "0.5% of the tokens" in doubts("train", {**entry, "supervised_share": 0.005})[0]
+    assert "100.0% of the tokens" in doubts("train", {**entry, "supervised_share": 1.0})[0]
+    assert "2 of 50 answers" in doubts("train", {**entry, "answers_misread": 2})[0]
+    assert doubts("eval", {**entry, "conversations": 0, "coverage": 0.0}) == []

