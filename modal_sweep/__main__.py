@@ -1,4 +1,4 @@
-"""`python -m hydra_plugins.modal_launcher` is `modal-sweep`."""
+"""`python -m modal_sweep` is `modal-sweep`."""
 
 if __name__ == "__main__":
     from modal_sweep.cli import main

@@ -26,7 +26,7 @@ stage() {
 }
 
 # The Volumes; names the secrets that are missing (none for an open model without W&B).
-test -n "${DRY:-}" || $python -m hydra_plugins.modal_launcher setup train.py "${options[@]}"
+test -n "${DRY:-}" || $python -m modal_sweep setup train.py "${options[@]}"
 
 # The weights, once, into the hub cache that all jobs mount.
 stage prefetch "${options[@]}"
@@ -51,7 +51,7 @@ test -z "${DRY:-}" || exit 0
 
 # The measurements come here, and the export of the best.
 sweep=$checkpoints/sweeps/qwen3_8b_opd/bench
-$python -m hydra_plugins.modal_launcher pull --checkpoints "$sweep"
+$python -m modal_sweep pull --checkpoints "$sweep"
 best=$(find "$sweep/modal" -name bench.json -exec $python -c '
 import json, sys
 results = [json.load(open(path)) for path in sys.argv[1:]]
