@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: help install quickstart smollm2 test lint format clean
 
 help:  ## list the targets
-	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -20,10 +20,12 @@ quickstart: .venv/.ready  ## prompts to tau in minutes, on a CPU, without any ac
 smollm2: .venv/.ready  ## the same six stages with SmolLM2-135M and real prompts, about an hour
 	PYTHON=$(BIN)/python bash runs/smollm2.sh
 
-# Two processes; what fails while they share the machine is shown, and has to pass alone.
-test: .venv/.ready  ## the test suite
-	$(BIN)/python -m pytest -m 'not gpu and not live' -n 2 --dist loadfile || { test $$? = 1 && \
-	$(BIN)/python -m pytest -m 'not gpu and not live' --last-failed --last-failed-no-failures none; }
+# One process a core; `python tests/tiers.py` lists the tiers, each says what it took beside its budget.
+test: .venv/.ready  ## the fast tier: every module, one launch and one kill of each kind
+	$(BIN)/python tests/tiers.py fast
+
+test-%: .venv/.ready  ## one tier more: trainer modal sweeps end local-modal bench; all of them: test-all
+	$(BIN)/python tests/tiers.py $*
 
 lint: .venv/.ready  ## ruff and mypy
 	$(BIN)/ruff check .
