@@ -1,7 +1,6 @@
 """Jobs as processes of this machine: what hydra/launcher=basic becomes with several in flight."""
 
 import fcntl
-import json
 import logging
 import os
 import pickle
@@ -9,7 +8,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import (
     JobReturn,
     JobStatus,
@@ -29,10 +26,11 @@ from hydra.core.utils import (
     run_job,
     setup_globals,
 )
-from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from hydra_sweeps.runner import JobFailed, failure
+from hydra_sweeps.errors import JobFailed
+from hydra_sweeps.jobs import Source, compose, failure, show_failure
+from hydra_sweeps.records import Tail
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +41,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
-class Job:
-    """One process."""
+class JobProcess:
+    """A job that runs."""
 
     config: DictConfig
     folder: Path
@@ -52,38 +50,7 @@ class Job:
     result: Connection
     output: Path | None
     """Where it prints; None: where this process does."""
-    progress: "Tail"
-
-
-@dataclass
-class Tail:
-    """The lines that were added to a file of JSON lines."""
-
-    path: Path | None
-    at: int = 0
-
-    def new(self) -> list[dict[str, Any]]:
-        """Whole lines since the last call; a line that is no JSON object is left out."""
-        try:
-            if self.path is None or (size := self.path.stat().st_size) == self.at:
-                return []
-            self.at = self.at if size > self.at else 0  # it was written anew
-            with self.path.open("rb") as file:
-                file.seek(self.at)
-                raw = file.read()
-        except OSError:
-            return []
-        whole = raw[: raw.rfind(b"\n") + 1]
-        self.at += len(whole)
-        found = []
-        for line in whole.splitlines():
-            try:
-                said = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(said, dict):
-                found.append(said)
-        return found
+    progress: Tail
 
 
 @dataclass
@@ -97,7 +64,7 @@ class Processes:
     launcher: BasicLauncher
     redirect: bool
     """Print to <output_dir>/<job name>.out."""
-    jobs: dict[int, Job] = field(default_factory=dict)
+    jobs: dict[int, JobProcess] = field(default_factory=dict)
     unmade: list[tuple[int, JobReturn]] = field(default_factory=list)
     """Ends of jobs that could not be composed."""
     last: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
@@ -113,31 +80,21 @@ class Processes:
     def start(self, number: int, overrides: Sequence[str]) -> None:
         """Compose a job and fork it."""
         log.info(f"\t#{number} : {' '.join(filter_overrides(overrides))}")
+        master, context = self.launcher.config, self.launcher.hydra_context
+        assert master is not None and context is not None
         try:
-            config = self.compose(number, overrides)
-            with job_config(config):
-                folder = Path(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir))
-                progress = OmegaConf.select(config, "hydra.sweeper.progress_file")
+            job = compose(Source(master, context), overrides, number)
+            folder = Path(str(job.value("hydra.sweep.dir")), job.subdir)
+            progress = job.value("hydra.sweeper.progress_file")
             folder.mkdir(parents=True, exist_ok=True)
         except Exception as error:
-            reason = JobFailed(f"{error} {error.__cause__ or ''}".strip())
-            self.unmade.append((number, failure(overrides, reason)))
+            self.unmade.append((number, failure(overrides, error)))
             return
+        config, tail = job.config, Tail(Path(str(progress)) if progress else None)
         output = folder / f"{config.hydra.job.name}.out" if self.redirect else None
-        tail = Tail(Path(str(progress)) if progress else None)
-        with blocked_signals():  # a process that is forked is also known
+        with blocked_signals():  # a process that is forked also stands in the list
             process, result = self.fork(config, folder, output)
-            self.jobs[number] = Job(config, folder, process, result, output, tail)
-
-    def compose(self, number: int, overrides: Sequence[str]) -> DictConfig:
-        """A job's configuration, as Hydra's own launchers make it."""
-        context = self.launcher.hydra_context
-        assert context is not None and self.launcher.config is not None
-        config = context.config_loader.load_sweep_config(self.launcher.config, list(overrides))
-        with open_dict(config):
-            config.hydra.job.id = number
-            config.hydra.job.num = number
-        return config
+            self.jobs[number] = JobProcess(config, folder, process, result, output, tail)
 
     def fork(
         self, config: DictConfig, folder: Path, output: Path | None
@@ -175,8 +132,7 @@ class Processes:
                 job_dir_key="hydra.sweep.dir",
                 job_subdir_key="hydra.sweep.subdir",
             )
-            if returned.status == JobStatus.FAILED:
-                show(returned._return_value)
+            show_failure(returned)
             send.send_bytes(packed(returned))
         send.close()
 
@@ -191,14 +147,14 @@ class Processes:
         ready = {ends[end] for end in wait(list(ends), 0 if done else seconds)}
         for number in sorted(ready):
             done.append((number, result_of(self.jobs[number])))
-            self.last[number] = self.jobs.pop(number).progress.new()
+            self.last[number] = self.jobs.pop(number).progress.whole_lines()
         return done
 
     def reports(self) -> dict[int, list[dict[str, Any]]]:
         """New lines of the files that hydra.sweeper.progress_file names."""
-        last, self.last = self.last, {}
-        found = last | {number: job.progress.new() for number, job in self.jobs.items()}
-        return {number: lines for number, lines in found.items() if lines}
+        lines = self.last | {n: job.progress.whole_lines() for n, job in self.jobs.items()}
+        self.last = {}
+        return {number: new for number, new in lines.items() if new}
 
     def stop(self, number: int) -> None:
         """SIGTERM."""
@@ -220,7 +176,7 @@ class Processes:
             self.jobs.clear()
 
 
-def result_of(job: Job) -> JobReturn:
+def result_of(job: JobProcess) -> JobReturn:
     """What a job sent, or how it ended without sending anything."""
     returned: JobReturn | None = None
     try:
@@ -233,8 +189,8 @@ def result_of(job: Job) -> JobReturn:
     job.result.close()
     if returned is not None:
         return returned
-    said = f"; its output: {job.output}" if job.output else ""
-    return unfinished(job, JobFailed(f"{how_it_ended(job.process.exitcode)}{said}"))
+    output = f"; its output: {job.output}" if job.output else ""
+    return unfinished(job, JobFailed(f"{how_it_ended(job.process.exitcode)}{output}"))
 
 
 def how_it_ended(code: int | None) -> str:
@@ -242,12 +198,11 @@ def how_it_ended(code: int | None) -> str:
     if code is None or code >= 0:
         return f"the job's process ended with exit code {code} and no result"
     name = signal.Signals(-code).name
-    return f"the job's process was ended by {name}" + (
-        " (out of memory?)" if name == "SIGKILL" else ""
-    )
+    guess = " (out of memory?)" if name == "SIGKILL" else ""
+    return f"the job's process was ended by {name}{guess}"
 
 
-def unfinished(job: Job, error: Exception) -> JobReturn:
+def unfinished(job: JobProcess, error: Exception) -> JobReturn:
     """The record of a job whose process did not make one."""
     config = job.config
     with read_write(config), read_write(config.hydra), open_dict(config.hydra):
@@ -269,17 +224,6 @@ def kill(process: BaseProcess) -> None:
         except (ProcessLookupError, PermissionError):  # it has no session of its own yet
             process.kill()
         process.join()
-
-
-@contextmanager
-def job_config(config: DictConfig) -> Iterator[None]:
-    """`${hydra:...}` means this job."""
-    before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(config)
-    try:
-        yield
-    finally:
-        HydraConfig.instance().cfg = before
 
 
 @contextmanager
@@ -324,14 +268,6 @@ def lock_or_wait(lock: int, folder: Path) -> None:
     except BlockingIOError:
         print(f"{folder}: waiting until an earlier process of this job has ended", flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
-
-
-def show(error: BaseException) -> None:
-    """Print why a job failed where its output is: the controller gets the error alone."""
-    if isinstance(error, CompactHydraException):
-        print(error, file=sys.stderr, flush=True)
-    else:
-        traceback.print_exception(error)
 
 
 def packed(returned: JobReturn) -> bytes:

@@ -1,17 +1,14 @@
 """sweep.json: what a sweep's folder holds, for the next start, for reports and for people.
 
-It is written whole, under another name first, after every change. Runs are known by their name,
-the resolved hydra.sweep.subdir; those of earlier commands in the same folder stay.
+It is written whole after every change. A run is identified by its name, the resolved
+hydra.sweep.subdir; those of earlier commands in the same folder stay.
 """
 
 import fcntl
 import json
 import math
-import numbers
 import os
-import shlex
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
@@ -19,17 +16,27 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import HydraException
 
 from hydra_sweeps.errors import SweepError
+from hydra_sweeps.records import reason, write_whole
 
 FILE = "sweep.json"
 LOCK = ".sweep.lock"
 VERSION = 1
-CONFIG_FLAGS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
 
 Value = float | list[float | None] | None
 """What a run returned: one number, several, or nothing; NaN and infinity are None."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job has ended."""
+
+    status: str
+    """completed, failed or pruned."""
+    value: Value = None
+    error: str | None = None
+    """Why it failed, in one line."""
 
 
 @dataclass
@@ -56,6 +63,18 @@ class Run:
     """hydra.sweeper.record in this run's configuration."""
     params: dict[str, Any] = field(default_factory=dict)
     """What a study sampled, by key."""
+
+    def begin(self) -> None:
+        """It starts."""
+        self.status, self.started = "running", now()
+
+    def end(self, outcome: Outcome) -> None:
+        """It has ended."""
+        self.status, self.value, self.error = outcome.status, outcome.value, outcome.error
+
+    def interrupt(self) -> None:
+        """Its process is gone; it is to run again."""
+        self.status, self.started = "planned", None
 
 
 @dataclass
@@ -86,11 +105,19 @@ class Sweep:
 
     def put(self, run: Run) -> None:
         """Add a run, in the place of the one with its name."""
-        for index, known in enumerate(self.runs):
-            if known.name == run.name:
+        for index, earlier in enumerate(self.runs):
+            if earlier.name == run.name:
                 self.runs[index] = run
                 return
         self.runs.append(run)
+
+
+def objectives(names: Sequence[str], directions: Sequence[str]) -> list[dict[str, str]]:
+    """As Sweep has them; one direction for each name."""
+    return [
+        {"name": name, "direction": direction}
+        for name, direction in zip(names, directions, strict=True)
+    ]
 
 
 def read(sweep_dir: Path) -> Sweep | None:
@@ -106,8 +133,8 @@ def read(sweep_dir: Path) -> Sweep | None:
         content = json.loads(file.read_text())
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}, this code writes {VERSION}")
-        runs = [Run(**known(Run, run)) for run in content["runs"]]
-        return Sweep(**{**known(Sweep, content), "runs": runs})
+        runs = [Run(**known_fields(Run, run)) for run in content["runs"]]
+        return Sweep(**{**known_fields(Sweep, content), "runs": runs})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SweepError(
             f"{file} cannot be read ({error!r}); move it away to start anew, or give another "
@@ -115,9 +142,9 @@ def read(sweep_dir: Path) -> Sweep | None:
         ) from None
 
 
-def known(kind: type, content: dict[str, Any]) -> dict[str, Any]:
+def known_fields(kind: type, content: dict[str, Any]) -> dict[str, Any]:
     """The keys of a mapping that are fields of a dataclass."""
-    names = {each.name for each in fields(kind)}
+    names = {field.name for field in fields(kind)}
     return {key: value for key, value in content.items() if key in names}
 
 
@@ -131,8 +158,9 @@ def begin(sweep_dir: Path, fresh: Sweep) -> Sweep:
     if earlier is None:
         return fresh
     for run in earlier.runs:
-        if run.status == "running":  # its process is gone
-            run.status, run.started, run.seconds = "planned", None, None
+        if run.status == "running":
+            run.interrupt()
+            run.seconds = None
     fresh.started = earlier.started or fresh.started
     fresh.runs = [*earlier.runs]
     fresh.study = fresh.study or earlier.study
@@ -140,26 +168,13 @@ def begin(sweep_dir: Path, fresh: Sweep) -> Sweep:
 
 
 def write(sweep_dir: Path, sweep: Sweep) -> None:
-    """Replace sweep.json at once."""
+    """Replace sweep.json at once.
+
+    NaN and infinity become null, what JSON has no form for its text.
+    """
     sweep.updated = now()
-    sweep_dir.mkdir(parents=True, exist_ok=True)
-    partial = sweep_dir / f"{FILE}.partial"
-    with partial.open("w") as file:
-        json.dump(plain(asdict(sweep)), file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, sweep_dir / FILE)
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: NaN and infinity become null, what is unknown its text."""
-    if isinstance(value, dict):
-        return {str(key): plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
+    content = json.loads(json.dumps(asdict(sweep), default=str), parse_constant=lambda name: None)
+    write_whole(sweep_dir / FILE, json.dumps(content, indent=1))
 
 
 @contextmanager
@@ -186,69 +201,37 @@ def locked(sweep_dir: Path) -> Iterator[None]:
         yield
 
 
-def outcome(returned: JobReturn) -> tuple[str, Value, str | None]:
-    """Status (completed or failed), value and one-line reason of a job that has ended.
+def outcome(returned: JobReturn) -> Outcome:
+    """The end of a job: completed with its value, or failed with a reason in one line.
 
     A number that is NaN or infinite, alone or among several, is a failure.
     """
-    error = returned._return_value
-    if returned.status != JobStatus.COMPLETED:
-        known = isinstance(error, BaseException)
-        return "failed", None, one_line(error) if known else "the launcher brought no result"
     value = returned._return_value
-    values = [number(each) for each in (value if isinstance(value, list | tuple) else [value])]
-    if not values or None in values:
-        return "completed", None, None
-    kept = [each if each is not None and math.isfinite(each) else None for each in values]
-    bad = [each for each in values if each is not None and not math.isfinite(each)]
-    status, reason = ("failed", f"returned {bad[0]}") if bad else ("completed", None)
-    return status, kept if isinstance(value, list | tuple) else kept[0], reason
+    if returned.status != JobStatus.COMPLETED:
+        error = value if isinstance(value, BaseException) else None
+        text = reason(error) if error is not None else "the launcher brought no result"
+        return Outcome("failed", None, text)
+    several = isinstance(value, list | tuple)
+    numbers = [number(item) for item in (value if several else [value])]
+    if not numbers or None in numbers:
+        return Outcome("completed")
+    finite = [item if item is not None and math.isfinite(item) else None for item in numbers]
+    result = finite if several else finite[0]
+    if None in finite:
+        return Outcome("failed", result, f"returned {numbers[finite.index(None)]}")
+    return Outcome("completed", result)
 
 
 def number(value: Any) -> float | None:
     """A returned number, also as NumPy or torch hold it; None for anything else."""
-    if isinstance(value, bool | str | bytes) or value is None:
+    if isinstance(value, bool | str | bytes):
         return None
-    if isinstance(value, numbers.Real) or getattr(value, "shape", None) == ():
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            return None
-    return None
-
-
-def one_line(error: BaseException) -> str:
-    """An error as the first line of its text; with its type, where that tells something."""
-    lines = str(error).strip().splitlines()
-    first = lines[0].removeprefix("error: ") if lines else ""
-    if not first:
-        return type(error).__name__
-    text = first if isinstance(error, HydraException) else f"{type(error).__name__}: {first}"
-    return text[:500]
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def now() -> str:
     """The time, with its zone, to the second."""
     return datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def command_line(argv: Sequence[str] | None = None) -> str:
-    """This process's command, for a shell."""
-    return shlex.join(["python", *(sys.argv if argv is None else argv)])
-
-
-def run_command(overrides: Iterable[str], hydra: Sequence[str] | None = None) -> str:
-    """The command that reproduces one run alone.
-
-    Args:
-        overrides: the job's own.
-        hydra: with -m, and these overrides of Hydra's node; None: without -m.
-    """
-    flags, given = [], sys.argv[1:]
-    for index, word in enumerate(given):
-        if word in CONFIG_FLAGS:
-            flags += given[index : index + 2]
-        elif word.partition("=")[0] in CONFIG_FLAGS:
-            flags.append(word)
-    many = [] if hydra is None else ["-m"]
-    return command_line([sys.argv[0], *flags, *many, *overrides, *(hydra or [])])

@@ -4,16 +4,16 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn
 from hydra.errors import CompactHydraException
 from hydra.plugins.launcher import Launcher
 
+from hydra_sweeps.errors import JobFailed
+from hydra_sweeps.jobs import failure, show_failure
+from hydra_sweeps.records import reason
+
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 log = logging.getLogger(__name__)
-
-
-class JobFailed(CompactHydraException):
-    """A job ended without a result: a signal, an exit code, a configuration that cannot be made."""
 
 
 class Runner(Protocol):
@@ -72,7 +72,7 @@ class Batches:
     def __init__(self, launcher: Launcher) -> None:
         self.launcher = launcher
         self.waiting: dict[int, list[str]] = {}
-        self.told = False
+        self.warned = False
 
     def start(self, number: int, overrides: Sequence[str]) -> None:
         """Wait for the next `ended`."""
@@ -80,27 +80,15 @@ class Batches:
 
     def ended(self, seconds: float) -> list[tuple[int, JobReturn]]:
         """Launch what waits; returns when the slowest of them is done, whatever `seconds` says."""
-        if not self.told and len(self.waiting) > 1:
-            self.told = True
+        if not self.warned and len(self.waiting) > 1:
+            self.warned = True
             name = type(self.launcher).__name__
             log.info(f"\t{name} runs whole batches: each waits for the slowest of its jobs")
-        done = []
+        ends = []
         for group in neighbours(sorted(self.waiting)):
             batch = [self.waiting.pop(number) for number in group]
-            done += list(zip(group, self.launch(batch, group[0]), strict=True))
-        return done
-
-    def launch(self, batch: list[list[str]], first: int) -> Sequence[JobReturn]:
-        """One launch; where it breaks, each of its jobs has failed."""
-        try:
-            returns = self.launcher.launch(batch, initial_job_idx=first)
-        except CompactHydraException:  # the launcher refuses: so it would refuse all others
-            raise
-        except Exception as error:
-            return [failure(overrides, error) for overrides in batch]
-        lost = JobFailed("the launcher returned nothing for this job")
-        both = zip(batch, returns, strict=True)
-        return [each or failure(overrides, lost) for overrides, each in both]
+            ends += list(zip(group, launch(self.launcher, batch, group[0]), strict=True))
+        return ends
 
     def reports(self) -> dict[int, list[dict[str, Any]]]:
         """Nothing: no job runs between two calls."""
@@ -115,6 +103,31 @@ class Batches:
         self.waiting.clear()
 
 
+def launch(launcher: Launcher, batch: list[list[str]], first: int) -> list[JobReturn]:
+    """One call of a launcher; where it breaks, each of its jobs has failed.
+
+    Args:
+        launcher: after its `setup`.
+        batch: overrides of each job.
+        first: the number of the first job.
+
+    Raises:
+        CompactHydraException: the launcher refuses: so it would refuse all others.
+    """
+    try:
+        returns = launcher.launch(batch, initial_job_idx=first)
+    except CompactHydraException:
+        raise
+    except Exception as error:
+        log.error(f"the launcher failed: {reason(error)}", exc_info=error)
+        return [failure(overrides, error) for overrides in batch]
+    lost = JobFailed("the launcher returned nothing for this job")
+    ends = [end or failure(job, lost) for job, end in zip(batch, returns, strict=True)]
+    for end in ends:
+        show_failure(end)
+    return ends
+
+
 def neighbours(numbers: Sequence[int]) -> list[list[int]]:
     """Runs of consecutive numbers: `launch` knows its first number only."""
     groups: list[list[int]] = []
@@ -124,10 +137,3 @@ def neighbours(numbers: Sequence[int]) -> list[list[int]]:
         else:
             groups.append([number])
     return groups
-
-
-def failure(overrides: Sequence[str], error: Exception) -> JobReturn:
-    """The record of a job that has no configuration, or none that is known here."""
-    returned = JobReturn(overrides=list(overrides), status=JobStatus.FAILED)
-    returned.return_value = error
-    return returned

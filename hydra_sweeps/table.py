@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hydra_sweeps import jobs as _jobs
-from hydra_sweeps.grid.overrides import key_of
 from hydra_sweeps.jobs import Job
 from hydra_sweeps.record import Run, Sweep, Value
 
@@ -19,23 +17,23 @@ def plan(jobs: Sequence[Job], done: Mapping[int, Run], sweep_dir: Path) -> str:
     """
     rows = [("run", "overrides", "name", "folder", "")]
     for job in jobs:
-        name = _jobs.subdir(job)
+        name = job.subdir
         state = f"(done: {shown(done[job.number].value)})" if job.number in done else ""
-        rows.append((f"#{job.number}", job.said, name, str(sweep_dir / name), state))
+        rows.append((f"#{job.number}", job.text, name, str(sweep_dir / name), state))
     return "\n".join([*columns(rows), f"{len(jobs)} runs"])
 
 
 def table(sweep: Sweep, runs: Sequence[Run]) -> str:
     """Runs as a table, best first by the first objective, and why some have failed."""
     names = [objective["name"] for objective in sweep.objectives]
-    said = choices(runs)
+    choices_by_name = choices(runs)
     rows = [("rank", "run", "overrides", *names, "status", "time")]
     numbers = [False, False, False, *(True for _ in names), False, True]
     for rank, run in enumerate(ranked(sweep, runs), 1):
         place = str(rank) if run.status == "completed" and first(run.value) is not None else "-"
-        values = [shown(each) for each in several(run.value, len(names))]
+        values = [shown(value) for value in several(run.value, len(names))]
         seconds = "" if run.seconds is None else duration(run.seconds)
-        rows.append((place, run.name, said[run.name], *values, run.status, seconds))
+        rows.append((place, run.name, choices_by_name[run.name], *values, run.status, seconds))
     lines = columns(rows, numbers)
     lines += [
         f"#{run.number} {run.name} failed: {run.error}" for run in runs if run.status == "failed"
@@ -69,7 +67,7 @@ def several(value: Value, count: int) -> list[float | None]:
 def shown(value: Value) -> str:
     """A value in four digits."""
     if isinstance(value, list):
-        return ", ".join(shown(each) for each in value)
+        return ", ".join(map(shown, value))
     return "-" if value is None else f"{value:.4g}"
 
 
@@ -78,21 +76,13 @@ def choices(runs: Sequence[Run]) -> dict[str, str]:
 
     One that only names the run is left out.
     """
-    by_key: dict[str, set[str]] = {}
-    for run in runs:
-        for override in run.overrides:
-            by_key.setdefault(key_of(override), set()).add(override)
-    everywhere = {
-        override
-        for values in by_key.values()
-        for override in values
-        if len(runs) > 1 and all(override in run.overrides for run in runs)
-    }
+    every = {override for run in runs for override in run.overrides}
+    common = {o for o in every if len(runs) > 1 and all(o in run.overrides for run in runs)}
     return {
         run.name: " ".join(
-            each
-            for each in run.overrides
-            if each not in everywhere and each.partition("=")[2] != run.name
+            override
+            for override in run.overrides
+            if override not in common and override.partition("=")[2] != run.name
         )
         for run in runs
     }

@@ -1,8 +1,10 @@
 """The study plugin: what Hydra imports at every start, so it imports next to nothing."""
 
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
@@ -11,17 +13,28 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from hydra_sweeps.study.config import OptunaAsyncConf, register, register_samplers
+from hydra_sweeps.study.config import OptunaAsyncConf
 
-register()
+ConfigStore.instance().store(
+    group="hydra/sweeper",
+    name="optuna_async_schema",
+    node=OptunaAsyncConf,
+    provider="experiment_sweeper",
+)
 
 
 class OptunaSamplers(SearchPathPlugin):
-    """Registers the samplers when all plugins have been imported, hydra-optuna-sweeper too."""
+    """Offers samplers where no other plugin does: hydra-optuna-sweeper stores the same names.
+
+    Its schema refuses files with other keys, and both sweepers run with the samplers it stores.
+    """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Leave the path alone; Hydra calls this after its scan and before it composes."""
-        register_samplers()
+        """Add a folder behind all others; Hydra calls this when it has imported all plugins."""
+        samplers = ConfigStore.instance().repo["hydra"]["sweeper"].get("sampler", {})
+        if "tpe.yaml" not in samplers:
+            folder = Path(__file__).parent / "_samplers"
+            search_path.append(provider="experiment_sweeper", path=f"file://{folder}")
 
 
 class OptunaAsyncSweeper(Sweeper):
@@ -49,6 +62,10 @@ class OptunaAsyncSweeper(Sweeper):
             CompactHydraException: options that do not fit, no trial that completed.
             SystemExit: 130 after Ctrl-C.
         """
-        from hydra_sweeps.study.run import search
+        from hydra_sweeps.jobs import Source
+        from hydra_sweeps.study.run import run_study
 
-        return search(self, arguments)
+        assert self.config is not None and self.hydra_context is not None
+        assert self.launcher is not None
+        source = Source(self.config, self.hydra_context)
+        return run_study(self.options, source, self.launcher, arguments)

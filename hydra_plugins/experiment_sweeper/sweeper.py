@@ -43,6 +43,10 @@ class ExperimentSweeper(BasicSweeper):
             CompactHydraException: nothing to run, options that do not fit, failed runs.
             SystemExit: 130 after Ctrl-C.
         """
-        from hydra_sweeps.grid.run import sweep
+        from hydra_sweeps.grid.run import run_grid
+        from hydra_sweeps.jobs import Source
 
-        return sweep(self, arguments)
+        assert self.config is not None and self.hydra_context is not None
+        assert self.launcher is not None
+        source = Source(self.config, self.hydra_context)
+        return run_grid(self.options, source, self.launcher, arguments)

@@ -3,21 +3,20 @@
 import hashlib
 import logging
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hydra_sweeps import jobs as _jobs
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.grid.config import ExperimentSweeperConf
-from hydra_sweeps.grid.overrides import key_of
-from hydra_sweeps.jobs import Job, Source
+from hydra_sweeps.jobs import Job, Source, compose
+from hydra_sweeps.overrides import key_of, safe, without
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class Named:
+class NamedJob:
     """A job and what its configuration calls it."""
 
     job: Job
@@ -26,7 +25,7 @@ class Named:
     point: int
     """Which choice it is of; repeats of one share it."""
     repeat: int
-    name: str = ""
+    name: str
     """What it will be called."""
 
 
@@ -40,24 +39,14 @@ def named_jobs(
     Raises:
         SweepError: one cannot be composed, or two share a name that nothing tells apart.
     """
-    all_of_them = repeated(source, points, options)
-    for one in all_of_them:
-        one.label = label(one.job, options)
-    kept = without_doubles(all_of_them, options)
-    name_points(kept)
-    for one in kept:
-        first = next(other for other in kept if other.point == one.point)
-        more = first.name.removeprefix(first.label)
-        if one.repeat and one.label == first.label:
-            more += f"_{short(options.repeat_key or '')}{value_of(one.job, options.repeat_key)}"
-        one.name = one.label + more
-    tell_apart(kept)
+    runs = without_doubles(repeated(source, points, options))
+    name_points(runs)
+    name_repeats(runs, options)
+    tell_apart(runs)
     jobs = []
-    for number, one in enumerate(kept):
-        job = one.job
-        if one.name != one.label:
-            job = renamed(source, one, options)
-        _jobs.set_number(job, number)
+    for number, run in enumerate(runs):
+        job = run.job if run.name == run.label else renamed(source, run, options)
+        job.renumber(number)
         jobs.append(job)
     check_folders(jobs, source)
     return jobs
@@ -65,77 +54,72 @@ def named_jobs(
 
 def repeated(
     source: Source, points: Sequence[Sequence[str]], options: ExperimentSweeperConf
-) -> list[Named]:
+) -> list[NamedJob]:
     """The jobs of all choices, each as often as asked for."""
-    found: list[Named] = []
-    said = {tuple(each for each in point if key_of(each) == options.repeat_key) for point in points}
-    if options.repeats > 1 and len(said) > 1:
+    key, runs = options.repeat_key or "", list[NamedJob]()
+    values = {tuple(text for text in point if key_of(text) == key) for point in points}
+    if options.repeats > 1 and len(values) > 1:
         raise SweepError(
-            f"{options.repeat_key} is swept and hydra.sweeper.repeats={options.repeats} counts it "
-            "up; leave one of them out"
+            f"{key} is swept and hydra.sweeper.repeats={options.repeats} counts it up; leave one "
+            "of them out"
         )
     for point, overrides in enumerate(points):
-        job = _jobs.compose(source, overrides, len(found))
-        if options.repeats == 1:
-            found.append(Named(job, "", point, 0))
-            continue
-        key = options.repeat_key or ""
-        start = _jobs.value(job, key)
-        if not isinstance(start, int) or isinstance(start, bool):
-            raise SweepError(f"hydra.sweeper.repeat_key={key} is {start!r}, not an integer")
-        for repeat in range(options.repeats):
-            given = [
-                *(each for each in overrides if key_of(each) != key),
-                f"{key}={start + repeat}",
+        jobs = [compose(source, overrides, len(runs))]
+        if options.repeats > 1:
+            start = jobs[0].required(key)
+            if not isinstance(start, int) or isinstance(start, bool):
+                raise SweepError(f"hydra.sweeper.repeat_key={key} is {start!r}, not an integer")
+            rest = without(overrides, key)
+            jobs = [
+                compose(source, [*rest, f"{key}={start + repeat}"], len(runs) + repeat)
+                for repeat in range(options.repeats)
             ]
-            job = _jobs.compose(source, given, len(found))
-            found.append(Named(job, "", point, repeat))
-    return found
+        for repeat, job in enumerate(jobs):
+            label = str(job.required(options.name_key)) if options.name_key else job.subdir
+            runs.append(NamedJob(job, label, point, repeat, label))
+    return runs
 
 
-def label(job: Job, options: ExperimentSweeperConf) -> str:
-    """What a job's own configuration calls it."""
-    return str(_jobs.value(job, options.name_key)) if options.name_key else _jobs.subdir(job)
-
-
-def without_doubles(named: list[Named], options: ExperimentSweeperConf) -> list[Named]:
+def without_doubles(runs: list[NamedJob]) -> list[NamedJob]:
     """All but those that repeat an earlier one, with the same name and configuration."""
-    seen: dict[tuple[str, str], Job] = {}
-    kept = []
-    for one in named:
-        identity = one.label, _jobs.digest(one.job, [])
-        if identity in seen:
-            log.info(f"\t{one.job.said} and {seen[identity].said} are the same run, made once")
-            continue
-        seen[identity] = one.job
-        kept.append(one)
-    return kept
+    unique: dict[tuple[str, str], NamedJob] = {}
+    for run in runs:
+        first = unique.setdefault((run.label, run.job.digest()), run)
+        if first is not run:
+            log.info(f"\t{run.job.text} and {first.job.text} are the same run, made once")
+    return list(unique.values())
 
 
-def name_points(kept: list[Named]) -> None:
+def name_points(runs: list[NamedJob]) -> None:
     """Name the first run of every choice: its label, and where labels meet what differs."""
-    groups: dict[str, list[Named]] = defaultdict(list)
-    for one in kept:
-        one.name = one.label
-        if one.repeat == 0:
-            groups[one.label].append(one)
+    groups: dict[str, list[NamedJob]] = defaultdict(list)
+    for run in runs:
+        if run.repeat == 0:
+            groups[run.label].append(run)
     for group in groups.values():
-        choices = [choices_of(one.job) for one in group]
-        keys = list(dict.fromkeys(key for choice in choices for key in choice))
+        choices = [choices_of(run.job) for run in group]
+        keys = dict.fromkeys(key for choice in choices for key in choice)
         differ = [key for key in keys if len({choice.get(key) for choice in choices}) > 1]
-        for one, choice in zip(group, choices, strict=True):
-            parts = [f"_{short(key)}{safe(choice[key])}" for key in differ if key in choice]
-            one.name = one.label + "".join(parts)
+        for run, choice in zip(group, choices, strict=True):
+            run.name += "".join(f"_{short(k)}{safe(choice[k])}" for k in differ if k in choice)
+
+
+def name_repeats(runs: list[NamedJob], options: ExperimentSweeperConf) -> None:
+    """Name the other runs of a choice after its first one."""
+    firsts: dict[int, NamedJob] = {}
+    for run in runs:
+        first = firsts.setdefault(run.point, run)
+        if not run.repeat:
+            continue
+        run.name = run.label + first.name.removeprefix(first.label)
+        if run.label == first.label:
+            key = options.repeat_key or ""
+            run.name += f"_{short(key)}{safe(choices_of(run.job)[key])}"
 
 
 def choices_of(job: Job) -> dict[str, str]:
     """A job's overrides by key."""
-    return {key_of(each): each.partition("=")[2] for each in job.overrides}
-
-
-def value_of(job: Job, key: str | None) -> str:
-    """What a job's overrides say of a key."""
-    return safe(choices_of(job)[key or ""])
+    return {key_of(override): override.partition("=")[2] for override in job.overrides}
 
 
 def short(key: str) -> str:
@@ -143,47 +127,38 @@ def short(key: str) -> str:
     return safe(re.split(r"[./]", key.partition("@")[0])[-1])
 
 
-def safe(text: str) -> str:
-    """Only what every file system takes in a name."""
-    bare = re.sub(r"^[^A-Za-z0-9.+-]+|[^A-Za-z0-9.+-]+$", "", text)
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", bare)
-
-
-def tell_apart(kept: list[Named]) -> None:
+def tell_apart(runs: list[NamedJob]) -> None:
     """Where names still meet, add a hash of the overrides."""
-    count: dict[str, int] = defaultdict(int)
-    for one in kept:
-        count[one.name] += 1
-    for one in kept:
-        if count[one.name] > 1:
-            text = " ".join(sorted(one.job.overrides))
-            one.name += f"_{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    count = Counter(run.name for run in runs)
+    for run in runs:
+        if count[run.name] > 1:
+            text = " ".join(sorted(run.job.overrides))
+            run.name += f"_{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
-def renamed(source: Source, one: Named, options: ExperimentSweeperConf) -> Job:
+def renamed(source: Source, run: NamedJob, options: ExperimentSweeperConf) -> Job:
     """The job with its name as an override; SweepError when no key names it."""
-    key, job = options.name_key, one.job
+    key, job = options.name_key, run.job
     if key is None:
         raise SweepError(
-            f"run {job.number} ({job.said}) would write to the folder of another run, "
-            f"{_jobs.subdir(job)}; put what differs, or ${{hydra.job.num}}, into hydra.sweep.subdir"
+            f"run {job.number} ({job.text}) would write to the folder of another run, "
+            f"{job.subdir}; put what differs, or ${{hydra.job.num}}, into hydra.sweep.subdir"
         )
-    plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9._+-]*", one.name)
-    quoted = one.name.replace("\\", "\\\\").replace("'", "\\'")
-    given = [each for each in job.overrides if key_of(each) != key]
-    given.append(f"{key}={one.name}" if plain else f"{key}='{quoted}'")
-    return _jobs.compose(source, given, job.number)
+    name = run.name
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9._+-]*", name):
+        quoted = name.replace("\\", "\\\\").replace("'", "\\'")
+        name = f"'{quoted}'"
+    return compose(source, [*without(job.overrides, key), f"{key}={name}"], job.number)
 
 
 def check_folders(jobs: Sequence[Job], source: Source) -> None:
     """No two jobs write to one folder."""
-    seen: dict[str, Job] = {}
+    writers: dict[str, Job] = {}
     for job in jobs:
-        folder = _jobs.subdir(job)
-        if folder in seen:
+        other = writers.setdefault(job.subdir, job)
+        if other is not job:
             raise SweepError(
-                f"runs {seen[folder].number} ({seen[folder].said}) and {job.number} ({job.said}) "
-                f"would both write to {source.master.hydra.sweep.dir}/{folder}; put what differs "
-                "into hydra.sweep.subdir"
+                f"runs {other.number} ({other.text}) and {job.number} ({job.text}) would both "
+                f"write to {source.master.hydra.sweep.dir}/{job.subdir}; put what differs into "
+                "hydra.sweep.subdir"
             )
-        seen[folder] = job

@@ -1,15 +1,15 @@
-"""Every option of hydra/sweeper=optuna_async, its samplers and its pruners.
+"""Every option of hydra/sweeper=optuna_async; its samplers and pruners are files of the plugin.
 
 The first block of options is that of hydra-optuna-sweeper 1.3.0: the same file serves both.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-PROVIDER = "experiment_sweeper"
+from hydra_sweeps.errors import SweepError
 
 
 @dataclass
@@ -71,120 +71,72 @@ class OptunaAsyncConf:
     report: str | None = None
     """Dotted path of a function (cfg, sweep_dir) that is called at the end."""
 
+    @property
+    def sampler_class(self) -> str:
+        """The last part of the sampler's _target_."""
+        return class_name(self.sampler)
 
-@dataclass
-class TPE:
-    """https://optuna.readthedocs.io/en/stable/reference/samplers ."""
+    @property
+    def pruner_class(self) -> str:
+        """The same of the pruner."""
+        return class_name(self.pruner)
 
-    _target_: str = "optuna.samplers.TPESampler"
-    seed: int | None = None
-    n_startup_trials: int = 10
-    n_ei_candidates: int = 24
-    multivariate: bool = False
-    constant_liar: bool | None = None
-    """null: when several jobs are in flight."""
+    @property
+    def prunes(self) -> bool:
+        """Whether there is a pruner."""
+        return self.pruner_class not in ("none", "NopPruner")
 
+    @property
+    def is_grid(self) -> bool:
+        """Whether all points are tried in order."""
+        return self.sampler_class == "GridSampler"
 
-@dataclass
-class Random:
-    """Independent draws."""
+    @property
+    def directions(self) -> list[str]:
+        """minimize or maximize, for each of `names`; SweepError where they do not fit."""
+        single = isinstance(self.direction, str) or not isinstance(self.direction, Sequence)
+        entries = [self.direction] if single else list(self.direction)
+        words = [str(getattr(entry, "name", entry)).lower() for entry in entries]
+        if not words or {*words} - {"minimize", "maximize"}:
+            raise SweepError(
+                f"hydra.sweeper.direction={self.direction} must be minimize or maximize, or a list "
+                "with one of them for each value that a job returns"
+            )
+        if len(self.names) != len(words):
+            raise SweepError(
+                f"hydra.sweeper.direction has {len(words)} entries, hydra.sweeper.names "
+                f"({', '.join(self.names)}) {len(self.names)}: one of each for every value that a "
+                "job returns"
+            )
+        return words
 
-    _target_: str = "optuna.samplers.RandomSampler"
-    seed: int | None = None
-
-
-@dataclass
-class CmaEs:
-    """Needs the package cmaes; samples numbers, not choices."""
-
-    _target_: str = "optuna.samplers.CmaEsSampler"
-    seed: int | None = None
-    x0: dict[str, Any] | None = None
-    sigma0: float | None = None
-    n_startup_trials: int = 1
-    warn_independent_sampling: bool = True
-    consider_pruned_trials: bool = False
-
-
-@dataclass
-class NSGAII:
-    """For several objectives."""
-
-    _target_: str = "optuna.samplers.NSGAIISampler"
-    seed: int | None = None
-    population_size: int = 50
-    mutation_prob: float | None = None
-    crossover_prob: float = 0.9
-    swapping_prob: float = 0.5
-
-
-@dataclass
-class Grid:
-    """Every combination of lists and ranges once, in order."""
-
-    _target_: str = "optuna.samplers.GridSampler"
-    _partial_: bool = True
-
-
-@dataclass
-class NoPruner:
-    """Every trial runs to its end."""
-
-    _target_: str = "optuna.pruners.NopPruner"
-
-
-@dataclass
-class Median:
-    """Ends what is below the median of earlier trials at the same step."""
-
-    _target_: str = "optuna.pruners.MedianPruner"
-    n_startup_trials: int = 5
-    n_warmup_steps: int = 0
-    interval_steps: int = 1
+    def check(self) -> None:
+        """Refuse options that do not fit; names them."""
+        for name in ("n_jobs", "n_trials"):
+            if (value := getattr(self, name)) < 1:
+                raise SweepError(f"hydra.sweeper.{name}={value} must be at least 1")
+        if not 0 <= self.max_failure_rate <= 1:
+            raise SweepError(f"hydra.sweeper.max_failure_rate={self.max_failure_rate}: from 0 to 1")
+        if self.search_space:
+            raise SweepError(
+                "hydra.sweeper.search_space is an old form; write it as hydra.sweeper.params, a "
+                "line a key: 'lr: tag(log, interval(1e-5, 1e-3))', 'loss: choice(baseline, "
+                "mixed)', 'layers: range(1, 5)'"
+            )
+        count = len(self.directions)
+        if self.prunes and count > 1:
+            raise SweepError(
+                f"hydra/sweeper/pruner={self.pruner_class} and hydra.sweeper.direction with "
+                f"{count} objectives do not go together: Optuna cannot prune by several; give "
+                "hydra/sweeper/pruner=none, or one direction"
+            )
+        if self.prunes and not (self.progress_file and self.progress_metric):
+            raise SweepError(
+                f"hydra/sweeper/pruner={self.pruner_class} needs hydra.sweeper.progress_file and "
+                "hydra.sweeper.progress_metric: what it compares while jobs run"
+            )
 
 
-@dataclass
-class Hyperband:
-    """Successive halving with several budgets."""
-
-    _target_: str = "optuna.pruners.HyperbandPruner"
-    min_resource: int = 1
-    max_resource: Any = "auto"
-    """Steps of the longest job."""
-    reduction_factor: int = 3
-
-
-@dataclass
-class SuccessiveHalving:
-    """Only the best share goes on from each rung."""
-
-    _target_: str = "optuna.pruners.SuccessiveHalvingPruner"
-    min_resource: Any = "auto"
-    reduction_factor: int = 4
-    min_early_stopping_rate: int = 0
-
-
-SAMPLERS = {"tpe": TPE, "random": Random, "cmaes": CmaEs, "nsgaii": NSGAII, "grid": Grid}
-PRUNERS = {
-    "none": NoPruner,
-    "median": Median,
-    "hyperband": Hyperband,
-    "successive_halving": SuccessiveHalving,
-}
-
-
-def register() -> None:
-    """Offer the options, which files called optuna_async extend, and the pruners."""
-    store, name = ConfigStore.instance(), "optuna_async_schema"
-    store.store(group="hydra/sweeper", name=name, node=OptunaAsyncConf, provider=PROVIDER)
-    for name, pruner in PRUNERS.items():
-        store.store(group="hydra/sweeper/pruner", name=name, node=pruner, provider=PROVIDER)
-
-
-def register_samplers() -> None:
-    """Offer the samplers that no other plugin offers: hydra-optuna-sweeper has the same names."""
-    store = ConfigStore.instance()
-    known = store.repo.get("hydra", {}).get("sweeper", {}).get("sampler", {})
-    for name, sampler in SAMPLERS.items():
-        if f"{name}.yaml" not in known:
-            store.store(group="hydra/sweeper/sampler", name=name, node=sampler, provider=PROVIDER)
+def class_name(node: Any) -> str:
+    """The last part of a node's _target_."""
+    return str(node["_target_"]).rpartition(".")[2] if node else "none"

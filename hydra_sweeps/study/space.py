@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
@@ -18,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_sweeps.errors import SweepError
-from hydra_sweeps.grid.overrides import key_of, nothing, parse
+from hydra_sweeps.overrides import key_of, nothing, parse
 
 PLAIN = re.compile(r"[\w.+/$%*@?|-]+")
 CONDITIONAL = "hydra.sweeper.conditional"
@@ -30,7 +31,8 @@ class Condition:
 
     key: str
     values: tuple[Any, ...]
-    said: str
+    text: str
+    """As it was written."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Param:
 
     key: str
     """As in an override: may begin with +."""
-    said: str
+    text: str
+    """As it was written."""
     kind: str
     """choice, int or float."""
     choices: tuple[Any, ...] = ()
@@ -70,7 +73,7 @@ class Param:
             return list(self.choices)
         if self.step is None or self.log:
             raise SweepError(
-                f"hydra/sweeper/sampler=grid needs lists or ranges, but {self.said} has no end; "
+                f"hydra/sweeper/sampler=grid needs lists or ranges, but {self.text} has no end; "
                 "take another sampler or write its values"
             )
         count = round((self.high - self.low) / self.step) + 1
@@ -99,7 +102,7 @@ class Param:
             text = f"{self.kind} {self.low} to {self.high}"
             text += f" by {self.step}" if self.step not in (None, 1) else ""
             text += ", log" if self.log else ""
-        return text + (f" (when {self.when.said})" if self.when else "")
+        return text + (f" (when {self.when.text})" if self.when else "")
 
 
 @dataclass
@@ -119,46 +122,48 @@ class Space:
         """What all jobs have."""
         return [str(override.input_line) for override in self.fixed.values()]
 
+    def named(self, key: str) -> list[Param]:
+        """What is searched at a key, each under another condition."""
+        return [param for param in self.params if param.name == key]
+
     def fill(self, choose: Callable[[Param], Any]) -> dict[str, Any]:
         """The values of one job by Param.key; `choose` is asked for those that exist in it."""
-        values, chosen = dict(self.known), dict[str, Any]()
-        for param in self.params:
-            if param.key not in chosen and active(param, values):
-                values[param.name] = chosen[param.key] = choose(param)
-        return chosen
+        [values] = self.combinations(lambda param: [choose(param)])
+        return values
 
     def examples(self) -> list[dict[str, Any]]:
         """Points that together have every key once."""
 
-        def like(when: Condition | None) -> Callable[[Param], Any]:
-            def choose(param: Param) -> Any:
-                if when is not None and param.name == when.key:
-                    return when.values[0]
-                return param.choices[0] if param.kind == "choice" else param.typed(param.low)
-
-            return choose
+        def example(param: Param, when: Condition | None) -> Any:
+            if when is not None and param.name == when.key:
+                return when.values[0]
+            return param.choices[0] if param.kind == "choice" else param.typed(param.low)
 
         conditions = dict.fromkeys([None, *(param.when for param in self.params)])
-        return [self.fill(like(when)) for when in conditions]
+        return [self.fill(partial(example, when=when)) for when in conditions]
 
     def points(self) -> Iterator[dict[str, Any]]:
         """Every combination; SweepError where there is no end of them."""
         for param in self.params:
             param.values()
+        return self.combinations(Param.values)
 
-        def below(index: int, values: dict[str, Any], chosen: dict[str, Any]) -> Iterator[Any]:
+    def combinations(self, values_of: Callable[[Param], list[Any]]) -> Iterator[dict[str, Any]]:
+        """Every combination of the values of the keys that exist beside the earlier ones."""
+
+        def below(index: int, values: dict[str, Any], point: dict[str, Any]) -> Iterator[Any]:
             if index == len(self.params):
-                yield chosen
+                yield point
                 return
             param = self.params[index]
-            if param.key in chosen or not active(param, values):
-                yield from below(index + 1, values, chosen)
+            if param.key in point or not active(param, values):
+                yield from below(index + 1, values, point)
                 return
-            for value in param.values():
+            for value in values_of(param):
                 more = {**values, param.name: value}
-                yield from below(index + 1, more, {**chosen, param.key: value})
+                yield from below(index + 1, more, {**point, param.key: value})
 
-        yield from below(0, self.known, {})
+        return below(0, self.known, {})
 
 
 def active(param: Param, values: Mapping[str, Any]) -> bool:
@@ -167,20 +172,20 @@ def active(param: Param, values: Mapping[str, Any]) -> bool:
     return when is None or (when.key in values and values[when.key] in when.values)
 
 
-def text(values: Mapping[str, Any]) -> list[str]:
+def override_texts(values: Mapping[str, Any]) -> list[str]:
     """Values as overrides; what Hydra would read otherwise is quoted."""
 
     def quoted(value: Any) -> str:
-        said = str(value)
-        if not isinstance(value, str) or value[:1] in ("[", "{") or PLAIN.fullmatch(value):
-            return said
-        said = re.sub(r"(\\*)(?='|$)", r"\1\1", said).replace("'", "\\'")
-        return f"'{said}'"
+        text = str(value)
+        if not isinstance(value, str) or text[:1] in ("[", "{") or PLAIN.fullmatch(text):
+            return text
+        escaped = re.sub(r"(\\*)(?='|$)", r"\1\1", text).replace("'", "\\'")
+        return f"'{escaped}'"
 
     return [f"{key}={quoted(value)}" for key, value in values.items()]
 
 
-def read(
+def read_space(
     loader: ConfigLoader,
     master: DictConfig,
     params: Mapping[str, str],
@@ -200,19 +205,19 @@ def read(
         SweepError: something that cannot be searched, a condition that names nothing.
     """
     typed = parse(loader, arguments)
-    given = {key_of(each.get_key_element()): each
-             for each in [*parse(loader, [f"{key}={value}" for key, value in params.items()]),
-                          *typed]}  # fmt: skip
-    fixed = {key: each for key, each in given.items() if not each.is_sweep_override()}
-    searched = [param_of(loader, each) for each in given.values() if each.is_sweep_override()]
-    space = Space(searched, fixed, typed={key_of(each.get_key_element()) for each in typed})
+    of_params = parse(loader, [f"{key}={value}" for key, value in params.items()])
+    given = {key_of(override): override for override in [*of_params, *typed]}
+    fixed = {key: override for key, override in given.items() if not override.is_sweep_override()}
+    searched = [param_of(loader, given[key]) for key in given if key not in fixed]
+    space = Space(searched, fixed, typed={key_of(override) for override in typed})
     space.known = {key: encoded(override) for key, override in fixed.items()}
-    for said, keys in conditional.items():
-        when = condition(loader, master, space, said)
+    for text, keys in conditional.items():
+        when = condition(loader, master, space, text)
         if not isinstance(keys, Mapping | DictConfig):
-            raise SweepError(f"{CONDITIONAL}: {said!r} needs keys and what is searched, not {keys}")
+            raise SweepError(f"{CONDITIONAL}: {text!r} needs keys and what is searched, not {keys}")
         for key, value in keys.items():
-            add(loader, space, given, f"{key}={value}", when)
+            [override] = parse(loader, [f"{key}={value}"])
+            add(space, given, param_of(loader, override, when))
     return space
 
 
@@ -225,65 +230,68 @@ def encoded(override: Override) -> Any:
 
 def param_of(loader: ConfigLoader, override: Override, when: Condition | None = None) -> Param:
     """What a sweep searches; a single value is a choice of one."""
-    key, said, value = override.get_key_element(), str(override.input_line), override.value()
+    key, text, value = override.get_key_element(), str(override.input_line), override.value()
     if not override.is_sweep_override():
-        return Param(key, said, "choice", (encoded(override),), when=when)
+        return Param(key, text, "choice", (encoded(override),), when=when)
     shuffled = bool(getattr(value, "shuffle", False))
     if override.is_discrete_sweep() and (shuffled or not isinstance(value, RangeSweep)):
-        choices = list(override.sweep_iterator(transformer=Transformer.encode))
+        choices = encoded_values(override)
         if not choices:
             raise SweepError(nothing(loader, override))
         if shuffled:  # the order is part of what a study stores
             choices.sort(key=str)
-        return Param(key, said, "choice", tuple(choices), when=when)
+        return Param(key, text, "choice", tuple(choices), when=when)
     if isinstance(value, RangeSweep):
         low, high, step = value.start, value.stop, value.step
     else:
         assert isinstance(value, IntervalSweep)
         low, high, step = value.start, value.end, None
     assert low is not None and high is not None
-    kind = "int" if all(isinstance(each, int) for each in (low, high, step or 0)) else "float"
+    kind = "int" if all(isinstance(n, int) for n in (low, high, step or 0)) else "float"
     log = isinstance(value, IntervalSweep) and "log" in value.tags
     if low > high or (log and low <= 0) or (step is not None and step <= 0):
-        raise SweepError(f"{said}: the bounds must grow" + (" and be positive" if log else ""))
+        raise SweepError(f"{text}: the bounds must grow" + (" and be positive" if log else ""))
     step = step or (1 if kind == "int" and not log else None)
     if step is not None:  # as Optuna would, with a warning
         high = low + math.floor((high - low) / step + 1e-9) * step
-    return Param(key, said, kind, (), low, high, step, log, when)
+    return Param(key, text, kind, (), low, high, step, log, when)
 
 
-def condition(loader: ConfigLoader, master: DictConfig, space: Space, said: str) -> Condition:
+def encoded_values(override: Override) -> list[Any]:
+    """The values of a list, as Optuna stores them; a single value alone."""
+    if not override.is_discrete_sweep():
+        return [encoded(override)]
+    return list(override.sweep_iterator(transformer=Transformer.encode))
+
+
+def condition(loader: ConfigLoader, master: DictConfig, space: Space, text: str) -> Condition:
     """Read `loss=full-opd,mixed`; a key that is not searched has the value it has in `master`."""
     try:
-        [override] = parse(loader, shlex.split(said))
-        values = tuple(
-            override.sweep_iterator(transformer=Transformer.encode)
-            if override.is_discrete_sweep()
-            else [encoded(override)]
-        )
+        [override] = parse(loader, shlex.split(text))
+        values = tuple(encoded_values(override))
     except (ValueError, TypeError, HydraException) as error:
         raise SweepError(
-            f"{CONDITIONAL}: {said!r} cannot be read ({error}); a condition is e.g. loss=full-opd"
+            f"{CONDITIONAL}: {text!r} cannot be read ({error}); a condition is e.g. loss=full-opd"
         ) from None
-    key = key_of(override.get_key_element())
-    params = [param for param in space.params if param.name == key]
+    key = key_of(override)
+    params = space.named(key)
     if not params and key not in space.known:
         choices = OmegaConf.select(master, "hydra.runtime.choices") or {}
-        found = choices[key] if key in choices else OmegaConf.select(master, key)
-        if found is None:
+        value = choices[key] if key in choices else OmegaConf.select(master, key)
+        if value is None:
             raise SweepError(
-                f"{CONDITIONAL}: {said!r}: the configuration has no {key}; a condition names a key "
+                f"{CONDITIONAL}: {text!r}: the configuration has no {key}; a condition names a key "
                 f"that is searched before ({listed(space)}), or one of the configuration"
             )
-        space.known[key] = found
+        space.known[key] = value
     for value in values:
         narrowed = not params or key in space.typed  # then it may never hold
         if not narrowed and not any(param.holds(value) for param in params):
             raise SweepError(
-                f"{CONDITIONAL}: {said!r}: {key} is never {value}; it is searched in "
+                f"{CONDITIONAL}: {text!r}: {key} is never {value}; it is searched in "
                 + " or ".join(param.described() for param in params)
             )
-    return Condition(key, values, said)
+    return Condition(key, values, text)
 
 
 def listed(space: Space) -> str:
@@ -291,31 +299,27 @@ def listed(space: Space) -> str:
     return ", ".join(dict.fromkeys(param.name for param in space.params)) or "nothing"
 
 
-def add(
-    loader: ConfigLoader, space: Space, given: Mapping[str, Any], said: str, when: Condition
-) -> None:
+def add(space: Space, given: Mapping[str, Any], param: Param) -> None:
     """Add a key that is searched under a condition, unless the command line has it."""
-    [override] = parse(loader, [said])
-    param = param_of(loader, override, when)
     if param.name in space.typed:
         return
     if param.name in given:
+        when = param.when.text if param.when else ""
         raise SweepError(
-            f"{param.name} stands in hydra.sweeper.params and under {when.said!r} in "
-            f"{CONDITIONAL}; leave it in one place"
+            f"{param.name} stands in hydra.sweeper.params and under {when!r} in {CONDITIONAL}; "
+            "leave it in one place"
         )
-    for other in space.params:
-        alike = (other.kind, other.log, other.choices) == (param.kind, param.log, param.choices)
-        if other.name == param.name and not alike:
+    for other in space.named(param.name):
+        if (other.kind, other.log, other.choices) != (param.kind, param.log, param.choices):
             raise SweepError(
-                f"{CONDITIONAL}: {other.said!r} and {param.said!r} must be of one kind, choices "
+                f"{CONDITIONAL}: {other.text!r} and {param.text!r} must be of one kind, choices "
                 "the same: to Optuna they are one parameter"
             )
     space.params.append(param)
 
 
 def first_point(
-    loader: ConfigLoader, space: Space, where: str, said: str, strict: bool
+    loader: ConfigLoader, space: Space, where: str, text: str, strict: bool
 ) -> dict[str, Any]:
     """One of hydra.sweeper.warm_start as values by Param.key.
 
@@ -323,34 +327,45 @@ def first_point(
         loader: reads overrides.
         space: what the point has to lie in.
         where: names the point in messages.
-        said: e.g. "loss=full-opd lr=5e-5".
+        text: e.g. "loss=full-opd lr=5e-5".
         strict: refuse also what does not fit to the command line, instead of leaving it out.
 
     Raises:
         SweepError: it does not lie in the space.
     """
     try:
-        overrides = parse(loader, shlex.split(said))
+        overrides = parse(loader, shlex.split(text))
     except (ValueError, HydraException) as error:
         raise SweepError(f"{where} cannot be read: {error}") from None
     if any(override.is_sweep_override() for override in overrides):
         raise SweepError(f"{where}: a point has one value for each key")
-    values = {key_of(each.get_key_element()): encoded(each) for each in overrides}
-    beside, point = {**space.known, **values}, dict[str, Any]()
+    values = {key_of(override): encoded(override) for override in overrides}
+    point = dict[str, Any]()
     for key, value in values.items():
-        found = [param for param in space.params if param.name == key]
-        fits = [param for param in found if active(param, beside)]
-        reason = ""
-        if not found and space.known.get(key) != value:
-            has = f"is {space.known[key]} in all jobs" if key in space.known else "is not searched"
-            reason = f"{key} {has}; searched: {listed(space)}"
-        elif found and not fits:
-            needs = " or ".join(param.when.said for param in found if param.when)
-            reason = f"{key} exists only with {needs}"
-        elif fits and not fits[0].holds(value):
-            reason = f"{key}={value} lies outside {fits[0].described()}"
-        if reason and (strict or key not in space.typed):
-            raise SweepError(f"{where}: {reason}")
-        if fits and not reason:
-            point[fits[0].key] = fits[0].typed(value)
+        param = next((p for p in space.named(key) if active(p, {**space.known, **values})), None)
+        misfit = reason_against(space, key, value, param)
+        if misfit and (strict or key not in space.typed):
+            raise SweepError(f"{where}: {misfit}")
+        if param is not None and not misfit:
+            point[param.key] = param.typed(value)
     return point
+
+
+def reason_against(space: Space, key: str, value: Any, param: Param | None) -> str:
+    """Why a point cannot have a value; "" when it can.
+
+    Args:
+        space: what the point has to lie in.
+        key: the key alone.
+        value: its value in the point.
+        param: what is searched there beside the point's other values.
+    """
+    if param is not None:
+        return "" if param.holds(value) else f"{key}={value} lies outside {param.described()}"
+    if params := space.named(key):
+        conditions = " or ".join(param.when.text for param in params if param.when)
+        return f"{key} exists only with {conditions}"
+    if space.known.get(key) == value:
+        return ""
+    state = f"is {space.known[key]} in all jobs" if key in space.known else "is not searched"
+    return f"{key} {state}; searched: {listed(space)}"

@@ -9,7 +9,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from hydra_sweeps.errors import SweepError
-from hydra_sweeps.study import space as _space
+from hydra_sweeps.study.space import Param, Space, first_point, override_texts, read_space
 from tests.study_app.here import composed
 
 
@@ -23,18 +23,18 @@ def space_of(
     *arguments: str,
     params: dict[str, str] | None = None,
     conditional: dict[str, Any] | None = None,
-) -> _space.Space:
+) -> Space:
     context, master = composed(Path("/nowhere"))
     loader = context.config_loader
-    return _space.read(loader, master, params or {}, conditional or {}, arguments)
+    return read_space(loader, master, params or {}, conditional or {}, arguments)
 
 
-def point_of(space: _space.Space, said: str, strict: bool = False) -> dict[str, Any]:
+def point_of(space: Space, said: str, strict: bool = False) -> dict[str, Any]:
     loader = composed(Path("/nowhere"))[0].config_loader
-    return _space.first_point(loader, space, "warm_start[0]", said, strict)
+    return first_point(loader, space, "warm_start[0]", said, strict)
 
 
-def param(said: str) -> _space.Param:
+def param(said: str) -> Param:
     [found] = space_of(said).params
     return found
 
@@ -91,7 +91,7 @@ def test_the_same_distributions_as_the_stock_sweeper() -> None:
 )
 def test_values_reach_the_job_as_they_are(value: str) -> None:
     context, master = composed(Path("/nowhere"))
-    [override] = _space.text({"kind": value})
+    [override] = override_texts({"kind": value})
     config = context.config_loader.load_sweep_config(master, [override])
     assert config.kind == value
 
@@ -99,7 +99,7 @@ def test_values_reach_the_job_as_they_are(value: str) -> None:
 def test_the_command_line_wins_over_params() -> None:
     params = {"x": "interval(0.0,1.0)", "kind": "a,b", "beta": "0.5"}
     space = space_of("x=interval(2.0,3.0)", "kind=c", "gamma=1", params=params)
-    assert [one.said for one in space.params] == ["x=interval(2.0,3.0)"]
+    assert [one.text for one in space.params] == ["x=interval(2.0,3.0)"]
     assert space.overrides == ["kind=c", "beta=0.5", "gamma=1"]
     assert space.typed == {"x", "kind", "gamma"}
 

@@ -14,8 +14,8 @@ from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 
 from hydra_sweeps.errors import SweepError
-from hydra_sweeps.study import trials
-from hydra_sweeps.study.config import NSGAII, SAMPLERS, OptunaAsyncConf
+from hydra_sweeps.study.config import OptunaAsyncConf
+from hydra_sweeps.study.trials import new_sampler
 from tests.study_app.here import STUDY, composed, first, journal, study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,15 +65,15 @@ def test_another_space_than_the_study_has(tmp_path: Path) -> None:
 def test_samplers(tmp_path: Path) -> None:
     context = composed(tmp_path, *STUDY, "x=interval(0.0,1.0)")[1]
     options = OptunaAsyncConf(sampler=context.hydra.sweeper.sampler, pruner=None)
-    assert trials.sampler(options, 0)._constant_liar is True
-    assert trials.sampler(replace(options, n_jobs=1), 0)._constant_liar is False
+    assert new_sampler(options, 0)._constant_liar is True
+    assert new_sampler(replace(options, n_jobs=1), 0)._constant_liar is False
     given = OmegaConf.create({**options.sampler, "constant_liar": False})
-    assert trials.sampler(replace(options, sampler=given), 0)._constant_liar is False
+    assert new_sampler(replace(options, sampler=given), 0)._constant_liar is False
     for name in SAMPLERS:
         chosen = composed(tmp_path, *STUDY, f"hydra/sweeper/sampler={name}")[1]
-        assert trials.sampler(replace(options, sampler=chosen.hydra.sweeper.sampler), 3)
+        assert new_sampler(replace(options, sampler=chosen.hydra.sweeper.sampler), 3)
     assert isinstance(
-        trials.sampler(replace(options, sampler=OmegaConf.structured(NSGAII)), 0),
+        new_sampler(replace(options, sampler=OmegaConf.structured(NSGAII)), 0),
         optuna.samplers.NSGAIISampler,
     )
 

@@ -1,0 +1,122 @@
+"""The command of a sweep: how it was typed, what of it a run alone needs, how it ends."""
+
+import copy
+import importlib
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from hydra_sweeps.records import reason
+
+CONFIG_FLAGS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
+RUN_FLAGS = ("hydra/launcher=", "hydra.launcher.", "hydra.sweep.")
+log = logging.getLogger(__name__)
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception that no job catches."""
+
+
+def command_line(argv: Sequence[str] | None = None) -> str:
+    """This process's command, for a shell."""
+    return shlex.join(["python", *(sys.argv if argv is None else argv)])
+
+
+def run_command(overrides: Sequence[str], hydra: Sequence[str] | None = None) -> str:
+    """The command that reproduces one run alone.
+
+    Args:
+        overrides: the job's own.
+        hydra: with -m, and these overrides of Hydra's node; None: without -m.
+    """
+    flags, words = [], sys.argv[1:]
+    for index, word in enumerate(words):
+        if word in CONFIG_FLAGS:
+            flags += words[index : index + 2]
+        elif word.partition("=")[0] in CONFIG_FLAGS:
+            flags.append(word)
+    multirun = [] if hydra is None else ["-m"]
+    return command_line([sys.argv[0], *flags, *multirun, *overrides, *(hydra or [])])
+
+
+def hydra_overrides(master: DictConfig) -> list[str]:
+    """The command line's overrides of Hydra's node, interpolations as they were written."""
+    return cast(list[str], OmegaConf.to_container(master.hydra.overrides.hydra))
+
+
+def run_overrides(master: DictConfig) -> list[str]:
+    """Those of them that say where a job runs and writes."""
+    return [override for override in hydra_overrides(master) if override.startswith(RUN_FLAGS)]
+
+
+@contextmanager
+def raising_sigterm() -> Iterator[None]:
+    """SIGTERM ends the sweep as Ctrl-C does, and children that are forked here as ever."""
+    controller = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == controller:
+            raise Terminated
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, handle)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def stopping(stop: Callable[[], None], table: Callable[[], str]) -> Iterator[None]:
+    """Call `stop` when the block is interrupted or breaks.
+
+    Args:
+        stop: ends what runs and writes it down.
+        table: what is printed after Ctrl-C and SIGTERM.
+
+    Raises:
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as interrupt:
+        stop()
+        print(table(), flush=True)
+        print("interrupted; the same command continues", file=sys.stderr, flush=True)
+        raise SystemExit(130 if isinstance(interrupt, KeyboardInterrupt) else 143) from None
+    except SystemExit:  # a launcher's: its jobs go on without this process
+        raise
+    except BaseException:
+        stop()
+        raise
+
+
+def report(dotted: str | None, master: DictConfig, sweep_dir: Path) -> None:
+    """Call hydra.sweeper.report; its failure is a warning."""
+    if not dotted:
+        return
+    config = copy.deepcopy(master)
+    OmegaConf.set_readonly(config, False)
+    with read_write(config), open_dict(config):
+        del config["hydra"]
+    try:
+        module, _, name = dotted.rpartition(".")
+        function: Any = getattr(importlib.import_module(module), name)
+        function(config, sweep_dir)
+    except (Exception, SystemExit) as error:
+        command = f"python report.py sweep={sweep_dir}"
+        log.warning(f"no report ({reason(error)}); to try again: {command}")

@@ -1,0 +1,67 @@
+"""Files that survive a kill, and errors in one line."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once: after a kill or a power cut it has the old text or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # so that the new name lasts
+    finally:
+        os.close(folder)
+
+
+@dataclass
+class Tail:
+    """The lines that are added to a file of JSON lines."""
+
+    path: Path | None
+    offset: int = 0
+
+    def whole_lines(self) -> list[dict[str, Any]]:
+        """Whole lines since the last call; a line that is no JSON object is left out."""
+        try:
+            if self.path is None or (size := self.path.stat().st_size) == self.offset:
+                return []
+            self.offset = self.offset if size > self.offset else 0  # it was written anew
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                raw = file.read()
+        except OSError:
+            return []
+        whole = raw[: raw.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        records = []
+        for line in whole.splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+        return [record for record in records if isinstance(record, dict)]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return str(error).strip().partition("\n")[0]
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line; with its type, where that tells something."""
+    line, kind = first_line(error).removeprefix("error: "), type(error).__name__
+    if not line:
+        return kind
+    return (line if isinstance(error, HydraException) else f"{kind}: {line}")[:500]
