@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import CompactHydraException
@@ -19,6 +18,7 @@ from hydra_sweeps.study.trials import new_sampler
 from tests.study_app.here import STUDY, composed, first, journal, study
 
 ROOT = Path(__file__).resolve().parents[2]
+FILES = ROOT / "hydra_plugins" / "experiment_sweeper"
 
 
 @pytest.fixture(autouse=True)
@@ -69,13 +69,26 @@ def test_samplers(tmp_path: Path) -> None:
     assert new_sampler(replace(options, n_jobs=1), 0)._constant_liar is False
     given = OmegaConf.create({**options.sampler, "constant_liar": False})
     assert new_sampler(replace(options, sampler=given), 0)._constant_liar is False
-    for name in SAMPLERS:
-        chosen = composed(tmp_path, *STUDY, f"hydra/sweeper/sampler={name}")[1]
-        assert new_sampler(replace(options, sampler=chosen.hydra.sweeper.sampler), 3)
-    assert isinstance(
-        new_sampler(replace(options, sampler=OmegaConf.structured(NSGAII)), 0),
-        optuna.samplers.NSGAIISampler,
-    )
+    ours = [*FILES.glob("_samplers/hydra/sweeper/sampler/*.yaml")]
+    assert len(ours) == 5
+    for file in ours:
+        chosen = composed(tmp_path, *STUDY, f"hydra/sweeper/sampler={file.stem}")[1]
+        stored = new_sampler(replace(options, sampler=chosen.hydra.sweeper.sampler), 3)
+        sampler = new_sampler(replace(options, sampler=OmegaConf.load(file)), 3)
+        assert type(sampler) is type(stored) and sampler
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("+hydra.sweeper.sampler.sed=1", "hydra.sweeper.sampler: .*unexpected keyword .*'sed'"),
+        ("+hydra.sweeper.pruner.sed=1", "hydra.sweeper.pruner: .*unexpected keyword .*'sed'"),
+    ],
+)
+def test_an_option_that_optuna_does_not_have(tmp_path: Path, option: str, said: str) -> None:
+    with pytest.raises(SweepError, match=said) as caught:
+        study(tmp_path, "x=interval(0.0,6.0)", "hydra/sweeper/pruner=median", option)
+    assert "\n" not in str(caught.value) and not journal(tmp_path)
 
 
 def test_packages_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

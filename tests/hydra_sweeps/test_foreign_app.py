@@ -1,0 +1,77 @@
+"""The sweepers in somebody else's Hydra app, which lies outside the repository."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+APP = """
+import sys
+
+WITHOUT_STOCK = "stock=no" in sys.argv
+if WITHOUT_STOCK:  # as where hydra-optuna-sweeper is not installed
+    sys.argv.remove("stock=no")
+    sys.modules["hydra_plugins.hydra_optuna_sweeper"] = None
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+
+@hydra.main(version_base="1.3", config_path="settings", config_name="base")
+def main(cfg):
+    return cfg.x * cfg.y
+
+main()
+"""
+SETTINGS = """
+x: 1
+y: 2
+hydra: {sweep: {dir: sweep, subdir: "${hydra:job.num}"}}
+"""
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Path:
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings" / "base.yaml").write_text(SETTINGS)
+    (tmp_path / "app.py").write_text(APP)
+    return tmp_path
+
+
+def run(app: Path, *arguments: str, code: int = 0) -> str:
+    """What the app prints; it finds the installed packages and nothing of this repository."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "app.py", *arguments],
+        cwd=app, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_grid(app: Path) -> None:
+    grid = ["-m", "hydra/sweeper=experiment", "x=1,2", "y=3,4"]
+    assert run(app, *grid, "hydra.sweeper.dry_run=true").endswith("\n4 runs\n")
+    assert not (app / "sweep").exists()
+    assert "completed" in run(app, *grid)
+    assert (app / "sweep" / "sweep.json").exists()
+
+
+@pytest.mark.parametrize("stock", [[], ["stock=no"]], ids=["beside the stock sweeper", "alone"])
+def test_a_study(app: Path, stock: list[str]) -> None:
+    """Each sampler and pruner is offered with and without hydra-optuna-sweeper."""
+    study = ["-m", "hydra/sweeper=optuna_async", "x=range(1,9)", "hydra.sweeper.n_trials=3", *stock]
+    text = run(app, *study, "hydra.sweeper.dry_run=true", "hydra.sweeper.sampler.seed=1")
+    assert "sampler: TPESampler, pruner: NopPruner" in text and text.endswith("\n3 runs\n")
+    assert not (app / "sweep").exists()
+    chosen = ["hydra/sweeper/sampler=grid", "hydra/sweeper/pruner=median"]
+    text = run(app, "hydra/sweeper=optuna_async", *chosen, *stock, "--cfg", "hydra")
+    assert "_target_: optuna.samplers.GridSampler" in text and "MedianPruner" in text
+    text = run(app, *study, "hydra/sweeper/sampler=nowhere", code=1)
+    assert all(f"\n\t{name}\n" in text for name in ("cmaes", "grid", "nsgaii", "random", "tpe"))
+
+
+def test_the_stock_sweeper_composes_beside_ours(app: Path) -> None:
+    text = run(app, "hydra/sweeper=optuna", "hydra/sweeper/sampler=nsgaii", "--cfg", "hydra")
+    assert "optuna.samplers.NSGAIISampler" in text and "optuna_sweeper.OptunaSweeper" in text
