@@ -92,25 +92,17 @@ class Processes:
             return
         config, tail = job.config, Tail(Path(str(progress)) if progress else None)
         output = folder / f"{config.hydra.job.name}.out" if self.redirect else None
-        with blocked_signals():  # a process that is forked also stands in the list
-            process, result = self.fork(config, folder, output)
-            self.jobs[number] = JobProcess(config, folder, process, result, output, tail)
-
-    def fork(
-        self, config: DictConfig, folder: Path, output: Path | None
-    ) -> tuple[BaseProcess, Connection]:
-        """Start the process of a job; returns it and the end of the pipe that its result takes."""
-        forks = get_context("fork")
-        result, send = forks.Pipe(duplex=False)
         sys.stdout.flush()
         sys.stderr.flush()
-        parent = os.getpid()
-        process = forks.Process(
-            target=self.child, args=(config, folder, output, send, parent), daemon=False
-        )
-        process.start()
-        send.close()  # so that the pipe ends with the job
-        return process, result
+        forks = get_context("fork")
+        with blocked_signals():  # a process that is forked also stands in the list
+            result, send = forks.Pipe(duplex=False)
+            process = forks.Process(
+                target=self.child, args=(config, folder, output, send, os.getpid())
+            )
+            process.start()
+            send.close()  # so that the pipe ends with the job
+            self.jobs[number] = JobProcess(config, folder, process, result, output, tail)
 
     def child(
         self, config: DictConfig, folder: Path, output: Path | None, send: Connection, parent: int

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig
 
+from hydra_sweeps.command import command_line
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.records import reason, write_whole
 
@@ -94,30 +96,20 @@ class Sweep:
     updated: str = ""
     state: str = "running"
     """running, complete or interrupted."""
-    runs: list[Run] = field(default_factory=list)
+    runs: dict[str, Run] = field(default_factory=dict)
+    """By name; a list in the file."""
     study: dict[str, Any] | None = None
     """Of studies: name, storage, n_trials, sampler, pruner, best."""
     version: int = VERSION
 
-    def run(self, name: str) -> Run | None:
-        """The run of this name."""
-        return next((run for run in self.runs if run.name == name), None)
 
-    def put(self, run: Run) -> None:
-        """Add a run, in the place of the one with its name."""
-        for index, earlier in enumerate(self.runs):
-            if earlier.name == run.name:
-                self.runs[index] = run
-                return
-        self.runs.append(run)
-
-
-def objectives(names: Sequence[str], directions: Sequence[str]) -> list[dict[str, str]]:
-    """As Sweep has them; one direction for each name."""
-    return [
+def fresh(kind: str, master: DictConfig, names: Sequence[str], directions: Sequence[str]) -> Sweep:
+    """The record of this command, without its runs; one direction for each name."""
+    objectives = [
         {"name": name, "direction": direction}
         for name, direction in zip(names, directions, strict=True)
     ]
+    return Sweep(kind, str(master.hydra.job.name), command_line(), os.getcwd(), objectives)
 
 
 def read(sweep_dir: Path) -> Sweep | None:
@@ -133,7 +125,7 @@ def read(sweep_dir: Path) -> Sweep | None:
         content = json.loads(file.read_text())
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}, this code writes {VERSION}")
-        runs = [Run(**known_fields(Run, run)) for run in content["runs"]]
+        runs = {run["name"]: Run(**known_fields(Run, run)) for run in content["runs"]}
         return Sweep(**{**known_fields(Sweep, content), "runs": runs})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SweepError(
@@ -157,12 +149,12 @@ def begin(sweep_dir: Path, fresh: Sweep) -> Sweep:
     fresh.started = fresh.started or now()
     if earlier is None:
         return fresh
-    for run in earlier.runs:
+    for run in earlier.runs.values():
         if run.status == "running":
             run.interrupt()
             run.seconds = None
     fresh.started = earlier.started or fresh.started
-    fresh.runs = [*earlier.runs]
+    fresh.runs = earlier.runs
     fresh.study = fresh.study or earlier.study
     return fresh
 
@@ -173,7 +165,8 @@ def write(sweep_dir: Path, sweep: Sweep) -> None:
     NaN and infinity become null, what JSON has no form for its text.
     """
     sweep.updated = now()
-    content = json.loads(json.dumps(asdict(sweep), default=str), parse_constant=lambda name: None)
+    content = {**vars(sweep), "runs": [asdict(run) for run in sweep.runs.values()]}
+    content = json.loads(json.dumps(content, default=str), parse_constant=lambda name: None)
     write_whole(sweep_dir / FILE, json.dumps(content, indent=1))
 
 
@@ -212,10 +205,10 @@ def outcome(returned: JobReturn) -> Outcome:
         text = reason(error) if error is not None else "the launcher brought no result"
         return Outcome("failed", None, text)
     several = isinstance(value, list | tuple)
-    numbers = [number(item) for item in (value if several else [value])]
+    numbers: list[Any] = [number(item) for item in (value if several else [value])]
     if not numbers or None in numbers:
         return Outcome("completed")
-    finite = [item if item is not None and math.isfinite(item) else None for item in numbers]
+    finite = [item if math.isfinite(item) else None for item in numbers]
     result = finite if several else finite[0]
     if None in finite:
         return Outcome("failed", result, f"returned {numbers[finite.index(None)]}")

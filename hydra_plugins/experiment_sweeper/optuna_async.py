@@ -1,14 +1,11 @@
 """The study plugin: what Hydra imports at every start, so it imports next to nothing."""
 
-from pathlib import Path
 from typing import Any
 
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -23,28 +20,15 @@ ConfigStore.instance().store(
 )
 
 
-class OptunaSamplers(SearchPathPlugin):
-    """Offers samplers where no other plugin does: hydra-optuna-sweeper stores the same names.
-
-    Its schema refuses files with other keys, and both sweepers run with the samplers it stores.
-    """
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Add a folder behind all others; Hydra calls this when it has imported all plugins."""
-        samplers = ConfigStore.instance().repo["hydra"]["sweeper"].get("sampler", {})
-        if "tpe.yaml" not in samplers:
-            folder = Path(__file__).parent / "_samplers"
-            search_path.append(provider="experiment_sweeper", path=f"file://{folder}")
-
-
 class OptunaAsyncSweeper(Sweeper):
     """Asks Optuna for the next job as soon as one ends."""
 
+    config: DictConfig
+    hydra_context: HydraContext
+    launcher: Launcher
+
     def __init__(self, **settings: Any) -> None:
         self.options = OptunaAsyncConf(**settings)
-        self.config: DictConfig | None = None
-        self.hydra_context: HydraContext | None = None
-        self.launcher: Launcher | None = None
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -65,7 +49,5 @@ class OptunaAsyncSweeper(Sweeper):
         from hydra_sweeps.jobs import Source
         from hydra_sweeps.study.run import run_study
 
-        assert self.config is not None and self.hydra_context is not None
-        assert self.launcher is not None
         source = Source(self.config, self.hydra_context)
         return run_study(self.options, source, self.launcher, arguments)

@@ -12,21 +12,25 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 from hydra_sweeps.grid.config import ExperimentSweeperConf
 
+PROVIDER = "experiment_sweeper"
+
 ConfigStore.instance().store(
-    group="hydra/sweeper",
-    name="experiment_schema",
-    node=ExperimentSweeperConf,
-    provider="experiment_sweeper",
+    group="hydra/sweeper", name="experiment_schema", node=ExperimentSweeperConf, provider=PROVIDER
 )
 
 
-class ExperimentSweeperOptions(SearchPathPlugin):
-    """Offers hydra/sweeper=experiment to every app."""
+class SweeperFiles(SearchPathPlugin):
+    """Offers both sweepers, pruners and samplers to every app."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Add a folder behind the app's own."""
-        folder = Path(__file__).parent / "_conf"
-        search_path.append(provider="experiment_sweeper", path=f"file://{folder}")
+        """Add folders behind the app's own; Hydra calls this when it has imported all plugins.
+
+        Samplers only where nobody has stored some: hydra-optuna-sweeper has the same names, its
+        schema refuses files with other keys, and ours runs with its samplers too.
+        """
+        samplers = ConfigStore.instance().repo["hydra"]["sweeper"].get("sampler", {})
+        for name in ["_conf"] if "tpe.yaml" in samplers else ["_conf", "_samplers"]:
+            search_path.append(PROVIDER, f"file://{Path(__file__).parent / name}")
 
 
 class ExperimentSweeper(BasicSweeper):
@@ -46,7 +50,6 @@ class ExperimentSweeper(BasicSweeper):
         from hydra_sweeps.grid.run import run_grid
         from hydra_sweeps.jobs import Source
 
-        assert self.config is not None and self.hydra_context is not None
-        assert self.launcher is not None
+        assert self.config and self.hydra_context and self.launcher
         source = Source(self.config, self.hydra_context)
         return run_grid(self.options, source, self.launcher, arguments)

@@ -1,13 +1,12 @@
 """One grid: which runs there are, what is done, the rest run, a table, a report."""
 
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from hydra.core.utils import JobReturn, configure_log, filter_overrides
 from hydra.plugins.launcher import Launcher
@@ -15,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from hydra_sweeps import record
 from hydra_sweeps.command import (
-    command_line,
     raising_sigterm,
     report,
     run_command,
@@ -33,7 +31,6 @@ from hydra_sweeps.runner import is_basic, launch, neighbours, open_runner
 from hydra_sweeps.table import plan, shown, table
 
 log = logging.getLogger(__name__)
-Item = TypeVar("Item")
 
 
 @dataclass
@@ -142,8 +139,7 @@ def fresh(options: ExperimentSweeperConf, master: DictConfig) -> Sweep:
             f"hydra.sweeper.direction={direction} must be maximize or minimize, or a list with one "
             f"of them for each of hydra.sweeper.names={names}"
         )
-    objectives = record.objectives(names, directions)
-    return Sweep("grid", str(master.hydra.job.name), command_line(), os.getcwd(), objectives)
+    return record.fresh("grid", master, names, directions)
 
 
 def finished(grid: Grid, earlier: Sweep) -> dict[int, Run]:
@@ -152,7 +148,7 @@ def finished(grid: Grid, earlier: Sweep) -> dict[int, Run]:
         return {}
     done = {}
     for job in grid.jobs:
-        run = earlier.run(job.subdir)
+        run = earlier.runs.get(job.subdir)
         if run is None or run.status != "completed":
             continue
         evidence = job.value("hydra.sweeper.exists")
@@ -178,7 +174,7 @@ def carry_out(grid: Grid) -> list[Sequence[JobReturn]]:
     if failed:
         raise SweepError(f"{len(failed)} of {len(grid.jobs)} runs failed; why: see the table")
     returned = [grid.returned[number] for number in sorted(grid.returned)]
-    return list(chunks(returned, grid.options.max_batch_size))
+    return [*chunks(returned, grid.options.max_batch_size)]
 
 
 def set_up(grid: Grid) -> None:
@@ -195,7 +191,7 @@ def set_up(grid: Grid) -> None:
         run.command = run_command(job.overrides, hydra)
         run.digest, run.record = job.digest(grid.options.ignore), job.record
         grid.runs[job.number] = run
-        grid.sweep.put(run)
+        grid.sweep.runs[run.name] = run
 
 
 def needed_overrides(grid: Grid) -> list[str]:
@@ -270,7 +266,7 @@ def batches(grid: Grid) -> list[list[Job]]:
     return [batch for group in groups for batch in chunks(group, grid.options.max_batch_size)]
 
 
-def chunks(items: Sequence[Item], size: int | None) -> list[list[Item]]:
+def chunks(items: list[Any], size: int | None) -> list[list[Any]]:
     """`size` of them at a time; None: all."""
     step = size or max(len(items), 1)
-    return [list(items[start : start + step]) for start in range(0, len(items), step)]
+    return [items[start : start + step] for start in range(0, len(items), step)]

@@ -1,7 +1,6 @@
 """One study: ask, run, report, prune, tell, with n_jobs in flight, until it has its trials."""
 
 import logging
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from hydra_sweeps import record
 from hydra_sweeps.command import (
-    command_line,
     hydra_overrides,
     raising_sigterm,
     report,
@@ -49,7 +47,7 @@ from hydra_sweeps.study.trials import (
     outcome_of,
     place_of,
     plan,
-    reopened,
+    quiet_optuna,
     stored_outcome,
     tell,
     write_results,
@@ -94,8 +92,7 @@ class Study:
     @property
     def trials(self) -> list[Any]:
         """As the storage has them."""
-        trials: list[Any] = self.optuna.get_trials(deepcopy=False)
-        return trials
+        return list(self.optuna.get_trials(deepcopy=False))
 
     @property
     def failed(self) -> list[Any]:
@@ -112,7 +109,7 @@ class Study:
         """The study's trials, best first."""
         names = {trial.user_attrs.get(RUN) for trial in self.trials}
         key = self.options.name_key
-        runs = [run for run in self.sweep.runs if run.name in names]
+        runs = [run for run in self.sweep.runs.values() if run.name in names]
         runs = [replace(run, overrides=without(run.overrides, key)) for run in runs]
         return table(self.sweep, runs)
 
@@ -173,8 +170,7 @@ def first_points(options: OptunaAsyncConf, source: Source, space: Space) -> list
 
 def fresh_record(options: OptunaAsyncConf, master: DictConfig, place: Place) -> Sweep:
     """The record of this command, without its runs."""
-    objectives = record.objectives(options.names, options.directions)
-    sweep = Sweep("study", str(master.hydra.job.name), command_line(), os.getcwd(), objectives)
+    sweep = record.fresh("study", master, options.names, options.directions)
     sweep.study = {
         "name": place.name,
         "storage": str(place.storage),
@@ -247,14 +243,14 @@ def catch_up(study: Study) -> None:
     for trial in study.trials:
         if RUN not in trial.user_attrs:
             continue
-        run = study.sweep.run(trial.user_attrs[RUN])
+        run = study.sweep.runs.get(trial.user_attrs[RUN])
         if run is None:
             job = compose(study.source, list(trial.user_attrs[OVERRIDES]), trial.number)
             run = run_of(study, job, trial.params)
         outcome = stored_outcome(trial)
         if run.status != outcome.status:
             run.end(outcome)
-        study.sweep.put(run)
+        study.sweep.runs[run.name] = run
 
 
 def run_of(study: Study, job: Job, params: dict[str, Any]) -> Run:
@@ -293,7 +289,7 @@ def loop(study: Study) -> None:
 
 def resume(study: Study, frozen: Any) -> None:
     """Continue a trial that an earlier process began."""
-    trial = reopened(study.optuna, frozen)
+    trial = quiet_optuna().trial.Trial(study.optuna, frozen._trial_id)  # keeps what it has
     start(study, trial, frozen.user_attrs.get(OVERRIDES))
     if (running := study.running.get(trial.number)) is not None:
         running.steps |= set(frozen.intermediate_values)
@@ -323,11 +319,11 @@ def start(study: Study, trial: Any, overrides: Sequence[str] | None = None) -> N
         return
     trial.set_user_attr(RUN, run.name)
     trial.set_user_attr(OVERRIDES, job.overrides)
-    earlier = study.sweep.run(run.name)
+    earlier = study.sweep.runs.get(run.name)
     if earlier is not None and earlier.number == number:
         run.seconds = earlier.seconds
     run.begin()
-    study.sweep.put(run)
+    study.sweep.runs[run.name] = run
     study.write()
     study.running[number] = RunningTrial(trial, run, time.monotonic())
     study.runner.start(number, job.overrides)

@@ -77,16 +77,14 @@ class Param:
                 "take another sampler or write its values"
             )
         count = round((self.high - self.low) / self.step) + 1
-        values = [self.low + index * self.step for index in range(count)]
-        return [int(value) for value in values] if self.kind == "int" else values
+        return [self.typed(self.low + index * self.step) for index in range(count)]
 
     def holds(self, value: Any) -> bool:
         """Whether it can have this value."""
         if self.kind == "choice":
             return value in self.choices
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        whole = self.kind == "float" or (number and value == int(value))
-        return number and whole and self.low <= value <= self.high
+        return number and self.low <= value <= self.high and self.typed(value) == value
 
     def typed(self, value: Any) -> Any:
         """A value that it holds, as Optuna would give it."""
@@ -112,7 +110,7 @@ class Space:
     params: list[Param]
     fixed: dict[str, Override]
     """By key."""
-    known: dict[str, Any] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
     """Values that conditions may name, of keys that are not searched."""
     typed: set[str] = field(default_factory=set)
     """Keys of the command line."""
@@ -163,7 +161,7 @@ class Space:
                 more = {**values, param.name: value}
                 yield from below(index + 1, more, {**point, param.key: value})
 
-        return below(0, self.known, {})
+        return below(0, self.constants, {})
 
 
 def active(param: Param, values: Mapping[str, Any]) -> bool:
@@ -210,7 +208,7 @@ def read_space(
     fixed = {key: override for key, override in given.items() if not override.is_sweep_override()}
     searched = [param_of(loader, given[key]) for key in given if key not in fixed]
     space = Space(searched, fixed, typed={key_of(override) for override in typed})
-    space.known = {key: encoded(override) for key, override in fixed.items()}
+    space.constants = {key: encoded(override) for key, override in fixed.items()}
     for text, keys in conditional.items():
         when = condition(loader, master, space, text)
         if not isinstance(keys, Mapping | DictConfig):
@@ -275,7 +273,7 @@ def condition(loader: ConfigLoader, master: DictConfig, space: Space, text: str)
         ) from None
     key = key_of(override)
     params = space.named(key)
-    if not params and key not in space.known:
+    if not params and key not in space.constants:
         choices = OmegaConf.select(master, "hydra.runtime.choices") or {}
         value = choices[key] if key in choices else OmegaConf.select(master, key)
         if value is None:
@@ -283,7 +281,7 @@ def condition(loader: ConfigLoader, master: DictConfig, space: Space, text: str)
                 f"{CONDITIONAL}: {text!r}: the configuration has no {key}; a condition names a key "
                 f"that is searched before ({listed(space)}), or one of the configuration"
             )
-        space.known[key] = value
+        space.constants[key] = value
     for value in values:
         narrowed = not params or key in space.typed  # then it may never hold
         if not narrowed and not any(param.holds(value) for param in params):
@@ -340,9 +338,9 @@ def first_point(
     if any(override.is_sweep_override() for override in overrides):
         raise SweepError(f"{where}: a point has one value for each key")
     values = {key_of(override): encoded(override) for override in overrides}
-    point = dict[str, Any]()
+    beside, point = {**space.constants, **values}, dict[str, Any]()
     for key, value in values.items():
-        param = next((p for p in space.named(key) if active(p, {**space.known, **values})), None)
+        param = next((param for param in space.named(key) if active(param, beside)), None)
         misfit = reason_against(space, key, value, param)
         if misfit and (strict or key not in space.typed):
             raise SweepError(f"{where}: {misfit}")
@@ -365,7 +363,8 @@ def reason_against(space: Space, key: str, value: Any, param: Param | None) -> s
     if params := space.named(key):
         conditions = " or ".join(param.when.text for param in params if param.when)
         return f"{key} exists only with {conditions}"
-    if space.known.get(key) == value:
+    constant = space.constants.get(key)
+    if constant == value:
         return ""
-    state = f"is {space.known[key]} in all jobs" if key in space.known else "is not searched"
+    state = "is not searched" if constant is None else f"is {constant} in all jobs"
     return f"{key} {state}; searched: {listed(space)}"

@@ -151,8 +151,7 @@ def known_trials(place: Place) -> list[Any]:
         study = optuna.load_study(study_name=place.name, storage=place.storage)
     except KeyError:
         return []
-    trials: list[Any] = study.get_trials(deepcopy=False)
-    return trials
+    return list(study.get_trials(deepcopy=False))
 
 
 def in_state(trials: Sequence[Any], *names: str) -> list[Any]:
@@ -184,11 +183,6 @@ def enqueue(
         points = study.user_attrs.get(FIRST, [])
     for point in points[len(trials) :]:
         study.enqueue_trial(point)
-
-
-def reopened(study: Any, frozen: Any) -> Any:
-    """A trial that runs, as its first process had it: what it has is given again."""
-    return quiet_optuna().trial.Trial(study, frozen._trial_id)
 
 
 def tell(study: Any, trial: Any, outcome: Outcome) -> None:

@@ -98,10 +98,11 @@ from hydra.plugins.sweeper import Sweeper
 print([plugin.__name__ for plugin in Plugins.instance().discover(Sweeper)])
 print([name for name in ("optuna", "modal", "torch", "rich") if name in sys.modules])
 """
-    found, heavy = python(code).splitlines()
-    assert "'ExperimentSweeper'" in found and heavy == "[]"
+    plugins, heavy = python(code).splitlines()
+    assert "'ExperimentSweeper'" in plugins and heavy == "[]"
 
 
+@pytest.mark.timing
 def test_it_adds_little_to_the_start_of_any_hydra_app() -> None:
     code = """
 import importlib, time
@@ -121,15 +122,15 @@ def test_jobs_of_every_kind(tmp_path: Path) -> None:
     printed, errors = sweep(tmp_path, kinds, "x=1,2", code=1)
     assert "6 of 12 runs failed" in errors
     assert "and says more" in errors and "Traceback" in errors  # why the job raised
-    found = {
+    records = {
         name: (run["status"], run["value"], run["error"]) for name, run in runs(tmp_path).items()
     }
-    assert found["value_x2"] == ("completed", 2.0, None)
-    assert found["pair_x1"] == ("completed", [1.0, 2.0], None)
-    assert found["nothing_x1"] == ("completed", None, None)
-    assert found["raises_x1"] == ("failed", None, "ValueError: a job that raises")
-    assert found["notanumber_x1"] == ("failed", None, "returned nan")
-    assert found["exits_x2"] == ("failed", None, "the job called sys.exit(3)")
+    assert records["value_x2"] == ("completed", 2.0, None)
+    assert records["pair_x1"] == ("completed", [1.0, 2.0], None)
+    assert records["nothing_x1"] == ("completed", None, None)
+    assert records["raises_x1"] == ("failed", None, "ValueError: a job that raises")
+    assert records["notanumber_x1"] == ("failed", None, "returned nan")
+    assert records["exits_x2"] == ("failed", None, "the job called sys.exit(3)")
     assert content(tmp_path)["state"] == "complete"
     assert (tmp_path / "sweep" / "multirun.yaml").exists()
     lines = printed[printed.index("rank") :].splitlines()
@@ -170,13 +171,13 @@ def test_what_is_finished(tmp_path: Path) -> None:
 def test_a_run_alone(tmp_path: Path) -> None:
     """Its command reproduces it; what was asked of it is kept."""
     sweep(tmp_path, "y.depth=1,2", "hydra.sweeper.repeats=2")
-    found = runs(tmp_path)
+    records = runs(tmp_path)
     names = ["value_x1.0_depth1", "value_x1.0_depth1_seed1", "value_x1.0_depth2",
              "value_x1.0_depth2_seed1"]  # fmt: skip
-    assert list(found) == names
-    assert found[names[3]]["record"] == {"x": 1.0, "file": f"{tmp_path}/{names[3]}.txt"}
+    assert list(records) == names
+    assert records[names[3]]["record"] == {"x": 1.0, "file": f"{tmp_path}/{names[3]}.txt"}
     before = started(tmp_path)
-    command = shlex.split(found[names[3]]["command"])
+    command = shlex.split(records[names[3]]["command"])
     assert command[0] == "python" and "-m" not in command
     more = [sys.executable, *command[1:], f"hydra.run.dir={tmp_path}/alone"]
     subprocess.run(more, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
@@ -189,10 +190,10 @@ def test_batches_that_fail(tmp_path: Path) -> None:
     breaking = ["hydra/launcher=breaking", "hydra.sweeper.max_batch_size=2"]
     printed, errors = sweep(tmp_path, *breaking, "kind=value,raises,pair", "x=1,2", code=1)
     assert printed.count("LAUNCH") == 3 and "2 of 6 runs failed" in errors
-    found = runs(tmp_path)
-    assert found["raises_x2"]["error"] == "RuntimeError: a launcher that breaks"
-    assert found["pair_x2"]["status"] == "completed"
-    assert found["pair_x2"]["command"].endswith(
+    records = runs(tmp_path)
+    assert records["raises_x2"]["error"] == "RuntimeError: a launcher that breaks"
+    assert records["pair_x2"]["status"] == "completed"
+    assert records["pair_x2"]["command"].endswith(
         f"app.py -m folder={tmp_path} kind=pair x=2 hydra/launcher=breaking"
     )
     printed, _ = sweep(tmp_path, *breaking, "kind=value,raises,pair", "x=1,2,3", code=1)
@@ -241,10 +242,10 @@ def test_processes(tmp_path: Path) -> None:
     kinds = "kind=value,dies,raises,notanumber"
     _, errors = sweep(tmp_path, "hydra.sweeper.n_jobs=2", kinds, "x=1,2", code=1)
     assert "6 of 8 runs failed" in errors
-    found = runs(tmp_path)
-    assert "exit code 9" in found["dies_x1"]["error"]
-    assert found["raises_x1"]["error"] == "ValueError: a job that raises"
-    assert found["value_x2"]["value"] == 2.0
+    records = runs(tmp_path)
+    assert "exit code 9" in records["dies_x1"]["error"]
+    assert records["raises_x1"]["error"] == "ValueError: a job that raises"
+    assert records["value_x2"]["value"] == 2.0
     sweep(tmp_path, "hydra.sweeper.n_jobs=2", "kind=value", "x=1,2")
     assert started(tmp_path).count("value_x1") == 1
 
@@ -337,7 +338,7 @@ def test_the_smallest_is_best(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["kind=glob(nothing/*)"], "kind=glob(nothing/*) matches nothing"),
         (["kind=glob(more/*)"], "'+kind/more=glob(*)' does"),
@@ -359,11 +360,11 @@ def test_the_smallest_is_best(tmp_path: Path) -> None:
         (["y.depth=1,2", "hydra.sweeper.name_key=null"], "folder of another run"),
         (["x=1,2", "hydra.sweep.subdir=same"], "would both write to"),
     ],
-    ids=lambda said: said if isinstance(said, str) else None,
+    ids=lambda message: message if isinstance(message, str) else None,
 )
-def test_what_is_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
+def test_what_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
     _, errors = sweep(tmp_path, *overrides, code=1)
-    assert said in errors and "Traceback" not in errors, errors
+    assert message in errors and "Traceback" not in errors, errors
     assert started(tmp_path) == []
 
 

@@ -28,17 +28,17 @@ def python_of(name: str) -> str:
     """An environment with some packages and nothing of ours."""
     folder = VENVS / name
     python, ready = folder / "bin" / "python", folder / "ready"
-    wanted = " ".join(PACKAGES[name])
+    packages = " ".join(PACKAGES[name])
     VENVS.mkdir(parents=True, exist_ok=True)
     with (VENVS / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another test process may be making it
-        if not ready.exists() or ready.read_text() != wanted:
+        if not ready.exists() or ready.read_text() != packages:
             venv = [sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder)]
             subprocess.run(venv, check=True)
             pip = [sys.executable, "-m", "pip", "--python", str(python), "--quiet"]
             install = ["install", "--no-compile", "--disable-pip-version-check"]
             subprocess.run([*pip, *install, *PACKAGES[name]], check=True)
-            ready.write_text(wanted)
+            ready.write_text(packages)
     return str(python)
 
 
@@ -64,8 +64,8 @@ def study(python: str, folder: Path, *options: str) -> subprocess.CompletedProce
 def test_both_ends_of_optuna(name: str, tmp_path: Path) -> None:
     python = sys.executable if name == "oldest" else python_of(name)
     version = "import optuna; print(optuna.__version__)"
-    said = subprocess.check_output([python, "-c", version], text=True)
-    assert said.startswith("2.10" if name == "oldest" else "5.")
+    printed = subprocess.check_output([python, "-c", version], text=True)
+    assert printed.startswith("2.10" if name == "oldest" else "5.")
     (tmp_path / "go").touch()
     options = [
         "x=interval(0.0,6.0)", "kind=a,b", "steps=2", "act=value,nans,raise",

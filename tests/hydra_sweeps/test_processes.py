@@ -56,7 +56,10 @@ def test_jobs_run_beside_each_other_and_return(tmp_path: Path) -> None:
     wait_for(lambda: len(journal(tmp_path)) == 2)  # both run before either may end
     (tmp_path / "go").touch()
     done = drain(processes)
-    assert {number: each.return_value for number, each in done.items()} == {0: -4.25, 1: -1.25}
+    assert {number: returned.return_value for number, returned in done.items()} == {
+        0: -4.25,
+        1: -1.25,
+    }
     assert done[1].overrides == ["x=2", "steps=1"] and done[1].cfg is not None
     assert done[1].hydra_cfg is not None and done[1].hydra_cfg.hydra.job.num == 1
     folder = Path(done[1].hydra_cfg.hydra.runtime.output_dir)
@@ -66,16 +69,16 @@ def test_jobs_run_beside_each_other_and_return(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("act", "said"),
+    ("act", "message"),
     [("raise", "this job"), ("kill", "SIGKILL"), ("exit", "exit code 7 and no result")],
 )
-def test_a_job_that_ends_badly_is_one_failed_record(tmp_path: Path, act: str, said: str) -> None:
+def test_a_job_that_ends_badly_is_one_failed_record(tmp_path: Path, act: str, message: str) -> None:
     processes = Processes(launcher_for(tmp_path), True)
     processes.start(0, ["x=1", f"act={act}"])
     processes.start(1, ["x=2"])
     done = drain(processes)
     assert done[0].status == JobStatus.FAILED and done[0].overrides == ["x=1", f"act={act}"]
-    with pytest.raises(Exception, match=said):
+    with pytest.raises(Exception, match=message):
         _ = done[0].return_value
     assert done[0].cfg is not None and done[0].cfg.x == 1 and "hydra" not in done[0].cfg
     assert done[0].hydra_cfg is not None
@@ -106,11 +109,13 @@ def strange(cfg: DictConfig) -> Any:
     raise Strange(1, "strange text")
 
 
-@pytest.mark.parametrize(("task", "said"), [(of_its_own, "generator"), (strange, "strange text")])
-def test_what_no_pipe_takes_is_said(tmp_path: Path, task: Any, said: str) -> None:
+@pytest.mark.parametrize(
+    ("task", "message"), [(of_its_own, "generator"), (strange, "strange text")]
+)
+def test_what_no_pipe_takes_is_said(tmp_path: Path, task: Any, message: str) -> None:
     processes = Processes(launcher_for(tmp_path, task=task), True)
     processes.start(0, [])
-    with pytest.raises(Exception, match=said):
+    with pytest.raises(Exception, match=message):
         _ = drain(processes)[0].return_value
 
 
@@ -124,12 +129,12 @@ def test_progress_is_reported_once(tmp_path: Path) -> None:
     processes = Processes(launcher_for(tmp_path), True)
     processes.start(0, ["x=2", "steps=2"])
     (tmp_path / "go-0").touch()
-    said: list[dict[str, Any]] = []
-    wait_for(lambda: bool(said.extend(processes.reports().get(0, [])) or said))
-    assert [line["step"] for line in said] == [1] and said[0]["eval/score"] == -0.625
+    lines: list[dict[str, Any]] = []
+    wait_for(lambda: bool(lines.extend(processes.reports().get(0, [])) or lines))
+    assert [line["step"] for line in lines] == [1] and lines[0]["eval/score"] == -0.625
     assert processes.reports() == {}
     (tmp_path / "go-1").touch()
-    wait_for(lambda: bool(said.extend(processes.reports().get(0, [])) or len(said) == 2))
+    wait_for(lambda: bool(lines.extend(processes.reports().get(0, [])) or len(lines) == 2))
     drain(processes)
 
 
@@ -234,7 +239,7 @@ def test_batches_launch_what_was_started(tmp_path: Path) -> None:
         batches.start(number, [f"x={number}"])
     batches.stop(1)
     done = dict(batches.ended(0))
-    assert {n: each.return_value for n, each in done.items()} == {0: -9.25, 5: -4.25}
+    assert {n: returned.return_value for n, returned in done.items()} == {0: -9.25, 5: -4.25}
     assert [line[1] for line in journal(tmp_path) if line[0] == "start"] == ["0", "5"]
     assert batches.ended(0) == [] and batches.reports() == {}
 
@@ -250,6 +255,6 @@ def test_a_launch_that_breaks_fails_its_jobs_alone(tmp_path: Path) -> None:
     for number in (0, 2):
         batches.start(number, [f"x={number}"])
     done = dict(batches.ended(0))
-    for number, said in ((0, "a worker is gone"), (2, "returned nothing")):
-        with pytest.raises(Exception, match=said):
+    for number, message in ((0, "a worker is gone"), (2, "returned nothing")):
+        with pytest.raises(Exception, match=message):
             _ = done[number].return_value

@@ -29,18 +29,18 @@ def space_of(
     return read_space(loader, master, params or {}, conditional or {}, arguments)
 
 
-def point_of(space: Space, said: str, strict: bool = False) -> dict[str, Any]:
+def point_of(space: Space, text: str, strict: bool = False) -> dict[str, Any]:
     loader = composed(Path("/nowhere"))[0].config_loader
-    return first_point(loader, space, "warm_start[0]", said, strict)
+    return first_point(loader, space, "warm_start[0]", text, strict)
 
 
-def param(said: str) -> Param:
-    [found] = space_of(said).params
-    return found
+def param(text: str) -> Param:
+    [searched] = space_of(text).params
+    return searched
 
 
 @pytest.mark.parametrize(
-    ("said", "described"),
+    ("text", "described"),
     [
         ("x=interval(0.0,1.0)", "float 0.0 to 1.0"),
         ("x=interval(1,8)", "float 1.0 to 8.0"),
@@ -58,31 +58,31 @@ def param(said: str) -> Param:
         ("+new=choice(a,b)", "a, b"),
     ],
 )
-def test_the_grammar_of_overrides(said: str, described: str) -> None:
-    assert param(said).described() == described
+def test_the_grammar_of_overrides(text: str, described: str) -> None:
+    assert param(text).described() == described
 
 
 @pytest.mark.parametrize(
-    "said",
+    "text",
     ["x=tag(log,interval(0.0,1.0))", "x=interval(2.0,1.0)", "x=range(3,1,-1)"],
 )
-def test_bounds_that_make_no_sense(said: str) -> None:
+def test_bounds_that_make_no_sense(text: str) -> None:
     with pytest.raises(SweepError, match="bounds must grow"):
-        space_of(said)
+        space_of(text)
 
 
 def test_the_same_distributions_as_the_stock_sweeper() -> None:
     """A database of the one opens with the other."""
     from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
 
-    said = [
+    text = [
         "a=interval(0.0,1.0)", "b=int(interval(1,8))", "c=tag(log,interval(1e-5,1e-3))",
         "d=tag(log,int(interval(1,100)))", "e=range(1,8)", "f=range(1,9,2)",
         "g=choice(1,2.5,true,no)", "h=range(0.0,1.0,0.25)", "i=x,y", "j=choice('a b',c)",
     ]  # fmt: skip
-    theirs = create_params_from_overrides(said)[0]
+    theirs = create_params_from_overrides(text)[0]
     trial = optuna.create_study().ask()
-    space_of(*said).fill(lambda one: one.suggest(trial))
+    space_of(*text).fill(lambda param: param.suggest(trial))
     assert trial.distributions == theirs
 
 
@@ -99,7 +99,7 @@ def test_values_reach_the_job_as_they_are(value: str) -> None:
 def test_the_command_line_wins_over_params() -> None:
     params = {"x": "interval(0.0,1.0)", "kind": "a,b", "beta": "0.5"}
     space = space_of("x=interval(2.0,3.0)", "kind=c", "gamma=1", params=params)
-    assert [one.text for one in space.params] == ["x=interval(2.0,3.0)"]
+    assert [param.text for param in space.params] == ["x=interval(2.0,3.0)"]
     assert space.overrides == ["kind=c", "beta=0.5", "gamma=1"]
     assert space.typed == {"x", "kind", "gamma"}
 
@@ -116,7 +116,7 @@ def test_conditional_keys_exist_beside_their_value_only() -> None:
 
     def keys(kind: str, beta: float) -> list[str]:
         given = {"kind": kind, "beta": beta}
-        return list(space.fill(lambda one: given.get(one.key, 1)))
+        return list(space.fill(lambda param: given.get(param.key, 1)))
 
     assert keys("a", 0.0) == ["kind"]
     assert keys("b", 0.5) == ["kind", "beta"]
@@ -128,15 +128,15 @@ def test_conditional_keys_exist_beside_their_value_only() -> None:
 
 def test_a_fixed_or_configured_value_decides_a_condition_for_all() -> None:
     fixed = space_of("kind=b", conditional=CONDITIONAL)
-    assert list(fixed.fill(lambda one: 0.5)) == ["beta"]
+    assert list(fixed.fill(lambda param: 0.5)) == ["beta"]
     configured = space_of("x=1,2", conditional={"kind=a": {"beta": "interval(0.0,1.0)"}})
-    assert list(configured.fill(lambda one: 0.5)) == ["x", "beta"]
+    assert list(configured.fill(lambda param: 0.5)) == ["x", "beta"]
     typed = space_of("kind=a,b", "beta=interval(0.0,0.1)", conditional=CONDITIONAL)
-    assert "beta" in typed.fill(lambda one: one.values()[0] if one.kind == "choice" else 0.05)
+    assert "beta" in typed.fill(lambda param: param.values()[0] if param.kind == "choice" else 0.05)
 
 
 @pytest.mark.parametrize(
-    ("conditional", "said"),
+    ("conditional", "message"),
     [
         ({"kind=z": {"beta": "1,2"}}, "kind is never z; it is searched in a, b"),
         ({"kid=a": {"beta": "1,2"}}, "the configuration has no kid"),
@@ -148,14 +148,14 @@ def test_a_fixed_or_configured_value_decides_a_condition_for_all() -> None:
         ),
     ],
 )
-def test_conditions_that_cannot_be(conditional: dict[str, Any], said: str) -> None:
-    with pytest.raises(SweepError, match=said):
+def test_conditions_that_cannot_be(conditional: dict[str, Any], message: str) -> None:
+    with pytest.raises(SweepError, match=message):
         space_of(params={"kind": "a,b"}, conditional=conditional)
 
 
 def test_a_condition_that_the_command_line_rules_out() -> None:
     space = space_of("kind=a,b", conditional={"kind=z": {"beta": "interval(0.0,1.0)"}})
-    assert list(space.fill(lambda one: one.choices[0])) == ["kind"]
+    assert list(space.fill(lambda param: param.choices[0])) == ["kind"]
 
 
 def test_a_key_in_params_and_under_a_condition_is_refused() -> None:
@@ -173,7 +173,7 @@ def test_one_key_with_a_range_for_each_value() -> None:
     seen = {}
     for _ in range(20):
         trial = study.ask()
-        values = space.fill(lambda one, trial=trial: one.suggest(trial))  # type: ignore[misc]
+        values = space.fill(lambda param, trial=trial: param.suggest(trial))  # type: ignore[misc]
         seen[values["kind"]] = values["x"]
         study.tell(trial, 1.0)
     assert 0 <= seen["a"] <= 1 and 5 <= seen["b"] <= 6
@@ -186,7 +186,7 @@ def test_first_points() -> None:
 
 
 @pytest.mark.parametrize(
-    ("point", "said"),
+    ("point", "message"),
     [
         ("kind=z", "kind=z lies outside a, b"),
         ("x=11", "x=11 lies outside float 0.0 to 9.0"),
@@ -197,10 +197,10 @@ def test_first_points() -> None:
         ("x=(", "cannot be read"),
     ],
 )
-def test_first_points_outside_the_space(point: str, said: str) -> None:
+def test_first_points_outside_the_space(point: str, message: str) -> None:
     params = {"kind": "a,b", "x": "interval(0.0,9.0)", "steps": "2"}
     space = space_of(params=params, conditional={"kind=b": {"beta": "interval(0.0,1.0)"}})
-    with pytest.raises(SweepError, match=said.replace("(", r"\(")):
+    with pytest.raises(SweepError, match=message.replace("(", r"\(")):
         point_of(space, point)
 
 

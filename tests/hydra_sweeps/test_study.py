@@ -28,7 +28,7 @@ def fresh_hydra(hydra_restore_singletons: Any) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (
             ["hydra.sweeper.direction=[maximize,minimize]", "hydra.sweeper.names=[a,b]",
@@ -49,8 +49,8 @@ def fresh_hydra(hydra_restore_singletons: Any) -> Iterator[None]:
         (["hydra.sweeper.custom_search_space=tests.study_app.toy.broken"], "toy.broken: KeyError"),
     ],
 )  # fmt: skip
-def test_what_is_refused(tmp_path: Path, options: list[str], said: str) -> None:
-    with pytest.raises(Exception, match=said) as caught:
+def test_what_is_refused(tmp_path: Path, options: list[str], message: str) -> None:
+    with pytest.raises(Exception, match=message) as caught:
         study(tmp_path, "x=interval(0.0,6.0)", "hydra.sweeper.n_trials=1", *options)
     assert isinstance(caught.value, CompactHydraException) or "record" in options[0]
     assert not journal(tmp_path)
@@ -79,23 +79,23 @@ def test_samplers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "message"),
     [
         ("+hydra.sweeper.sampler.sed=1", "hydra.sweeper.sampler: .*unexpected keyword .*'sed'"),
         ("+hydra.sweeper.pruner.sed=1", "hydra.sweeper.pruner: .*unexpected keyword .*'sed'"),
     ],
 )
-def test_an_option_that_optuna_does_not_have(tmp_path: Path, option: str, said: str) -> None:
-    with pytest.raises(SweepError, match=said) as caught:
+def test_an_option_that_optuna_does_not_have(tmp_path: Path, option: str, message: str) -> None:
+    with pytest.raises(SweepError, match=message) as caught:
         study(tmp_path, "x=interval(0.0,6.0)", "hydra/sweeper/pruner=median", option)
     assert "\n" not in str(caught.value) and not journal(tmp_path)
 
 
 def test_packages_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = "x=interval(0.0,6.0)"
-    found = {"optuna": "2.10.1", "sqlalchemy": "2.1.9"}
+    versions = {"optuna": "2.10.1", "sqlalchemy": "2.1.9"}
     with monkeypatch.context() as patch:
-        patch.setattr("importlib.metadata.version", lambda name: found[name])
+        patch.setattr("importlib.metadata.version", lambda name: versions[name])
         with pytest.raises(SweepError, match=r"SQLAlchemy 2\.1\.9: pip install"):
             study(tmp_path, x)
     monkeypatch.setitem(sys.modules, "optuna", None)
