@@ -33,7 +33,11 @@ FLOORS = {
         "cli __main__",
     ],
     "modal_sweep": ["errors config", "protocol", "container", "client", "cli __main__"],
-    "hydra_sweeps": ["errors", "jobs processes record runner table", "grid", "study"],
+    "hydra_sweeps": [
+        "errors records overrides",
+        "jobs processes record runner table command",
+        "grid study",
+    ],
     "hydra_plugins": ["modal_launcher experiment_sweeper"],
 }
 """Every house from its floor upwards; the longer name of a file counts."""

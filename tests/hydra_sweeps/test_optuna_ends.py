@@ -1,6 +1,7 @@
 """Both ends of Optuna, and the stock sweeper with SQLite in an environment of its own.
 
-Optuna 2.10 is in this environment already; the others are made once and kept in artifacts/.
+Optuna 2.10 is in this environment already; the others are installed from PyPI once and stay in
+artifacts/: those tests are marked `live`.
 """
 
 import fcntl
@@ -21,6 +22,8 @@ PACKAGES = {
 }
 SCRIPT = str(ROOT / "tests/study_app/toy.py")
 
+NETWORK = pytest.mark.live
+"""Installs from PyPI, once."""
 pytestmark = pytest.mark.slow
 
 
@@ -60,7 +63,7 @@ def study(python: str, folder: Path, *options: str) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("name", ["oldest", "newest"])
+@pytest.mark.parametrize("name", ["oldest", pytest.param("newest", marks=NETWORK)])
 def test_both_ends_of_optuna(name: str, tmp_path: Path) -> None:
     python = sys.executable if name == "oldest" else python_of(name)
     version = "import optuna; print(optuna.__version__)"
@@ -91,6 +94,7 @@ trial.suggest_float("x", 0.0, 6.0)
     assert {run["status"] for run in runs[3:]} <= {"completed", "failed", "pruned"}
 
 
+@NETWORK
 @pytest.mark.parametrize("sampler", ["random", "cmaes", "nsgaii", "grid"])
 def test_samplers_of_the_newest_optuna(sampler: str, tmp_path: Path) -> None:
     space = "x=range(0,4)" if sampler == "grid" else "x=interval(0.0,6.0)"
@@ -101,6 +105,7 @@ def test_samplers_of_the_newest_optuna(sampler: str, tmp_path: Path) -> None:
     assert [run["status"] for run in runs] == ["completed"] * 3
 
 
+@NETWORK
 def test_the_stock_sweeper_runs_with_sqlite(tmp_path: Path) -> None:
     python = python_of("stock")
     done = run(
@@ -125,6 +130,7 @@ print([trial.state.name for trial in study.trials].count("COMPLETE"), study.best
     assert f"best_value: {best}" in (tmp_path / "optimization_results.yaml").read_text()
 
 
+@NETWORK
 def test_packages_that_do_not_fit_are_named(tmp_path: Path) -> None:
     done = study(python_of("mixed"), tmp_path, "x=interval(0.0,6.0)")
     assert done.returncode == 1
