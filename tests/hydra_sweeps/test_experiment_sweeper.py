@@ -103,13 +103,16 @@ print([name for name in ("optuna", "modal", "torch", "rich") if name in sys.modu
 
 
 @pytest.mark.timing
-def test_it_adds_little_to_the_start_of_any_hydra_app() -> None:
-    code = """
+@pytest.mark.parametrize(
+    ("options", "front"), [("grid.config", "sweeper"), ("study.config", "optuna_async")]
+)
+def test_it_adds_little_to_the_start_of_any_hydra_app(options: str, front: str) -> None:
+    code = f"""
 import importlib, time
 import hydra._internal.core_plugins.basic_sweeper, hydra.plugins.search_path_plugin
 start = time.process_time()
-importlib.import_module("hydra_sweeps.grid.config")
-importlib.import_module("hydra_plugins.experiment_sweeper.sweeper")
+importlib.import_module("hydra_sweeps.{options}")
+importlib.import_module("hydra_plugins.experiment_sweeper.{front}")
 print(time.process_time() - start)
 """
     seconds = [float(python(code)) for _ in range(5)]

@@ -16,7 +16,6 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
 from hydra_sweeps.processes import Processes
-from hydra_sweeps.records import Tail
 from hydra_sweeps.runner import Batches, neighbours, open_runner
 from tests.study_app import toy
 from tests.study_app.here import journal, launcher_for, wait_for
@@ -136,20 +135,6 @@ def test_progress_is_reported_once(tmp_path: Path) -> None:
     (tmp_path / "go-1").touch()
     wait_for(lambda: bool(lines.extend(processes.reports().get(0, [])) or len(lines) == 2))
     drain(processes)
-
-
-def test_a_tail_takes_whole_lines(tmp_path: Path) -> None:
-    path = tmp_path / "progress.jsonl"
-    tail = Tail(path)
-    assert tail.whole_lines() == []
-    path.write_text('{"step": 1}\nno json\n[1]\n{"st')
-    assert tail.whole_lines() == [{"step": 1}]
-    with path.open("a") as file:
-        file.write('ep": 2}\n')
-    assert tail.whole_lines() == [{"step": 2}]
-    path.write_text('{"step": 9}\n')
-    assert tail.whole_lines() == [{"step": 9}]
-    assert Tail(None).whole_lines() == []
 
 
 def test_stop_ends_one_job(tmp_path: Path) -> None:

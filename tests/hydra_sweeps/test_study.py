@@ -47,6 +47,7 @@ def fresh_hydra(hydra_restore_singletons: Any) -> Iterator[None]:
         (["hydra.sweeper.record.x=${nothing}"], "nothing"),
         (["hydra.sweeper.storage=sqlite:////nowhere/at/all.db"], "cannot be opened"),
         (["hydra.sweeper.custom_search_space=tests.study_app.toy.broken"], "toy.broken: KeyError"),
+        (["hydra.sweeper.custom_search_space=tests.study_app.toy.leaves"], "leaves: SystemExit: 3"),
     ],
 )  # fmt: skip
 def test_what_is_refused(tmp_path: Path, options: list[str], message: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -90,6 +91,11 @@ def more(cfg: DictConfig, trial: Any) -> None:
 def broken(cfg: DictConfig, trial: Any) -> None:
     """A custom_search_space with a mistake."""
     trial.params["nothing"]
+
+
+def leaves(cfg: DictConfig, trial: Any) -> None:
+    """A custom_search_space that ends the process."""
+    sys.exit(3)
 
 
 def acted(act: str, value: float) -> Any:
