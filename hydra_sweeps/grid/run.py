@@ -45,14 +45,12 @@ class Grid:
     jobs: list[Job]
     runs: dict[int, Run] = field(default_factory=dict)
     """By job number."""
-    done: set[int] = field(default_factory=set)
-    """What an earlier command finished."""
     returned: dict[int, JobReturn] = field(default_factory=dict)
 
     @property
     def pending(self) -> list[Job]:
-        """What is to be launched."""
-        return [job for job in self.jobs if job.number not in self.done]
+        """What has not completed."""
+        return [job for job in self.jobs if self.runs[job.number].status != "completed"]
 
     @property
     def table(self) -> str:
@@ -69,12 +67,12 @@ class Grid:
             self.runs[job.number].begin()
         self.write()
 
-    def end(self, job: Job, returned: JobReturn, seconds: float | None = None) -> None:
-        """A job has ended after `seconds`, where that is known."""
-        run = self.runs[job.number]
+    def end(self, number: int, returned: JobReturn, started: float | None = None) -> None:
+        """A job has ended; `started` by the monotonic clock, where that is known."""
+        run = self.runs[number]
         run.end(record.outcome(returned))
-        run.seconds = None if seconds is None else round(seconds, 3)
-        self.returned[job.number] = returned
+        run.seconds = None if started is None else round(time.monotonic() - started, 3)
+        self.returned[number] = returned
         self.write()
 
     def interrupt(self) -> None:
@@ -185,7 +183,6 @@ def set_up(grid: Grid) -> None:
         run = done.get(job.number) or Run(job.number, job.subdir, [])
         run.number, run.overrides = job.number, job.overrides
         if job.number in done:
-            grid.done.add(job.number)
             overrides = " ".join(filter_overrides(job.overrides))
             log.info(f"\t#{job.number} : {overrides} (done: {shown(run.value)})")
         run.command = run_command(job.overrides, hydra)
@@ -217,23 +214,22 @@ def run_pending(grid: Grid) -> None:
             overrides = [job.overrides for job in batch]
             ends = launch(grid.launcher, overrides, batch[0].number)
             for job, returned in zip(batch, ends, strict=True):
-                grid.end(job, returned)
+                grid.end(job.number, returned)
 
 
 def run_processes(grid: Grid, n_jobs: int) -> None:
     """Keep `n_jobs` processes busy."""
     runner = open_runner(grid.launcher, n_jobs > 1)
-    waiting, running = deque(grid.pending), dict[int, tuple[Job, float]]()
+    waiting, started = deque(grid.pending), dict[int, float]()
     try:
-        while waiting or running:
-            while waiting and len(running) < n_jobs:
+        while waiting or started:
+            while waiting and len(started) < n_jobs:
                 job = waiting.popleft()
                 grid.begin([job])
-                running[job.number] = job, time.monotonic()
+                started[job.number] = time.monotonic()
                 runner.start(job.number, job.overrides)
             for number, returned in runner.ended(1.0):
-                job, started = running.pop(number)
-                grid.end(job, returned, time.monotonic() - started)
+                grid.end(number, returned, started.pop(number))
     finally:
         runner.close()
 
@@ -250,7 +246,7 @@ def run_here(grid: Grid, job: Job) -> None:
         returned = failure(job.overrides, error)
     configure_log(grid.master.hydra.hydra_logging, grid.master.hydra.verbose)
     show_failure(returned)
-    grid.end(job, returned, time.monotonic() - started)
+    grid.end(job.number, returned, started)
 
 
 def batches(grid: Grid) -> list[list[Job]]:
@@ -260,7 +256,7 @@ def batches(grid: Grid) -> list[list[Job]]:
     may jobs beside one that is done go together.
     """
     groups = [grid.pending]
-    if grid.done and grid.jobs[0].depends_on_number():
+    if len(grid.pending) < len(grid.jobs) and grid.jobs[0].depends_on_number():
         numbers = neighbours([job.number for job in grid.pending])
         groups = [[grid.jobs[number] for number in group] for group in numbers]
     return [batch for group in groups for batch in chunks(group, grid.options.max_batch_size)]

@@ -253,9 +253,16 @@ def test_processes(tmp_path: Path) -> None:
     assert started(tmp_path).count("value_x1") == 1
 
 
-@pytest.mark.parametrize("n_jobs", ["null", "2"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted(tmp_path: Path, n_jobs: str, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "n_jobs"),
+    [
+        (signal.SIGINT, "null"),
+        (signal.SIGTERM, "2"),
+        pytest.param(signal.SIGINT, "2", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "null", marks=pytest.mark.slow),
+    ],
+)
+def test_interrupted(tmp_path: Path, number: signal.Signals, n_jobs: str) -> None:
     """The state is said, what is done stays, the same command continues."""
     command = ["kind=value,waits", "x=1,2", f"hydra.sweeper.n_jobs={n_jobs}"]
     process = start(tmp_path, *command)
