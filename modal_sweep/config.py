@@ -2,7 +2,8 @@
 
 `JobSettings` can also stand in a job's own configuration, in the node that `resources` names; there
 it wins over what the launcher says, so jobs of one sweep get different machines. A `tasks` mapping
-in that node holds what differs between scripts: `tasks: {bench: {gpu: H100}}` counts for bench.py.
+in that node holds what differs between scripts: `tasks: {bench: {gpu: H100}}` counts for bench.py;
+`machine` names a function that says the same in Python.
 """
 
 from dataclasses import dataclass, field
@@ -31,8 +32,8 @@ class ImageSettings:
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables, no secrets."""
     sources: list[str] | None = None
-    """Files and folders, relative to the script's folder, that go to /root in the container;
-    null: the source and configuration files of the script's folder."""
+    """Files and folders, relative to the script's folder, that go to /root in the container, and
+    packages installed here; null: the source and configuration files of the script's folder."""
 
 
 @dataclass
@@ -82,6 +83,9 @@ class JobSettings:
     validate: str | None = None
     """Dotted path of a function that is called here with a job's configuration and raises when it
     is not valid."""
+    machine: str | None = None
+    """Dotted path of a function of a script's name and a job's configuration, called here: what it
+    returns is laid over the node's settings, and `tasks` over that."""
     checkpoints: str | None = None
     """Glob; the Volumes are committed whenever a new match appears."""
 

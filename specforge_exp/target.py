@@ -19,7 +19,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
 from specforge_exp.config import Config, ModelConfig
-from specforge_exp.config.resolvers import own_overrides
+from specforge_exp.config.machine import own_overrides
 from specforge_exp.errors import InputError
 from specforge_exp.sharding import whole
 

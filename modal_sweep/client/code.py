@@ -1,6 +1,7 @@
 """Which files go into the container, and the hash that names a version of the code."""
 
 import hashlib
+import importlib.util
 import os
 import sys
 import sysconfig
@@ -27,7 +28,8 @@ class Shipment:
 
 
 def project_root(task_function: Any) -> Path | None:
-    """Folder of the script, or of the top-level package that holds the task; None if installed."""
+    """Folder of the script, or of the top-level package that holds the task; None for an installed
+    package that is imported."""
     name = getattr(task_function, "__module__", None) or type(task_function).__module__
     module = sys.modules.get(name)
     file = getattr(module, "__file__", None)
@@ -35,7 +37,8 @@ def project_root(task_function: Any) -> Path | None:
         return None
     path = Path(file).resolve()
     installed = {sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")}
-    if any(path.is_relative_to(Path(folder).resolve()) for folder in installed):
+    inside = any(path.is_relative_to(Path(folder).resolve()) for folder in installed)
+    if inside and name != "__main__":
         return None
     package = getattr(module, "__package__", None) or ""
     depth = len(package.split(".")) if package and name != "__main__" else 0
@@ -47,7 +50,8 @@ def shipment(root: Path | None, sources: list[str] | None, leave_out: Path) -> S
 
     Args:
         root: the project's folder, or None to ship nothing but this plugin.
-        sources: files and folders below it; None for its source and configuration files.
+        sources: files and folders below it, and installed packages by their names; None for its
+            source and configuration files.
         leave_out: the sweep's own folder, never shipped.
     """
     files = dict(plugin_files())
@@ -89,12 +93,22 @@ def project_files(
         return
     for source in sources:
         start = (root / source).resolve()
+        if not start.exists() and (package := installed_package(source)):
+            for path in walk(package, leave_out):
+                yield path.relative_to(package.parent).as_posix(), path
+            continue
         if not start.exists():
             raise LaunchError(f"image.sources: {root / source} does not exist")
         if not start.is_relative_to(root):
             raise LaunchError(f"image.sources: {source} is not below the script's folder {root}")
         for path in [start] if start.is_file() else walk(start, leave_out):
             yield path.relative_to(root).as_posix(), path
+
+
+def installed_package(name: str) -> Path | None:
+    """The folder of a package that can be imported."""
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
 def walk(folder: Path, leave_out: Path) -> Iterator[Path]:

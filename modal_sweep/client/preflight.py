@@ -1,16 +1,14 @@
 """Checks before the first spawn, on the launching machine; nothing here costs money."""
 
-import importlib
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from modal_sweep.client import cost, deploy
 from modal_sweep.client.plan import Job
+from modal_sweep.client.settings import imported, without_hydra
 from modal_sweep.config import ModalLauncherConf
 from modal_sweep.errors import LaunchError
 
@@ -45,14 +43,9 @@ def validate(job: Job) -> None:
     dotted = job.settings.validate
     if dotted is None:
         return
-    module, _, name = dotted.rpartition(".")
+    check = imported("validate", dotted)
     try:
-        check = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        raise LaunchError(f"validate={dotted} does not name an importable function") from None
-    keys = [key for key in job.config if key != "hydra"]
-    try:
-        check(OmegaConf.masked_copy(job.config, keys))  # type: ignore[arg-type]
+        check(without_hydra(job.config))
     except Exception as error:
         raise LaunchError(f"job {job.number} [{' '.join(job.overrides)}]: {error}") from None
 

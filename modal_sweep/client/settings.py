@@ -1,10 +1,12 @@
 """A job's settings: what the launcher says, overlaid with the job's own `resources` node."""
 
+import importlib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+from hydra.core.utils import filter_overrides
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -77,8 +79,13 @@ def job_settings(conf: ModalLauncherConf, job: DictConfig) -> JobSettings:
                 f"{conf.resources}.{name}={value}; set that one"
             )
         values[name] = value
-    values["image"] = image_settings(values["image"], conf.resources)
-    settings = JobSettings(**values)
+    values["image"] = asdict(image_settings(values["image"], conf.resources))
+    try:
+        settings = OmegaConf.to_object(OmegaConf.merge(JobSettings, values))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise LaunchError(f"{conf.resources}.{error.full_key}: {reason}") from None
+    assert isinstance(settings, JobSettings)
     check(settings, conf.resources)
     return settings
 
@@ -95,8 +102,36 @@ def own_settings(conf: ModalLauncherConf, job: DictConfig) -> dict[str, Any]:
     if not isinstance(said, dict):
         raise LaunchError(f"{conf.resources}={said!r} must be a mapping of a job's settings")
     tasks = said.pop("tasks", None) or {}
-    own = tasks.get(job.hydra.job.name) or {}
+    own = {**made_by(said.get("machine"), job), **(tasks.get(job.hydra.job.name) or {})}
     return {str(key): value for key, value in {**said, **own}.items()}
+
+
+def made_by(dotted: str | None, job: DictConfig) -> dict[str, Any]:
+    """What the application's function says of one job; {} without one."""
+    if dotted is None:
+        return {}
+    machine = imported("machine", dotted)
+    try:
+        settings: dict[str, Any] = machine(job.hydra.job.name, without_hydra(job))
+    except Exception as error:
+        overrides = " ".join(filter_overrides(job.hydra.overrides.task))
+        raise LaunchError(f"job {job.hydra.job.num} [{overrides}]: {error}") from None
+    return settings
+
+
+def without_hydra(job: DictConfig) -> DictConfig:
+    """A job's configuration as its task gets it."""
+    keys = [key for key in job if key != "hydra"]
+    return OmegaConf.masked_copy(job, keys)  # type: ignore[arg-type]
+
+
+def imported(option: str, dotted: str) -> Any:
+    """The function that an option names."""
+    module, _, name = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        raise LaunchError(f"{option}={dotted} does not name an importable function") from None
 
 
 def image_settings(said: Mapping[str, Any], where: str) -> ImageSettings:

@@ -5,7 +5,6 @@ Hydra composes `conf/` against `Config`, so a misspelt key or a wrong type is re
 `__post_init__` and name the fields.
 """
 
-import sys
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -23,9 +22,7 @@ from specforge_exp.config.choices import (
     ModelConfig,
     Source,
 )
-from specforge_exp.config.keys import unknown_key
-from specforge_exp.config.resolvers import REPOSITORY, STAGES, register
-from specforge_exp.config.resources import ImageConfig, ResourcesConfig
+from specforge_exp.config.resolvers import REPOSITORY, STAGES, register, repository
 from specforge_exp.config.stages import (
     BenchConfig,
     EngineConfig,
@@ -50,7 +47,6 @@ __all__ = [
     "DraftConfig",
     "EngineConfig",
     "ExportConfig",
-    "ImageConfig",
     "InputError",
     "LearningRates",
     "LossConfig",
@@ -60,7 +56,6 @@ __all__ = [
     "PreprocessConfig",
     "RegenConfig",
     "ReportConfig",
-    "ResourcesConfig",
     "Source",
     "TargetConfig",
     "TrackerConfig",
@@ -68,10 +63,15 @@ __all__ = [
     "check_job",
     "from_omegaconf",
     "locate",
-    "schema",
+    "repository",
 ]
 
 register()
+
+
+def open_node() -> Any:
+    """A mapping that takes any key from the command line."""
+    return OmegaConf.create({}, flags={"struct": False})
 
 
 @dataclass
@@ -120,7 +120,9 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
-    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    resources: dict[str, Any] = field(default_factory=open_node)
+    """What a job runs on when a launcher sends it elsewhere. The keys are the launcher's, which
+    refuses those it does not have; `env` and `volumes` are read here too."""
 
     def __post_init__(self) -> None:
         safe_name("run_name", self.run_name)
@@ -181,22 +183,6 @@ class Config:
         return self.bench.chain_length or (block - 1 if block else 5)
 
 
-def schema() -> type[Config]:
-    """`Config`, for Hydra's ConfigStore.
-
-    When one of our scripts is running, ends it with the valid keys if its command line has an
-    unknown one: Hydra's own message names the key, but not what would be right. `regen.py status`
-    is short for regen.status=true.
-    """
-    if Path(sys.argv[0]).stem in (*STAGES, "report"):
-        if sys.argv[1:2] == ["status"]:
-            sys.argv[1] = "regen.status=true"
-        problem = unknown_key(sys.argv[1:], Config)
-        if problem:
-            sys.exit(f"error: {problem}")
-    return Config
-
-
 def from_omegaconf(cfg: DictConfig) -> Config:
     """Resolve what Hydra composed into a `Config`; raises InputError for what does not fit."""
     missing = sorted(OmegaConf.missing_keys(cfg))
@@ -218,19 +204,19 @@ def check_job(cfg: DictConfig) -> None:
     Besides `from_omegaconf`: a path that is written out means a place on the launching machine,
     and what a container writes outside its Volumes is lost.
     """
-    config = from_omegaconf(cfg)
-    said = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(said, dict)
+    volumes = from_omegaconf(cfg).resources["volumes"]
+    written = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(written, dict)
     for root in ("datasets", "checkpoints"):
-        path = said["paths"][root]
-        mounted = any(Path(path).is_relative_to(mount) for mount in config.resources.volumes)
+        path = written["paths"][root]
+        mounted = any(Path(path).is_relative_to(mount) for mount in volumes)
         if "${" not in path and not mounted:
             raise InputError(
                 f"paths.{root}={path} lies on none of the Volumes in resources.volumes, so nothing "
                 f"written there would be kept; SPECFORGE_{root.upper()}={path} in the environment "
                 "moves the folder here and leaves the container's alone"
             )
-    model = said["model"]["path"]
+    model = written["model"]["path"]
     if "${" not in model and Path(model).is_dir():
         raise InputError(
             f"model.path={model} is a folder of this machine, which a container does not have; "

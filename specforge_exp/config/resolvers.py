@@ -5,17 +5,16 @@ container has too: what depends on the machine, as `repository`, is then answere
 """
 
 import re
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
+PACKAGE = Path(__file__).resolve().parent.parent
+REPOSITORY = PACKAGE / "files" if (PACKAGE / "files").is_dir() else PACKAGE.parent
+"""The checkout; of an installed package, what the wheel has of it."""
 STAGES = ("prefetch", "prep", "regen", "preprocess", "train", "export", "bench")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MATTERS = {
     "prefetch": "experiment model",
     "prep": "experiment data paths",
@@ -31,7 +30,7 @@ def folder_name(path: str) -> str:
 
 
 def repository(path: str) -> str:
-    """A path below the checkout."""
+    """A path below the checkout, or the same file of an installed package."""
     return str(REPOSITORY / path)
 
 
@@ -42,34 +41,10 @@ def gpu_count(gpu: Any, device: str = "auto") -> int:
     return int(count) if count.isdigit() and device != "cpu" else 1
 
 
-def one_gpu(gpu: Any) -> Any:
-    """`H100:8` -> `H100`, each of a list; null stays null."""
-    if isinstance(gpu, Sequence) and not isinstance(gpu, str):
-        return [one_gpu(one) for one in gpu]
-    return gpu.partition(":")[0] if gpu else None
-
-
-def regen_gpu(engine: str, gpu: Any) -> Any:
-    """What regen's own process needs: all GPUs for servers of its own, one, or none."""
-    return {"sglang": gpu, "transformers": one_gpu(gpu)}.get(engine)
-
-
 def both_secrets(one: Mapping[str, list[str]], other: Mapping[str, list[str]]) -> dict[str, Any]:
     """The keys of both, by secret."""
     names = [*one, *(name for name in other if name not in one)]
     return {name: [*one.get(name, []), *other.get(name, [])] for name in names}
-
-
-def prefetched(path: str) -> str | None:
-    """What prefetch leaves below HF_HOME when a model is whole; None for a local folder."""
-    if not HUB_ID.fullmatch(path) or Path(path).exists():
-        return None
-    return "prefetched/models--" + path.replace("/", "--")
-
-
-def answers(source: str, data: str, model: str) -> str:
-    """Name of the folder that preprocess reads: the target's answers, or the data's own."""
-    return f"{data}--{model}" if source == "regen" else data
 
 
 def when_losses_differ(stage: str, many: str, one: str) -> str:
@@ -101,32 +76,11 @@ def if_done(stage: str, resume: bool) -> str:
     return "skip" if stage == "train" and resume else "rerun"
 
 
-def command(stage: str) -> str:
-    """The -m command of another stage with the options of this command line that matter to it."""
-    matters = MATTERS.get(stage)
-    kept = []
-    for override in own_overrides():
-        option = re.split(r"[./@=]", override.lstrip("+~"))[0]
-        launcher = override.startswith("hydra/launcher=")
-        if launcher or (option != "hydra" and (matters is None or option in matters.split())):
-            kept.append(shlex.quote(override))
-    return " ".join([f"python {stage}.py -m", *kept])
-
-
-def own_overrides() -> list[str]:
-    """The options of this command line, without flags and without the launcher for here."""
-    return [
-        override
-        for override in sys.argv[1:]
-        if "=" in override and override[0] != "-" and override != "hydra/launcher=basic"
-    ]
-
-
 def register() -> None:
     """Make them known to OmegaConf under their own names."""
     functions = (
-        folder_name, repository, gpu_count, one_gpu, regen_gpu, both_secrets, prefetched, answers,
-        when_losses_differ, output_folder, returned, directions, if_done, command,
+        folder_name, repository, gpu_count, both_secrets, when_losses_differ, output_folder,
+        returned, directions, if_done,
     )  # fmt: skip
     for function in functions:
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)

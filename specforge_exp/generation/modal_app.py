@@ -12,7 +12,7 @@ import modal
 
 import specforge_exp
 from specforge_exp.config import Config
-from specforge_exp.config.resolvers import command, prefetched
+from specforge_exp.config.machine import command, prefetched
 from specforge_exp.errors import InputError
 from specforge_exp.generation.modal_worker import WHAT, Worker, read
 from specforge_exp.provenance import model_digest
@@ -44,7 +44,7 @@ def app_name(cfg: Config) -> str:
     for path in sorted(CODE.rglob("*.py")):
         code.update(f"{path.relative_to(CODE)} {path.read_text()}".encode())
     made_of = [what(cfg), code.hexdigest(), packages(cfg), model_digest(cfg.model.path)]
-    made_of += [cfg.model.secrets, mounts(cfg), cfg.resources.env]
+    made_of += [cfg.model.secrets, mounts(cfg), cfg.resources["env"]]
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     return f"specforge-regen-{digest[:12]}"
 
@@ -62,15 +62,17 @@ def what(cfg: Config) -> dict[str, Any]:
 def shipped(cfg: Config) -> bool:
     """Whether the target is a folder of this machine, which goes into the containers."""
     path = Path(cfg.model.path)
-    return path.is_dir() and not any(path.is_relative_to(mount) for mount in cfg.resources.volumes)
+    return path.is_dir() and not any(
+        path.is_relative_to(mount) for mount in cfg.resources["volumes"]
+    )
 
 
 def mounts(cfg: Config) -> dict[str, str]:
     """The Volumes that a server reads its model from: mount path and name."""
-    cache = cfg.resources.env.get("HF_HOME", "")
+    cache = cfg.resources["env"].get("HF_HOME", "")
     return {
         mount: name
-        for mount, name in cfg.resources.volumes.items()
+        for mount, name in cfg.resources["volumes"].items()
         if mount == cache or Path(cfg.model.path).is_relative_to(mount)
     }
 
@@ -120,7 +122,7 @@ async def deployed(cfg: Config) -> str:
         gpu=f"{engine.gpu}:{tp_size}",
         cpu=CPU * tp_size,
         memory=MEMORY * tp_size,
-        env={**cfg.resources.env, WHAT: json.dumps(what(cfg))},
+        env={**cfg.resources["env"], WHAT: json.dumps(what(cfg))},
         secrets=secrets,
         volumes={mount: volume(name) for mount, name in mounts(cfg).items()},
         timeout=86400,
@@ -135,7 +137,7 @@ async def deployed(cfg: Config) -> str:
 
 async def warn_of_downloads(cfg: Config) -> None:
     """Say so when every container will have to fetch the model by itself."""
-    marker, home = prefetched(cfg.model.path), cfg.resources.env.get("HF_HOME")
+    marker, home = prefetched(cfg.model.path), cfg.resources["env"].get("HF_HOME")
     name = mounts(cfg).get(home or "")
     if marker and name and await read(volume(name), marker) is None:
         log.warning(

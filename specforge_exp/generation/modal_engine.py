@@ -122,7 +122,7 @@ class Client:
         decides["sources"] = [plan.digest for plan in store.plans]  # the folder is deleted as one
         said = json.dumps(decides, sort_keys=True)
         self.folder = f"regen/{hashlib.sha256(said.encode()).hexdigest()[:16]}"
-        self.volume_name = cfg.resources.volumes[cfg.resources.env["SPECFORGE_DATASETS"]]
+        self.volume_name = cfg.resources["volumes"][cfg.resources["env"]["SPECFORGE_DATASETS"]]
         self.journal = Journal(store.folder / JOURNAL)
         self.pace = Pace(cfg.engine.rate_limit)
         self.spawning = asyncio.Lock()

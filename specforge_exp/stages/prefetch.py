@@ -14,7 +14,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from specforge_exp.artifacts import disk_errors
 from specforge_exp.config import Config
-from specforge_exp.config.resolvers import prefetched
+from specforge_exp.config.machine import prefetched
 from specforge_exp.errors import InputError
 from specforge_exp.serving.downloads import download
 

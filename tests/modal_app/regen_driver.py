@@ -24,7 +24,6 @@ from specforge_exp.config import (
     ModelConfig,
     PathsConfig,
     RegenConfig,
-    ResourcesConfig,
 )
 from specforge_exp.errors import InputError
 from specforge_exp.generation import modal_calls, modal_engine
@@ -69,10 +68,10 @@ def config(folder: Path, seed: int) -> Config:
         data=DataConfig(name="small"), loss=LossConfig(lambda_ce=1.0),
         paths=PathsConfig(str(folder / "datasets"), str(folder / "checkpoints")),
         regen=RegenConfig(temperature=0.0, max_tokens=6, chunk_size=CHUNK),
-        resources=ResourcesConfig(
-            volumes={f"{HOME}/huggingface": "hf", f"{HOME}/specforge": "specforge-datasets"},
-            env={"HF_HOME": f"{HOME}/huggingface", "SPECFORGE_DATASETS": f"{HOME}/specforge"},
-        ),
+        resources={
+            "volumes": {f"{HOME}/huggingface": "hf", f"{HOME}/specforge": "specforge-datasets"},
+            "env": {"HF_HOME": f"{HOME}/huggingface", "SPECFORGE_DATASETS": f"{HOME}/specforge"},
+        },
     )  # fmt: skip
 
 

@@ -1,0 +1,125 @@
+"""What a stage runs on when a launcher sends it elsewhere, beyond what conf/resources says."""
+
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from specforge_exp import paths
+from specforge_exp.config import Config, PathsConfig, from_omegaconf
+from specforge_exp.config.resolvers import MATTERS
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def machine(stage: str, job: DictConfig) -> dict[str, Any]:
+    """The settings that resources.machine adds for a stage; resources.tasks.<stage> wins over them.
+
+    Raises:
+        InputError: the job's configuration is not valid.
+    """
+    here = from_omegaconf(job)
+    env, volumes, gpu = (here.resources[key] for key in ("env", "volumes", "gpu"))
+    roots = PathsConfig(env["SPECFORGE_DATASETS"], env["SPECFORGE_CHECKPOINTS"])
+    there = replace(here, paths=roots)
+    run = paths.run_dir(there)
+
+    def needs(folder: Callable[[Config], Path], maker: str) -> dict[str, Any]:
+        """A folder on a Volume; what is here instead may be uploaded."""
+        path = folder(there)
+        inside = path.is_relative_to(roots.datasets)
+        root = roots.datasets if inside else roots.checkpoints
+        place = {"volume": volumes[root], "path": path.relative_to(root).as_posix()}
+        return {**place, "local": str(folder(here)), "remedy": command(maker)}
+
+    model = {
+        "volume": volumes[env["HF_HOME"]],
+        "path": prefetched(here.model.path),
+        "remedy": command("prefetch"),
+    }
+    prompts, tokens = needs(paths.prompts_dir, "prep"), needs(paths.tokens_dir, "preprocess")
+    answers = needs(paths.regen_dir, "regen") if here.preprocess.source == "regen" else prompts
+    return {
+        "prefetch": {**cores(4, 16), "gpu": None},
+        "prep": {**cores(2, 16), "gpu": None, "unique": [str(paths.prompts_dir(there))]},
+        "regen": {  # with engine=modal it only waits for containers that have the GPUs
+            **cores(4, 64),
+            "gpu": {"sglang": gpu, "transformers": one_gpu(gpu)}.get(here.engine.name),
+            "unique": [str(paths.regen_dir(there))],
+            "requires": [model, prompts],
+        },
+        "preprocess": {
+            **cores(2, 32),
+            "gpu": None,
+            "unique": [str(paths.tokens_dir(there))],
+            "requires": [model, answers],
+        },
+        "train": {
+            "unique": [str(run)],
+            "progress_file": f"{run}/metrics.jsonl",
+            "progress_keys": ["eval/simulated_length"],  # what a study prunes by
+            "checkpoints": f"{run}/step-*[0-9]",  # not .partial
+            "requires": [model, tokens],
+        },
+        "export": {  # loads the target in float32 to compare: 4 bytes per weight
+            **cores(4, 64),
+            "gpu": None,
+            "timeout": 14400,
+            "unique": [str(paths.export_dir(there))],
+            # Never uploaded: here the run's folder may hold no more than a log.
+            "requires": [model, tokens, {**needs(paths.run_dir, "train"), "local": None}],
+        },
+        "bench": {  # not resumed: an attempt has to be long enough
+            **cores(4, 64),
+            "gpu": one_gpu(gpu),
+            "timeout": 28800,
+            "hours": 4,
+            "unique": [f"{run}/bench-{here.bench.name}-{here.engine.name}"],
+            "requires": [model, prompts, needs(paths.export_dir, "export")],
+        },
+    }.get(stage, {})
+
+
+def cores(count: int, gib: int) -> dict[str, int]:
+    """Settings of a machine with so many cores and so much memory."""
+    return {"cpu": count, "memory": gib * 1024}
+
+
+def one_gpu(gpu: Any) -> Any:
+    """`H100:8` -> `H100`, each of a list; null stays null."""
+    if isinstance(gpu, Sequence) and not isinstance(gpu, str):
+        return [one_gpu(name) for name in gpu]
+    return gpu.partition(":")[0] if gpu else None
+
+
+def prefetched(path: str) -> str | None:
+    """What prefetch leaves below HF_HOME when a model is whole; None for a local folder."""
+    if not HUB_ID.fullmatch(path) or Path(path).exists():
+        return None
+    return "prefetched/models--" + path.replace("/", "--")
+
+
+def command(stage: str) -> str:
+    """The -m command of another stage with the options of this command line that matter to it."""
+    matters = MATTERS.get(stage)
+    options = []
+    for override in own_overrides():
+        option = re.split(r"[./@=]", override.lstrip("+~"))[0]
+        launcher = override.startswith("hydra/launcher=")
+        if launcher or (option != "hydra" and (matters is None or option in matters.split())):
+            options.append(shlex.quote(override))
+    return " ".join([f"python {stage}.py -m", *options])
+
+
+def own_overrides() -> list[str]:
+    """The options of this command line, without flags and without the launcher for here."""
+    return [
+        override
+        for override in sys.argv[1:]
+        if "=" in override and override[0] != "-" and override != "hydra/launcher=basic"
+    ]
