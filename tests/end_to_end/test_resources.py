@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from test_conf import CONF, ROOT, composed, run
 
 from modal_sweep.client.settings import job_settings
 from modal_sweep.config import JobSettings, ModalLauncherConf
-from specforge_exp.config import STAGES, Config, ResourcesConfig, check_job, resolvers
+from modal_sweep.errors import LaunchError
+from specforge_exp.config import STAGES, Config, check_job, machine, resolvers
 from specforge_exp.errors import InputError
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.regen import regen
@@ -56,8 +56,33 @@ def for_validation(*overrides: str) -> DictConfig:
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
-def test_fields_are_those_of_the_launcher() -> None:
-    assert asdict(ResourcesConfig()) == {**asdict(JobSettings()), "tasks": {}}
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("resources.hour=6", "resources.hour is not a setting of a job; valid: gpu, cpu"),
+        ("resources.tasks.train.gpus=2", "resources.gpus is not a setting of a job"),
+        ("resources.hours=soon", "resources.hours: Value 'soon'"),
+        ("resources.image.pakages=[x]", "resources.image.pakages is not a setting of an image"),
+        ("trainer.batch_size=3", "job 0 [trainer.batch_size=3]: trainer.batch_size=3"),
+    ],
+)
+def test_what_no_machine_has_is_refused(override: str, named: str) -> None:
+    cfg = job("train", override)
+    with open_dict(cfg):
+        cfg.hydra.job.num = 0
+    with pytest.raises(LaunchError) as caught:
+        job_settings(ModalLauncherConf(), cfg)
+    assert named in str(caught.value)
+
+
+def test_tasks_win_over_the_machine() -> None:
+    options = [
+        "resources.hours=6",
+        "resources.tasks.bench.gpu=A100",
+        "resources.tasks.bench.hours=1",
+    ]
+    assert [settings(stage, *options).hours for stage in ("train", "bench")] == [6, 1]
+    assert [settings(stage, *options).gpu for stage in ("train", "bench")] == ["H100:8", "A100"]
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -223,7 +248,7 @@ def test_remedies_are_whole_commands(
 ) -> None:
     more = ["hydra/launcher=modal", "hydra.launcher.dry_run=true"]
     monkeypatch.setattr(sys, "argv", ["train.py", *LINE, *more])
-    assert resolvers.command(stage) == f"python {stage}.py -m {said}"
+    assert machine.command(stage) == f"python {stage}.py -m {said}"
 
 
 def test_a_job_validates_without_hydras_node() -> None:
@@ -281,7 +306,7 @@ def test_smoke_sweeps_where_losses_differ() -> None:
 def test_resolvers_mean_the_machine_that_asks(tmp_path: Path) -> None:
     """As a container: another folder, the code by import, the resolver from the payload."""
     shutil.copytree(ROOT / "specforge_exp", tmp_path / "specforge_exp")
-    for name in ("repository", "folder_name", "gpu_count", "command"):
+    for name in ("repository", "folder_name", "gpu_count"):
         (tmp_path / name).write_bytes(cloudpickle.dumps(BaseContainer._resolvers[name]))
     code = (
         "import pickle, omegaconf\n"

@@ -1,0 +1,105 @@
+"""The eight scripts: one shape, quick answers, and what the command line adds to Hydra's own."""
+
+import ast
+import resource
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from specforge_exp.__main__ import STAGES
+
+TORCHLESS = """
+import runpy, sys
+sys.argv.pop(0)
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stop:
+    assert not stop.code, stop.code
+loaded = {"torch", "modal", "transformers", "wandb", "datasets", "optuna"} & set(sys.modules)
+assert not loaded, loaded
+"""
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+
+
+def cpu(*words: str) -> float:
+    """CPU seconds of a command that succeeds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run(*words).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def shape(stage: str) -> str:
+    """A script's code with its own name replaced."""
+    tree = ast.parse((REPOSITORY / f"{stage}.py").read_text())
+    assert ast.get_docstring(tree)
+    return ast.dump(ast.Module(tree.body[1:], [])).replace(f"stages.{stage}:{stage}", "stages.x:x")
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "bench"])
+def test_scripts_are_alike(stage: str) -> None:
+    assert shape(stage) == shape("train")
+
+
+@pytest.mark.parametrize("flag", [["--cfg", "job"], ["--help"]])
+@pytest.mark.parametrize("stage", ["train", "bench"])
+def test_scripts_answer_without_heavy_imports(stage: str, flag: list[str]) -> None:
+    done = run("-c", TORCHLESS, f"{stage}.py", *flag)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_shows_every_group_with_its_options() -> None:
+    done = run("train.py", "--help")
+    for line in (
+        "loss: baseline, full-opd, mixed, rkl-only",
+        "loss/extra: hard-ce, ",
+        "epochs: 10",
+    ):
+        assert f"\n{line}" in done.stdout
+    for folder in (REPOSITORY / "conf").iterdir():
+        if folder.is_dir() and folder.name not in ("hydra", "local"):
+            assert f"\n{folder.name}: " in done.stdout or f"\n{folder.name}/" in done.stdout
+
+
+@pytest.mark.timing
+def test_help_costs_about_what_a_configuration_costs() -> None:
+    """Hydra alone copies every option of every plugin once per group: four times as much."""
+    composed = min(cpu("train.py", "--cfg", "job") for _ in range(2))
+    assert min(cpu("train.py", "--help") for _ in range(2)) < 2 * composed
+
+
+def test_status_is_a_word_of_regen() -> None:
+    done = run("regen.py", "status", "model=tiny", "--cfg", "job", "--package", "regen")
+    assert "status: true" in done.stdout, done.stderr
+
+
+def test_an_unknown_key_is_answered_with_the_valid_ones() -> None:
+    done = run("-m", "specforge_exp", "train", "-m", "epoch=1")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: epoch is not an option (did you mean epochs?)")
+
+
+def test_specforge_lists_its_stages() -> None:
+    listed = run("-m", "specforge_exp").stdout.splitlines()
+    stages = [line.split()[0] for line in listed if line.startswith("  ")]
+    assert stages == list(STAGES)
+    assert run("-m", "specforge_exp", "--help").stdout.splitlines() == listed
+    assert run("-m", "specforge_exp", "--version").stdout.startswith("specforge 0.")
+    wrong = run("-m", "specforge_exp", "trian")
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert wrong.stderr == f"error: trian is not a stage; choose one of: {', '.join(STAGES)}\n"
+
+
+def test_specforge_is_the_script() -> None:
+    ours, theirs = (
+        run("-m", "specforge_exp", "prep", "--cfg", "all"),
+        run("prep.py", "--cfg", "all"),
+    )
+    assert ours.stdout == theirs.stdout and "name: prep" in ours.stdout
