@@ -21,7 +21,8 @@ from test_conf import CONF, ROOT, composed, run
 from modal_sweep.client.settings import job_settings
 from modal_sweep.config import JobSettings, ModalLauncherConf
 from modal_sweep.errors import LaunchError
-from specforge_exp.config import STAGES, Config, check_job, machine, resolvers
+from specforge_exp.config import STAGES, Config, check_job, resolvers
+from specforge_exp.config.machine import command
 from specforge_exp.errors import InputError
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.regen import regen
@@ -248,7 +249,7 @@ def test_remedies_are_whole_commands(
 ) -> None:
     more = ["hydra/launcher=modal", "hydra.launcher.dry_run=true"]
     monkeypatch.setattr(sys, "argv", ["train.py", *LINE, *more])
-    assert machine.command(stage) == f"python {stage}.py -m {said}"
+    assert command(stage) == f"python {stage}.py -m {said}"
 
 
 def test_a_job_validates_without_hydras_node() -> None:
