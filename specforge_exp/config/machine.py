@@ -44,7 +44,7 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
     }
     prompts, tokens = needs(paths.prompts_dir, "prep"), needs(paths.tokens_dir, "preprocess")
     answers = needs(paths.regen_dir, "regen") if here.preprocess.source == "regen" else prompts
-    return {
+    stages: dict[str, dict[str, Any]] = {
         "prefetch": {**cores(4, 16), "gpu": None},
         "prep": {**cores(2, 16), "gpu": None, "unique": [str(paths.prompts_dir(there))]},
         "regen": {  # with engine=modal it only waits for containers that have the GPUs
@@ -82,7 +82,8 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
             "unique": [f"{run}/bench-{here.bench.name}-{here.engine.name}"],
             "requires": [model, prompts, needs(paths.export_dir, "export")],
         },
-    }.get(stage, {})
+    }
+    return stages.get(stage, {})
 
 
 def cores(count: int, gib: int) -> dict[str, int]:

@@ -1,22 +1,29 @@
 """The six commands, as a user types them."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 from conftest import REPOSITORY
+from test_conf import composed
 
 STAGES = ["prep", "regen", "preprocess", "train", "export", "bench"]
 
 
+def options(folder: Path) -> list[str]:
+    """A small run with everything in a folder."""
+    roots = [f"paths.{name}={folder / name}" for name in ("datasets", "checkpoints")]
+    return ["experiment=smoke", "model=tiny", *roots]
+
+
 def run(stage: str, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     command = [
-        sys.executable, str(REPOSITORY / f"{stage}.py"), "experiment=smoke", "model=tiny",
-        f"paths.datasets={folder / 'datasets'}", f"paths.checkpoints={folder / 'checkpoints'}",
-        *overrides,
+        sys.executable, str(REPOSITORY / f"{stage}.py"), *options(folder), *overrides
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
@@ -25,8 +32,8 @@ def run(stage: str, folder: Path, *overrides: str) -> subprocess.CompletedProces
 
 
 @pytest.mark.slow
-def test_six_commands(tmp_path: Path) -> None:
-    """Out of order: the missing input is named. In order: a table. Again: reused."""
+def test_six_commands(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Out of order: the missing input is named. In order: a table. Again, here: reused."""
     early = run("bench", tmp_path)
     assert early.returncode == 1
     assert "python export.py" in early.stderr
@@ -42,10 +49,11 @@ def test_six_commands(tmp_path: Path) -> None:
     assert result["datasets"]["held-out"]["lossless"] is True
     records = tmp_path / "checkpoints" / "smoke_tiny_full-opd" / ".hydra"
     assert {folder.name for folder in records.iterdir()} == set(STAGES)
+    caplog.set_level(logging.INFO)
     for stage in STAGES:
-        again = run(stage, tmp_path)
-        assert again.returncode == 0, again.stderr
-        assert "complete, reused" in again.stdout + again.stderr
+        caplog.clear()
+        resolve_name(f"specforge_exp.stages.{stage}:{stage}")(composed(*options(tmp_path)))
+        assert "complete, reused" in caplog.text
     changed = run("train", tmp_path, "lr=5e-4")
     assert changed.returncode == 1
     assert "lr was 0.001, now 0.0005" in changed.stderr
