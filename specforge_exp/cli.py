@@ -31,7 +31,7 @@ def command(task: Task) -> Callable[[], None]:
         if words[:1] == ["status"]:
             words[0] = "regen.status=true"
         parser = get_args_parser()
-        arguments = parser.parse_args(words)
+        arguments = parser.parse_intermixed_args(words)  # flags may stand anywhere
         if problem := unknown_key(arguments.overrides, Config):
             sys.exit(f"error: {problem}")
         if arguments.help:  # Hydra copies the store for every group; there is one per process

@@ -70,7 +70,7 @@ def test_two_steps_of_the_tiny_target(binaries: Path, tmp_path: Path) -> None:
     mine.parent.mkdir(parents=True)
     mine.write_text("defaults: [tiny]\nname: mine\n")
     for stage in ("prep", "preprocess", "train"):
-        run(tmp_path, f"{binaries}/specforge", stage, *SMALL, "--config-dir", "mine", "model=mine")
+        run(tmp_path, f"{binaries}/specforge", stage, "--config-dir", "mine", *SMALL, "model=mine")
     [record] = (tmp_path / "artifacts" / "checkpoints").glob("*/run.json")
     assert (tmp_path / "artifacts" / "datasets" / "quickstart--mine.tokens").is_dir()
     assert list(record.parent.glob("step-*"))
