@@ -50,13 +50,12 @@ def environment(side: str, folder: Path) -> Path:
 
 
 def link(venv: Path) -> None:
-    """Our plugin as it is in this checkout, where an installation would put it."""
+    """Our packages as they are in this checkout, where an installation would put them."""
     [packages] = venv.glob("lib/python*/site-packages")
-    plugins = packages / "hydra_plugins"
-    plugins.mkdir(exist_ok=True)
-    target = plugins / "modal_launcher"
-    if not target.is_symlink():
-        target.symlink_to(ROOT / "hydra_plugins" / "modal_launcher")
+    (packages / "hydra_plugins").mkdir(exist_ok=True)
+    for name in ("hydra_plugins/modal_launcher", "modal_sweep"):
+        if not (packages / name).is_symlink():
+            (packages / name).symlink_to(ROOT / name)
 
 
 def start_control_plane(
