@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from modal_sweep import commands as _commands
+from modal_sweep import commands
 from modal_sweep.client import messages
 from modal_sweep.errors import LaunchError
 
@@ -26,12 +26,12 @@ def main() -> None:
 def parser() -> argparse.ArgumentParser:
     """Every command with its options."""
     top = argparse.ArgumentParser(prog="modal-sweep", description="Sweeps of hydra/launcher=modal.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(
         name: str, run: Callable[[argparse.Namespace], int], text: str
     ) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
+        command = subparsers.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
         return command
 
@@ -42,24 +42,21 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("sweep", type=Path, help="the sweep directory")
         return command
 
-    found = add("list", _commands.list_sweeps, "sweeps below a folder")
-    found.add_argument("folder", type=Path, nargs="?", default=Path())
-    add_sweep("status", _commands.status, "one look at every job")
-    add_sweep("attach", _commands.attach, "wait for the jobs and bring their results")
-    logs = add_sweep("logs", _commands.logs, "what a job has printed")
+    listing = add("list", commands.list_sweeps, "sweeps below a folder")
+    listing.add_argument("folder", type=Path, nargs="?", default=Path())
+    add_sweep("status", commands.status, "one look at every job")
+    add_sweep("attach", commands.attach, "wait for the jobs and bring their results")
+    logs = add_sweep("logs", commands.logs, "what a job has printed")
     logs.add_argument("job", type=int, nargs="?", default=0, help="its number")
-    pull = add_sweep("pull", _commands.pull, "bring outputs again, resumable")
+    pull = add_sweep("pull", commands.pull, "bring outputs again, resumable")
     pull.add_argument("--checkpoints", action="store_true", help="also what `unique` names")
     pull.add_argument("--to", type=Path, default=None, help="folder for --checkpoints")
-    push = add("push", _commands.push, "upload a file or folder to a Volume")
-    push.add_argument("local", type=Path)
-    push.add_argument("remote", help="<volume>:<path>")
-    cancel = add_sweep("cancel", _commands.cancel, "end jobs; what they saved stays")
+    cancel = add_sweep("cancel", commands.cancel, "end jobs; what they saved stays")
     cancel.add_argument("job", type=int, nargs="*", help="numbers; none: all")
-    rerun = add_sweep("rerun", _commands.rerun, "run jobs again, with the same code")
+    rerun = add_sweep("rerun", commands.rerun, "run jobs again, with the same code")
     rerun.add_argument("job", type=int, nargs="*", help="numbers")
     rerun.add_argument("--failed", action="store_true", help="all that did not complete")
-    clean = add_sweep("clean", _commands.clean, "delete a sweep's files on Modal, not those here")
+    clean = add_sweep("clean", commands.clean, "delete a sweep's files on Modal, not those here")
     clean.add_argument("--yes", action="store_true", help="do not ask")
     setup = add("setup", set_up, "make the Volumes a script needs, name missing secrets")
     setup.add_argument("script", nargs="?", default="train.py")
@@ -71,6 +68,6 @@ def set_up(arguments: argparse.Namespace) -> int:
     """Compose the script's configuration in a process of its own, as a launch would."""
     if not Path(arguments.script).is_file():
         raise LaunchError(f"{arguments.script} does not exist; usage: setup <script> [overrides]")
-    wanted = ["-m", "hydra/launcher=modal", "hydra.launcher.setup=true"]
-    command = [sys.executable, arguments.script, *wanted, *arguments.overrides]
+    options = ["-m", "hydra/launcher=modal", "hydra.launcher.setup=true"]
+    command = [sys.executable, arguments.script, *options, *arguments.overrides]
     return subprocess.run(command, check=False).returncode

@@ -5,31 +5,32 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from modal_sweep.client import calls, collect, messages, spawn
-from modal_sweep.client import table as _table
-from modal_sweep.client import watch as _watch
-from modal_sweep.client.deploy import Functions, volume
-from modal_sweep.container.cloud import status_dict
+from modal_sweep.client.deploy import Functions
+from modal_sweep.client.table import Table, rich_table, row
+from modal_sweep.client.volumes import volume
+from modal_sweep.client.watch import Watch
 from modal_sweep.errors import LaunchError
 from modal_sweep.protocol.journal import FOLDER, JobRecord, Journal, open_journal
+from modal_sweep.protocol.names import status_dict
+from modal_sweep.protocol.records import write_whole
 
 
 def list_sweeps(arguments: argparse.Namespace) -> int:
     """Print every sweep below a folder, from what is on the disk."""
-    found = sorted(arguments.folder.rglob(f"{FOLDER}/jobs.jsonl"))
-    for path in found:
+    paths = sorted(arguments.folder.rglob(f"{FOLDER}/jobs.jsonl"))
+    for path in paths:
         journal = Journal(path.parent.parent)
-        states = [state(record) for record in journal.ordered()]
-        counts = ", ".join(f"{states.count(one)} {one}" for one in sorted(set(states)))
+        states = [state_of(record) for record in journal.ordered()]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
         print(f"{journal.sweep_dir}  {len(states)} jobs: {counts}")
-    if not found:
+    if not paths:
         print(f"no sweeps below {arguments.folder}")
     return 0
 
 
-def state(record: JobRecord) -> str:
+def state_of(record: JobRecord) -> str:
     """What the journal says of a job."""
     if record.end is not None:
         return str(record.end["status"])
@@ -40,13 +41,13 @@ def status(arguments: argparse.Namespace) -> int:
     """One look, without waiting; results that are ready are brought."""
     journal = open_journal(arguments.sweep)
     records = journal.ordered()
-    watch = _watch.Watch(journal, _table.Table(), Functions(), poll=1.0)
+    watch = Watch(journal, Table(), Functions(), poll=1.0)
     for record in records:
         if record.call is not None and record.end is None:
             watch.settle(record, seconds=0.0)
-    said = calls.Statuses(journal.sweep["dict"]).read()
-    rows = [_table.row(record, said.get(record.key, {}), None, {}) for record in records]
-    messages.console_print(_table.rich_table(rows))
+    statuses = calls.Statuses(journal.sweep["dict"]).read()
+    rows = [row(record, statuses.get(record.key, {}), None, {}) for record in records]
+    messages.console_print(rich_table(rows))
     return exit_code(records)
 
 
@@ -64,15 +65,15 @@ def attach(arguments: argparse.Namespace) -> int:
         for record in records:
             if record.call is None:
                 spawn.restage(journal, record)
-                spawn.spawn(journal, record, functions, 0)
+                spawn.spawn_next(journal, record, functions)
     return finish(journal, records, functions)
 
 
 def finish(journal: Journal, records: Sequence[JobRecord], functions: Functions) -> int:
     """Wait with a table, then say how the sweep ended."""
     try:
-        with _table.Table() as table:
-            _watch.Watch(journal, table, functions, poll=1.0).wait(records)
+        with Table() as table:
+            Watch(journal, table, functions, poll=1.0).collect(records)
     except KeyboardInterrupt:
         messages.detached(journal)
         return 130
@@ -85,12 +86,12 @@ def finish(journal: Journal, records: Sequence[JobRecord], functions: Functions)
 
 def by_number(journal: Journal, numbers: Sequence[int]) -> list[JobRecord]:
     """The newest job of each number; raises LaunchError for a number that there is not."""
-    known = {record.number: record for record in journal.ordered()}
+    records = {record.number: record for record in journal.ordered()}
     for number in numbers:
-        if number not in known:
-            listed = ", ".join(str(one) for one in sorted(known))
+        if number not in records:
+            listed = ", ".join(map(str, sorted(records)))
             raise LaunchError(f"{journal.sweep_dir} has no job {number}; it has: {listed}")
-    return [known[number] for number in numbers]
+    return [records[number] for number in numbers]
 
 
 def logs(arguments: argparse.Namespace) -> int:
@@ -115,31 +116,30 @@ def pull(arguments: argparse.Namespace) -> int:
     journal = open_journal(arguments.sweep)
     fetched = 0
     for record in journal.ordered():
-        with Progress(f"job {record.number}") as progress:
-            try:
-                fetched += collect.pull(journal, record, progress.add)
-            except FileNotFoundError:
-                messages.say(f"job {record.number}: nothing was saved yet")
-                continue
-            if arguments.checkpoints:
-                target = arguments.to or collect.job_folder(journal, record) / "checkpoints"
-                fetched += pull_places(record, target, progress)
+        try:
+            fetched += collect.pull(journal, record)
+        except FileNotFoundError:
+            messages.say(f"job {record.number}: nothing was saved yet")
+            continue
+        if arguments.checkpoints:
+            target = arguments.to or collect.job_folder(journal, record) / "checkpoints"
+            fetched += pull_places(record, target)
     print(f"{fetched} files fetched into {journal.sweep_dir}")
     return 0
 
 
-def pull_places(record: JobRecord, target: Path, progress: "Progress") -> int:
+def pull_places(record: JobRecord, target: Path) -> int:
     """Bring what a job wrote to mounted Volumes; number of files fetched."""
     fetched = 0
     for place in record.plan["unique"]:
         for mount, name in record.plan["options"]["volumes"].items():
             if place == mount or place.startswith(mount.rstrip("/") + "/"):
                 path = place[len(mount.rstrip("/")) :].strip("/")
-                fetched += pull_folder(name, path, target / path, progress)
+                fetched += pull_folder(name, path, target / path)
     return fetched
 
 
-def pull_folder(name: str, path: str, target: Path, progress: "Progress") -> int:
+def pull_folder(name: str, path: str, target: Path) -> int:
     """Copy a folder of a Volume; files of the same size and a newer date here are kept."""
     source = volume(name)
     fetched = 0
@@ -149,60 +149,10 @@ def pull_folder(name: str, path: str, target: Path, progress: "Progress") -> int
         here = target / Path(entry.path).relative_to(path)
         same = here.is_file() and here.stat().st_size == entry.size
         if not (same and here.stat().st_mtime >= entry.mtime):
-            here.parent.mkdir(parents=True, exist_ok=True)
-            partial = here.with_name(here.name + ".partial")
-            with partial.open("wb") as file:
-                for chunk in source.read_file(entry.path):
-                    file.write(chunk)
-                    progress.add(len(chunk))
-            partial.replace(here)
+            messages.say(f"{name}:{entry.path} ({entry.size / 1e6:.1f} MB)")
+            write_whole(here, source.read_file(entry.path))
             fetched += 1
     return fetched
-
-
-class Progress:
-    """Bytes on standard error while files come, where there is a terminal."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self.bar: Any = None
-        self.task: Any = None
-
-    def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import DownloadColumn, TextColumn, TransferSpeedColumn
-            from rich.progress import Progress as Bar
-
-            columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
-            self.bar = Bar(*columns, console=Console(stderr=True))
-            self.bar.__enter__()
-            self.task = self.bar.add_task(self.label, total=None)
-        return self
-
-    def __exit__(self, *failure: Any) -> None:
-        if self.bar is not None:
-            self.bar.__exit__(*failure)
-
-    def add(self, size: int) -> None:
-        """Some more bytes are here."""
-        if self.bar is not None:
-            self.bar.advance(self.task, size)
-
-
-def push(arguments: argparse.Namespace) -> int:
-    """Upload; blocks that are there already are not sent again."""
-    from modal_sweep.client.preflight import upload
-
-    name, colon, path = arguments.remote.partition(":")
-    if not colon or not name:
-        raise LaunchError(f"{arguments.remote} must be <volume>:<path>")
-    if not arguments.local.exists():
-        raise LaunchError(f"{arguments.local} does not exist")
-    target = path or arguments.local.name
-    upload(volume(name), arguments.local, target)
-    print(f"{arguments.local} is at {name}:{target}")
-    return 0
 
 
 def cancel(arguments: argparse.Namespace) -> int:
@@ -233,7 +183,7 @@ def rerun(arguments: argparse.Namespace) -> int:
                 )
         for record in records:
             spawn.restage(journal, record)
-            spawn.spawn(journal, record, functions, record.generation + (record.call is not None))
+            spawn.spawn_next(journal, record, functions)
     return finish(journal, records, functions)
 
 

@@ -35,9 +35,9 @@ class ModalLauncher(Launcher):
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
-        self.config: DictConfig | None = None
-        self.task_function: TaskFunction | None = None
-        self.hydra_context: HydraContext | None = None
+        self.config: DictConfig
+        self.task_function: TaskFunction
+        self.hydra_context: HydraContext
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -58,7 +58,9 @@ class ModalLauncher(Launcher):
         """
         from modal_sweep.client.launch import launch
 
-        return launch(self, job_overrides, initial_job_idx)
+        return launch(
+            self.config, self.hydra_context, self.task_function, job_overrides, initial_job_idx
+        )
 
     def session(self, total: int = 1) -> "Session":
         """Keep jobs in flight, for a sweeper that chooses the next ones by how others end.
@@ -68,4 +70,4 @@ class ModalLauncher(Launcher):
         """
         from modal_sweep.client.session import Session
 
-        return Session(self, total)
+        return Session(self.config, self.hydra_context, self.task_function, total)

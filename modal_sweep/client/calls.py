@@ -2,18 +2,11 @@
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from modal_sweep.container.cloud import status_dict
-from modal_sweep.errors import ResultGone
+from modal_sweep.errors import CallError, Cancelled, Died, Raised, ResultGone, Unreachable
 from modal_sweep.protocol import result
-
-if TYPE_CHECKING:
-    import modal
-
-
-class Unreachable(Exception):
-    """Modal does not answer at the moment."""
+from modal_sweep.protocol.names import status_dict
 
 
 @dataclass
@@ -25,6 +18,30 @@ class Ended:
     """It came from the call itself, not from a Volume."""
 
 
+def call_error(error: BaseException) -> CallError | Unreachable | None:
+    """What an exception of `FunctionCall.get` says of the call; None: that it runs.
+
+    Raises:
+        AuthError, KeyboardInterrupt, SystemExit: what was given, when it says nothing of the call.
+    """
+    from modal import exception
+
+    if isinstance(error, exception.AuthError | KeyboardInterrupt | SystemExit):
+        raise error
+    if isinstance(error, exception.OutputExpiredError | exception.NotFoundError):
+        return ResultGone(error)
+    if isinstance(error, exception.FunctionTimeoutError | exception.InternalFailure):
+        return Died(error)
+    away = exception.ConnectionError | exception.ServiceError | exception.InternalError
+    if isinstance(error, away):
+        return Unreachable(str(error))
+    if isinstance(error, exception.RemoteError | exception.InputCancellation):
+        return Cancelled(error)
+    if isinstance(error, TimeoutError):
+        return None
+    return Unreachable(str(error)) if isinstance(error, OSError) else Raised(error)
+
+
 def look(call: str, seconds: float = 0.0) -> Ended | None:
     """A call's result, or None while it runs.
 
@@ -33,46 +50,23 @@ def look(call: str, seconds: float = 0.0) -> Ended | None:
         Unreachable: Modal does not answer.
     """
     import modal
-    from modal import exception
 
     try:
         packed = modal.FunctionCall.from_id(call).get(timeout=seconds)
-    except (exception.OutputExpiredError, exception.NotFoundError) as error:
-        raise ResultGone(str(error)) from None
-    except (exception.FunctionTimeoutError, exception.InternalFailure) as error:
-        return failed(type(error).__name__, str(error))
-    except (exception.ConnectionError, exception.ServiceError, exception.InternalError) as error:
-        raise Unreachable(str(error)) from None
-    except exception.RemoteError as error:
-        return failed("Cancelled", str(error) or "cancelled", status="cancelled")
-    except exception.AuthError:
-        raise
-    except TimeoutError:
-        return None
-    except OSError as error:
-        raise Unreachable(str(error)) from None
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        if isinstance(error, exception.InputCancellation):
-            return failed("Cancelled", "cancelled", status="cancelled")
-        return failed(type(error).__name__, str(error))
-    return Ended(result.unpack(packed), trusted=True)
+        problem = call_error(error)
+    else:
+        return Ended(result.unpack(packed), trusted=True)
+    if isinstance(problem, ResultGone | Unreachable):
+        raise problem
+    if isinstance(problem, Cancelled):
+        return failed("Cancelled", str(problem) or "cancelled", status="cancelled")
+    return None if problem is None else failed(type(problem.error).__name__, str(problem))
 
 
 def failed(kind: str, message: str, status: str = "failed") -> Ended:
     """An end that Modal reports, not the job."""
     return Ended({"status": status, "error": {"type": kind, "message": message}}, trusted=True)
-
-
-def read_if_there(volume: "modal.Volume", path: str) -> bytes | None:
-    """A file of a Volume, or None."""
-    from modal import exception
-
-    try:
-        return b"".join(volume.read_file(path))
-    except (FileNotFoundError, exception.NotFoundError):
-        return None
 
 
 class Statuses:
@@ -82,13 +76,14 @@ class Statuses:
         import modal
 
         self.dict = modal.Dict.from_name(status_dict(name), create_if_missing=True)
-        self.known: dict[str, dict[str, Any]] = {}
+        self.latest: dict[str, dict[str, Any]] = {}
+        """By key of a running job."""
         self.gone: set[str] = set()
         """Keys of jobs that ran at the last look and do not any more."""
         self.next = 0.0
 
     def read(self, every: float = 0.0) -> dict[str, dict[str, Any]]:
-        """By key of a running job; the last known ones while Modal does not answer.
+        """By key of a running job; the latest ones while Modal does not answer.
 
         Args:
             every: seconds; an earlier answer that is not older is given again.
@@ -97,12 +92,12 @@ class Statuses:
 
         now = time.monotonic()
         if now < self.next:
-            return self.known
+            return self.latest
         self.next = now + every
         try:
-            found = dict(self.dict.items())
+            statuses = dict(self.dict.items())
         except (exception.Error, OSError):
-            return self.known
-        self.gone |= self.known.keys() - found.keys()
-        self.known = found
-        return self.known
+            return self.latest
+        self.gone |= self.latest.keys() - statuses.keys()
+        self.latest = statuses
+        return self.latest

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modal_sweep.client import deploy
-from modal_sweep.client.calls import Ended, read_if_there
+from modal_sweep.client.calls import Ended
+from modal_sweep.client.volumes import read_if_there, volume
 from modal_sweep.protocol import outputs, result
 from modal_sweep.protocol.journal import JobRecord, Journal
+from modal_sweep.protocol.records import write_whole
 
 if TYPE_CHECKING:
     import modal
@@ -26,7 +27,7 @@ def job_folder(journal: Journal, record: JobRecord) -> Path:
 
 def saved_at(journal: Journal, record: JobRecord) -> tuple["modal.Volume", str]:
     """The Volume and the folder where a job's container saves."""
-    return deploy.volume(journal.sweep["volume"]), f"{journal.sweep['id']}/{record.key}"
+    return volume(journal.sweep["volume"]), f"{journal.sweep['id']}/{record.key}"
 
 
 def collect(journal: Journal, record: JobRecord, ended: Ended) -> None:
@@ -36,76 +37,67 @@ def collect(journal: Journal, record: JobRecord, ended: Ended) -> None:
         OSError: when a file could not be brought; nothing is noted, so it is tried again.
     """
     envelope = ended.envelope
-    volume, base = saved_at(journal, record)
+    source, base = saved_at(journal, record)
     folder = output_dir(journal, record)
     if "files" in envelope:
         unpack_files(envelope, folder)
     elif "manifest" in envelope:
         manifest = envelope["manifest"]
         if manifest is None:  # too long for the result
-            manifest = read_manifest(volume, base)
-        outputs.pull(manifest, folder, reader(volume, f"{base}/outputs"))
+            manifest = read_manifest(source, base)
+        outputs.pull(manifest, folder, reader(source, f"{base}/outputs"))
         content = json.dumps(manifest, indent=1).encode()
-        outputs.write(job_folder(journal, record), "manifest.json", [content])
+        write_whole(job_folder(journal, record) / "manifest.json", [content])
     if envelope.get("cwd_files"):
         cwd = Path(record.plan["ref"]["cwd"])
-        outputs.pull(envelope["cwd_files"], cwd, reader(volume, f"{base}/cwd"))
-    journal.write(
-        [
-            {
-                "event": "end",
-                "identity": record.identity,
-                "generation": record.generation,
-                "call": record.call,
-                "status": envelope["status"],
-                "value": shown_value(envelope),
-                "error": envelope.get("error"),
-                "tail": envelope.get("tail"),
-                "seconds": envelope.get("seconds"),
-                "attempt": envelope.get("attempt"),
-                "task_name": envelope.get("task_name"),
-                "working_dir": envelope.get("working_dir"),
-            }
-        ]
-    )
+        outputs.pull(envelope["cwd_files"], cwd, reader(source, f"{base}/cwd"))
+    event = {
+        "event": "end",
+        "identity": record.identity,
+        "generation": record.generation,
+        "call": record.call,
+        "status": envelope["status"],
+        "value": shown_value(envelope),
+    }
+    names = ("error", "tail", "seconds", "attempt", "task_name", "working_dir")
+    journal.write([{**event, **{name: envelope.get(name) for name in names}}])
 
 
 def shown_value(envelope: dict[str, Any]) -> Any:
     """The return value as the journal keeps it: JSON only, and small."""
-    held = envelope.get("value") or {}
-    if "json" in held and len(json.dumps(held["json"])) < 4096:
-        return held
-    return {"other": True} if held else None
+    packed = envelope.get("value") or {}
+    if "json" in packed and len(json.dumps(packed["json"])) < 4096:
+        return packed
+    return {"other": True} if packed else None
 
 
 def unpack_files(envelope: dict[str, Any], folder: Path) -> int:
     """Write the outputs that came inside a result; number of files."""
-    for name, held in envelope["files"].items():
-        outputs.write(folder, name, [result.to_bytes(held)])
+    for name, text in envelope["files"].items():
+        path = outputs.safe_target(folder, name)
+        write_whole(path, [result.to_bytes(text)], durable=False)
     return len(envelope["files"])
 
 
-def pull(
-    journal: Journal, record: JobRecord, progress: Callable[[int], None] = lambda size: None
-) -> int:
+def pull(journal: Journal, record: JobRecord) -> int:
     """Bring what a job has saved and what is not here yet; number of files fetched.
 
     Raises:
         FileNotFoundError: nothing was saved yet.
     """
-    volume, base = saved_at(journal, record)
+    source, base = saved_at(journal, record)
     folder = output_dir(journal, record)
-    packed = read_if_there(volume, f"{base}/result.bin")
+    packed = read_if_there(source, f"{base}/result.bin")
     envelope = result.unpack(packed) if packed is not None else {}
     if "files" in envelope:
         return unpack_files(envelope, folder)
-    manifest = read_manifest(volume, base)
-    return outputs.pull(manifest, folder, reader(volume, f"{base}/outputs"), progress)
+    manifest = read_manifest(source, base)
+    return outputs.pull(manifest, folder, reader(source, f"{base}/outputs"))
 
 
-def read_manifest(volume: "modal.Volume", base: str) -> dict[str, Any]:
+def read_manifest(source: "modal.Volume", base: str) -> dict[str, Any]:
     """The manifest of a job's outputs; raises FileNotFoundError when nothing was saved."""
-    raw = read_if_there(volume, f"{base}/manifest.json")
+    raw = read_if_there(source, f"{base}/manifest.json")
     if raw is None:
         raise FileNotFoundError(f"{base} has no manifest")
     manifest = json.loads(raw)
@@ -115,14 +107,14 @@ def read_manifest(volume: "modal.Volume", base: str) -> dict[str, Any]:
 
 def log_text(journal: Journal, record: JobRecord) -> str | None:
     """What a job has printed, as it was saved; None when it was not."""
-    volume, base = saved_at(journal, record)
-    saved = read_if_there(volume, f"{base}/log.txt")
-    if saved is None and (packed := read_if_there(volume, f"{base}/result.bin")) is not None:
-        held = result.unpack(packed).get("log")
-        saved = result.to_bytes(held) if held else None
+    source, base = saved_at(journal, record)
+    saved = read_if_there(source, f"{base}/log.txt")
+    if saved is None and (packed := read_if_there(source, f"{base}/result.bin")) is not None:
+        text = result.unpack(packed).get("log")
+        saved = result.to_bytes(text) if text else None
     return None if saved is None else saved.decode(errors="replace")
 
 
-def reader(volume: "modal.Volume", base: str) -> Callable[[str], Iterable[bytes]]:
+def reader(source: "modal.Volume", base: str) -> Callable[[str], Iterable[bytes]]:
     """Reads files below a folder of a Volume."""
-    return lambda name: volume.read_file(f"{base}/{name}")
+    return lambda name: source.read_file(f"{base}/{name}")

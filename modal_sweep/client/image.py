@@ -2,28 +2,16 @@
 
 import hashlib
 import json
-import sys
 import tomllib
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modal_sweep.config import ImageSettings
 from modal_sweep.errors import LaunchError
+from modal_sweep.protocol.names import PYTHON, versions
 
 if TYPE_CHECKING:
     import modal
-
-# What unpickles the configuration must be what pickled it.
-PINNED = ("hydra-core", "omegaconf", "cloudpickle")
-PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-
-
-@cache
-def versions() -> dict[str, str]:
-    """What launcher and worker must agree on."""
-    return {"python": PYTHON, **{name: version(name) for name in PINNED}}
 
 
 def image_spec(settings: ImageSettings, root: Path | None) -> dict[str, Any]:

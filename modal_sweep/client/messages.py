@@ -6,11 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modal_sweep.client import cost, preflight, settings
+from modal_sweep.client import cost, preflight
 from modal_sweep.client.plan import Job
+from modal_sweep.client.settings import gpu_list, volume_name
+from modal_sweep.client.volumes import volume
 from modal_sweep.config import ModalLauncherConf
 from modal_sweep.errors import LaunchError
 from modal_sweep.protocol.journal import JobRecord, Journal
+from modal_sweep.protocol.records import first_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,11 +49,6 @@ def modal_errors() -> Iterator[None]:
         raise LaunchError(f"Modal refuses: {first_line(error)}") from None
 
 
-def first_line(error: BaseException) -> str:
-    """The start of an error's text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def say(text: str) -> None:
     """One line or more on standard error, where the table is too."""
     print(text, file=sys.stderr, flush=True)
@@ -58,8 +56,6 @@ def say(text: str) -> None:
 
 def rehearse(jobs: Sequence[Job], conf: ModalLauncherConf, sweep_dir: Path) -> None:
     """Print what would run and what it needs; spawn nothing. With setup, make the Volumes."""
-    from modal_sweep.client.prepare import volume_name
-
     console_print(job_table(jobs, conf))
     expected, most = preflight.totals(jobs, conf)
     say(
@@ -70,12 +66,12 @@ def rehearse(jobs: Sequence[Job], conf: ModalLauncherConf, sweep_dir: Path) -> N
         packages = " ".join(job.image["packages"])
         say(f"image {job.image['base']}, Python {job.image['python']}: {packages}")
         say(f"ships {len(job.code.files)} files, code {job.code.digest[:12]}")
-    volumes = preflight.wanted_volumes(jobs, volume_name(conf))
-    wanted = preflight.wanted_secrets(jobs)
-    say(f"Volumes {', '.join(volumes)}; secrets {', '.join(sorted(wanted)) or 'none'}")
+    volumes = preflight.volume_names(jobs, volume_name(conf))
+    secrets = preflight.required_secrets(jobs)
+    say(f"Volumes {', '.join(volumes)}; secrets {', '.join(sorted(secrets)) or 'none'}")
     if conf.setup:
         with modal_errors():
-            set_up(volumes, wanted)
+            set_up(volumes, secrets)
         return
     for problem in problems(jobs, conf):
         say(f"a launch would be refused: {problem}")
@@ -86,10 +82,10 @@ def problems(jobs: Sequence[Job], conf: ModalLauncherConf) -> list[str]:
     """What would keep these jobs from being spawned now; says what would be uploaded."""
 
     def uploads() -> None:
-        for line in preflight.check_requires(jobs, push=False):
+        for line in preflight.check_requires(jobs, send=False):
             say(f"would upload {line}")
 
-    found = []
+    refusals = []
     for check in (
         lambda: preflight.check_secrets(jobs),
         uploads,
@@ -99,20 +95,18 @@ def problems(jobs: Sequence[Job], conf: ModalLauncherConf) -> list[str]:
             with modal_errors():
                 check()
         except LaunchError as error:
-            found.append(str(error))
+            refusals.append(str(error))
             if str(error).startswith(NO_TOKEN):
                 break
-    return found
+    return refusals
 
 
-def set_up(volumes: Sequence[str], wanted: dict[str, set[str]]) -> None:
+def set_up(volumes: Sequence[str], secrets: dict[str, set[str]]) -> None:
     """Make the Volumes; name the secrets that only the user can make."""
-    from modal_sweep.client import deploy
-
     for name in volumes:
-        deploy.volume(name).hydrate()
+        volume(name).hydrate()
         say(f"Volume {name}: there")
-    commands = preflight.missing_secrets(wanted)
+    commands = preflight.missing_secrets(secrets)
     for command in commands:
         say(f"missing: {command}")
     if commands:
@@ -132,7 +126,7 @@ def job_table(jobs: Sequence[Job], conf: ModalLauncherConf) -> "Table":
         table.add_row(
             str(job.number),
             " ".join(job.overrides) or "-",
-            " or ".join(settings.gpu_list(job.settings.gpu)) or "none",
+            " or ".join(gpu_list(job.settings.gpu)) or "none",
             f"{job.settings.timeout / 3600:.1f} h",
             "?" if job.settings.hours is None else f"{job.settings.hours:g}",
             "?" if expected is None else f"{expected:.2f}",

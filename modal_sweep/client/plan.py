@@ -1,4 +1,4 @@
-"""From composed configurations to jobs: payload, identity, function and options."""
+"""Plan: from overrides to composed jobs with payload, identity, function and options."""
 
 import base64
 import copy
@@ -6,21 +6,43 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import filter_overrides
-from hydra.types import HydraContext
+from hydra.core.utils import configure_log, filter_overrides, setup_globals
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from modal_sweep.client import code as _code
-from modal_sweep.client import image as _image
-from modal_sweep.client import settings as _settings
+from modal_sweep.client.code import Shipment, project_root, shipment
+from modal_sweep.client.image import digest, image_spec
+from modal_sweep.client.settings import gpu_list, job_settings, launcher_conf, single_use
 from modal_sweep.config import JobSettings, ModalLauncherConf
-from modal_sweep.protocol import delta
+from modal_sweep.errors import LaunchError
+from modal_sweep.protocol.names import versions
+from modal_sweep.protocol.payload import pack_config
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a container is made of."""
+
+    image: dict[str, Any]
+    code: Shipment
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What Hydra hands over, with the options read and the sweep's folder made."""
+
+    config: DictConfig
+    context: HydraContext
+    task: TaskFunction
+    conf: ModalLauncherConf
+    folder: Path
+    builds: dict[str, Build] = field(default_factory=dict)
+    """By the settings of the image. What was built stays as it was, also when files are edited."""
 
 
 @dataclass
@@ -33,77 +55,85 @@ class Job:
     settings: JobSettings
     output_dir: str
     image: dict[str, Any]
-    code: _code.Shipment
+    code: Shipment
     identity: str = ""
 
     @property
     def function(self) -> dict[str, Any]:
         """What needs a deployed function of its own: the rest is set per call."""
-        gpus = _settings.gpu_list(self.settings.gpu)
+        gpus = gpu_list(self.settings.gpu)
         return {
             "image": self.image,
             "code": self.code.digest,
             "gpu": gpus if len(gpus) > 1 else None,
-            "single_use": _settings.single_use(self.settings),
+            "single_use": single_use(self.settings),
             "startup_timeout": self.settings.startup_timeout,
         }
 
 
-def compose(
-    master: DictConfig, context: HydraContext, job_overrides: Sequence[Sequence[str]], first: int
-) -> list[DictConfig]:
-    """The configuration of every job, as Hydra's own launchers compose it."""
-    configs = []
-    for number, overrides in enumerate(job_overrides, first):
-        config = context.config_loader.load_sweep_config(master, list(overrides))
-        with open_dict(config):
-            config.hydra.job.id = f"job_id_for_{number}"
-            config.hydra.job.num = number
-            # Typed by a class of the sweeper's plugin, which a container need not have.
-            config.hydra.sweeper = OmegaConf.to_container(config.hydra.sweeper)
-        configs.append(config)
-    return configs
-
-
-Packed = tuple[dict[str, Any], _code.Shipment]
 # What a container does not depend on, and `function`'s.
 OWN = {
     "hours", "requires", "unique", "progress_file", "progress_keys", "checkpoints", "single_use",
 }  # fmt: skip
 
 
-def describe(
-    configs: list[DictConfig],
-    conf: ModalLauncherConf,
-    root: Path | None,
-    sweep_dir: Path,
-    known: dict[str, Packed],
-) -> list[Job]:
-    """Settings, code and identity of every composed job.
+def open_sweep(config: DictConfig, context: HydraContext, task: TaskFunction) -> Sweep:
+    """Take over what Hydra has set up; makes the sweep's folder."""
+    setup_globals()
+    configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+    folder = Path(str(config.hydra.sweep.dir))
+    sweep = Sweep(config, context, task, launcher_conf(config), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return sweep
 
-    Args:
-        known: images and the code in them, by what was asked for; new ones are added. What is
-            known stays as it was, also when somebody edits the files.
-    """
+
+def refuse_search(sweep: Sweep) -> None:
+    """A sweeper that needs every job's value cannot go on without the values."""
+    for name in ("dry_run", "detach"):
+        if getattr(sweep.conf, name):
+            sweeper = str(sweep.config.hydra.sweeper._target_).rpartition(".")[2]
+            raise LaunchError(
+                f"hydra.launcher.{name}=true and {sweeper} do not go together: "
+                "it chooses the next jobs by the results of the last ones; "
+                "leave one of them out (hydra/sweeper=basic for a dry run)"
+            )
+
+
+def plan_jobs(sweep: Sweep, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
+    """Settings, code and identity of the jobs of these overrides, numbered from `first`."""
+    root = project_root(sweep.task)
+    # All are composed before the first is resolved: that may set Hydra's own configuration.
+    configs = [compose(sweep, *job) for job in enumerate(job_overrides, first)]
     jobs = []
     for config in configs:
-        settings = _settings.job_settings(conf, config)
-        wanted = json.dumps(asdict(settings.image), sort_keys=True)
-        if wanted not in known:
-            image = _image.image_spec(settings.image, root)
-            known[wanted] = image, _code.shipment(root, settings.image.sources, sweep_dir)
+        settings = job_settings(sweep.conf, config)
+        key = json.dumps(asdict(settings.image), sort_keys=True)
+        if key not in sweep.builds:
+            files = shipment(root, settings.image.sources, sweep.folder)
+            sweep.builds[key] = Build(image_spec(settings.image, root), files)
         job = Job(
             number=config.hydra.job.num,
             overrides=list(filter_overrides(config.hydra.overrides.task)),
             config=config,
             settings=settings,
             output_dir=fix_output_dir(config),
-            image=known[wanted][0],
-            code=known[wanted][1],
+            image=sweep.builds[key].image,
+            code=sweep.builds[key].code,
         )
-        job.identity = identity(job, conf.resources)
+        job.identity = identity(job, sweep.conf.resources)
         jobs.append(job)
     return jobs
+
+
+def compose(sweep: Sweep, number: int, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a job, as Hydra's own launchers compose it."""
+    config = sweep.context.config_loader.load_sweep_config(sweep.config, list(overrides))
+    with open_dict(config):
+        config.hydra.job.id = f"job_id_for_{number}"
+        config.hydra.job.num = number
+        # Typed by a class of the sweeper's plugin, which a container need not have.
+        config.hydra.sweeper = OmegaConf.to_container(config.hydra.sweeper)
+    return config
 
 
 def fix_output_dir(config: DictConfig) -> str:
@@ -123,21 +153,13 @@ def identity(job: Job, resources: str) -> str:
         for key, node in job.config.items_ex(resolve=False)
         if key not in ("hydra", resources)
     }
-    said = [job.code.digest, job.image, content, job.config.hydra.job.name, job.output_dir]
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:20]
+    parts = [job.code.digest, job.image, content, job.config.hydra.job.name, job.output_dir]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
-def pickled(config: DictConfig) -> bytes:
-    """A job's configuration with its types."""
-    data: bytes = cloudpickle.dumps(config)
-    return data
-
-
-def plan_event(
-    job: Job, conf: ModalLauncherConf, sweep: dict[str, Any], alike: bytes
-) -> dict[str, Any]:
+def plan_event(job: Job, conf: ModalLauncherConf, sweep: dict[str, Any]) -> dict[str, Any]:
     """The journal's line for a job: enough to spawn it from any process."""
-    packed = delta.pack(pickled(job.config), alike)
+    packed = pack_config(job.config)
     settings = job.settings
     return {
         "event": "plan",
@@ -167,8 +189,8 @@ def plan_event(
             "progress_keys": list(settings.progress_keys),
             "checkpoints": settings.checkpoints,
             "sync_cwd": conf.sync_cwd,
-            "single_use": _settings.single_use(settings),
-            "versions": _image.versions(),
+            "single_use": single_use(settings),
+            "versions": versions(),
         },
         "payload": base64.b64encode(packed).decode(),
     }
@@ -178,7 +200,7 @@ def call_options(
     settings: JobSettings, conf: ModalLauncherConf, sweep: dict[str, Any]
 ) -> dict[str, Any]:
     """What `Function.with_options` gets, as plain values."""
-    gpus = _settings.gpu_list(settings.gpu)
+    gpus = gpu_list(settings.gpu)
     return {
         "gpu": gpus[0] if len(gpus) == 1 else None,
         "gpus": gpus,
@@ -197,10 +219,9 @@ def call_options(
 
 def job_kind(settings: JobSettings) -> str:
     """Jobs of one kind share containers, and the limit on them."""
-    said = asdict(settings)
-    return _image.digest({name: said[name] for name in said if name not in OWN})
+    return digest({name: value for name, value in asdict(settings).items() if name not in OWN})
 
 
 def function_name(function: dict[str, Any]) -> str:
     """Name of the deployed function for an image, GPU list, reuse and start-up timeout."""
-    return f"job-{_image.digest(function)}"
+    return f"job-{digest(function)}"

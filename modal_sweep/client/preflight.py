@@ -6,14 +6,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from modal_sweep.client import cost, deploy
+from modal_sweep.client import cost
 from modal_sweep.client.plan import Job
 from modal_sweep.client.settings import imported, without_hydra
+from modal_sweep.client.volumes import exists, upload, volume
 from modal_sweep.config import ModalLauncherConf
 from modal_sweep.errors import LaunchError
 
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
-MOST_PUSHED = 2_000_000_000
+MOST_UPLOADED = 2_000_000_000
 
 
 def check_jobs(jobs: Sequence[Job]) -> None:
@@ -61,12 +62,12 @@ def refuse_env_copy(job: Job) -> None:
             )
 
 
-def missing_secrets(wanted: dict[str, set[str]]) -> list[str]:
+def missing_secrets(required: dict[str, set[str]]) -> list[str]:
     """The command that makes each secret that is missing or lacks a key."""
     import modal
 
     commands = []
-    for name, keys in sorted(wanted.items()):
+    for name, keys in sorted(required.items()):
         try:
             modal.Secret.from_name(name, required_keys=sorted(keys)).hydrate()
         except modal.exception.NotFoundError:
@@ -75,23 +76,23 @@ def missing_secrets(wanted: dict[str, set[str]]) -> list[str]:
     return commands
 
 
-def wanted_secrets(jobs: Iterable[Job]) -> dict[str, set[str]]:
+def required_secrets(jobs: Iterable[Job]) -> dict[str, set[str]]:
     """Names and keys of the secrets of all jobs."""
-    wanted: dict[str, set[str]] = {}
+    required: dict[str, set[str]] = {}
     for job in jobs:
         for name, keys in job.settings.secrets.items():
-            wanted.setdefault(name, set()).update(keys)
-    return wanted
+            required.setdefault(name, set()).update(keys)
+    return required
 
 
-def wanted_volumes(jobs: Iterable[Job], outputs: str) -> list[str]:
+def volume_names(jobs: Iterable[Job], outputs: str) -> list[str]:
     """Names of the Volumes of all jobs."""
     return sorted({outputs} | {name for job in jobs for name in job.settings.volumes.values()})
 
 
 def check_secrets(jobs: Sequence[Job]) -> None:
     """Refuse when a secret is missing."""
-    commands = missing_secrets(wanted_secrets(jobs))
+    commands = missing_secrets(required_secrets(jobs))
     if commands:
         raise LaunchError(
             "secrets are missing or lack a key (the values stay on Modal); make them with:\n  "
@@ -99,31 +100,31 @@ def check_secrets(jobs: Sequence[Job]) -> None:
         )
 
 
-def check_requires(jobs: Sequence[Job], push: bool) -> list[str]:
+def check_requires(jobs: Sequence[Job], send: bool) -> list[str]:
     """Refuse when something that a job reads is missing; upload what lies here.
 
     Args:
-        push: upload; False only says what would be uploaded.
+        send: upload; False only says what would be uploaded.
 
     Returns:
         What was, or would be, uploaded.
     """
-    said = []
+    uploads = []
     for entry in unique_requires(jobs):
-        volume = deploy.volume(entry["volume"])
-        if there(volume, entry["path"]):
+        target = volume(entry["volume"])
+        if exists(target, entry["path"]):
             continue
         local = Path(entry["local"]) if entry.get("local") else None
         if local is not None and local.exists():
             size = sum(path.stat().st_size for path in [local, *local.rglob("*")] if path.is_file())
-            if size > MOST_PUSHED:
+            if size > MOST_UPLOADED:
                 raise LaunchError(
                     f"{local} ({size / 1e9:.1f} GB) is not on the Volume {entry['volume']}; "
-                    f"upload it with `modal-sweep push {local} {entry['volume']}:{entry['path']}`"
+                    f"upload it with `modal volume put {entry['volume']} {local} {entry['path']}`"
                 )
-            said.append(f"{local} -> {entry['volume']}:{entry['path']} ({size / 1e6:.1f} MB)")
-            if push:
-                upload(volume, local, entry["path"])
+            uploads.append(f"{local} -> {entry['volume']}:{entry['path']} ({size / 1e6:.1f} MB)")
+            if send:
+                upload(target, local, entry["path"])
             continue
         remedy = entry.get("remedy")
         raise LaunchError(
@@ -131,7 +132,7 @@ def check_requires(jobs: Sequence[Job], push: bool) -> list[str]:
             + (f"; make it with:\n  {remedy}" if remedy else "")
             + f"\n`modal volume ls {entry['volume']}` shows what is there"
         )
-    return said
+    return uploads
 
 
 def unique_requires(jobs: Iterable[Job]) -> list[dict[str, Any]]:
@@ -144,41 +145,22 @@ def unique_requires(jobs: Iterable[Job]) -> list[dict[str, Any]]:
     return list(entries.values())
 
 
-def there(volume: Any, path: str) -> bool:
-    """Whether a file or folder lies on a Volume."""
-    import modal
-
-    try:
-        return bool(volume.listdir(path))
-    except (FileNotFoundError, modal.exception.NotFoundError):
-        return False
-
-
-def upload(volume: Any, local: Path, path: str) -> None:
-    """Copy a file or folder to a Volume; content that is there already is not sent again."""
-    with volume.batch_upload(force=True) as batch:
-        if local.is_dir():
-            batch.put_directory(str(local), path)
-        else:
-            batch.put_file(str(local), path)
-
-
 def check_cost(jobs: Sequence[Job], conf: ModalLauncherConf, ask: bool) -> None:
     """Ask, or refuse, when the estimate is above max_usd."""
     expected, most = totals(jobs, conf)
     if conf.max_usd is None or expected <= conf.max_usd:
         return
-    said = (
+    estimate = (
         f"{len(jobs)} jobs are estimated at {expected:.0f} USD (prices of {cost.PRICES_DATE}; "
         f"at most {most:.0f} USD per attempt), above hydra.launcher.max_usd={conf.max_usd:g}"
     )
     if ask and sys.stdin.isatty() and sys.stderr.isatty():
-        if input(f"{said}. Go on? [y/N] ").strip().lower() in ("y", "yes"):
+        if input(f"{estimate}. Go on? [y/N] ").strip().lower() in ("y", "yes"):
             return
         raise LaunchError("nothing was spawned")
     raise LaunchError(
-        f"{said}; allow it with hydra.launcher.max_usd={round_up(expected)}, or say how long a job "
-        f"takes with {conf.resources}.hours=..."
+        f"{estimate}; allow it with hydra.launcher.max_usd={round_up(expected)}, or say how long "
+        f"a job takes with {conf.resources}.hours=..."
     )
 
 

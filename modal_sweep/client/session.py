@@ -5,19 +5,21 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
 
-from modal_sweep.client import collect, deploy, launch, messages, plan, preflight, table, watch
-from modal_sweep.client import spawn as _submit
+from modal_sweep.client import collect, messages, plan, preflight
+from modal_sweep.client.returns import job_return
+from modal_sweep.client.spawn import Spawner, cancel, spawn_jobs
+from modal_sweep.client.table import Table
+from modal_sweep.client.watch import Watch
 from modal_sweep.errors import JobFailed
-from modal_sweep.protocol import progress
+from modal_sweep.protocol import payload, progress
 from modal_sweep.protocol.journal import JobRecord, Journal
-
-if TYPE_CHECKING:
-    from hydra_plugins.modal_launcher.launcher import ModalLauncher
-    from modal_sweep.client.prepare import Spawner
+from modal_sweep.protocol.outage import patiently
 
 SAVING = 15.0
 SHOWN = 12
@@ -29,15 +31,17 @@ class Session:
     A number with the same overrides continues the call that an earlier process has spawned for it.
     """
 
-    def __init__(self, launcher: "ModalLauncher", total: int) -> None:
-        self.asked = launch.opened(launcher)
-        self.conf, self.left = self.asked.conf, total
-        launch.refuse_search(self.conf, str(self.asked.master.hydra.sweeper._target_))
-        self.journal = Journal(self.asked.sweep_dir)
-        self.table = table.Table(self.conf.prices)
-        functions = deploy.Functions()
-        self.watch = watch.Watch(self.journal, self.table, functions, self.conf.poll)
-        self.spawner: Spawner | None = None
+    def __init__(
+        self, config: DictConfig, context: HydraContext, task: TaskFunction, total: int
+    ) -> None:
+        self.sweep = plan.open_sweep(config, context, task)
+        self.conf, self.left = self.sweep.conf, total
+        plan.refuse_search(self.sweep)
+        self.journal = Journal(self.sweep.folder)
+        self.table = Table(self.conf.prices)
+        common = payload.pack(context, task)
+        self.spawner = Spawner(self.journal, self.conf, common, search=True)
+        self.watch = Watch(self.journal, self.table, self.spawner.functions, self.conf.poll)
         self.jobs: dict[int, plan.Job] = {}
         """Started, and its end not given yet."""
         self.unmade: list[tuple[int, JobReturn]] = []
@@ -57,41 +61,37 @@ class Session:
             LaunchError: for what concerns all jobs: secrets, inputs, cost, other code, Modal.
         """
         try:
-            [job] = launch.composed(self.asked, [list(overrides)], number)
+            [job] = plan.plan_jobs(self.sweep, [overrides], number)
             preflight.check_jobs([job])
-            others = [one for one in self.jobs.values() if one.identity != job.identity]
+            others = [other for other in self.jobs.values() if other.identity != job.identity]
             preflight.refuse_same_places([*others, job])
         except Exception as error:
             failed = JobStatus.FAILED
             self.unmade.append((number, JobReturn(overrides, status=failed, _return_value=error)))
             return
         if self.conf.setup:
-            messages.rehearse([job], self.conf, self.asked.sweep_dir)
+            messages.rehearse([job], self.conf, self.sweep.folder)
             raise SystemExit(0)
         with messages.modal_errors():
-            said = self.spawn(job)
+            state = self.spawn(job)
         self.jobs[number] = job
         self.left -= 1
         if not self.table.live:
             self.table.__enter__()
-        self.table.note(f"job {number} [{' '.join(job.overrides)}] {said}")
+        self.table.note(f"job {number} [{' '.join(job.overrides)}] {state}")
 
     def spawn(self, job: plan.Job) -> str:
         """Spawned, attached or done; waits while Modal is away, but not for the first job."""
-        from modal_sweep.client import prepare
-
-        known = self.spawner
-        spawner = known or launch.spawner(self.asked, self.journal, job, search=True)
-        self.spawner = spawner
 
         def step() -> dict[str, str]:
-            return prepare.spawn_all(spawner, [job], max(1, self.left))
+            return spawn_jobs(self.spawner, [job], max(1, self.left))
 
-        said = self.watch.patiently(step) if known else step()
-        if said[job.identity] == "spawned":
+        first = not self.spawner.prepared
+        state = (step() if first else patiently(step, self.watch.outage))[job.identity]
+        if state == "spawned":
             self.watch.ended.pop(job.identity, None)
             self.stopped.pop(job.identity, None)
-        return said[job.identity]
+        return state
 
     def ended(self, seconds: float) -> list[tuple[int, JobReturn]]:
         """Wait at most `seconds` for an end; all ends since the last call, outputs brought.
@@ -121,17 +121,17 @@ class Session:
             self.untold = []
 
     def record(self, number: int) -> JobRecord:
-        """What the journal knows of a job in flight."""
+        """What the journal says of a job in flight."""
         return self.journal.jobs[self.jobs[number].identity]
 
     def over(self) -> list[int]:
         """Jobs that have ended; stopped ones when they have saved."""
         records = {number: self.record(number) for number in self.jobs}
-        return [number for number, one in records.items() if one.end and not self.saving(one)]
+        return [number for number, job in records.items() if job.end and not self.saving(job)]
 
     def saving(self, record: JobRecord) -> bool:
         """Whether the container of a stopped job is still at it."""
-        state = self.watch.statuses.known.get(record.key, {}).get("state", "cancelled")
+        state = self.watch.statuses.latest.get(record.key, {}).get("state", "cancelled")
         return state != "cancelled" and time.monotonic() < self.stopped.get(record.identity, 0.0)
 
     def pending(self) -> list[JobRecord]:
@@ -151,22 +151,22 @@ class Session:
         record, job = self.record(number), self.jobs.pop(number)
         assert record.end is not None
         if record.end["status"] == "failed":
-            known = {"identity": record.identity, "generation": record.generation}
-            self.untold.append({"event": "told", **known})
+            failure = {"identity": record.identity, "generation": record.generation}
+            self.untold.append({"event": "told", **failure})
         cancelled = record.end["status"] == "cancelled"
         if cancelled:
             with contextlib.suppress(OSError, ValueError, Error):
                 collect.pull(self.journal, record)
-        asked = record.plan["ref"]
-        place = progress.place(asked["progress_file"] or "", Path(asked["output_dir"]))
+        reference = record.plan["ref"]
+        place = progress.place(reference["progress_file"] or "", Path(reference["output_dir"]))
         path = collect.output_dir(self.journal, record) / place
-        tail = progress.Tail(path, asked["progress_keys"], most=None)
+        tail = progress.Tail(path, reference["progress_keys"], most=None)
         self.hear(number, tail.look().reports)
         ended = self.watch.ended.get(job.identity)
-        returned = launch.job_return(job, record, ended, self.journal)
+        returned = job_return(job, record, ended, self.journal)
         if cancelled and job.identity in self.stopped:
-            said = f"job {number} [{' '.join(job.overrides)}] was stopped; what it saved stays"
-            returned.return_value = JobFailed(said)
+            text = f"job {number} [{' '.join(job.overrides)}] was stopped; what it saved stays"
+            returned.return_value = JobFailed(text)
         return returned
 
     def reports(self) -> dict[int, list[dict[str, Any]]]:
@@ -175,9 +175,9 @@ class Session:
         Every line once; those of a job that is over come after its end was given.
         """
         if self.jobs:
-            known = self.watch.statuses.read(self.conf.poll)
+            statuses = self.watch.statuses.read(self.conf.poll)
             for number in self.jobs:
-                self.hear(number, known.get(self.record(number).key, {}).get("reports", []))
+                self.hear(number, statuses.get(self.record(number).key, {}).get("reports", []))
         new, self.new = self.new, {}
         return new
 
@@ -196,7 +196,7 @@ class Session:
             return
         record = self.record(number)
         with messages.modal_errors():
-            if self.watch.patiently(lambda: _submit.cancel(self.journal, record)):
+            if patiently(lambda: cancel(self.journal, record), self.watch.outage):
                 self.stopped[record.identity] = time.monotonic() + SAVING
                 self.watch.looked[record.identity] = 0.0
 

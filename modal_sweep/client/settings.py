@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from modal_sweep.config import ImageSettings, JobSettings, ModalLauncherConf
 from modal_sweep.errors import LaunchError
+from modal_sweep.protocol.records import first_line
 
 GPU = re.compile(r"(?P<type>[A-Za-z0-9-]+)(?P<exact>!|\+)?(?::(?P<count>[1-9][0-9]*))?")
 MOST_SECONDS = 86400
@@ -40,6 +41,11 @@ def launcher_conf(config: DictConfig) -> ModalLauncherConf:
     return conf
 
 
+def volume_name(conf: ModalLauncherConf) -> str:
+    """The Volume for outputs and results."""
+    return conf.volume or f"{conf.app}-sweeps"
+
+
 def plain(value: Any) -> Any:
     """A resolved value without OmegaConf's wrapping."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
@@ -56,7 +62,7 @@ def for_job(conf: ModalLauncherConf, job: DictConfig) -> dict[str, Any]:
     try:
         resolved = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
-        raise LaunchError(f"hydra.launcher: {str(error).splitlines()[0]}") from None
+        raise LaunchError(f"hydra.launcher: {first_line(error)}") from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
@@ -64,15 +70,15 @@ def for_job(conf: ModalLauncherConf, job: DictConfig) -> dict[str, Any]:
 def job_settings(conf: ModalLauncherConf, job: DictConfig) -> JobSettings:
     """Settings of one composed job; raises LaunchError that names the key."""
     names = [field.name for field in fields(JobSettings)]
-    said = own_settings(conf, job)
-    unknown = sorted(set(said) - set(names))
+    own = own_settings(conf, job)
+    unknown = sorted(set(own) - set(names))
     if unknown:
         raise LaunchError(
             f"{conf.resources}.{unknown[0]} is not a setting of a job; valid: {', '.join(names)}"
         )
     values = for_job(conf, job)
     defaults = asdict(JobSettings())
-    for name, value in said.items():
+    for name, value in own.items():
         if values[name] != defaults[name]:
             raise LaunchError(
                 f"hydra.launcher.{name} has no effect: the job says "
@@ -96,14 +102,14 @@ def own_settings(conf: ModalLauncherConf, job: DictConfig) -> dict[str, Any]:
     if node is None:
         return {}
     try:
-        said = OmegaConf.to_container(node, resolve=True)
+        settings = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
-        raise LaunchError(f"{conf.resources}: {str(error).splitlines()[0]}") from None
-    if not isinstance(said, dict):
-        raise LaunchError(f"{conf.resources}={said!r} must be a mapping of a job's settings")
-    tasks = said.pop("tasks", None) or {}
-    own = {**made_by(said.get("machine"), job), **(tasks.get(job.hydra.job.name) or {})}
-    return {str(key): value for key, value in {**said, **own}.items()}
+        raise LaunchError(f"{conf.resources}: {first_line(error)}") from None
+    if not isinstance(settings, dict):
+        raise LaunchError(f"{conf.resources}={settings!r} must be a mapping of a job's settings")
+    tasks = settings.pop("tasks", None) or {}
+    own = {**made_by(settings.get("machine"), job), **(tasks.get(job.hydra.job.name) or {})}
+    return {str(key): value for key, value in {**settings, **own}.items()}
 
 
 def made_by(dotted: str | None, job: DictConfig) -> dict[str, Any]:
@@ -134,15 +140,15 @@ def imported(option: str, dotted: str) -> Any:
         raise LaunchError(f"{option}={dotted} does not name an importable function") from None
 
 
-def image_settings(said: Mapping[str, Any], where: str) -> ImageSettings:
+def image_settings(values: Mapping[str, Any], where: str) -> ImageSettings:
     """The image of a `resources` node."""
     names = [field.name for field in fields(ImageSettings)]
-    unknown = sorted(set(said) - set(names))
+    unknown = sorted(set(values) - set(names))
     if unknown:
         raise LaunchError(
             f"{where}.image.{unknown[0]} is not a setting of an image; valid: {', '.join(names)}"
         )
-    return ImageSettings(**said)
+    return ImageSettings(**values)
 
 
 def check(settings: JobSettings, where: str) -> None:
@@ -174,7 +180,7 @@ def gpu_list(gpu: Any) -> list[str]:
     """The acceptable GPUs in order; empty for none."""
     if gpu is None or gpu == "":
         return []
-    return [str(one) for one in gpu] if isinstance(gpu, list | tuple) else [str(gpu)]
+    return [str(name) for name in gpu] if isinstance(gpu, list | tuple) else [str(gpu)]
 
 
 def type_and_count(gpu: str, where: str = "resources") -> tuple[str, int]:

@@ -1,56 +1,173 @@
-"""Spawning: every call's id is on the disk before the next call is spawned."""
+"""Spawn: what jobs need is checked, the app deployed, the calls spawned and written down.
+
+Every call's id is on the disk before the next call is spawned.
+"""
 
 import base64
-from collections.abc import Container, Sequence
-from pathlib import Path
+import hashlib
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from modal_sweep.client import calls, deploy, plan
+from modal_sweep.client import calls, preflight
+from modal_sweep.client.deploy import Functions, app_name, deploy
+from modal_sweep.client.image import digest
+from modal_sweep.client.plan import Job, job_kind, plan_event
+from modal_sweep.client.settings import volume_name
+from modal_sweep.client.volumes import volume
 from modal_sweep.config import ModalLauncherConf
-from modal_sweep.container.cloud import COMMON_DICT, status_dict
 from modal_sweep.errors import LaunchError, ResultGone
-from modal_sweep.protocol.journal import FOLDER, JobRecord, Journal
-from modal_sweep.protocol.outputs import write
+from modal_sweep.protocol.journal import JobRecord, Journal
+from modal_sweep.protocol.names import COMMON_DICT, status_dict
+from modal_sweep.protocol.records import write_whole
+
+log = logging.getLogger(__name__)
+PATIENCE = 30.0
 
 
-def stage_common(journal: Journal, common: bytes, digest: str) -> None:
+@dataclass
+class Spawner:
+    """What one process spawns jobs with."""
+
+    journal: Journal
+    conf: ModalLauncherConf
+    common: bytes
+    """What is sent once for all jobs."""
+    search: bool = False
+    """Jobs come one by one; the next ones depend on how they end."""
+    functions: Functions = field(default_factory=Functions)
+    prepared: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What `prepare` returned, by what it was for."""
+
+
+def spawn_jobs(spawner: Spawner, jobs: Sequence[Job], times: int = 1) -> dict[str, str]:
+    """Check what is about to run, deploy, spawn; what is running is left alone.
+
+    Args:
+        times: how many times the jobs are expected to come, for the estimate of the cost.
+
+    Returns:
+        By identity: spawned, attached or done.
+    """
+    journal, conf = spawner.journal, spawner.conf
+    with journal.locked(PATIENCE if spawner.search else 0.0):
+        refuse_other_code(journal, jobs)
+        fresh = [job for job in jobs if will_spawn(spawner, journal.jobs.get(job.identity))]
+        sweep = prepare(spawner, jobs, fresh, times)
+        events = [plan_event(job, conf, sweep) for job in fresh]
+        if events:  # written down before anything is spawned
+            journal.write(events)
+        records = [journal.jobs[job.identity] for job in jobs]
+        refuse_done(journal, records, conf)
+        states = {record.identity: "done" if record.end else "attached" for record in records}
+        for record in [journal.jobs[job.identity] for job in fresh]:
+            spawn_next(journal, record, spawner.functions)
+            states[record.identity] = "spawned"
+        return states
+
+
+def refuse_done(journal: Journal, records: Sequence[JobRecord], conf: ModalLauncherConf) -> None:
+    """With if_done=fail: refuse when a job has a result."""
+    done = [record for record in records if record.end and record.end["status"] == "completed"]
+    if done and conf.if_done == "fail":
+        raise LaunchError(
+            f"job {done[0].number} has a result with this code and configuration already "
+            f"(in {journal.sweep_dir}); hydra.launcher.if_done=skip takes it, =rerun makes it again"
+        )
+
+
+def prepare(
+    spawner: Spawner, jobs: Sequence[Job], fresh: Sequence[Job], times: int
+) -> dict[str, Any]:
+    """Everything that jobs need before they are spawned, once for jobs of the same kind."""
+    journal, conf = spawner.journal, spawner.conf
+    needs = [[job.function, job_kind(job.settings), job.settings.requires] for job in fresh]
+    key = digest(needs)
+    if key in spawner.prepared:
+        return spawner.prepared[key]
+    preflight.check_secrets(fresh)
+    for line in preflight.check_requires(fresh, send=True):
+        log.info(f"\tuploaded {line}")
+    preflight.check_cost([*fresh] * times, conf, ask=True)
+    for name in preflight.volume_names(fresh, volume_name(conf)):
+        volume(name).hydrate()
+    sweep = begin(journal, jobs, conf, spawner.common)
+    if fresh and deploy(sweep["app"], jobs, {**conf.tags, "sweep": sweep["id"]}):
+        log.info(f"\tdeployed {sweep['app']}")
+    stage_common(journal, spawner.common, sweep["common"])
+    spawner.prepared[key] = sweep
+    return sweep
+
+
+def begin(
+    journal: Journal, jobs: Sequence[Job], conf: ModalLauncherConf, common: bytes
+) -> dict[str, Any]:
+    """The sweep's own line in the journal, written once; with this launch's app and common part."""
+    if not journal.sweep:
+        name = secrets.token_hex(6)
+        event = {
+            "event": "sweep",
+            "id": name,
+            "dict": f"{conf.app}-sweep-{name}",
+            "volume": volume_name(conf),
+            "argv": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+            "cwd": os.getcwd(),
+        }
+        journal.write([event])
+    return {
+        **journal.sweep,
+        "app": app_name(conf.app, jobs),
+        "common": hashlib.sha256(common).hexdigest(),
+        "max_containers": share_parallel(jobs, conf.max_parallel),
+    }
+
+
+def share_parallel(jobs: Sequence[Job], most: int | None) -> dict[str, int]:
+    """Containers per kind of job, so that together they are at most `most`."""
+    if most is None:
+        return {}
+    counts: dict[str, int] = {}
+    for job in jobs:
+        kind = job_kind(job.settings)
+        counts[kind] = counts.get(kind, 0) + 1
+    if len(counts) > most:
+        raise LaunchError(
+            f"hydra.launcher.max_parallel={most} but the jobs need {len(counts)} kinds of "
+            "machines, which Modal limits one by one; raise it or launch the kinds separately"
+        )
+    shares = dict.fromkeys(counts, 1)
+    for _ in range(most - len(counts)):
+        kind = max(counts, key=lambda kind: counts[kind] / shares[kind])
+        shares[kind] += 1
+    return shares
+
+
+def stage_common(journal: Journal, common: bytes, sha256: str) -> None:
     """Put what all jobs share where the workers find it, and keep a copy for later restarts."""
     import modal
 
     for name in (journal.sweep["dict"], status_dict(journal.sweep["dict"])):
         modal.Dict.from_name(name, create_if_missing=True).hydrate()
-    folder = journal.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"common-{digest[:16]}.bin"
+    path = journal.folder / f"common-{sha256[:16]}.bin"
     if not path.exists():
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(common)
-        partial.replace(path)
+        write_whole(path, [common])
     shared = modal.Dict.from_name(COMMON_DICT, create_if_missing=True)
-    shared.put(digest, common, skip_if_exists=True)
+    shared.put(sha256, common, skip_if_exists=True)
 
 
 def restage(journal: Journal, record: JobRecord) -> None:
     """Make sure that the common part of an earlier launch is still there."""
-    digest = record.plan["ref"]["common"]
-    path = journal.folder / f"common-{digest[:16]}.bin"
+    sha256 = record.plan["ref"]["common"]
+    path = journal.folder / f"common-{sha256[:16]}.bin"
     if path.exists():
-        stage_common(journal, path.read_bytes(), digest)
+        stage_common(journal, path.read_bytes(), sha256)
 
 
-def alike(sweep_dir: Path, first: bytes) -> bytes:
-    """What a sweep's payloads are compressed against: the first configuration it ever had.
-
-    The same in every launch, so that the common part is the same and staged once.
-    """
-    path = sweep_dir / FOLDER / "alike.bin"
-    if not path.exists():
-        write(path.parent, path.name, [first])
-    held: bytes = path.read_bytes()
-    return held
-
-
-def will_spawn(record: JobRecord | None, conf: ModalLauncherConf, search: bool) -> bool:
+def will_spawn(spawner: Spawner, record: JobRecord | None) -> bool:
     """Whether a launch spawns a job: it never ran, was cancelled, or has no result to keep.
 
     A search may not have heard of a failure before it was killed: then that is the result.
@@ -60,12 +177,12 @@ def will_spawn(record: JobRecord | None, conf: ModalLauncherConf, search: bool) 
     if record.end is None:
         return record.call in record.cancelled
     if record.end["status"] == "completed":
-        return conf.if_done != "skip"
-    unheard = search and record.generation not in record.told
+        return spawner.conf.if_done != "skip"
+    unheard = spawner.search and record.generation not in record.told
     return not (unheard and record.end["status"] == "failed")
 
 
-def refuse_other_code(journal: Journal, jobs: Sequence[plan.Job]) -> None:
+def refuse_other_code(journal: Journal, jobs: Sequence[Job]) -> None:
     """Refuse to mix versions of the code while jobs of another one are running."""
     ours = {job.identity for job in jobs}
     codes = {job.code.digest for job in jobs}
@@ -96,10 +213,9 @@ def still_runs(record: JobRecord) -> bool:
         return False
 
 
-def spawn(
-    journal: Journal, record: JobRecord, functions: deploy.Functions, generation: int
-) -> None:
-    """Spawn one generation of a job and write its call id down."""
+def spawn_next(journal: Journal, record: JobRecord, functions: Functions) -> None:
+    """Spawn a job, as its next generation when it was spawned before; write its call id down."""
+    generation = record.generation + (record.call is not None)
     reference = {**record.plan["ref"], "key": f"{record.identity}.{generation}"}
     call = functions.spawn(record.plan, reference, base64.b64decode(record.plan["payload"]))
     journal.write([spawn_event(record, generation, call)])
@@ -115,34 +231,6 @@ def spawn_event(record: JobRecord, generation: int, call: str) -> dict[str, Any]
         "app": record.plan["app"],
         "function": record.plan["function"],
     }
-
-
-def submit(
-    journal: Journal,
-    records: Sequence[JobRecord],
-    wanted: Container[str],
-    conf: ModalLauncherConf,
-    functions: deploy.Functions,
-) -> dict[str, str]:
-    """Spawn the jobs with the wanted identities; what is running is left alone.
-
-    Returns:
-        By identity: spawned, attached or done.
-    """
-    done = [record for record in records if record.end and record.end["status"] == "completed"]
-    if done and conf.if_done == "fail":
-        raise LaunchError(
-            f"job {done[0].number} has a result with this code and configuration already "
-            f"(in {journal.sweep_dir}); hydra.launcher.if_done=skip takes it, =rerun makes it again"
-        )
-    said = {}
-    for record in records:
-        if record.identity in wanted:
-            spawn(journal, record, functions, record.generation + (record.call is not None))
-            said[record.identity] = "spawned"
-        else:
-            said[record.identity] = "done" if record.end else "attached"
-    return said
 
 
 def cancel(journal: Journal, record: JobRecord) -> bool:

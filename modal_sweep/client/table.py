@@ -10,6 +10,7 @@ from typing import Any
 from modal_sweep.client.calls import Ended
 from modal_sweep.client.cost import options_per_hour
 from modal_sweep.protocol.journal import JobRecord
+from modal_sweep.protocol.records import first_line
 
 COLUMNS = ("job", "overrides", "state", "step", "loss", "elapsed", "about USD")
 PLAIN_EVERY = 30.0
@@ -67,8 +68,8 @@ def duration(seconds: float) -> str:
 def reason(ended: Ended) -> str:
     """Why a job failed, in one line."""
     error = ended.envelope.get("error") or {}
-    lines = str(error.get("message", "")).strip().splitlines() or [""]
-    return f"{error.get('type', 'Error')}: {lines[0]}"[:300]
+    message = first_line(str(error.get("message", "")))
+    return f"{error.get('type', 'Error')}: {message}"[:300]
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Table:
 
     prices: dict[str, float] = field(default_factory=dict)
     live: Any = None
-    said: dict[str, tuple[str, float]] = field(default_factory=dict)
+    printed: dict[str, tuple[str, float]] = field(default_factory=dict)
     shown: float = 0.0
 
     def __enter__(self) -> "Table":
@@ -108,7 +109,7 @@ class Table:
     def show(
         self,
         records: Sequence[JobRecord],
-        said: dict[str, Any],
+        statuses: dict[str, Any],
         ended: dict[str, Ended],
         last: bool = False,
     ) -> None:
@@ -117,7 +118,7 @@ class Table:
             return
         self.shown = time.monotonic()
         rows = [
-            row(record, said.get(record.key, {}), ended.get(record.identity), self.prices)
+            row(record, statuses.get(record.key, {}), ended.get(record.identity), self.prices)
             for record in records
         ]
         if self.live is not None:
@@ -130,14 +131,14 @@ class Table:
     def plain_line(self, identity: str, texts: tuple[str, ...]) -> None:
         """Say that a job's state has changed, or every half minute how far it is."""
         number, overrides, state, step, loss, *_ = texts
-        said, at = self.said.get(identity, ("", 0.0))
+        earlier, at = self.printed.get(identity, ("", 0.0))
         line = f"job {number} [{overrides}] {state}"
         now = time.monotonic()
         if step and now - at > PLAIN_EVERY:
             line += f", step {step}" + (f", loss {loss}" if loss else "")
-        elif state == said:
+        elif state == earlier:
             return
-        self.said[identity] = state, now
+        self.printed[identity] = state, now
         self.note(line)
 
     def ended(self, record: JobRecord, ended: Ended) -> None:

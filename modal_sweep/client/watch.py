@@ -1,19 +1,20 @@
 """Waiting for the jobs of a sweep: every end is collected as it comes, whatever the others do."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
 
-from modal_sweep.client import calls, collect, deploy, spawn
+from modal_sweep.client import calls, collect, spawn
 from modal_sweep.client.calls import Ended
+from modal_sweep.client.deploy import Functions
 from modal_sweep.client.table import Table
+from modal_sweep.client.volumes import read_if_there
 from modal_sweep.errors import LaunchError, ResultGone
-from modal_sweep.protocol import result as _result
 from modal_sweep.protocol.journal import JobRecord, Journal
+from modal_sweep.protocol.outage import Outage, transient
+from modal_sweep.protocol.result import unpack
 
-T = TypeVar("T")
 SLOW_LOOK = 20.0
 OUTAGE = 900.0
 TRIES = 5
@@ -25,12 +26,11 @@ class Watch:
 
     journal: Journal
     table: Table
-    functions: deploy.Functions
+    functions: Functions
     poll: float
     ended: dict[str, Ended] = field(default_factory=dict)
     looked: dict[str, float] = field(default_factory=dict)
     trouble: dict[str, int] = field(default_factory=dict)
-    unreachable_since: float | None = None
     pause: float = 0.05
 
     @cached_property
@@ -38,7 +38,19 @@ class Watch:
         """What the workers say about themselves."""
         return calls.Statuses(self.journal.sweep["dict"])
 
-    def wait(self, records: Sequence[JobRecord]) -> dict[str, Ended]:
+    @cached_property
+    def outage(self) -> Outage:
+        """A time without Modal; the jobs do not notice."""
+
+        def too_long(error: Exception) -> LaunchError:
+            return LaunchError(
+                "Modal has not answered for 15 minutes; the jobs go on without this process. "
+                f"Later: modal-sweep attach {self.journal.sweep_dir}"
+            )
+
+        return Outage(OUTAGE, too_long, self.table.note)
+
+    def collect(self, records: Sequence[JobRecord]) -> dict[str, Ended]:
         """Collect every job's end; by identity.
 
         Raises:
@@ -46,17 +58,17 @@ class Watch:
         """
         while pending := [record for record in records if record.end is None]:
             self.turn(records, pending, self.poll)
-        self.table.show(records, self.statuses.known, self.ended, last=True)
+        self.table.show(records, self.statuses.latest, self.ended, last=True)
         return self.ended
 
     def turn(self, records: Sequence[JobRecord], pending: Sequence[JobRecord], most: float) -> None:
         """Show the records and look at the pending ones; waits at most `most` seconds."""
-        said = self.statuses.read(self.poll if self.table.live else 5 * self.poll)
-        self.table.show(records, said, self.ended)
+        statuses = self.statuses.read(self.poll if self.table.live else 5 * self.poll)
+        self.table.show(records, statuses, self.ended)
         progress = self.round(pending)
         self.pause = 0.05 if progress else min(self.poll, self.pause * 1.5)
         left = [record for record in pending if record.end is None]
-        if left and self.unreachable_since is None:
+        if left and self.outage.since is None:
             self.settle(left[0], seconds=min(self.pause, most))
         elif left or not pending:
             time.sleep(min(self.poll, most))
@@ -78,26 +90,8 @@ class Watch:
         try:
             return self.look(record, seconds)
         except transient() as error:
-            self.outage(str(error))
+            self.outage.lasts(error)
             return False
-
-    def patiently(self, step: Callable[[], T]) -> T:
-        """Do a step, again and again while Modal does not answer."""
-        while True:
-            try:
-                done = step()
-            except transient() as error:
-                self.outage(str(error))
-                time.sleep(self.poll)
-                continue
-            self.answered()
-            return done
-
-    def answered(self) -> None:
-        """Modal is there."""
-        if self.unreachable_since is not None:
-            self.unreachable_since = None
-            self.table.note("Modal answers again")
 
     def look(self, record: JobRecord, seconds: float) -> bool:
         """The same while Modal answers."""
@@ -106,7 +100,7 @@ class Watch:
             ended = calls.look(record.call, seconds)
         except ResultGone:
             ended = self.after_expiry(record)
-        self.answered()
+        self.outage.over()
         if ended is None:
             return False
         if ended.envelope["status"] == "duplicate":
@@ -146,8 +140,8 @@ class Watch:
     def saved(self, record: JobRecord) -> Ended | None:
         """The result on the Volume."""
         volume, base = collect.saved_at(self.journal, record)
-        packed = calls.read_if_there(volume, f"{base}/result.bin")
-        return None if packed is None else Ended(_result.unpack(packed), trusted=False)
+        packed = read_if_there(volume, f"{base}/result.bin")
+        return None if packed is None else Ended(unpack(packed), trusted=False)
 
     def after_expiry(self, record: JobRecord) -> Ended | None:
         """A call's result is gone: the Volume has it, or the job runs again."""
@@ -160,23 +154,4 @@ class Watch:
         """Open the job's next generation."""
         self.table.note(f"job {record.number} runs again: {why}")
         spawn.restage(self.journal, record)
-        spawn.spawn(self.journal, record, self.functions, record.generation + 1)
-
-    def outage(self, message: str) -> None:
-        """Wait out a time without Modal; the jobs do not notice."""
-        now = time.monotonic()
-        if self.unreachable_since is None:
-            self.unreachable_since = now
-            self.table.note(f"Modal does not answer, trying again: {message}")
-        elif now - self.unreachable_since > OUTAGE:
-            raise LaunchError(
-                "Modal has not answered for 15 minutes; the jobs go on without this process. "
-                f"Later: modal-sweep attach {self.journal.sweep_dir}"
-            )
-
-
-def transient() -> tuple[type[Exception], ...]:
-    """What is raised while Modal does not answer."""
-    from modal import exception as modal
-
-    return calls.Unreachable, modal.ConnectionError, modal.ServiceError, modal.InternalError
+        spawn.spawn_next(self.journal, record, self.functions)

@@ -2,13 +2,14 @@
 
 import contextlib
 import glob
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from modal_sweep.protocol import outage
+from modal_sweep.protocol.names import COMMON_DICT, status_dict
+
 T = TypeVar("T")
 OUTAGE = 600.0  # seconds without the control plane before a step is given up
-COMMON_DICT = "hydra-modal-launcher-common"
 
 commons: dict[str, bytes] = {}
 
@@ -17,29 +18,9 @@ class CommitFailed(OSError):
     """A Volume did not take what was written to it."""
 
 
-def patiently(step: Callable[[], T], seconds: float = OUTAGE) -> T:
+def patiently(step: Callable[[], T]) -> T:
     """Do a step again while the control plane cannot be reached."""
-    from modal import exception
-
-    delay, deadline = 0.5, time.monotonic() + seconds
-    while True:
-        try:
-            return step()
-        except (
-            exception.ConnectionError,
-            exception.ServiceError,
-            exception.InternalError,
-            OSError,
-        ):
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(delay)
-        delay = min(10.0, delay * 2)
-
-
-def status_dict(claims: str) -> str:
-    """Name of the Dict that says what a sweep's running jobs do."""
-    return f"{claims}-running"
+    return outage.patiently(step, outage.Outage(OUTAGE), also=(OSError,))
 
 
 class Cloud:
@@ -52,7 +33,7 @@ class Cloud:
         self.claims = modal.Dict.from_name(reference["dict"])
         self.running = modal.Dict.from_name(status_dict(reference["dict"]))
         self.attempt = 1
-        self.said: dict[str, Any] = {}
+        self.reported: dict[str, Any] = {}
         self.checkpoints: set[str] = set(self.find_checkpoints())
         names = {reference["volume"], *reference["mounts"].values()}
         self.volumes = {name: modal.Volume.from_name(name) for name in sorted(names)}
@@ -75,24 +56,21 @@ class Cloud:
         self.attempt = int(earlier.get("attempt", 1)) + 1
         return None
 
-    def status(self, **said: Any) -> None:
+    def status(self, **state: Any) -> None:
         """Tell the launcher, when there is something new; never fails a job."""
         from modal.exception import Error
 
-        entry = {**said, "attempt": self.attempt}
-        if entry == self.said:
-            return
-        try:
-            self.running.put(self.reference["key"], entry)
-            self.said = entry
-        except (Error, OSError):
-            return
+        entry = {**state, "attempt": self.attempt}
+        if entry != self.reported:
+            with contextlib.suppress(Error, OSError):
+                self.running.put(self.reference["key"], entry)
+                self.reported = entry
 
     def over(self) -> None:
         """Take the job out of those that run: only they are read while a sweep is watched."""
         from modal.exception import Error
 
-        if self.said:
+        if self.reported:
             with contextlib.suppress(Error, OSError, KeyError):
                 self.running.pop(self.reference["key"])
 
@@ -103,12 +81,12 @@ class Cloud:
         digest = self.reference["common"]
         if digest not in commons:
             shared = modal.Dict.from_name(COMMON_DICT)
-            held = patiently(lambda: shared.get(digest))
-            if held is None:
+            content = patiently(lambda: shared.get(digest))
+            if content is None:
                 raise RuntimeError(
                     f"the sweep's common part {digest[:12]} is gone; run the same command again"
                 )
-            commons[digest] = held
+            commons[digest] = content
         return commons[digest]
 
     def reload(self) -> None:
@@ -116,10 +94,8 @@ class Cloud:
         from modal.exception import Error
 
         for volume in self.volumes.values():
-            try:
+            with contextlib.suppress(Error, RuntimeError):
                 patiently(volume.reload)
-            except (Error, RuntimeError):
-                continue
 
     def find_checkpoints(self) -> list[str]:
         """What matches the job's `checkpoints`."""
@@ -128,10 +104,8 @@ class Cloud:
 
     def new_checkpoint(self) -> bool:
         """Whether a checkpoint has appeared since the last time."""
-        found = set(self.find_checkpoints())
-        fresh = bool(found - self.checkpoints)
-        self.checkpoints = found
-        return fresh
+        earlier, self.checkpoints = self.checkpoints, set(self.find_checkpoints())
+        return bool(self.checkpoints - earlier)
 
     def commit(self) -> None:
         """Commit every mounted Volume.

@@ -5,13 +5,13 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import traceback
 from pathlib import Path
 from typing import Any
 
-from modal_sweep.client import image
-from modal_sweep.protocol import delta, payload, result
+from modal_sweep.protocol import payload, result
+from modal_sweep.protocol.names import versions
+from modal_sweep.protocol.records import write_whole
 
 
 def preload() -> None:
@@ -21,7 +21,7 @@ def preload() -> None:
     from hydra.core.plugins import Plugins
 
     Plugins.instance()
-    image.versions()
+    versions()
     # Fills the caches of the parser of interpolations.
     warm = omegaconf.OmegaConf.create({"x": 1, "y": "a${x}/${.x}", "z": "${oc.select:x}"})
     assert hydra.core.utils and warm.y and warm.z
@@ -38,9 +38,8 @@ def run(folder: Path) -> int:
         return 1
     os.makedirs(request["cwd"], exist_ok=True)
     os.chdir(request["cwd"])
-    packed = checked(folder / "common.bin", request["common"])
-    context, task_function, alike = payload.unpack(packed)
-    config = pickle.loads(delta.unpack(checked(folder / "payload.bin", request["sha256"]), alike))
+    context, task_function = payload.unpack(checked(folder / "common.bin", request["common"]))
+    config = payload.unpack_config(checked(folder / "payload.bin", request["sha256"]))
     try:
         returned = run_hydra_job(context, task_function, config)
     except SystemExit as error:
@@ -55,16 +54,12 @@ def run(folder: Path) -> int:
 
 def mismatch(launched_with: dict[str, str]) -> str | None:
     """What differs between the launching Python and this one; None when they agree."""
-    here = image.versions()
-    wrong = [
-        f"{name} {here.get(name)}"
-        for name in launched_with
-        if here.get(name) != launched_with[name]
-    ]
+    here = versions()
+    wrong = [f"{name} {here.get(name)}" for name, v in launched_with.items() if here.get(name) != v]
     if not wrong:
         return None
-    wanted = ", ".join(f"{name} {number}" for name, number in launched_with.items())
-    return f"the image has {', '.join(wrong)}, but the job was launched with {wanted}"
+    launched = ", ".join(f"{name} {number}" for name, number in launched_with.items())
+    return f"the image has {', '.join(wrong)}, but the job was launched with {launched}"
 
 
 def checked(path: Path, sha256: str) -> bytes:
@@ -87,29 +82,27 @@ def run_hydra_job(context: Any, task_function: Any, config: Any) -> dict[str, An
         job_dir_key="hydra.sweep.dir",
         job_subdir_key="hydra.sweep.subdir",
     )
-    said = {
+    place = {
         "working_dir": returned.working_dir,
         "task_name": returned.task_name,
         "output_dir": config.hydra.runtime.output_dir,
     }
     if returned.status == JobStatus.COMPLETED:
-        return {"status": "completed", "value": result.pack_value(returned.return_value), **said}
+        return {"status": "completed", "value": result.pack_value(returned.return_value), **place}
     error = returned._return_value
     # Hydra 1.3 keeps a job's traceback out of its log; a compact error is meant to have none.
     compact = isinstance(error, CompactHydraException)
-    shown = [str(error)] if compact else traceback.format_exception(error)
-    logging.getLogger(returned.task_name).error("".join(shown).rstrip())
-    return {**failure(error), **said}
+    lines = [str(error)] if compact else traceback.format_exception(error)
+    logging.getLogger(returned.task_name).error("".join(lines).rstrip())
+    return {**failure(error), **place}
 
 
 def failure(error: BaseException, message: str | None = None) -> dict[str, Any]:
     """An envelope for a job that raised."""
-    said = {"type": type(error).__name__, "message": message or str(error)}
-    return {"status": "failed", "error": said}
+    description = {"type": type(error).__name__, "message": message or str(error)}
+    return {"status": "failed", "error": description}
 
 
 def report(folder: Path, envelope: dict[str, Any]) -> None:
-    """Write result.json so that it is whole or not there."""
-    partial = folder / "result.json.partial"
-    partial.write_text(json.dumps(envelope))
-    os.replace(partial, folder / "result.json")
+    """Write result.json; the folder does not outlive the container."""
+    write_whole(folder / "result.json", [json.dumps(envelope).encode()], durable=False)

@@ -6,28 +6,25 @@ was told to stop is dropped: a job that swallows the signal would look finished 
 """
 
 import json
-import os
 import signal
-import socket
-import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from modal_sweep.container import cloud as _cloud
+from modal_sweep.container import zygote
+from modal_sweep.container.cloud import Cloud
 from modal_sweep.container.signals import Signals, send_group
 from modal_sweep.protocol import outputs, progress, result
+from modal_sweep.protocol.names import MOUNT
+from modal_sweep.protocol.records import write_whole
 
-MOUNT = Path("/mnt/hydra-sweeps")
 SCRATCH = Path("/tmp/modal-launcher")
 GRACE = 22.0  # Modal gives 30 s between the signal and the end
 LOOK_EVERY = 0.25
 STATUS_EVERY = 2.0
 SAVE_EVERY = 60.0
-
-# The process that forks jobs and our end of its socket: one per container.
-zygotes: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
 
 
 class NewAttempt(Exception):
@@ -41,13 +38,13 @@ def run_job(reference: dict[str, Any], payload: bytes) -> bytes:
         reference: the plan's `ref` with the job's `key`.
         payload: the pickled configuration, compressed.
     """
-    cloud = _cloud.Cloud(reference)
+    cloud = Cloud(reference)
     owner = cloud.claim()
     if owner is not None:
         return result.compress({"status": "duplicate", "owner": owner})
     if reference["single_use"]:
         cloud.status(state="starting")
-    folder: Path = MOUNT / reference["key"]
+    folder = Path(MOUNT) / reference["key"]
     if cloud.attempt > 1:
         cloud.reload()
         finished = folder / "result.bin"
@@ -63,7 +60,7 @@ class Attempt:
     """One attempt at a job, in one container."""
 
     def __init__(
-        self, reference: dict[str, Any], payload: bytes, folder: Path, cloud: "_cloud.Cloud"
+        self, reference: dict[str, Any], payload: bytes, folder: Path, cloud: Cloud
     ) -> None:
         self.reference, self.folder, self.cloud = reference, folder, cloud
         self.output_dir = Path(reference["output_dir"])
@@ -96,19 +93,16 @@ class Attempt:
         """
         if self.cloud.attempt > 1:
             self.cloud.status(state="running", started=self.started)
-        control = start_zygote()
-        request = {"folder": str(self.scratch), "log": str(self.log)}
-        control.sendall(json.dumps(request).encode() + b"\n")
-        replies = Replies(control)
-        pid = replies.wait(30.0)["pid"]
+        control = zygote.start()
+        control.send((str(self.scratch), str(self.log)))
+        pid = zygote.answer(control)
         grace = min(120.0, 0.1 * self.reference["timeout"])
         up = self.started + self.reference["timeout"] - grace - GRACE / 4
-        watched = time.time()
-        saved = time.time()
-        while (reply := replies.wait(LOOK_EVERY)) is None:
+        watched = saved = time.time()
+        while not control.poll(LOOK_EVERY):
             now = time.time()
             if signals.seen or now > up:
-                self.stop(pid, replies, signals)
+                self.stop(pid, control, signals)
                 signals.raise_again()
                 raise NewAttempt(
                     f"{self.reference['timeout']} s are over; the job continues in a new attempt"
@@ -119,14 +113,15 @@ class Attempt:
                 if self.cloud.new_checkpoint() or now - saved > SAVE_EVERY:
                     saved = now
                     self.try_to_save()
-        return self.outcome(reply["exit"])
+        return self.outcome(zygote.answer(control))
 
-    def stop(self, pid: int, replies: "Replies", signals: Signals) -> None:
+    def stop(self, pid: int, control: Connection, signals: Signals) -> None:
         """Tell the job to save and end, within the time that Modal gives."""
         send_group(pid, signal.SIGINT)
-        if replies.wait(5.0 if signals.cancelled else GRACE) is None:
+        if not control.poll(5.0 if signals.cancelled else GRACE):
             send_group(pid, signal.SIGKILL)
-            replies.wait(2.0)
+        if control.poll(2.0):
+            zygote.answer(control)
         self.try_to_save()
         self.cloud.status(state="cancelled" if signals.cancelled else "preempted")
 
@@ -136,31 +131,25 @@ class Attempt:
         if path.exists():
             envelope = json.loads(path.read_text())
         else:
-            said = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+            ended = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
             hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-            message = f"the job's process {said}{hint} before it had a result"
+            message = f"the job's process {ended}{hint} before it had a result"
             envelope = {"status": "failed", "error": {"type": "JobExited", "message": message}}
         if envelope["status"] == "completed" and result.is_nan(envelope["value"]):
-            message = "the job returned NaN"
-            envelope = {
-                **envelope,
-                "status": "failed",
-                "error": {"type": "NotANumber", "message": message},
-            }
+            error = {"type": "NotANumber", "message": "the job returned NaN"}
+            envelope = {**envelope, "status": "failed", "error": error}
         if envelope["status"] == "failed":
-            said = self.log.read_text(errors="replace") if self.log.exists() else ""
-            envelope["tail"] = said[-2000:]
+            text = self.log.read_text(errors="replace") if self.log.exists() else ""
+            envelope["tail"] = text[-2000:]
         return dict(envelope)
 
     def report_progress(self) -> None:
         """Say that the job runs, and what its progress file says."""
-        said = self.tail.look()
-        shown: dict[str, Any] = {
-            key: said.last[key] for key in ("step", "loss") if key in said.last
-        }
-        if said.reports:
-            shown["reports"] = list(said.reports)
-        self.cloud.status(state="running", started=self.started, **shown)
+        tail = self.tail.look()
+        state: dict[str, Any] = {k: tail.last[k] for k in ("step", "loss") if k in tail.last}
+        if tail.reports:
+            state["reports"] = list(tail.reports)
+        self.cloud.status(state="running", started=self.started, **state)
 
     def keep_progress(self) -> None:
         """A progress file that lies elsewhere comes along with the outputs."""
@@ -182,7 +171,7 @@ class Attempt:
         self.manifest = outputs.save(self.output_dir, self.folder / "outputs", self.manifest)
         if self.log.exists():
             outputs.copy(self.log, self.folder / "log.txt")
-        outputs.write(self.folder, "manifest.json", [json.dumps(self.manifest).encode()])
+        write_whole(self.folder / "manifest.json", [json.dumps(self.manifest).encode()])
 
     def finish(self, envelope: dict[str, Any]) -> bytes:
         """Save everything, then the result, commit, report; returns the result's bytes."""
@@ -196,7 +185,7 @@ class Attempt:
             if packed is None or self.manifest:
                 self.copy_outputs()
             packed = packed or result.pack(envelope, self.manifest)
-            outputs.write(self.folder, "result.bin", [packed])
+            write_whole(self.folder / "result.bin", [packed])
             self.cloud.commit()
         except OSError as error:
             lost = f"the job ended ({envelope['status']}), but its files were not saved: {error}"
@@ -220,47 +209,3 @@ class Attempt:
                 "sha256": outputs.file_digest(self.folder / "cwd" / name),
             }
         return listed
-
-
-class Replies:
-    """Lines of JSON from the zygote."""
-
-    def __init__(self, control: socket.socket) -> None:
-        self.control = control
-        self.buffer = b""
-
-    def wait(self, seconds: float) -> Any:
-        """The next reply, or None when none came in time; raises RuntimeError at the end."""
-        deadline = time.monotonic() + seconds
-        while b"\n" not in self.buffer:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return None
-            self.control.settimeout(left)
-            try:
-                data = self.control.recv(65536)
-            except TimeoutError:
-                return None
-            if not data:
-                raise RuntimeError("the process that starts jobs has ended")
-            self.buffer += data
-        line, _, self.buffer = self.buffer.partition(b"\n")
-        return json.loads(line)
-
-
-def start_zygote() -> socket.socket:
-    """Our end of the socket of the process that forks jobs, started once per container."""
-    if not zygotes or zygotes[-1][0].poll() is not None:
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "modal_sweep.container.zygote"]
-        path = os.environ.get("PYTHONPATH", "")
-        process = subprocess.Popen(
-            [*command, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-            # The sources are in /root.
-            env={**os.environ, "PYTHONPATH": path or "/root", "PYTHONUNBUFFERED": "1"},
-        )
-        theirs.close()
-        zygotes.append((process, ours))
-    return zygotes[-1][1]

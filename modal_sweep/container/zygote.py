@@ -5,67 +5,95 @@ its connection to Modal and its outputs along; a fork costs milliseconds where a
 costs most of a second.
 """
 
-import atexit
 import contextlib
 import ctypes
-import json
 import os
 import select
 import signal
-import socket
+import subprocess
 import sys
-import threading
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import BinaryIO
 
 PR_SET_PDEATHSIG = 1
+# The process that forks jobs and our end of its connection: one per container.
+zygotes: list[tuple[subprocess.Popen[bytes], Connection]] = []
+
+
+def start() -> Connection:
+    """Our end of the connection to the process that forks jobs, started once per container."""
+    if not zygotes or zygotes[-1][0].poll() is not None:
+        ours, theirs = Pipe()
+        command = [sys.executable, "-m", "modal_sweep.container.zygote", str(theirs.fileno())]
+        process = subprocess.Popen(
+            command,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            # The sources are in /root.
+            env={
+                **os.environ,
+                "PYTHONPATH": os.environ.get("PYTHONPATH") or "/root",
+                "PYTHONUNBUFFERED": "1",
+            },
+        )
+        theirs.close()
+        zygotes.append((process, ours))
+    return zygotes[-1][1]
+
+
+def answer(control: Connection) -> int:
+    """Its next answer; raises RuntimeError when it has ended."""
+    try:
+        number: int = control.recv()
+    except (EOFError, OSError):
+        raise RuntimeError("the process that starts jobs has ended") from None
+    return number
 
 
 def main(descriptor: int) -> None:
-    """Serve requests {folder, log} on a socket, one job at a time, until it is closed."""
+    """Serve requests (folder, log), one job at a time, until the connection is closed.
+
+    The answers are the job's process id when it starts and its exit code when it has ended.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     from modal_sweep.container import job
 
     job.preload()
-    control = socket.socket(fileno=descriptor)
-    for line in control.makefile("r"):
-        request = json.loads(line)
+    control = Connection(descriptor)
+    while True:
+        try:
+            folder, log_path = control.recv()
+        except EOFError:
+            return
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
-            become_job(control, writing)
-            leave(job.run(Path(request["folder"])))
+            become_job(writing)
+            control.close()
+            sys.exit(job.run(Path(folder)))
         os.close(writing)
-        send(control, {"pid": child})
-        with open(request["log"], "ab", buffering=0) as log:
-            send(control, {"exit": follow(child, reading, log)})
+        control.send(child)
+        with open(log_path, "ab", buffering=0) as log:
+            control.send(follow(child, reading, log))
         os.close(reading)
 
 
-def become_job(control: socket.socket, writing: int) -> None:
+def end_with_parent() -> None:
+    """Let this process be killed when the one that started it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def become_job(writing: int) -> None:
     """In the child: a process group of its own, output into the pipe, default signals."""
     os.setpgid(0, 0)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    control.close()
+    end_with_parent()
     os.dup2(writing, 1)
     os.dup2(writing, 2)
     os.close(writing)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def leave(code: int) -> NoReturn:
-    """End the job's process as the interpreter would, without taking every module apart."""
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def send(control: socket.socket, message: dict[str, Any]) -> None:
-    """One line of JSON."""
-    control.sendall(json.dumps(message).encode() + b"\n")
 
 
 def follow(child: int, reading: int, log: BinaryIO) -> int:
@@ -81,8 +109,8 @@ def follow(child: int, reading: int, log: BinaryIO) -> int:
             if data:
                 continue
         # Children that outlive the job may hold the pipe open: the job's end counts.
-        done, status = os.waitpid(child, 0 if not open_pipe else os.WNOHANG)
-        if done:
+        ended, status = os.waitpid(child, 0 if not open_pipe else os.WNOHANG)
+        if ended:
             return os.waitstatus_to_exitcode(status)
 
 

@@ -9,9 +9,7 @@ told   a search has heard of a failure
 """
 
 import fcntl
-import io
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from modal_sweep.errors import LaunchError
+from modal_sweep.protocol.records import append_lines, whole_lines
 
 FOLDER = "modal"
 
@@ -72,17 +71,12 @@ class Journal:
         self.path = self.folder / "jobs.jsonl"
         self.sweep: dict[str, Any] = {}
         self.jobs: dict[str, JobRecord] = {}
-        self.order: list[str] = []
         self.replay()
 
     def replay(self) -> None:
         """Read what is there; a last line cut off by a kill is left out."""
-        self.sweep, self.jobs, self.order = {}, {}, []
-        if not self.path.exists():
-            return
-        raw = self.path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
+        self.sweep, self.jobs = {}, {}
+        for number, line in enumerate(whole_lines(self.path), 1):
             try:
                 self.apply(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
@@ -96,12 +90,10 @@ class Journal:
             return
         identity = event["identity"]
         if kind == "plan":
-            known = self.jobs.get(identity)
-            if known is None:
-                self.jobs[identity] = JobRecord(event)
-                self.order.append(identity)
+            if identity in self.jobs:
+                self.jobs[identity].plan = event
             else:
-                known.plan = event
+                self.jobs[identity] = JobRecord(event)
             return
         job = self.jobs[identity]
         if kind == "cancel":
@@ -118,21 +110,10 @@ class Journal:
 
     def write(self, events: Iterable[dict[str, Any]]) -> None:
         """Append events and wait until they are on the disk."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        fresh = not self.path.exists()
-        lines = b""
-        for said in events:
-            event = {**said, "at": round(time.time(), 3)}
+        stamped = [{**event, "at": round(time.time(), 3)} for event in events]
+        for event in stamped:
             self.apply(event)
-            lines += json.dumps(event, separators=(",", ":")).encode() + b"\n"
-        with self.path.open("a+b", buffering=0) as file:
-            drop_cut_off_line(file)
-            file.write(lines)
-            os.fsync(file.fileno())
-        if fresh:
-            folder = os.open(self.folder, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        append_lines(self.path, stamped)
 
     @contextmanager
     def locked(self, patience: float = 0.0) -> Iterator[None]:
@@ -159,18 +140,7 @@ class Journal:
 
     def ordered(self) -> list[JobRecord]:
         """All jobs in the order they were planned."""
-        return [self.jobs[identity] for identity in self.order]
-
-
-def drop_cut_off_line(file: io.FileIO) -> None:
-    """Cut a file back to its last whole line: a kill may have stopped a writer in the middle."""
-    size = file.seek(0, os.SEEK_END)
-    if size == 0:
-        return
-    file.seek(size - 1)
-    if file.read(1) != b"\n":
-        file.seek(0)
-        file.truncate(file.read(size).rfind(b"\n") + 1)
+        return list(self.jobs.values())
 
 
 def open_journal(sweep_dir: Path) -> Journal:

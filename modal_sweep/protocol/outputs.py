@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-CHUNK = 1 << 20
+from modal_sweep.protocol.records import write_whole
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -27,11 +27,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save(source: Path, target: Path, known: dict[str, Any]) -> dict[str, Any]:
+def save(source: Path, target: Path, earlier: dict[str, Any]) -> dict[str, Any]:
     """Copy what changed below `source` into `target`.
 
     Args:
-        known: what the last call returned; {} at first.
+        earlier: what the last call returned; {} at first.
 
     Returns:
         By relative path: size, modification time and sha256 of every file.
@@ -41,7 +41,7 @@ def save(source: Path, target: Path, known: dict[str, Any]) -> dict[str, Any]:
         name = path.relative_to(source).as_posix()
         try:
             stat = path.stat()
-            if (entry := known.get(name)) and (entry["size"], entry["time"]) == (
+            if (entry := earlier.get(name)) and (entry["size"], entry["time"]) == (
                 stat.st_size,
                 stat.st_mtime_ns,
             ):
@@ -52,7 +52,7 @@ def save(source: Path, target: Path, known: dict[str, Any]) -> dict[str, Any]:
         except FileNotFoundError:  # a temporary file of the job
             continue
         manifest[name] = {"size": stat.st_size, "time": stat.st_mtime_ns, "sha256": digest}
-    for name in known.keys() - manifest.keys():
+    for name in earlier.keys() - manifest.keys():
         (target / name).unlink(missing_ok=True)
     return manifest
 
@@ -75,17 +75,14 @@ def restore(saved: Path, folder: Path) -> None:
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and modification time of every file below a folder."""
-    found = {}
-    for path in files_below(folder):
-        stat = path.stat()
-        found[path.relative_to(folder).as_posix()] = (stat.st_size, stat.st_mtime_ns)
-    return found
+    stats = {path.relative_to(folder).as_posix(): path.stat() for path in files_below(folder)}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def changed(folder: Path, before: dict[str, tuple[int, int]], leave_out: Path) -> list[Path]:
     """Files that were made or changed since `before`, outside `leave_out`."""
     after = snapshot(folder)
-    paths = [folder / name for name, said in after.items() if before.get(name) != said]
+    paths = [folder / name for name, stat in after.items() if before.get(name) != stat]
     return [path for path in paths if not path.is_relative_to(leave_out)]
 
 
@@ -97,30 +94,16 @@ def safe_target(folder: Path, name: str) -> Path:
     return folder / pure
 
 
-def write(folder: Path, name: str, content: Iterable[bytes]) -> Path:
-    """Write a file so that it is whole or not there."""
-    target = safe_target(folder, name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    with partial.open("wb") as file:
-        for chunk in content:
-            file.write(chunk)
-    os.replace(partial, target)
-    return target
-
-
 def pull(
     manifest: dict[str, Any],
     folder: Path,
     read: Callable[[str], Iterable[bytes]],
-    progress: Callable[[int], None] = lambda size: None,
 ) -> int:
     """Fetch the files of a manifest that are not here yet.
 
     Args:
         manifest: relative path -> {size, sha256}.
         read: content of a file on the Volume, by relative path.
-        progress: told the bytes of each file that is here.
 
     Returns:
         Number of files fetched.
@@ -129,16 +112,15 @@ def pull(
         OSError: when a file that came is not the one in the manifest.
     """
     fetched = 0
-    for name, said in manifest.items():
+    for name, entry in manifest.items():
         target = safe_target(folder, name)
-        here = target.is_file() and target.stat().st_size == said["size"]
-        if not (here and file_digest(target) == said["sha256"]):
-            write(folder, name, read(name))
-            if file_digest(target) != said["sha256"]:
+        here = target.is_file() and target.stat().st_size == entry["size"]
+        if not (here and file_digest(target) == entry["sha256"]):
+            write_whole(target, read(name), durable=False)
+            if file_digest(target) != entry["sha256"]:
                 target.unlink()
                 raise OSError(f"{target} came back damaged; run the command again")
             fetched += 1
-        progress(said["size"])
     return fetched
 
 

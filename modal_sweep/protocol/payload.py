@@ -18,6 +18,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import setup_globals
 from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
 
 COMPRESSION = 6
 
@@ -43,25 +44,32 @@ def dumps(content: Any) -> bytes:
     return buffer.getvalue()
 
 
-def pack(context: HydraContext, task_function: TaskFunction, alike: bytes) -> bytes:
-    """The common part of a launch, compressed.
+def pack_config(config: DictConfig) -> bytes:
+    """A job's configuration with its types, compressed."""
+    return zlib.compress(cloudpickle.dumps(config), COMPRESSION)
 
-    Args:
-        alike: what the jobs' payloads are compressed against.
-    """
+
+def unpack_config(packed: bytes) -> DictConfig:
+    """What `pack_config` was given."""
+    config: DictConfig = pickle.loads(zlib.decompress(packed))
+    return config
+
+
+def pack(context: HydraContext, task_function: TaskFunction) -> bytes:
+    """The common part of a launch, compressed."""
     state = Singleton.get_state()
     state["instances"].pop(HydraConfig, None)  # every job sets its own
     store = state["instances"].pop(ConfigStore, None)
-    instances = {kind: dumps(one) for kind, one in state["instances"].items()}
+    instances = {kind: dumps(instance) for kind, instance in state["instances"].items()}
     instances[ConfigStore] = cloudpickle.dumps(store)
-    resolvers = {name: dumps(one) for name, one in state["omegaconf_resolvers"].items()}
-    shared = (instances, resolvers, dumps((context, task_function)), alike)
+    resolvers = {name: dumps(resolve) for name, resolve in state["omegaconf_resolvers"].items()}
+    shared = (instances, resolvers, dumps((context, task_function)))
     return zlib.compress(cloudpickle.dumps(shared), COMPRESSION)
 
 
-def unpack(packed: bytes) -> tuple[HydraContext, TaskFunction, bytes]:
-    """Restore the singletons in this process; context, task and `alike`."""
-    instances, resolvers, main_part, alike = pickle.loads(zlib.decompress(packed))
+def unpack(packed: bytes) -> tuple[HydraContext, TaskFunction]:
+    """Restore the singletons in this process; context and task."""
+    instances, resolvers, main_part = pickle.loads(zlib.decompress(packed))
     setup_globals()
     plugins = Plugins.instance()  # scanned before the fork
     store = {ConfigStore: instances.pop(ConfigStore)}
@@ -73,16 +81,16 @@ def unpack(packed: bytes) -> tuple[HydraContext, TaskFunction, bytes]:
         }
     )
     context, task_function = pickle.loads(main_part)
-    return context, task_function, alike
+    return context, task_function
 
 
 def loaded(instances: dict[Any, bytes]) -> dict[Any, Any]:
     """Singletons, without those that are made of modules that are not here."""
-    found = {}
+    singletons = {}
     for kind, data in instances.items():
         with contextlib.suppress(ImportError):
-            found[kind] = pickle.loads(data)
-    return found
+            singletons[kind] = pickle.loads(data)
+    return singletons
 
 
 def resolver(name: str, data: bytes) -> Any:

@@ -30,9 +30,9 @@ class Tail:
         """Read on; a file that was written anew is read from its beginning."""
         try:
             with self.path.open("rb") as file:
-                said = os.fstat(file.fileno())
-                if said.st_ino != self.inode or said.st_size < self.at:
-                    self.inode, self.at = said.st_ino, 0
+                stat = os.fstat(file.fileno())
+                if stat.st_ino != self.inode or stat.st_size < self.at:
+                    self.inode, self.at = stat.st_ino, 0
                     self.reports.clear()
                 file.seek(self.at)
                 data = file.read()
@@ -47,11 +47,11 @@ class Tail:
     def take(self, line: bytes) -> None:
         """Take one line into account; what is no JSON object says nothing."""
         try:
-            said = json.loads(line)
+            entry = json.loads(line)
         except ValueError:
             return
-        if not isinstance(said, dict):
+        if not isinstance(entry, dict):
             return
-        self.last = said
-        if any(key in said for key in self.keys):
-            self.reports.append({key: said[key] for key in ("step", *self.keys) if key in said})
+        self.last = entry
+        if any(key in entry for key in self.keys):
+            self.reports.append({key: entry[key] for key in ("step", *self.keys) if key in entry})

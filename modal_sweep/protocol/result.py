@@ -22,8 +22,8 @@ def pack_whole(envelope: dict[str, Any], folder: Path, log: Path) -> bytes | Non
     if sum(path.stat().st_size for path in [*paths, *([log] if log.exists() else [])]) > MOST_PLAIN:
         return None
     files = {path.relative_to(folder).as_posix(): to_text(path.read_bytes()) for path in paths}
-    said = to_text(log.read_bytes()) if log.exists() else None
-    packed = compress({**envelope, "files": files, "log": said})
+    text = to_text(log.read_bytes()) if log.exists() else None
+    packed = compress({**envelope, "files": files, "log": text})
     return packed if len(packed) <= MOST_BYTES else None
 
 
@@ -32,10 +32,10 @@ def pack(envelope: dict[str, Any], manifest: dict[str, Any]) -> bytes:
 
     Args:
         envelope: status, value, error and so on.
-        manifest: the files, as `_outputs.save` returns it; left out when it is too large.
+        manifest: the files, as `outputs.save` returns it; left out when it is too large.
     """
     listed = {
-        name: {"size": said["size"], "sha256": said["sha256"]} for name, said in manifest.items()
+        name: {key: entry[key] for key in ("size", "sha256")} for name, entry in manifest.items()
     }
     small = compress({**envelope, "manifest": listed})
     if len(small) <= MOST_BYTES:
@@ -71,9 +71,9 @@ def to_text(content: bytes) -> dict[str, str]:
         return {"base64": base64.b64encode(content).decode()}
 
 
-def to_bytes(held: dict[str, str]) -> bytes:
+def to_bytes(text: dict[str, str]) -> bytes:
     """The opposite of `to_text`."""
-    return held["text"].encode() if "text" in held else base64.b64decode(held["base64"])
+    return text["text"].encode() if "text" in text else base64.b64decode(text["base64"])
 
 
 def pack_value(value: Any) -> dict[str, Any]:
@@ -92,32 +92,32 @@ def is_plain(value: Any) -> bool:
     if type(value) in PLAIN:
         return True
     if type(value) is list:
-        return all(is_plain(one) for one in value)
+        return all(is_plain(item) for item in value)
     if type(value) is dict:
-        return all(type(key) is str and is_plain(one) for key, one in value.items())
+        return all(type(key) is str and is_plain(item) for key, item in value.items())
     return False
 
 
-def unpack_value(held: dict[str, Any], trusted: bool) -> Any:
+def unpack_value(packed: dict[str, Any], trusted: bool) -> Any:
     """A return value.
 
     Args:
-        held: what `pack_value` made.
+        packed: what `pack_value` made.
         trusted: it came from the call itself; nothing that lay on a disk is unpickled.
 
     Raises:
         JobFailed: it was pickled and is not trusted.
     """
-    if "json" in held:
-        return tuple(held["json"]) if held.get("tuple") else held["json"]
+    if "json" in packed:
+        return tuple(packed["json"]) if packed.get("tuple") else packed["json"]
     if not trusted:
         raise JobFailed("its return value was kept in its call, which has expired")
     import pickle
 
-    return pickle.loads(base64.b64decode(held["pickle"]))
+    return pickle.loads(base64.b64decode(packed["pickle"]))
 
 
-def is_nan(held: dict[str, Any] | None) -> bool:
+def is_nan(packed: dict[str, Any] | None) -> bool:
     """Whether a job returned NaN: as a number to minimise it is no result."""
-    value = (held or {}).get("json")
+    value = (packed or {}).get("json")
     return isinstance(value, float) and math.isnan(value)

@@ -1,0 +1,64 @@
+"""Files that are whole or not there, JSON lines whose last one a kill may have cut, first lines."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, content: Iterable[bytes], durable: bool = True) -> None:
+    """Write a file so that it is whole or not there, with the folders above it.
+
+    Args:
+        content: its parts.
+        durable: also after the machine itself has stopped; False for what can be brought again.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.writelines(content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    partial.replace(path)
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that is there, without their ends; a cut last one is left out."""
+    content = path.read_bytes() if path.exists() else b""
+    return content[: content.rfind(b"\n") + 1].splitlines()
+
+
+def append_lines(path: Path, entries: Iterable[Any]) -> None:
+    """Append lines of JSON and wait until they are on the disk; a cut last line goes."""
+    fresh = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(entry, separators=(",", ":")).encode() + b"\n" for entry in entries]
+    with path.open("a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if file.read(1) not in (b"", b"\n"):
+            file.seek(0)
+            file.truncate(file.read(size).rfind(b"\n") + 1)
+        file.write(b"".join(lines))
+        os.fsync(file.fileno())
+    if fresh:
+        sync_folder(path.parent)
+
+
+def first_line(error: BaseException | str) -> str:
+    """The start of an error's text; its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__ if isinstance(error, BaseException) else ""
