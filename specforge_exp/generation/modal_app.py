@@ -1,6 +1,5 @@
 """The app whose containers serve the target: deployed once for each version of what is in it."""
 
-import hashlib
 import json
 import logging
 from dataclasses import asdict
@@ -11,10 +10,13 @@ from typing import Any
 import modal
 
 import specforge_exp
+from modal_sweep.client.code import digest_of
+from modal_sweep.client.image import digest
+from modal_sweep.client.volumes import volume
 from specforge_exp.config import Config
 from specforge_exp.config.machine import command, prefetched
 from specforge_exp.errors import InputError
-from specforge_exp.generation.modal_worker import WHAT, Worker, read
+from specforge_exp.generation.modal_worker import SERVER, Worker, read
 from specforge_exp.provenance import model_digest
 
 log = logging.getLogger(__name__)
@@ -40,16 +42,13 @@ OF_CLIENT = ("name", "urls", "num_servers", "usd_per_gpu_hour", "rate_limit", "p
 
 def app_name(cfg: Config) -> str:
     """Holds the hash of everything the app consists of: its content never changes."""
-    code = hashlib.sha256()
-    for path in sorted(CODE.rglob("*.py")):
-        code.update(f"{path.relative_to(CODE)} {path.read_text()}".encode())
-    made_of = [what(cfg), code.hexdigest(), packages(cfg), model_digest(cfg.model.path)]
-    made_of += [cfg.model.secrets, mounts(cfg), cfg.resources["env"]]
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    return f"specforge-regen-{digest[:12]}"
+    code = digest_of({path.relative_to(CODE).as_posix(): path for path in CODE.rglob("*.py")})
+    parts = [server_settings(cfg), code, packages(cfg), model_digest(cfg.model.path)]
+    parts += [cfg.model.secrets, mounts(cfg), cfg.resources["env"]]
+    return f"specforge-regen-{digest(parts)}"
 
 
-def what(cfg: Config) -> dict[str, Any]:
+def server_settings(cfg: Config) -> dict[str, Any]:
     """What a container is told about its server; engine.tp_size must be known."""
     options = {k: v for k, v in asdict(cfg.engine).items() if k not in OF_CLIENT}
     path = MODEL if shipped(cfg) else cfg.model.path
@@ -90,7 +89,7 @@ def image(cfg: Config) -> modal.Image:
         base = modal.Image.debian_slim()
     else:
         base = modal.Image.from_registry(cfg.engine.image).entrypoint([])
-    made = base.uv_pip_install(*packages(cfg))
+    installed = base.uv_pip_install(*packages(cfg))
     if shipped(cfg):
         folder = Path(cfg.model.path)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -99,9 +98,9 @@ def image(cfg: Config) -> modal.Image:
                 f"model.path={folder} has {size / 1e9:.0f} GB, too much for an upload with every "
                 "version of the code; use a hub id, or put it on a Volume of resources.volumes"
             )
-        made = made.add_local_dir(folder, MODEL)
+        installed = installed.add_local_dir(folder, MODEL)
     package = f"/root/{CODE.name}"
-    return made.add_local_dir(CODE, package, ignore=lambda path: path.suffix != ".py")
+    return installed.add_local_dir(CODE, package, ignore=lambda path: path.suffix != ".py")
 
 
 async def deployed(cfg: Config) -> str:
@@ -122,7 +121,7 @@ async def deployed(cfg: Config) -> str:
         gpu=f"{engine.gpu}:{tp_size}",
         cpu=CPU * tp_size,
         memory=MEMORY * tp_size,
-        env={**cfg.resources["env"], WHAT: json.dumps(what(cfg))},
+        env={**cfg.resources["env"], SERVER: json.dumps(server_settings(cfg))},
         secrets=secrets,
         volumes={mount: volume(name) for mount, name in mounts(cfg).items()},
         timeout=86400,
@@ -145,11 +144,6 @@ async def warn_of_downloads(cfg: Config) -> None:
             "its GPUs; to do so once: %s hydra/launcher=modal",
             name, cfg.model.path, command("prefetch"),
         )  # fmt: skip
-
-
-def volume(name: str) -> modal.Volume:
-    """A Volume by name, made when it is missing."""
-    return modal.Volume.from_name(name, create_if_missing=True, version=2)
 
 
 def pools(name: str, most: int | None) -> tuple[Any, Any]:

@@ -1,35 +1,21 @@
-"""Calls on Modal as they are seen from here: written down, looked at, their ends told apart."""
+"""Calls of engine=modal: written down, looked at, waited for while Modal is away."""
 
-import os
-import time
+import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import modal
 import orjson
 
+from modal_sweep.client.calls import call_error
+from modal_sweep.protocol.outage import Outage, transient
+from modal_sweep.protocol.records import append_lines, whole_lines
 from specforge_exp.errors import InputError
-from specforge_exp.generation.store import whole_lines
 
 T = TypeVar("T")
 OUTAGE = 900.0
 """Seconds without an answer of Modal after which a run is given up."""
-
-
-class Gone(Exception):
-    """The result of a call has expired, or the call was cancelled."""
-
-
-class Died(Exception):
-    """The container died of a call, or the call took longer than Modal allows."""
-
-
-class Raised(Exception):
-    """Our own code has raised in the container; the message is its."""
-
-
-class Unreachable(Exception):
-    """Modal does not answer at the moment."""
 
 
 class Journal:
@@ -51,90 +37,57 @@ class Journal:
         for line in whole_lines(path):
             self.take(orjson.loads(line))
 
-    def take(self, said: dict[str, Any]) -> None:
+    def take(self, entry: dict[str, Any]) -> None:
         """Take one line into account."""
-        if "call" in said:
-            self.calls[said["part"]] = said["call"]
-            self.first.setdefault(said["chunk"], said["places"])
-        elif "left" in said:
-            self.left[said["part"]] = said
+        if "call" in entry:
+            self.calls[entry["part"]] = entry["call"]
+            self.first.setdefault(entry["chunk"], entry["places"])
+        elif "left" in entry:
+            self.left[entry["part"]] = entry
         else:
-            self.seconds[said["part"]] = said["seconds"]
+            self.seconds[entry["part"]] = entry["seconds"]
 
-    def write(self, said: dict[str, Any]) -> None:
+    def write(self, entry: dict[str, Any]) -> None:
         """Append a line and wait until it is on the disk."""
-        self.take(said)
-        with self.path.open("ab", buffering=0) as file:
-            file.write(orjson.dumps(said) + b"\n")
-            os.fsync(file.fileno())
+        self.take(entry)
+        append_lines(self.path, [entry])
 
 
 async def result_of(call: str) -> bytes | None:
     """What a call has returned; None while it runs.
 
     Raises:
-        Gone, Died, Raised, Unreachable: see there.
+        CallError, Unreachable: as modal_sweep tells them apart.
     """
-    import modal
-    from modal import exception
-
     try:
-        found: bytes = await modal.FunctionCall.from_id(call).get.aio(timeout=0)
-        return found
-    except (exception.OutputExpiredError, exception.NotFoundError) as error:
-        raise Gone(str(error)) from None
-    except (exception.FunctionTimeoutError, exception.InternalFailure) as error:
-        raise Died(str(error)) from None
-    except (exception.ConnectionError, exception.ServiceError, exception.InternalError) as error:
-        raise Unreachable(str(error)) from None
-    except exception.RemoteError as error:
-        raise Gone(str(error) or "cancelled") from None
-    except exception.AuthError as error:
-        raise InputError(f"Modal: {error}") from None
-    except TimeoutError:
-        return None
-    except OSError as error:
-        raise Unreachable(str(error)) from None
-    except exception.InputCancellation:
-        raise Gone("cancelled") from None
-    except Exception as error:
-        raise Raised(str(error) if isinstance(error, InputError) else repr(error)) from None
+        packed: bytes = await modal.FunctionCall.from_id(call).get.aio(timeout=0)
+        return packed
+    except (Exception, modal.exception.InputCancellation) as error:
+        problem = call_error(error)
+    if problem is not None:
+        raise problem
+    return None
 
 
-class Outage:
-    """How long Modal has not answered."""
-
-    def __init__(self) -> None:
-        self.since: float | None = None
-
-    def over(self) -> None:
-        """It has answered."""
-        self.since = None
-
-    def lasts(self, error: Exception) -> None:
-        """It has not; raises InputError when that has been so for too long."""
-        now = time.monotonic()
-        self.since = now if self.since is None else self.since
-        if now - self.since > OUTAGE:
-            raise InputError(
-                f"Modal has not answered for {OUTAGE / 60:.0f} minutes ({error}); the calls go on, "
-                "and the same command brings their results"
-            )
+def new_outage() -> Outage:
+    """Ends the run when Modal has not answered for 15 minutes."""
+    return Outage(
+        OUTAGE,
+        lambda error: InputError(
+            f"Modal has not answered for {OUTAGE / 60:.0f} minutes ({error}); the calls go on, "
+            "and the same command brings their results"
+        ),
+    )
 
 
 async def patiently(step: Callable[[], Awaitable[T]], outage: Outage) -> T:
     """Do a step again while Modal cannot be reached."""
-    import asyncio
-
-    from modal import exception
-
     while True:
         try:
-            done = await step()
-            outage.over()
-            return done
-        except (
-            exception.ConnectionError, exception.ServiceError, exception.InternalError, OSError
-        ) as error:  # fmt: skip
+            answer = await step()
+        except (*transient(), OSError) as error:
             outage.lasts(error)
+        else:
+            outage.over()
+            return answer
         await asyncio.sleep(2.0)

@@ -22,21 +22,14 @@ except ImportError:
     needed = "engine=modal needs Modal's client: pip install 'specforge-exp[modal]'"
     raise InputError(needed) from None
 
+from modal_sweep.client.volumes import volume
+from modal_sweep.errors import CallError, Cancelled, Died, Raised, ResultGone, Unreachable
 from specforge_exp.config import Config
 from specforge_exp.data.conversations import BadRecord
 from specforge_exp.errors import InputError
 from specforge_exp.generation.conversation import Rules
-from specforge_exp.generation.modal_app import deployed, pools, volume
-from specforge_exp.generation.modal_calls import (
-    Died,
-    Gone,
-    Journal,
-    Outage,
-    Raised,
-    Unreachable,
-    patiently,
-    result_of,
-)
+from specforge_exp.generation.modal_app import deployed, pools
+from specforge_exp.generation.modal_calls import Journal, new_outage, patiently, result_of
 from specforge_exp.generation.modal_worker import pack, read, unpack
 from specforge_exp.generation.progress import EVERY, Progress
 from specforge_exp.generation.rules import rules_of
@@ -79,14 +72,14 @@ async def fan_out(client: "Client", chunks: list[Chunk], interrupt: Interrupt) -
     tasks = [asyncio.create_task(client.complete(chunk)) for chunk in chunks]
     work: asyncio.Future[Any] = asyncio.gather(*tasks)
     look: asyncio.Future[Any] = asyncio.create_task(client.look_at_all())
-    said = 0.0
+    reported = 0.0
     try:
         while not work.done() and not interrupt.number:
             await asyncio.wait({work, look}, timeout=0.1, return_when=asyncio.FIRST_COMPLETED)
             if look.done():
                 look.result()
-            if (now := time.monotonic()) - said > EVERY:
-                said = now
+            if (now := time.monotonic()) - reported > EVERY:
+                reported = now
                 client.report()
         if work.done():
             work.result()
@@ -120,13 +113,13 @@ class Client:
         self.rules = plain(rules_of(cfg))
         decides = {**self.rules, "made_by": cfg.model.path, "samples": store.samples}
         decides["sources"] = [plan.digest for plan in store.plans]  # the folder is deleted as one
-        said = json.dumps(decides, sort_keys=True)
-        self.folder = f"regen/{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+        text = json.dumps(decides, sort_keys=True)
+        self.folder = f"regen/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self.volume_name = cfg.resources["volumes"][cfg.resources["env"]["SPECFORGE_DATASETS"]]
         self.journal = Journal(store.folder / JOURNAL)
         self.pace = Pace(cfg.engine.rate_limit)
         self.spawning = asyncio.Lock()
-        self.outage = Outage()
+        self.outage = new_outage()
         self.pending: dict[str, tuple[asyncio.Future[bytes], int]] = {}
         """Calls that are waited for, with their number of conversations."""
 
@@ -153,14 +146,14 @@ class Client:
             left = [place for place in places if place not in chunk.results]
             if left:
                 self.journal.write({"part": part, "left": left, "why": why})
-        said = self.journal.left.get(part, {"left": []})
-        left = said["left"]
+        entry = self.journal.left.get(part, {"left": []})
+        left = entry["left"]
         if alone and len(places) == 1 and left:
             record = self.store.read(chunk, left[0])
-            self.keep(chunk, left[0], {"error": f"{said['why']}, with nothing else", **record})
+            self.keep(chunk, left[0], {"error": f"{entry['why']}, with nothing else", **record})
         elif left:
             if not alone:
-                log.info("regen: %s: %d conversations are tried apart", said["why"], len(left))
+                log.info("regen: %s: %d conversations are tried apart", entry["why"], len(left))
             middle = (len(left) + 1) // 2
             halves = [half for half in (left[:middle], left[middle:]) if half]
             await asyncio.gather(*(self.bring(chunk, half, alone=True) for half in halves))
@@ -176,14 +169,16 @@ class Client:
                 if call is None:
                     call = await self.spawn(part, chunk, places, alone)
                 packed: bytes | None = await self.wait(call, len(places))
-            except Gone:
+            except (ResultGone, Cancelled):
                 packed = await patiently(lambda: read(self.volume, self.file(part)), self.outage)
             except Died as error:
                 return f"the container dies ({error})"
-            except Raised as error:
+            except Raised as failure:
                 if own:
+                    error = failure.error
+                    reason = str(error) if isinstance(error, InputError) else repr(error)
                     raise InputError(
-                        f"the containers of {self.app} fail: {error}; their log: modal app logs "
+                        f"the containers of {self.app} fail: {reason}; their log: modal app logs "
                         f"{self.app}"
                     ) from None
                 packed = None
@@ -215,13 +210,13 @@ class Client:
 
     def items(self, chunk: Chunk, places: list[int]) -> list[tuple[int, int, dict[str, Any]]]:
         """Place, number of the sample and conversation; what is no conversation fails here."""
-        found = []
+        items = []
         for place in places:
             try:
-                found.append((place, place % self.store.samples, self.store.read(chunk, place)))
+                items.append((place, place % self.store.samples, self.store.read(chunk, place)))
             except BadRecord as error:
                 self.keep(chunk, place, {"error": str(error), "id": ""})
-        return found
+        return items
 
     def file(self, part: str) -> str:
         """Where the results of a part lie on the Volume."""
@@ -241,7 +236,7 @@ class Client:
         while True:
             calls = list(self.pending)
             for start in range(0, len(calls), TOGETHER):
-                await asyncio.gather(*(self.look(c) for c in calls[start : start + TOGETHER]))
+                await asyncio.gather(*map(self.look, calls[start : start + TOGETHER]))
             await asyncio.sleep(POLL if self.outage.since is None else 2 * POLL)
 
     async def look(self, call: str) -> None:
@@ -250,17 +245,17 @@ class Client:
             return
         future, _ = self.pending[call]
         try:
-            found = await result_of(call)
+            packed = await result_of(call)
         except Unreachable as error:
             self.outage.lasts(error)
             return
-        except (Gone, Died, Raised) as error:
+        except CallError as error:
             if not future.done():
                 future.set_exception(error)
             return
         self.outage.over()
-        if found is not None and not future.done():
-            future.set_result(found)
+        if packed is not None and not future.done():
+            future.set_result(packed)
 
     def keep(self, chunk: Chunk, place: int, result: dict[str, Any]) -> None:
         """Store a result, unless there is one."""

@@ -23,7 +23,7 @@ from specforge_exp.generation.conversation import Item, Record, Rules, regenerat
 from specforge_exp.generation.engine import Sampling, ServerDied
 from specforge_exp.generation.sglang_engine import SGLangEngine
 
-WHAT = "SPECFORGE_REGEN"
+SERVER = "SPECFORGE_REGEN"
 """The environment variable that says which model is served how."""
 
 
@@ -33,12 +33,12 @@ class Worker:
     @modal.enter()
     async def start(self) -> None:
         """Start the server; raises InputError when it does not become healthy."""
-        said = json.loads(os.environ[WHAT])
+        settings = json.loads(os.environ[SERVER])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            engine = EngineConfig(**said["engine"], port=free.getsockname()[1])
+            engine = EngineConfig(**settings["engine"], port=free.getsockname()[1])
         loss = LossConfig(lambda_ce=1.0)  # there is no Config without one
-        self.cfg = Config(model=ModelConfig(**said["model"]), engine=engine, loss=loss)
+        self.cfg = Config(model=ModelConfig(**settings["model"]), engine=engine, loss=loss)
         self.engine = SGLangEngine(self.cfg)
         self.room = asyncio.Semaphore(engine.concurrency)
         self.accounted = time.monotonic()
@@ -57,8 +57,8 @@ class Worker:
         """
         part = unpack(packed)
         volume = modal.Volume.from_name(part["volume"])
-        if (known := await read(volume, part["file"])) is not None:
-            return known
+        if (earlier := await read(volume, part["file"])) is not None:
+            return earlier
         try:
             results = await self.results(part)
         except Exception:
@@ -73,13 +73,13 @@ class Worker:
         """Regenerate, `engine.concurrency` conversations of this container at a time."""
         from specforge_exp.generation.rules import counter  # loads torch, after the server began
 
-        said = part["rules"]
-        sampling = Sampling(**said.pop("sampling"))
-        count = counter(self.cfg.model, said["template_kwargs"])
-        rules = Rules(sampling=sampling, count=count, **said)
+        fields = part["rules"]
+        sampling = Sampling(**fields.pop("sampling"))
+        count = counter(self.cfg.model, fields["template_kwargs"])
+        rules = Rules(sampling=sampling, count=count, **fields)
         results: dict[str, Record] = {}
 
-        async def one(place: int, sample: int, record: Record) -> None:
+        async def answer(place: int, sample: int, record: Record) -> None:
             async with self.room:
                 try:
                     results[str(place)] = await regenerate(
@@ -88,7 +88,7 @@ class Worker:
                 except ServerDied:
                     return
 
-        tasks = [asyncio.create_task(one(*item)) for item in part["items"]]
+        tasks = [asyncio.create_task(answer(*item)) for item in part["items"]]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -97,15 +97,15 @@ class Worker:
         return results
 
 
-def pack(said: dict[str, Any]) -> bytes:
+def pack(content: dict[str, Any]) -> bytes:
     """JSON, compressed."""
-    return zlib.compress(orjson.dumps(said), 6)
+    return zlib.compress(orjson.dumps(content), 6)
 
 
 def unpack(packed: bytes) -> dict[str, Any]:
     """What `pack` was given."""
-    said: dict[str, Any] = orjson.loads(zlib.decompress(packed))
-    return said
+    content: dict[str, Any] = orjson.loads(zlib.decompress(packed))
+    return content
 
 
 async def read(volume: modal.Volume, path: str) -> bytes | None:

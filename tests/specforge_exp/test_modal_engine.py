@@ -216,6 +216,7 @@ def test_a_model_that_is_not_on_the_volume_yet(
     on_local_modal: LocalModal, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Every container would download it: the command that does it once is named."""
+    from modal_sweep.client.volumes import volume
     from specforge_exp.generation import modal_app, modal_worker
 
     cfg = config(tmp_path, 0)
@@ -224,6 +225,6 @@ def test_a_model_that_is_not_on_the_volume_yet(
     assert "python prefetch.py -m" in caplog.text
     caplog.clear()
     marker = "prefetched/models--Qwen--Qwen3-8B"
-    asyncio.run(modal_worker.write(modal_app.volume("hf"), marker, b""))
+    asyncio.run(modal_worker.write(volume("hf"), marker, b""))
     asyncio.run(modal_app.warn_of_downloads(cfg))
     assert not caplog.text
