@@ -10,8 +10,14 @@ pytestmark = pytest.mark.usefixtures("on_local_modal")
 STEPS = 5
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
+KILLS = [(at, when) for at in (1, 2, 3, 4) for when in ("before", "after")]
+FAST = {(2, "before"), (3, "after")}  # one that is attached to, one that is launched again
+
+
+@pytest.mark.parametrize(
+    ("at", "when"),
+    [pytest.param(*kill, marks=[] if kill in FAST else pytest.mark.slow) for kill in KILLS],
+)
 def test_a_killed_launcher_loses_nothing(
     at: int, when: str, tmp_path: Path, control_plane: LocalModal
 ) -> None:

@@ -10,6 +10,8 @@ from conftest import PLANTED
 from modal_app import driver
 from modal_local.client import LocalModal
 
+from modal_sweep.client.volumes import read_if_there, upload, volume
+
 pytestmark = pytest.mark.usefixtures("on_local_modal")
 
 
@@ -194,11 +196,9 @@ def test_the_journal_survives_a_cut_off_line(tmp_path: Path) -> None:
         json.loads(line)
 
 
-def test_a_pushed_file_keeps_its_zeros(tmp_path: Path) -> None:
+def test_an_uploaded_file_keeps_its_zeros(tmp_path: Path) -> None:
     """Modal's client sends blocks without their trailing zeros."""
-    import modal
-
     content = b"x" + bytes(9_000_000) + b"y" + bytes(7)
     (tmp_path / "zeros.bin").write_bytes(content)
-    driver.modal_sweep("push", tmp_path / "zeros.bin", "zeros:zeros.bin")
-    assert b"".join(modal.Volume.from_name("zeros").read_file("zeros.bin")) == content
+    upload(volume("zeros"), tmp_path / "zeros.bin", "zeros.bin")
+    assert read_if_there(volume("zeros"), "zeros.bin") == content

@@ -174,7 +174,7 @@ def test_two_jobs_do_not_write_to_one_place(tmp_path: Path) -> None:
     session.close()
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_killed_at_a_spawn(when: str, tmp_path: Path, control_plane: LocalModal) -> None:
     """A kill between a spawn and its line, and right after it: every step is taken once."""
     names = {f"spawn-{when}-{number}" for number in range(3)}

@@ -81,15 +81,7 @@ def test_other_code_is_another_job(tmp_path: Path, control_plane: LocalModal) ->
     assert len(driver.events(sweep, "spawn")) == 2
 
 
-def test_push_and_what_is_not_there(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a.txt").write_text("a")
-    printed = driver.modal_sweep("push", tmp_path / "data", "pushed:inputs/data")
-    assert "pushed:inputs/data" in printed
-    import modal
-
-    names = [entry.path for entry in modal.Volume.from_name("pushed").listdir("inputs/data")]
-    assert names == ["inputs/data/a.txt"]
+def test_what_is_not_there(tmp_path: Path) -> None:
     refused = driver.modal_sweep("status", tmp_path, expect=1)
     assert "is not a sweep on Modal" in refused and "Traceback" not in refused
     assert "no sweeps" in driver.modal_sweep("list", tmp_path)
