@@ -32,9 +32,7 @@ def list_sweeps(arguments: argparse.Namespace) -> int:
 
 def state_of(record: JobRecord) -> str:
     """What the journal says of a job."""
-    if record.end is not None:
-        return str(record.end["status"])
-    return "not spawned" if record.call is None else "in flight"
+    return record.status or ("not spawned" if record.call is None else "in flight")
 
 
 def status(arguments: argparse.Namespace) -> int:
@@ -53,7 +51,7 @@ def status(arguments: argparse.Namespace) -> int:
 
 def exit_code(records: Sequence[JobRecord]) -> int:
     """1 when a job ended without a result."""
-    return int(any(record.end and record.end["status"] != "completed" for record in records))
+    return int(any(record.broken for record in records))
 
 
 def attach(arguments: argparse.Namespace) -> int:
@@ -64,8 +62,7 @@ def attach(arguments: argparse.Namespace) -> int:
         records = journal.ordered()
         for record in records:
             if record.call is None:
-                spawn.restage(journal, record)
-                spawn.spawn_next(journal, record, functions)
+                spawn.respawn(journal, record, functions)
     return finish(journal, records, functions)
 
 
@@ -79,7 +76,7 @@ def finish(journal: Journal, records: Sequence[JobRecord], functions: Functions)
         return 130
     messages.summary(journal, records)
     for record in records:
-        if record.end and record.end["status"] != "completed":
+        if record.broken:
             messages.say(messages.failure_text(journal, record))
     return exit_code(records)
 
@@ -171,8 +168,7 @@ def rerun(arguments: argparse.Namespace) -> int:
     with journal.locked():
         records = by_number(journal, arguments.job)
         if arguments.failed:
-            broken = [record for record in journal.ordered() if exit_code([record])]
-            records += [record for record in broken if record not in records]
+            records += [r for r in journal.ordered() if r.broken and r not in records]
         if not records:
             raise LaunchError("nothing to run again: name job numbers, or --failed")
         for record in records:
@@ -182,8 +178,7 @@ def rerun(arguments: argparse.Namespace) -> int:
                     f"modal-sweep cancel {journal.sweep_dir} {record.number}"
                 )
         for record in records:
-            spawn.restage(journal, record)
-            spawn.spawn_next(journal, record, functions)
+            spawn.respawn(journal, record, functions)
     return finish(journal, records, functions)
 
 

@@ -75,7 +75,7 @@ def unpack_files(envelope: dict[str, Any], folder: Path) -> int:
     """Write the outputs that came inside a result; number of files."""
     for name, text in envelope["files"].items():
         path = outputs.safe_target(folder, name)
-        write_whole(path, [result.to_bytes(text)], durable=False)
+        write_whole(path, [text.encode("latin-1")], durable=False)
     return len(envelope["files"])
 
 
@@ -111,7 +111,7 @@ def log_text(journal: Journal, record: JobRecord) -> str | None:
     saved = read_if_there(source, f"{base}/log.txt")
     if saved is None and (packed := read_if_there(source, f"{base}/result.bin")) is not None:
         text = result.unpack(packed).get("log")
-        saved = result.to_bytes(text) if text else None
+        saved = text.encode("latin-1") if text else None
     return None if saved is None else saved.decode(errors="replace")
 
 

@@ -65,8 +65,6 @@ def stage(code: Shipment, folder: Path) -> Path:
 
 def add_function(app: "modal.App", name: str, job: Job, folder: Path) -> None:
     """One function: image, GPU list, reuse, start-up timeout; calls set the rest."""
-    import modal
-
     from modal_sweep.container.worker import run_job
 
     app.function(
@@ -76,9 +74,16 @@ def add_function(app: "modal.App", name: str, job: Job, folder: Path) -> None:
         single_use_containers=job.function["single_use"],
         startup_timeout=job.function["startup_timeout"],
         timeout=86400,
-        retries=modal.Retries(max_retries=10, initial_delay=0.0, backoff_coefficient=1.0),
+        retries=at_once(10),
         include_source=False,
     )(run_job)
+
+
+def at_once(attempts: int) -> "modal.Retries":
+    """New attempts, without a pause."""
+    import modal
+
+    return modal.Retries(max_retries=attempts, initial_delay=0.0, backoff_coefficient=1.0)
 
 
 class Functions:
@@ -116,9 +121,7 @@ def variant(plan: dict[str, Any], reference: dict[str, Any]) -> "modal.Function[
     return modal.Function.from_name(plan["app"], plan["function"]).with_options(
         **machine,
         timeout=options["timeout"],
-        retries=modal.Retries(
-            max_retries=options["retries"], initial_delay=0.0, backoff_coefficient=1.0
-        ),
+        retries=at_once(options["retries"]),
         volumes={**volumes, MOUNT: outputs},
         secrets=secrets or None,
         env=options["env"] or None,

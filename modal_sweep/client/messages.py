@@ -30,23 +30,21 @@ def modal_errors() -> Iterator[None]:
     try:
         from modal import exception
     except ImportError:
-        raise LaunchError(
-            "hydra/launcher=modal needs the modal package: pip install modal"
-        ) from None
+        text = "hydra/launcher=modal needs the modal package: pip install modal"
+        raise LaunchError(text) from None
     try:
         yield
     except exception.AuthError as error:
-        raise LaunchError(f"{NO_TOKEN}\n({first_line(error)})") from None
+        text = f"{NO_TOKEN}\n({first_line(error)})"
     except (exception.ConnectionError, exception.ServiceError) as error:
-        raise LaunchError(
-            f"Modal does not answer ({first_line(error)}); the same command continues"
-        ) from None
+        text = f"Modal does not answer ({first_line(error)}); the same command continues"
     except exception.ResourceExhaustedError as error:
-        raise LaunchError(
-            f"Modal refuses more ({first_line(error)}); the same command continues"
-        ) from None
+        text = f"Modal refuses more ({first_line(error)}); the same command continues"
     except (exception.PermissionDeniedError, exception.InvalidError) as error:
-        raise LaunchError(f"Modal refuses: {first_line(error)}") from None
+        text = f"Modal refuses: {first_line(error)}"
+    else:
+        return
+    raise LaunchError(text)
 
 
 def say(text: str) -> None:
@@ -162,8 +160,8 @@ def detached(journal: Journal) -> None:
 
 def summary(journal: Journal, records: Sequence[JobRecord]) -> None:
     """The end of a sweep in one line, and every job that did not complete."""
-    broken = [record for record in records if record.end and record.end["status"] != "completed"]
-    completed = f"{len(records) - len(broken)} of {len(records)} jobs completed"
+    broken = sum(record.broken for record in records)
+    completed = f"{len(records) - broken} of {len(records)} jobs completed"
     say(f"{completed}; outputs in {journal.sweep_dir}")
     if broken:
         say(f"run those again: modal-sweep rerun --failed {journal.sweep_dir}")
@@ -173,10 +171,7 @@ def failure_text(journal: Journal, record: JobRecord) -> str:
     """Why a job failed, the end of its log and where the rest is."""
     end = record.end or {}
     error = end.get("error") or {}
-    lines = [
-        f"job {record.number} [{' '.join(record.plan['overrides'])}] {end.get('status')}: "
-        f"{error.get('type')}: {error.get('message')}"
-    ]
+    lines = [f"{record.label} {record.status}: {error.get('type')}: {error.get('message')}"]
     tail = [f"  | {line}" for line in (end.get("tail") or "").splitlines()[-12:]]
     if tail:
         lines += ["the end of its log:", *tail]

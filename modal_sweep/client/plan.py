@@ -1,7 +1,6 @@
 """Plan: from overrides to composed jobs with payload, identity, function and options."""
 
 import base64
-import copy
 import hashlib
 import json
 import os
@@ -57,6 +56,11 @@ class Job:
     image: dict[str, Any]
     code: Shipment
     identity: str = ""
+
+    @property
+    def label(self) -> str:
+        """What the user knows it by."""
+        return f"job {self.number} [{' '.join(self.overrides)}]"
 
     @property
     def function(self) -> dict[str, Any]:
@@ -172,22 +176,16 @@ def plan_event(job: Job, conf: ModalLauncherConf, sweep: dict[str, Any]) -> dict
         "function": function_name(job.function),
         "options": call_options(settings, conf, sweep),
         "subdir": os.path.relpath(job.output_dir, str(job.config.hydra.sweep.dir)),
-        "unique": list(settings.unique),
-        "hours": settings.hours,
+        "unique": settings.unique,
         "ref": {
             "sweep": sweep["id"],
             "identity": job.identity,
-            "dict": sweep["dict"],
-            "volume": sweep["volume"],
-            "common": sweep["common"],
+            **{name: sweep[name] for name in ("dict", "volume", "common")},
             "sha256": hashlib.sha256(packed).hexdigest(),
             "cwd": os.getcwd(),
             "output_dir": job.output_dir,
-            "mounts": dict(settings.volumes),
-            "timeout": settings.timeout,
-            "progress_file": settings.progress_file,
-            "progress_keys": list(settings.progress_keys),
-            "checkpoints": settings.checkpoints,
+            "mounts": settings.volumes,
+            **chosen(settings, "timeout", "progress_file", "progress_keys", "checkpoints"),
             "sync_cwd": conf.sync_cwd,
             "single_use": single_use(settings),
             "versions": versions(),
@@ -204,17 +202,15 @@ def call_options(
     return {
         "gpu": gpus[0] if len(gpus) == 1 else None,
         "gpus": gpus,
-        "cpu": settings.cpu,
-        "memory": settings.memory,
-        "timeout": settings.timeout,
-        "retries": settings.retries,
-        "region": settings.region,
-        "cloud": settings.cloud,
-        "volumes": dict(settings.volumes),
-        "secrets": copy.deepcopy(settings.secrets),
-        "env": dict(settings.env),
+        **chosen(settings, "cpu", "memory", "timeout", "retries", "region", "cloud"),
+        **chosen(settings, "volumes", "secrets", "env"),
         "max_containers": sweep["max_containers"].get(job_kind(settings)),
     }
+
+
+def chosen(settings: JobSettings, *names: str) -> dict[str, Any]:
+    """Some of a job's settings."""
+    return {name: getattr(settings, name) for name in names}
 
 
 def job_kind(settings: JobSettings) -> str:

@@ -33,8 +33,7 @@ def refuse_same_places(jobs: Sequence[Job]) -> None:
             other = writer.setdefault(place, job)
             if other is not job:
                 raise LaunchError(
-                    f"job {other.number} [{' '.join(other.overrides)}] and job {job.number} "
-                    f"[{' '.join(job.overrides)}] would both write {place}; "
+                    f"{other.label} and {job.label} would both write {place}; "
                     "give them different names"
                 )
 
@@ -48,7 +47,7 @@ def validate(job: Job) -> None:
     try:
         check(without_hydra(job.config))
     except Exception as error:
-        raise LaunchError(f"job {job.number} [{' '.join(job.overrides)}]: {error}") from None
+        raise LaunchError(f"{job.label}: {error}") from None
 
 
 def refuse_env_copy(job: Job) -> None:

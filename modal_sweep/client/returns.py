@@ -36,7 +36,7 @@ def job_return(job: Job, record: JobRecord, ended: Ended | None, journal: Journa
         task_name=end["task_name"] or str(hydra.job.name),
     )
     returned.status = JobStatus.FAILED
-    if end["status"] != "completed":
+    if record.broken:
         returned.return_value = JobFailed(failure_text(journal, record))
         return returned
     try:

@@ -78,7 +78,7 @@ class Session:
         self.left -= 1
         if not self.table.live:
             self.table.__enter__()
-        self.table.note(f"job {number} [{' '.join(job.overrides)}] {state}")
+        self.table.note(f"{job.label} {state}")
 
     def spawn(self, job: plan.Job) -> str:
         """Spawned, attached or done; waits while Modal is away, but not for the first job."""
@@ -149,11 +149,10 @@ class Session:
         from modal.exception import Error
 
         record, job = self.record(number), self.jobs.pop(number)
-        assert record.end is not None
-        if record.end["status"] == "failed":
+        if record.status == "failed":
             failure = {"identity": record.identity, "generation": record.generation}
             self.untold.append({"event": "told", **failure})
-        cancelled = record.end["status"] == "cancelled"
+        cancelled = record.status == "cancelled"
         if cancelled:
             with contextlib.suppress(OSError, ValueError, Error):
                 collect.pull(self.journal, record)
@@ -165,8 +164,7 @@ class Session:
         ended = self.watch.ended.get(job.identity)
         returned = job_return(job, record, ended, self.journal)
         if cancelled and job.identity in self.stopped:
-            text = f"job {number} [{' '.join(job.overrides)}] was stopped; what it saved stays"
-            returned.return_value = JobFailed(text)
+            returned.return_value = JobFailed(f"{job.label} was stopped; what it saved stays")
         return returned
 
     def reports(self) -> dict[int, list[dict[str, Any]]]:

@@ -2,7 +2,7 @@
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -71,11 +71,7 @@ def job_settings(conf: ModalLauncherConf, job: DictConfig) -> JobSettings:
     """Settings of one composed job; raises LaunchError that names the key."""
     names = [field.name for field in fields(JobSettings)]
     own = own_settings(conf, job)
-    unknown = sorted(set(own) - set(names))
-    if unknown:
-        raise LaunchError(
-            f"{conf.resources}.{unknown[0]} is not a setting of a job; valid: {', '.join(names)}"
-        )
+    refuse_unknown(own, names, conf.resources, "a job")
     values = for_job(conf, job)
     defaults = asdict(JobSettings())
     for name, value in own.items():
@@ -85,12 +81,12 @@ def job_settings(conf: ModalLauncherConf, job: DictConfig) -> JobSettings:
                 f"{conf.resources}.{name}={value}; set that one"
             )
         values[name] = value
-    values["image"] = asdict(image_settings(values["image"], conf.resources))
+    image = [field.name for field in fields(ImageSettings)]
+    refuse_unknown(values["image"], image, f"{conf.resources}.image", "an image")
     try:
         settings = OmegaConf.to_object(OmegaConf.merge(JobSettings, values))
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise LaunchError(f"{conf.resources}.{error.full_key}: {reason}") from None
+        raise LaunchError(f"{conf.resources}.{error.full_key}: {first_line(error)}") from None
     assert isinstance(settings, JobSettings)
     check(settings, conf.resources)
     return settings
@@ -140,25 +136,20 @@ def imported(option: str, dotted: str) -> Any:
         raise LaunchError(f"{option}={dotted} does not name an importable function") from None
 
 
-def image_settings(values: Mapping[str, Any], where: str) -> ImageSettings:
-    """The image of a `resources` node."""
-    names = [field.name for field in fields(ImageSettings)]
-    unknown = sorted(set(values) - set(names))
-    if unknown:
-        raise LaunchError(
-            f"{where}.image.{unknown[0]} is not a setting of an image; valid: {', '.join(names)}"
-        )
-    return ImageSettings(**values)
+def refuse_unknown(values: Iterable[str], names: list[str], where: str, owner: str) -> None:
+    """Name the first key that is no setting."""
+    for name in sorted(set(values) - set(names)):
+        raise LaunchError(f"{where}.{name} is not a setting of {owner}; valid: {', '.join(names)}")
 
 
 def check(settings: JobSettings, where: str) -> None:
     """Refuse what Modal would refuse, before anything is spawned."""
     for gpu in gpu_list(settings.gpu):
         type_and_count(gpu, where)
-    for name, most in (("timeout", MOST_SECONDS), ("startup_timeout", MOST_SECONDS)):
-        if not 1 <= getattr(settings, name) <= most:
+    for name in ("timeout", "startup_timeout"):
+        if not 1 <= (seconds := getattr(settings, name)) <= MOST_SECONDS:
             raise LaunchError(
-                f"{where}.{name}={getattr(settings, name)} must be in 1..{most} seconds; a job "
+                f"{where}.{name}={seconds} must be in 1..{MOST_SECONDS} seconds; a job "
                 "that takes longer continues in a new attempt"
             )
     if not 0 <= settings.retries <= 10:

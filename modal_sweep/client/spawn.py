@@ -72,7 +72,7 @@ def spawn_jobs(spawner: Spawner, jobs: Sequence[Job], times: int = 1) -> dict[st
 
 def refuse_done(journal: Journal, records: Sequence[JobRecord], conf: ModalLauncherConf) -> None:
     """With if_done=fail: refuse when a job has a result."""
-    done = [record for record in records if record.end and record.end["status"] == "completed"]
+    done = [record for record in records if record.status == "completed"]
     if done and conf.if_done == "fail":
         raise LaunchError(
             f"job {done[0].number} has a result with this code and configuration already "
@@ -159,12 +159,13 @@ def stage_common(journal: Journal, common: bytes, sha256: str) -> None:
     shared.put(sha256, common, skip_if_exists=True)
 
 
-def restage(journal: Journal, record: JobRecord) -> None:
-    """Make sure that the common part of an earlier launch is still there."""
+def respawn(journal: Journal, record: JobRecord, functions: Functions) -> None:
+    """Spawn a job of an earlier launch, with the common part that it had."""
     sha256 = record.plan["ref"]["common"]
     path = journal.folder / f"common-{sha256[:16]}.bin"
     if path.exists():
         stage_common(journal, path.read_bytes(), sha256)
+    spawn_next(journal, record, functions)
 
 
 def will_spawn(spawner: Spawner, record: JobRecord | None) -> bool:
@@ -176,10 +177,10 @@ def will_spawn(spawner: Spawner, record: JobRecord | None) -> bool:
         return True
     if record.end is None:
         return record.call in record.cancelled
-    if record.end["status"] == "completed":
+    if not record.broken:
         return spawner.conf.if_done != "skip"
     unheard = spawner.search and record.generation not in record.told
-    return not (unheard and record.end["status"] == "failed")
+    return not (unheard and record.status == "failed")
 
 
 def refuse_other_code(journal: Journal, jobs: Sequence[Job]) -> None:

@@ -24,18 +24,12 @@ def row(
     started = status.get("started")
     seconds = time.time() - started if started else None
     state = state_of(record, status)
-    if ended is not None:
-        state, seconds = ended.envelope["status"], ended.envelope.get("seconds")
-    elif record.end is not None:
-        state, seconds = record.end["status"], record.end.get("seconds")
+    if end := ended.envelope if ended else record.end:
+        state, seconds = end["status"], end.get("seconds")
     attempt = status.get("attempt", 1)
     if attempt > 1:
         state += f" (attempt {attempt})"
-    cost = (
-        None
-        if seconds is None
-        else seconds / 3600 * options_per_hour(record.plan["options"], prices)
-    )
+    per_hour = options_per_hour(record.plan["options"], prices)
     loss = status.get("loss")
     return (
         str(record.number),
@@ -44,7 +38,7 @@ def row(
         str(status.get("step", "")),
         f"{loss:.4f}" if isinstance(loss, float) else "",
         "" if seconds is None else duration(seconds),
-        "" if cost is None else f"{cost:.2f}",
+        "" if seconds is None else f"{seconds / 3600 * per_hour:.2f}",
     )
 
 
@@ -52,10 +46,8 @@ def state_of(record: JobRecord, status: dict[str, Any]) -> str:
     """queued (for GPUs, an image), starting, running, preempted, completed, failed."""
     if record.call is None:
         return "not spawned"
-    state = str(status.get("state", ""))
-    if not state:
-        return "queued for GPUs" if record.plan["options"]["gpus"] else "queued"
-    return state
+    queued = "queued for GPUs" if record.plan["options"]["gpus"] else "queued"
+    return str(status.get("state") or queued)
 
 
 def duration(seconds: float) -> str:
@@ -148,9 +140,7 @@ class Table:
         after = f" after {duration(seconds)}" if seconds is not None else ""
         why = "" if status == "completed" else f": {reason(ended)}"
         if self.live is None or why:
-            self.note(
-                f"job {record.number} [{' '.join(record.plan['overrides'])}] {status}{after}{why}"
-            )
+            self.note(f"{record.label} {status}{after}{why}")
 
 
 def rich_table(rows: Sequence[tuple[str, ...]]) -> Any:

@@ -153,5 +153,4 @@ class Watch:
     def respawn(self, record: JobRecord, why: str) -> None:
         """Open the job's next generation."""
         self.table.note(f"job {record.number} runs again: {why}")
-        spawn.restage(self.journal, record)
-        spawn.spawn_next(self.journal, record, self.functions)
+        spawn.respawn(self.journal, record, self.functions)

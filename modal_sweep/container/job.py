@@ -1,14 +1,13 @@
 """The job itself, in its own process in the container: Hydra's `run_job`, then a JSON file."""
 
 import gc
-import hashlib
 import json
 import logging
 import os
 import traceback
-from pathlib import Path
 from typing import Any
 
+from modal_sweep.container.request import Request
 from modal_sweep.protocol import payload, result
 from modal_sweep.protocol.names import versions
 from modal_sweep.protocol.records import write_whole
@@ -29,27 +28,23 @@ def preload() -> None:
     gc.freeze()
 
 
-def run(folder: Path) -> int:
-    """Run the job whose payload is in `folder`; writes result.json there. Returns the exit code."""
-    request = json.loads((folder / "request.json").read_text())
-    problem = mismatch(request["versions"])
+def run(request: Request) -> int:
+    """Run a job and write its result. Returns the exit code of its process."""
+    problem = mismatch(request.versions)
     if problem:
-        report(folder, {"status": "failed", "error": {"type": "VersionError", "message": problem}})
-        return 1
-    os.makedirs(request["cwd"], exist_ok=True)
-    os.chdir(request["cwd"])
-    context, task_function = payload.unpack(checked(folder / "common.bin", request["common"]))
-    config = payload.unpack_config(checked(folder / "payload.bin", request["sha256"]))
+        error = {"type": "VersionError", "message": problem}
+        return report(request, {"status": "failed", "error": error}, code=1)
+    os.makedirs(request.cwd, exist_ok=True)
+    os.chdir(request.cwd)
+    context, task_function = payload.unpack(request.common)
+    config = payload.unpack_config(request.config)
     try:
-        returned = run_hydra_job(context, task_function, config)
-    except SystemExit as error:
-        if error.code in (None, 0):
-            report(folder, {"status": "completed", "value": result.pack_value(None)})
-            return 0
-        report(folder, failure(error, f"left the interpreter with exit code {error.code}"))
-        return 1
-    report(folder, returned)
-    return 0
+        return report(request, run_hydra_job(context, task_function, config))
+    except SystemExit as left:
+        if left.code in (None, 0):
+            return report(request, {"status": "completed", "value": result.pack_value(None)})
+        envelope = failure(left, f"left the interpreter with exit code {left.code}")
+        return report(request, envelope, code=1)
 
 
 def mismatch(launched_with: dict[str, str]) -> str | None:
@@ -60,14 +55,6 @@ def mismatch(launched_with: dict[str, str]) -> str | None:
         return None
     launched = ", ".join(f"{name} {number}" for name, number in launched_with.items())
     return f"the image has {', '.join(wrong)}, but the job was launched with {launched}"
-
-
-def checked(path: Path, sha256: str) -> bytes:
-    """A file whose hash came with the call; raises ValueError when it is another one."""
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{path.name} is not what the launcher sent")
-    return data
 
 
 def run_hydra_job(context: Any, task_function: Any, config: Any) -> dict[str, Any]:
@@ -103,6 +90,7 @@ def failure(error: BaseException, message: str | None = None) -> dict[str, Any]:
     return {"status": "failed", "error": description}
 
 
-def report(folder: Path, envelope: dict[str, Any]) -> None:
-    """Write result.json; the folder does not outlive the container."""
-    write_whole(folder / "result.json", [json.dumps(envelope).encode()], durable=False)
+def report(request: Request, envelope: dict[str, Any], code: int = 0) -> int:
+    """Write the result, in a folder that does not outlive the container; gives the code back."""
+    write_whole(request.result, [json.dumps(envelope).encode()], durable=False)
+    return code

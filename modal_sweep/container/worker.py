@@ -15,6 +15,7 @@ from typing import Any
 
 from modal_sweep.container import zygote
 from modal_sweep.container.cloud import Cloud
+from modal_sweep.container.request import Request, checked
 from modal_sweep.container.signals import Signals, send_group
 from modal_sweep.protocol import outputs, progress, result
 from modal_sweep.protocol.names import MOUNT
@@ -44,7 +45,7 @@ def run_job(reference: dict[str, Any], payload: bytes) -> bytes:
         return result.compress({"status": "duplicate", "owner": owner})
     if reference["single_use"]:
         cloud.status(state="starting")
-    folder = Path(MOUNT) / reference["key"]
+    folder = Path(MOUNT, reference["key"])
     if cloud.attempt > 1:
         cloud.reload()
         finished = folder / "result.bin"
@@ -68,15 +69,18 @@ class Attempt:
         self.tail = progress.Tail(self.progress, reference["progress_keys"])
         self.started = time.time()
         self.manifest: dict[str, Any] = outputs.read_manifest(folder / "manifest.json")
-        self.scratch = SCRATCH / reference["key"]
-        self.scratch.mkdir(parents=True, exist_ok=True)
-        (self.scratch / "result.json").unlink(missing_ok=True)
-        (self.scratch / "payload.bin").write_bytes(payload)
-        (self.scratch / "common.bin").write_bytes(cloud.common())
-        names = ("cwd", "common", "sha256", "versions")
-        request = {name: reference[name] for name in names}
-        (self.scratch / "request.json").write_text(json.dumps(request))
-        self.log = self.scratch / "log.txt"
+        scratch = SCRATCH / reference["key"]
+        scratch.mkdir(parents=True, exist_ok=True)
+        self.log, self.result = scratch / "log.txt", scratch / "result.json"
+        self.result.unlink(missing_ok=True)
+        self.request = Request(
+            common=checked(cloud.common(), reference["common"]),
+            config=checked(payload, reference["sha256"]),
+            cwd=reference["cwd"],
+            versions=reference["versions"],
+            log=self.log,
+            result=self.result,
+        )
         cwd = Path(reference["cwd"])
         if cloud.attempt > 1:
             outputs.restore(folder / "outputs", self.output_dir)
@@ -94,7 +98,7 @@ class Attempt:
         if self.cloud.attempt > 1:
             self.cloud.status(state="running", started=self.started)
         control = zygote.start()
-        control.send((str(self.scratch), str(self.log)))
+        control.send(self.request)
         pid = zygote.answer(control)
         grace = min(120.0, 0.1 * self.reference["timeout"])
         up = self.started + self.reference["timeout"] - grace - GRACE / 4
@@ -127,9 +131,8 @@ class Attempt:
 
     def outcome(self, code: int) -> dict[str, Any]:
         """The job's own report, or what its exit code says."""
-        path = self.scratch / "result.json"
-        if path.exists():
-            envelope = json.loads(path.read_text())
+        if self.result.exists():
+            envelope = json.loads(self.result.read_text())
         else:
             ended = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
             hint = " (out of memory?)" if code == -signal.SIGKILL else ""

@@ -14,7 +14,6 @@ import subprocess
 import sys
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import BinaryIO
 
 PR_SET_PDEATHSIG = 1
@@ -53,7 +52,7 @@ def answer(control: Connection) -> int:
 
 
 def main(descriptor: int) -> None:
-    """Serve requests (folder, log), one job at a time, until the connection is closed.
+    """Serve requests, one job at a time, until the connection is closed.
 
     The answers are the job's process id when it starts and its exit code when it has ended.
     """
@@ -65,7 +64,7 @@ def main(descriptor: int) -> None:
     control = Connection(descriptor)
     while True:
         try:
-            folder, log_path = control.recv()
+            request = control.recv()
         except EOFError:
             return
         reading, writing = os.pipe()
@@ -73,10 +72,10 @@ def main(descriptor: int) -> None:
         if child == 0:
             become_job(writing)
             control.close()
-            sys.exit(job.run(Path(folder)))
+            sys.exit(job.run(request))
         os.close(writing)
         control.send(child)
-        with open(log_path, "ab", buffering=0) as log:
+        with open(request.log, "ab", buffering=0) as log:
             control.send(follow(child, reading, log))
         os.close(reading)
 

@@ -46,6 +46,11 @@ class JobRecord:
         return int(self.plan["job"])
 
     @property
+    def label(self) -> str:
+        """What the user knows it by."""
+        return f"job {self.number} [{' '.join(self.plan['overrides'])}]"
+
+    @property
     def call(self) -> str | None:
         """The newest call of the newest generation."""
         calls = self.calls.get(self.generation)
@@ -55,6 +60,16 @@ class JobRecord:
     def end(self) -> dict[str, Any] | None:
         """How the newest generation ended; None while it has not."""
         return self.ends.get(self.generation)
+
+    @property
+    def status(self) -> str | None:
+        """completed, failed or cancelled; None while the newest generation has not ended."""
+        return str(self.end["status"]) if self.end else None
+
+    @property
+    def broken(self) -> bool:
+        """Whether the newest generation ended without a result."""
+        return self.status not in (None, "completed")
 
     @property
     def key(self) -> str:

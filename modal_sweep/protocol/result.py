@@ -18,11 +18,12 @@ PLAIN = (str, int, float, bool, type(None))
 
 def pack_whole(envelope: dict[str, Any], folder: Path, log: Path) -> bytes | None:
     """Compress an envelope with all of a job's outputs and its log inside; None when too large."""
-    paths = list(files_below(folder))
-    if sum(path.stat().st_size for path in [*paths, *([log] if log.exists() else [])]) > MOST_PLAIN:
+    paths = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
+    logs = [log] if log.exists() else []
+    if sum(path.stat().st_size for path in [*paths.values(), *logs]) > MOST_PLAIN:
         return None
-    files = {path.relative_to(folder).as_posix(): to_text(path.read_bytes()) for path in paths}
-    text = to_text(log.read_bytes()) if log.exists() else None
+    files = {name: path.read_bytes().decode("latin-1") for name, path in paths.items()}
+    text = "".join(path.read_bytes().decode("latin-1") for path in logs)
     packed = compress({**envelope, "files": files, "log": text})
     return packed if len(packed) <= MOST_BYTES else None
 
@@ -61,19 +62,6 @@ def unpack(data: bytes) -> dict[str, Any]:
     envelope = json.loads(zlib.decompress(data))
     assert isinstance(envelope, dict)
     return envelope
-
-
-def to_text(content: bytes) -> dict[str, str]:
-    """Bytes as JSON can hold them."""
-    try:
-        return {"text": content.decode()}
-    except UnicodeDecodeError:
-        return {"base64": base64.b64encode(content).decode()}
-
-
-def to_bytes(text: dict[str, str]) -> bytes:
-    """The opposite of `to_text`."""
-    return text["text"].encode() if "text" in text else base64.b64decode(text["base64"])
 
 
 def pack_value(value: Any) -> dict[str, Any]:

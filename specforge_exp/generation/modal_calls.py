@@ -82,10 +82,11 @@ def new_outage() -> Outage:
 
 async def patiently(step: Callable[[], Awaitable[T]], outage: Outage) -> T:
     """Do a step again while Modal cannot be reached."""
+    away: tuple[type[Exception], ...] = (*transient(), OSError)
     while True:
         try:
             answer = await step()
-        except (*transient(), OSError) as error:
+        except away as error:
             outage.lasts(error)
         else:
             outage.over()

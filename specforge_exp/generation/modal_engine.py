@@ -175,8 +175,8 @@ class Client:
                 return f"the container dies ({error})"
             except Raised as failure:
                 if own:
-                    error = failure.error
-                    reason = str(error) if isinstance(error, InputError) else repr(error)
+                    cause = failure.error
+                    reason = str(cause) if isinstance(cause, InputError) else repr(cause)
                     raise InputError(
                         f"the containers of {self.app} fail: {reason}; their log: modal app logs "
                         f"{self.app}"
