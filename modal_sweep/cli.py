@@ -29,36 +29,32 @@ def parser() -> argparse.ArgumentParser:
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(
-        name: str, run: Callable[[argparse.Namespace], int], text: str
+        name: str, run: Callable[[argparse.Namespace], int], text: str, sweep: bool = True
     ) -> argparse.ArgumentParser:
         command = subparsers.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
+        if sweep:
+            command.add_argument("sweep", type=Path, help="the sweep directory")
         return command
 
-    def add_sweep(
-        name: str, run: Callable[[argparse.Namespace], int], text: str
-    ) -> argparse.ArgumentParser:
-        command = add(name, run, text)
-        command.add_argument("sweep", type=Path, help="the sweep directory")
-        return command
-
-    listing = add("list", commands.list_sweeps, "sweeps below a folder")
+    listing = add("list", commands.list_sweeps, "sweeps below a folder", sweep=False)
     listing.add_argument("folder", type=Path, nargs="?", default=Path())
-    add_sweep("status", commands.status, "one look at every job")
-    add_sweep("attach", commands.attach, "wait for the jobs and bring their results")
-    logs = add_sweep("logs", commands.logs, "what a job has printed")
+    add("status", commands.status, "one look at every job")
+    add("attach", commands.attach, "wait for the jobs and bring their results")
+    logs = add("logs", commands.logs, "what a job has printed")
     logs.add_argument("job", type=int, nargs="?", default=0, help="its number")
-    pull = add_sweep("pull", commands.pull, "bring outputs again, resumable")
+    pull = add("pull", commands.pull, "bring outputs again, resumable")
     pull.add_argument("--checkpoints", action="store_true", help="also what `unique` names")
     pull.add_argument("--to", type=Path, default=None, help="folder for --checkpoints")
-    cancel = add_sweep("cancel", commands.cancel, "end jobs; what they saved stays")
+    cancel = add("cancel", commands.cancel, "end jobs; what they saved stays")
     cancel.add_argument("job", type=int, nargs="*", help="numbers; none: all")
-    rerun = add_sweep("rerun", commands.rerun, "run jobs again, with the same code")
+    rerun = add("rerun", commands.rerun, "run jobs again, with the same code")
     rerun.add_argument("job", type=int, nargs="*", help="numbers")
     rerun.add_argument("--failed", action="store_true", help="all that did not complete")
-    clean = add_sweep("clean", commands.clean, "delete a sweep's files on Modal, not those here")
+    clean = add("clean", commands.clean, "delete a sweep's files on Modal, not those here")
     clean.add_argument("--yes", action="store_true", help="do not ask")
-    setup = add("setup", set_up, "make the Volumes a script needs, name missing secrets")
+    help_text = "make the Volumes a script needs, name missing secrets"
+    setup = add("setup", set_up, help_text, sweep=False)
     setup.add_argument("script", nargs="?", default="train.py")
     setup.add_argument("overrides", nargs="*", help="as for the script")
     return top

@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 from modal_sweep.client.calls import Ended
@@ -82,14 +81,9 @@ class Table:
             self.live.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: Any) -> None:
         if self.live is not None:
-            self.live.__exit__(kind, error, trace)
+            self.live.__exit__(*failure)
 
     def note(self, text: str) -> None:
         """A line above the table."""

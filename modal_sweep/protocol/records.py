@@ -1,5 +1,6 @@
 """Files that are whole or not there, JSON lines whose last one a kill may have cut, first lines."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable
@@ -47,6 +48,7 @@ def append_lines(path: Path, entries: Iterable[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(entry, separators=(",", ":")).encode() + b"\n" for entry in entries]
     with path.open("a+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # what another process is writing is not cut
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         if file.read(1) not in (b"", b"\n"):

@@ -10,6 +10,8 @@ from typing import Any
 
 from modal_local.client import LocalModal
 
+from modal_sweep.protocol.records import whole_lines
+
 APP = Path(__file__).resolve().parent
 REPOSITORY = APP.parent.parent
 STEP = re.compile(r"STEP (\S+) (\d+) (\S+)")
@@ -49,8 +51,7 @@ def modal_sweep(name: str, *arguments: object, expect: int = 0) -> str:
 
 def events(sweep: Path, kind: str) -> list[dict[str, Any]]:
     """Lines of one kind in a sweep's journal."""
-    path = sweep / "modal" / "jobs.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = whole_lines(sweep / "modal" / "jobs.jsonl")
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 

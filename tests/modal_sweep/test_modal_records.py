@@ -1,0 +1,61 @@
+"""Files are whole or not there, and lines of JSON survive kills and neighbours."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from modal_sweep.protocol.records import append_lines, first_line, whole_lines, write_whole
+
+APPEND = """
+import sys
+from pathlib import Path
+from modal_sweep.protocol.records import append_lines
+for number in range(30):
+    append_lines(Path(sys.argv[1]), [{"by": sys.argv[2], "number": number, "text": "x" * 300_000}])
+"""
+
+
+def test_a_cut_last_line_is_left_out_and_goes(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lines.jsonl"
+    assert whole_lines(path) == []
+    append_lines(path, [{"a": 1}, {"a": 2}])
+    path.write_bytes(path.read_bytes() + b'{"a": 3')
+    assert whole_lines(path) == [b'{"a":1}', b'{"a":2}']
+    append_lines(path, [{"a": 4}])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"a": 1}, {"a": 2}, {"a": 4}
+    ]  # fmt: skip
+
+
+def test_two_processes_cut_no_line_of_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    commands = [[sys.executable, "-c", APPEND, str(path), name] for name in ("one", "two")]
+    for process in [subprocess.Popen(command) for command in commands]:
+        assert process.wait() == 0
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+    for name in ("one", "two"):
+        assert [line["number"] for line in lines if line["by"] == name] == list(range(30))
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_cannot_be_written_leaves_what_was_there(durable: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a" / "file"
+    write_whole(path, [b"first ", b"content"], durable)
+
+    def broken() -> Iterator[bytes]:
+        yield b"second"
+        raise OSError("the connection is gone")
+
+    with pytest.raises(OSError, match="connection"):
+        write_whole(path, broken(), durable)
+    assert path.read_bytes() == b"first content"
+
+
+def test_the_first_line_of_an_error() -> None:
+    assert first_line(ValueError("\n a reason\nand more")) == "a reason"
+    assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert first_line("") == ""
