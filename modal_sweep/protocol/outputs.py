@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from modal_sweep.protocol.records import write_whole
+
+CHUNK = 1 << 20
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -59,10 +60,8 @@ def save(source: Path, target: Path, earlier: dict[str, Any]) -> dict[str, Any]:
 
 def copy(source: Path, target: Path) -> None:
     """Copy a file so that it is whole or not there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    shutil.copyfile(source, partial)
-    os.replace(partial, target)
+    with source.open("rb") as file:
+        write_whole(target, iter(lambda: file.read(CHUNK), b""), durable=False)
 
 
 def restore(saved: Path, folder: Path) -> None:
