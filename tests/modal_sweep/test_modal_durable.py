@@ -29,7 +29,7 @@ def undisturbed() -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("accident", ["preempt", "kill"])
+@pytest.mark.parametrize("accident", ["preempt", pytest.param("kill", marks=pytest.mark.slow)])
 def test_a_lost_container_costs_only_what_was_not_saved(
     accident: str, tmp_path: Path, control_plane: LocalModal, undisturbed: list[float]
 ) -> None:
@@ -78,6 +78,7 @@ def test_jobs_that_break_do_not_hide_the_others(tmp_path: Path) -> None:
     assert "STEP raises 2" in log and "Traceback" in log
 
 
+@pytest.mark.slow
 def test_a_full_volume_fails_the_job_and_says_so(tmp_path: Path, control_plane: LocalModal) -> None:
     sweep = tmp_path / "sweep"
     options = ["+name=full", "hydra.launcher.volume=full-sweeps"]
@@ -93,6 +94,7 @@ def test_a_full_volume_fails_the_job_and_says_so(tmp_path: Path, control_plane: 
     assert driver.ends(sweep)[0]["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_the_control_plane_is_down_for_20_seconds(
     tmp_path: Path, control_plane: LocalModal, undisturbed: list[float]
 ) -> None:
@@ -107,6 +109,7 @@ def test_the_control_plane_is_down_for_20_seconds(
     assert all(list(calls.values()) == [list(range(16))] for calls in executed.values())
 
 
+@pytest.mark.slow
 def test_a_job_longer_than_an_attempt_continues(tmp_path: Path, undisturbed: list[float]) -> None:
     """R30: as one whose machine is taken away after 24 hours."""
     sweep = tmp_path / "sweep"

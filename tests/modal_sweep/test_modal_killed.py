@@ -40,6 +40,7 @@ def test_a_killed_launcher_loses_nothing(
         assert list(calls.values()) == [list(range(STEPS))]
 
 
+@pytest.mark.slow
 def test_an_owner_that_was_cancelled_opens_the_next_generation(
     tmp_path: Path, control_plane: LocalModal
 ) -> None:

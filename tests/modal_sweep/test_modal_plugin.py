@@ -117,3 +117,14 @@ def test_every_command_is_in_the_reference() -> None:
     for line in help_text.splitlines():
         name = line.split()[0] if line.startswith("    ") and line.split() else ""
         assert not name.islower() or name in text
+
+
+def test_what_runs_in_the_container_needs_nothing_of_the_client() -> None:
+    code = """
+import sys
+import modal_sweep
+assert "hydra" not in sys.modules
+import modal_sweep.container.job, modal_sweep.container.worker, modal_sweep.container.zygote
+print([name for name in sys.modules if name.startswith(("modal_sweep.client", "rich", "modal."))])
+"""
+    assert python(code, path=str(REPOSITORY)).strip() == "[]"

@@ -206,6 +206,7 @@ def test_killed_while_jobs_run(tmp_path: Path, control_plane: LocalModal) -> Non
     assert steps(names, control_plane) == {name: [list(range(12))] for name in names}
 
 
+@pytest.mark.slow
 def test_a_session_waits_while_modal_is_away(tmp_path: Path, control_plane: LocalModal) -> None:
     session = open_session(tmp_path, total=2)
     session.start(0, job("away-0", pause=0.3, steps=10))

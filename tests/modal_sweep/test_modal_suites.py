@@ -34,6 +34,7 @@ class TestModalLauncher(LauncherTestSuite):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task_launcher_cfg", "extra_flags"),
     [({}, ["-m", "hydra/launcher=modal", "hydra.launcher.sync_cwd=true"])],
@@ -43,6 +44,7 @@ class TestModalLauncherIntegration(IntegrationTestSuite):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(strict=True, reason="the job writes into the launch directory")
 @pytest.mark.parametrize(
     ("task_launcher_cfg", "extra_flags"), [({}, ["-m", "hydra/launcher=modal"])], ids=["modal"]

@@ -62,6 +62,7 @@ def test_the_same_command_again_costs_nothing(tmp_path: Path, control_plane: Loc
     assert len(list((sweep / "modal").glob("common-*.bin"))) == 1
 
 
+@pytest.mark.slow
 def test_other_code_is_another_job(tmp_path: Path, control_plane: LocalModal) -> None:
     """A finished job of other code is run again; one in flight is not mixed with it."""
     sweep, app = tmp_path / "sweep", tmp_path / "app"
