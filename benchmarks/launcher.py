@@ -71,9 +71,9 @@ def start_control_plane(
         if process.poll() is not None:
             raise SystemExit("tests/modal_local did not start")
         time.sleep(0.05)
-    said = json.loads(file.read_text())
-    assert isinstance(said, dict)
-    return process, said
+    control = json.loads(file.read_text())
+    assert isinstance(control, dict)
+    return process, control
 
 
 def measure(
@@ -128,8 +128,8 @@ def main() -> None:
             for order in (("ours", "peer"), ("peer", "ours")):
                 for _ in range(args.runs):
                     for side in order:
-                        said = measure(*sides[side], args.jobs, FLAGS[side])
-                        runs.append({"side": side, "first": order[0], **said})
+                        figures = measure(*sides[side], args.jobs, FLAGS[side])
+                        runs.append({"side": side, "first": order[0], **figures})
                         if not args.json:
                             print(json.dumps(runs[-1]), flush=True)
             flags = [*FLAGS["ours"], "hydra.launcher.single_use=true"]

@@ -71,12 +71,12 @@ def logs_of(call: str) -> str:
 
 def steps_by_call(names: set[str], control_plane: LocalModal) -> dict[str, dict[str, list[int]]]:
     """Every step that any call ever executed, from Modal's own logs: job -> call -> steps."""
-    found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    steps: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for call in control_plane.state()["calls"]:
         for name, step, _ in STEP.findall(logs_of(call)):
             if name in names:
-                found[name][call].append(int(step))
-    return found
+                steps[name][call].append(int(step))
+    return steps
 
 
 def running(control_plane: LocalModal, sweep: Path) -> dict[str, str]:

@@ -101,9 +101,9 @@ def doomed(steps: int) -> None:
             left -= 1
             if left == 0:
                 if function is write and random.random() < 0.5:
-                    journal, said = arguments
+                    journal, entry = arguments
                     with journal.path.open("ab") as file:
-                        file.write(json.dumps(said).encode()[:20])
+                        file.write(json.dumps(entry).encode()[:20])
                 die()
             done = function(*arguments)
             left -= 1
@@ -123,10 +123,10 @@ def die_when_spawned(calls: int) -> None:
     """Let this process die once so many calls are written down; results wait until then."""
     write = modal_calls.Journal.write
 
-    def counted(self: Any, said: dict[str, Any]) -> None:
-        if "call" not in said:
+    def counted(self: Any, entry: dict[str, Any]) -> None:
+        if "call" not in entry:
             return  # as if no result had come yet
-        write(self, said)
+        write(self, entry)
         if len(self.calls) == calls:
             die()
 

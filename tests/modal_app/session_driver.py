@@ -47,7 +47,7 @@ def job(name: str, **values: object) -> list[str]:
     return [f"name={name}", *(f"{key}={value}" for key, value in values.items())]
 
 
-def said(returned: JobReturn) -> str:
+def outcome(returned: JobReturn) -> str:
     """A job's value, or why it has none, as text."""
     completed = returned.status == JobStatus.COMPLETED
     return repr(returned.return_value if completed else returned._return_value)
@@ -61,7 +61,7 @@ def main() -> None:
     left = len(jobs)
     while left:
         for number, returned in session.ended(1.0):
-            print(json.dumps({"end": number, "said": said(returned)}), flush=True)
+            print(json.dumps({"end": number, "said": outcome(returned)}), flush=True)
             left -= 1
         for number, lines in session.reports().items():
             print(json.dumps({"reports": number, "lines": lines}), flush=True)

@@ -23,12 +23,12 @@ def test_a_killed_launcher_loses_nothing(
 ) -> None:
     sweep = tmp_path / "sweep"
     names = {f"k{at}{when}{job}" for job in range(4)}
-    asked = driver.command(sweep, f"+name={','.join(sorted(names))}")
+    command = driver.command(sweep, f"+name={','.join(sorted(names))}")
     killer = [str(driver.APP / "kill_at_spawn.py"), str(at), when]
-    driver.run([*killer, *asked], expect=-9)
+    driver.run([*killer, *command], expect=-9)
     assert len(driver.events(sweep, "spawn")) == at - (when == "before")
     if at % 2:
-        driver.run(asked)
+        driver.run(command)
     else:
         driver.modal_sweep("attach", sweep)
     ended = driver.ends(sweep)
@@ -49,14 +49,14 @@ def test_an_owner_that_was_cancelled_opens_the_next_generation(
 
     sweep = tmp_path / "sweep"
     before = set(control_plane.state()["calls"])
-    asked = driver.command(sweep, "+name=orphan", "+pause=0.3", steps=12)
+    command = driver.command(sweep, "+name=orphan", "+pause=0.3", steps=12)
     killer = [str(driver.APP / "kill_at_spawn.py"), "1", "before"]
-    driver.run([*killer, *asked], expect=-9)
+    driver.run([*killer, *command], expect=-9)
     [orphan] = set(control_plane.state()["calls"]) - before
     control_plane.wait_for(lambda state: "STEP orphan 2" in driver.logs_of(orphan), 60)
     modal.FunctionCall.from_id(orphan).cancel()
     control_plane.wait_for(lambda state: state["calls"][orphan]["done"], 60)
-    printed = driver.run(asked)
+    printed = driver.run(command)
     assert "runs again: its owner ended without a result" in printed
     [end] = driver.ends(sweep).values()
     assert (end["status"], end["generation"]) == ("completed", 1)
@@ -65,8 +65,8 @@ def test_an_owner_that_was_cancelled_opens_the_next_generation(
 def test_expired_handles(tmp_path: Path, control_plane: LocalModal) -> None:
     """The Volume has the result; without one the job runs again as the next generation."""
     sweep = tmp_path / "sweep"
-    asked = driver.command(sweep, "+name=expired0,expired1", "hydra.launcher.detach=true")
-    driver.run(asked)
+    command = driver.command(sweep, "+name=expired0,expired1", "hydra.launcher.detach=true")
+    driver.run(command)
     calls = [event["call"] for event in driver.events(sweep, "spawn")]
     control_plane.wait_for(lambda state: all(state["calls"][call]["done"] for call in calls), 60)
     for call in calls:
@@ -84,6 +84,6 @@ def remove_result(sweep: Path, identity: str) -> None:
     """As if the container had been lost before its commit."""
     import modal
 
-    [said] = driver.events(sweep, "sweep")
-    volume = modal.Volume.from_name(said["volume"])
-    volume.remove_file(f"{said['id']}/{identity}.0", recursive=True)
+    [entry] = driver.events(sweep, "sweep")
+    volume = modal.Volume.from_name(entry["volume"])
+    volume.remove_file(f"{entry['id']}/{identity}.0", recursive=True)

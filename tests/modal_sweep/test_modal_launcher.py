@@ -40,13 +40,13 @@ def test_each_job_gets_the_machine_of_its_own_configuration(
     sweep = tmp_path / "sweep"
     driver.run(plain(sweep, "machine=small,one,eight,either", "hydra.launcher.max_usd=null"))
     assert [value_of(sweep, job)[2] for job in range(4)] == [None, "H100!:1", "H100:8", "H200:1"]
-    functions = {said["call"]: None for said in driver.events(sweep, "spawn")}
+    functions = {event["call"]: None for event in driver.events(sweep, "spawn")}
     state = control_plane.state()
-    asked = [state["functions"][state["calls"][call]["function"]] for call in functions]
-    assert asked[2]["gpu"] == "H100:8"
-    assert state["functions"][asked[3]["base"]]["gpu"] == ["H200:1", "H100:1"]
-    assert [function["timeout"] for function in asked[:2]] == [86400, 7200]
-    assert [function["single_use"] for function in asked] == [False, True, True, True]
+    machines = [state["functions"][state["calls"][call]["function"]] for call in functions]
+    assert machines[2]["gpu"] == "H100:8"
+    assert state["functions"][machines[3]["base"]]["gpu"] == ["H200:1", "H100:1"]
+    assert [function["timeout"] for function in machines[:2]] == [86400, 7200]
+    assert [function["single_use"] for function in machines] == [False, True, True, True]
 
 
 def test_a_small_job_needs_no_blob(tmp_path: Path, control_plane: LocalModal) -> None:
@@ -111,13 +111,13 @@ def test_required_inputs(tmp_path: Path) -> None:
     assert "python make.py" in printed and "modal volume ls inputs" in printed
     local.write_text("from here")
     volumes = "+resources.volumes={/in: inputs}"
-    wanted = f"+resources.requires=[{{{entry}, local: '{local}'}}]"
-    driver.run(plain(tmp_path / "b", wanted, volumes, "read=[/in/in/input.txt]"))
+    requires = f"+resources.requires=[{{{entry}, local: '{local}'}}]"
+    driver.run(plain(tmp_path / "b", requires, volumes, "read=[/in/in/input.txt]"))
     assert "READ from here" in driver.modal_sweep("logs", tmp_path / "b")
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["name=a,b", "+resources.unique=[/runs/same]"], "would both write /runs/same"),
         (["name=a,b", "hydra.sweep.subdir=same"], "would both write"),
@@ -135,8 +135,8 @@ def test_required_inputs(tmp_path: Path) -> None:
         (["+resources.validate=json.dumps"], "not JSON serializable"),
     ],
 )
-def test_what_is_refused(overrides: list[str], said: str, tmp_path: Path) -> None:
-    assert said in refused(tmp_path / "sweep", *overrides)
+def test_what_is_refused(overrides: list[str], message: str, tmp_path: Path) -> None:
+    assert message in refused(tmp_path / "sweep", *overrides)
 
 
 def test_a_dry_run_spawns_nothing(tmp_path: Path, control_plane: LocalModal) -> None:

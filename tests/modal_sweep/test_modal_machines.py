@@ -36,11 +36,11 @@ def make_tokens(model: str, datasets: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("models", "asked"),
+    ("models", "gpus"),
     [("qwen3_0_6b,qwen3_8b", ["H100:1", "H100:8"]), ("tiny,qwen3_8b", [None, "H100:8"])],
 )
 def test_each_model_gets_its_machine(
-    models: str, asked: list[str | None], datasets: Path, tmp_path: Path,
+    models: str, gpus: list[str | None], datasets: Path, tmp_path: Path,
     on_local_modal: LocalModal,
 ) -> None:  # fmt: skip
     for model in models.split(","):
@@ -52,7 +52,7 @@ def test_each_model_gets_its_machine(
     state = on_local_modal.state()
     calls = [event["call"] for event in driver.events(sweep, "spawn")]
     functions = [state["functions"][state["calls"][call]["function"]] for call in calls]
-    assert [function["gpu"] or None for function in functions] == asked
+    assert [function["gpu"] or None for function in functions] == gpus
 
 
 def losses(path: Path) -> dict[int, float]:
@@ -75,10 +75,10 @@ def test_a_preempted_training_takes_the_same_steps(
     process = driver.start(["train.py", *flags, *options])
 
     def far_enough(state: object) -> bool:
-        said = driver.events(sweep, "sweep")
-        if not said or not driver.running(on_local_modal, sweep):
+        entries = driver.events(sweep, "sweep")
+        if not entries or not driver.running(on_local_modal, sweep):
             return False
-        running = modal.Dict.from_name(said[0]["dict"] + "-running", create_if_missing=True)
+        running = modal.Dict.from_name(entries[0]["dict"] + "-running", create_if_missing=True)
         return any(status.get("step", 0) >= 5 for status in running.values())
 
     on_local_modal.wait_for(far_enough, timeout=90)

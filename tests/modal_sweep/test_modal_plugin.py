@@ -21,8 +21,8 @@ import json, sys
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 plugins = Plugins.instance().discover(Launcher)
-found = {plugin.__module__: sys.modules[plugin.__module__].__file__ for plugin in plugins}
-print(json.dumps([found, [name for name in ("modal", "torch", "rich") if name in sys.modules]]))
+places = {plugin.__module__: sys.modules[plugin.__module__].__file__ for plugin in plugins}
+print(json.dumps([places, [name for name in ("modal", "torch", "rich") if name in sys.modules]]))
 """
 FIELDS = """
 import hydra
@@ -44,8 +44,8 @@ def python(code: str, *arguments: str, flags: tuple[str, ...] = (), path: str = 
 
 
 def where_found(flags: tuple[str, ...] = (), path: str = "") -> tuple[Path, list[str]]:
-    found, heavy = json.loads(python(FIND, flags=flags, path=path))
-    return Path(found["hydra_plugins.modal_launcher.launcher"]).resolve(), heavy
+    places, heavy = json.loads(python(FIND, flags=flags, path=path))
+    return Path(places["hydra_plugins.modal_launcher.launcher"]).resolve(), heavy
 
 
 def test_found_in_tree() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn, JobStatus
 from modal_app import driver
-from modal_app.session_driver import APP, job, open_session, said
+from modal_app.session_driver import APP, job, open_session, outcome
 from modal_local.client import LocalModal
 
 from modal_sweep.client.session import Session
@@ -51,8 +51,8 @@ class Seen:
 
 
 def steps(names: set[str], control_plane: LocalModal) -> dict[str, list[list[int]]]:
-    found = driver.steps_by_call(names, control_plane)
-    return {name: list(calls.values()) for name, calls in found.items()}
+    executed = driver.steps_by_call(names, control_plane)
+    return {name: list(calls.values()) for name, calls in executed.items()}
 
 
 def test_ends_come_as_they_happen(
@@ -68,7 +68,7 @@ def test_ends_come_as_they_happen(
     seen = Seen(session).until(lambda seen: len(seen.ends) == 6)
     order = list(seen.ends)
     assert order[0] == 5 and order[-1] == 0
-    texts = {number: said(returned) for number, returned in seen.ends.items()}
+    texts = {number: outcome(returned) for number, returned in seen.ends.items()}
     assert texts[0] == "0.0" and texts[4] == "(4.0, 2.0)"
     for number, reason in ((1, "a trial that raises"), (2, "signal 9"), (3, "NaN")):
         assert reason in texts[number]
@@ -94,7 +94,7 @@ def test_results_are_taken_and_failures_given_until_they_were_heard(tmp_path: Pa
         while len(seen.ends) < 3:  # the last call gives this end, and no other call follows
             seen.ends |= dict(session.ended(0.5))
         sessions.append(session)
-        return [said(seen.ends[number]) for number in range(3)]
+        return [outcome(seen.ends[number]) for number in range(3)]
 
     sessions: list[Session] = []
     first = ends()
@@ -129,13 +129,13 @@ def test_a_stopped_job_saves_and_fails(
     session.start(1, job("waiting"))  # max_parallel: not before the other one has ended
     seen = Seen(session).until(lambda seen: len(seen.reports.get(0, [])) >= 2)
     assert seen.ends == {}
-    [held] = [event["call"] for event in driver.events(tmp_path, "spawn")][1:]
-    assert not control_plane.state()["calls"][held]["done"]
+    [waiting] = [event["call"] for event in driver.events(tmp_path, "spawn")][1:]
+    assert not control_plane.state()["calls"][waiting]["done"]
     session.stop(0)
     session.stop(7)  # nobody
     seen.until(lambda seen: len(seen.ends) == 2)
-    assert said(seen.ends[0]).count("was stopped") == 1
-    assert said(seen.ends[1]) == "1.0"
+    assert outcome(seen.ends[0]).count("was stopped") == 1
+    assert outcome(seen.ends[1]) == "1.0"
     saved = (tmp_path / "stopped" / "progress.jsonl").read_text().splitlines()
     assert len(saved) >= 2
     assert [json.loads(line)["step"] for line in saved] == list(range(len(saved)))
@@ -168,8 +168,8 @@ def test_two_jobs_do_not_write_to_one_place(tmp_path: Path) -> None:
     session.start(1, job("place", x=2))
     session.start(2, job("place", x=1))  # the same job: one call for both
     seen = Seen(session).until(lambda seen: len(seen.ends) == 3)
-    assert "would both write" in said(seen.ends[1])
-    assert said(seen.ends[0]) == said(seen.ends[2]) == "1.0"
+    assert "would both write" in outcome(seen.ends[1])
+    assert outcome(seen.ends[0]) == outcome(seen.ends[2]) == "1.0"
     assert len(driver.events(tmp_path, "spawn")) == 1
     session.close()
 
@@ -179,10 +179,10 @@ def test_killed_at_a_spawn(when: str, tmp_path: Path, control_plane: LocalModal)
     """A kill between a spawn and its line, and right after it: every step is taken once."""
     names = {f"spawn-{when}-{number}" for number in range(3)}
     jobs = json.dumps([job(name) for name in sorted(names)])
-    asked = [str(APP / "session_driver.py"), str(tmp_path), jobs]
-    driver.run([str(driver.APP / "kill_at_spawn.py"), "2", when, *asked], expect=-9)
+    command = [str(APP / "session_driver.py"), str(tmp_path), jobs]
+    driver.run([str(driver.APP / "kill_at_spawn.py"), "2", when, *command], expect=-9)
     assert len(driver.events(tmp_path, "spawn")) == 1 + (when == "after")
-    printed = driver.run(asked)
+    printed = driver.run(command)
     assert printed.count('"said": "1.0"') == 3
     assert steps(names, control_plane) == {name: [[0, 1, 2, 3]] for name in names}
 
@@ -191,13 +191,13 @@ def test_killed_while_jobs_run(tmp_path: Path, control_plane: LocalModal) -> Non
     """The next process attaches to the same calls; their reports are heard from the beginning."""
     names = {f"running-{number}" for number in range(2)}
     jobs = json.dumps([job(name, pause=0.4, steps=12) for name in sorted(names)])
-    asked = [str(APP / "session_driver.py"), str(tmp_path), jobs]
-    process = driver.start(asked)
+    command = [str(APP / "session_driver.py"), str(tmp_path), jobs]
+    process = driver.start(command)
     driver.wait_for_steps(control_plane, tmp_path, jobs=2, steps=2)
     process.send_signal(signal.SIGKILL)
     process.wait()
     spawned = driver.events(tmp_path, "spawn")
-    printed = driver.run(asked)
+    printed = driver.run(command)
     assert driver.events(tmp_path, "spawn") == spawned and printed.count("] attached") == 2
     lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     for number in range(2):
@@ -213,7 +213,7 @@ def test_a_session_waits_while_modal_is_away(tmp_path: Path, control_plane: Loca
     control_plane.down(6)
     session.start(1, job("away-1"))
     seen = Seen(session).until(lambda seen: len(seen.ends) == 2)
-    assert {said(returned) for returned in seen.ends.values()} == {"1.0"}
+    assert {outcome(returned) for returned in seen.ends.values()} == {"1.0"}
     assert steps({"away-0"}, control_plane) == {"away-0": [list(range(10))]}
     session.close()
 

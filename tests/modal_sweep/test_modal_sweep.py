@@ -48,16 +48,16 @@ def test_a_sweep_from_its_submission_to_its_end(tmp_path: Path, control_plane: L
 
 def test_the_same_command_again_costs_nothing(tmp_path: Path, control_plane: LocalModal) -> None:
     sweep = tmp_path / "sweep"
-    asked = driver.command(sweep, "+name=again0,again1")
-    driver.run(asked)
+    command = driver.command(sweep, "+name=again0,again1")
+    driver.run(command)
     before = control_plane.state()["counters"]["containers_started"]
-    printed = driver.run(asked)
+    printed = driver.run(command)
     assert printed.count("(done)") == 2
     assert len(driver.events(sweep, "spawn")) == 2
     assert control_plane.state()["counters"]["containers_started"] == before
-    refused = driver.run([*asked, "hydra.launcher.if_done=fail"], expect=1)
+    refused = driver.run([*command, "hydra.launcher.if_done=fail"], expect=1)
     assert "if_done=skip" in refused
-    driver.run([*asked, "hydra.launcher.if_done=rerun"])
+    driver.run([*command, "hydra.launcher.if_done=rerun"])
     assert {end["generation"] for end in driver.ends(sweep).values()} == {1}
     assert len(list((sweep / "modal").glob("common-*.bin"))) == 1
 
@@ -69,15 +69,15 @@ def test_other_code_is_another_job(tmp_path: Path, control_plane: LocalModal) ->
     app.mkdir()
     code = (driver.APP / "toy.py").read_text()
     (app / "toy.py").write_text(code)
-    asked = driver.command(sweep, "+name=code", "+pause=0.4")
-    asked[0] = str(app / "toy.py")
-    process = driver.start(asked)
+    command = driver.command(sweep, "+name=code", "+pause=0.4")
+    command[0] = str(app / "toy.py")
+    process = driver.start(command)
     driver.wait_for_steps(control_plane, sweep, jobs=1, steps=1)
     (app / "toy.py").write_text(code + "\n# another version\n")
-    refused = driver.run(asked, expect=1)
+    refused = driver.run(command, expect=1)
     assert f"modal-sweep cancel {sweep}" in refused and "Traceback" not in refused
     driver.finish(process)
-    driver.run(asked)
+    driver.run(command)
     assert len({plan["code"] for plan in driver.events(sweep, "plan")}) == 2
     assert len(driver.events(sweep, "spawn")) == 2
 

@@ -82,8 +82,8 @@ def test_nothing_is_lost_or_done_twice(modal_here: LocalModal, tmp_path: Path) -
         "c13": "the server dies, with nothing else", "c42": "HTTP 400: not this one"
     }  # fmt: skip
     for number, record in zip([int(r["id"][1:]) for r in answered], answered, strict=True):
-        asked, said = record["conversations"]
-        assert asked["content"] == texts[number] and said["content"].strip()
+        prompt, answer = record["conversations"]
+        assert prompt["content"] == texts[number] and answer["content"].strip()
     left = sorted(path.name for path in (tmp_path / "datasets" / "small--tiny").iterdir())
     assert left == ["eval.jsonl", "failed.jsonl", "run.json", "train.jsonl"]
 
@@ -134,17 +134,17 @@ BROKEN = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("said", BROKEN)
+@pytest.mark.parametrize("message", BROKEN)
 def test_a_server_that_never_works_is_no_endless_loop(
-    said: str, modal_here: LocalModal, tmp_path: Path
+    message: str, modal_here: LocalModal, tmp_path: Path
 ) -> None:
     texts = [f"Describe a door {number}." for number in range(3)]
     write_prompts(config(tmp_path, 3), texts)
-    command = ["python", "-c", BROKEN[said], "{port}"]
+    command = ["python", "-c", BROKEN[message], "{port}"]
     output = finish(drive(modal_here, tmp_path, len(texts), 3, 0, *command), expect=1)
     assert "error: the containers of specforge-regen-" in output
-    assert said in output and "modal app logs specforge-regen-" in output
-    if said == "HTTP 404":  # mended: the same run goes on with new calls
+    assert message in output and "modal app logs specforge-regen-" in output
+    if message == "HTTP 404":  # mended: the same run goes on with new calls
         assert "input 3 = done 3" in finish(drive(modal_here, tmp_path, len(texts), 3, 0))
 
 
