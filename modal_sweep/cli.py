@@ -6,8 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from modal_sweep import commands
-from modal_sweep.client import messages
+from modal_sweep.client import commands, messages
 from modal_sweep.errors import LaunchError
 
 

@@ -49,12 +49,16 @@ def shipment(root: Path | None, sources: list[str] | None, leave_out: Path) -> S
     """Collect what goes to /root in the container.
 
     Args:
-        root: the project's folder, or None to ship nothing but this plugin.
+        root: the project's folder, or None to ship nothing but this package.
         sources: files and folders below it, and installed packages by their names; None for its
             source and configuration files.
         leave_out: the sweep's own folder, never shipped.
     """
-    files = dict(plugin_files())
+    package = Path(modal_sweep.__file__).parent  # the container runs its worker
+    files = {
+        f"/root/modal_sweep/{path.relative_to(package).as_posix()}": path
+        for path in package.rglob("*.py")
+    }
     if root is not None:
         for relative, path in project_files(root, sources, leave_out.resolve()):
             files[f"/root/{relative}"] = path
@@ -73,13 +77,6 @@ def digest_of(files: dict[str, Path]) -> str:
     for remote, path in sorted(files.items()):
         digest.update(f"{remote}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
-
-
-def plugin_files() -> Iterator[tuple[str, Path]]:
-    """This package itself: the container runs its worker."""
-    package = Path(modal_sweep.__file__).parent
-    for path in sorted(package.rglob("*.py")):
-        yield f"/root/modal_sweep/{path.relative_to(package).as_posix()}", path
 
 
 def project_files(

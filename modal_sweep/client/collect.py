@@ -87,8 +87,7 @@ def pull(journal: Journal, record: JobRecord) -> int:
     """
     source, base = saved_at(journal, record)
     folder = output_dir(journal, record)
-    packed = read_if_there(source, f"{base}/result.bin")
-    envelope = result.unpack(packed) if packed is not None else {}
+    envelope = saved_result(journal, record)
     if "files" in envelope:
         return unpack_files(envelope, folder)
     manifest = read_manifest(source, base)
@@ -100,18 +99,23 @@ def read_manifest(source: "modal.Volume", base: str) -> dict[str, Any]:
     raw = read_if_there(source, f"{base}/manifest.json")
     if raw is None:
         raise FileNotFoundError(f"{base} has no manifest")
-    manifest = json.loads(raw)
-    assert isinstance(manifest, dict)
+    manifest: dict[str, Any] = json.loads(raw)
     return manifest
+
+
+def saved_result(journal: Journal, record: JobRecord) -> dict[str, Any]:
+    """The result on the Volume; empty when there is none."""
+    source, base = saved_at(journal, record)
+    packed = read_if_there(source, f"{base}/result.bin")
+    return {} if packed is None else result.unpack(packed)
 
 
 def log_text(journal: Journal, record: JobRecord) -> str | None:
     """What a job has printed, as it was saved; None when it was not."""
     source, base = saved_at(journal, record)
     saved = read_if_there(source, f"{base}/log.txt")
-    if saved is None and (packed := read_if_there(source, f"{base}/result.bin")) is not None:
-        text = result.unpack(packed).get("log")
-        saved = text.encode("latin-1") if text else None
+    if saved is None and (text := saved_result(journal, record).get("log")):
+        saved = text.encode("latin-1")
     return None if saved is None else saved.decode(errors="replace")
 
 

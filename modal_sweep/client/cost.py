@@ -34,8 +34,7 @@ def options_per_hour(options: dict[str, Any], overrides: dict[str, float]) -> fl
     Raises:
         LaunchError: for a GPU without a price.
     """
-    table = {**PRICES, **{name.upper(): price for name, price in overrides.items()}}
-    table |= {name: price for name, price in overrides.items() if name in ("cpu", "memory")}
+    table = PRICES | overrides | {name.upper(): price for name, price in overrides.items()}
     gpus = []
     for gpu in options["gpus"]:
         kind, count = type_and_count(gpu)

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,10 @@ def missing_secrets(required: dict[str, set[str]]) -> list[str]:
 
 def required_secrets(jobs: Iterable[Job]) -> dict[str, set[str]]:
     """Names and keys of the secrets of all jobs."""
-    required: dict[str, set[str]] = {}
+    required: dict[str, set[str]] = defaultdict(set)
     for job in jobs:
         for name, keys in job.settings.secrets.items():
-            required.setdefault(name, set()).update(keys)
+            required[name].update(keys)
     return required
 
 
@@ -154,21 +155,21 @@ def check_cost(jobs: Sequence[Job], conf: ModalLauncherConf, ask: bool) -> None:
         f"at most {most:.0f} USD per attempt), above hydra.launcher.max_usd={conf.max_usd:g}"
     )
     if ask and sys.stdin.isatty() and sys.stderr.isatty():
-        if input(f"{estimate}. Go on? [y/N] ").strip().lower() in ("y", "yes"):
+        if confirmed(f"{estimate}. Go on?"):
             return
         raise LaunchError("nothing was spawned")
     raise LaunchError(
-        f"{estimate}; allow it with hydra.launcher.max_usd={round_up(expected)}, or say how long "
-        f"a job takes with {conf.resources}.hours=..."
+        f"{estimate}; allow it with hydra.launcher.max_usd={-(-expected // 10) * 10:.0f}, or say "
+        f"how long a job takes with {conf.resources}.hours=..."
     )
+
+
+def confirmed(question: str) -> bool:
+    """Ask on the terminal."""
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
 def totals(jobs: Sequence[Job], conf: ModalLauncherConf) -> tuple[float, float]:
     """Estimate (a job without expected hours counts with all of its timeout) and the most."""
     both = [cost.estimate(job.settings, conf.prices) for job in jobs]
     return sum(most if hours is None else hours for hours, most in both), sum(m for _, m in both)
-
-
-def round_up(usd: float) -> int:
-    """The next round number that allows an estimate."""
-    return int(-(-usd // 10) * 10)

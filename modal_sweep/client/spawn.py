@@ -219,12 +219,12 @@ def spawn_next(journal: Journal, record: JobRecord, functions: Functions) -> Non
     generation = record.generation + (record.call is not None)
     reference = {**record.plan["ref"], "key": f"{record.identity}.{generation}"}
     call = functions.spawn(record.plan, reference, base64.b64decode(record.plan["payload"]))
-    journal.write([spawn_event(record, generation, call)])
+    note_call(journal, record, generation, call)
 
 
-def spawn_event(record: JobRecord, generation: int, call: str) -> dict[str, Any]:
-    """The journal's line for a call."""
-    return {
+def note_call(journal: Journal, record: JobRecord, generation: int, call: str) -> None:
+    """Write down which call runs a generation of a job."""
+    event = {
         "event": "spawn",
         "identity": record.identity,
         "generation": generation,
@@ -232,6 +232,7 @@ def spawn_event(record: JobRecord, generation: int, call: str) -> dict[str, Any]
         "app": record.plan["app"],
         "function": record.plan["function"],
     }
+    journal.write([event])
 
 
 def cancel(journal: Journal, record: JobRecord) -> bool:

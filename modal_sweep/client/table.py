@@ -143,10 +143,7 @@ def rich_table(rows: Sequence[tuple[str, ...]]) -> Any:
 
     table = RichTable()
     for column in COLUMNS:
-        table.add_column(
-            column, justify="right" if column not in ("overrides", "state") else "left"
-        )
+        table.add_column(column, justify="left" if column in ("overrides", "state") else "right")
     for texts in rows:
-        style = STYLES.get(texts[2].split()[0])
-        table.add_row(*texts, style=style)
+        table.add_row(*texts, style=STYLES.get(texts[2].split()[0]))
     return table

@@ -9,11 +9,9 @@ from modal_sweep.client import calls, collect, spawn
 from modal_sweep.client.calls import Ended
 from modal_sweep.client.deploy import Functions
 from modal_sweep.client.table import Table
-from modal_sweep.client.volumes import read_if_there
 from modal_sweep.errors import LaunchError, ResultGone
 from modal_sweep.protocol.journal import JobRecord, Journal
 from modal_sweep.protocol.outage import Outage, transient
-from modal_sweep.protocol.result import unpack
 
 SLOW_LOOK = 20.0
 OUTAGE = 900.0
@@ -134,14 +132,12 @@ class Watch:
         if result is not None and result.envelope["status"] == "cancelled":
             self.respawn(record, "its owner ended without a result")
         else:
-            event = spawn.spawn_event(record, record.generation, owner)
-            self.journal.write([event])
+            spawn.note_call(self.journal, record, record.generation, owner)
 
     def saved(self, record: JobRecord) -> Ended | None:
         """The result on the Volume."""
-        volume, base = collect.saved_at(self.journal, record)
-        packed = read_if_there(volume, f"{base}/result.bin")
-        return None if packed is None else Ended(unpack(packed), trusted=False)
+        envelope = collect.saved_result(self.journal, record)
+        return Ended(envelope, trusted=False) if envelope else None
 
     def after_expiry(self, record: JobRecord) -> Ended | None:
         """A call's result is gone: the Volume has it, or the job runs again."""

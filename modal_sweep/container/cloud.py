@@ -3,6 +3,7 @@
 import contextlib
 import glob
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 from modal_sweep.protocol import outage
@@ -10,8 +11,6 @@ from modal_sweep.protocol.names import COMMON_DICT, status_dict
 
 T = TypeVar("T")
 OUTAGE = 600.0  # seconds without the control plane before a step is given up
-
-commons: dict[str, bytes] = {}
 
 
 class CommitFailed(OSError):
@@ -21,6 +20,20 @@ class CommitFailed(OSError):
 def patiently(step: Callable[[], T]) -> T:
     """Do a step again while the control plane cannot be reached."""
     return outage.patiently(step, outage.Outage(OUTAGE), also=(OSError,))
+
+
+@cache
+def common_part(digest: str) -> bytes:
+    """What all jobs of the sweep share, fetched once per container."""
+    import modal
+
+    shared = modal.Dict.from_name(COMMON_DICT)
+    content: bytes | None = patiently(lambda: shared.get(digest))
+    if content is None:
+        raise RuntimeError(
+            f"the sweep's common part {digest[:12]} is gone; run the same command again"
+        )
+    return content
 
 
 class Cloud:
@@ -73,21 +86,6 @@ class Cloud:
         if self.reported:
             with contextlib.suppress(Error, OSError, KeyError):
                 self.running.pop(self.reference["key"])
-
-    def common(self) -> bytes:
-        """The part that all jobs of the sweep share, fetched once per container."""
-        import modal
-
-        digest = self.reference["common"]
-        if digest not in commons:
-            shared = modal.Dict.from_name(COMMON_DICT)
-            content = patiently(lambda: shared.get(digest))
-            if content is None:
-                raise RuntimeError(
-                    f"the sweep's common part {digest[:12]} is gone; run the same command again"
-                )
-            commons[digest] = content
-        return commons[digest]
 
     def reload(self) -> None:
         """See what an earlier attempt committed."""

@@ -11,8 +11,7 @@ class Signals:
     """While entered: remembers which signal came. Outside the main thread: nothing comes."""
 
     def __init__(self) -> None:
-        self.interrupted = False
-        self.cancelled = False
+        self.interrupted = self.cancelled = False
         self.earlier: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":

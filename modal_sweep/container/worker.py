@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from modal_sweep.container import zygote
-from modal_sweep.container.cloud import Cloud
+from modal_sweep.container.cloud import Cloud, common_part
 from modal_sweep.container.request import Request, checked
 from modal_sweep.container.signals import Signals, send_group
 from modal_sweep.protocol import outputs, progress, result
@@ -74,7 +74,7 @@ class Attempt:
         self.log, self.result = scratch / "log.txt", scratch / "result.json"
         self.result.unlink(missing_ok=True)
         self.request = Request(
-            common=checked(cloud.common(), reference["common"]),
+            common=checked(common_part(reference["common"]), reference["common"]),
             config=checked(payload, reference["sha256"]),
             cwd=reference["cwd"],
             versions=reference["versions"],

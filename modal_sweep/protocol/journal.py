@@ -103,14 +103,10 @@ class Journal:
         if kind == "sweep":
             self.sweep = event
             return
-        identity = event["identity"]
         if kind == "plan":
-            if identity in self.jobs:
-                self.jobs[identity].plan = event
-            else:
-                self.jobs[identity] = JobRecord(event)
+            self.jobs.setdefault(event["identity"], JobRecord(event)).plan = event
             return
-        job = self.jobs[identity]
+        job = self.jobs[event["identity"]]
         if kind == "cancel":
             job.cancelled.add(event["call"])
             return

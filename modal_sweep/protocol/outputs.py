@@ -125,8 +125,5 @@ def pull(
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """A manifest on disk; empty when there is none."""
-    if not path.exists():
-        return {}
-    manifest = json.loads(path.read_text())
-    assert isinstance(manifest, dict)
+    manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return manifest

@@ -41,7 +41,9 @@ def pack(envelope: dict[str, Any], manifest: dict[str, Any]) -> bytes:
     small = compress({**envelope, "manifest": listed})
     if len(small) <= MOST_BYTES:
         return small
-    return compress({**shortened(envelope), "manifest": None})
+    if error := envelope.get("error"):  # the whole text is in the job's log
+        envelope = {**envelope, "error": {**error, "message": error["message"][-2000:]}}
+    return compress({**envelope, "manifest": None})
 
 
 def compress(envelope: dict[str, Any]) -> bytes:
@@ -49,18 +51,9 @@ def compress(envelope: dict[str, Any]) -> bytes:
     return zlib.compress(json.dumps(envelope, separators=(",", ":")).encode(), 6)
 
 
-def shortened(envelope: dict[str, Any]) -> dict[str, Any]:
-    """An envelope whose error text leaves room; the whole text is in the job's log."""
-    error = envelope.get("error")
-    if not error:
-        return envelope
-    return {**envelope, "error": {**error, "message": error["message"][-2000:]}}
-
-
 def unpack(data: bytes) -> dict[str, Any]:
     """The envelope of `pack`."""
-    envelope = json.loads(zlib.decompress(data))
-    assert isinstance(envelope, dict)
+    envelope: dict[str, Any] = json.loads(zlib.decompress(data))
     return envelope
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from modal_sweep.client import calls, collect, messages, spawn
 from modal_sweep.client.deploy import Functions
+from modal_sweep.client.preflight import confirmed
 from modal_sweep.client.table import Table, rich_table, row
 from modal_sweep.client.volumes import volume
 from modal_sweep.client.watch import Watch
@@ -194,7 +195,7 @@ def clean(arguments: argparse.Namespace) -> int:
     if not arguments.yes:
         if not sys.stdin.isatty():
             raise LaunchError(f"would delete {place} on Modal; confirm with --yes")
-        if input(f"delete {place} on Modal? [y/N] ").strip().lower() not in ("y", "yes"):
+        if not confirmed(f"delete {place} on Modal?"):
             return 1
     with contextlib.suppress(FileNotFoundError, modal.exception.NotFoundError):
         volume(journal.sweep["volume"]).remove_file(journal.sweep["id"], recursive=True)
