@@ -40,7 +40,7 @@ def collect(journal: Journal, record: JobRecord, ended: Ended) -> None:
     source, base = saved_at(journal, record)
     folder = output_dir(journal, record)
     if "files" in envelope:
-        unpack_files(envelope, folder)
+        unpack_files(envelope["files"], folder)
     elif "manifest" in envelope:
         manifest = envelope["manifest"]
         if manifest is None:  # too long for the result
@@ -71,12 +71,12 @@ def shown_value(envelope: dict[str, Any]) -> Any:
     return {"other": True} if packed else None
 
 
-def unpack_files(envelope: dict[str, Any], folder: Path) -> int:
+def unpack_files(files: dict[str, str], folder: Path) -> int:
     """Write the outputs that came inside a result; number of files."""
-    for name, text in envelope["files"].items():
+    for name, text in files.items():
         path = outputs.safe_target(folder, name)
         write_whole(path, [text.encode("latin-1")], durable=False)
-    return len(envelope["files"])
+    return len(files)
 
 
 def pull(journal: Journal, record: JobRecord) -> int:
@@ -89,7 +89,7 @@ def pull(journal: Journal, record: JobRecord) -> int:
     folder = output_dir(journal, record)
     envelope = saved_result(journal, record)
     if "files" in envelope:
-        return unpack_files(envelope, folder)
+        return unpack_files(envelope["files"], folder)
     manifest = read_manifest(source, base)
     return outputs.pull(manifest, folder, reader(source, f"{base}/outputs"))
 

@@ -1,6 +1,5 @@
 """The deployed app of a sweep: made once per version of the code, then only looked up."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -94,8 +93,8 @@ class Functions:
 
     def spawn(self, plan: dict[str, Any], reference: dict[str, Any], payload: bytes) -> str:
         """Spawn a job; returns the id of its call."""
-        content = [plan["app"], plan["function"], plan["options"], reference["sweep"]]
-        key = json.dumps(content, sort_keys=True)
+        names = [plan["app"], plan["function"], plan["options"], reference["sweep"]]
+        key = image.digest(names)
         if key not in self.handles:
             self.handles[key] = variant(plan, reference)
         return str(self.handles[key].spawn(reference, payload).object_id)

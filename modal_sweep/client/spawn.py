@@ -229,8 +229,6 @@ def note_call(journal: Journal, record: JobRecord, generation: int, call: str) -
         "identity": record.identity,
         "generation": generation,
         "call": call,
-        "app": record.plan["app"],
-        "function": record.plan["function"],
     }
     journal.write([event])
 

@@ -56,13 +56,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def reason(ended: Ended) -> str:
-    """Why a job failed, in one line."""
-    error = ended.envelope.get("error") or {}
-    message = first_line(str(error.get("message", "")))
-    return f"{error.get('type', 'Error')}: {message}"[:300]
-
-
 @dataclass
 class Table:
     """Shows the state of a sweep; use as a context."""
@@ -129,10 +122,11 @@ class Table:
 
     def ended(self, record: JobRecord, ended: Ended) -> None:
         """Say how a job ended."""
-        status = ended.envelope["status"]
-        seconds = ended.envelope.get("seconds")
+        status, seconds = ended.envelope["status"], ended.envelope.get("seconds")
         after = f" after {duration(seconds)}" if seconds is not None else ""
-        why = "" if status == "completed" else f": {reason(ended)}"
+        error = ended.envelope.get("error") or {"type": "Error", "message": ""}
+        why = f": {error['type']}: {first_line(error['message'])}"[:300]
+        why = "" if status == "completed" else why
         if self.live is None or why:
             self.note(f"{record.label} {status}{after}{why}")
 

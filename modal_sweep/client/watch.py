@@ -116,8 +116,7 @@ class Watch:
                 self.table.note(f"job {record.number}: outputs not here yet ({error}); again soon")
                 time.sleep(self.poll)
                 return False
-            message = f"its outputs could not be brought here: {error}"
-            ended = calls.failed("NotPulled", message)
+            ended = calls.failed("NotPulled", f"its outputs could not be brought here: {error}")
             collect.collect(self.journal, record, ended)
         self.ended[record.identity] = ended
         self.table.ended(record, ended)

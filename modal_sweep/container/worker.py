@@ -207,8 +207,6 @@ class Attempt:
         for path in outputs.changed(cwd, self.before, self.output_dir):
             name = path.relative_to(cwd).as_posix()
             outputs.copy(path, self.folder / "cwd" / name)
-            listed[name] = {
-                "size": path.stat().st_size,
-                "sha256": outputs.file_digest(self.folder / "cwd" / name),
-            }
+            digest = outputs.file_digest(self.folder / "cwd" / name)
+            listed[name] = {"size": path.stat().st_size, "sha256": digest}
         return listed

@@ -28,13 +28,9 @@ class Packer(cloudpickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         """How an object is pickled."""
-        return (config_store, ()) if isinstance(obj, ConfigStore) else super().reducer_override(obj)
-
-
-def config_store() -> ConfigStore:
-    """This process's ConfigStore."""
-    store: ConfigStore = ConfigStore.instance()
-    return store
+        if isinstance(obj, ConfigStore):
+            return ConfigStore.instance, ()
+        return super().reducer_override(obj)
 
 
 def dumps(content: Any) -> bytes:

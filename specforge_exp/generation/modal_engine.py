@@ -224,7 +224,7 @@ class Client:
 
     async def wait(self, call: str, conversations: int) -> bytes:
         """What a call returns; raises what `result_of` raises for its end."""
-        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[bytes] = asyncio.Future()
         self.pending[call] = (future, conversations)
         try:
             return await future
