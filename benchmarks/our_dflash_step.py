@@ -17,12 +17,14 @@ from peers.measure import arguments
 from torch import Tensor
 from transformers import Qwen3Config
 
-from specforge_exp.config import DraftConfig, LossConfig
-from specforge_exp.drafts.dflash import training
+from specforge_exp.config import LossConfig
+from specforge_exp.drafts.dflash import draft as seam
 from specforge_exp.drafts.dflash.blocks import Blocks, labels
-from specforge_exp.drafts.dflash.model import DFlash
+from specforge_exp.drafts.dflash.config import DFlashConfig
+from specforge_exp.drafts.dflash.draft import DFlash
+from specforge_exp.drafts.dflash.training import decays
 from specforge_exp.drafts.rows import document_bounds
-from specforge_exp.losses import opd
+from specforge_exp.losses import Loss, opd
 from specforge_exp.training.objective import Outcome, Sample
 
 TERMS = {"hard": "lambda_hard", "kl_div": "lambda_ce"}
@@ -50,9 +52,9 @@ def given_blocks(shape: Shape, chats: Chats, sample: Sample) -> Blocks:
     return Blocks(anchor_R, start_T, end_T, labels(sample, end_T, anchor_R, shape.block_size - 1))
 
 
-def entropy(cfg: DraftConfig, blocks: Blocks, sample: Sample, head_VH: Tensor) -> float:
+def entropy(cfg: DFlashConfig, blocks: Blocks, sample: Sample, head_VH: Tensor) -> float:
     """The target's entropy, its sum weighed as the loss weighs its labels."""
-    decay_K = training.decays(cfg)
+    decay_K = decays(cfg)
     row_N, place_N = blocks.counts_RK.nonzero(as_tuple=True)
     weight_T = torch.zeros(len(sample.ids_T), device=row_N.device)
     at_N = blocks.anchor_R[row_N] + place_N
@@ -76,10 +78,10 @@ def prepare(args: Any) -> tuple[DFlash, Any, float]:
     draft.compute_dtype, draft.gradient_checkpointing = dtype, args.checkpointing
     sample = packed(chats, args.device, dtype)
     blocks = given_blocks(shape, chats, sample)
-    training.make_blocks = lambda *_: blocks
-    cfg = DraftConfig(name="peer", block_size=shape.block_size, loss_gamma=shape.loss_gamma)
+    seam.make_blocks = lambda *_: blocks
+    cfg = DFlashConfig(name="peer", block_size=shape.block_size, loss_gamma=shape.loss_gamma)
     terms: dict[str, Any] = {TERMS[args.loss]: 1.0}
-    loss = (opd, LossConfig(name="peer", **terms))
+    loss = Loss(opd, LossConfig(name="peer", **terms))
     divisors_K = blocks.counts_RK.sum(0).double().cpu()
     if args.divisor is not None:  # the label after the anchor weighs 1
         divisors_K = torch.zeros_like(divisors_K)
@@ -89,7 +91,7 @@ def prepare(args: Any) -> tuple[DFlash, Any, float]:
         return draft.objective(sample, draft.head_VH, loss, cfg, divisors_K)
 
     extra = entropy(cfg, blocks, sample, draft.head_VH) if args.loss == "kl_div" else 0.0
-    return draft, outcome, extra / float((training.decays(cfg) * divisors_K).sum())
+    return draft, outcome, extra / float((decays(cfg) * divisors_K).sum())
 
 
 def main() -> None:

@@ -17,9 +17,10 @@ import numpy as np
 import tokenizers
 import torch
 
-from specforge_exp.config import Config, DataConfig, DraftConfig, LossConfig, ModelConfig
+from specforge_exp.config import Config, DataConfig, LossConfig, ModelConfig
 from specforge_exp.data.blocks import cut, encode_block, make_chat
 from specforge_exp.data.tokens import read_split
+from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.stages.preprocess import Split, merge
 
@@ -32,7 +33,7 @@ def tokenise(data: Path, tokenizer: str, options: dict[str, Any], out: Path) -> 
         model=ModelConfig(name="target", path=tokenizer),
         data=DataConfig(name="chats"),
         loss=LossConfig(name="baseline", lambda_ce=1.0),
-        draft=DraftConfig(name="eagle3"),
+        draft=Eagle3Config(name="eagle3"),
     )
     chat = make_chat(cfg)
     with tempfile.TemporaryDirectory() as name:

@@ -15,9 +15,10 @@ import torch
 from peers.inputs import Chats, Shape, load
 from peers.measure import arguments, matmul_rate, measure
 
-from specforge_exp.config import DraftConfig, LossConfig
+from specforge_exp.config import LossConfig
 from specforge_exp.drafts.draft import Draft
-from specforge_exp.losses import opd
+from specforge_exp.drafts.eagle3.config import Eagle3Config
+from specforge_exp.losses import Loss, opd
 from specforge_exp.training.objective import Outcome, Sample
 
 
@@ -32,7 +33,7 @@ def packed(chats: Chats, device: str, dtype: torch.dtype) -> Sample:
 
 
 def report(
-    args: argparse.Namespace, draft: Draft, outcome: Callable[[], Outcome], extra: float = 0.0
+    args: argparse.Namespace, draft: Draft[Any], outcome: Callable[[], Outcome], extra: float = 0.0
 ) -> None:
     """Time steps and print the medians as JSON.
 
@@ -80,8 +81,8 @@ def main() -> None:
     sample = packed(chats, args.device, dtype)
     padded = float(len(chats.lengths) * max(chats.lengths))
     del weights, chats
-    cfg = DraftConfig(name="peer", ttt_length=shape.ttt, supervision=args.supervision)
-    loss = (opd, LossConfig(name="peer", lambda_ce=1.0))
+    cfg = Eagle3Config(name="peer", ttt_length=shape.ttt, supervision=args.supervision)
+    loss = Loss(opd, LossConfig(name="peer", lambda_ce=1.0))
     divisors_K = draft.denominators(cfg, sample)
     if args.supervision == "specforge":  # it divides by the padding, too
         divisors_K.fill_(padded)

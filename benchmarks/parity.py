@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from specforge_exp.config import DraftConfig, LossConfig
-from specforge_exp.drafts.eagle3.model import Eagle3
+from specforge_exp.config import LossConfig
+from specforge_exp.drafts.eagle3.config import Eagle3Config
+from specforge_exp.drafts.eagle3.draft import Eagle3
 from specforge_exp.errors import InputError
-from specforge_exp.losses import opd
+from specforge_exp.losses import Loss, opd
 from specforge_exp.training.objective import Outcome, Sample
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-6, 1e-5
@@ -84,7 +85,7 @@ def run(arrays: Any, meta: dict[str, Any], speculators: bool) -> tuple[Eagle3, O
     last = inputs["last_hidden_states"].float()
     if speculators:  # its verifier norm has unit weight and the stored states are from before it
         last = last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + meta["rms_eps"])
-    cfg = DraftConfig(
+    cfg = Eagle3Config(
         name="peer",
         ttt_length=int(meta["ttt"]),
         ttt_decay=meta["decay" if speculators else "ploss_decay"],
@@ -96,7 +97,7 @@ def run(arrays: Any, meta: dict[str, Any], speculators: bool) -> tuple[Eagle3, O
     aux = inputs["aux_hidden_states"].float().flatten(0, 1)
     ids, numbers = inputs["input_ids"].flatten(), list(range(len(lengths)))
     sample = Sample(ids, turns, numbers, lengths, 0, aux, last.flatten(0, 1))
-    loss = (opd, loss_config(meta, speculators))
+    loss = Loss(opd, loss_config(meta, speculators))
     window_K = draft.denominators(cfg, sample)
     outcome = draft.objective(sample, weights["target_head.weight"], loss, cfg, window_K)
     outcome.loss.backward()

@@ -44,11 +44,11 @@ from instant_engine import make_store, rules  # noqa: E402
 from specforge_exp.config import (  # noqa: E402
     Config,
     DataConfig,
-    DraftConfig,
     EngineConfig,
     LossConfig,
     ModelConfig,
 )
+from specforge_exp.drafts.eagle3.config import Eagle3Config  # noqa: E402
 from specforge_exp.generation.engine import Answer, Request, Sampling  # noqa: E402
 from specforge_exp.generation.openai_engine import OpenAIEngine  # noqa: E402
 from specforge_exp.generation.progress import Progress  # noqa: E402
@@ -122,7 +122,7 @@ def ours(urls: list[str], source: Path, lengths: Lengths, concurrency: int) -> d
     cfg = Config(
         run_name="bench", model=ModelConfig(name="tiny", path=str(TARGET)),
         data=DataConfig(name="bench"), loss=LossConfig(name="b", lambda_ce=1.0),
-        draft=DraftConfig(name="d"),
+        draft=Eagle3Config(name="d"),
         engine=EngineConfig(name="openai", urls=urls, concurrency=concurrency),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, Interrupt() as interrupt:

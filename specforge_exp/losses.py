@@ -59,6 +59,14 @@ LossFunction = Callable[[Tensor, TeacherRows, LossConfig], RowLoss]
 """What a loss's `_target_` names."""
 
 
+@dataclass(frozen=True)
+class Loss:
+    """What is to be made small: a function, and the weights and options it is given."""
+
+    function: LossFunction
+    cfg: LossConfig
+
+
 def teacher_rows(logits_ND: Tensor, log_z_N: Tensor, temperature: float = 1.0) -> TeacherRows:
     """Teacher rows from the target's logits.
 

@@ -16,6 +16,13 @@ def whole(weight: Tensor) -> Tensor:
     return full.detach()
 
 
+def gradient_of(weight: Tensor) -> Tensor:
+    """The weight's `.grad`, made when it is missing."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
+
+
 def as_in(weight: Tensor, value: Tensor) -> Tensor:
     """A whole value, shared among the processes as `weight` is."""
     if not isinstance(weight, DTensor):

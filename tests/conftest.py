@@ -19,14 +19,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from specforge_exp.config import (
     Config,
     DataConfig,
-    DraftConfig,
     LossConfig,
     ModelConfig,
     PathsConfig,
     Source,
 )
 from specforge_exp.data.tokens import TokenSet
-from specforge_exp.drafts.eagle3.model import Eagle3
+from specforge_exp.drafts.eagle3.config import Eagle3Config
+from specforge_exp.drafts.eagle3.draft import Eagle3
 from specforge_exp.stages.prep import prep
 from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.target import Target, load_target, load_tokenizer
@@ -61,7 +61,7 @@ def random_target() -> Target:
 @pytest.fixture(scope="session")
 def tiny_target() -> Target:
     return load_target(
-        TINY, torch.device("cpu"), feeds=partial(Eagle3.target_layers, DraftConfig())
+        TINY, torch.device("cpu"), feeds=partial(Eagle3.target_layers, Eagle3Config())
     )
 
 
@@ -85,7 +85,7 @@ def make_config(folder: Path) -> Config:
             eval=[Source(path="synthetic:eval", limit=4)],
         ),
         loss=LossConfig(name="baseline", lambda_ce=1.0),
-        draft=DraftConfig(name="eagle3", draft_vocab_size=512, ttt_length=3),
+        draft=Eagle3Config(name="eagle3", draft_vocab_size=512, ttt_length=3),
         paths=PathsConfig(str(folder / "datasets"), str(folder / "checkpoints")),
     )
 

@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specforge_exp.config import DraftConfig, LossConfig
+from specforge_exp.config import LossConfig
 from specforge_exp.drafts.chain_attention import rotate
 from specforge_exp.drafts.dflash.blocks import make_blocks
-from specforge_exp.drafts.dflash.model import DFlash
+from specforge_exp.drafts.dflash.config import DFlashConfig
+from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.drafts.dflash.training import decays
 from specforge_exp.losses import acceptance_rate, opd, teacher_rows
 from specforge_exp.training.objective import Sample
@@ -48,7 +49,7 @@ def dense_objective(
     draft: DFlash,
     sample: Sample,
     head_VH: Tensor,
-    cfg: tuple[DraftConfig, LossConfig],
+    cfg: tuple[DFlashConfig, LossConfig],
     window_K: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and sums, conversation by conversation, to be differentiated by autograd."""

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specforge_exp.config import DraftConfig, LossConfig
-from specforge_exp.drafts.eagle3.model import Eagle3
+from specforge_exp.config import LossConfig
+from specforge_exp.drafts.eagle3.config import Eagle3Config
+from specforge_exp.drafts.eagle3.draft import Eagle3
 from specforge_exp.losses import acceptance_rate, opd, teacher_rows
 from specforge_exp.training.objective import Sample
 
@@ -58,7 +59,7 @@ def reference(
     draft: Eagle3,
     sample: Sample,
     head_VH: Tensor,
-    cfg: tuple[DraftConfig, LossConfig],
+    cfg: tuple[Eagle3Config, LossConfig],
     window_K: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and sums of the `inference` supervision, to be differentiated by autograd."""

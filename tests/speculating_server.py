@@ -27,7 +27,7 @@ import torch
 from aiohttp import web
 
 from specforge_exp.bench.speculative import Decoding, Generation, generate, speculate
-from specforge_exp.config import DraftConfig, ModelConfig, locate
+from specforge_exp.config import ModelConfig, draft_config, locate
 from specforge_exp.target import load_target
 
 
@@ -54,9 +54,10 @@ class Server:
         self.drafts = 0
         self.kept: list[int] = [0] * args.chain
         kind = locate(args.draft_class)
-        name = "dflash" if "DFlash" in args.draft_class else "eagle3"
-        block = args.chain + 1 if name == "dflash" else None
-        draft_cfg = DraftConfig(name=name, block_size=block, num_features=3)
+        options = {"block_size": args.chain + 1, "num_features": 3}
+        draft_cfg = draft_config(args.draft_class)(
+            **options if "DFlash" in args.draft_class else {}
+        )
         feeds = partial(kind.target_layers, draft_cfg)
         model = ModelConfig(name="m", path=args.model)
         self.target = load_target(model, torch.device("cpu"), feeds=feeds)

@@ -51,8 +51,8 @@ def setting_of(result: dict[str, Any]) -> dict[str, Any]:
     if thinking == "model":
         kwargs = result["config"]["model"]["chat_template_kwargs"]
         thinking = {True: "on", False: "off"}.get(kwargs.get("enable_thinking"))
-    whole = draft["block_size"] and settings["chain_length"] == draft["block_size"] - 1
-    shape = f"block {draft['block_size']}" if whole else f"chain {settings['chain_length']}"
+    block, chain = draft.get("block_size"), settings["chain_length"]
+    shape = f"block {block}" if block == chain + 1 else f"chain {chain}"
     own = {key: settings[key] for key in ("temperature", "max_tokens", "average", "turns")}
     return own | {"draft": shape, "thinking": thinking}
 

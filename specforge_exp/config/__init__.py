@@ -21,7 +21,9 @@ from specforge_exp.config.choices import (
     LossConfig,
     ModelConfig,
     Source,
+    open_draft,
 )
+from specforge_exp.config.keys import not_an_option
 from specforge_exp.config.resolvers import REPOSITORY, STAGES, register, repository
 from specforge_exp.config.stages import (
     BenchConfig,
@@ -61,6 +63,7 @@ __all__ = [
     "TrackerConfig",
     "TrainerConfig",
     "check_job",
+    "draft_config",
     "from_omegaconf",
     "locate",
     "repository",
@@ -108,7 +111,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    draft: DraftConfig = field(default_factory=DraftConfig)
+    draft: DraftConfig = field(default_factory=open_draft)
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
@@ -129,12 +132,7 @@ class Config:
         safe_name("sweep_name", self.sweep_name)
         one_of("lr_point", self.lr_point, ("low", "mid", "high"))
         one_of("device", self.device, ("auto", "cpu", "cuda"))
-        block = self.draft.block_size
-        if block and self.chain_length >= block:
-            raise InputError(
-                f"bench.chain_length={self.bench.chain_length} must be below draft.block_size="
-                f"{block}: a block starts with a token that is there already"
-            )
+        self.draft.chain_length(self.bench.chain_length)
         if self.bench_engine == "transformers" and self.bench.concurrency > 1:
             raise InputError(
                 f"bench.concurrency={self.bench.concurrency} needs engine=sglang or engine=openai; "
@@ -151,17 +149,17 @@ class Config:
             ("seeds", 1),
         ):
             at_least(name, vars(self)[name], minimum)
-        name = "ttt_length" if self.draft.block_size is None else "block_size"
+        option = self.draft.steps_option
         if self.max_length < self.draft.steps + 2:
             raise InputError(
-                f"max_length={self.max_length} leaves nothing to learn for "
-                f"draft.{name}={vars(self.draft)[name]}; it needs {self.draft.steps + 2} tokens"
+                f"max_length={self.max_length} leaves nothing to learn for draft.{option}="
+                f"{vars(self.draft)[option]}; it needs {self.draft.steps + 2} tokens"
             )
-        aux, wanted = self.model.aux_layers, self.draft.features
-        if aux is not None and len(aux) != wanted:
+        layers, features = self.model.aux_layers, self.draft.features
+        if layers is not None and len(layers) != features:
             raise InputError(
-                f"model.aux_layers={aux} names {len(aux)} layers; draft={self.draft.name} is fed "
-                f"by {wanted}"
+                f"model.aux_layers={layers} names {len(layers)} layers; draft={self.draft.name} is "
+                f"fed by {features}"
             )
 
     @property
@@ -179,8 +177,7 @@ class Config:
     @property
     def chain_length(self) -> int:
         """Tokens that bench drafts per verification."""
-        block = self.draft.block_size
-        return self.bench.chain_length or (block - 1 if block else 5)
+        return self.draft.chain_length(self.bench.chain_length)
 
 
 def from_omegaconf(cfg: DictConfig) -> Config:
@@ -191,11 +188,38 @@ def from_omegaconf(cfg: DictConfig) -> Config:
         raise InputError(f"these options have no value; give them on the command line: {listed}")
     try:
         # A launcher's copy without Hydra's node has forgotten its type.
-        config = OmegaConf.to_object(OmegaConf.merge(Config, cfg))
+        typed = OmegaConf.merge(Config, cfg)
+        typed.draft = draft_options(typed.draft)
+        config = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         raise InputError(str(error).splitlines()[0]) from None
     assert isinstance(config, Config)
     return config
+
+
+def draft_options(draft: DictConfig) -> DictConfig:
+    """The draft's node with the types of its own options; InputError for one it does not have."""
+    kind = draft_config(draft._target_)
+    options = OmegaConf.to_container(draft, resolve=True)
+    assert isinstance(options, dict)
+    for key in options:
+        if problem := not_an_option(["draft", str(key)], kind):
+            raise InputError(problem)
+    try:
+        typed = OmegaConf.merge(kind, options)
+    except OmegaConfBaseException as error:
+        raise InputError(f"draft.{error.full_key}: {str(error).splitlines()[0]}") from None
+    assert isinstance(typed, DictConfig)
+    return typed
+
+
+def draft_config(target: str) -> type[DraftConfig]:
+    """The class of the options of the draft that `_target_` names, found without loading torch."""
+    package, _, name = target.rpartition(".")
+    kind = locate(f"{package}.config.{name}Config")
+    if not (isinstance(kind, type) and issubclass(kind, DraftConfig)):
+        raise InputError(f"{package}.config.{name}Config is not a subclass of DraftConfig")
+    return kind
 
 
 def check_job(cfg: DictConfig) -> None:
@@ -228,8 +252,8 @@ def locate(dotted: str) -> Any:
     """Import `package.module.name`; raises InputError when there is no such thing."""
     module, _, name = dotted.rpartition(".")
     try:
-        return vars(import_module(module))[name]
-    except (ImportError, KeyError, ValueError):
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
         raise InputError(
             f"_target_={dotted} does not name an importable function or class"
         ) from None

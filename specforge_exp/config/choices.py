@@ -1,9 +1,9 @@
 """What a run is made of: the config groups model, data, loss and draft."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from specforge_exp.config.checks import at_least, one_of, safe_name
 from specforge_exp.errors import InputError
@@ -158,71 +158,53 @@ class LossConfig:
 
 @dataclass
 class DraftConfig:
-    """The draft architecture and its way of training."""
+    """What every draft has. A subclass beside the draft adds the options of its own.
 
-    _target_: str = "specforge_exp.drafts.eagle3.Eagle3"
+    The draft `package.Name` has its options in `package.config.NameConfig`, which loads no torch.
+    """
+
+    steps_option: ClassVar[str]
+    """The option that `steps` follows from."""
+    quiet: ClassVar[tuple[str, ...]] = ()
+    """Options that a training's numbers do not depend on."""
+
+    _target_: str = MISSING
     """Dotted path of the draft's class."""
     name: str = MISSING
     """Short name, part of the run's name."""
     draft_vocab_size: int | None = 32000
     """Rows of the draft's head, the most frequent tokens; null: the target's whole vocabulary."""
-    ttt_length: int = 7
-    """Unrolled steps of training-time test."""
-    ttt_decay: float = 0.8
-    """Step k weighs ttt_decay**k in the loss."""
-    start: str = "target"
-    """target: a copy of the target's last layer, norm and head; random: nothing but noise."""
-    supervision: str = "inference"
-    """Which (slot, step) pairs train and how they are averaged: inference (the states that exist
-    when serving; the mean per step), or a peer's way: specforge, speculators."""
-    block_size: int | None = None
-    """dflash: slots of a block, the token it starts from included; null: no dflash."""
-    num_layers: int = 5
-    """dflash: layers of the draft."""
-    num_features: int = 5
-    """dflash: layers of the target whose states are its context."""
-    num_anchors: int = 512
-    """dflash: blocks drawn in each conversation and epoch, at most."""
-    loss_gamma: float = 7.0
-    """dflash: the label k places after its anchor weighs exp(-(k - 1) / loss_gamma)."""
-    min_loss_tokens: int | None = None
-    """dflash: conversations with fewer supervised tokens are left out; null: twice block_size."""
-    mask_token_id: int | None = None
-    """dflash: the token that stands for masked slots; null: the last of the vocabulary."""
-    attention: str = "auto"
-    """dflash: flex: FlexAttention, one compiled kernel; merged: plain products on any device;
-    auto: flex on CUDA. Changes no number but its rounding."""
 
     def __post_init__(self) -> None:
         safe_name("draft.name", self.name)
         at_least("draft.draft_vocab_size", self.draft_vocab_size, 1)
-        at_least("draft.ttt_length", self.ttt_length, 1)
-        for name in ("num_layers", "num_features", "num_anchors", "min_loss_tokens"):
-            at_least(f"draft.{name}", vars(self)[name], 1)
-        at_least("draft.block_size", self.block_size, 2)
-        if self.loss_gamma <= 0:
-            raise InputError(f"draft.loss_gamma={self.loss_gamma} must be above 0")
-        if not 0 < self.ttt_decay <= 1:
-            raise InputError(f"draft.ttt_decay={self.ttt_decay} must be in (0, 1]")
-        allowed = ("inference", "specforge", "speculators")
-        one_of("draft.start", self.start, ("target", "random"))
-        one_of("draft.attention", self.attention, ("auto", "flex", "merged"))
-        one_of("draft.supervision", self.supervision, allowed)
-
-    def matters(self) -> dict[str, Any]:
-        """The fields that this draft's training depends on: not those of another architecture."""
-        eagle3 = {"ttt_length", "ttt_decay", "supervision", "draft_vocab_size"}
-        dflash = {"block_size", "num_layers", "num_features", "num_anchors", "loss_gamma"}
-        dflash |= {"min_loss_tokens", "mask_token_id"}
-        others = {"attention"} | (dflash if self.block_size is None else eagle3)
-        return {name: value for name, value in vars(self).items() if name not in others}
 
     @property
     def steps(self) -> int:
-        """Tokens that a row is trained on: unrolled steps, or the masked slots of a block."""
-        return self.ttt_length if self.block_size is None else self.block_size - 1
+        """Tokens that a row is trained on, which is how many divisors a window has."""
+        raise NotImplementedError
 
     @property
     def features(self) -> int:
         """Layers of the target that feed it."""
-        return 3 if self.block_size is None else self.num_features
+        raise NotImplementedError
+
+    def chain_length(self, length: int | None) -> int:
+        """Tokens drafted per verification, where bench.chain_length says `length`.
+
+        Raises:
+            InputError: the draft cannot draft so many.
+        """
+        return length or 5
+
+    def matters(self) -> dict[str, Any]:
+        """The options that a training depends on."""
+        return {name: value for name, value in vars(self).items() if name not in self.quiet}
+
+
+def open_draft() -> Any:
+    """The schema's draft: any option may be given, for its class is not known before it is chosen;
+    `from_omegaconf` refuses those that it does not have."""
+    node = OmegaConf.structured(DraftConfig)
+    OmegaConf.set_struct(node, False)
+    return node

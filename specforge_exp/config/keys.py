@@ -4,7 +4,8 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
-GROUPS_ONLY = ("hydra", "experiment", "hparams_search", "local")
+NOT_OURS = ("hydra", "experiment", "hparams_search", "local", "draft")
+"""Groups without a node in the schema, and the draft, whose options are its own."""
 
 
 def unknown_key(overrides: list[str], schema: type) -> str | None:
@@ -18,7 +19,7 @@ def unknown_key(overrides: list[str], schema: type) -> str | None:
     for override in overrides:
         key = override.partition("=")[0]
         parts = key.split(".")
-        if override[:1] in "-+~" or "=" not in override or parts[0] in GROUPS_ONLY:
+        if override[:1] in "-+~" or "=" not in override or parts[0] in NOT_OURS:
             continue
         if not {"/", "@"} & set(key):
             problem = missing_part(parts, schema)
@@ -32,14 +33,21 @@ def missing_part(parts: list[str], schema: Any) -> str | None:
     for depth, part in enumerate(parts):
         if not is_dataclass(schema):
             return None
-        types = {field.name: field.type for field in fields(schema)}
-        if part not in types:
-            where = ".".join(parts[:depth])
-            close = get_close_matches(part, types, 1)
-            hint = f" (did you mean {'.'.join([*parts[:depth], *close])}?)" if close else ""
-            valid = ", ".join(name for name in types if not name.startswith("_"))
-            return (
-                f"{'.'.join(parts)} is not an option{hint}. Valid in {where or 'Config'}: {valid}"
-            )
-        schema = types[part]
+        problem = not_an_option(parts[: depth + 1], schema)
+        if problem:
+            return problem
+        schema = next(field.type for field in fields(schema) if field.name == part)
     return None
+
+
+def not_an_option(parts: list[str], schema: Any) -> str | None:
+    """The message for a key whose node, of this schema, does not have its last part; else None."""
+    *above, last = parts
+    names = [field.name for field in fields(schema)]
+    if last in names:
+        return None
+    close = get_close_matches(last, names, 1)
+    hint = f" (did you mean {'.'.join([*above, *close])}?)" if close else ""
+    valid = ", ".join(name for name in names if not name.startswith("_"))
+    where = ".".join(above) or "Config"
+    return f"{'.'.join(parts)} is not an option{hint}. Valid in {where}: {valid}"

@@ -326,7 +326,7 @@ class BenchConfig:
     max_length: int | None = None
     """Tokens of a prompt and its answer, at most; null: the run's max_length."""
     chain_length: int | None = None
-    """Tokens drafted per verification; null: 5, or a whole block where draft.block_size is set."""
+    """Tokens drafted per verification; null: 5, or the rest of a block."""
     max_tokens: int = 64
     """Most new tokens of one answer."""
     temperature: float = 0.0

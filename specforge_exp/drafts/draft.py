@@ -1,19 +1,24 @@
 """What every draft has: an objective that is called as a module, and a feed-forward block.
 
-Shape suffixes: H hidden.
+Shape suffixes: H hidden, K divisors, V target vocabulary.
 """
 
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specforge_exp.drafts.layers import gradient_of
-from specforge_exp.training.objective import Outcome
+from specforge_exp.config import DraftConfig
+from specforge_exp.losses import Loss
+from specforge_exp.sharding import gradient_of
+from specforge_exp.training.objective import Outcome, Sample
+
+Options = TypeVar("Options", bound=DraftConfig)
+"""The draft's own configuration."""
 
 
-class Draft(nn.Module):
+class Draft(nn.Module, Generic[Options]):
     """A draft in training; a subclass has `objective`."""
 
     def __init__(self) -> None:
@@ -21,11 +26,23 @@ class Draft(nn.Module):
         self.gradient_checkpointing = False
         self.compute_dtype = torch.float32  # of training; weights and their gradients stay fp32
 
-    def objective(self, *arguments: Any) -> Outcome:
-        """(sample, target's head [V, H], loss, configuration of the draft, divisors [K])."""
+    def objective(
+        self, sample: Sample, target_head_VH: Tensor, loss: Loss, cfg: Options, window_K: Tensor
+    ) -> Outcome:
+        """Compare the draft with the target; gradients of some weights exist when this returns.
+
+        Args:
+            sample: packed conversations and the target's states.
+            target_head_VH: the target's output embeddings.
+            loss: what is compared.
+            cfg: the draft's options.
+            window_K: the divisors of the optimiser window: the sum of `denominators` over it.
+        """
         raise NotImplementedError
 
-    def forward(self, *arguments: Any) -> tuple[Tensor, Outcome]:
+    def forward(
+        self, sample: Sample, target_head_VH: Tensor, loss: Loss, cfg: Options, window_K: Tensor
+    ) -> tuple[Tensor, Outcome]:
         """`objective`, called as a module so that the hooks of a sharding run; (loss, outcome).
 
         Gradients exist from the start: what is added to them must be the same tensors everywhere.
@@ -33,8 +50,15 @@ class Draft(nn.Module):
         if torch.is_grad_enabled():
             for weight in self.parameters():
                 gradient_of(weight)
-        outcome = self.objective(*arguments)
+        outcome = self.objective(sample, target_head_VH, loss, cfg, window_K)
         return outcome.loss, outcome
+
+    @torch.no_grad()
+    def start_random(self) -> None:
+        """Draw every matrix anew."""
+        for weight in self.parameters():
+            if weight.dim() > 1:
+                weight.normal_(std=0.02)
 
 
 class MLP(nn.Module):

@@ -9,18 +9,21 @@ Shape suffixes: Q supervised rows of all steps, N rows of a chunk, T tokens, P p
 step 0, K steps, H hidden, D draft vocabulary, V target vocabulary.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from specforge_exp.drafts.layers import RMSNorm, gradient_of
+from specforge_exp.drafts.layers import RMSNorm
+from specforge_exp.drafts.outcome import RowSums, by_conversation, reported
 from specforge_exp.drafts.rows import Chains
 from specforge_exp.drafts.teacher import Teacher, make_teacher
-from specforge_exp.losses import RowLoss, TeacherRows, acceptance_rate, opd_closed
+from specforge_exp.drafts.weighting import Weighting
+from specforge_exp.losses import TeacherRows, acceptance_rate, opd_closed
+from specforge_exp.sharding import gradient_of
+from specforge_exp.training.objective import Outcome
 
 POSITIONS = 512
 """Positions of the target whose distribution is held together."""
@@ -30,25 +33,6 @@ BLOCK = {"cpu": 2**19, "cuda": 2**28}
 """Logits that one round of element-wise operations visits; on a CPU they should fit its cache."""
 TILE = {"cpu": 2**20, "cuda": 2**62}
 """Weights of the head that one product takes: with few rows a CPU is faster when it keeps them."""
-
-
-@dataclass(frozen=True)
-class Weighting:
-    """What a row's loss is: terms of `losses.opd_closed`, or a function of its own."""
-
-    terms: dict[str, Tensor]
-    """Weight of each term at every step [K], divisors and decay included."""
-    scale_K: Tensor
-    """Weight of `function`'s value at every step."""
-    function: Callable[[Tensor, TeacherRows], RowLoss] | None = None
-    """A loss that is not made of the known terms; autograd differentiates it."""
-    temperature: float = 1.0
-    local: bool = False
-    """Compare with p renormalised on the draft's vocabulary in every term."""
-    floor: float = 0.0
-    """See `opd_closed`."""
-    drop_unknown: bool = False
-    """Leave out rows whose target's best token the draft cannot say."""
 
 
 @dataclass(frozen=True)
@@ -63,28 +47,6 @@ class Heads:
     """The target's post-norm last hidden states."""
     next_T: Tensor
     """The token after each position, in the draft's vocabulary (any where it has none)."""
-
-
-@dataclass
-class Tally:
-    """What the pass over all rows gives."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    """Per value the sum over rows of every step, [K]."""
-    alpha_KR: Tensor = field(default_factory=lambda: torch.zeros(0))
-    """Acceptance rate of each counted row at temperature 1, 0 elsewhere."""
-    counted_KR: Tensor = field(default_factory=lambda: torch.zeros(0))
-    """Which rows counted, bool."""
-    positions: int = 0
-    """Positions of the target that were looked at."""
-    gradient_QH: Tensor | None = None
-    """Gradient of the states of all steps, one step after the other."""
-
-    def add(self, name: str, step_N: Tensor, value_N: Tensor) -> None:
-        """Add rows to the sums of their steps."""
-        if name not in self.sums:
-            self.sums[name] = torch.zeros(len(self.alpha_KR), device=value_N.device)
-        self.sums[name].index_add_(0, step_N, value_N.float())
 
 
 @dataclass(frozen=True)
@@ -120,83 +82,105 @@ def supervised_rows(chains: Chains) -> Rows:
     return Rows(row_Q + offset_K[step_Q], step_Q, row_Q, at_Q, position_P, before_P)
 
 
-@torch.no_grad()
-def tally(
-    chains: Chains, states: list[Tensor], heads: Heads, weighting: Weighting, gradient: bool
-) -> Tally:
-    """Visit every supervised row once.
+@dataclass(frozen=True)
+class Pass:
+    """What every chunk of a pass over all rows reads, and what it adds to."""
+
+    rows: Rows
+    state_QH: Tensor
+    """Un-normed states of all steps, one step after the other."""
+    heads: Heads
+    weighting: Weighting
+    sums: RowSums
+    gradient_QH: Tensor | None
+    """Gradient of the states; None: none are made."""
+    buffer_ND: Tensor
+    """Room for the logits of a chunk."""
+
+
+def head_and_loss(
+    chains: Chains, states: list[Tensor], heads: Heads, weighting: Weighting
+) -> Outcome:
+    """The loss over every supervised row; with its gradients, where torch makes any.
+
+    Those of the head and its norm are added to `.grad` at once, those of the states are what
+    `loss.backward()` starts from.
 
     Args:
         chains: which rows there are.
         states: un-normed states [R_k, H] of every step.
         heads: both heads.
         weighting: the loss.
-        gradient: also make gradients; those of the head and its norm are added to `.grad`.
     """
-    rows = supervised_rows(chains)
-    flat_QH = torch.cat(states)
-    result = Tally(positions=len(rows.position_P))
-    result.alpha_KR = torch.zeros(len(states), chains.counts[0], device=flat_QH.device)
-    result.counted_KR = torch.zeros_like(result.alpha_KR, dtype=torch.bool)
-    if gradient:
-        result.gradient_QH = torch.zeros_like(flat_QH)
+    gradient = torch.is_grad_enabled()
+    work = visit_rows(chains, states, heads, weighting, gradient)
+    sums, rows = work.sums, len(work.rows.flat_Q)
+    step_loss_K = weighting.step_losses(sums.values) / weighting.decay_K
+    loss = (step_loss_K * weighting.decay_K).sum()
+    if work.gradient_QH is not None:
+        loss = attach(loss, work.gradient_QH, states)
+    head = 6.0 if heads.weight_DH.requires_grad else 4.0
+    flops = head * rows * heads.weight_DH.numel()
+    flops += 2.0 * len(work.rows.position_P) * heads.target_VH.numel()
+    lengths_B2 = None if gradient else by_conversation(sums, chains)
+    return Outcome(loss, step_loss_K, reported(sums), lengths_B2, flops)
+
+
+@torch.no_grad()
+def visit_rows(
+    chains: Chains, states: list[Tensor], heads: Heads, weighting: Weighting, gradient: bool
+) -> Pass:
+    """Visit every supervised row once, by the positions that teach them; as `head_and_loss`."""
+    rows, state_QH = supervised_rows(chains), torch.cat(states)
+    alpha_KR = torch.zeros(len(states), chains.counts[0], device=state_QH.device)
+    sums = RowSums(alpha_KR, torch.zeros_like(alpha_KR, dtype=torch.bool))
+    size = max(1, LOGITS // len(heads.weight_DH))
+    buffer_ND = torch.empty(
+        min(size, len(rows.flat_Q)), len(heads.weight_DH), device=state_QH.device
+    )
+    gradient_QH = torch.zeros_like(state_QH) if gradient else None
+    work = Pass(rows, state_QH, heads, weighting, sums, gradient_QH, buffer_ND)
     last_TH = torch.cat([heads.last_TH, torch.zeros_like(heads.last_TH[:1])])
     before_P = [*rows.before_P[::POSITIONS].tolist(), len(rows.flat_Q)]
-    size = max(1, LOGITS // len(heads.weight_DH))
-    buffer = torch.empty(min(size, len(rows.flat_Q)), len(heads.weight_DH), device=flat_QH.device)
     for index, position_P in enumerate(rows.position_P.split(POSITIONS)):
         teacher = make_teacher(
             heads.target_VH, last_TH[position_P], heads.draft_ids_D, weighting.temperature
         )
-        listed_N = torch.arange(before_P[index], before_P[index + 1], device=flat_QH.device)
+        listed_N = torch.arange(before_P[index], before_P[index + 1], device=state_QH.device)
         at_N = rows.at_Q[listed_N] - index * POSITIONS
         if weighting.drop_unknown:
-            kept_N = teacher.known_P[at_N]
-            listed_N, at_N = listed_N[kept_N], at_N[kept_N]
+            sayable_N = teacher.known_P[at_N]
+            listed_N, at_N = listed_N[sayable_N], at_N[sayable_N]
         chunks = max(1, -(-len(listed_N) // size))
-        for chunk_N, at in zip(listed_N.chunk(chunks), at_N.chunk(chunks), strict=True):
-            visit(flat_QH, (rows, chunk_N, at), teacher, heads, weighting, (result, buffer))
-    return result
+        for chunk_N, chunk_at_N in zip(listed_N.chunk(chunks), at_N.chunk(chunks), strict=True):
+            visit_chunk(work, teacher, chunk_N, chunk_at_N)
+    return work
 
 
-def visit(
-    flat_QH: Tensor,
-    listed: tuple[Rows, Tensor, Tensor],
-    teacher: Teacher,
-    heads: Heads,
-    weighting: Weighting,
-    into: tuple[Tally, Tensor],
-) -> None:
-    """One chunk: logits, losses, metrics, and the products of the logits' gradients."""
-    rows, listed_N, at_N = listed
-    result, buffer = into
+def visit_chunk(work: Pass, teacher: Teacher, listed_N: Tensor, at_N: Tensor) -> None:
+    """Logits, losses and metrics of some rows, and the products of the logits' gradients.
+
+    Args:
+        work: the pass.
+        teacher: the target at the positions of these rows.
+        listed_N: which of `work.rows`.
+        at_N: which of the teacher's positions.
+    """
     if not len(listed_N):
         return
-    flat_N, step_N = rows.flat_Q[listed_N], rows.step_Q[listed_N]
-    state_NH = flat_QH[flat_N]
+    rows, heads, sums = work.rows, work.heads, work.sums
+    flat_N, step_N, row_N = rows.flat_Q[listed_N], rows.step_Q[listed_N], rows.row_Q[listed_N]
+    state_NH = work.state_QH[flat_N]
     normed_NH = heads.norm(state_NH)
     weight_DH = heads.weight_DH.to(normed_NH.dtype)
-    if normed_NH.dtype == buffer.dtype:
-        logits_ND = buffer[: len(listed_N)]
-        width = max(1, TILE[buffer.device.type] // weight_DH.shape[1])
-        tiles = zip(weight_DH.split(width), logits_ND.split(width, 1), strict=True)
-        for weight_LH, logits_NL in tiles:
-            torch.mm(normed_NH, weight_LH.T, out=logits_NL)
-    else:
-        logits_ND = (normed_NH @ weight_DH.T).float()
-    gradient = result.gradient_QH is not None
+    logits_ND = head_logits(normed_NH, weight_DH, work.buffer_ND)
     size = max(1, BLOCK[logits_ND.device.type] // logits_ND.shape[1])
     for block in range(0, len(listed_N), size):
         part = slice(block, block + size)
-        next_N = heads.next_T[rows.position_P[rows.at_Q[listed_N[part]]]]
-        values = visit_block(
-            logits_ND[part], teacher, at_N[part], weighting, (step_N[part], next_N, gradient)
-        )
-        result.alpha_KR[step_N[part], rows.row_Q[listed_N[part]]] = values["alpha"]
-        for name, value_N in values.items():
-            result.add(name, step_N[part], value_N)
-    result.counted_KR[step_N, rows.row_Q[listed_N]] = True
-    if result.gradient_QH is not None:
+        values = visit_block(work, logits_ND[part], teacher, listed_N[part], at_N[part])
+        sums.add(step_N[part], row_N[part], values)
+    sums.counted_KR[step_N, row_N] = True
+    if work.gradient_QH is not None:
         narrow_ND = logits_ND.to(normed_NH.dtype)
         if heads.weight_DH.requires_grad:
             total_DH = gradient_of(heads.weight_DH)
@@ -204,18 +188,26 @@ def visit(
                 total_DH.addmm_(narrow_ND.T, normed_NH)
             else:
                 total_DH.add_(narrow_ND.T @ normed_NH)
-        result.gradient_QH[flat_N] = heads.norm.backward(state_NH, narrow_ND @ weight_DH)
+        work.gradient_QH[flat_N] = heads.norm.backward(state_NH, narrow_ND @ weight_DH)
+
+
+def head_logits(normed_NH: Tensor, weight_DH: Tensor, buffer_ND: Tensor) -> Tensor:
+    """The draft's logits in fp32, in the buffer where that is the states' dtype."""
+    if normed_NH.dtype != buffer_ND.dtype:
+        return (normed_NH @ weight_DH.T).float()
+    logits_ND = buffer_ND[: len(normed_NH)]
+    width = max(1, TILE[buffer_ND.device.type] // weight_DH.shape[1])
+    tiles = zip(weight_DH.split(width), logits_ND.split(width, 1), strict=True)
+    for weight_LH, logits_NL in tiles:
+        torch.mm(normed_NH, weight_LH.T, out=logits_NL)
+    return logits_ND
 
 
 def visit_block(
-    logits_ND: Tensor,
-    teacher: Teacher,
-    at_N: Tensor,
-    weighting: Weighting,
-    how: tuple[Tensor, Tensor, bool],
+    work: Pass, logits_ND: Tensor, teacher: Teacher, listed_N: Tensor, at_N: Tensor
 ) -> dict[str, Tensor]:
-    """Values per row; the logits become their gradient."""
-    step_N, next_N, gradient = how
+    """Values per row; the logits become their gradient. As `visit_chunk`."""
+    rows, weighting, gradient = work.rows, work.weighting, work.gradient_QH is not None
     best_N = teacher.best_P[at_N]
     top_N = logits_ND.gather(1, best_N[:, None])[:, 0] >= logits_ND.amax(-1)
     measured = {"top1": (top_N & teacher.known_P[at_N]).float()}
@@ -223,9 +215,11 @@ def visit_block(
     if scaled or weighting.local or weighting.function is not None:
         logq_ND = torch.log_softmax(logits_ND, -1)
         measured["alpha"] = acceptance_rate(logq_ND, teacher.plain_rows(at_N))
+    next_N = work.heads.next_T[rows.position_P[rows.at_Q[listed_N]]]
     target = replace(teacher.rows(at_N), next_N=next_N)
     if weighting.local:
         target = replace(target, log_mass_N=torch.zeros_like(target.log_mass_N))
+    step_N = rows.step_Q[listed_N]
     if weighting.function is not None:
         return differentiate(weighting, logits_ND, target, step_N, gradient) | measured
     if scaled:
@@ -265,13 +259,21 @@ class _Attach(Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_QH,) = ctx.saved_tensors
+        if float(outer[0]) != 1:
+            raise RuntimeError(
+                f"the loss of a draft was multiplied by {float(outer[0]):g} before backward(): its "
+                "head's gradient exists already and cannot be scaled; scale the loss's weights"
+            )
         return None, None, *gradient_QH.split(ctx.sizes)
 
 
 def attach(value: Tensor, gradient_QH: Tensor, states: list[Tensor]) -> Tensor:
     """`value` as a loss whose gradient in the states is known.
 
-    The head's gradient exists already, so `backward()` is called on it as it is, not scaled.
+    The head's gradient exists already, so `backward()` is called on it as it is.
+
+    Raises:
+        RuntimeError: in the backward pass, when it was scaled.
     """
     out: Tensor = _Attach.apply(value, gradient_QH, *states)
     return out

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from specforge_exp.sharding import gradient_of
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in fp32."""
@@ -48,13 +50,6 @@ def unit_rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = x.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return wide * scale, scale
-
-
-def gradient_of(weight: Tensor) -> Tensor:
-    """The weight's `.grad`, made when it is missing."""
-    if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
-    return weight.grad
 
 
 def add_product(weight_OI: Tensor, columns: slice, outer_RO: Tensor, x_RI: Tensor) -> None:

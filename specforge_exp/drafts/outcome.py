@@ -1,51 +1,62 @@
-"""From the tally of a pass over all rows to what the training loop is told.
+"""Sums over rows, and what they say to the training loop.
 
-Shape suffixes: R rows, K steps, B conversations.
+Shape suffixes: N rows of a block, R rows, K steps, B conversations.
 """
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from specforge_exp.drafts.head_loss import Tally, Weighting
 from specforge_exp.drafts.rows import Chains
 
 
-def step_values(found: Tally, measured: Weighting) -> Tensor:
-    """The loss of each step, decay included, from the sums; [K] fp32."""
-    total_K = torch.zeros_like(measured.scale_K)
-    if measured.function is not None:
-        return total_K + measured.scale_K * found.sums.get("loss", 0)
-    for name, weight_K in measured.terms.items():
-        total_K = total_K + weight_K * found.sums.get(name, 0)
-    return total_K
+@dataclass
+class RowSums:
+    """What a pass over all rows gives."""
+
+    alpha_KR: Tensor
+    """Acceptance rate of each counted row at temperature 1, 0 elsewhere."""
+    counted_KR: Tensor
+    """Which rows counted, bool."""
+    values: dict[str, Tensor] = field(default_factory=dict)
+    """Per value the sum over rows of every step, [K]."""
+
+    def add(self, step_N: Tensor, row_N: Tensor, values: dict[str, Tensor]) -> None:
+        """Add rows' values to the sums of their steps."""
+        self.alpha_KR[step_N, row_N] = values["alpha"]
+        for name, value_N in values.items():
+            if name not in self.values:
+                self.values[name] = torch.zeros(len(self.alpha_KR), device=value_N.device)
+            self.values[name].index_add_(0, step_N, value_N.float())
 
 
-def reported(found: Tally) -> dict[str, Tensor]:
+def reported(sums: RowSums) -> dict[str, Tensor]:
     """Sums for the metrics: values, rows, and the simulated accepted length.
 
     The length is 1 + sum_k prod_{j<=k} alpha_j over slots supervised at every step: the mean of
     products, bonus token included, is what sampling from the draft would earn.
     """
-    sums = {name: value for name, value in found.sums.items() if name != "loss"}
+    values = {name: value for name, value in sums.values.items() if name != "loss"}
     for name in ("alpha", "top1"):
-        sums.setdefault(name, torch.zeros(len(found.alpha_KR), device=found.alpha_KR.device))
-    sums["rows"] = found.counted_KR.sum(1)
-    length_R, everywhere_R = simulated_lengths(found)
-    sums["length"] = (length_R * everywhere_R).sum()
-    sums["length_slots"] = everywhere_R.sum()
-    return sums
+        values.setdefault(name, torch.zeros(len(sums.alpha_KR), device=sums.alpha_KR.device))
+    values["rows"] = sums.counted_KR.sum(1)
+    length_R, everywhere_R = simulated_lengths(sums)
+    values["length"] = (length_R * everywhere_R).sum()
+    values["length_slots"] = everywhere_R.sum()
+    return values
 
 
-def simulated_lengths(found: Tally) -> tuple[Tensor, Tensor]:
+def simulated_lengths(sums: RowSums) -> tuple[Tensor, Tensor]:
     """The simulated accepted length of every row, and whether it is supervised at every step."""
-    return 1 + found.alpha_KR.cumprod(0).sum(0), found.counted_KR.all(0)
+    return 1 + sums.alpha_KR.cumprod(0).sum(0), sums.counted_KR.all(0)
 
 
-def by_conversation(found: Tally, carried: Chains, lengths: list[int]) -> Tensor:
+def by_conversation(sums: RowSums, chains: Chains) -> Tensor:
     """What `simulated_length` is the quotient of, summed over each conversation; [B, 2] float64."""
-    length_R, everywhere_R = simulated_lengths(found)
-    end_B = torch.tensor(lengths, device=length_R.device).cumsum(0)
-    conversation_R = torch.bucketize(carried.slot_R[: len(length_R)], end_B, right=True)
+    length_R, everywhere_R = simulated_lengths(sums)
+    end_B = torch.tensor(chains.lengths, device=length_R.device).cumsum(0)
+    conversation_R = torch.bucketize(chains.slot_R[: len(length_R)], end_B, right=True)
     both_R2 = torch.stack([length_R, torch.ones_like(length_R)], 1) * everywhere_R[:, None]
-    found_B2 = torch.zeros(len(lengths), 2, dtype=torch.float64, device=length_R.device)
-    return found_B2.index_add_(0, conversation_R, both_R2.double())
+    sums_B2 = torch.zeros(len(end_B), 2, dtype=torch.float64, device=length_R.device)
+    return sums_B2.index_add_(0, conversation_R, both_R2.double())

@@ -26,8 +26,8 @@ class Chains:
     """Where each token's conversation starts."""
     end_T: Tensor
     """Where it ends."""
-    longest: int
-    """Tokens of the longest conversation."""
+    lengths: list[int]
+    """Tokens of each conversation."""
     slot_R: Tensor
     """The slot of each row, longest chain first."""
     counts: list[int]

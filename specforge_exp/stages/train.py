@@ -20,6 +20,7 @@ from specforge_exp.artifacts import Fingerprint, read_record, require, reusable
 from specforge_exp.config import Config, locate
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
+from specforge_exp.losses import Loss
 from specforge_exp.provenance import describe, model_digest, sha256, write_json
 from specforge_exp.sharding import shard_draft
 from specforge_exp.target import Target, check_gpus, load_target, set_up_torch
@@ -27,8 +28,8 @@ from specforge_exp.training.batches import Batch
 from specforge_exp.training.checkpoint import step_folders
 from specforge_exp.training.feature_cache import from_disk, make_cache
 from specforge_exp.training.features import Features, computed, computed_together, remembered
-from specforge_exp.training.loop import Objective, Run, Splits, fit
-from specforge_exp.training.objective import Outcome, Sample
+from specforge_exp.training.loop import Run, Splits, fit
+from specforge_exp.training.objective import Objective, Outcome, Sample
 from specforge_exp.training.progress import summary
 from specforge_exp.training.ranks import join, launch, local_device, started
 
@@ -130,7 +131,7 @@ def logged_seconds(folder: Path) -> float:
 
 def make_objective(cfg: Config, draft: Any, target: Target, states: Features) -> Objective:
     """The draft's objective on this target, as the training loop wants it."""
-    loss = (locate(cfg.loss._target_), cfg.loss)
+    loss = Loss(locate(cfg.loss._target_), cfg.loss)
     head_VH = target.head_weight_VH
     live = 2.0 * target.parameters if cfg.target.cache == "none" else 0.0
 
@@ -141,8 +142,8 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
         ]
 
     def denominators(batch: Batch) -> Tensor:
-        found: Tensor = draft.denominators(cfg.draft, batch)
-        return found
+        counts_K: Tensor = draft.denominators(cfg.draft, batch)
+        return counts_K
 
     def forward(sample: Sample, window_K: Tensor) -> Outcome:
         outcome: Outcome = draft(sample, head_VH, loss, cfg.draft, window_K)[1]
@@ -152,7 +153,7 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
     states_2H = torch.zeros(2, head_VH.shape[1], device=target.device)
     aux_2A = torch.cat([states_2H] * len(target.aux_layers), -1)
     idle = Sample(nothing_2, nothing_2, [0], [2], 0, aux_2A, states_2H)
-    return Objective(draft.divisors(cfg.draft), prepare, denominators, idle, forward)
+    return Objective(cfg.draft.steps, prepare, denominators, idle, forward)
 
 
 def start_over(folder: Path) -> None:

@@ -4,7 +4,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +17,10 @@ from tqdm import tqdm
 from specforge_exp.artifacts import Fingerprint
 from specforge_exp.config import Config
 from specforge_exp.data.tokens import TokenSet
-from specforge_exp.drafts.layers import gradient_of
 from specforge_exp.errors import InputError
 from specforge_exp.interrupt import Interrupt
 from specforge_exp.provenance import write_json
-from specforge_exp.sharding import is_sharded, whole
+from specforge_exp.sharding import gradient_of, is_sharded, whole
 from specforge_exp.training.batches import (
     Batch,
     draw_of,
@@ -38,7 +37,7 @@ from specforge_exp.training.checkpoint import (
     restore,
     save_checkpoint,
 )
-from specforge_exp.training.objective import Outcome, Sample
+from specforge_exp.training.objective import Objective, Sample
 from specforge_exp.training.progress import WindowLog, means, summary
 from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.schedule import learning_rate
@@ -49,23 +48,6 @@ log = logging.getLogger(__name__)
 
 EVAL_TOKENS = 4096
 """Tokens of held-out conversations in one forward, unless trainer.pack_tokens says otherwise."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is trained."""
-
-    steps: int
-    """How many divisors a window has."""
-    prepare: Callable[[list[Batch]], list[Sample]]
-    """Add the target's states to batches. Every process calls it once per window or round of an
-    evaluation, maybe in another thread."""
-    denominators: Callable[[Batch], Tensor]
-    """What a batch adds to the divisors of the window, [K]; known before any forward."""
-    idle: Sample
-    """A sample without loss and gradient."""
-    forward: Callable[[Sample, Tensor], Outcome]
-    """(sample, the window's divisors) -> a share of the window's loss, and sums."""
 
 
 @dataclass(frozen=True)

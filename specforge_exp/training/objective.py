@@ -3,6 +3,7 @@
 Shape suffixes: T packed tokens, K steps, H hidden, A auxiliary states, B conversations.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -35,3 +36,20 @@ class Outcome:
     slots, and their number."""
     flops: float = 0.0
     """Needed floating-point operations of forward and backward."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is trained."""
+
+    steps: int
+    """How many divisors a window has."""
+    prepare: Callable[[list[Batch]], list[Sample]]
+    """Add the target's states to batches. Every process calls it once per window or round of an
+    evaluation, maybe in another thread."""
+    denominators: Callable[[Batch], Tensor]
+    """What a batch adds to the divisors of the window, [K]; known before any forward."""
+    idle: Sample
+    """A sample without loss and gradient."""
+    forward: Callable[[Sample, Tensor], Outcome]
+    """(sample, the window's divisors) -> a share of the window's loss, and sums."""

@@ -14,8 +14,9 @@ from our_step import packed
 from peers.inputs import Shape, load, make_chats, make_weights, save, vocabulary
 from peers.measure import arguments, measure
 
-from specforge_exp.config import DraftConfig, LossConfig
-from specforge_exp.losses import opd
+from specforge_exp.config import LossConfig
+from specforge_exp.drafts.eagle3.config import Eagle3Config
+from specforge_exp.losses import Loss, opd
 
 SIZES = {"hidden": 32, "inter": 48, "heads": 4, "kv_heads": 2, "head_dim": 8, "vocab": 200}
 SHAPE = Shape(**SIZES, draft_vocab=60, ttt=3)
@@ -46,8 +47,8 @@ def test_packing_drops_padding_only(file: Path) -> None:
     """The padded batch's loss and gradients, from the packed row and the padded divisor."""
     weights, chats = load(file)
     head = weights.pop("target_head.weight")
-    cfg = DraftConfig(name="peer", ttt_length=3, supervision="specforge")
-    loss = (opd, LossConfig(name="peer", lambda_ce=1.0))
+    cfg = Eagle3Config(name="peer", ttt_length=3, supervision="specforge")
+    loss = Loss(opd, LossConfig(name="peer", lambda_ce=1.0))
     found = []
     for lengths in (chats.lengths, [20, 20]):
         draft = parity.build_draft(dict(weights), vars(SHAPE))

@@ -23,7 +23,7 @@ from specforge_exp.bench.acceptance import (
 )
 from specforge_exp.bench.speculative import Generation
 from specforge_exp.config import Config, Source
-from specforge_exp.drafts.eagle3.model import Eagle3
+from specforge_exp.drafts.eagle3.draft import Eagle3
 from specforge_exp.errors import InputError
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.export import export

@@ -23,7 +23,7 @@ from specforge_exp import paths
 from specforge_exp.bench.clients import Progress, accepted_of
 from specforge_exp.bench.served import server_of
 from specforge_exp.config import Config, EngineConfig, Source
-from specforge_exp.drafts.dflash.model import DFlash
+from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.errors import InputError
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.export import export
@@ -201,9 +201,7 @@ def test_the_command_line_of_sglang(cfg: Config, tmp_path: Path) -> None:
         patch.setattr("specforge_exp.bench.served.visible_gpus", lambda: ["4", "5"])
         eagle3 = server_of(cfg, False, tmp_path)
         alone = server_of(cfg, True, tmp_path)
-        cfg.draft = replace(
-            cfg.draft, _target_=f"{DFlash.__module__}.DFlash", name="dflash", block_size=16
-        )
+        cfg.draft = DFlashConfig(name="dflash")
         dflash = server_of(cfg, False, tmp_path)
     assert eagle3.environment == {"CUDA_VISIBLE_DEVICES": "4"}
     folder = str(paths.export_dir(cfg).resolve())

@@ -9,15 +9,16 @@ from dense_dflash import dense_objective
 from test_eagle3 import assert_same, conversation, gradients, packed
 from torch import Tensor
 
-from specforge_exp.config import DraftConfig, LossConfig
+from specforge_exp.config import LossConfig
 from specforge_exp.drafts.dflash.blocks import make_blocks
-from specforge_exp.drafts.dflash.model import DFlash
+from specforge_exp.drafts.dflash.config import DFlashConfig
+from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.errors import InputError
-from specforge_exp.losses import opd
+from specforge_exp.losses import Loss, opd
 from specforge_exp.target import Target
 from specforge_exp.training.objective import Outcome, Sample
 
-CFG = DraftConfig(
+CFG = DFlashConfig(
     name="dflash", draft_vocab_size=None, start="random", block_size=5, num_layers=2,
     num_features=3, num_anchors=6, min_loss_tokens=4, loss_gamma=3.0,
 )  # fmt: skip
@@ -30,7 +31,7 @@ def target() -> Target:
     return small_target()
 
 
-def small_draft(target: Target, cfg: DraftConfig = CFG) -> DFlash:
+def small_draft(target: Target, cfg: DFlashConfig = CFG) -> DFlash:
     draft = DFlash.new(target, cfg, {}, seed=3)
     with torch.no_grad():
         for weight in draft.parameters():  # far from the start: every path carries something
@@ -39,10 +40,10 @@ def small_draft(target: Target, cfg: DraftConfig = CFG) -> DFlash:
 
 
 def outcome(
-    draft: DFlash, target: Target, sample: Sample, loss: LossConfig = LOSS, cfg: DraftConfig = CFG
+    draft: DFlash, target: Target, sample: Sample, loss: LossConfig = LOSS, cfg: DFlashConfig = CFG
 ) -> Outcome:
     window = draft.denominators(cfg, sample)
-    return draft.objective(sample, target.head_weight_VH, (opd, loss), cfg, window)
+    return draft.objective(sample, target.head_weight_VH, Loss(opd, loss), cfg, window)
 
 
 MIXTURES = [
@@ -63,7 +64,7 @@ def test_the_fast_path_is_the_dense_one(target: Target, weights: dict[str, float
     total, sums = dense_objective(draft, sample, target.head_weight_VH, (CFG, loss), window)
     total.backward()
     expected = gradients(draft)
-    found = draft.objective(sample, target.head_weight_VH, (opd, loss), CFG, window)
+    found = draft.objective(sample, target.head_weight_VH, Loss(opd, loss), CFG, window)
     found.loss.backward()
     torch.testing.assert_close(found.loss, total.detach().float(), rtol=1e-5, atol=0)
     assert_same(gradients(draft), expected, rel=2e-5)

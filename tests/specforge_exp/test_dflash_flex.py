@@ -12,7 +12,7 @@ from torch import Tensor
 from specforge_exp.config import LossConfig
 from specforge_exp.drafts.dflash.blocks import make_blocks
 from specforge_exp.drafts.dflash.flex import BUCKET, hide, padded, useful
-from specforge_exp.losses import opd
+from specforge_exp.losses import Loss, opd
 
 
 def test_buckets_bound_the_shapes() -> None:
@@ -66,7 +66,7 @@ def test_the_same_gradients_on_cuda(dtype: torch.dtype) -> None:
     target = small_target(head_dim=16)
     draft = small_draft(target)
     sample = packed(target, conversation(1, LONG), conversation(2, LONG[3:]))
-    window, loss = draft.denominators(CFG, sample), (opd, LossConfig(name="m", lambda_ce=1.0))
+    window, loss = draft.denominators(CFG, sample), Loss(opd, LossConfig(name="m", lambda_ce=1.0))
     first = draft.objective(sample, target.head_weight_VH, loss, CFG, window)
     first.loss.backward()
     expected = gradients(draft)

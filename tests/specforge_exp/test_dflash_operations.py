@@ -31,7 +31,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from specforge_exp import paths
-from specforge_exp.config import STAGES, Config, DraftConfig, TrainerConfig
+from specforge_exp.config import STAGES, Config, TrainerConfig
+from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.errors import InputError
 from specforge_exp.serving.server import Server
 from specforge_exp.stages import train as stage
@@ -52,7 +53,7 @@ def run(cfg: Config, tokens: Path) -> Config:
 def test_both_drafts_log_the_same_keys(run: Config) -> None:
     """R20: those of training and of evaluation, too; a value that is not there is an error."""
     steps = {"block_size": 4, "draft_vocab_size": 512}
-    eagle3 = DraftConfig(name="eagle3", draft_vocab_size=512, ttt_length=3)
+    eagle3 = Eagle3Config(name="eagle3", draft_vocab_size=512, ttt_length=3)
     keys = []
     for draft in (replace(DRAFT, **steps), eagle3):
         cfg = replace(run, draft=draft, run_name=draft.name, max_steps=1)

@@ -17,8 +17,8 @@ import torch
 from peers.dflash_inputs import Shape, label_weights, make_chats, make_weights, packed_anchors
 from peers.inputs import load, save
 
-from specforge_exp.drafts.dflash import training
-from specforge_exp.drafts.dflash.model import DFlash
+from specforge_exp.drafts.dflash import draft as seam
+from specforge_exp.drafts.dflash.draft import DFlash
 
 FOLDER = Path(__file__).parents[1] / "parity" / "dflash"
 FILES = sorted(FOLDER.glob("*.npz"))
@@ -32,7 +32,7 @@ SHAPE = Shape(
 @pytest.fixture(autouse=True)
 def own_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """`prepare` puts the file's blocks in its place; what stood there comes back."""
-    monkeypatch.setattr(training, "make_blocks", training.make_blocks)
+    monkeypatch.setattr(seam, "make_blocks", seam.make_blocks)
 
 
 def step(path: Path, loss: str, shape: dict[str, Any], divisor: float | None) -> Any:
@@ -73,12 +73,12 @@ def test_concatenate_norm_rotate_is_the_peers_order(path: Path) -> None:
 
 def test_another_order_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotation before the norm has the same size in every head and is still not the same."""
-    from specforge_exp.drafts.dflash import attention
+    from specforge_exp.drafts.dflash import attention, heads
 
     monkeypatch.setattr(
         attention,
         "turned",
-        lambda norm, x, angles: norm(attention.rotate(x, *angles)),
+        lambda norm, x, angles: norm(heads.rotate(x, *angles)),
     )
     loss, gradient = differences(FOLDER / "specforge_hard.npz")
     assert loss > 1e-5 and gradient > 1e-3

@@ -14,13 +14,14 @@ from test_dflash import CFG, LOSS, outcome, small_draft
 
 from specforge_exp import paths
 from specforge_exp.bench.speculative import Decoding, generate, speculate
-from specforge_exp.config import Config, DraftConfig, LossConfig
+from specforge_exp.config import Config, LossConfig
 from specforge_exp.data import synthetic
 from specforge_exp.data.chat import prompt_ids
 from specforge_exp.data.conversations import prompt_of
-from specforge_exp.drafts.dflash.model import DFlash
+from specforge_exp.drafts.dflash.config import DFlashConfig
+from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.errors import InputError
-from specforge_exp.losses import opd
+from specforge_exp.losses import Loss, opd
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.export import export
 from specforge_exp.stages.train import train
@@ -28,7 +29,7 @@ from specforge_exp.target import Target
 from specforge_exp.training.batches import make_batch
 from specforge_exp.training.objective import Sample
 
-DRAFT = DraftConfig(
+DRAFT = DFlashConfig(
     _target_="specforge_exp.drafts.dflash.DFlash", name="dflash", draft_vocab_size=512,
     start="random", block_size=6, num_layers=2, num_features=3, num_anchors=24, loss_gamma=4.0,
 )  # fmt: skip
@@ -159,7 +160,7 @@ def test_one_conversation_by_heart(random_target: Target) -> None:
     for _ in range(150):
         window = draft.denominators(cfg, sample)
         head = random_target.head_weight_VH
-        draft.objective(sample, head, (opd, loss), cfg, window).loss.backward()
+        draft.objective(sample, head, Loss(opd, loss), cfg, window).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
     decoding = Decoding(max_tokens=len(answer), chain_length=4)

@@ -63,13 +63,14 @@ from test_conf import composed
 from test_dflash import CFG, LONG, outcome, small_draft
 from test_eagle3 import conversation, gradients, packed
 
-from specforge_exp.config import Config, DraftConfig
+from specforge_exp.config import Config
 from specforge_exp.data.blocks import fit
 from specforge_exp.data.chat import Encoded
 from specforge_exp.data.tokens import arrays_of
 from specforge_exp.drafts.dflash import model
 from specforge_exp.drafts.dflash.blocks import make_blocks
-from specforge_exp.drafts.dflash.model import DFlash
+from specforge_exp.drafts.dflash.config import DFlashConfig
+from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.errors import InputError
 from specforge_exp.target import Target
 from specforge_exp.training.batches import make_batch
@@ -221,7 +222,7 @@ def test_every_option_of_the_draft_matters(target: Target) -> None:
     cfg = replace(CFG, name="a", num_features=3)
     assert set(cfg.matters()) == {"_target_", "name", *CHANGES}
 
-    def loss(cfg: DraftConfig) -> float:
+    def loss(cfg: DFlashConfig) -> float:
         fed = Target(target.model, DFlash.target_layers(cfg, 8))
         draft = DFlash.new(fed, cfg, {}, 0)
         return float(outcome(draft, fed, packed(fed, conversation(1, LONG)), cfg=cfg).loss.detach())

@@ -10,24 +10,25 @@ from hypothesis import strategies as st
 from reference import reference
 from torch import Tensor
 
-from specforge_exp.config import DraftConfig, LossConfig
+from specforge_exp.config import LossConfig
 from specforge_exp.drafts import chain_attention, head_loss, teacher
 from specforge_exp.drafts.eagle3.chains import make_chains, turn_masks
-from specforge_exp.drafts.eagle3.model import Eagle3, draft_config
+from specforge_exp.drafts.eagle3.config import Eagle3Config
+from specforge_exp.drafts.eagle3.draft import Eagle3, draft_config
 from specforge_exp.drafts.eagle3.training import denominators
 from specforge_exp.drafts.eagle3.unroll import unroll
 from specforge_exp.drafts.rows import document_bounds
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
-from specforge_exp.losses import RowLoss, TeacherRows, opd
+from specforge_exp.losses import Loss, RowLoss, TeacherRows, opd
 from specforge_exp.target import Target
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.objective import Outcome, Sample
 
 K, T, V = 4, 14, 64
-CFG = DraftConfig(name="eagle3", draft_vocab_size=40, ttt_length=K)
+CFG = Eagle3Config(name="eagle3", draft_vocab_size=40, ttt_length=K)
 TURNS = [0, 0, 1, 1, 1, 1, 1, 0, 0, 2, 2, 2, 2, 0]
-LOSS = (opd, LossConfig(name="m", lambda_ce=0.4, lambda_rkl=0.5, beta=0.1))
+LOSS = Loss(opd, LossConfig(name="m", lambda_ce=0.4, lambda_rkl=0.5, beta=0.1))
 
 
 def small_draft(target: Target, size: int = 40) -> Eagle3:
@@ -51,7 +52,7 @@ def packed(target: Target, *conversations: tuple[Tensor, Tensor]) -> Sample:
     return Sample(ids, turns, numbers, [len(i) for i, _ in conversations], 0, aux, last)
 
 
-def divisors(sample: Sample, cfg: DraftConfig = CFG) -> Tensor:
+def divisors(sample: Sample, cfg: Eagle3Config = CFG) -> Tensor:
     return denominators(cfg, sample)
 
 
@@ -94,7 +95,7 @@ def test_the_fast_path_is_the_reference(
     total, sums = reference(draft, sample, head, (CFG, loss_cfg), window)
     total.backward()
     expected = gradients(draft)
-    found = draft.objective(sample, head, (opd, loss_cfg), CFG, window)
+    found = draft.objective(sample, head, Loss(opd, loss_cfg), CFG, window)
     found.loss.backward()
     torch.testing.assert_close(found.loss, total.detach(), rtol=1e-5, atol=0)
     assert_same(gradients(draft), expected)
@@ -131,7 +132,7 @@ def test_a_loss_of_ones_own_is_differentiated(random_target: Target) -> None:
     def own(logits: Tensor, teacher: TeacherRows, cfg: LossConfig) -> RowLoss:
         return opd(logits, teacher, cfg)
 
-    second = draft.objective(sample, random_target.head_weight_VH, (own, LOSS[1]), CFG, window)
+    second = draft.objective(sample, random_target.head_weight_VH, Loss(own, LOSS.cfg), CFG, window)
     second.loss.backward()
     torch.testing.assert_close(second.loss, first.loss)
     assert_same(gradients(draft), expected)

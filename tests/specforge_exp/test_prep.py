@@ -17,13 +17,13 @@ from specforge_exp.config import (
     REPOSITORY,
     Config,
     DataConfig,
-    DraftConfig,
     LossConfig,
     ModelConfig,
     PathsConfig,
     Source,
 )
 from specforge_exp.data.conversations import read_jsonl
+from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.errors import InputError
 from specforge_exp.stages import prep as stage
 from specforge_exp.stages.prep import prep
@@ -48,7 +48,7 @@ def config(tmp_path: Path, train: list[Source], **data: Any) -> Config:
         model=ModelConfig(name="m", path="x"),
         data=DataConfig(name="d", train=train, **data),
         loss=LossConfig(name="l", lambda_ce=1.0),
-        draft=DraftConfig(name="d"),
+        draft=Eagle3Config(name="d"),
         paths=PathsConfig(str(tmp_path / "datasets"), str(tmp_path / "checkpoints")),
     )
 

@@ -115,7 +115,7 @@ def test_turns_matter_to_mt_bench_only() -> None:
 
 def test_a_chain_stands_beside_no_tree() -> None:
     eagle = deepcopy(RESULT)
-    eagle["config"]["draft"] = {"name": "eagle3", "block_size": None}
+    eagle["config"]["draft"] = {"name": "eagle3"}
     for chain in range(1, 61):
         eagle["settings"]["chain_length"] = chain
         assert setting_of(eagle)["draft"] == f"chain {chain}"

@@ -9,11 +9,11 @@ from scipy.stats import chisquare
 from test_eagle3 import small_draft
 
 from specforge_exp.bench.speculative import Choice, Decoding, generate, speculate, until_end, verify
-from specforge_exp.config import DraftConfig
 from specforge_exp.data import synthetic
 from specforge_exp.data.chat import prompt_ids
 from specforge_exp.data.conversations import prompt_of
-from specforge_exp.drafts.eagle3.model import Eagle3
+from specforge_exp.drafts.eagle3.config import Eagle3Config
+from specforge_exp.drafts.eagle3.draft import Eagle3
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.target import Target
 
@@ -21,7 +21,7 @@ from specforge_exp.target import Target
 def tiny_draft(target: Target) -> Eagle3:
     """An untrained draft for the tiny target: it guesses badly, which must not matter."""
     counts = torch.zeros(target.embed_VH.shape[0], dtype=torch.int64)
-    cfg = DraftConfig(name="eagle3", draft_vocab_size=512)
+    cfg = Eagle3Config(name="eagle3", draft_vocab_size=512)
     return Eagle3.new(target, cfg, vocabulary_mapping(counts, 512), seed=0)
 
 

@@ -9,37 +9,14 @@ Shape suffixes: R blocks, S slots of a block, Q = R * S rows, T positions, P eit
 M key-value heads, G = N / M, E head size.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from specforge_exp.drafts.chain_attention import Visible, rotate, shared_backward, shared_forward
-from specforge_exp.drafts.layers import RMSNorm
-
-if TYPE_CHECKING:
-    from specforge_exp.drafts.dflash.flex import Hidden
-
-
-class Angles(NamedTuple):
-    """Rotary angles [P, E], the two halves of E the same."""
-
-    cos_PE: Tensor
-    sin_PE: Tensor
-
-
-class How(NamedTuple):
-    """What rows see, and what happens to queries and keys before they meet."""
-
-    seen: "Visible | Hidden"
-    """What the rows see of the context: up to the position before their anchor."""
-    slots: int
-    """Rows of a block."""
-    norms: tuple[RMSNorm, RMSNorm]
-    """Of the heads of queries and of keys."""
-    angles: tuple[Angles, Angles]
-    """Of the context's positions and of the rows'."""
+from specforge_exp.drafts.chain_attention import Visible, shared_backward, shared_forward
+from specforge_exp.drafts.dflash.heads import HeadTurn, turned, turned_back
 
 
 def by_block(x_QMGE: Tensor, slots: int) -> Tensor:
@@ -65,24 +42,11 @@ def own(x_QME: Tensor, slots: int) -> Tensor:
     return blocks
 
 
-def turned(norm: RMSNorm, x_PNE: Tensor, angles: Angles) -> Tensor:
-    """Heads normed, then rotated."""
-    return rotate(norm(x_PNE), *angles)
-
-
-def turned_back(norm: RMSNorm, x_PNE: Tensor, angles: Angles, outer_PNE: Tensor) -> Tensor:
-    """Gradient of the heads from that of `turned`; the norm's is added to its `.grad`."""
-    inner_PNE = rotate(outer_PNE, angles.cos_PE, -angles.sin_PE)
-    E = x_PNE.shape[-1]
-    return norm.backward(x_PNE.reshape(-1, E), inner_PNE.view(-1, E)).view(x_PNE.shape)
-
-
 class _BlockAttention(Function):
     @staticmethod
-    def forward(ctx: Any, how: How, q_QNE: Tensor, *keys: Tensor) -> Tensor:
+    def forward(ctx: Any, seen: Visible, turn: HeadTurn, q_QNE: Tensor, *keys: Tensor) -> Tensor:
         k_TME, v_TME, k_QME, v_QME = keys
-        seen, slots, (q_norm, k_norm), (angles_T, angles_Q) = how
-        assert isinstance(seen, Visible)
+        slots, q_norm, k_norm, angles_T, angles_Q = turn
         M, E = k_TME.shape[1:]
         q_QMGE = turned(q_norm, q_QNE, angles_Q).mul_(E**-0.5).unflatten(1, (M, -1))
         out_QMGE, lse_QMG1 = shared_forward(seen, q_QMGE, turned(k_norm, k_TME, angles_T), v_TME)
@@ -95,13 +59,13 @@ class _BlockAttention(Function):
         out_QMGE += by_row(weights @ own(v_QME, slots), slots)
         out_QNE = out_QMGE.flatten(1, 2)
         ctx.save_for_backward(q_QNE, *keys, out_QNE, merged_QMG1)
-        ctx.how = how
+        ctx.seen, ctx.turn = seen, turn
         return out_QNE
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         q_QNE, k_TME, v_TME, k_QME, v_QME, out_QNE, lse_QMG1 = ctx.saved_tensors
-        seen, slots, (q_norm, k_norm), (angles_T, angles_Q) = ctx.how
+        slots, q_norm, k_norm, angles_T, angles_Q = ctx.turn
         M, E = k_TME.shape[1:]
         q_QMGE = turned(q_norm, q_QNE, angles_Q).mul_(E**-0.5).unflatten(1, (M, -1))
         outer_QMGE = outer[0].unflatten(1, (M, -1))
@@ -109,7 +73,7 @@ class _BlockAttention(Function):
         delta_QMG1 = delta_QN1.unflatten(1, (M, -1))
         keys = (turned(k_norm, k_TME, angles_T), v_TME)
         dq_QMGE, dk_TME, dv_TME = shared_backward(
-            seen, (q_QMGE, *keys), outer_QMGE, lse_QMG1, delta_QMG1
+            ctx.seen, (q_QMGE, *keys), outer_QMGE, lse_QMG1, delta_QMG1
         )
         q_RMXE, outer_RMXE = by_block(q_QMGE, slots), by_block(outer_QMGE, slots)
         turned_QME = turned(k_norm, k_QME, angles_Q)
@@ -122,6 +86,7 @@ class _BlockAttention(Function):
         dk_QME, dv_QME = (x.transpose(1, 2).flatten(0, 1) for x in (dk_RMSE, dv_RMSE))
         return (
             None,
+            None,
             turned_back(q_norm, q_QNE, angles_Q, dq_QMGE.mul_(E**-0.5).flatten(1, 2)),
             turned_back(k_norm, k_TME, angles_T, dk_TME),
             dv_TME,
@@ -131,12 +96,17 @@ class _BlockAttention(Function):
 
 
 def block_attention(
-    how: How, q_QNE: Tensor, context: tuple[Tensor, Tensor], block: tuple[Tensor, Tensor]
+    seen: Visible,
+    turn: HeadTurn,
+    q_QNE: Tensor,
+    context: tuple[Tensor, Tensor],
+    block: tuple[Tensor, Tensor],
 ) -> Tensor:
     """Attention of one layer; keeps what it is given and the output.
 
     Args:
-        how: what is seen, and how heads are normed and rotated before.
+        seen: what the rows see of the context.
+        turn: how heads are normed and rotated before.
         q_QNE: queries, the slots of a block one after the other.
         context: keys and values of all positions, [T, M, E] each.
         block: keys and values of the rows themselves, [Q, M, E] each.
@@ -144,5 +114,5 @@ def block_attention(
     Returns:
         [Q, N, E].
     """
-    out: Tensor = _BlockAttention.apply(how, q_QNE, *context, *block)
+    out: Tensor = _BlockAttention.apply(seen, turn, q_QNE, *context, *block)
     return out

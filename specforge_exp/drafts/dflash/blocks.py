@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specforge_exp.config import DraftConfig
+from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.drafts.rows import document_bounds
 from specforge_exp.training.batches import Batch
 
@@ -32,12 +32,11 @@ class Blocks:
     """Whether a label counts, bool."""
 
 
-def make_blocks(cfg: DraftConfig, batch: Batch) -> Blocks:
+def make_blocks(cfg: DFlashConfig, batch: Batch) -> Blocks:
     """Draw at most `num_anchors` anchors in each conversation, the same for equal `batch.draw`.
 
     Conversations with fewer supervised tokens than `min_loss_tokens` have none.
     """
-    assert cfg.block_size is not None
     start_T, end_T = document_bounds(batch.lengths, batch.turns_T.device)
     turns, first, anchors = batch.turns_T.cpu(), 0, []
     for number, length in zip(batch.numbers, batch.lengths, strict=True):
@@ -63,6 +62,6 @@ def labels(batch: Batch, end_T: Tensor, anchor_R: Tensor, steps: int) -> Tensor:
     return inside_RK & (turn_RK == batch.turns_T[anchor_R][:, None])
 
 
-def denominators(cfg: DraftConfig, batch: Batch) -> Tensor:
+def denominators(cfg: DFlashConfig, batch: Batch) -> Tensor:
     """How many labels count at each place after the anchor; [K] float64."""
     return make_blocks(cfg, batch).counts_RK.sum(0).double().cpu()

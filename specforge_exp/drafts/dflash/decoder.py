@@ -5,16 +5,13 @@ size. Batch size is 1 throughout.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from specforge_exp.drafts.chain_attention import rotate
-
-if TYPE_CHECKING:
-    from specforge_exp.drafts.dflash.model import DFlash, Layer
+from specforge_exp.drafts.dflash.model import DFlashLayer, DFlashModel
 
 
 class DFlashDecoder:
@@ -24,7 +21,7 @@ class DFlashDecoder:
     states; a block's own are made for it and never kept.
     """
 
-    def __init__(self, draft: "DFlash") -> None:
+    def __init__(self, draft: DFlashModel) -> None:
         self.draft = draft
         self.keys: list[list[Tensor]] = [[] for _ in draft.layers]
         self.values: list[list[Tensor]] = [[] for _ in draft.layers]
@@ -48,7 +45,7 @@ class DFlashDecoder:
         self.committed += len(next_tokens)
         self.last = next_tokens[-1]
 
-    def pair(self, layer: "Layer", x_SH: Tensor, position: int) -> tuple[Tensor, Tensor]:
+    def pair(self, layer: DFlashLayer, x_SH: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Rotated keys and values, [S, M, E] each, of positions from `position` on."""
         attn, E = layer.self_attn, self.draft.config.head_dim
         at_S = torch.arange(position, position + len(x_SH), device=x_SH.device)

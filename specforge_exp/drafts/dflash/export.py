@@ -5,21 +5,17 @@ dflash_config, `num_target_layers` the target's depth; embeddings and head are t
 saved. Layers are numbered from 0 by their outputs.
 """
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-import torch
-from safetensors.torch import save_file
 from transformers import Qwen3Config
 
-from specforge_exp.drafts.eagle3.export import check_tensors, read_export
+from specforge_exp.drafts.dflash.model import DFlashModel
+from specforge_exp.drafts.folder import check_tensors, read_export, rope_spellings
 from specforge_exp.errors import InputError
 from specforge_exp.target import Target
 
-if TYPE_CHECKING:
-    from specforge_exp.drafts.dflash.model import DFlash
-
+Loaded = TypeVar("Loaded", bound=DFlashModel)
 SHAPES = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim rms_norm_eps rope_parameters max_position_embeddings vocab_size"
@@ -29,22 +25,17 @@ OWN = (
 ).split()
 
 
-def export_config(draft: "DFlash", target: Target, target_path: str, dtype: str) -> dict[str, Any]:
+def export_config(draft: DFlashModel, target: Target, target_path: str) -> dict[str, Any]:
     """config.json as serving engines read it; the rotary embedding in both spellings."""
     config = draft.config
     text = target.model.config.get_text_config()
-    rope = dict(config.rope_parameters)
-    theta = rope.pop("rope_theta")
-    scaled = rope.get("rope_type", "default") != "default"
     layers = config.num_hidden_layers
     return {
         "architectures": ["DFlashDraftModel"],
         "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
         "model_type": "qwen3",
         **{name: getattr(config, name) for name in SHAPES},
-        "rope_parameters": dict(config.rope_parameters),
-        "rope_theta": theta,
-        "rope_scaling": rope if scaled else None,
+        **rope_spellings(config),
         "block_size": config.block_size,
         "dflash_config": {
             "mask_token_id": config.mask_token_id,
@@ -61,23 +52,10 @@ def export_config(draft: "DFlash", target: Target, target_path: str, dtype: str)
         "tie_word_embeddings": False,
         "bos_token_id": text.bos_token_id,
         "eos_token_id": text.eos_token_id,
-        "dtype": dtype,
-        "torch_dtype": dtype,
     }
 
 
-def write_export(
-    draft: "DFlash", folder: Path, target: Target, target_path: str, dtype: torch.dtype
-) -> None:
-    """Write config.json and model.safetensors into an existing folder."""
-    name = str(dtype).removeprefix("torch.")
-    text = json.dumps(export_config(draft, target, target_path, name), indent=2)
-    (folder / "config.json").write_text(text + "\n")
-    tensors = {k: v.to(dtype).contiguous().cpu() for k, v in draft.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def load_export(kind: "type[DFlash]", folder: Path, target: Target) -> "DFlash":
+def load_export(kind: type[Loaded], folder: Path, target: Target) -> Loaded:
     """A draft of that class from an exported folder, in fp32, checked against its target.
 
     Raises:
@@ -87,13 +65,13 @@ def load_export(kind: "type[DFlash]", folder: Path, target: Target) -> "DFlash":
     config, tensors = read_export(folder, [*SHAPES, *OWN])
     text = target.model.config.get_text_config()
     nested = config["dflash_config"]
-    wanted = {
+    pairs = {
         "hidden_size": (config["hidden_size"], text.hidden_size),
         "vocab_size": (config["vocab_size"], text.vocab_size),
         "num_target_layers": (config["num_target_layers"], text.num_hidden_layers),
         "dflash_config.target_layer_ids": (nested["target_layer_ids"], target.aux_layers),
     }
-    for name, (theirs, ours) in wanted.items():
+    for name, (theirs, ours) in pairs.items():
         if theirs != ours:
             raise InputError(
                 f"{folder} was made for another target: its {name} is {theirs}, this target's "

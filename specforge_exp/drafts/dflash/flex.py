@@ -1,6 +1,6 @@
 """Attention of DFlash blocks by FlexAttention: on CUDA one fused kernel that skips what is hidden.
 
-The same attention as `dflash_attention.block_attention`, whose plain products work on any device.
+The same attention as `attention.block_attention`, whose plain products work on any device.
 Rows and positions are padded to multiples of BUCKET, so that a training knows few shapes.
 
 Shape suffixes: T positions, Q rows, N query heads, M key-value heads, E head size, P padded.
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from specforge_exp.drafts.dflash.attention import How, turned
+from specforge_exp.drafts.dflash.heads import HeadTurn, turned
 
 BUCKET = 256
 
@@ -61,11 +61,14 @@ def hide(anchor_Q: Tensor, first_Q: Tensor, slots: int, positions: int) -> Hidde
 
 
 def flex_block_attention(
-    how: How, q_QNE: Tensor, context: tuple[Tensor, Tensor], block: tuple[Tensor, Tensor]
+    hidden: Hidden,
+    turn: HeadTurn,
+    q_QNE: Tensor,
+    context: tuple[Tensor, Tensor],
+    block: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """As `dflash_attention.block_attention`, where `how.seen` is what `hide` made."""
-    hidden, _, (q_norm, k_norm), (angles_T, angles_Q) = how
-    assert isinstance(hidden, Hidden)
+    """As `attention.block_attention`, where `hidden` is what `hide` made."""
+    _, q_norm, k_norm, angles_T, angles_Q = turn
     if not len(q_QNE):
         return q_QNE
     keys = turned(k_norm, context[0], angles_T), turned(k_norm, block[0], angles_Q)

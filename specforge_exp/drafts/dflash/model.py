@@ -10,7 +10,7 @@ auxiliary states, V vocabulary, N query heads, M key-value heads, E head size, X
 P positions.
 """
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,24 +20,31 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from specforge_exp.config import DraftConfig
 from specforge_exp.drafts.chain_attention import Visible, visible
-from specforge_exp.drafts.dflash.attention import Angles, How, block_attention
-from specforge_exp.drafts.dflash.blocks import Blocks, denominators
-from specforge_exp.drafts.dflash.decoder import DFlashDecoder
-from specforge_exp.drafts.dflash.export import load_export, write_export
+from specforge_exp.drafts.dflash.attention import block_attention
+from specforge_exp.drafts.dflash.blocks import Blocks
+from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.drafts.dflash.flex import Hidden, flex_block_attention, hide, useful
-from specforge_exp.drafts.dflash.training import objective
+from specforge_exp.drafts.dflash.heads import Angles, HeadTurn
 from specforge_exp.drafts.draft import MLP, Draft
 from specforge_exp.drafts.layers import RMSNorm, linear, norm_linear, swiglu_down
-from specforge_exp.errors import InputError
-from specforge_exp.sharding import whole
-from specforge_exp.target import Target
-from specforge_exp.training.batches import Batch
-from specforge_exp.training.objective import Outcome
 
 
-class Attention(nn.Module):
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where the rows of all blocks stand and what they see, for all layers of a forward."""
+
+    seen: Visible | Hidden
+    """What the rows see of the context: up to the position before their anchor."""
+    slots: int
+    """Rows of a block."""
+    angles_T: Angles
+    """Of the context's positions."""
+    angles_Q: Angles
+    """Of the rows'."""
+
+
+class DFlashAttention(nn.Module):
     """The projections of a layer and the norms of its heads."""
 
     def __init__(self, config: Qwen3Config) -> None:
@@ -52,19 +59,19 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(E, config.rms_norm_eps)
 
 
-class Layer(nn.Module):
+class DFlashLayer(nn.Module):
     """One decoder layer of Qwen3's shapes."""
 
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
         H, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = Attention(config)
+        self.self_attn = DFlashAttention(config)
         self.mlp = MLP(H, config.intermediate_size)
         self.input_layernorm = RMSNorm(H, eps)
         self.post_attention_layernorm = RMSNorm(H, eps)
 
 
-class DFlash(Draft):
+class DFlashModel(Draft[DFlashConfig]):
     """A DFlash draft. Parameter names are those of the files that SGLang loads.
 
     Args:
@@ -83,97 +90,18 @@ class DFlash(Draft):
         self.attention = "auto"  # as draft.attention
         self.fc = nn.Linear(len(config.target_layers) * H, H, bias=False)
         self.hidden_norm = RMSNorm(H, config.rms_norm_eps)
-        self.layers: Any = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers: Any = nn.ModuleList(
+            DFlashLayer(config) for _ in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(H, config.rms_norm_eps)
         self.rotary = Qwen3RotaryEmbedding(config)
         self.register_buffer("embed_VH", embed_VH, persistent=False)
         self.register_buffer("head_VH", head_VH, persistent=False)
 
-    @classmethod
-    def new(
-        cls, target: Target, cfg: DraftConfig, mapping: dict[str, Tensor], seed: int
-    ) -> "DFlash":
-        """A fresh draft in fp32; it speaks the target's whole vocabulary, `mapping` is not used."""
-        torch.manual_seed(seed)
-        draft = cls(draft_config(target, cfg), target.embed_VH, target.head_weight_VH)
-        draft.attention = cfg.attention
-        with torch.no_grad():
-            for weight in draft.parameters():
-                if weight.dim() > 1:
-                    weight.normal_(std=0.02)
-            if cfg.start == "target":
-                start_from_target(draft, target)
-        return draft
-
-    @classmethod
-    def restored(cls, target: Target, cfg: DraftConfig, tensors: dict[str, Tensor]) -> "DFlash":
-        """The draft of a checkpoint."""
-        draft = cls.new(target, cfg, {}, 0)
-        draft.load_state_dict(tensors)
-        return draft
-
-    @staticmethod
-    def target_layers(cfg: DraftConfig, layers: int) -> list[int]:
-        """`num_features` layers (0-based) from 1 to N - 3, evenly; the middle one if it is one.
-
-        Raises:
-            InputError: the target has too few.
-        """
-        number = cfg.num_features
-        if layers < number + 3:
-            raise InputError(
-                f"the target has {layers} layers, too few for draft.num_features={number}; "
-                f"at least {number + 3} are needed"
-            )
-        if number == 1:
-            return [layers // 2]
-        return [round(1 + i * (layers - 4) / (number - 1)) for i in range(number)]
-
-    @staticmethod
-    def sglang_options(chain_length: int) -> dict[str, Any]:
-        """SGLang's options for blocks with so many tokens to guess; the folder comes to them."""
-        return {
-            "speculative_algorithm": "DFLASH", "speculative_num_draft_tokens": chain_length + 1,
-        }  # fmt: skip
-
-    @classmethod
-    def load(cls, folder: Path, target: Target) -> "DFlash":
-        """See `dflash_export.load_export`."""
-        return load_export(cls, folder, target)
-
-    def write(self, folder: Path, target: Target, target_path: str, dtype: torch.dtype) -> None:
-        """See `dflash_export.write_export`."""
-        write_export(self, folder, target, target_path, dtype)
-
     @property
     def draft_ids_D(self) -> Tensor:
         """Target id of every draft id: they are the same."""
         return torch.arange(len(self.head_VH), device=self.head_VH.device)
-
-    def divisors(self, cfg: DraftConfig) -> int:
-        """How many divisors an optimiser window has: one per label of a block."""
-        return cfg.steps
-
-    def denominators(self, cfg: DraftConfig, batch: Batch) -> Tensor:
-        """See `dflash_blocks.denominators`."""
-        return denominators(cfg, batch)
-
-    def objective(self, *arguments: Any) -> Outcome:
-        """See `dflash_training.objective`."""
-        return objective(self, *arguments)
-
-    def decoder(self) -> DFlashDecoder:
-        """A decoder for one request."""
-        return DFlashDecoder(self)
-
-    @torch.no_grad()
-    def all_logits(self, cfg: DraftConfig, ids_1T: Tensor, aux_1TA: Tensor) -> Tensor:
-        """Logits of one block at every position of a conversation but the first, fp32."""
-        anchor_R = torch.arange(1, ids_1T.shape[1], device=ids_1T.device)
-        start_T = torch.zeros_like(ids_1T[0])
-        blocks = Blocks(anchor_R, start_T, start_T + len(start_T), anchor_R[:, None] > 0)
-        state_QH = self.states(ids_1T[0], aux_1TA[0], blocks, cfg.steps + 1)
-        return F.linear(self.norm(state_QH), self.head_VH.to(state_QH.dtype)).float()
 
     def context(self, aux_TA: Tensor) -> Tensor:
         """What every layer sees of the target's states; [T, H]."""
@@ -202,11 +130,12 @@ class DFlash(Draft):
             seen = visible(anchor_Q - 1, first_Q)
         at_T = torch.arange(len(ids_T), device=ids_T.device) - blocks.start_T
         at_Q = at_T[anchor_Q] + slot_S.repeat(len(blocks.anchor_R))
-        angles = self.angles(at_T, context_TH), self.angles(at_Q, context_TH)
+        angles_T, angles_Q = self.angles(at_T, context_TH), self.angles(at_Q, context_TH)
+        layout = BlockLayout(seen, slots, angles_T, angles_Q)
         ids_U = F.pad(ids_T[blocks.anchor_R], (0, 1), value=self.config.mask_token_id)
         state_QH = F.embedding(ids_U, self.embed_VH).to(context_TH.dtype)
         for layer in self.layers:
-            arguments = (self, layer, state_QH, context_TH, (seen, slots), angles)
+            arguments = (self, layer, state_QH, context_TH, layout)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 state_QH = checkpoint(layer_step, *arguments, use_reentrant=False)
             else:
@@ -221,12 +150,11 @@ def spread(x_UH: Tensor, slots: int) -> Tensor:
 
 
 def layer_step(
-    draft: DFlash,
-    layer: Layer,
+    draft: DFlashModel,
+    layer: DFlashLayer,
     state_QH: Tensor,
     context_TH: Tensor,
-    seen: tuple[Visible | Hidden, int],
-    angles: tuple[Angles, Angles],
+    layout: BlockLayout,
 ) -> Tensor:
     """One layer over all blocks: the next states.
 
@@ -237,60 +165,19 @@ def layer_step(
     keys = (attn.k_proj.weight, attn.v_proj.weight)
     weights = (attn.q_proj.weight, *keys)
     ours = [*norm_linear(state_QH, layer.input_layernorm, slice(None), *weights)]
-    if len(state_QH) != len(angles[1].cos_PE):
-        state_QH, *ours = (spread(x, seen[1]) for x in (state_QH, *ours))
+    if len(state_QH) != len(layout.angles_Q.cos_PE):
+        state_QH, *ours = (spread(x, layout.slots) for x in (state_QH, *ours))
     q_QNE, k_QME, v_QME = (x.unflatten(-1, (-1, E)) for x in ours)
     k_TME, v_TME = (linear(context_TH, weight).unflatten(-1, (-1, E)) for weight in keys)
-    how = How(*seen, (attn.q_norm, attn.k_norm), angles)
-    attend = flex_block_attention if isinstance(seen[0], Hidden) else block_attention
-    attended_QNE = attend(how, q_QNE, (k_TME, v_TME), (k_QME, v_QME))
+    turn = HeadTurn(layout.slots, attn.q_norm, attn.k_norm, layout.angles_T, layout.angles_Q)
+    context, block = (k_TME, v_TME), (k_QME, v_QME)
+    if isinstance(layout.seen, Hidden):
+        attended_QNE = flex_block_attention(layout.seen, turn, q_QNE, context, block)
+    else:
+        attended_QNE = block_attention(layout.seen, turn, q_QNE, context, block)
     state_QH = state_QH + linear(attended_QNE.flatten(1), attn.o_proj.weight)
     gate_QI, up_QI = norm_linear(
         state_QH, layer.post_attention_layernorm, slice(None),
         mlp.gate_proj.weight, mlp.up_proj.weight,
     )  # fmt: skip
     return state_QH + swiglu_down(gate_QI, up_QI, mlp.down_proj.weight)
-
-
-def draft_config(target: Target, cfg: DraftConfig) -> Qwen3Config:
-    """Shapes of a draft for this target: as wide as it, `num_layers` deep."""
-    text = target.model.config.get_text_config()
-    heads, size = text.num_attention_heads, text.vocab_size
-    mask = size - 1 if cfg.mask_token_id is None else cfg.mask_token_id
-    if not 0 <= mask < size:
-        raise InputError(f"draft.mask_token_id={mask}: the target has tokens 0..{size - 1}")
-    return Qwen3Config(
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
-        num_hidden_layers=cfg.num_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=getattr(text, "num_key_value_heads", heads),
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        rms_norm_eps=text.rms_norm_eps,
-        rope_parameters=text.rope_parameters,
-        max_position_embeddings=text.max_position_embeddings,
-        vocab_size=size,
-        tie_word_embeddings=False,
-        attention_bias=False,
-        block_size=cfg.block_size,
-        mask_token_id=mask,
-        target_layers=list(target.aux_layers),
-        num_target_layers=text.num_hidden_layers,
-    )
-
-
-def start_from_target(draft: DFlash, target: Target) -> None:
-    """Begin with the target's last layers and last norm, fed its highest captured state.
-
-    What the target's layers do not have in the same shape (experts, other norms) is left random.
-    """
-    H = draft.config.hidden_size
-    theirs = target.model.base_model.layers[-len(draft.layers) :]
-    for layer, other in zip(draft.layers, theirs, strict=True):
-        known = {name: whole(weight) for name, weight in other.named_parameters()}
-        for name, weight in layer.named_parameters():
-            if name in known and known[name].shape == weight.shape:
-                weight.copy_(known[name])
-    draft.fc.weight.zero_()
-    draft.fc.weight[:, -H:] = torch.eye(H)
-    draft.norm.weight.copy_(target.final_norm_H)

@@ -1,5 +1,12 @@
-"""EAGLE-3."""
+"""EAGLE-3. Its class loads when it is asked for: `config` is read where torch is not wanted."""
 
-from specforge_exp.drafts.eagle3.model import Eagle3
+from typing import Any
 
-__all__ = ["Eagle3"]
+
+def __getattr__(name: str) -> Any:
+    """`Eagle3`."""
+    if name != "Eagle3":
+        raise AttributeError(name)
+    from specforge_exp.drafts.eagle3.draft import Eagle3
+
+    return Eagle3

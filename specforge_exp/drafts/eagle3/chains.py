@@ -63,7 +63,7 @@ def make_chains(supervision: str, turns_T: Tensor, lengths: list[int], steps: in
     return Chains(
         start_T,
         end_T,
-        max(lengths),
+        lengths,
         slot_R,
         counts,
         [mask_T[slot_R[:rows]] for mask_T, rows in zip(masks, counts, strict=True)],

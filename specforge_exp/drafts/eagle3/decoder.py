@@ -5,14 +5,12 @@ heads, E head size. Batch size is 1 throughout.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from specforge_exp.drafts.eagle3.model import Eagle3
+from specforge_exp.drafts.eagle3.model import Eagle3Model
 
 
 class Eagle3Decoder:
@@ -23,7 +21,7 @@ class Eagle3Decoder:
     unrolls them.
     """
 
-    def __init__(self, draft: "Eagle3") -> None:
+    def __init__(self, draft: Eagle3Model) -> None:
         self.draft = draft
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []

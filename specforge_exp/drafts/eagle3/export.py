@@ -3,24 +3,18 @@
 Tensor names are those of published EAGLE-3 drafts; embeddings are the target's and not saved.
 """
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import LlamaConfig
 
+from specforge_exp.drafts.eagle3.model import Eagle3Model
+from specforge_exp.drafts.folder import check_tensors, read_export, rope_spellings
 from specforge_exp.drafts.vocabulary import check_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.target import Target
 
-if TYPE_CHECKING:
-    from specforge_exp.drafts.eagle3.model import Eagle3
-
+Loaded = TypeVar("Loaded", bound=Eagle3Model)
 KEYS = (
     "target_hidden_size draft_vocab_size vocab_size hidden_size intermediate_size head_dim "
     "num_attention_heads num_key_value_heads rms_norm_eps rope_parameters max_position_embeddings"
@@ -28,17 +22,13 @@ KEYS = (
 LAYERS = ("eagle_config.eagle_aux_hidden_state_layer_ids", "target_model_name_or_path")
 
 
-def export_config(draft: "Eagle3", target: Target, target_path: str, dtype: str) -> dict[str, Any]:
+def export_config(draft: Eagle3Model, target: Target, target_path: str) -> dict[str, Any]:
     """config.json as serving engines read it.
 
-    The rotary embedding is written in both spellings (rope_parameters, and rope_theta with
-    rope_scaling), and the maximum length is the target's own: engines that read a shorter one
-    cut the draft's positions and its accepted length with it.
+    The rotary embedding is written in both spellings, and the maximum length is the target's own:
+    engines that read a shorter one cut the draft's positions and its accepted length with it.
     """
     config = draft.config
-    rope = dict(config.rope_parameters)
-    theta = rope.pop("rope_theta")
-    scaled = rope.get("rope_type", "default") != "default"
     text = target.model.config.get_text_config()
     return {
         "architectures": ["LlamaForCausalLMEagle3"],
@@ -52,9 +42,7 @@ def export_config(draft: "Eagle3", target: Target, target_path: str, dtype: str)
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": theta,
-        "rope_scaling": rope if scaled else None,
-        "rope_parameters": dict(config.rope_parameters),
+        **rope_spellings(config),
         "max_position_embeddings": text.max_position_embeddings,
         "vocab_size": config.vocab_size,
         "draft_vocab_size": config.draft_vocab_size,
@@ -72,26 +60,10 @@ def export_config(draft: "Eagle3", target: Target, target_path: str, dtype: str)
         "pad_token_id": None,
         "bos_token_id": text.bos_token_id,
         "eos_token_id": text.eos_token_id,
-        "dtype": dtype,
-        "torch_dtype": dtype,
     }
 
 
-def write_export(
-    draft: "Eagle3", folder: Path, target: Target, target_path: str, dtype: torch.dtype
-) -> None:
-    """Write config.json and model.safetensors into an existing folder."""
-    name = str(dtype).removeprefix("torch.")
-    text = json.dumps(export_config(draft, target, target_path, name), indent=2)
-    (folder / "config.json").write_text(text + "\n")
-    tensors = {
-        key: (value.to(dtype) if value.is_floating_point() else value).contiguous().cpu()
-        for key, value in draft.state_dict().items()
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def load_export(kind: "type[Eagle3]", folder: Path, target: Target) -> "Eagle3":
+def load_export(kind: type[Loaded], folder: Path, target: Target) -> Loaded:
     """A draft of that class from an exported folder, in fp32, checked against its target.
 
     Raises:
@@ -111,30 +83,6 @@ def load_export(kind: "type[Eagle3]", folder: Path, target: Target) -> "Eagle3":
     return draft
 
 
-def read_export(folder: Path, keys: Iterable[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and the tensors of an exported draft.
-
-    Args:
-        folder: of the draft.
-        keys: what config.json must have; `a.b` is b within a.
-
-    Raises:
-        InputError: a file cannot be read, or a key is missing.
-    """
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        tensors = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be read as an exported draft: {error}") from None
-    for key in keys:
-        node: Any = config
-        for name in key.split("."):
-            if not isinstance(node, dict) or name not in node:
-                raise InputError(f"{folder}/config.json has no {key}")
-            node = node[name]
-    return config, tensors
-
-
 def check_target(folder: Path, config: dict[str, Any], target: Target) -> None:
     """Refuse a draft whose sizes or auxiliary layers are another target's."""
     text = target.model.config.get_text_config()
@@ -151,16 +99,3 @@ def check_target(folder: Path, config: dict[str, Any], target: Target) -> None:
                 f"its {name} is {draft_has}, this target's is {target_has}; if it was not, export "
                 "it again: python export.py ... export.force=true"
             )
-
-
-def check_tensors(folder: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Refuse missing, superfluous and misshapen tensors: engines skip them silently."""
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not expected" for name in found if name not in expected]
-    problems += [
-        f"{name} has shape {list(found[name].shape)}, expected {list(value.shape)}"
-        for name, value in expected.items()
-        if name in found and found[name].shape != value.shape
-    ]
-    if problems:
-        raise InputError(f"{folder}: {'; '.join(problems)}")

@@ -1,6 +1,6 @@
 """The training forward of EAGLE-3: the draft is fed its own states, step after step.
 
-It computes what `Eagle3.project` and `Eagle3.finish` compute, for the rows that a loss can reach
+It computes what `Eagle3Model.project` and `finish` compute, for the rows that a loss can reach
 and no others. The embedding's half of q, k and v depends on the token alone: it is made once per
 position and read by every step. Step 0 gives keys and values to every position; states and queries
 exist for carried rows only.
@@ -9,7 +9,7 @@ Shape suffixes: T packed tokens, R carried rows, H hidden, A = 3 H, M key-value 
 X heads * E, P rotary positions.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from specforge_exp.drafts.chain_attention import chain_attention, rotate
+from specforge_exp.drafts.eagle3.model import Eagle3Model
 from specforge_exp.drafts.layers import linear, norm_linear, swiglu_down
 from specforge_exp.drafts.rows import Chains
-
-if TYPE_CHECKING:
-    from specforge_exp.drafts.eagle3.model import Eagle3
 
 
 class Shared(NamedTuple):
@@ -35,7 +33,7 @@ class Shared(NamedTuple):
     """Step-0 keys (rotated) and values, [T, M, E] each."""
 
 
-def unroll(draft: "Eagle3", chains: Chains, ids_T: Tensor, aux_TA: Tensor) -> list[Tensor]:
+def unroll(draft: Eagle3Model, chains: Chains, ids_T: Tensor, aux_TA: Tensor) -> list[Tensor]:
     """Un-normed states [R_k, H] of the carried rows after every step.
 
     With `draft.gradient_checkpointing` a step keeps its input, its own keys and values, and is
@@ -61,14 +59,14 @@ def unroll(draft: "Eagle3", chains: Chains, ids_T: Tensor, aux_TA: Tensor) -> li
     return states
 
 
-def make_shared(draft: "Eagle3", chains: Chains, ids_T: Tensor, state_TH: Tensor) -> Shared:
+def make_shared(draft: Eagle3Model, chains: Chains, ids_T: Tensor, state_TH: Tensor) -> Shared:
     """The embedding's half of the projections, the rotary angles, the step-0 keys and values."""
     attn, layer = draft.midlayer.self_attn, draft.midlayer
     embedded = F.embedding(F.pad(ids_T, (0, 1)), draft.embed_VH).to(state_TH.dtype)
     weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
     H = embedded.shape[-1]
     by_token = norm_linear(embedded, layer.input_layernorm, slice(0, H), *weights)
-    reach_P = torch.arange(chains.longest + len(chains.counts), device=ids_T.device)
+    reach_P = torch.arange(max(chains.lengths) + len(chains.counts), device=ids_T.device)
     cos_1PE, sin_1PE = draft.rotary(embedded.float(), reach_P[None])
     k_TX, v_TX = norm_linear(state_TH, layer.hidden_norm, slice(H, None), *weights[1:])
     slot_T = torch.arange(len(ids_T), device=ids_T.device)
@@ -85,7 +83,7 @@ def make_shared(draft: "Eagle3", chains: Chains, ids_T: Tensor, state_TH: Tensor
 
 
 def step(
-    draft: "Eagle3",
+    draft: Eagle3Model,
     chains: Chains,
     index: int,
     shared: Shared,

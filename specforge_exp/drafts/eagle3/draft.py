@@ -1,0 +1,193 @@
+"""EAGLE-3 as the stages use it: made, trained, exported, loaded and asked to draft.
+
+Shape suffixes: T tokens, H hidden, A three target hidden sizes, K steps, D draft vocabulary,
+V target vocabulary.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from specforge_exp.drafts.eagle3 import training
+from specforge_exp.drafts.eagle3.chains import make_chains
+from specforge_exp.drafts.eagle3.config import Eagle3Config
+from specforge_exp.drafts.eagle3.decoder import Eagle3Decoder
+from specforge_exp.drafts.eagle3.export import export_config, load_export
+from specforge_exp.drafts.eagle3.model import Eagle3Model
+from specforge_exp.drafts.eagle3.unroll import unroll
+from specforge_exp.drafts.folder import write_export
+from specforge_exp.drafts.head_loss import Heads, head_and_loss
+from specforge_exp.errors import InputError
+from specforge_exp.losses import Loss
+from specforge_exp.target import Target
+from specforge_exp.training.batches import Batch
+from specforge_exp.training.objective import Outcome, Sample
+
+
+class Eagle3(Eagle3Model):
+    """An EAGLE-3 draft."""
+
+    @classmethod
+    def new(
+        cls, target: Target, cfg: Eagle3Config, mapping: dict[str, Tensor], seed: int
+    ) -> "Eagle3":
+        """A fresh draft in fp32; `cfg.start` says what it knows already."""
+        torch.manual_seed(seed)
+        config = draft_config(target.model.config, cfg)
+        draft = cls(config, target.embed_VH, mapping["d2t"].clone(), mapping["t2d"].clone())
+        draft.start_random()
+        if cfg.start == "target":
+            start_from_target(draft, target)
+        return draft
+
+    @classmethod
+    def restored(cls, target: Target, cfg: Eagle3Config, tensors: dict[str, Tensor]) -> "Eagle3":
+        """The draft of a checkpoint."""
+        draft = cls.new(target, cfg, {name: tensors[name] for name in ("d2t", "t2d")}, 0)
+        draft.load_state_dict(tensors)
+        return draft
+
+    @staticmethod
+    def target_layers(cfg: Eagle3Config, layers: int) -> list[int]:
+        """The layers (0-based) of a target that feed the draft unless model.aux_layers says so.
+
+        Raises:
+            InputError: the target has too few.
+        """
+        if layers < 7:
+            raise InputError(
+                f"the target has {layers} layers; the default auxiliary layers need at least 7. "
+                "Name three with model.aux_layers=[a,b,c]"
+            )
+        return [1, layers // 2 - 1, layers - 4]
+
+    @staticmethod
+    def sglang_options(chain_length: int) -> dict[str, Any]:
+        """SGLang's options for chains of this length; the folder of the draft comes to them."""
+        return {
+            "speculative_algorithm": "EAGLE3", "speculative_num_steps": chain_length,
+            "speculative_eagle_topk": 1, "speculative_num_draft_tokens": chain_length + 1,
+        }  # fmt: skip
+
+    @classmethod
+    def load(cls, folder: Path, target: Target) -> "Eagle3":
+        """See `export.load_export`."""
+        return load_export(cls, folder, target)
+
+    def write(self, folder: Path, target: Target, target_path: str, dtype: torch.dtype) -> None:
+        """Write the folder that SGLang and vLLM load."""
+        config = export_config(self, target, target_path)
+        write_export(folder, config, self.state_dict(), dtype)
+
+    def decoder(self) -> Eagle3Decoder:
+        """A decoder for one request."""
+        return Eagle3Decoder(self)
+
+    def denominators(self, cfg: Eagle3Config, batch: Batch) -> Tensor:
+        """See `training.denominators`."""
+        return training.denominators(cfg, batch)
+
+    def objective(
+        self,
+        sample: Sample,
+        target_head_VH: Tensor,
+        loss: Loss,
+        cfg: Eagle3Config,
+        window_K: Tensor,
+    ) -> Outcome:
+        """Unroll the draft over packed conversations and compare it with the target.
+
+        The gradient of its head exists when this returns. The peers' ways to supervise use the
+        peers' own terms with the loss's weights. Arguments as in `Draft.objective`.
+        """
+        if loss.cfg.lambda_hard and not bool(self.t2d.all()):
+            raise InputError(
+                "loss.lambda_hard compares with the text, whose tokens the draft must all know: "
+                "it needs draft.draft_vocab_size=null"
+            )
+        chains = make_chains(cfg.supervision, sample.turns_T, sample.lengths, cfg.ttt_length)
+        states = unroll(self, chains, sample.ids_T, sample.aux_TA)
+        draft_id_V = self.t2d.cumsum(0) - 1
+        next_T = draft_id_V[torch.cat([sample.ids_T[1:], sample.ids_T[:1]])].clamp(min=0)
+        heads = Heads(
+            self.norm, self.lm_head.weight, self.draft_ids_D, target_head_VH, sample.last_TH, next_T
+        )
+        window_K = window_K.to(sample.ids_T.device)
+        weights = training.weighting(loss, cfg, window_K, None)
+        if cfg.supervision == "specforge" and (loss.cfg.lambda_lk or loss.cfg.lambda_lk_alpha):
+            with torch.no_grad():
+                first = head_and_loss(chains, states, heads, weights)
+            weights = training.weighting(loss, cfg, window_K, first)
+        outcome = head_and_loss(chains, states, heads, weights)
+        return replace(outcome, flops=outcome.flops + training.needed_flops(self, chains))
+
+    @torch.no_grad()
+    def all_logits(self, cfg: Eagle3Config, ids_1T: Tensor, aux_1TA: Tensor) -> Tensor:
+        """Logits of every slot and step of one conversation, fp32, for comparisons."""
+        everywhere_T = torch.ones_like(ids_1T[0])
+        chains = make_chains("speculators", everywhere_T, [len(everywhere_T)], cfg.ttt_length)
+        states = unroll(self, chains, ids_1T[0], aux_1TA[0])
+        return torch.cat([self.lm_head(self.norm(state)) for state in states])
+
+
+def draft_config(target_config: Any, draft: Eagle3Config) -> LlamaConfig:
+    """Shapes of a draft for this target: one Llama layer as wide as the target's.
+
+    Raises:
+        InputError: the draft's vocabulary is larger than the target's.
+    """
+    text = target_config.get_text_config()
+    size = draft.draft_vocab_size or text.vocab_size
+    if size > text.vocab_size:
+        raise InputError(
+            f"draft.draft_vocab_size={size} is above the target's vocabulary of {text.vocab_size}; "
+            "null takes all of it"
+        )
+    heads = text.num_attention_heads
+    return LlamaConfig(
+        architectures=["LlamaForCausalLMEagle3"],
+        hidden_size=text.hidden_size,
+        target_hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", heads),
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        rms_norm_eps=text.rms_norm_eps,
+        rope_parameters=text.rope_parameters,
+        max_position_embeddings=text.max_position_embeddings,
+        vocab_size=text.vocab_size,
+        draft_vocab_size=size,
+        tie_word_embeddings=False,
+        attention_bias=False,
+        pad_token_id=None,
+    )
+
+
+@torch.no_grad()
+def start_from_target(draft: Eagle3, target: Target) -> None:
+    """Begin where the target ends: its last layer, last norm and head, fed its highest state.
+
+    The layer's embedding half stays random and is what the first steps teach. What the target's
+    layer does not have in the same shape (experts, per-head norms on q and k) is left as it is.
+    """
+    H = draft.config.hidden_size
+    theirs = target.last_layer
+    theirs["hidden_norm.weight"] = theirs.pop("input_layernorm.weight")
+    for name, weight in draft.midlayer.named_parameters():
+        own = (
+            weight[:, H:]
+            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+            else weight
+        )
+        normed_heads = name.replace("_proj", "_norm") in theirs
+        if name in theirs and theirs[name].shape == own.shape and not normed_heads:
+            own.copy_(theirs[name])
+    draft.fc.weight.zero_()
+    draft.fc.weight[:, -H:] = torch.eye(H)
+    draft.norm.weight.copy_(target.final_norm_H)
+    draft.lm_head.weight.copy_(target.head_weight_VH[draft.draft_ids_D.to(target.device)])

@@ -1,0 +1,83 @@
+"""The folder of an exported draft, config.json and model.safetensors, written and read."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from specforge_exp.errors import InputError
+
+
+def write_export(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Write config.json and model.safetensors into an existing folder.
+
+    Args:
+        folder: where to.
+        config: for config.json; the dtype is added.
+        tensors: those that are not whole numbers are rounded.
+        dtype: what to.
+    """
+    name = str(dtype).removeprefix("torch.")
+    text = json.dumps({**config, "dtype": name, "torch_dtype": name}, indent=2)
+    (folder / "config.json").write_text(text + "\n")
+    rounded = {
+        key: (value.to(dtype) if value.is_floating_point() else value).contiguous().cpu()
+        for key, value in tensors.items()
+    }
+    save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def rope_spellings(config: Any) -> dict[str, Any]:
+    """The rotary embedding as rope_parameters, and as rope_theta with rope_scaling."""
+    rope = dict(config.rope_parameters)
+    theta = rope.pop("rope_theta")
+    scaled = rope.get("rope_type", "default") != "default"
+    return {
+        "rope_theta": theta,
+        "rope_scaling": rope if scaled else None,
+        "rope_parameters": dict(config.rope_parameters),
+    }
+
+
+def read_export(folder: Path, keys: Iterable[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the tensors of an exported draft.
+
+    Args:
+        folder: of the draft.
+        keys: what config.json must have; `a.b` is b within a.
+
+    Raises:
+        InputError: a file cannot be read, or a key is missing.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder} cannot be read as an exported draft: {error}") from None
+    for key in keys:
+        node: Any = config
+        for name in key.split("."):
+            if not isinstance(node, dict) or name not in node:
+                raise InputError(f"{folder}/config.json has no {key}")
+            node = node[name]
+    return config, tensors
+
+
+def check_tensors(folder: Path, expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Refuse missing, superfluous and misshapen tensors: engines skip them silently."""
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems += [f"{name} is not expected" for name in tensors if name not in expected]
+    problems += [
+        f"{name} has shape {list(tensors[name].shape)}, expected {list(value.shape)}"
+        for name, value in expected.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if problems:
+        raise InputError(f"{folder}: {'; '.join(problems)}")
