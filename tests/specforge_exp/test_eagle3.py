@@ -373,3 +373,16 @@ def test_start_is_the_targets_last_layer(random_target: Target) -> None:
         random_target, replace(CFG, start="random"), vocabulary_mapping(torch.ones(V), 40), 0
     )
     assert float(blank.lm_head.weight.detach().std()) < 0.03
+
+
+def test_a_loss_that_was_scaled_is_refused(random_target: Target) -> None:
+    """Half of the gradients exists before backward(): scaling the rest would be silently wrong."""
+    draft, sample = small_draft(random_target), packed(random_target, conversation(1))
+    with pytest.raises(RuntimeError, match=r"multiplied by 0\.25 before backward"):
+        (outcome(draft, random_target, sample, divisors(sample)).loss * 0.25).backward()
+    draft.zero_grad()
+    outcome(draft, random_target, sample, divisors(sample)).loss.backward()
+    once = gradients(draft)
+    both = [outcome(draft, random_target, sample, divisors(sample)).loss for _ in range(2)]
+    (both[0] + both[1]).backward()
+    assert_same(gradients(draft), {name: 2 * gradient for name, gradient in once.items()})
