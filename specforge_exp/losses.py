@@ -266,5 +266,6 @@ def leanings(
 
 def zeros_and(weights: dict[str, Tensor], name: str) -> Tensor:
     """A term's weight, 0 where it has none."""
-    found = weights.get(name)
-    return torch.zeros_like(next(iter(weights.values()))) if found is None else found
+    if name in weights:
+        return weights[name]
+    return torch.zeros_like(next(iter(weights.values())))

@@ -104,10 +104,10 @@ def verify(
     """
     if choice.temperature == 0:
         best = logits_TV.argmax(-1).tolist()
-        kept = 0
-        while kept < len(drafted) and drafted[kept] == best[kept]:
-            kept += 1
-        return [*drafted[:kept], best[kept]]
+        accepted = 0
+        while accepted < len(drafted) and drafted[accepted] == best[accepted]:
+            accepted += 1
+        return [*drafted[:accepted], best[accepted]]
     for index, token in enumerate(drafted):
         p_V = choice.probabilities(logits_TV[index])
         q_V = torch.zeros_like(p_V)
@@ -119,11 +119,11 @@ def verify(
 
 def until_end(tokens: list[int], room: int, eos: frozenset[int]) -> tuple[list[int], bool]:
     """The tokens up to the first end token and the room left, and whether the answer is over."""
-    kept = tokens[:room]
-    for index, token in enumerate(kept):
+    tokens = tokens[:room]
+    for index, token in enumerate(tokens):
         if token in eos:
-            return kept[: index + 1], True
-    return kept, len(kept) == room
+            return tokens[: index + 1], True
+    return tokens, len(tokens) == room
 
 
 @torch.no_grad()
@@ -153,10 +153,10 @@ def speculate(
         if rejected:
             cache.crop(-rejected)
         drafter.commit(aux_1TA[:, : len(yielded)], yielded)
-        kept, over = until_end(yielded, decoding.max_tokens - len(answer.tokens), decoding.eos)
-        answer.tokens += kept
+        tokens, over = until_end(yielded, decoding.max_tokens - len(answer.tokens), decoding.eos)
+        answer.tokens += tokens
         answer.forwards += 1
-        answer.gained.append(len(kept))
+        answer.gained.append(len(tokens))
         answer.drafted.append(len(drafted))
         answer.accepted.append(len(yielded) - 1)
     answer.seconds = time.perf_counter() - started
@@ -176,8 +176,8 @@ def generate(
     while not over:
         _, last_1TH = target.features(torch.tensor([ids], device=target.device), cache)
         ids = [choice(target.head(last_1TH[0, -1:])[0])]
-        kept, over = until_end(ids, decoding.max_tokens - len(answer.tokens), decoding.eos)
-        answer.tokens += kept
+        tokens, over = until_end(ids, decoding.max_tokens - len(answer.tokens), decoding.eos)
+        answer.tokens += tokens
         answer.forwards += 1
         answer.first_seconds = answer.first_seconds or time.perf_counter() - started
     answer.seconds = time.perf_counter() - started

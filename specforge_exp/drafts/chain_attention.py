@@ -19,7 +19,7 @@ BLOCK_ROWS = 128
 """Rows whose scores exist together."""
 
 
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     """Rows [first, last) in the order of `Visible`, and the positions [low, high) that they see."""
 
     first: int
@@ -35,7 +35,7 @@ class Visible(NamedTuple):
     """The rows in the order of their slots."""
     slot_R: Tensor
     """Their slots, in that order."""
-    blocks: list[Block]
+    blocks: list[RowBlock]
     """Consecutive rows of one document each."""
 
 
@@ -51,7 +51,7 @@ def visible(slot_R: Tensor, start_R: Tensor) -> Visible:
     blocks, first = [], 0
     for row in range(1, len(slots) + 1):
         if row == len(slots) or starts[row] != starts[first] or row - first == BLOCK_ROWS:
-            blocks.append(Block(first, row, starts[first], slots[row - 1] + 1))
+            blocks.append(RowBlock(first, row, starts[first], slots[row - 1] + 1))
             first = row
     return Visible(order_R, slot_R[order_R], blocks)
 
@@ -64,7 +64,7 @@ def rotate(x_BSNE: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> Tensor:
     return (x_BSNE * cos_BS1E + turned_BSNE * sin_BS1E).to(x_BSNE.dtype)
 
 
-def block_scores(q_MRGE: Tensor, k_TME: Tensor, seen: Visible, block: Block) -> Tensor:
+def block_scores(q_MRGE: Tensor, k_TME: Tensor, seen: Visible, block: RowBlock) -> Tensor:
     """Scores [M, R, G, L] in fp32, -inf where a row must not look; q carries the 1/sqrt(E)."""
     first, last, low, high = block
     M, _, G, _ = q_MRGE.shape

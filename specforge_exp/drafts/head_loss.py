@@ -149,7 +149,7 @@ def visit_rows(
         listed_N = torch.arange(before_P[index], before_P[index + 1], device=state_QH.device)
         at_N = rows.at_Q[listed_N] - index * POSITIONS
         if weighting.drop_unknown:
-            sayable_N = teacher.known_P[at_N]
+            sayable_N = teacher.sayable_P[at_N]
             listed_N, at_N = listed_N[sayable_N], at_N[sayable_N]
         chunks = max(1, -(-len(listed_N) // size))
         for chunk_N, chunk_at_N in zip(listed_N.chunk(chunks), at_N.chunk(chunks), strict=True):
@@ -210,25 +210,25 @@ def visit_block(
     rows, weighting, gradient = work.rows, work.weighting, work.gradient_QH is not None
     best_N = teacher.best_P[at_N]
     top_N = logits_ND.gather(1, best_N[:, None])[:, 0] >= logits_ND.amax(-1)
-    measured = {"top1": (top_N & teacher.known_P[at_N]).float()}
+    metrics = {"top1": (top_N & teacher.sayable_P[at_N]).float()}
     scaled = weighting.temperature != 1.0
     if scaled or weighting.local or weighting.function is not None:
         logq_ND = torch.log_softmax(logits_ND, -1)
-        measured["alpha"] = acceptance_rate(logq_ND, teacher.plain_rows(at_N))
+        metrics["alpha"] = acceptance_rate(logq_ND, teacher.plain_rows(at_N))
     next_N = work.heads.next_T[rows.position_P[rows.at_Q[listed_N]]]
     target = replace(teacher.rows(at_N), next_N=next_N)
     if weighting.local:
         target = replace(target, log_mass_N=torch.zeros_like(target.log_mass_N))
     step_N = rows.step_Q[listed_N]
     if weighting.function is not None:
-        return differentiate(weighting, logits_ND, target, step_N, gradient) | measured
+        return differentiate(weighting, logits_ND, target, step_N, gradient) | metrics
     if scaled:
         logits_ND.div_(weighting.temperature)
     weights = {name: weight_K[step_N] for name, weight_K in weighting.terms.items()}
     values = opd_closed(logits_ND, target, weights, weighting.floor, gradient)
     if scaled and gradient:
         logits_ND.div_(weighting.temperature)
-    return values | measured
+    return values | metrics
 
 
 def differentiate(

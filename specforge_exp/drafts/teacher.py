@@ -33,7 +33,7 @@ class Teacher:
     """Like log_mass_P, at the loss's temperature."""
     best_P: Tensor
     """Draft id of the most likely token of the draft's vocabulary."""
-    known_P: Tensor
+    sayable_P: Tensor
     """Whether that is the target's most likely token of all (a tie counts)."""
     temperature: float
 
@@ -78,9 +78,9 @@ def make_teacher(
         if temperature != 1.0:
             scaled_P = torch.logsumexp(tile_PV / temperature, -1)
             every_loss_P = torch.logaddexp(every_loss_P, scaled_P)
-        wanted = slice(columns[index], columns[index + 1])
-        if wanted.start < wanted.stop:
-            logits_PD[:, wanted] = tile_PV.index_select(1, draft_ids_D[wanted] - first)
+        span = slice(columns[index], columns[index + 1])
+        if span.start < span.stop:
+            logits_PD[:, span] = tile_PV.index_select(1, draft_ids_D[span] - first)
     log_z_P = row_logsumexp(logits_PD)
     log_z_loss_P = log_z_P
     if temperature == 1.0:
@@ -88,9 +88,9 @@ def make_teacher(
     else:
         log_z_loss_P = row_logsumexp(logits_PD, temperature)
     best_P = logits_PD.argmax(-1)
-    known_P = logits_PD.gather(1, best_P[:, None])[:, 0] >= top_P
+    sayable_P = logits_PD.gather(1, best_P[:, None])[:, 0] >= top_P
     masses = (log_z_P - every_P, log_z_loss_P, log_z_loss_P - every_loss_P)
-    return Teacher(logits_PD, log_z_P, *masses, best_P, known_P, temperature)
+    return Teacher(logits_PD, log_z_P, *masses, best_P, sayable_P, temperature)
 
 
 def row_logsumexp(logits_PD: Tensor, temperature: float = 1.0) -> Tensor:

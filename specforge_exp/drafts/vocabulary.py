@@ -23,10 +23,10 @@ def vocabulary_mapping(counts_V: Tensor, size: int) -> dict[str, Tensor]:
     if not 1 <= size <= len(counts_V):
         raise InputError(f"draft_vocab_size={size} must be in 1..{len(counts_V)}")
     order_V = torch.argsort(counts_V, descending=True, stable=True)
-    kept_D = order_V[:size].sort().values
+    ids_D = order_V[:size].sort().values
     t2d_V = torch.zeros(len(counts_V), dtype=torch.bool)
-    t2d_V[kept_D] = True
-    return {"d2t": kept_D - torch.arange(size), "t2d": t2d_V}
+    t2d_V[ids_D] = True
+    return {"d2t": ids_D - torch.arange(size), "t2d": t2d_V}
 
 
 def check_mapping(d2t: Tensor, t2d: Tensor) -> None:

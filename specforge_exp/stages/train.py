@@ -28,7 +28,7 @@ from specforge_exp.training.batches import Batch
 from specforge_exp.training.checkpoint import step_folders
 from specforge_exp.training.feature_cache import from_disk, make_cache
 from specforge_exp.training.features import Features, computed, computed_together, remembered
-from specforge_exp.training.loop import Run, Splits, fit
+from specforge_exp.training.loop import Splits, TrainingRun, fit
 from specforge_exp.training.objective import Objective, Outcome, Sample
 from specforge_exp.training.progress import summary
 from specforge_exp.training.ranks import join, launch, local_device, started
@@ -56,7 +56,7 @@ def train(cfg: Config) -> float | tuple[float, ...]:
             returned: float | tuple[float, ...] = launch(train, cfg)
             return returned
     device = local_device(set_up_torch(cfg))
-    run = Run(folder, fingerprint, join(device))
+    run = TrainingRun(folder, fingerprint, join(device))
     splits = Splits(read_split(tokens, "train"), read_split(tokens, "eval"))
     if not len(splits.eval):
         raise InputError(
@@ -94,12 +94,12 @@ def train(cfg: Config) -> float | tuple[float, ...]:
 def objectives(cfg: Config, record: dict[str, Any]) -> float | tuple[float, ...]:
     """The values that `objectives` names, one by itself, from a run's record."""
     gpu_hours = cfg.trainer.gpus * record.get("seconds", 0.0) / 3600
-    known = {**record["evaluation"], "gpu_hours": gpu_hours}
-    values = tuple(float(known[name]) for name in cfg.objectives)
+    results = {**record["evaluation"], "gpu_hours": gpu_hours}
+    values = tuple(float(results[name]) for name in cfg.objectives)
     return values if len(values) > 1 else values[0]
 
 
-def states_of(cfg: Config, target: Target, splits: Splits, run: Run) -> Features:
+def states_of(cfg: Config, target: Target, splits: Splits, run: TrainingRun) -> Features:
     """How a batch gets the target's hidden states, as `target.cache` says."""
 
     def features(ids_1T: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ def states_of(cfg: Config, target: Target, splits: Splits, run: Run) -> Features
     splits_by_sign = {1: splits.train, -1: splits.eval}
     make_cache(folder, features, splits_by_sign, made_of, run.ranks, together)
     target.forget_layers()
-    return from_disk(folder, (len(target.aux_layers), target.embed_VH.shape[1]))
+    return from_disk(folder, len(target.aux_layers), target.embed_VH.shape[1])
 
 
 def logged_seconds(folder: Path) -> float:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Kept:
+class Snapshot:
     """What is to be saved after a step."""
 
     step: int
@@ -37,9 +37,9 @@ class Kept:
     """A half-finished line of metrics."""
 
 
-def keep(
+def take_snapshot(
     step: int, draft: nn.Module, optimizer: torch.optim.Optimizer, partial: dict[str, Tensor]
-) -> Kept:
+) -> Snapshot:
     """Gather what a checkpoint holds; processes that share the draft must all ask."""
     names = [name for name, _ in draft.named_parameters()]
     moments = {
@@ -48,7 +48,7 @@ def keep(
         for key, value in state.items()
     }
     weights = {name: whole(value) for name, value in draft.state_dict().items()}
-    return Kept(step, weights, moments, partial)
+    return Snapshot(step, weights, moments, partial)
 
 
 @dataclass(frozen=True)
@@ -74,22 +74,22 @@ def step_folders(run_dir: Path) -> list[Path]:
     return sorted(whole, key=lambda path: whole[path])
 
 
-def save_checkpoint(run_dir: Path, kept: Kept, fingerprint: Fingerprint) -> Path:
+def save_checkpoint(run_dir: Path, snapshot: Snapshot, fingerprint: Fingerprint) -> Path:
     """Write a checkpoint and return its folder; InputError when the disk is full."""
-    folder = run_dir / f"step-{kept.step:06d}"
+    folder = run_dir / f"step-{snapshot.step:06d}"
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     with disk_errors(partial):
         partial.mkdir(parents=True)
-        weights = {name: value.contiguous() for name, value in kept.draft.items()}
+        weights = {name: value.contiguous() for name, value in snapshot.draft.items()}
         random = {"random:cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             random["random:cuda"] = torch.cuda.get_rng_state()
         save_file(weights, partial / "draft.safetensors")
-        save_file(kept.optimizer, partial / "optimizer.safetensors")
-        save_file(kept.partial | random, partial / "loop.safetensors")
+        save_file(snapshot.optimizer, partial / "optimizer.safetensors")
+        save_file(snapshot.partial | random, partial / "loop.safetensors")
         record = {"inputs": fingerprint.inputs, "settings": fingerprint.settings}
-        write_json(partial / "state.json", {"step": kept.step, **record})
+        write_json(partial / "state.json", {"step": snapshot.step, **record})
         for path in partial.iterdir():  # a rename may reach the disk before what it names
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -138,8 +138,8 @@ def restore(checkpoint: Checkpoint, draft: nn.Module, optimizer: torch.optim.Opt
         torch.cuda.set_rng_state(checkpoint.random["random:cuda"])
 
 
-def forget_old(run_dir: Path, keep: int, spared: int | None = None) -> None:
-    """Remove all but the newest `keep` checkpoints and that of step `spared`."""
-    for folder in step_folders(run_dir)[:-keep]:
+def forget_old(run_dir: Path, keep_last: int, spared: int | None = None) -> None:
+    """Remove all but the newest `keep_last` checkpoints and that of step `spared`."""
+    for folder in step_folders(run_dir)[:-keep_last]:
         if folder.name != f"step-{spared or 0:06d}":
             shutil.rmtree(folder)

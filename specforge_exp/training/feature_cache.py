@@ -30,7 +30,7 @@ from specforge_exp.data.tokens import TokenSet
 from specforge_exp.errors import InputError
 from specforge_exp.provenance import write_json
 from specforge_exp.training.batches import Batch
-from specforge_exp.training.features import Features, Target
+from specforge_exp.training.features import Features, HiddenStates
 from specforge_exp.training.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ SHARD_TOKENS = 65536
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredStates:
     """Where one conversation's states lie in its shard."""
 
     file: str
@@ -82,7 +82,7 @@ def name_of(sign: int, number: int) -> int:
 
 def make_cache(
     folder: Path,
-    target: Target,
+    target: HiddenStates,
     splits: dict[int, TokenSet],
     fingerprint: Fingerprint,
     ranks: Ranks,
@@ -107,7 +107,7 @@ def make_cache(
         if (folder / "made_of.json").exists():
             check(folder, fingerprint)
         if not any(ranks.gather((folder / "index.json").exists())):
-            write_missing(folder, target, splits, fingerprint, (ranks, together))
+            write_missing(folder, target, splits, fingerprint, ranks, together)
 
 
 @contextmanager
@@ -126,13 +126,13 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 def write_missing(
     folder: Path,
-    target: Target,
+    target: HiddenStates,
     splits: dict[int, TokenSet],
     fingerprint: Fingerprint,
-    shared: tuple[Ranks, bool],
+    ranks: Ranks,
+    together: bool,
 ) -> None:
-    """Write the shards that are not there, then the index; `shared` as in `make_cache`."""
-    ranks, together = shared
+    """Write the shards that are not there, then the index; arguments as in `make_cache`."""
     shards = plan(splits, SHARD_TOKENS)
     sizes = [x.shape[-1] * x.element_size() for x in target(torch.zeros(1, 1, dtype=torch.long))]
     if ranks.rank == 0:
@@ -186,7 +186,7 @@ def announce(
 
 
 def shard_states(
-    target: Target, splits: dict[int, TokenSet], shard: list[tuple[int, int]]
+    target: HiddenStates, splits: dict[int, TokenSet], shard: list[tuple[int, int]]
 ) -> dict[str, Tensor]:
     """Compute one shard."""
     aux, last = [], []
@@ -228,31 +228,33 @@ def check(folder: Path, fingerprint: Fingerprint) -> None:
         )
 
 
-def from_disk(folder: Path, sizes: tuple[int, int]) -> Features:
+def from_disk(folder: Path, layers: int, hidden: int) -> Features:
     """Read a batch's states from the shards; positions that no loss asks for are 0 in `last`.
 
     A conversation that is not in the cache has no supervised token: its states are zeros.
 
     Args:
         folder: what `make_cache` wrote.
-        sizes: how many layers feed the draft, and the hidden size.
+        layers: how many feed the draft.
+        hidden: the hidden size.
     """
-    layers, hidden = sizes
-    index = {int(k): Entry(*v) for k, v in json.loads((folder / "index.json").read_text()).items()}
+    index = {
+        int(k): StoredStates(*v) for k, v in json.loads((folder / "index.json").read_text()).items()
+    }
     opened: dict[str, Any] = {}
 
     def read(batch: Batch) -> tuple[Tensor, Tensor]:
         aux, last = [], []
         turns = batch.turns_T.cpu().split(batch.lengths)
         for number, length, turns_T in zip(batch.numbers, batch.lengths, turns, strict=True):
-            wanted_T = compared(turns_T)
+            compared_T = compared(turns_T)
             full_TH = torch.zeros(length, hidden)
             if number in index:
                 aux_TA, last_MH = rows_of(
-                    folder, opened, index[number], length, int(wanted_T.sum())
+                    folder, opened, index[number], length, int(compared_T.sum())
                 )
                 full_TH = full_TH.to(last_MH.dtype)
-                full_TH[wanted_T] = last_MH
+                full_TH[compared_T] = last_MH
             else:
                 aux_TA = torch.zeros(length, layers * hidden)
             aux.append(aux_TA)
@@ -264,7 +266,7 @@ def from_disk(folder: Path, sizes: tuple[int, int]) -> Features:
 
 
 def rows_of(
-    folder: Path, opened: dict[str, Any], entry: Entry, tokens: int, compared_tokens: int
+    folder: Path, opened: dict[str, Any], entry: StoredStates, tokens: int, compared_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """One conversation's rows; InputError when the shard is missing or broken."""
     path = folder / entry.file

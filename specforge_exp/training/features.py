@@ -16,7 +16,7 @@ from specforge_exp.training.ranks import Ranks
 
 Features = Callable[[list[Batch]], list[tuple[Tensor, Tensor]]]
 """Batches -> for each, auxiliary states [T, A] and post-norm last states [T, H]."""
-Target = Callable[[Tensor], tuple[Tensor, Tensor]]
+HiddenStates = Callable[[Tensor], tuple[Tensor, Tensor]]
 """tokens [1, T] -> auxiliary states [1, T, A] and post-norm last states [1, T, H]."""
 
 
@@ -32,48 +32,48 @@ def conversations(batch: Batch) -> tuple[Tensor, ...]:
     return parts
 
 
-def computed(target: Target) -> Features:
+def computed(target: HiddenStates) -> Features:
     """Run the target every time."""
 
-    def one(ids_T: Tensor) -> tuple[Tensor, Tensor]:
+    def run(ids_T: Tensor) -> tuple[Tensor, Tensor]:
         aux_1TA, last_1TH = target(ids_T[None])
         return aux_1TA[0], last_1TH[0]
 
     def compute(batches: list[Batch]) -> list[tuple[Tensor, Tensor]]:
-        return [joined([one(ids_T) for ids_T in conversations(batch)]) for batch in batches]
+        return [joined([run(ids_T) for ids_T in conversations(batch)]) for batch in batches]
 
     return compute
 
 
-def computed_together(target: Target, ranks: Ranks) -> Features:
+def computed_together(target: HiddenStates, ranks: Ranks) -> Features:
     """Run a target that all processes share: each of them runs the conversations of all."""
 
     def compute(batches: list[Batch]) -> list[tuple[Tensor, Tensor]]:
         mine = [ids_T.tolist() for batch in batches for ids_T in conversations(batch)]
-        kept: list[tuple[Tensor, Tensor]] = []
+        states: list[tuple[Tensor, Tensor]] = []
         for rank, theirs in enumerate(ranks.gather(mine)):
             for ids in theirs:
                 aux_1TA, last_1TH = target(torch.tensor([ids]))
                 if rank == ranks.rank:
-                    kept.append((aux_1TA[0], last_1TH[0]))
-        following = iter(kept)
+                    states.append((aux_1TA[0], last_1TH[0]))
+        following = iter(states)
         return [joined([next(following) for _ in batch.lengths]) for batch in batches]
 
     return compute
 
 
-def remembered(target: Target) -> Features:
+def remembered(target: HiddenStates) -> Features:
     """Run the target the first time a conversation is seen.
 
     A hidden size of H costs 4 H numbers per token.
     """
-    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    states: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def one(batch: Batch) -> tuple[Tensor, Tensor]:
+    def read(batch: Batch) -> tuple[Tensor, Tensor]:
         for number, ids_T in zip(batch.numbers, conversations(batch), strict=True):
-            if number not in kept:
+            if number not in states:
                 aux_1TA, last_1TH = target(ids_T[None])
-                kept[number] = (aux_1TA[0], last_1TH[0])
-        return joined([kept[number] for number in batch.numbers])
+                states[number] = (aux_1TA[0], last_1TH[0])
+        return joined([states[number] for number in batch.numbers])
 
-    return lambda batches: [one(batch) for batch in batches]
+    return lambda batches: [read(batch) for batch in batches]

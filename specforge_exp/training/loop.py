@@ -1,11 +1,26 @@
-"""The training loop. It knows an objective and its counts, not a draft's architecture."""
+"""The training loop. It knows an objective and its counts, not a draft's architecture.
+
+From a step to its loss and gradients:
+
+    fit                            one optimiser step after the other
+      add_gradients                forward and backward of a window, for each of its samples
+        Objective.forward          stages/train.py: binds the target's head, the loss and options
+          Draft.forward            drafts/draft.py: a module's call, so that a sharding's hooks run
+            Eagle3.objective       drafts/eagle3/draft.py, or another draft's: its rows and states
+              head_and_loss        drafts/head_loss.py: logits, loss and gradients in one pass
+                visit_rows         the target's distribution, made once for each of its positions
+                  visit_chunk      logits of some rows; gradients of head and norm go to `.grad`
+                    visit_block    values of some rows; their logits become gradients
+                      opd_closed   losses.py: the formulas
+        loss.backward()            the way back, from the gradient of the draft's states
+"""
 
 import logging
 import math
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,12 +45,12 @@ from specforge_exp.training.batches import (
     share,
 )
 from specforge_exp.training.checkpoint import (
-    Kept,
+    Snapshot,
     forget_old,
-    keep,
     newest_checkpoint,
     restore,
     save_checkpoint,
+    take_snapshot,
 )
 from specforge_exp.training.objective import Objective, Sample
 from specforge_exp.training.progress import WindowLog, means, summary
@@ -59,7 +74,7 @@ class Splits:
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """Where a run lives, what it is made of, and who takes part."""
 
     folder: Path
@@ -80,7 +95,7 @@ class Window:
 
 
 def fit(
-    cfg: Config, draft: nn.Module, objective: Objective, splits: Splits, run: Run
+    cfg: Config, draft: nn.Module, objective: Objective, splits: Splits, run: TrainingRun
 ) -> dict[str, float]:
     """Train until `epochs` or `max_steps` and return the last evaluation.
 
@@ -102,7 +117,7 @@ def fit(
     tracker = open_tracker(cfg, run.folder, start) if ranks.rank == 0 else None
     evaluation: dict[str, float] = {}
     bar = tqdm(
-        windows(cfg, splits.train, objective, (start, total, ranks), device),
+        windows(cfg, splits.train, objective, range(start, total), ranks, device),
         initial=start, total=total, desc="train", unit="step",
         disable=None if ranks.rank == 0 else True,
     )  # fmt: skip
@@ -111,9 +126,9 @@ def fit(
         for window in bar:
             window_log.waited += time.monotonic() - fetching
             loss = add_gradients(draft, objective, window, ranks, window_log)
-            told = torch.tensor([loss, interrupt.number], dtype=torch.float64, device=device)
-            ranks.add_up(told)
-            loss, stop = told.tolist()
+            totals = torch.tensor([loss, interrupt.number], dtype=torch.float64, device=device)
+            ranks.add_up(totals)
+            loss, stop = totals.tolist()
             done = window.step + 1
             if not math.isfinite(loss):  # before it reaches the weights or a checkpoint
                 raise InputError(not_finite(cfg, run, loss, window))
@@ -137,7 +152,7 @@ def fit(
                 best = options.keep_best and best_step(run.folder) in (None, done)
                 best = bool(ranks.gather(best)[0])
             if done % options.save_every == 0 or last or best or stop:
-                save(cfg, run, keep(done, draft, optimizer, window_log.state(ranks)))
+                save(cfg, run, take_snapshot(done, draft, optimizer, window_log.state(ranks)))
             if stop and not last:
                 log.info("train: stopped after step %d; run the same command to continue", done)
                 interrupt.reraise(signal.SIGTERM)
@@ -158,14 +173,14 @@ def windows(
     cfg: Config,
     tokens: TokenSet,
     objective: Objective,
-    span: tuple[int, int, Ranks],
+    steps: range,
+    ranks: Ranks,
     device: torch.device,
 ) -> Iterator[Window]:
-    """This process's part of the windows of steps start..total - 1.
+    """This process's part of the windows of these steps.
 
     States on disk are read one window ahead, in another thread.
     """
-    start, total, ranks = span
     lengths = [len(ids) for ids in tokens.ids]
     size = cfg.trainer.batch_size * cfg.trainer.accumulate
     per_epoch = -(-len(lengths) // size)
@@ -180,14 +195,13 @@ def windows(
         return Window(step, epoch, numbers, batches, objective.prepare(batches))
 
     if cfg.target.cache != "disk":
-        yield from map(make, range(start, total))
+        yield from map(make, steps)
         return
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(make, start) if start < total else None
-        for step in range(start, total):
-            assert ahead is not None
-            window = ahead.result()
-            ahead = reader.submit(make, step + 1) if step + 1 < total else None
+        ahead: Future[Window] | None = None
+        for step in steps:
+            window = (ahead or reader.submit(make, step)).result()
+            ahead = reader.submit(make, step + 1) if step + 1 in steps else None
             yield window
 
 
@@ -252,17 +266,17 @@ def divisors(
     return window_K
 
 
-def save(cfg: Config, run: Run, kept: Kept) -> None:
+def save(cfg: Config, run: TrainingRun, snapshot: Snapshot) -> None:
     """The first process writes a checkpoint and removes old ones; the others wait for it."""
     if run.ranks.rank == 0:
-        save_checkpoint(run.folder, kept, run.fingerprint)
+        save_checkpoint(run.folder, snapshot, run.fingerprint)
         spared = best_step(run.folder) if cfg.trainer.keep_best else None
         forget_old(run.folder, cfg.trainer.keep_last, spared)
     run.ranks.wait()
 
 
 def resume(
-    run: Run, draft: nn.Module, optimizer: torch.optim.Optimizer, window_log: WindowLog
+    run: TrainingRun, draft: nn.Module, optimizer: torch.optim.Optimizer, window_log: WindowLog
 ) -> int:
     """Restore the newest checkpoint, if any; returns the steps already done."""
     checkpoint = newest_checkpoint(run.folder)
@@ -280,24 +294,29 @@ def resume(
     return checkpoint.step
 
 
-def not_finite(cfg: Config, run: Run, loss: float, window: Window) -> str:
+def not_finite(cfg: Config, run: TrainingRun, loss: float, window: Window) -> str:
     """What to do about a loss that is not a number."""
     names = ", ".join(map(str, window.numbers[:20]))
     rest = f" and {len(window.numbers) - 20} more" if len(window.numbers) > 20 else ""
     newest = newest_checkpoint(run.folder)
-    kept = (
+    saved = (
         f"{run.folder / f'step-{newest.step:06d}'} is kept" if newest else "nothing was saved yet"
     )
     return (
         f"the loss is {loss} at step {window.step + 1}, on training conversations {names}{rest} "
-        f"(counted from 0); {kept}. Lower lr={cfg.lr} or trainer.clip={cfg.trainer.clip}, or look "
+        f"(counted from 0); {saved}. Lower lr={cfg.lr} or trainer.clip={cfg.trainer.clip}, or look "
         "at these conversations"
     )
 
 
 @torch.no_grad()
 def evaluate(
-    cfg: Config, draft: nn.Module, objective: Objective, tokens: TokenSet, run: Run, step: int
+    cfg: Config,
+    draft: nn.Module,
+    objective: Objective,
+    tokens: TokenSet,
+    run: TrainingRun,
+    step: int,
 ) -> dict[str, float]:
     """Loss and metrics over held-out conversations, with one normalisation over all of them.
 
@@ -324,9 +343,9 @@ def evaluate(
             if samples and outcome.lengths_B2 is not None:
                 by_number |= dict(zip(parts[index], outcome.lengths_B2.tolist(), strict=True))
     ranks.add_up(loss)
-    found = {n: both for part in ranks.gather(by_number) for n, both in part.items()}
+    everybodys = {n: pair for part in ranks.gather(by_number) for n, pair in part.items()}
     if ranks.rank == 0:
-        both = [found[number] for number in sorted(found)]
-        length, slots = [b[0] for b in both], [int(b[1]) for b in both]
+        pairs = [everybodys[number] for number in sorted(everybodys)]
+        length, slots = [pair[0] for pair in pairs], [int(pair[1]) for pair in pairs]
         write_json(run.folder / "evaluation.json", {"step": step, "length": length, "slots": slots})
     return {"loss": float(loss), **means(total.everywhere(ranks).sums)}

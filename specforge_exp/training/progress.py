@@ -79,16 +79,16 @@ class WindowLog:
         """What a checkpoint keeps, so that a resumed run logs the line it was about to."""
         total = self.everywhere(ranks)
         numbers = [total.loss, total.windows, total.tokens, total.flops]
-        kept = {PARTIAL + "numbers": torch.tensor(numbers, dtype=torch.float64)}
-        return kept | {PARTIAL + name: value for name, value in total.sums.items()}
+        state = {PARTIAL + "numbers": torch.tensor(numbers, dtype=torch.float64)}
+        return state | {PARTIAL + name: value for name, value in total.sums.items()}
 
-    def restore(self, kept: dict[str, Tensor], rank: int) -> None:
+    def restore(self, state: dict[str, Tensor], rank: int) -> None:
         """Take what `state` gave; the sums go to the first process, which had all of them."""
-        numbers = kept[PARTIAL + "numbers"].tolist()
+        numbers = state[PARTIAL + "numbers"].tolist()
         self.loss, self.windows = numbers[:2]
         if rank == 0:
             self.tokens, self.flops = numbers[2:]
-            for name, value in kept.items():
+            for name, value in state.items():
                 if name.startswith(PARTIAL) and name != PARTIAL + "numbers":
                     self.sums[name.removeprefix(PARTIAL)] = value.to(self.device)
 
@@ -96,16 +96,16 @@ class WindowLog:
 def means(sums: dict[str, Tensor]) -> dict[str, float]:
     """Per-step means `name/k`, their mean over steps `name`, and the simulated accepted length."""
     rows_K = sums["rows"].clamp(min=1)
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, value in sums.items():
         if name in ("rows", "length", "length_slots"):
             continue
         mean_K = value / rows_K
-        found[name] = float(value.sum() / rows_K.sum())
-        found |= {f"{name}/{k}": float(v) for k, v in enumerate(mean_K)}
-    found["simulated_length"] = float(sums["length"] / sums["length_slots"].clamp(min=1))
-    found["supervised"] = float(sums["rows"].sum())
-    return found
+        metrics[name] = float(value.sum() / rows_K.sum())
+        metrics |= {f"{name}/{k}": float(v) for k, v in enumerate(mean_K)}
+    metrics["simulated_length"] = float(sums["length"] / sums["length_slots"].clamp(min=1))
+    metrics["supervised"] = float(sums["rows"].sum())
+    return metrics
 
 
 def summary(metrics: dict[str, float]) -> str:

@@ -47,9 +47,9 @@ class Ranks:
         """Something small of every process, in order."""
         if self.world == 1:
             return [thing]
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, thing)
-        return found
+        things: list[Any] = [None] * self.world
+        dist.all_gather_object(things, thing)
+        return things
 
     def wait(self) -> None:
         """Until every process is here."""

@@ -24,9 +24,9 @@ def peak_flops(device: torch.device) -> float:
     """FLOP per second that MFU is measured against."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = [rate for part, rate in PEAK.items() if part in name]
-        if known:
-            return known[0]
+        rates = [rate for part, rate in PEAK.items() if part in name]
+        if rates:
+            return rates[0]
     if device.type == "cuda":
         return matmul_rate(device, torch.bfloat16, 2048)
     return matmul_rate(device, torch.float32, 1024)

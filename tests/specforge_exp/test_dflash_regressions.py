@@ -262,7 +262,7 @@ def test_states_that_are_kept_are_nobodys_to_change(
         [shard] = shards = plan(splits, 99)
         write_shard(tmp_path / "00000.safetensors", shard_states(target.features, splits, shard))
         (tmp_path / "index.json").write_text(json.dumps(index_of(splits, shards)))
-        lookup = from_disk(tmp_path, (3, target.embed_VH.shape[1]))
+        lookup = from_disk(tmp_path, 3, target.embed_VH.shape[1])
     [first] = lookup([batch])
     kept = [states.clone() for states in first]
     for states in first:

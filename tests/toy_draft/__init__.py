@@ -56,7 +56,10 @@ class Toy(Draft[ToyConfig]):
 
     def chains(self, cfg, batch):
         start_T, end_T = document_bounds(batch.lengths, batch.turns_T.device)
-        slot_R, masks = torch.arange(len(end_T)), turn_masks("inference", batch.turns_T, end_T, cfg.steps)
+        slot_R, masks = (
+            torch.arange(len(end_T)),
+            turn_masks("inference", batch.turns_T, end_T, cfg.steps),
+        )
         return Chains(start_T, end_T, batch.lengths, slot_R, [len(end_T)] * cfg.steps, masks, [])
 
     def denominators(self, cfg, batch):
