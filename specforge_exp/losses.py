@@ -189,10 +189,12 @@ def opd_closed(
     """
     logq_ND = logits_ND.sub_(torch.logsumexp(logits_ND, -1, keepdim=True))
     q_ND, target_ND = logq_ND.exp(), teacher.logp_ND.exp()
-    values = {"ce": -torch.linalg.vecdot(target_ND, logq_ND)} if "ce" in weights else {}
+    alpha_N = torch.minimum(q_ND, target_ND * teacher.log_mass_N.exp()[:, None]).sum(-1)
+    values, zero_N = {}, torch.zeros_like(alpha_N)
+    if "ce" in weights:
+        values["ce"] = -torch.linalg.vecdot(target_ND, logq_ND)
     if "hard_ce" in weights:
         values["hard_ce"] = hard_cross_entropy(logq_ND, teacher)
-    alpha_N = torch.minimum(q_ND, target_ND * teacher.log_mass_N.exp()[:, None]).sum(-1)
     if len(weights) == 1 and values:
         if gradient and "ce" in weights:
             torch.sub(q_ND, target_ND, out=logits_ND).mul_(weights["ce"][:, None])
@@ -200,25 +202,35 @@ def opd_closed(
             torch.mul(q_ND, weights["hard_ce"][:, None], out=logits_ND)
             subtract_next(logits_ND, teacher, weights)
         return values | {"alpha": alpha_N}
-    r_ND = logq_ND.sub_(teacher.logp_ND)
-    below_ND = (r_ND <= teacher.log_mass_N[:, None]).to(q_ND.dtype)
-    low_N = torch.linalg.vecdot(q_ND, below_ND)
-    excess_ND = (r_ND - teacher.log_mass_N[:, None]).relu_()
-    values |= closed_values(weights, q_ND, target_ND, r_ND, excess_ND)
+    r_ND, mass_N1 = logq_ND.sub_(teacher.logp_ND), teacher.log_mass_N[:, None]
+    below_ND, excess_ND = (r_ND <= mass_N1).to(q_ND.dtype), (r_ND - mass_N1).relu_()
+    # What the gradients of all terms add up to: e (q - p~), tv times TV's, b r, c r+.
+    e_N = weights.get("ce", zero_N) + weights.get("kl", zero_N)
+    tv_N, b_N, c_N = (weights.get(name, zero_N) for name in ("tv", "reverse_kl", "hinge"))
+    if "kl" in weights:
+        values["kl"] = -torch.linalg.vecdot(target_ND, r_ND)
+    if "reverse_kl" in weights:
+        values["reverse_kl"] = torch.linalg.vecdot(q_ND, r_ND)
+    if "hinge" in weights:
+        values["hinge"] = torch.linalg.vecdot(q_ND, excess_ND)
     if "lk_alpha" in weights:
-        least_ND = torch.minimum(r_ND, teacher.log_mass_N[:, None]) + teacher.logp_ND
-        values["lk_alpha"] = -torch.logsumexp(least_ND, -1)
+        value_N = -torch.logsumexp(torch.minimum(r_ND, mass_N1) + teacher.logp_ND, -1)
+        tv_N = tv_N + torch.where(alpha_N > floor, weights["lk_alpha"] * value_N.exp(), 0)
+        values["lk_alpha"] = -alpha_N.clamp(min=floor).log() if floor else value_N
     if "tv" in weights:
         values["tv"] = 1 - alpha_N
-    tv_N, share_N = leanings(weights, values, alpha_N, floor)
+    if "lk_lambda" in weights:
+        kl_N, lean_N = -torch.linalg.vecdot(target_ND, r_ND), (-alpha_N).exp()
+        values["lk_lambda"] = lean_N * kl_N + (1 - lean_N) * (1 - alpha_N)
+        tv_N = tv_N + weights["lk_lambda"] * (1 - lean_N)
+        e_N = e_N + weights["lk_lambda"] * lean_N
     if gradient:
-        b_N, c_N = zeros_and(weights, "reverse_kl"), zeros_and(weights, "hinge")
         d_N = c_N + tv_N
-        a_N = share_N + zeros_and(weights, "hard_ce") + d_N * low_N
+        a_N = e_N + weights.get("hard_ce", zero_N) + d_N * torch.linalg.vecdot(q_ND, below_ND)
         a_N = a_N - b_N * values.get("reverse_kl", 0) - c_N * values.get("hinge", 0)
         r_ND.mul_(b_N[:, None]).add_(a_N[:, None]).addcmul_(excess_ND, c_N[:, None])
         r_ND.addcmul_(below_ND, d_N[:, None], value=-1).mul_(q_ND)
-        r_ND.addcmul_(target_ND, share_N[:, None], value=-1)
+        r_ND.addcmul_(target_ND, e_N[:, None], value=-1)
         subtract_next(r_ND, teacher, weights)
     return values | {"alpha": alpha_N}
 
@@ -228,44 +240,3 @@ def subtract_next(gradient_ND: Tensor, teacher: TeacherRows, weights: dict[str, 
     if "hard_ce" in weights:
         assert teacher.next_N is not None
         gradient_ND.scatter_add_(1, teacher.next_N[:, None], -weights["hard_ce"][:, None])
-
-
-def closed_values(
-    weights: dict[str, Tensor], q_ND: Tensor, target_ND: Tensor, r_ND: Tensor, excess_ND: Tensor
-) -> dict[str, Tensor]:
-    """The terms that are one product of two distributions' tensors."""
-    values = {}
-    if {"kl", "lk_lambda"} & set(weights):
-        values["kl"] = -torch.linalg.vecdot(target_ND, r_ND)
-    if "reverse_kl" in weights:
-        values["reverse_kl"] = torch.linalg.vecdot(q_ND, r_ND)
-    if "hinge" in weights:
-        values["hinge"] = torch.linalg.vecdot(q_ND, excess_ND)
-    return values
-
-
-def leanings(
-    weights: dict[str, Tensor], values: dict[str, Tensor], alpha_N: Tensor, floor: float
-) -> tuple[Tensor, Tensor]:
-    """The weights of TV's gradient and of q - p~ [N]; LK-alpha and LK-lambda are made of them."""
-    tv_N, share_N = zeros_and(weights, "tv"), zeros_and(weights, "ce") + zeros_and(weights, "kl")
-    if "lk_alpha" in weights:
-        slope_N = weights["lk_alpha"] * values["lk_alpha"].exp()
-        tv_N = tv_N + torch.where(alpha_N > floor, slope_N, 0)
-        if floor:
-            values["lk_alpha"] = -alpha_N.clamp(min=floor).log()
-    if "lk_lambda" in weights:
-        lean_N = (-alpha_N).exp()
-        values["lk_lambda"] = lean_N * values["kl"] + (1 - lean_N) * (1 - alpha_N)
-        tv_N = tv_N + weights["lk_lambda"] * (1 - lean_N)
-        share_N = share_N + weights["lk_lambda"] * lean_N
-        if "kl" not in weights:
-            del values["kl"]
-    return tv_N, share_N
-
-
-def zeros_and(weights: dict[str, Tensor], name: str) -> Tensor:
-    """A term's weight, 0 where it has none."""
-    if name in weights:
-        return weights[name]
-    return torch.zeros_like(next(iter(weights.values())))

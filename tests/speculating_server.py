@@ -27,7 +27,7 @@ import torch
 from aiohttp import web
 
 from specforge_exp.bench.speculative import Decoding, Generation, generate, speculate
-from specforge_exp.config import ModelConfig, draft_config, locate
+from specforge_exp.config import ModelConfig, draft_config_class, locate
 from specforge_exp.target import load_target
 
 
@@ -55,7 +55,7 @@ class Server:
         self.kept: list[int] = [0] * args.chain
         kind = locate(args.draft_class)
         options = {"block_size": args.chain + 1, "num_features": 3}
-        draft_cfg = draft_config(args.draft_class)(
+        draft_cfg = draft_config_class(args.draft_class)(
             **options if "DFlash" in args.draft_class else {}
         )
         feeds = partial(kind.target_layers, draft_cfg)

@@ -63,7 +63,7 @@ __all__ = [
     "TrackerConfig",
     "TrainerConfig",
     "check_job",
-    "draft_config",
+    "draft_config_class",
     "from_omegaconf",
     "locate",
     "repository",
@@ -199,7 +199,7 @@ def from_omegaconf(cfg: DictConfig) -> Config:
 
 def draft_options(draft: DictConfig) -> DictConfig:
     """The draft's node with the types of its own options; InputError for one it does not have."""
-    kind = draft_config(draft._target_)
+    kind = draft_config_class(draft._target_)
     options = OmegaConf.to_container(draft, resolve=True)
     assert isinstance(options, dict)
     for key in options:
@@ -213,7 +213,7 @@ def draft_options(draft: DictConfig) -> DictConfig:
     return typed
 
 
-def draft_config(target: str) -> type[DraftConfig]:
+def draft_config_class(target: str) -> type[DraftConfig]:
     """The class of the options of the draft that `_target_` names, found without loading torch."""
     package, _, name = target.rpartition(".")
     kind = locate(f"{package}.config.{name}Config")

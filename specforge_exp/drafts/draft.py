@@ -3,7 +3,7 @@
 Shape suffixes: H hidden, K divisors, V target vocabulary.
 """
 
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from specforge_exp.config import DraftConfig
 from specforge_exp.losses import Loss
 from specforge_exp.sharding import gradient_of
+from specforge_exp.target import Target
 from specforge_exp.training.objective import Outcome, Sample
 
 Options = TypeVar("Options", bound=DraftConfig)
@@ -25,6 +26,25 @@ class Draft(nn.Module, Generic[Options]):
         super().__init__()
         self.gradient_checkpointing = False
         self.compute_dtype = torch.float32  # of training; weights and their gradients stay fp32
+
+    @classmethod
+    def new(cls, target: Target, cfg: Options, mapping: dict[str, Tensor], seed: int) -> Self:
+        """A fresh draft in fp32.
+
+        Args:
+            target: what it will draft for.
+            cfg: its options.
+            mapping: d2t and t2d, the draft's vocabulary; see `vocabulary`.
+            seed: of its random weights.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def restored(cls, target: Target, cfg: Options, tensors: dict[str, Tensor]) -> Self:
+        """The draft of a checkpoint, whose tensors hold the draft's vocabulary too."""
+        draft = cls.new(target, cfg, tensors, 0)
+        draft.load_state_dict(tensors)
+        return draft
 
     def objective(
         self, sample: Sample, target_head_VH: Tensor, loss: Loss, cfg: Options, window_K: Tensor
@@ -52,13 +72,6 @@ class Draft(nn.Module, Generic[Options]):
                 gradient_of(weight)
         outcome = self.objective(sample, target_head_VH, loss, cfg, window_K)
         return outcome.loss, outcome
-
-    @torch.no_grad()
-    def start_random(self) -> None:
-        """Draw every matrix anew."""
-        for weight in self.parameters():
-            if weight.dim() > 1:
-                weight.normal_(std=0.02)
 
 
 class MLP(nn.Module):

@@ -70,6 +70,25 @@ def read_export(folder: Path, keys: Iterable[str]) -> tuple[dict[str, Any], dict
     return config, tensors
 
 
+def check_target(
+    folder: Path, pairs: dict[str, tuple[Any, Any]], path: str = "", remedy: str = ""
+) -> None:
+    """Refuse a draft of another target.
+
+    Args:
+        folder: of the draft.
+        pairs: by name, what the draft was made for and what the target has.
+        path: of the target it was made for, in brackets.
+        remedy: what else may help.
+    """
+    for name, (expected, actual) in pairs.items():
+        if expected != actual:
+            raise InputError(
+                f"{folder} was made for another target{path}: its {name} is {expected}, this "
+                f"target's is {actual}{remedy}"
+            )
+
+
 def check_tensors(folder: Path, expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     """Refuse missing, superfluous and misshapen tensors: engines skip them silently."""
     problems = [f"{name} is missing" for name in expected if name not in tensors]

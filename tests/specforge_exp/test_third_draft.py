@@ -14,7 +14,13 @@ from test_conf import CONF
 from test_train import metrics
 
 from specforge_exp import paths
-from specforge_exp.config import Config, DraftConfig, TrainerConfig, draft_config, from_omegaconf
+from specforge_exp.config import (
+    Config,
+    DraftConfig,
+    TrainerConfig,
+    draft_config_class,
+    from_omegaconf,
+)
 from specforge_exp.errors import InputError
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.export import export
@@ -31,7 +37,7 @@ def toy(*overrides: str) -> DraftConfig:
 
 def test_its_options_are_its_own() -> None:
     draft = toy("draft.heads=3", "draft.draft_vocab_size=9")
-    assert type(draft) is draft_config("toy_draft.Toy")
+    assert type(draft) is draft_config_class("toy_draft.Toy")
     assert (draft.steps, draft.matters()) == (3, asdict(draft))
 
 
@@ -81,9 +87,9 @@ def test_every_stage_takes_it(cfg: Config, tokens: Path) -> None:
 
 def test_options_load_no_torch() -> None:
     code = (
-        "import sys; from specforge_exp.config import draft_config\n"
+        "import sys; from specforge_exp.config import draft_config_class\n"
         "for target in ('eagle3.Eagle3', 'dflash.DFlash'):\n"
-        "    draft_config(f'specforge_exp.drafts.{target}')\n"
+        "    draft_config_class(f'specforge_exp.drafts.{target}')\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

@@ -32,12 +32,6 @@ class Toy(Draft[ToyConfig]):
         torch.manual_seed(seed)
         return cls(target, cfg.heads)
 
-    @classmethod
-    def restored(cls, target, cfg, tensors):
-        draft = cls(target, cfg.heads)
-        draft.load_state_dict(tensors)
-        return draft
-
     @staticmethod
     def target_layers(cfg, layers):
         return [layers - 2]

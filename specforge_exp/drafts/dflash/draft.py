@@ -6,7 +6,7 @@ K labels of a block, V vocabulary.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,17 @@ from specforge_exp.drafts.dflash import blocks
 from specforge_exp.drafts.dflash.blocks import Blocks, make_blocks
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.drafts.dflash.decoder import DFlashDecoder
-from specforge_exp.drafts.dflash.export import export_config, load_export
+from specforge_exp.drafts.dflash.export import OWN, SHAPES, export_config, loaded_config
 from specforge_exp.drafts.dflash.model import DFlashModel
 from specforge_exp.drafts.dflash.training import as_chains, needed_flops, weighting
-from specforge_exp.drafts.folder import write_export
+from specforge_exp.drafts.folder import check_tensors, read_export, write_export
 from specforge_exp.drafts.head_loss import Heads, head_and_loss
+from specforge_exp.drafts.start import (
+    copy_matching,
+    start_at_the_end,
+    start_random,
+    target_shapes,
+)
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
 from specforge_exp.sharding import whole
@@ -34,23 +40,14 @@ class DFlash(DFlashModel):
     """A DFlash draft."""
 
     @classmethod
-    def new(
-        cls, target: Target, cfg: DFlashConfig, mapping: dict[str, Tensor], seed: int
-    ) -> "DFlash":
+    def new(cls, target: Target, cfg: DFlashConfig, mapping: dict[str, Tensor], seed: int) -> Self:
         """A fresh draft in fp32; it speaks the target's whole vocabulary, `mapping` is not used."""
         torch.manual_seed(seed)
         draft = cls(draft_config(target, cfg), target.embed_VH, target.head_weight_VH)
         draft.attention = cfg.attention
-        draft.start_random()
+        start_random(draft)
         if cfg.start == "target":
             start_from_target(draft, target)
-        return draft
-
-    @classmethod
-    def restored(cls, target: Target, cfg: DFlashConfig, tensors: dict[str, Tensor]) -> "DFlash":
-        """The draft of a checkpoint."""
-        draft = cls.new(target, cfg, {}, 0)
-        draft.load_state_dict(tensors)
         return draft
 
     @staticmethod
@@ -78,9 +75,19 @@ class DFlash(DFlashModel):
         }  # fmt: skip
 
     @classmethod
-    def load(cls, folder: Path, target: Target) -> "DFlash":
-        """See `export.load_export`."""
-        return load_export(cls, folder, target)
+    def load(cls, folder: Path, target: Target) -> Self:
+        """A draft from an exported folder, in fp32, checked against its target.
+
+        Raises:
+            InputError: a file is missing or broken, a tensor is missing, superfluous or of the
+                wrong shape, or the draft was made for another target.
+        """
+        config, tensors = read_export(folder, [*SHAPES, *OWN])
+        qwen3 = loaded_config(folder, config, target)
+        draft = cls(qwen3, target.embed_VH, target.head_weight_VH)
+        check_tensors(folder, draft.state_dict(), tensors)
+        draft.load_state_dict(tensors)
+        return draft
 
     def write(self, folder: Path, target: Target, target_path: str, dtype: torch.dtype) -> None:
         """Write the folder that SGLang loads."""
@@ -133,23 +140,13 @@ class DFlash(DFlashModel):
 def draft_config(target: Target, cfg: DFlashConfig) -> Qwen3Config:
     """Shapes of a draft for this target: as wide as it, `num_layers` deep."""
     text = target.model.config.get_text_config()
-    heads, size = text.num_attention_heads, text.vocab_size
+    size = text.vocab_size
     mask = size - 1 if cfg.mask_token_id is None else cfg.mask_token_id
     if not 0 <= mask < size:
         raise InputError(f"draft.mask_token_id={mask}: the target has tokens 0..{size - 1}")
     return Qwen3Config(
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
+        **target_shapes(text),
         num_hidden_layers=cfg.num_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=getattr(text, "num_key_value_heads", heads),
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        rms_norm_eps=text.rms_norm_eps,
-        rope_parameters=text.rope_parameters,
-        max_position_embeddings=text.max_position_embeddings,
-        vocab_size=size,
-        tie_word_embeddings=False,
-        attention_bias=False,
         block_size=cfg.block_size,
         mask_token_id=mask,
         target_layers=list(target.aux_layers),
@@ -157,19 +154,14 @@ def draft_config(target: Target, cfg: DFlashConfig) -> Qwen3Config:
     )
 
 
-@torch.no_grad()
 def start_from_target(draft: DFlash, target: Target) -> None:
     """Begin with the target's last layers and last norm, fed its highest captured state.
 
     What the target's layers do not have in the same shape (experts, other norms) is left random.
     """
-    H = draft.config.hidden_size
-    theirs = target.model.base_model.layers[-len(draft.layers) :]
-    for layer, other in zip(draft.layers, theirs, strict=True):
-        weights = {name: whole(weight) for name, weight in other.named_parameters()}
+    last = target.model.base_model.layers[-len(draft.layers) :]
+    for layer, target_layer in zip(draft.layers, last, strict=True):
+        weights = {name: whole(weight) for name, weight in target_layer.named_parameters()}
         for name, weight in layer.named_parameters():
-            if name in weights and weights[name].shape == weight.shape:
-                weight.copy_(weights[name])
-    draft.fc.weight.zero_()
-    draft.fc.weight[:, -H:] = torch.eye(H)
-    draft.norm.weight.copy_(target.final_norm_H)
+            copy_matching(weight, weights, name)
+    start_at_the_end(draft.fc, draft.norm.weight, target)

@@ -6,16 +6,14 @@ saved. Layers are numbered from 0 by their outputs.
 """
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import Qwen3Config
 
 from specforge_exp.drafts.dflash.model import DFlashModel
-from specforge_exp.drafts.folder import check_tensors, read_export, rope_spellings
-from specforge_exp.errors import InputError
+from specforge_exp.drafts.folder import check_target, rope_spellings
 from specforge_exp.target import Target
 
-Loaded = TypeVar("Loaded", bound=DFlashModel)
 SHAPES = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim rms_norm_eps rope_parameters max_position_embeddings vocab_size"
@@ -55,29 +53,17 @@ def export_config(draft: DFlashModel, target: Target, target_path: str) -> dict[
     }
 
 
-def load_export(kind: type[Loaded], folder: Path, target: Target) -> Loaded:
-    """A draft of that class from an exported folder, in fp32, checked against its target.
-
-    Raises:
-        InputError: a file is missing or broken, a tensor is missing, superfluous or of the wrong
-            shape, or the draft was made for another target.
-    """
-    config, tensors = read_export(folder, [*SHAPES, *OWN])
-    text = target.model.config.get_text_config()
-    nested = config["dflash_config"]
+def loaded_config(folder: Path, config: dict[str, Any], target: Target) -> Qwen3Config:
+    """Shapes of an exported draft; InputError when it was made for another target."""
+    text, nested = target.model.config.get_text_config(), config["dflash_config"]
     pairs = {
         "hidden_size": (config["hidden_size"], text.hidden_size),
         "vocab_size": (config["vocab_size"], text.vocab_size),
         "num_target_layers": (config["num_target_layers"], text.num_hidden_layers),
         "dflash_config.target_layer_ids": (nested["target_layer_ids"], target.aux_layers),
     }
-    for name, (theirs, ours) in pairs.items():
-        if theirs != ours:
-            raise InputError(
-                f"{folder} was made for another target: its {name} is {theirs}, this target's "
-                f"{ours}"
-            )
-    qwen3 = Qwen3Config(
+    check_target(folder, pairs)
+    return Qwen3Config(
         **{name: config[name] for name in SHAPES},
         attention_bias=False,
         block_size=config["block_size"],
@@ -85,7 +71,3 @@ def load_export(kind: type[Loaded], folder: Path, target: Target) -> Loaded:
         target_layers=nested["target_layer_ids"],
         num_target_layers=config["num_target_layers"],
     )
-    draft = kind(qwen3, target.embed_VH, target.head_weight_VH)
-    check_tensors(folder, draft.state_dict(), tensors)
-    draft.load_state_dict(tensors)
-    return draft

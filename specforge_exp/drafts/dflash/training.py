@@ -55,5 +55,6 @@ def needed_flops(draft: DFlashModel, blocks: Blocks, tokens: int) -> float:
     attn = draft.layers[0].self_attn
     first = sum(proj.weight.numel() for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
     repeated = max(0, rows - len(blocks.anchor_R) - 1)  # all masked slots enter as one row
-    per_token: int = draft.fc.weight.numel() + keys
-    return 6.0 * tokens * per_token + 6.0 * (rows * layers - repeated * first)
+    per_token, per_row = draft.fc.weight.numel() + keys, rows * layers - repeated * first
+    needed: float = 6.0 * tokens * per_token + 6.0 * per_row
+    return needed

@@ -6,7 +6,7 @@ V target vocabulary.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,11 +16,17 @@ from specforge_exp.drafts.eagle3 import training
 from specforge_exp.drafts.eagle3.chains import make_chains
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.eagle3.decoder import Eagle3Decoder
-from specforge_exp.drafts.eagle3.export import export_config, load_export
+from specforge_exp.drafts.eagle3.export import KEYS, LAYERS, check_export, export_config
 from specforge_exp.drafts.eagle3.model import Eagle3Model
 from specforge_exp.drafts.eagle3.unroll import unroll
-from specforge_exp.drafts.folder import write_export
+from specforge_exp.drafts.folder import check_tensors, read_export, write_export
 from specforge_exp.drafts.head_loss import Heads, head_and_loss
+from specforge_exp.drafts.start import (
+    copy_matching,
+    start_at_the_end,
+    start_random,
+    target_shapes,
+)
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
 from specforge_exp.target import Target
@@ -32,23 +38,14 @@ class Eagle3(Eagle3Model):
     """An EAGLE-3 draft."""
 
     @classmethod
-    def new(
-        cls, target: Target, cfg: Eagle3Config, mapping: dict[str, Tensor], seed: int
-    ) -> "Eagle3":
+    def new(cls, target: Target, cfg: Eagle3Config, mapping: dict[str, Tensor], seed: int) -> Self:
         """A fresh draft in fp32; `cfg.start` says what it knows already."""
         torch.manual_seed(seed)
         config = draft_config(target.model.config, cfg)
         draft = cls(config, target.embed_VH, mapping["d2t"].clone(), mapping["t2d"].clone())
-        draft.start_random()
+        start_random(draft)
         if cfg.start == "target":
             start_from_target(draft, target)
-        return draft
-
-    @classmethod
-    def restored(cls, target: Target, cfg: Eagle3Config, tensors: dict[str, Tensor]) -> "Eagle3":
-        """The draft of a checkpoint."""
-        draft = cls.new(target, cfg, {name: tensors[name] for name in ("d2t", "t2d")}, 0)
-        draft.load_state_dict(tensors)
         return draft
 
     @staticmethod
@@ -74,9 +71,23 @@ class Eagle3(Eagle3Model):
         }  # fmt: skip
 
     @classmethod
-    def load(cls, folder: Path, target: Target) -> "Eagle3":
-        """See `export.load_export`."""
-        return load_export(cls, folder, target)
+    def load(cls, folder: Path, target: Target) -> Self:
+        """A draft from an exported folder, in fp32, checked against its target.
+
+        Raises:
+            InputError: a file is missing or broken, a tensor is missing, superfluous or of the
+                wrong shape, d2t and t2d disagree, or the draft was made for another target.
+        """
+        config, tensors = read_export(folder, [*KEYS, *LAYERS])
+        check_export(folder, config, target)
+        for name in ("d2t", "t2d"):
+            if name not in tensors:
+                raise InputError(f"{folder}: {name} is missing")
+        llama = LlamaConfig(num_hidden_layers=1, **{key: config[key] for key in KEYS})
+        draft = cls(llama, target.embed_VH, tensors["d2t"], tensors["t2d"])
+        check_tensors(folder, draft.state_dict(), tensors)
+        draft.load_state_dict(tensors)
+        return draft
 
     def write(self, folder: Path, target: Target, target_path: str, dtype: torch.dtype) -> None:
         """Write the folder that SGLang and vLLM load."""
@@ -147,23 +158,12 @@ def draft_config(target_config: Any, draft: Eagle3Config) -> LlamaConfig:
             f"draft.draft_vocab_size={size} is above the target's vocabulary of {text.vocab_size}; "
             "null takes all of it"
         )
-    heads = text.num_attention_heads
     return LlamaConfig(
+        **target_shapes(text),
         architectures=["LlamaForCausalLMEagle3"],
-        hidden_size=text.hidden_size,
         target_hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
         num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_key_value_heads=getattr(text, "num_key_value_heads", heads),
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        rms_norm_eps=text.rms_norm_eps,
-        rope_parameters=text.rope_parameters,
-        max_position_embeddings=text.max_position_embeddings,
-        vocab_size=text.vocab_size,
         draft_vocab_size=size,
-        tie_word_embeddings=False,
-        attention_bias=False,
         pad_token_id=None,
     )
 
@@ -173,21 +173,15 @@ def start_from_target(draft: Eagle3, target: Target) -> None:
     """Begin where the target ends: its last layer, last norm and head, fed its highest state.
 
     The layer's embedding half stays random and is what the first steps teach. What the target's
-    layer does not have in the same shape (experts, per-head norms on q and k) is left as it is.
+    layer does not have in the same shape (experts, per-head norms on q and k) is left as it is, and
+    so are the layer's norms.
     """
     H = draft.config.hidden_size
-    theirs = target.last_layer
-    theirs["hidden_norm.weight"] = theirs.pop("input_layernorm.weight")
+    weights = target.last_layer
+    weights["hidden_norm.weight"] = weights.pop("input_layernorm.weight")
     for name, weight in draft.midlayer.named_parameters():
-        own = (
-            weight[:, H:]
-            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
-            else weight
-        )
-        normed_heads = name.replace("_proj", "_norm") in theirs
-        if name in theirs and theirs[name].shape == own.shape and not normed_heads:
-            own.copy_(theirs[name])
-    draft.fc.weight.zero_()
-    draft.fc.weight[:, -H:] = torch.eye(H)
-    draft.norm.weight.copy_(target.final_norm_H)
+        if name.replace("_proj", "_norm") not in weights:
+            wide = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+            copy_matching(weight[:, H:] if wide else weight, weights, name)
+    start_at_the_end(draft.fc, draft.norm.weight, target)
     draft.lm_head.weight.copy_(target.head_weight_VH[draft.draft_ids_D.to(target.device)])
