@@ -82,9 +82,9 @@ def test_train_export_bench(run: Config, tiny_target: Target) -> None:
         DFlash.load(folder, Target(tiny_target.model, [0, 1, 2]))
 
 
-def test_options_of_the_other_draft_do_not_matter(run: Config) -> None:
+def test_quiet_options_do_not_matter(run: Config) -> None:
     train(run)
-    train(replace(run, draft=replace(DRAFT, ttt_length=2)))
+    train(replace(run, draft=replace(DRAFT, attention="merged", draft_vocab_size=99)))
     with pytest.raises(InputError, match=r"draft\.loss_gamma was 4\.0, now 3\.0"):
         train(replace(run, draft=replace(DRAFT, loss_gamma=3.0)))
 

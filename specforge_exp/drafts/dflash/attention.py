@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from specforge_exp.drafts.chain_attention import Visible, shared_backward, shared_forward
-from specforge_exp.drafts.dflash.heads import HeadTurn, turned, turned_back
+from specforge_exp.drafts.dflash.heads import BlockLayout, Norms, turned, turned_back
 
 
 def by_block(x_QMGE: Tensor, slots: int) -> Tensor:
@@ -44,9 +44,13 @@ def own(x_QME: Tensor, slots: int) -> Tensor:
 
 class _BlockAttention(Function):
     @staticmethod
-    def forward(ctx: Any, seen: Visible, turn: HeadTurn, q_QNE: Tensor, *keys: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, layout: BlockLayout, norms: Norms, q_QNE: Tensor, *keys: Tensor
+    ) -> Tensor:
         k_TME, v_TME, k_QME, v_QME = keys
-        slots, q_norm, k_norm, angles_T, angles_Q = turn
+        seen, slots, (q_norm, k_norm) = layout.seen, layout.slots, norms
+        angles_T, angles_Q = layout.angles_T, layout.angles_Q
+        assert isinstance(seen, Visible)
         M, E = k_TME.shape[1:]
         q_QMGE = turned(q_norm, q_QNE, angles_Q).mul_(E**-0.5).unflatten(1, (M, -1))
         out_QMGE, lse_QMG1 = shared_forward(seen, q_QMGE, turned(k_norm, k_TME, angles_T), v_TME)
@@ -59,13 +63,14 @@ class _BlockAttention(Function):
         out_QMGE += by_row(weights @ own(v_QME, slots), slots)
         out_QNE = out_QMGE.flatten(1, 2)
         ctx.save_for_backward(q_QNE, *keys, out_QNE, merged_QMG1)
-        ctx.seen, ctx.turn = seen, turn
+        ctx.layout, ctx.norms = layout, norms
         return out_QNE
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         q_QNE, k_TME, v_TME, k_QME, v_QME, out_QNE, lse_QMG1 = ctx.saved_tensors
-        slots, q_norm, k_norm, angles_T, angles_Q = ctx.turn
+        layout, (q_norm, k_norm) = ctx.layout, ctx.norms
+        slots, angles_T, angles_Q = layout.slots, layout.angles_T, layout.angles_Q
         M, E = k_TME.shape[1:]
         q_QMGE = turned(q_norm, q_QNE, angles_Q).mul_(E**-0.5).unflatten(1, (M, -1))
         outer_QMGE = outer[0].unflatten(1, (M, -1))
@@ -73,7 +78,7 @@ class _BlockAttention(Function):
         delta_QMG1 = delta_QN1.unflatten(1, (M, -1))
         keys = (turned(k_norm, k_TME, angles_T), v_TME)
         dq_QMGE, dk_TME, dv_TME = shared_backward(
-            ctx.seen, (q_QMGE, *keys), outer_QMGE, lse_QMG1, delta_QMG1
+            layout.seen, (q_QMGE, *keys), outer_QMGE, lse_QMG1, delta_QMG1
         )
         q_RMXE, outer_RMXE = by_block(q_QMGE, slots), by_block(outer_QMGE, slots)
         turned_QME = turned(k_norm, k_QME, angles_Q)
@@ -96,8 +101,8 @@ class _BlockAttention(Function):
 
 
 def block_attention(
-    seen: Visible,
-    turn: HeadTurn,
+    layout: BlockLayout,
+    norms: Norms,
     q_QNE: Tensor,
     context: tuple[Tensor, Tensor],
     block: tuple[Tensor, Tensor],
@@ -105,8 +110,8 @@ def block_attention(
     """Attention of one layer; keeps what it is given and the output.
 
     Args:
-        seen: what the rows see of the context.
-        turn: how heads are normed and rotated before.
+        layout: where the rows stand and what they see.
+        norms: of the heads.
         q_QNE: queries, the slots of a block one after the other.
         context: keys and values of all positions, [T, M, E] each.
         block: keys and values of the rows themselves, [Q, M, E] each.
@@ -114,5 +119,5 @@ def block_attention(
     Returns:
         [Q, N, E].
     """
-    out: Tensor = _BlockAttention.apply(seen, turn, q_QNE, *context, *block)
+    out: Tensor = _BlockAttention.apply(layout, norms, q_QNE, *context, *block)
     return out

@@ -6,29 +6,17 @@ Rows and positions are padded to multiples of BUCKET, so that a training knows f
 Shape suffixes: T positions, Q rows, N query heads, M key-value heads, E head size, P padded.
 """
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from specforge_exp.drafts.dflash.heads import HeadTurn, turned
+from specforge_exp.drafts.dflash.heads import BlockLayout, Hidden, Norms, turned
 
 BUCKET = 256
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """What the rows of blocks may see, for all layers of a forward."""
-
-    mask: BlockMask
-    rows: int
-    """Q, padded."""
-    positions: int
-    """T, padded."""
 
 
 def padded(number: int) -> int:
@@ -61,22 +49,23 @@ def hide(anchor_Q: Tensor, first_Q: Tensor, slots: int, positions: int) -> Hidde
 
 
 def flex_block_attention(
-    hidden: Hidden,
-    turn: HeadTurn,
+    layout: BlockLayout,
+    norms: Norms,
     q_QNE: Tensor,
     context: tuple[Tensor, Tensor],
     block: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """As `attention.block_attention`, where `hidden` is what `hide` made."""
-    _, q_norm, k_norm, angles_T, angles_Q = turn
+    """As `attention.block_attention`, where `layout.seen` is what `hide` made."""
+    hidden, (q_norm, k_norm) = layout.seen, norms
+    assert isinstance(hidden, Hidden)
     if not len(q_QNE):
         return q_QNE
-    keys = turned(k_norm, context[0], angles_T), turned(k_norm, block[0], angles_Q)
+    keys = turned(k_norm, context[0], layout.angles_T), turned(k_norm, block[0], layout.angles_Q)
     k_1MPE, v_1MPE = (
         torch.cat([grown(shared, hidden.positions), grown(own, hidden.rows)]).transpose(0, 1)[None]
         for shared, own in (keys, (context[1], block[1]))
     )
-    q_1NPE = grown(turned(q_norm, q_QNE, angles_Q), hidden.rows).transpose(0, 1)[None]
+    q_1NPE = grown(turned(q_norm, q_QNE, layout.angles_Q), hidden.rows).transpose(0, 1)[None]
     attend = kernel(q_QNE.device.type)
     out_1NPE: Tensor = attend(q_1NPE, k_1MPE, v_1MPE, block_mask=hidden.mask, enable_gqa=True)
     return out_1NPE[0].transpose(0, 1)[: len(q_QNE)]

@@ -1,13 +1,15 @@
-"""What happens to the heads of queries and keys before they meet: a norm, then a rotation.
+"""Where the rows of blocks stand and what they see; the norm and the rotation of their heads.
 
-Shape suffixes: P rows or positions, N heads, E head size.
+Shape suffixes: T positions, Q rows, P rows or positions, N heads, E head size.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
-from specforge_exp.drafts.chain_attention import rotate
+from specforge_exp.drafts.chain_attention import Visible, rotate
 from specforge_exp.drafts.layers import RMSNorm
 
 
@@ -18,13 +20,29 @@ class Angles(NamedTuple):
     sin_PE: Tensor
 
 
-class HeadTurn(NamedTuple):
-    """A layer's norms and the angles of what it looks at."""
+Norms = tuple[RMSNorm, RMSNorm]
+"""Of the heads of queries and of keys."""
 
+
+@dataclass(frozen=True)
+class Hidden:
+    """What the rows of blocks may see, for all layers of a forward."""
+
+    mask: BlockMask
+    rows: int
+    """Q, padded."""
+    positions: int
+    """T, padded."""
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where the rows of all blocks stand and what they see, for all layers of a forward."""
+
+    seen: Visible | Hidden
+    """What the rows see of the context: up to the position before their anchor."""
     slots: int
     """Rows of a block."""
-    q_norm: RMSNorm
-    k_norm: RMSNorm
     angles_T: Angles
     """Of the context's positions."""
     angles_Q: Angles

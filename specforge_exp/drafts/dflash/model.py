@@ -10,7 +10,6 @@ auxiliary states, V vocabulary, N query heads, M key-value heads, E head size, X
 P positions.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,24 +23,10 @@ from specforge_exp.drafts.chain_attention import Visible, visible
 from specforge_exp.drafts.dflash.attention import block_attention
 from specforge_exp.drafts.dflash.blocks import Blocks
 from specforge_exp.drafts.dflash.config import DFlashConfig
-from specforge_exp.drafts.dflash.flex import Hidden, flex_block_attention, hide, useful
-from specforge_exp.drafts.dflash.heads import Angles, HeadTurn
+from specforge_exp.drafts.dflash.flex import flex_block_attention, hide, useful
+from specforge_exp.drafts.dflash.heads import Angles, BlockLayout, Hidden
 from specforge_exp.drafts.draft import MLP, Draft
 from specforge_exp.drafts.layers import RMSNorm, linear, norm_linear, swiglu_down
-
-
-@dataclass(frozen=True)
-class BlockLayout:
-    """Where the rows of all blocks stand and what they see, for all layers of a forward."""
-
-    seen: Visible | Hidden
-    """What the rows see of the context: up to the position before their anchor."""
-    slots: int
-    """Rows of a block."""
-    angles_T: Angles
-    """Of the context's positions."""
-    angles_Q: Angles
-    """Of the rows'."""
 
 
 class DFlashAttention(nn.Module):
@@ -169,12 +154,9 @@ def layer_step(
         state_QH, *ours = (spread(x, layout.slots) for x in (state_QH, *ours))
     q_QNE, k_QME, v_QME = (x.unflatten(-1, (-1, E)) for x in ours)
     k_TME, v_TME = (linear(context_TH, weight).unflatten(-1, (-1, E)) for weight in keys)
-    turn = HeadTurn(layout.slots, attn.q_norm, attn.k_norm, layout.angles_T, layout.angles_Q)
-    context, block = (k_TME, v_TME), (k_QME, v_QME)
-    if isinstance(layout.seen, Hidden):
-        attended_QNE = flex_block_attention(layout.seen, turn, q_QNE, context, block)
-    else:
-        attended_QNE = block_attention(layout.seen, turn, q_QNE, context, block)
+    norms = attn.q_norm, attn.k_norm
+    attend = flex_block_attention if isinstance(layout.seen, Hidden) else block_attention
+    attended_QNE = attend(layout, norms, q_QNE, (k_TME, v_TME), (k_QME, v_QME))
     state_QH = state_QH + linear(attended_QNE.flatten(1), attn.o_proj.weight)
     gate_QI, up_QI = norm_linear(
         state_QH, layer.post_attention_layernorm, slice(None),
