@@ -174,9 +174,6 @@ def opd_closed(
 ) -> dict[str, Tensor]:
     """Values of the weighted terms per row; the logits become the gradient of their weighted sum.
 
-    With L = sum of q where r <= 0, the gradient of TV is q (L - 1[r<=0]) and every gradient of the
-    table has the form q (a + b r + c r+ - d 1[r<=0]) - e p~: one pass serves any mixture.
-
     Args:
         logits_ND: fp32, divided by the temperature; overwritten.
         teacher: the target at the same rows.
@@ -196,15 +193,13 @@ def opd_closed(
     if "hard_ce" in weights:
         values["hard_ce"] = hard_cross_entropy(logq_ND, teacher)
     if len(weights) == 1 and values:
-        if gradient and "ce" in weights:
-            torch.sub(q_ND, target_ND, out=logits_ND).mul_(weights["ce"][:, None])
-        elif gradient:
-            torch.mul(q_ND, weights["hard_ce"][:, None], out=logits_ND)
+        if gradient:
+            logits_ND.copy_(q_ND - target_ND if "ce" in weights else q_ND)
+            logits_ND.mul_(next(iter(weights.values()))[:, None])
             subtract_next(logits_ND, teacher, weights)
         return values | {"alpha": alpha_N}
     r_ND, mass_N1 = logq_ND.sub_(teacher.logp_ND), teacher.log_mass_N[:, None]
     below_ND, excess_ND = (r_ND <= mass_N1).to(q_ND.dtype), (r_ND - mass_N1).relu_()
-    # What the gradients of all terms add up to: e (q - p~), tv times TV's, b r, c r+.
     e_N = weights.get("ce", zero_N) + weights.get("kl", zero_N)
     tv_N, b_N, c_N = (weights.get(name, zero_N) for name in ("tv", "reverse_kl", "hinge"))
     if "kl" in weights:
@@ -217,8 +212,7 @@ def opd_closed(
         value_N = -torch.logsumexp(torch.minimum(r_ND, mass_N1) + teacher.logp_ND, -1)
         tv_N = tv_N + torch.where(alpha_N > floor, weights["lk_alpha"] * value_N.exp(), 0)
         values["lk_alpha"] = -alpha_N.clamp(min=floor).log() if floor else value_N
-    if "tv" in weights:
-        values["tv"] = 1 - alpha_N
+    values |= {"tv": 1 - alpha_N} if "tv" in weights else {}
     if "lk_lambda" in weights:
         kl_N, lean_N = -torch.linalg.vecdot(target_ND, r_ND), (-alpha_N).exp()
         values["lk_lambda"] = lean_N * kl_N + (1 - lean_N) * (1 - alpha_N)
@@ -228,11 +222,27 @@ def opd_closed(
         d_N = c_N + tv_N
         a_N = e_N + weights.get("hard_ce", zero_N) + d_N * torch.linalg.vecdot(q_ND, below_ND)
         a_N = a_N - b_N * values.get("reverse_kl", 0) - c_N * values.get("hinge", 0)
-        r_ND.mul_(b_N[:, None]).add_(a_N[:, None]).addcmul_(excess_ND, c_N[:, None])
-        r_ND.addcmul_(below_ND, d_N[:, None], value=-1).mul_(q_ND)
-        r_ND.addcmul_(target_ND, e_N[:, None], value=-1)
+        into_gradient(r_ND, q_ND, target_ND, below_ND, excess_ND, (a_N, b_N, c_N, d_N, e_N))
         subtract_next(r_ND, teacher, weights)
     return values | {"alpha": alpha_N}
+
+
+def into_gradient(
+    r_ND: Tensor,
+    q_ND: Tensor,
+    target_ND: Tensor,
+    below_ND: Tensor,
+    excess_ND: Tensor,
+    coefficients: tuple[Tensor, ...],
+) -> None:
+    """r becomes q (a + b r + c r+ - d 1[r<=0]) - e p~.
+
+    With L = sum of q where r <= 0, the gradient of TV is q (L - 1[r<=0]) and every gradient of the
+    table has this form: one pass serves any mixture.
+    """
+    a_N1, b_N1, c_N1, d_N1, e_N1 = (value_N[:, None] for value_N in coefficients)
+    r_ND.mul_(b_N1).add_(a_N1).addcmul_(excess_ND, c_N1)
+    r_ND.addcmul_(below_ND, d_N1, value=-1).mul_(q_ND).addcmul_(target_ND, e_N1, value=-1)
 
 
 def subtract_next(gradient_ND: Tensor, teacher: TeacherRows, weights: dict[str, Tensor]) -> None:
