@@ -79,7 +79,7 @@ def write(path: Path, prompts: list[str]) -> Path:
 @contextmanager
 def server(concurrency: int, *options: str) -> Iterator[str]:
     """Base URL of a server with the tiny target."""
-    command = [sys.executable, "-m", "specforge_exp.generation.serve", "--model", str(TARGET)]
+    command = [sys.executable, "-m", "specforge_exp.generation.local.serve", "--model", str(TARGET)]
     command += ["--port", "0", "--concurrency", str(concurrency), "--threads", "1", *options]
     process = subprocess.Popen(command, env=ALONE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None

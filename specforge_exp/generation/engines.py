@@ -20,7 +20,7 @@ def make_engine(cfg: Config) -> Engine:
         return OpenAIEngine(cfg, cfg.engine.urls)
     if cfg.engine.name == "sglang":
         return SGLangEngine(cfg)
-    from specforge_exp.generation.transformers_engine import TransformersEngine  # loads torch
+    from specforge_exp.generation.local.transformers_engine import TransformersEngine  # loads torch
 
     return TransformersEngine(cfg)
 

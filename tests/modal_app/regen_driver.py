@@ -35,7 +35,7 @@ POISON, REFUSED = "the poisoned kettle", "the refused kettle"
 CRASH = "the kettle that takes its container along"
 SERVE = f"""
 import os
-from specforge_exp.generation import serve
+from specforge_exp.generation.local import serve
 
 class Server(serve.Server):
     async def chat(self, http):

@@ -19,12 +19,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from specforge_exp.config import Config
 from specforge_exp.data.chat import prompt_ids
 from specforge_exp.errors import InputError
-from specforge_exp.generation.batcher import Batcher, Generated
 from specforge_exp.generation.engine import Failed, Refused, Request, Sampling
-from specforge_exp.generation.prefixes import BLOCK, Prefixes
-from specforge_exp.generation.sampling import choose
-from specforge_exp.generation.slots import Slots
-from specforge_exp.generation.transformers_engine import TransformersEngine
+from specforge_exp.generation.local.batcher import Batcher, Generated
+from specforge_exp.generation.local.prefixes import BLOCK, Prefixes
+from specforge_exp.generation.local.sampling import choose
+from specforge_exp.generation.local.slots import Slots
+from specforge_exp.generation.local.transformers_engine import TransformersEngine
 from specforge_exp.target import Target, load_tokenizer
 
 DEADLINE = 60
@@ -120,7 +120,7 @@ def test_short_memory_means_fewer_at_a_time(
 ) -> None:
     for tokens, count, room in ((10 * 512, 9, 512), (100, 1, 64)):
         size = 8 * 2 * 2 * 8 * 4 * tokens
-        monkeypatch.setattr("specforge_exp.generation.slots.free_bytes", lambda _, s=size: s)
+        monkeypatch.setattr("specforge_exp.generation.local.slots.free_bytes", lambda _, s=size: s)
         slots = Slots(random_target.model, 16, 512)
         assert (slots.count, slots.room) == (count, room)
 

@@ -165,7 +165,7 @@ def test_a_conversation_that_takes_containers_along(tmp_path: Path) -> None:
 def test_the_client_runs_on_modal_too(on_local_modal: LocalModal, tmp_path: Path) -> None:
     """A job on a CPU that starts the containers with the servers and waits for them."""
     smoke = ["experiment=smoke", "model=tiny", "hydra/launcher=modal", "data.name=fanned"]
-    words = ["python", "-m", "specforge_exp.generation.serve", *COMMAND[3:]]
+    words = ["python", "-m", "specforge_exp.generation.local.serve", *COMMAND[3:]]
     command = ",".join(f'"{word}"' if "{" in word else word for word in words)
     engine = ["engine=modal", "engine.image=debian_slim", f"engine.command=[{command}]"]
     for stage, more in (("prep", []), ("regen", engine)):

@@ -29,7 +29,7 @@ LONG = {"messages": ASK, "max_tokens": TOKENS, "ignore_eos": True, "temperature"
 
 @contextmanager
 def serving(*options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    command = [sys.executable, "-m", "specforge_exp.generation.serve", "--model", TINY.path]
+    command = [sys.executable, "-m", "specforge_exp.generation.local.serve", "--model", TINY.path]
     process = subprocess.Popen(
         [*command, "--port", "0", *options], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
     )
@@ -203,7 +203,7 @@ def test_sigterm_finishes_what_runs_and_accepts_no_more() -> None:
 
 
 def test_a_wrong_command_line_ends_in_one_line() -> None:
-    command = [sys.executable, "-m", "specforge_exp.generation.serve", "--model", "no/where"]
+    command = [sys.executable, "-m", "specforge_exp.generation.local.serve", "--model", "no/where"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "model.path=no/where cannot be loaded" in done.stderr
@@ -212,7 +212,7 @@ def test_a_wrong_command_line_ends_in_one_line() -> None:
 
 def test_help_loads_nothing_heavy() -> None:
     code = (
-        "import sys, specforge_exp.generation.serve\n"
+        "import sys, specforge_exp.generation.local.serve\n"
         "print({'torch', 'transformers', 'aiohttp', 'omegaconf'} & set(sys.modules))"
     )
     done = subprocess.run(

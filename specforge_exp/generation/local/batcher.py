@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from specforge_exp.generation.engine import Failed, Refused, Sampling
-from specforge_exp.generation.prefixes import BLOCK, Prefixes
-from specforge_exp.generation.sampling import choose
-from specforge_exp.generation.slots import Slots
+from specforge_exp.generation.local.prefixes import BLOCK, Prefixes
+from specforge_exp.generation.local.sampling import choose
+from specforge_exp.generation.local.slots import Slots
 
 CHUNK = 512
 """Most new tokens of a sequence in one forward: masks are as wide as the sequence."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from specforge_exp.generation.slots import Slots
+from specforge_exp.generation.local.slots import Slots
 
 BLOCK = 16
 Key = tuple[int, tuple[int, ...]]

@@ -1,6 +1,6 @@
 """An OpenAI-compatible server for one model on this machine, for tests, laptops and small targets.
 
-    python -m specforge_exp.generation.serve --model assets/tiny_target --port 30000
+    python -m specforge_exp.generation.local.serve --model assets/tiny_target --port 30000
 
 SIGTERM or Ctrl-C: no new requests, those under way are finished, exit.
 """
@@ -19,7 +19,7 @@ from specforge_exp.generation.engine import Answer, Failed, Refused, Request, Sa
 if TYPE_CHECKING:
     from aiohttp import web
 
-    from specforge_exp.generation.transformers_engine import TransformersEngine
+    from specforge_exp.generation.local.transformers_engine import TransformersEngine
 
 NUMBERS: dict[str, tuple[Any, float, float]] = {
     "temperature": ((int, float), 0, 100),
@@ -217,7 +217,7 @@ def completion(answer: Answer, model: str, number: int) -> dict[str, Any]:
 def options() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m specforge_exp.generation.serve", description=__doc__.splitlines()[0]
+        prog="python -m specforge_exp.generation.local.serve", description=__doc__.splitlines()[0]
     )
     add = parser.add_argument
     add("--model", required=True, help="folder or hub id of a causal model")
@@ -242,7 +242,7 @@ async def serve(args: argparse.Namespace) -> None:
     from aiohttp import web
 
     from specforge_exp.config import Config, EngineConfig, ModelConfig
-    from specforge_exp.generation.transformers_engine import TransformersEngine
+    from specforge_exp.generation.local.transformers_engine import TransformersEngine
 
     cfg = Config(
         model=ModelConfig(name="served", path=args.model, dtype=args.dtype),

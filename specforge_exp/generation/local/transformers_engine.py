@@ -5,8 +5,8 @@ from typing import Any
 
 from specforge_exp.config import Config
 from specforge_exp.data.chat import Unrenderable, eos_token_ids, prompt_ids, readable
-from specforge_exp.generation.batcher import Batcher
 from specforge_exp.generation.engine import Answer, Refused, Request
+from specforge_exp.generation.local.batcher import Batcher
 from specforge_exp.target import Target, load_target, load_tokenizer, set_up_torch
 
 

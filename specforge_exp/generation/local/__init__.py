@@ -1,0 +1,1 @@
+"""Our own engine: transformers with continuous batching and a prefix cache, and a server of it."""
