@@ -22,12 +22,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent / part) for part in (
 import orjson  # noqa: E402
 from instant_engine import rules  # noqa: E402
 
+from specforge_exp.artifacts import sha256  # noqa: E402
 from specforge_exp.generation.engine import Answer, Request, Unreachable  # noqa: E402
 from specforge_exp.generation.progress import Progress  # noqa: E402
 from specforge_exp.generation.run import Pace, Run, run  # noqa: E402
 from specforge_exp.generation.store import Store  # noqa: E402
 from specforge_exp.interrupt import Interrupt  # noqa: E402
-from specforge_exp.provenance import sha256  # noqa: E402
 
 REPLY = {"role": "assistant", "content": "answer " * 70}
 

@@ -1,21 +1,32 @@
-"""Write-once artifacts: made under `<name>.partial`, renamed, reused when their inputs match."""
+"""Write-once artifacts: made under `<name>.partial`, renamed, reused when their inputs match.
+
+Beside each lies run.json, which says what made it: command, commit, versions, inputs, settings.
+"""
 
 import errno
+import hashlib
 import json
 import logging
+import platform
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from specforge_exp.config import Config
+from specforge_exp.config import REPOSITORY, Config
 from specforge_exp.errors import InputError
-from specforge_exp.provenance import describe, write_json
+from specforge_exp.records import sync, sync_tree, write_json
 
 log = logging.getLogger(__name__)
+
+PACKAGES = "torch transformers tokenizers safetensors hydra-core omegaconf numpy".split()
 
 
 @dataclass(frozen=True)
@@ -29,15 +40,15 @@ class Fingerprint:
 
     def changes(self, record: dict[str, Any]) -> list[str]:
         """What differs from the fingerprint that `record` (a run.json) holds, one line each."""
-        found = []
+        changes = []
         for name, now in json.loads(json.dumps(self.settings)).items():
             before = record.get("settings", {}).get(name)
             if before != now:
-                found.append(f"{name} was {before}, now {now}")
+                changes.append(f"{name} was {before}, now {now}")
         for name, now in self.inputs.items():
             if record.get("inputs", {}).get(name) != now:
-                found.append(f"{name} has changed")
-        return found
+                changes.append(f"{name} has changed")
+        return changes
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -129,6 +140,7 @@ def writing(
         record["seconds"] = round(time.monotonic() - started, 1)
         write_json(partial / "run.json", record)
         begun.unlink()
+        sync_tree(partial)
         replace_folder(partial, folder)
 
 
@@ -139,4 +151,59 @@ def replace_folder(new: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_digest(path: str) -> str:
+    """Digest that tells a local model folder from another; a hub id stands for itself.
+
+    Weights count by name and size, small files (config, tokenizer) by content.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*")):
+        if file.suffix in (".json", ".jinja", ".safetensors"):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size} ".encode())
+            digest.update(sha256(file).encode() if size < 64 * 2**20 else b"")
+    return digest.hexdigest()
+
+
+def git_commit() -> str | None:
+    """Commit of the working tree, marked -dirty when it differs; None outside git."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def describe(cfg: Config, inputs: dict[str, str], settings: dict[str, Any]) -> dict[str, Any]:
+    """The content of run.json except for the seconds it took."""
+    return {
+        "command": " ".join(sys.argv),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": git_commit(),
+        "packages": package_versions(),
+        "inputs": inputs,
+        "settings": settings,
+        "config": asdict(cfg),
+    }

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from specforge_exp.config import Config, ModelConfig
 from specforge_exp.config.machine import own_overrides
-from specforge_exp.errors import InputError
+from specforge_exp.errors import InputError, first_line
 from specforge_exp.sharding import whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -215,5 +215,5 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
 def not_loadable(cfg: ModelConfig, error: Exception) -> str:
     """One line on why a model cannot be loaded and what to do."""
     kind = "folder" if Path(cfg.path).is_dir() else "hub id or folder"
-    reason = str(error).strip().splitlines()[0]
+    reason = first_line(error)
     return f"model.path={cfg.path} cannot be loaded as a {kind}: {reason}"

@@ -38,7 +38,7 @@ from specforge_exp.config.stages import (
     TrackerConfig,
     TrainerConfig,
 )
-from specforge_exp.errors import InputError
+from specforge_exp.errors import InputError, first_line
 
 __all__ = [
     "REPOSITORY",
@@ -192,7 +192,7 @@ def from_omegaconf(cfg: DictConfig) -> Config:
         typed.draft = draft_options(typed.draft)
         config = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
-        raise InputError(str(error).splitlines()[0]) from None
+        raise InputError(first_line(error)) from None
     assert isinstance(config, Config)
     return config
 

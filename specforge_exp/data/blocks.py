@@ -31,6 +31,7 @@ from specforge_exp.data.chat import (
 from specforge_exp.data.conversations import normalise
 from specforge_exp.data.tokens import Ints, arrays_of
 from specforge_exp.errors import InputError
+from specforge_exp.records import replacing, write_whole
 from specforge_exp.target import load_tokenizer
 
 LINES, BYTES = 512, 8 * 2**20
@@ -123,11 +124,10 @@ def encode_block(block: Block, chat: Chat, cfg: Config, folder: Path) -> None:
         account["turns"] += len(encoded.spans)
         account["closed"] += sum(encoded.ids[last - 1] in chat.eos for _, last in encoded.spans)
     if rejected:
-        lines = (json.dumps(record) + "\n" for record in rejected)
-        (folder / f"{block.name}.rejected.jsonl").write_text("".join(lines))
-    partial = folder / f"{block.name}.{os.getpid()}"
-    save_file(arrays_of(kept), partial, {"account": json.dumps(account)})
-    partial.replace(folder / f"{block.name}.safetensors")
+        lines = "".join(json.dumps(record) + "\n" for record in rejected)
+        write_whole(folder / f"{block.name}.rejected.jsonl", lines.encode())
+    with replacing(folder / f"{block.name}.safetensors") as partial:
+        save_file(arrays_of(kept), partial, {"account": json.dumps(account)})
 
 
 def fit(encoded: Encoded | Unrenderable, cfg: Config, account: Counter[str], name: str) -> Encoded:

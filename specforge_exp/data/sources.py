@@ -14,7 +14,7 @@ from specforge_exp.config import Source
 from specforge_exp.data import synthetic, wheels
 from specforge_exp.data.files import INSTALL_DATA, SUFFIXES, Raw, Rejected, parse, without_nulls
 from specforge_exp.data.formats import FORMATS, Record, convert
-from specforge_exp.errors import InputError
+from specforge_exp.errors import InputError, first_line
 
 __all__ = ["Rejected", "from_first_user", "load", "local_files", "read", "reasons"]
 
@@ -175,11 +175,10 @@ def read_hub(rest: str, source: Source) -> Iterator[Raw | Rejected]:
     except ImportError:
         raise InputError(f"{source.path} needs: {INSTALL_DATA}") from None
     except Exception as error:  # the hub client raises dozens of types, also in mid-stream
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{source.path} cannot be read: {first} (check the id, the configuration and the "
-            "split; a gated data set needs `hf auth login`; a file downloaded by hand works as "
-            "data.path=<file>)"
+            f"{source.path} cannot be read: {first_line(error)} (check the id, the configuration "
+            "and the split; a gated data set needs `hf auth login`; a file downloaded by hand "
+            "works as data.path=<file>)"
         ) from None
 
 

@@ -17,7 +17,7 @@ from specforge_exp.config import Config
 from specforge_exp.config.machine import command, prefetched
 from specforge_exp.errors import InputError
 from specforge_exp.generation.modal_worker import SERVER, Worker, read
-from specforge_exp.provenance import model_digest
+from specforge_exp.artifacts import model_digest
 
 log = logging.getLogger(__name__)
 

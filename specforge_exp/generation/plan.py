@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from specforge_exp.data.conversations import BadRecord, normalise
+from specforge_exp.records import replacing
 
 LEVELS = (128, 512, 2048, 8192)
 CHUNK_BYTES = 8 * 2**20
@@ -165,9 +166,8 @@ def save_plan(plan: Plan, path: Path) -> None:
     """Write a plan so that a reader sees all of it or nothing."""
     names = ("starts", "lengths", "lines", "twice", "order", "chunks")
     about = {"digest": plan.digest, "total": str(plan.total)}
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: vars(plan)[name] for name in names}, partial, about)
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file({name: vars(plan)[name] for name in names}, partial, about)
 
 
 def load_plan(path: Path, source: Path) -> Plan:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from specforge_exp.generation.store import Store
 from specforge_exp.interrupt import Interrupt
-from specforge_exp.provenance import write_json
+from specforge_exp.records import write_json
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from transformers import GenerationConfig
 
+from specforge_exp.artifacts import model_digest
 from specforge_exp.config import Config, ModelConfig
 from specforge_exp.data.chat import prompt_ids
 from specforge_exp.generation.conversation import Record, Rules
 from specforge_exp.generation.engine import Message, Sampling
-from specforge_exp.provenance import model_digest
 from specforge_exp.target import load_tokenizer
 
 THINKING = {"off": False, "on": True, "kept": True}

@@ -24,6 +24,7 @@ import orjson
 from specforge_exp.errors import InputError
 from specforge_exp.generation.conversation import Record
 from specforge_exp.generation.plan import Plan, load_plan, make_plan, save_plan
+from specforge_exp.records import cut_tail, whole_lines, write_whole
 
 FAILED = b'{"error":'
 OPEN_FILES = 256
@@ -107,30 +108,30 @@ class Store:
         for journal in self.shards.glob("*.open"):
             if journal.name.partition(".")[0] in self.complete:  # killed before it was removed
                 journal.unlink()
-            for line in whole_lines(journal):
-                self.counts.take(orjson.loads(line.partition(b" ")[2]))
+            for _, _, result in journal_entries(journal):
+                self.counts.take(result)
 
     def read_manifest(self) -> set[str]:
         """Names of the complete shards; counts those that a kill left out of the manifest."""
         manifest = self.folder / "manifest.jsonl"
-        known: dict[str, dict[str, int]] = {}
-        for line in whole_lines(manifest):
-            entry = orjson.loads(line)
-            known[entry.pop("shard")] = entry
-        there = {p.stem for p in self.shards.glob("*.jsonl")}
-        for name in sorted(there):
-            found = Counts(**known.get(name, {}))
-            if name not in known:
-                for line in (self.shards / f"{name}.jsonl").read_bytes().splitlines():
-                    found.take(orjson.loads(line))
-                self.note(name, found)
-            self.counts.add(found)
-        return there
+        entries: dict[str, dict[str, int]] = {}
+        cut_tail(manifest)
+        for entry in whole_lines(manifest):
+            entries[entry.pop("shard")] = entry
+        complete = {p.stem for p in self.shards.glob("*.jsonl")}
+        for name in sorted(complete):
+            counts = Counts(**entries.get(name, {}))
+            if name not in entries:
+                for result in whole_lines(self.shards / f"{name}.jsonl"):
+                    counts.take(result)
+                self.note(name, counts)
+            self.counts.add(counts)
+        return complete
 
-    def note(self, name: str, found: Counts) -> None:
+    def note(self, name: str, counts: Counts) -> None:
         """Write a complete shard's line into the manifest."""
         with (self.folder / "manifest.jsonl").open("ab") as file:
-            file.write(orjson.dumps({"shard": name, **vars(found)}) + b"\n")
+            file.write(orjson.dumps({"shard": name, **vars(counts)}) + b"\n")
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks that are not complete, with the results that they have already."""
@@ -141,10 +142,9 @@ class Store:
                     continue
                 size = len(plan.members(number)) * self.samples
                 chunk = Chunk(plan, number, name, size)
-                for line in whole_lines(self.shards / f"{name}.jsonl.open"):
-                    place, _, result = line.partition(b" ")
-                    chunk.results[int(place)] = result
-                    chunk.counts.take(orjson.loads(result))
+                for place, line, result in journal_entries(self.shards / f"{name}.jsonl.open"):
+                    chunk.results[place] = line
+                    chunk.counts.take(result)
                 if chunk.missing():
                     yield chunk
                 else:
@@ -174,18 +174,13 @@ class Store:
             return
         if (name := chunk.name) not in self.journals:
             self.journals[name] = (self.shards / f"{name}.jsonl.open").open("ab", buffering=0)
-        write_whole(self.journals[name], b"%d %b\n" % (place, line))
+        append(self.journals[name], b"%d %b\n" % (place, line))
 
     def finish(self, chunk: Chunk) -> None:
         """Write a complete chunk as its shard, whole or not at all."""
         name = chunk.name
         lines = [chunk.results[place] for place in range(chunk.size)]
-        partial = self.shards / f"{name}.writing"
-        with partial.open("wb") as file:
-            file.write(b"\n".join(lines) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.shards / f"{name}.jsonl")
+        write_whole(self.shards / f"{name}.jsonl", b"\n".join(lines) + b"\n")
         if journal := self.journals.pop(name, None):
             journal.close()
         (self.shards / f"{name}.jsonl.open").unlink(missing_ok=True)
@@ -247,20 +242,26 @@ def lock(path: Path) -> BinaryIO:
     return file
 
 
-def write_whole(file: BinaryIO, content: bytes) -> None:
+def journal_entries(path: Path) -> Iterator[tuple[int, bytes, Record]]:
+    """Place, line and result of what an unfinished shard's journal holds.
+
+    Raises:
+        InputError: a line before the last is damaged; names file and line.
+    """
+    for number, entry in enumerate(cut_tail(path), 1):
+        place, _, line = entry.partition(b" ")
+        try:
+            yield int(place), line, orjson.loads(line)
+        except ValueError as error:
+            raise InputError(
+                f"{path}:{number}: {error}; remove the file: only its conversations are answered "
+                "again"
+            ) from None
+
+
+def append(file: BinaryIO, content: bytes) -> None:
     """Append to an unbuffered file; what a full disk cuts short is taken back."""
     written = file.write(content)
     if written < len(content):
         os.truncate(file.fileno(), os.fstat(file.fileno()).st_size - written)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a journal without their ends; a half-written last one is cut off for good."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return whole.splitlines()

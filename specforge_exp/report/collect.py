@@ -18,6 +18,8 @@ import numpy as np
 import orjson
 
 from specforge_exp.bench.published import Beside, beside
+from specforge_exp.errors import InputError
+from specforge_exp.records import whole_lines
 from specforge_exp.report.record import FILE, read_sweep, run_folder
 from specforge_exp.report.statistics import Sample, stratum
 
@@ -258,31 +260,18 @@ def read_folder(run: Run, folder: Path, problems: list[str]) -> None:
             continue
         try:
             add(run, file)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            said = str(error) if isinstance(error, OSError | ValueError) else repr(error)
-            problems.append(f"{file} is damaged and left out: {' '.join(said.split())}")
+        except (InputError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            plain = isinstance(error, InputError | OSError | ValueError)
+            reason = str(error).replace(f"{file}:", "line ") if plain else repr(error)
+            problems.append(f"{file} is damaged and left out: {' '.join(reason.split())}")
 
 
 def metric_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that is still being written is not there yet.
-
-    Raises:
-        ValueError: another line is no JSON object with a step.
-    """
-    with file.open("rb") as lines:
-        for count, line in enumerate(lines, 1):
-            try:
-                try:
-                    found = orjson.loads(line)
-                except orjson.JSONDecodeError:  # NaN and Infinity, which Python writes
-                    found = json.loads(line)
-                if not (isinstance(found, dict) and isinstance(found.get("step"), int)):
-                    raise ValueError("no object with a step")
-            except ValueError as error:
-                if not line.endswith(b"\n"):
-                    return
-                raise ValueError(f"line {count}: {error}") from None
-            yield found
+    """The lines of metrics.jsonl, as `whole_lines`; ValueError for one without a step."""
+    for count, line in enumerate(whole_lines(file), 1):
+        if not isinstance(line.get("step"), int):
+            raise ValueError(f"line {count}: no object with a step")
+        yield line
 
 
 def add_curves(run: Run, file: Path) -> None:

@@ -2,13 +2,13 @@
 
 import csv
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from specforge_exp.records import replacing
 from specforge_exp.report.collect import ACCEPTED, Collected, metric_lines, number
 from specforge_exp.report.ranking import Entry, Ranking, headline
 from specforge_exp.report.text import interval_text, measure, shown, title_of
@@ -177,14 +177,9 @@ def status_counts(sweep: Collected) -> str:
 
 @contextmanager
 def written(path: Path) -> Iterator[TextIO]:
-    """A file that appears under its name when it is whole."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """A text file that appears under its name when it is whole."""
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        yield file
 
 
 def write_csv(path: Path, sweep: Collected, ranking: Ranking, by_seed: Ranking) -> None:

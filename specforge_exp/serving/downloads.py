@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from specforge_exp.errors import InputError
+from specforge_exp.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +50,6 @@ def passes(error: BaseException | None) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", None) or 0
     names = {kind.__name__ for kind in type(error).__mro__}
     return status in BUSY or status >= 500 or bool(names & PASSING) or passes(error.__cause__)
-
-
-def first_line(error: Exception) -> str:
-    """What it says, in one line."""
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 def problem(name: str, error: Exception) -> str:

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from specforge_exp.config import Config, EngineConfig
-from specforge_exp.errors import InputError
+from specforge_exp.errors import InputError, first_line
 
 SIZES = ((9e9, 1), (35e9, 2), (80e9, 4))
 """Most parameters, GPUs: 80 GB hold so many in 16 bits and leave room for keys and values."""
@@ -109,8 +109,8 @@ def parameters(path: str) -> int:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"model.path={path} does not say how large it is ({reason}); set engine.tp_size"
+            f"model.path={path} does not say how large it is ({first_line(error)}); set "
+            "engine.tp_size"
         ) from None
     return int(model.num_parameters())

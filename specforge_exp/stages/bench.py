@@ -13,7 +13,16 @@ from typing import Any
 import torch
 
 from specforge_exp import paths
-from specforge_exp.artifacts import Fingerprint, disk_errors, read_record, require, reusable
+from specforge_exp.artifacts import (
+    Fingerprint,
+    describe,
+    disk_errors,
+    model_digest,
+    read_record,
+    require,
+    reusable,
+    sha256,
+)
 from specforge_exp.bench.acceptance import summarise, training_ngrams
 from specforge_exp.bench.asking import Answer, Asking, Conversation, asking_of
 from specforge_exp.bench.published import same_setting
@@ -23,7 +32,7 @@ from specforge_exp.config import Config
 from specforge_exp.data.conversations import asks_of
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
-from specforge_exp.provenance import describe, model_digest, sha256, write_json
+from specforge_exp.records import write_json
 from specforge_exp.target import check_gpus, load_tokenizer
 
 log = logging.getLogger(__name__)

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 from specforge_exp import paths
-from specforge_exp.artifacts import Fingerprint, require, reusable, writing
+from specforge_exp.artifacts import Fingerprint, model_digest, require, reusable, writing
 from specforge_exp.config import Config, locate
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
-from specforge_exp.provenance import model_digest
 from specforge_exp.target import DTYPES, Target, load_target, set_up_torch
 from specforge_exp.training.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from specforge_exp.training.tracking import best_step

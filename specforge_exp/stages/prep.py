@@ -22,12 +22,12 @@ import orjson
 from tqdm import tqdm
 
 from specforge_exp import paths
-from specforge_exp.artifacts import Fingerprint, read_record, reusable, writing
+from specforge_exp.artifacts import Fingerprint, read_record, reusable, sha256, writing
 from specforge_exp.config import Config, Source
 from specforge_exp.data.conversations import encode
 from specforge_exp.data.sources import Rejected, from_first_user, local_files, read, reasons
 from specforge_exp.errors import InputError
-from specforge_exp.provenance import sha256, write_json
+from specforge_exp.records import write_json
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ datasets/<data>--<model>.tokens/. Loss masks come from the target's own chat tem
 says what they look like, what was set aside and how much the draft's vocabulary covers.
 """
 
-import json
 import logging
 import shutil
 from collections import Counter
@@ -19,13 +18,20 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from specforge_exp import paths
-from specforge_exp.artifacts import Fingerprint, require, reusable, writing
+from specforge_exp.artifacts import (
+    Fingerprint,
+    model_digest,
+    require,
+    reusable,
+    sha256,
+    writing,
+)
 from specforge_exp.config import Config
 from specforge_exp.data.blocks import Block, cut, encode_blocks, read_encoded
 from specforge_exp.data.tokens import Ints, ShardWriter, packing
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
-from specforge_exp.provenance import model_digest, sha256, write_json
+from specforge_exp.records import write_json
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +81,7 @@ def preprocess(cfg: Config) -> Path:
             for name, part in blocks.items()
         }
         index = {name: split.shards for name, split in splits.items()}
-        (partial / "index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_json(partial / "index.json", index)
         size = cfg.draft.draft_vocab_size or vocabulary
         mapping = vocabulary_mapping(torch.from_numpy(splits["train"].counts_V), size)
         torch.save(mapping, partial / "vocab_mapping.pt")

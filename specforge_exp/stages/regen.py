@@ -15,13 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from specforge_exp import paths
-from specforge_exp.artifacts import Fingerprint, require, reusable, writing
+from specforge_exp.artifacts import (
+    Fingerprint,
+    model_digest,
+    require,
+    reusable,
+    sha256,
+    writing,
+)
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engines import answer_all, describe
 from specforge_exp.generation.store import Store
 from specforge_exp.interrupt import Interrupt
-from specforge_exp.provenance import model_digest, sha256
 from specforge_exp.target import check_gpus
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,6 @@ Reads datasets/<data>--<model>.tokens/; writes checkpoints/<run_name>/: metrics.
 at the end, run.json. Run the same command again to continue.
 """
 
-import json
 import logging
 import shutil
 from dataclasses import asdict, replace
@@ -16,12 +15,20 @@ import torch
 from torch import Tensor
 
 from specforge_exp import paths
-from specforge_exp.artifacts import Fingerprint, read_record, require, reusable
+from specforge_exp.artifacts import (
+    Fingerprint,
+    describe,
+    model_digest,
+    read_record,
+    require,
+    reusable,
+    sha256,
+)
 from specforge_exp.config import Config, locate
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
-from specforge_exp.provenance import describe, model_digest, sha256, write_json
+from specforge_exp.records import whole_lines, write_json
 from specforge_exp.sharding import shard_draft
 from specforge_exp.target import Target, check_gpus, load_target, set_up_torch
 from specforge_exp.training.batches import Batch
@@ -124,9 +131,8 @@ def states_of(cfg: Config, target: Target, splits: Splits, run: TrainingRun) -> 
 
 def logged_seconds(folder: Path) -> float:
     """Seconds of training by metrics.jsonl, over all attempts; 0 where another machine wrote it."""
-    file = folder / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return float(sum(json.loads(line).get("seconds", 0.0) for line in lines))
+    lines = whole_lines(folder / "metrics.jsonl")
+    return float(sum(line.get("seconds", 0.0) for line in lines))
 
 
 def make_objective(cfg: Config, draft: Any, target: Target, states: Features) -> Objective:

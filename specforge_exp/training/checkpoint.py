@@ -5,7 +5,6 @@ Written under another name and renamed; nothing is pickled.
 
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from specforge_exp.artifacts import Fingerprint, disk_errors
 from specforge_exp.errors import InputError
-from specforge_exp.provenance import write_json
+from specforge_exp.records import sync, sync_tree, write_json
 from specforge_exp.sharding import as_in, whole
 
 log = logging.getLogger(__name__)
@@ -90,11 +89,10 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, fingerprint: Fingerprint)
         save_file(snapshot.partial | random, partial / "loop.safetensors")
         record = {"inputs": fingerprint.inputs, "settings": fingerprint.settings}
         write_json(partial / "state.json", {"step": snapshot.step, **record})
-        for path in partial.iterdir():  # a rename may reach the disk before what it names
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        sync_tree(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+        sync(run_dir)
     return folder
 
 

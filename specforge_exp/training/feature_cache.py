@@ -28,7 +28,7 @@ from tqdm import tqdm
 from specforge_exp.artifacts import Fingerprint, disk_errors, read_record
 from specforge_exp.data.tokens import TokenSet
 from specforge_exp.errors import InputError
-from specforge_exp.provenance import write_json
+from specforge_exp.records import replacing, write_json
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.features import Features, HiddenStates
 from specforge_exp.training.ranks import Ranks
@@ -199,11 +199,9 @@ def shard_states(
 
 
 def write_shard(path: Path, states: dict[str, Tensor]) -> None:
-    """Write one shard under another name and rename it."""
-    partial = path.with_suffix(".partial")
-    with disk_errors(partial):
+    """Write one shard, whole or not at all."""
+    with disk_errors(path), replacing(path) as partial:
         save_file(states, partial)
-        partial.replace(path)
 
 
 def index_of(splits: dict[int, TokenSet], shards: list[list[tuple[int, int]]]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from specforge_exp.config import Config
 from specforge_exp.data.tokens import TokenSet
 from specforge_exp.errors import InputError
 from specforge_exp.interrupt import Interrupt
-from specforge_exp.provenance import write_json
+from specforge_exp.records import write_json
 from specforge_exp.sharding import gradient_of, is_sharded, whole
 from specforge_exp.training.batches import (
     Batch,

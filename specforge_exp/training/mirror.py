@@ -224,7 +224,10 @@ def read_told(folder: Path) -> dict[str, Any]:
 def tell(folder: Path, **changes: Any) -> None:
     """Update tracker.json, as a whole."""
     partial = folder / "tracker.json.partial"
-    partial.write_text(json.dumps(read_told(folder) | changes, indent=2) + "\n")
+    with partial.open("w") as file:
+        file.write(json.dumps(read_told(folder) | changes, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(folder / "tracker.json")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from specforge_exp.artifacts import disk_errors
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
+from specforge_exp.records import whole_lines, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -75,16 +76,10 @@ class Tracker:
 def open_tracker(cfg: Config, run_dir: Path, start_step: int) -> Tracker:
     """Open metrics.jsonl at `start_step`: what a killed run logged after its checkpoint goes."""
     file = run_dir / "metrics.jsonl"
-    kept = []
-    if start_step > 0 and file.exists():
-        lines = file.read_text().splitlines(keepends=True)
-        kept = [
-            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start_step
-        ]
-    partial = file.with_suffix(".jsonl.partial")
+    lines = whole_lines(file) if start_step > 0 else iter(())
+    logged = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start_step)
     with disk_errors(file):
-        partial.write_text("".join(kept))
-        partial.replace(file)
+        write_whole(file, logged.encode())
     return Tracker(file, start_mirror(cfg, run_dir) if cfg.tracker.name != "none" else None)
 
 
@@ -133,10 +128,7 @@ def start_mirror(cfg: Config, run_dir: Path) -> "subprocess.Popen[bytes] | None"
 
 def best_step(folder: Path) -> int | None:
     """The evaluated step with the longest simulated accepted length, from metrics.jsonl."""
-    file = folder / "metrics.jsonl"
-    if not file.exists():
-        return None
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = whole_lines(folder / "metrics.jsonl")
     evaluated = [line for line in lines if "eval/simulated_length" in line]
     best = max(evaluated, key=lambda line: line["eval/simulated_length"], default=None)
     return int(best["step"]) if best else None

@@ -104,7 +104,7 @@ def test_a_full_disk_tears_no_line(
     """The write that does not fit is taken back, and said; the rest is done afterwards."""
     store = make_store(tmp_path / "out", source, chunk_size=10)
     chunk = next(store.chunks())
-    whole = module.write_whole
+    whole = module.append
 
     class Full:
         """A file on a disk with room for three bytes more."""
@@ -120,7 +120,7 @@ def test_a_full_disk_tears_no_line(
 
     store.add(chunk, 0, result_of(store.read(chunk, 0)))
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_whole", lambda file, content: whole(Full(file), content))
+        patch.setattr(module, "append", lambda file, content: whole(Full(file), content))
         with pytest.raises(OSError, match="No space left") as error:
             store.add(chunk, 1, result_of(store.read(chunk, 1)))
     assert error.value.errno == errno.ENOSPC

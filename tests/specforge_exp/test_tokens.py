@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from specforge_exp.data.chat import Encoded
 from specforge_exp.data.tokens import ShardWriter, arrays_of, packing, read_split
 from specforge_exp.errors import InputError
-from specforge_exp.provenance import write_json
+from specforge_exp.records import write_json
 
 
 def conversation(size: int) -> Encoded:

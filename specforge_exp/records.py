@@ -1,0 +1,100 @@
+"""Records on disk: files that appear whole, and JSON lines whose last one may be cut.
+
+What says "complete" reaches the disk before its name does: `replacing` writes
+`<name>.<pid>.partial`, syncs it, renames it and syncs the folder. A killed writer of JSON lines
+leaves half a line at the end at most; `whole_lines` takes it for not written yet. Half a line
+anywhere else is damage.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from specforge_exp.errors import InputError
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # not every network file system can sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until everything in a folder is on the disk: a rename may overtake what it names."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name to write to; when the block ends well that file becomes `path`."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never half of it."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """`write_whole` of a JSON object; what JSON does not know becomes text."""
+    write_whole(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
+
+
+def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file, without a cut last line; none where there is no file.
+
+    Raises:
+        InputError: another line is no JSON object; names file and line.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = parse(line)
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise InputError(f"{path}:{number}: {error}") from None
+            yield record
+
+
+def parse(line: bytes) -> dict[str, Any]:
+    """One JSON object; ValueError for anything else."""
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:  # NaN and Infinity, which Python writes
+        record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"a {type(record).__name__} where an object was expected")
+    return record
+
+
+def cut_tail(path: Path) -> list[bytes]:
+    """The whole lines of a file that will be appended to; a half-written last one is cut off."""
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return whole.splitlines()
