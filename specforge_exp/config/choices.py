@@ -9,7 +9,7 @@ from specforge_exp.config.checks import at_least, one_of, safe_name
 from specforge_exp.errors import InputError
 
 FORMATS = tuple(
-    "conversations image instruction chitchat humaneval gsm8k math solve mbpp livecodebench "
+    "conversations image instruction humaneval gsm8k math solve mbpp livecodebench "
     "swe-bench mt-bench alpaca".split()
 )
 
@@ -47,11 +47,10 @@ class Source:
 
     path: str = MISSING
     """A .jsonl, .json or .parquet file or a folder of them; hub:<id>[/<configuration>][:<split>] or
-    hub:<id>/<file> (a{1,2}.jsonl: both); pypi:<package>==<version>/<file inside the wheel>;
-    synthetic:<train|eval|bench>[/<category>]."""
+    hub:<id>/<file> (a{1,2}.jsonl: both); synthetic:<train|eval|bench>[/<category>]."""
     format: str = "conversations"
     """conversations (also from/value and OpenAI messages), image (the same about pictures),
-    instruction (Alpaca's), chitchat, humaneval or gsm8k; or prompts as benchmarks word them, see
+    instruction (Alpaca's), humaneval or gsm8k; or prompts as benchmarks word them, see
     docs/bench.md: math, solve, mbpp, livecodebench, swe-bench, mt-bench or alpaca."""
     shuffle: int | None = None
     """Before `skip` and `limit`, put the records in the order that `datasets` gives them with

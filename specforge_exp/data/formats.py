@@ -8,8 +8,6 @@ from typing import Any
 from specforge_exp.data.conversations import IDS, LISTS, BadRecord, encode, normalise
 from specforge_exp.data.files import RAW_CHARACTERS, Columns, Raw, Rejected
 
-QUESTION_WORDS = "what how why who where when which".split()
-QUESTION_LENGTH = 8
 MARK = "<image>"
 MORE = "system tools image url source".split()
 """Columns that are kept beside a conversation."""
@@ -73,40 +71,6 @@ def instruction() -> Callable[[Any], Any]:
         return kept | {"conversations": [*asked(asks)["conversations"], answer]}
 
     return task
-
-
-def chitchat() -> Callable[[Any], Any]:
-    """format=chitchat: one question of each dialog of PyPI's chitchat-dataset, to be answered.
-
-    The question is the dialog's first message of at least QUESTION_LENGTH words that begins with
-    one of QUESTION_WORDS and ends with a question mark. Most dialogs open with a greeting or with
-    an answer to a topic that is not part of them; those are nothing to ask a model. A question
-    that an earlier dialog asked (in any case) is rejected, so that skip and limit part disjoint
-    sets.
-    """
-    seen: set[str] = set()
-
-    def question(value: Any) -> Record:
-        try:
-            texts = [message["text"].strip() for turn in value["messages"] for message in turn]
-        except (TypeError, KeyError, AttributeError):
-            raise BadRecord("not a chitchat dialog: no `messages` of {text} lists") from None
-        found = next((text for text in texts if is_question(text)), None)
-        if found is None:
-            raise BadRecord(f"no question of {QUESTION_LENGTH} words")
-        if found.casefold() in seen:
-            raise BadRecord("the question of an earlier dialog")
-        seen.add(found.casefold())
-        return asked(found)
-
-    return question
-
-
-def is_question(text: str) -> bool:
-    """True for a message that asks something on its own; see `chitchat`."""
-    words = text.split()
-    opening = words[0].casefold().strip(",'") if words else ""
-    return len(words) >= QUESTION_LENGTH and text.endswith("?") and opening in QUESTION_WORDS
 
 
 def humaneval() -> Callable[[Any], Any]:
@@ -229,7 +193,6 @@ FORMATS = {
     "conversations": format_of(as_it_is, " ".join(LISTS), " ".join(MORE)),
     "image": format_of(image, " ".join(LISTS), " ".join(MORE)),
     "instruction": format_of(instruction, "instruction", "input output response system tools"),
-    "chitchat": format_of(chitchat, "messages"),
     "humaneval": format_of(humaneval, "prompt", "task_id"),
     "gsm8k": format_of(gsm8k, "question prompt"),
     "math": format_of(prompts(math), "question problem"),

