@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from specforge_exp.config import Config, InputError, Source
-from specforge_exp.report.record import bench_all, find_sweep, read_sweep, run_folder
-from specforge_exp.stages.bench import bench
+from specforge_exp.report.record import find_sweep, read_sweep, run_folder
+from specforge_exp.stages import bench_sweep as module
+from specforge_exp.stages.bench_sweep import bench_sweep
 from specforge_exp.stages.export import export
 from specforge_exp.stages.train import train
 
@@ -72,7 +73,7 @@ def test_every_finished_run_is_benched_with_its_own_options(
     ]
     folder = write_sweep(checkpoints / "sweeps" / "s" / "train", runs, tmp_path)
     two_runs.sweep = str(folder)
-    best = bench_all(two_runs, export, bench)
+    best = bench_sweep(two_runs)
     results = {n: json.loads((checkpoints / n / "bench.json").read_text()) for n in ("one", "two")}
     assert [results[n]["config"]["lr"] for n in ("one", "two")] == [1e-3, 2e-3]
     for result in results.values():
@@ -90,14 +91,15 @@ def test_every_finished_run_is_benched_with_its_own_options(
     assert f"python report.py sweep={folder}" in said
     caplog.clear()
     before = (checkpoints / "one" / "bench.json").stat().st_mtime_ns
-    assert bench_all(two_runs, export, bench) == best
+    assert bench_sweep(two_runs) == best
     assert (checkpoints / "one" / "bench.json").stat().st_mtime_ns == before
     assert caplog.text.count("bench: complete, reused") == 2
 
 
 def test_a_run_that_fails_does_not_end_the_others(
-    two_runs: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    two_runs: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     checkpoints = Path(two_runs.paths.checkpoints)
     shutil.rmtree(next((checkpoints / "one").glob("step-*")))
     shutil.copytree(checkpoints / "two", checkpoints / "old")
@@ -113,8 +115,9 @@ def test_a_run_that_fails_does_not_end_the_others(
             raise RuntimeError("out of memory\nand more lines")
         return export(cfg)
 
+    monkeypatch.setattr(module, "export", crashing_export)
     with pytest.raises(InputError) as error:
-        bench_all(two_runs, crashing_export, bench)
+        bench_sweep(two_runs)
     message = str(error.value)
     assert message.startswith("4 of 4 runs could not be benched:")
     assert "one: " in message and "holds no checkpoint" in message
@@ -122,7 +125,7 @@ def test_a_run_that_fails_does_not_end_the_others(
     assert "from_another_time" in message and "another version" in message
     assert "two: out of memory\n" not in message and message.endswith("two: out of memory")
     with pytest.raises(InputError, match="3 of 4 runs"):
-        bench_all(two_runs, crashing_export, bench)
+        bench_sweep(two_runs)
     assert (checkpoints / "two" / "bench.json").exists()
     assert "two " in capsys.readouterr().out.splitlines()[-1]
 
@@ -154,7 +157,7 @@ def test_missing_and_strange_records_are_named(cfg: Config, tmp_path: Path) -> N
     there = write_sweep(sweeps / "there" / "train", [], tmp_path)
     cfg.sweep = str(sweeps / "wrong" / "train")
     with pytest.raises(InputError, match=f"wrong/train holds no sweep.json.*{there}"):
-        bench_all(cfg, export, bench)
+        bench_sweep(cfg)
     with pytest.raises(InputError, match=f"there are: {there}"):
         read_sweep(sweeps / "wrong" / "train")
     assert read_sweep(there)["runs"] == []
@@ -162,10 +165,10 @@ def test_missing_and_strange_records_are_named(cfg: Config, tmp_path: Path) -> N
         assert find_sweep(name, cfg.paths.checkpoints) == there
     cfg.sweep = "there"
     with pytest.raises(InputError, match=r"no run of .* is finished; go on with: python train.py"):
-        bench_all(cfg, export, bench)
+        bench_sweep(cfg)
     write_sweep(there, [], tmp_path, script="prep")
     with pytest.raises(InputError, match=r"a sweep of prep.py"):
-        bench_all(cfg, export, bench)
+        bench_sweep(cfg)
     write_sweep(there, [], tmp_path, version=2)
     with pytest.raises(InputError, match="version 2"):
         read_sweep(there)
