@@ -22,7 +22,7 @@ from specforge_exp.data.blocks import cut, encode_block, make_chat
 from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
-from specforge_exp.stages.preprocess import Split, merge
+from specforge_exp.stages.preprocess import TokenSplit, merge
 
 
 def tokenise(data: Path, tokenizer: str, options: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def tokenise(data: Path, tokenizer: str, options: dict[str, Any], out: Path) -> 
         blocks = cut(data)
         for block in blocks:
             encode_block(block, chat, cfg, folder / "blocks")
-        split = merge(cfg, Split(data, np.zeros(options["vocab"], np.int64)), blocks, folder)
+        split = merge(cfg, TokenSplit(data, np.zeros(options["vocab"], np.int64)), blocks, folder)
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
         (folder / "index.json").write_text(json.dumps({data.stem: split.shards}))
         tokens = read_split(folder, data.stem)

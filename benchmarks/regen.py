@@ -52,7 +52,7 @@ from specforge_exp.drafts.eagle3.config import Eagle3Config  # noqa: E402
 from specforge_exp.generation.engine import Answer, Request, Sampling  # noqa: E402
 from specforge_exp.generation.openai_engine import OpenAIEngine  # noqa: E402
 from specforge_exp.generation.progress import Progress  # noqa: E402
-from specforge_exp.generation.run import Pace, Run, run  # noqa: E402
+from specforge_exp.generation.run import RateLimit, Regeneration, answer_missing  # noqa: E402
 from specforge_exp.interrupt import Interrupt  # noqa: E402
 
 TARGET = ROOT / "assets" / "tiny_target"
@@ -131,8 +131,8 @@ def ours(urls: list[str], source: Path, lengths: Lengths, concurrency: int) -> d
 
         async def whole() -> Asked:
             engine = Asked(OpenAIEngine(cfg, urls), lengths)
-            job = Run(store, engine, rules(), Pace(None), Progress(store, interrupt))
-            await run(job, concurrency, 1.0)
+            job = Regeneration(store, engine, rules(), RateLimit(None), Progress(store, interrupt))
+            await answer_missing(job, concurrency, 1.0)
             return engine
 
         engine = asyncio.run(whole())

@@ -25,7 +25,7 @@ from instant_engine import rules  # noqa: E402
 from specforge_exp.artifacts import sha256  # noqa: E402
 from specforge_exp.generation.engine import Answer, Request, Unreachable  # noqa: E402
 from specforge_exp.generation.progress import Progress  # noqa: E402
-from specforge_exp.generation.run import Pace, Run, run  # noqa: E402
+from specforge_exp.generation.run import RateLimit, Regeneration, answer_missing  # noqa: E402
 from specforge_exp.generation.store import Store  # noqa: E402
 from specforge_exp.interrupt import Interrupt  # noqa: E402
 
@@ -68,9 +68,9 @@ def regenerate(folder: Path, source: Path, stop: bool) -> tuple[Store, AtOnce]:
     engine = AtOnce(stop)
     with Interrupt() as interrupt:
         store = Store(out, {source: sha256(source)}, 256, None, 1)
-        job = Run(store, engine, rules(), Pace(None), Progress(store, interrupt))
+        job = Regeneration(store, engine, rules(), RateLimit(None), Progress(store, interrupt))
         try:
-            asyncio.run(run(job, 64, 1.0))
+            asyncio.run(answer_missing(job, 64, 1.0))
         except Unreachable:
             return store, engine
         with (out / "train.jsonl").open("wb") as done, (out / "failed.jsonl").open("wb") as failed:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from specforge_exp.generation.conversation import Rules
 from specforge_exp.generation.engine import Answer, Engine, Request, Sampling, ServerDied
 from specforge_exp.generation.progress import Progress
-from specforge_exp.generation.run import Pace, Run, run
+from specforge_exp.generation.regenerate import Rules
+from specforge_exp.generation.run import RateLimit, Regeneration, answer_missing
 from specforge_exp.generation.store import Store
 from specforge_exp.interrupt import Interrupt
 
@@ -77,10 +77,12 @@ def said(text: str, finish_reason: str = "stop", **message: Any) -> Answer:
 def answer_all(
     store: Store, engine: Engine, concurrency: int = 8, rate: float | None = None, **changes: Any
 ) -> None:
-    """Run until everything is answered."""
+    """Regeneration until everything is answered."""
     with Interrupt() as interrupt:
-        job = Run(store, engine, rules(**changes), Pace(rate), Progress(store, interrupt))
-        asyncio.run(run(job, concurrency, drain=1.0))
+        job = Regeneration(
+            store, engine, rules(**changes), RateLimit(rate), Progress(store, interrupt)
+        )
+        asyncio.run(answer_missing(job, concurrency, drain=1.0))
 
 
 def make_store(

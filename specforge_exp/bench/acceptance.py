@@ -16,7 +16,7 @@ NOVEL_BELOW = 0.2
 
 
 @dataclass(frozen=True)
-class Request:
+class PairedAnswer:
     """One prompt, answered with the draft and by the target alone."""
 
     with_draft: Generation
@@ -43,9 +43,9 @@ def bootstrap_interval(values: list[float], resamples: int, seed: int = 0) -> tu
     return float(low), float(high)
 
 
-def grouped(requests: list[Request], average: str) -> list[list[Request]]:
+def grouped(requests: list[PairedAnswer], average: str) -> list[list[PairedAnswer]]:
     """What counts once in the mean: a conversation or a response; see bench.average."""
-    found: list[list[Request]] = []
+    found: list[list[PairedAnswer]] = []
     for request in requests:
         if request.follows and average == "conversations":
             found[-1].append(request)
@@ -54,7 +54,7 @@ def grouped(requests: list[Request], average: str) -> list[list[Request]]:
     return found
 
 
-def accepted_length(requests: list[Request], average: str) -> float | None:
+def accepted_length(requests: list[PairedAnswer], average: str) -> float | None:
     """Tokens per verification of requests together; None when they needed none."""
     verifications = sum(r.verifications for r in requests)
     if not verifications:
@@ -64,7 +64,7 @@ def accepted_length(requests: list[Request], average: str) -> float | None:
     return sum(len(r.with_draft.tokens) - 1 for r in requests) / verifications
 
 
-def acceptance_by_position(requests: list[Request], chain_length: int) -> list[float]:
+def acceptance_by_position(requests: list[PairedAnswer], chain_length: int) -> list[float]:
     """Share of verifications whose j-th drafted token stood, j = 1..chain_length.
 
     Not conditional on the tokens before it: 1 + their sum is the accepted length where nothing
@@ -77,7 +77,7 @@ def acceptance_by_position(requests: list[Request], chain_length: int) -> list[f
 
 
 def summarise(
-    requests: list[Request],
+    requests: list[PairedAnswer],
     chain_length: int,
     resamples: int,
     greedy: bool,
@@ -130,7 +130,7 @@ def summarise(
     }
 
 
-def compared(requests: list[Request]) -> dict[str, Any]:
+def compared(requests: list[PairedAnswer]) -> dict[str, Any]:
     """Whether all answers are the target's own, and the share of those that are."""
     same = [r.with_draft.tokens == r.alone.tokens for r in requests if r.alone is not None]
     if not same:
@@ -138,7 +138,9 @@ def compared(requests: list[Request]) -> dict[str, Any]:
     return {"lossless": all(same), "identical": sum(same) / len(same)}
 
 
-def speeds(requests: list[Request], seconds: tuple[float, float | None] | None) -> dict[str, Any]:
+def speeds(
+    requests: list[PairedAnswer], seconds: tuple[float, float | None] | None
+) -> dict[str, Any]:
     """Tokens per second and their ratios, with the prompts' share (`speedup`) and without."""
     drafted = [r.with_draft for r in requests]
     alone = [r.alone for r in requests if r.alone is not None]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from specforge_exp.bench.acceptance import Request
+from specforge_exp.bench.acceptance import PairedAnswer
 from specforge_exp.bench.speculative import Decoding
 from specforge_exp.config import Config
 from specforge_exp.data.chat import Message, eos_token_ids, prompt_ids
@@ -39,17 +39,17 @@ class Asking:
 
 
 @dataclass(frozen=True)
-class Answered:
+class SetAnswers:
     """The answers to one data set."""
 
-    requests: list[Request]
+    requests: list[PairedAnswer]
     seconds: float
     """That all answers with the draft took, as many at a time as bench.concurrency."""
     seconds_alone: float | None
     """Likewise without it; None: not measured."""
 
 
-Answer = Callable[[Config, Asking, dict[str, list[Conversation]]], dict[str, Answered]]
+BenchEngine = Callable[[Config, Asking, dict[str, list[Conversation]]], dict[str, SetAnswers]]
 """What an engine of bench is: the answers to all data sets.
 
 Raises:

@@ -24,7 +24,7 @@ COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+?)(?:_total)?\{(.*)\} (\S+)$", 
 
 
 @dataclass(frozen=True)
-class Answer:
+class ServedAnswer:
     """What came back."""
 
     generation: Generation
@@ -32,12 +32,12 @@ class Answer:
     """Verifications that the server counted; 0: it did not speculate, or does not say."""
 
 
-Client = Callable[[list[int], Decoding], Awaitable[Answer]]
+Client = Callable[[list[int], Decoding], Awaitable[ServedAnswer]]
 """Asks for the answer to a prompt; raises InputError when the server refuses or fails."""
 
 
 @dataclass
-class Progress:
+class AnswerStream:
     """An answer while it comes."""
 
     began: float = field(default_factory=time.perf_counter)
@@ -59,7 +59,7 @@ class Progress:
             self.steps += [new - 1] if new > 1 else []
         self.tokens = tokens if whole else [*self.tokens, *tokens]
 
-    def end(self, verified: int, accepted: list[int] | None) -> Answer:
+    def end(self, verified: int, accepted: list[int] | None) -> ServedAnswer:
         """The answer, with the server's counts; pieces that held several steps are left out."""
         seconds = time.perf_counter() - self.began
         exact = len(self.steps) == verified
@@ -71,7 +71,7 @@ class Progress:
             self.tokens, seconds, forwards, gained if verified else [], [],
             accepted if verified else [], self.first,
         )  # fmt: skip
-        return Answer(generation, verified)
+        return ServedAnswer(generation, verified)
 
 
 def session(timeout: float, key: str | None) -> aiohttp.ClientSession:
@@ -109,7 +109,7 @@ async def pieces(
 def sglang(http: aiohttp.ClientSession, root: str) -> Client:
     """A client of SGLang's own interface."""
 
-    async def ask(prompt: list[int], decoding: Decoding) -> Answer:
+    async def ask(prompt: list[int], decoding: Decoding) -> ServedAnswer:
         body = {
             "input_ids": prompt,
             "sampling_params": {
@@ -119,7 +119,7 @@ def sglang(http: aiohttp.ClientSession, root: str) -> Client:
             },
             "stream": True,
         }
-        progress, meta = Progress(), {}
+        progress, meta = AnswerStream(), {}
         async for event in pieces(http, f"{root}/generate", body):
             if "output_ids" not in event:
                 raise InputError(f"{root}/generate gives no output_ids; SGLang 0.5 and later do")
@@ -141,14 +141,14 @@ def sglang(http: aiohttp.ClientSession, root: str) -> Client:
 def openai(http: aiohttp.ClientSession, root: str, model: str) -> Client:
     """A client of OpenAI's completions; counts come from vLLM's /metrics where it has them."""
 
-    async def ask(prompt: list[int], decoding: Decoding) -> Answer:
+    async def ask(prompt: list[int], decoding: Decoding) -> ServedAnswer:
         body = {
             "model": model, "prompt": prompt, "stream": True, "return_token_ids": True,
             "temperature": decoding.temperature, "max_tokens": decoding.max_tokens,
             "stop_token_ids": sorted(decoding.eos),
         }  # fmt: skip
         before = await counters(http, root)
-        progress = Progress()
+        progress = AnswerStream()
         async for event in pieces(http, f"{root}/v1/completions", body):
             for choice in event.get("choices", []):
                 tokens = choice.get("token_ids")

@@ -7,8 +7,8 @@ import torch
 from tqdm import tqdm
 
 from specforge_exp import paths
-from specforge_exp.bench.acceptance import Request, overlap
-from specforge_exp.bench.asking import Answered, Asking, Conversation
+from specforge_exp.bench.acceptance import PairedAnswer, overlap
+from specforge_exp.bench.asking import Asking, Conversation, SetAnswers
 from specforge_exp.bench.speculative import generate, speculate
 from specforge_exp.config import Config, locate
 from specforge_exp.data.chat import Message
@@ -22,8 +22,10 @@ class Pair(NamedTuple):
     draft: Any
 
 
-def answer(cfg: Config, asking: Asking, sets: dict[str, list[Conversation]]) -> dict[str, Answered]:
-    """As `asking.Answer`."""
+def answer(
+    cfg: Config, asking: Asking, sets: dict[str, list[Conversation]]
+) -> dict[str, SetAnswers]:
+    """As `asking.BenchEngine`."""
     pair = load_pair(cfg)
     return {name: answer_all(name, asks, asking, pair) for name, asks in sets.items()}
 
@@ -40,8 +42,8 @@ def load_pair(cfg: Config) -> Pair:
 
 def answer_all(
     name: str, conversations: list[Conversation], asking: Asking, pair: Pair
-) -> Answered:
-    """Answer each conversation's turns; the very first prompt once more before, to warm up."""
+) -> SetAnswers:
+    """BenchEngine each conversation's turns; the very first prompt once more before, to warm up."""
     generator = torch.Generator().manual_seed(0)
     answers = [
         converse(asks, asking, pair, generator)
@@ -54,17 +56,17 @@ def answer_all(
     ]
     requests = [request for requests in answers[1:] for request in requests]
     seconds = sum(r.with_draft.seconds for r in requests)
-    return Answered(requests, seconds, sum(r.alone.seconds for r in requests if r.alone))
+    return SetAnswers(requests, seconds, sum(r.alone.seconds for r in requests if r.alone))
 
 
 def converse(
     asks: Conversation, asking: Asking, pair: Pair, generator: torch.Generator
-) -> list[Request]:
+) -> list[PairedAnswer]:
     """Ask in turn, with the draft and alone, each time after the drafted answer to the one before.
 
     Ends before a turn for which there is no room.
     """
-    requests: list[Request] = []
+    requests: list[PairedAnswer] = []
     messages: list[Message] = []
     target, draft, decoding = pair.target, pair.draft, asking.decoding
     for ask in asks:
@@ -74,6 +76,6 @@ def converse(
         drafted = speculate(target, draft.decoder(), draft.draft_ids_D, prompt, decoding, generator)
         alone = generate(target, prompt, decoding, generator)
         novelty = overlap(alone.tokens, asking.known)
-        requests.append(Request(drafted, alone, novelty, follows=bool(requests)))
+        requests.append(PairedAnswer(drafted, alone, novelty, follows=bool(requests)))
         messages.append({"role": "assistant", "content": asking.decode(drafted.tokens)})
     return requests

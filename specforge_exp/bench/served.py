@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from specforge_exp import paths
 from specforge_exp.bench import clients
-from specforge_exp.bench.acceptance import Request, overlap
-from specforge_exp.bench.asking import Answered, Asking, Conversation
+from specforge_exp.bench.acceptance import PairedAnswer, overlap
+from specforge_exp.bench.asking import Asking, Conversation, SetAnswers
 from specforge_exp.bench.clients import Client
 from specforge_exp.config import Config, locate
 from specforge_exp.data.chat import Message
@@ -39,41 +39,43 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Asked:
+class Exchange:
     """A prompt, and what came back."""
 
     prompt: list[int]
-    answer: clients.Answer
+    answer: clients.ServedAnswer
 
 
-Answers = tuple[list[list[Asked]], float]
+Answers = tuple[list[list[Exchange]], float]
 """By conversation and turn, and the seconds that all took together."""
-One = Callable[[int], Awaitable[list[Asked]]]
+Converse = Callable[[int], Awaitable[list[Exchange]]]
 """Carries out a conversation, by its number."""
 
 
-def answer(cfg: Config, asking: Asking, sets: dict[str, list[Conversation]]) -> dict[str, Answered]:
-    """As `asking.Answer`."""
+def answer(
+    cfg: Config, asking: Asking, sets: dict[str, list[Conversation]]
+) -> dict[str, SetAnswers]:
+    """As `asking.BenchEngine`."""
     return asyncio.run(answer_sets(cfg, asking, sets))
 
 
 async def answer_sets(
     cfg: Config, asking: Asking, sets: dict[str, list[Conversation]]
-) -> dict[str, Answered]:
+) -> dict[str, SetAnswers]:
     """Everything with the draft; then the prompts that this has led to, alone."""
     drafted: dict[str, Answers] = {}
     async with serving(cfg, alone=False) as client:
-        crowd = Crowd(cfg, asking, client)
+        askers = Askers(cfg, asking, client)
         for name, conversations in sets.items():
-            drafted[name] = await crowd.converse(name, conversations)
+            drafted[name] = await askers.converse(name, conversations)
             check_speculated(cfg, name, drafted[name][0])
     alone: dict[str, Answers] = {}
     if cfg.bench_alone:
         async with serving(cfg, alone=True) as client:
-            crowd = Crowd(cfg, asking, client)
+            askers = Askers(cfg, asking, client)
             for name, (found, _) in drafted.items():
                 prompts = [[asked.prompt for asked in turns] for turns in found]
-                alone[name] = await crowd.repeat(name, prompts)
+                alone[name] = await askers.repeat(name, prompts)
     return {name: together(found, alone.get(name), asking) for name, found in drafted.items()}
 
 
@@ -123,7 +125,7 @@ def server_of(cfg: Config, alone: bool, folder: Path) -> Server:
     return Server(command, cfg.engine.port, folder / "server.log", own)
 
 
-class Crowd:
+class Askers:
     """bench.concurrency askers of one server."""
 
     def __init__(self, cfg: Config, asking: Asking, client: Client) -> None:
@@ -138,15 +140,15 @@ class Crowd:
         """
         first = [self.asking.encode(asks[0]) for asks in conversations[: self.size]]
 
-        async def one(number: int) -> list[Asked]:
-            turns: list[Asked] = []
+        async def one(number: int) -> list[Exchange]:
+            turns: list[Exchange] = []
             messages: list[Message] = []
             for ask in conversations[number]:
                 messages = [*messages, *ask]
                 prompt = self.asking.encode(messages)
                 if len(prompt) > self.asking.room:
                     break
-                turns.append(Asked(prompt, await self.client(prompt, self.asking.decoding)))
+                turns.append(Exchange(prompt, await self.client(prompt, self.asking.decoding)))
                 said = self.asking.decode(turns[-1].answer.generation.tokens)
                 messages.append({"role": "assistant", "content": said})
             return turns
@@ -156,19 +158,19 @@ class Crowd:
     async def repeat(self, name: str, prompts: list[list[list[int]]]) -> Answers:
         """Ask the prompts of every conversation, in turn."""
 
-        async def one(number: int) -> list[Asked]:
+        async def one(number: int) -> list[Exchange]:
             decoding = self.asking.decoding
-            return [Asked(p, await self.client(p, decoding)) for p in prompts[number]]
+            return [Exchange(p, await self.client(p, decoding)) for p in prompts[number]]
 
         first = [turns[0] for turns in prompts[: self.size]]
         return await self.all(f"bench {name}, alone", first, len(prompts), one)
 
-    async def all(self, title: str, first: list[list[int]], count: int, one: One) -> Answers:
+    async def all(self, title: str, first: list[list[int]], count: int, one: Converse) -> Answers:
         """Carry out conversations 0..count-1, `size` at a time; a server's first ones twice."""
         if not self.warm:
             await asyncio.gather(*(self.client(p, self.asking.decoding) for p in first))
             self.warm = True
-        found: list[list[Asked]] = [[] for _ in range(count)]
+        found: list[list[Exchange]] = [[] for _ in range(count)]
         waiting = iter(range(count))
         with tqdm(total=count, desc=title, unit="prompt", disable=None) as bar:
 
@@ -187,7 +189,7 @@ class Crowd:
             return found, time.perf_counter() - began
 
 
-def check_speculated(cfg: Config, name: str, conversations: list[list[Asked]]) -> None:
+def check_speculated(cfg: Config, name: str, conversations: list[list[Exchange]]) -> None:
     """Raise InputError when no answer of a data set took a verification."""
     answers = [asked.answer for turns in conversations for asked in turns]
     if any(a.verified for a in answers) or all(len(a.generation.tokens) < 2 for a in answers):
@@ -200,7 +202,7 @@ def check_speculated(cfg: Config, name: str, conversations: list[list[Asked]]) -
     )
 
 
-def together(drafted: Answers, alone: Answers | None, asking: Asking) -> Answered:
+def together(drafted: Answers, alone: Answers | None, asking: Asking) -> SetAnswers:
     """Both ways of answering the same prompts."""
     requests = []
     for number, turns in enumerate(drafted[0]):
@@ -208,5 +210,5 @@ def together(drafted: Answers, alone: Answers | None, asking: Asking) -> Answere
             ours, verified = asked.answer.generation, asked.answer.verified
             single = alone[0][number][turn].answer.generation if alone else None
             novelty = overlap((single or ours).tokens, asking.known)
-            requests.append(Request(ours, single, novelty, turn > 0, verified))
-    return Answered(requests, drafted[1], alone[1] if alone else None)
+            requests.append(PairedAnswer(ours, single, novelty, turn > 0, verified))
+    return SetAnswers(requests, drafted[1], alone[1] if alone else None)

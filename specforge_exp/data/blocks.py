@@ -47,7 +47,7 @@ WORTH = 8
 
 
 @dataclass(frozen=True)
-class Block:
+class LineBlock:
     """Lines of one file."""
 
     path: Path
@@ -64,19 +64,19 @@ class Block:
         return f"{self.path.stem}-{self.number:06d}"
 
 
-def cut(path: Path) -> list[Block]:
+def cut(path: Path) -> list[LineBlock]:
     """The blocks of a JSON lines file, in order."""
-    blocks: list[Block] = []
+    blocks: list[LineBlock] = []
     start = at = 0
     first = number = 1
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             at += len(line)
             if number - first + 1 >= LINES or at - start >= BYTES:
-                blocks.append(Block(path, len(blocks), start, at, first))
+                blocks.append(LineBlock(path, len(blocks), start, at, first))
                 start, first = at, number + 1
     if at > start:
-        blocks.append(Block(path, len(blocks), start, at, first))
+        blocks.append(LineBlock(path, len(blocks), start, at, first))
     return blocks
 
 
@@ -89,7 +89,7 @@ def make_chat(cfg: Config) -> Chat:
     return Chat(tokenizer, kwargs, eos, options.thinking, options.last_turn_only)
 
 
-def read_block(block: Block) -> list[dict[str, Any]]:
+def read_block(block: LineBlock) -> list[dict[str, Any]]:
     """Its conversations; InputError names file and line."""
     with block.path.open("rb") as file:
         file.seek(block.start)
@@ -103,7 +103,7 @@ def read_block(block: Block) -> list[dict[str, Any]]:
     return records
 
 
-def encode_block(block: Block, chat: Chat, cfg: Config, folder: Path) -> None:
+def encode_block(block: LineBlock, chat: Chat, cfg: Config, folder: Path) -> None:
     """Write `<name>.safetensors`: a shard with its account as metadata, and what was set aside."""
     account: Counter[str] = Counter()
     kept, rejected = [], []
@@ -161,14 +161,14 @@ def check(record: dict[str, Any], encoded: Encoded, chat: Chat, account: Counter
         account["misread"] += answer not in chat.tokenizer.decode(encoded.ids[first:last])
 
 
-def read_encoded(folder: Path, block: Block) -> tuple[dict[str, Ints], Counter[str]]:
+def read_encoded(folder: Path, block: LineBlock) -> tuple[dict[str, Ints], Counter[str]]:
     """What `encode_block` wrote."""
     with safe_open(folder / f"{block.name}.safetensors", "numpy") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return arrays, Counter(json.loads(file.metadata()["account"]))
 
 
-def encode_blocks(blocks: list[Block], cfg: Config, folder: Path) -> Iterator[Block]:
+def encode_blocks(blocks: list[LineBlock], cfg: Config, folder: Path) -> Iterator[LineBlock]:
     """Encode the blocks, with as many processes as are wanted and useful; yields each when done.
 
     Raises:
@@ -188,12 +188,14 @@ def encode_blocks(blocks: list[Block], cfg: Config, folder: Path) -> Iterator[Bl
         yield block
 
 
-def in_processes(blocks: list[Block], cfg: Config, folder: Path, processes: int) -> Iterator[Block]:
+def in_processes(
+    blocks: list[LineBlock], cfg: Config, folder: Path, processes: int
+) -> Iterator[LineBlock]:
     """Deal the blocks to processes; none outlives this one by more than its block."""
     context = multiprocessing.get_context("spawn")
     waiting = iter(blocks)
     workers: dict[Connection, SpawnProcess] = {}
-    busy: dict[Connection, Block] = {}
+    busy: dict[Connection, LineBlock] = {}
     try:
         for _ in range(processes):
             ours, theirs = context.Pipe()

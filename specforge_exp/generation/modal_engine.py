@@ -27,13 +27,13 @@ from modal_sweep.errors import CallError, Cancelled, Died, Raised, ResultGone, U
 from specforge_exp.config import Config
 from specforge_exp.data.conversations import BadRecord
 from specforge_exp.errors import InputError
-from specforge_exp.generation.conversation import Rules
 from specforge_exp.generation.modal_app import deployed, pools
 from specforge_exp.generation.modal_calls import Journal, new_outage, patiently, result_of
 from specforge_exp.generation.modal_worker import pack, read, unpack
 from specforge_exp.generation.progress import EVERY, Progress
+from specforge_exp.generation.regenerate import Rules
 from specforge_exp.generation.rules import rules_of
-from specforge_exp.generation.run import Pace
+from specforge_exp.generation.run import RateLimit
 from specforge_exp.generation.store import Chunk, Store
 from specforge_exp.interrupt import Interrupt
 from specforge_exp.serving.sglang import tp_size_of
@@ -117,7 +117,7 @@ class Client:
         self.folder = f"regen/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self.volume_name = cfg.resources["volumes"][cfg.resources["env"]["SPECFORGE_DATASETS"]]
         self.journal = Journal(store.folder / JOURNAL)
-        self.pace = Pace(cfg.engine.rate_limit)
+        self.pace = RateLimit(cfg.engine.rate_limit)
         self.spawning = asyncio.Lock()
         self.outage = new_outage()
         self.pending: dict[str, tuple[asyncio.Future[bytes], int]] = {}

@@ -19,8 +19,8 @@ import modal.experimental
 import orjson
 
 from specforge_exp.config import Config, EngineConfig, LossConfig, ModelConfig
-from specforge_exp.generation.conversation import Item, Record, Rules, regenerate
 from specforge_exp.generation.engine import Sampling, ServerDied
+from specforge_exp.generation.regenerate import Item, Record, Rules, regenerate
 from specforge_exp.generation.sglang_engine import SGLangEngine
 
 SERVER = "SPECFORGE_REGEN"

@@ -11,8 +11,8 @@ from transformers import GenerationConfig
 from specforge_exp.artifacts import model_digest
 from specforge_exp.config import Config, ModelConfig
 from specforge_exp.data.chat import prompt_ids
-from specforge_exp.generation.conversation import Record, Rules
 from specforge_exp.generation.engine import Message, Sampling
+from specforge_exp.generation.regenerate import Record, Rules
 from specforge_exp.target import load_tokenizer
 
 THINKING = {"off": False, "on": True, "kept": True}

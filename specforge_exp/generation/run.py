@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from specforge_exp.data.conversations import BadRecord
-from specforge_exp.generation.conversation import Item, Record, Rules, regenerate
 from specforge_exp.generation.engine import Engine, ServerDied, Unreachable
 from specforge_exp.generation.progress import Progress
+from specforge_exp.generation.regenerate import Item, Record, Rules, regenerate
 from specforge_exp.generation.store import Chunk, Store
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ Place = tuple[Chunk, int]
 
 
 @dataclass
-class Deal:
+class Assignment:
     """Which server answers what."""
 
     chunks: Iterator[Chunk]
@@ -44,7 +44,7 @@ class Deal:
 
 
 @dataclass
-class Pace:
+class RateLimit:
     """At most `rate` requests per second, evenly spaced; None: no limit."""
 
     rate: float | None
@@ -60,20 +60,20 @@ class Pace:
 
 
 @dataclass
-class Run:
+class Regeneration:
     """What the workers of one run share."""
 
     store: Store
     engine: Engine
     rules: Rules
-    pace: Pace
+    pace: RateLimit
     progress: Progress
     suspects: list[Place] = field(default_factory=list)
     """Under way when a server died."""
     lost: dict[int, Unreachable] = field(default_factory=dict)
     """Servers that are given up."""
 
-    async def work(self, deal: Deal, server: int) -> None:
+    async def work(self, deal: Assignment, server: int) -> None:
         """Answer places of one server until there are none, or the run is to end.
 
         What a server that cannot be reached leaves is there for the others.
@@ -133,7 +133,7 @@ class Run:
         self.suspects = []
 
 
-async def run(run: Run, concurrency: int, drain: float) -> None:
+async def answer_missing(run: Regeneration, concurrency: int, drain: float) -> None:
     """Answer everything that the store lacks, or stop when the process is asked to end.
 
     Args:
@@ -144,7 +144,7 @@ async def run(run: Run, concurrency: int, drain: float) -> None:
     Raises:
         Unreachable: no server answers; what is done is kept.
     """
-    deal = Deal(run.store.chunks(), [deque() for _ in range(run.engine.servers)])
+    deal = Assignment(run.store.chunks(), [deque() for _ in range(run.engine.servers)])
     workers: list[asyncio.Task[None]] = []
     watch = asyncio.create_task(run.progress.watch(workers, drain))
     try:

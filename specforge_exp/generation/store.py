@@ -22,8 +22,8 @@ import numpy as np
 import orjson
 
 from specforge_exp.errors import InputError
-from specforge_exp.generation.conversation import Record
 from specforge_exp.generation.plan import Plan, load_plan, make_plan, save_plan
+from specforge_exp.generation.regenerate import Record
 from specforge_exp.records import cut_tail, whole_lines, write_whole
 
 FAILED = b'{"error":'

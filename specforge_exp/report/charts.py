@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from bokeh.models import ColumnDataSource, FactorRange, FixedTicker, NumeralTickFormatter
 
-from specforge_exp.report.collect import ACCEPTED, Collected, Curve, Run
+from specforge_exp.report.collect import ACCEPTED, Collected, Curve, SweepRun
 from specforge_exp.report.drawing import (
     FAINT,
     FORMAT,
@@ -18,7 +18,7 @@ from specforge_exp.report.drawing import (
     new_figure,
     spans_decades,
 )
-from specforge_exp.report.ranking import Entry, Ranking
+from specforge_exp.report.ranking import Ranking, RankingRow
 from specforge_exp.report.statistics import thin
 from specforge_exp.report.text import interval_text, title_of
 
@@ -44,15 +44,15 @@ def charts(sweep: Collected, ranking: Ranking) -> list[Chart]:
     return [chart for chart in found if chart is not None]
 
 
-def by_loss(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+def by_loss(entries: Sequence[RankingRow]) -> dict[str, list[RankingRow]]:
     """Entries by the name of their loss, in the order of the entries."""
-    found: dict[str, list[Entry]] = {}
+    found: dict[str, list[RankingRow]] = {}
     for entry in entries:
         found.setdefault(entry.runs[0].loss, []).append(entry)
     return found
 
 
-def entry_columns(entries: Sequence[Entry]) -> dict[str, list[Any]]:
+def entry_columns(entries: Sequence[RankingRow]) -> dict[str, list[Any]]:
     """Name, value and interval of entries, for a chart."""
     known = [entry.interval or (entry.value, entry.value) for entry in entries]
     return {
@@ -144,9 +144,9 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 
 def line_chart(
-    runs: Sequence[Run],
+    runs: Sequence[SweepRun],
     axis: str,
-    columns: Callable[[Run], dict[str, Any]],
+    columns: Callable[[SweepRun], dict[str, Any]],
     first: tuple[str, str],
     log_axis: bool = False,
 ) -> Any:
@@ -173,7 +173,7 @@ def line_chart(
     return chart
 
 
-def curve_charts(runs: Sequence[Run]) -> list[Chart]:
+def curve_charts(runs: Sequence[SweepRun]) -> list[Chart]:
     """Loss, simulated accepted length and acceptance rates over optimiser steps."""
     found = []
     titles = {
@@ -190,7 +190,7 @@ def curve_charts(runs: Sequence[Run]) -> list[Chart]:
             for run in runs for key in keys.values() if key in run.curves
         )  # fmt: skip
 
-        def columns(run: Run, keys: dict[str, str] = keys) -> dict[str, Any]:
+        def columns(run: SweepRun, keys: dict[str, str] = keys) -> dict[str, Any]:
             points = {one: drawn(run.curves.get(key), POINTS) for one, key in keys.items()}
             return {f"{one}:{axis}": both[place] for one, both in points.items()
                     for place, axis in enumerate(("x", "y"))}  # fmt: skip
@@ -202,12 +202,12 @@ def curve_charts(runs: Sequence[Run]) -> list[Chart]:
     return [*found, alpha] if alpha else found
 
 
-def sources_of(runs: Sequence[Run], keys: dict[str, str]) -> tuple[str, ...]:
+def sources_of(runs: Sequence[SweepRun], keys: dict[str, str]) -> tuple[str, ...]:
     """Which of training and held-out any run has."""
     return tuple(one for one, key in keys.items() if any(key in run.curves for run in runs))
 
 
-def alpha_chart(runs: Sequence[Run]) -> Chart | None:
+def alpha_chart(runs: Sequence[SweepRun]) -> Chart | None:
     """Acceptance rates over optimiser steps, one unroll step at a time."""
     names = {key for run in runs for key in run.curves if "alpha/" in key}
     steps = sorted({int(key.rpartition("/")[2]) for key in names})
@@ -218,7 +218,7 @@ def alpha_chart(runs: Sequence[Run]) -> Chart | None:
         return None
     most = int(min(POINTS, max(20, ALPHA_POINTS // (len(runs) * (len(steps) + 1)))))
 
-    def columns(run: Run) -> dict[str, Any]:
+    def columns(run: SweepRun) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for one in there:
             prefix = "eval/" if one == "held-out" else ""
@@ -247,7 +247,7 @@ def alpha_chart(runs: Sequence[Run]) -> Chart | None:
                  steps=choices, chosen=first)  # fmt: skip
 
 
-def unroll_chart(runs: Sequence[Run]) -> Chart | None:
+def unroll_chart(runs: Sequence[SweepRun]) -> Chart | None:
     """The newest evaluation's acceptance rate over the unroll steps, a line per run."""
     found = {}
     for run in runs:

@@ -21,7 +21,7 @@ from specforge_exp.bench.published import Beside, beside
 from specforge_exp.errors import InputError
 from specforge_exp.records import whole_lines
 from specforge_exp.report.record import FILE, read_sweep, run_folder
-from specforge_exp.report.statistics import Sample, stratum
+from specforge_exp.report.statistics import StratifiedSample, stratum
 
 SHOWN = re.compile(r"(eval/)?(loss|simulated_length|alpha/\d+)")
 """Metrics that the page draws over steps."""
@@ -55,7 +55,7 @@ class DataSet:
 
 
 @dataclass
-class Run:
+class SweepRun:
     """One run of a sweep."""
 
     number: int
@@ -84,7 +84,7 @@ class Run:
     seconds: float | None = None
     """Seconds of training, over all attempts."""
     curves: dict[str, Curve] = field(default_factory=dict)
-    samples: dict[str, Sample] = field(default_factory=dict)
+    samples: dict[str, StratifiedSample] = field(default_factory=dict)
     """What intervals of a metric are made from; simulated_length and accepted_length at most."""
     datasets: dict[str, DataSet] = field(default_factory=dict)
     published: list[Beside] = field(default_factory=list)
@@ -131,7 +131,7 @@ class Collected:
     directions: dict[str, str]
     """minimize or maximize, by objective, in the order in which runs return them."""
     study: dict[str, Any]
-    runs: list[Run]
+    runs: list[SweepRun]
     problems: list[str]
     """What could not be read, one line each."""
 
@@ -206,7 +206,7 @@ def number(value: Any) -> float | None:
     return float(value) if known and math.isfinite(value) else None
 
 
-def listed_run(raw: dict[str, Any], label: str, objectives: list[str], script: str) -> Run:
+def listed_run(raw: dict[str, Any], label: str, objectives: list[str], script: str) -> SweepRun:
     """A run as sweep.json lists it."""
     record = raw.get("record") or {}
     params = raw.get("params") or {}
@@ -220,7 +220,7 @@ def listed_run(raw: dict[str, Any], label: str, objectives: list[str], script: s
     values = value if isinstance(value, list) else [value]
     found = {name: number(one) for name, one in zip(objectives, values, strict=False)}
     command = shlex.join(["python", f"{script}.py", *overrides])
-    return Run(
+    return SweepRun(
         number=int(raw.get("number", 0)),
         name=str(raw["name"]),
         label=label,
@@ -244,10 +244,10 @@ def parsed(text: str) -> Any:
         return float(text) if found else text
 
 
-def read_folder(run: Run, folder: Path, problems: list[str]) -> None:
+def read_folder(run: SweepRun, folder: Path, problems: list[str]) -> None:
     """Add what a run's folder holds; what cannot be read is named in `problems`."""
     benches = sorted(folder.glob("bench*.json"), key=lambda file: file.stat().st_mtime)
-    parts: list[tuple[str, Callable[[Run, Path], None]]] = [
+    parts: list[tuple[str, Callable[[SweepRun, Path], None]]] = [
         ("metrics.jsonl", add_curves),
         ("run.json", add_record),
         ("evaluation.json", add_conversations),
@@ -274,7 +274,7 @@ def metric_lines(file: Path) -> Iterator[dict[str, Any]]:
         yield line
 
 
-def add_curves(run: Run, file: Path) -> None:
+def add_curves(run: SweepRun, file: Path) -> None:
     """Curves, seconds and the newest evaluation, from metrics.jsonl."""
     points: dict[str, tuple[list[int], list[float]]] = {}
     seconds, step = 0.0, None
@@ -296,7 +296,7 @@ def add_curves(run: Run, file: Path) -> None:
     }
 
 
-def add_record(run: Run, file: Path) -> None:
+def add_record(run: SweepRun, file: Path) -> None:
     """The last evaluation and what the record of the sweep did not say, from run.json."""
     record = json.loads(file.read_text())
     config = record.get("config") or {}
@@ -312,14 +312,14 @@ def add_record(run: Run, file: Path) -> None:
         run.seconds = number(record.get("seconds"))
 
 
-def add_conversations(run: Run, file: Path) -> None:
+def add_conversations(run: SweepRun, file: Path) -> None:
     """What the held-out conversations gave, from evaluation.json.
 
     Raises:
         ValueError: it is not of the evaluation that the run reports.
     """
     found = json.loads(file.read_text())
-    sample = Sample((stratum("held-out", found["length"], found["slots"]),))
+    sample = StratifiedSample((stratum("held-out", found["length"], found["slots"]),))
     reported = run.evaluation.setdefault("simulated_length", sample.estimate)
     if not math.isclose(sample.estimate, reported, rel_tol=1e-3):
         if not run.final:  # a step ahead of metrics.jsonl, or behind
@@ -330,7 +330,7 @@ def add_conversations(run: Run, file: Path) -> None:
     run.samples["simulated_length"] = sample
 
 
-def add_bench(run: Run, file: Path) -> None:
+def add_bench(run: SweepRun, file: Path) -> None:
     """Accepted lengths by data set, from what bench measured last."""
     bench = json.loads(file.read_text())
     strata = []
@@ -348,10 +348,10 @@ def add_bench(run: Run, file: Path) -> None:
         keys = "chain_length temperature max_tokens turns average thinking".split()
         how = [bench.get("settings", {}).get(key) for key in keys]
         how += [found.get("source") for found in bench["datasets"].values()]
-        run.samples[ACCEPTED] = Sample(tuple(strata), str(how))
+        run.samples[ACCEPTED] = StratifiedSample(tuple(strata), str(how))
 
 
-def add_tracker(run: Run, file: Path) -> None:
+def add_tracker(run: SweepRun, file: Path) -> None:
     """Where the run is at its tracker: an address, or the command that uploads or shows it."""
     told = json.loads(file.read_text())
     url, sync = told.get("url"), told.get("sync")

@@ -17,7 +17,7 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 
-from specforge_exp.report.collect import Run
+from specforge_exp.report.collect import SweepRun
 from specforge_exp.report.text import title_of
 
 PALETTE = (
@@ -55,7 +55,7 @@ class Chart:
             tool.renderers = marks
 
 
-def colours(runs: Sequence[Run]) -> dict[str, str]:
+def colours(runs: Sequence[SweepRun]) -> dict[str, str]:
     """A colour for every loss, the same in all charts."""
     losses = list(dict.fromkeys(run.loss for run in runs))
     return {loss: PALETTE[place % len(PALETTE)] for place, loss in enumerate(losses)}

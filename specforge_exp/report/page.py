@@ -13,9 +13,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from specforge_exp.report.charts import charts
-from specforge_exp.report.collect import ACCEPTED, Collected, Run
+from specforge_exp.report.collect import ACCEPTED, Collected, SweepRun
 from specforge_exp.report.drawing import Chart, colours
-from specforge_exp.report.ranking import Entry, Ranking, headline
+from specforge_exp.report.ranking import Ranking, RankingRow, headline
 from specforge_exp.report.study_charts import study_charts
 from specforge_exp.report.table import Column, columns, status_counts, total
 from specforge_exp.report.text import measure, shown, title_of
@@ -149,7 +149,7 @@ def table(title: str, sweep: Collected, ranking: Ranking, seeds: bool) -> dict[s
     return {"title": title, "tracked": tracked, "columns": heads, "rows": rows}
 
 
-def is_text(column: Column, entries: list[Entry]) -> bool:
+def is_text(column: Column, entries: list[RankingRow]) -> bool:
     """Whether a column is aligned to the left."""
     return column.key in LEFT or any(isinstance(column.value(e), str) for e in entries)
 
@@ -186,7 +186,7 @@ def data_set_table(by_seed: Ranking) -> dict[str, Any]:
     }
 
 
-def cells(run: Run, names: list[str]) -> list[tuple[str, str]]:
+def cells(run: SweepRun, names: list[str]) -> list[tuple[str, str]]:
     """(value, interval) of a run on every data set; empty where it was not measured."""
     found = []
     for name in names:

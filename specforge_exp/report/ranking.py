@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 
 from specforge_exp.errors import InputError
-from specforge_exp.report.collect import ACCEPTED, Collected, Run
+from specforge_exp.report.collect import ACCEPTED, Collected, SweepRun
 from specforge_exp.report.statistics import (
     Comparison,
     Spread,
@@ -21,12 +21,12 @@ BEST, SAME, WORSE, UNKNOWN = "best", "not distinguishable", "worse", "no interva
 
 
 @dataclass
-class Entry:
+class RankingRow:
     """A configuration: one run, or several that differ in their seed only."""
 
     name: str
     label: str
-    runs: list[Run]
+    runs: list[SweepRun]
     status: str
     """Of its runs: completed when one is, else the furthest any has come."""
     spread: Spread | None = None
@@ -49,7 +49,7 @@ class Entry:
         return None if self.spread is None else self.spread.interval
 
     @property
-    def finished(self) -> list[Run]:
+    def finished(self) -> list[SweepRun]:
         """The runs whose metric counts."""
         return [run for run in self.runs if counts(run)]
 
@@ -66,10 +66,10 @@ class Ranking:
 
     metric: str
     minimised: bool
-    entries: list[Entry]
+    entries: list[RankingRow]
 
     @property
-    def ranked(self) -> list[Entry]:
+    def ranked(self) -> list[RankingRow]:
         """Those with a rank, best first."""
         return [entry for entry in self.entries if entry.rank is not None]
 
@@ -79,12 +79,12 @@ class Ranking:
         return any(len(entry.runs) > 1 for entry in self.entries)
 
 
-def counts(run: Run) -> bool:
+def counts(run: SweepRun) -> bool:
     """Whether a run's numbers are final."""
     return run.status == "completed" or (run.status == "running" and run.final)
 
 
-def spread_of(run: Run, metric: str, resamples: int) -> Spread | None:
+def spread_of(run: SweepRun, metric: str, resamples: int) -> Spread | None:
     """A metric of one run with its interval, where the run left what one can be made of."""
     if metric in run.samples:
         return spread(run.samples[metric], resamples)
@@ -99,9 +99,9 @@ def spread_of(run: Run, metric: str, resamples: int) -> Spread | None:
     return Spread(value)
 
 
-def configurations(runs: list[Run]) -> list[list[Run]]:
+def configurations(runs: list[SweepRun]) -> list[list[SweepRun]]:
     """Runs that differ in their seed only, together, by seed; each seed once."""
-    found: dict[tuple[str, int], list[Run]] = {}
+    found: dict[tuple[str, int], list[SweepRun]] = {}
     for run in sorted(runs, key=lambda one: (one.number, one.name)):
         others = {key: value for key, value in run.choices.items() if key != "seed"}
         key = json.dumps(others, sort_keys=True, default=str)
@@ -130,7 +130,7 @@ def rank(sweep: Collected, metric: str, resamples: int, by_seed: bool = False) -
     entries = [entry_of(group, metric, resamples) for group in groups]
     minimised = sweep.minimised(metric)
 
-    def order(entry: Entry) -> tuple[bool, bool, float, int]:
+    def order(entry: RankingRow) -> tuple[bool, bool, float, int]:
         value = (entry.value or 0.0) * (1 if minimised else -1)
         return not entry.finished, entry.spread is None, value, entry.runs[0].number
 
@@ -144,7 +144,7 @@ def rank(sweep: Collected, metric: str, resamples: int, by_seed: bool = False) -
     return Ranking(metric, minimised, entries)
 
 
-def verdict(entry: Entry, best: Entry) -> str:
+def verdict(entry: RankingRow, best: RankingRow) -> str:
     """What the comparison with the best says.
 
     A paired difference leaves out the noise of training where one of the two has a single seed;
@@ -160,14 +160,14 @@ def verdict(entry: Entry, best: Entry) -> str:
     return WORSE if told and (repeated or not overlap) else SAME
 
 
-def entry_of(runs: list[Run], metric: str, resamples: int) -> Entry:
+def entry_of(runs: list[SweepRun], metric: str, resamples: int) -> RankingRow:
     """A configuration with its metric: over its finished seeds, else how far it has come."""
     label = runs[0].label
     if len(runs) > 1:
         label = re.sub(r"[_-]?seed[-_=]?\d+", "", label) or label
     states = [run.status for run in runs]
     status = next(s for s in ("completed", "running", *states) if s in states)
-    entry = Entry(runs[0].name, label, runs, status)
+    entry = RankingRow(runs[0].name, label, runs, status)
     spreads = [spread_of(run, metric, resamples) for run in entry.finished or runs]
     known = [one for one in spreads if one is not None]
     if known:

@@ -1,9 +1,9 @@
 """Intervals and comparisons by the bootstrap: which differences are larger than chance.
 
-A metric of one run is a mean of quotients (`Sample`): over strata (data sets), the sum of what the
-units (conversations, prompts) gave, divided by the sum of their weights. A resample draws as many
-units as a stratum has, with replacement. The draw depends on nothing but the stratum's place and
-size, so two runs measured on the same units are resampled together: the difference of their
+A metric of one run is a mean of quotients (`StratifiedSample`): over strata (data sets), the sum of
+what the units (conversations, prompts) gave, divided by the sum of their weights. A resample draws
+as many units as a stratum has, with replacement. The draw depends on nothing but the stratum's
+place and size, so two runs measured on the same units are resampled together: the difference of their
 resampled values is a paired bootstrap, in which what makes a conversation easy or hard cancels.
 
 Intervals have 95 % and are of percentiles; each comparison stands by itself (no correction for
@@ -48,7 +48,7 @@ def stratum(name: str, totals: Sequence[float], weights: Sequence[float]) -> Str
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class StratifiedSample:
     """What a metric of one run is made of."""
 
     strata: tuple[Stratum, ...]
@@ -111,7 +111,7 @@ def resampling(units: int, resamples: int, place: int) -> np.ndarray:
     return generator.multinomial(units, shares, resamples).astype(np.float32)
 
 
-def spread(sample: Sample, resamples: int) -> Spread:
+def spread(sample: StratifiedSample, resamples: int) -> Spread:
     """Bootstrap a sample: value_b = mean over strata of (c_b . totals) / (c_b . weights).
 
     c_b counts how often resample b drew each unit. Where it drew no weight at all, the value is not

@@ -5,7 +5,7 @@ from typing import Any
 
 from bokeh.models import ColumnDataSource, FactorRange
 
-from specforge_exp.report.collect import Collected, Run
+from specforge_exp.report.collect import Collected, SweepRun
 from specforge_exp.report.drawing import (
     FORMAT,
     INK,
@@ -67,7 +67,11 @@ def history_chart(sweep: Collected, metric: str) -> Chart | None:
 
 
 def scatter(
-    chart: Any, sweep: Collected, runs: Sequence[Run], columns: dict[str, list[Any]], metric: str
+    chart: Any,
+    sweep: Collected,
+    runs: Sequence[SweepRun],
+    columns: dict[str, list[Any]],
+    metric: str,
 ) -> None:
     """A mark per run at (`x`, metric), coloured by loss; what did not finish is an x."""
     palette = colours(sweep.runs)

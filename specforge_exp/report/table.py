@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from specforge_exp.records import replacing
 from specforge_exp.report.collect import ACCEPTED, Collected, metric_lines, number
-from specforge_exp.report.ranking import Entry, Ranking, headline
+from specforge_exp.report.ranking import Ranking, RankingRow, headline
 from specforge_exp.report.text import interval_text, measure, shown, title_of
 
 BESIDE = ("simulated_length", ACCEPTED, "loss", "alpha/0")
@@ -23,19 +23,19 @@ class Column:
 
     key: str
     title: str
-    text: Callable[[Entry], str]
-    value: Callable[[Entry], Any]
+    text: Callable[[RankingRow], str]
+    value: Callable[[RankingRow], Any]
     """What the column is sorted by: a number or a text; None: last."""
-    between: Callable[[Entry], str] | None = None
+    between: Callable[[RankingRow], str] | None = None
     """The interval of what it shows."""
 
 
-def against_text(entry: Entry) -> str:
+def against_text(entry: RankingRow) -> str:
     """The difference to the best; empty for the best and without a rank."""
     return "" if entry.against is None or entry.rank == 1 else f"{entry.against.value:+.3f}"
 
 
-def between_text(entry: Entry) -> str:
+def between_text(entry: RankingRow) -> str:
     """The interval of that difference; empty where the two are not paired."""
     if entry.against is None or entry.rank == 1 or entry.against.interval is None:
         return ""
@@ -54,7 +54,7 @@ def varied(sweep: Collected) -> list[str]:
     return names + [key for key in different if key not in ("loss", "lr", "seed")]
 
 
-def chosen(key: str) -> Callable[[Entry], Any]:
+def chosen(key: str) -> Callable[[RankingRow], Any]:
     """What an entry tried for a key."""
     return lambda entry: entry.runs[0].choices.get(key)
 
@@ -66,14 +66,14 @@ def metric_column(name: str) -> Column:
     )
 
 
-def status_text(entry: Entry) -> str:
+def status_text(entry: RankingRow) -> str:
     """Status, with the step of a run that is not finished."""
     run = entry.runs[0]
     at = f" at step {run.step}" if entry.status in ("running", "failed", "pruned") else ""
     return entry.status + (at if at and run.step is not None else "")
 
 
-def total(entry: Entry, name: str) -> float | None:
+def total(entry: RankingRow, name: str) -> float | None:
     """gpu_hours or usd of all runs of an entry."""
     known = [value for run in entry.runs if (value := getattr(run, name)) is not None]
     return sum(known) if known else None
@@ -121,12 +121,12 @@ def columns(sweep: Collected, ranking: Ranking, seeds: bool) -> list[Column]:
     return [*found, Column("status", "status", status_text, lambda e: e.status)]
 
 
-def chosen_text(key: str) -> Callable[[Entry], str]:
+def chosen_text(key: str) -> Callable[[RankingRow], str]:
     """What an entry tried for a key, as text."""
     return lambda entry: shown(entry.runs[0].choices.get(key))
 
 
-def markdown_table(found: list[Column], entries: list[Entry]) -> str:
+def markdown_table(found: list[Column], entries: list[RankingRow]) -> str:
     """A Markdown table whose columns also line up where it is only printed."""
     found = [one for column in found for one in with_interval(column)]
     rows = [[c.title for c in found]] + [[c.text(e) or "-" for c in found] for e in entries]
@@ -217,7 +217,7 @@ def write_csv(path: Path, sweep: Collected, ranking: Ranking, by_seed: Ranking) 
         writer.writerows(rows)
 
 
-def group_columns(group: Entry) -> dict[str, Any]:
+def group_columns(group: RankingRow) -> dict[str, Any]:
     """The configuration over its seeds, and how it compares with the best one, as columns."""
     low, high = group.interval or (None, None)
     against = group.against

@@ -24,7 +24,7 @@ from specforge_exp.artifacts import (
     sha256,
 )
 from specforge_exp.bench.acceptance import summarise, training_ngrams
-from specforge_exp.bench.asking import Answer, Asking, Conversation, asking_of
+from specforge_exp.bench.asking import Asking, BenchEngine, Conversation, asking_of
 from specforge_exp.bench.published import same_setting
 from specforge_exp.bench.sets import BenchSets, bench_sets
 from specforge_exp.bench.table import table
@@ -70,7 +70,7 @@ def settings_of(cfg: Config) -> dict[str, Any]:
     return settings
 
 
-def engine_of(cfg: Config) -> Answer:
+def engine_of(cfg: Config) -> BenchEngine:
     """What answers."""
     if cfg.bench_engine == "transformers":
         from specforge_exp.bench.in_process import answer
@@ -82,7 +82,7 @@ def engine_of(cfg: Config) -> Answer:
 
 
 def measure(cfg: Config) -> dict[str, Any]:
-    """Answer all prompts and summarise; the parts of bench.json that are results."""
+    """BenchEngine all prompts and summarise; the parts of bench.json that are results."""
     own = cfg.bench
     sets = bench_sets(cfg)
     asking = asking_of(cfg, load_tokenizer(cfg.model), training_answers(cfg))

@@ -35,7 +35,7 @@ Record = dict[str, Any]
 
 
 @dataclass
-class Split:
+class PromptSplit:
     """The files of train or eval, and the account of what went where."""
 
     path: Path
@@ -108,17 +108,17 @@ def prep(cfg: Config) -> Path:
 
 
 @contextmanager
-def opened(folder: Path, name: str) -> Iterator[Split]:
+def opened(folder: Path, name: str) -> Iterator[PromptSplit]:
     """A split to write to; without rejected records it leaves no file of them."""
     path, rejected = folder / f"{name}.jsonl", folder / f"{name}.rejected.jsonl"
     with path.open("wb") as out, rejected.open("wb") as aside:
-        split = Split(path, out, aside)
+        split = PromptSplit(path, out, aside)
         yield split
     if not split.rejected:
         rejected.unlink()
 
 
-def fill(cfg: Config, train: Split, held_out: Split) -> None:
+def fill(cfg: Config, train: PromptSplit, held_out: PromptSplit) -> None:
     """Write both splits; what is held out is chosen by `rank` unless data.eval names it."""
     share = 0.0 if cfg.data.eval else cfg.data.split_eval
     for record in different(cfg, train, cfg.data.train, cfg.data.sample_size):
@@ -135,7 +135,7 @@ def fill(cfg: Config, train: Split, held_out: Split) -> None:
 
 
 def different(
-    cfg: Config, split: Split, sources: list[Source], most: int | None
+    cfg: Config, split: PromptSplit, sources: list[Source], most: int | None
 ) -> Iterator[Record]:
     """At most `most` different conversations of the sources, in order, cut to max_turns."""
     contents: set[int] = set()
@@ -175,7 +175,7 @@ def shorten(record: Record, max_turns: int | None, cuts: Counter[str]) -> Record
     return {**shorter, "conversations": messages[: ends[max_turns - 1]]}
 
 
-def leave_one_each(train: Split, held_out: Split) -> None:
+def leave_one_each(train: PromptSplit, held_out: PromptSplit) -> None:
     """Move one conversation where a share above 0 took none of two, or all.
 
     The share itself is by `rank`, so that it does not depend on what else is in the data set.
@@ -192,7 +192,7 @@ def leave_one_each(train: Split, held_out: Split) -> None:
     rewrite(giver, [moved], taker)
 
 
-def drop_known(train: Split, held_out: Split) -> None:
+def drop_known(train: PromptSplit, held_out: PromptSplit) -> None:
     """Leave out held-out conversations that open as a training conversation does."""
     with held_out.path.open("rb") as file:
         asked = [opening(orjson.loads(line)) for line in file]
@@ -205,7 +205,7 @@ def drop_known(train: Split, held_out: Split) -> None:
         rewrite(held_out, dropped, None)
 
 
-def rewrite(giver: Split, numbers: list[int], taker: Split | None) -> None:
+def rewrite(giver: PromptSplit, numbers: list[int], taker: PromptSplit | None) -> None:
     """Take the lines of these numbers out of a split, into another one or out of both."""
     leaving, rest = set(numbers), giver.path.with_name("rest")
     with giver.path.open("rb") as lines, rest.open("wb") as out:
@@ -243,7 +243,7 @@ def rank(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
-def report(name: str, split: Split, folder: Path) -> None:
+def report(name: str, split: PromptSplit, folder: Path) -> None:
     """Say where the records of a split went."""
     log.info("prep: %s: %s", name, split.account())
     if split.first:

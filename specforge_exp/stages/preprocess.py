@@ -27,7 +27,7 @@ from specforge_exp.artifacts import (
     writing,
 )
 from specforge_exp.config import Config
-from specforge_exp.data.blocks import Block, cut, encode_blocks, read_encoded
+from specforge_exp.data.blocks import LineBlock, cut, encode_blocks, read_encoded
 from specforge_exp.data.tokens import Ints, ShardWriter, packing
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
@@ -42,7 +42,7 @@ ENOUGH = 0.95
 
 
 @dataclass
-class Split:
+class TokenSplit:
     """What one file became."""
 
     path: Path
@@ -77,7 +77,7 @@ def preprocess(cfg: Config) -> Path:
         blocks = {name: cut(path) for name, path in files.items()}
         encode_files(cfg, [block for part in blocks.values() for block in part], partial / "blocks")
         splits = {
-            name: merge(cfg, Split(files[name], np.zeros(vocabulary, np.int64)), part, partial)
+            name: merge(cfg, TokenSplit(files[name], np.zeros(vocabulary, np.int64)), part, partial)
             for name, part in blocks.items()
         }
         index = {name: split.shards for name, split in splits.items()}
@@ -102,7 +102,7 @@ def preprocess(cfg: Config) -> Path:
     return folder
 
 
-def encode_files(cfg: Config, blocks: list[Block], folder: Path) -> None:
+def encode_files(cfg: Config, blocks: list[LineBlock], folder: Path) -> None:
     """Encode the blocks that an interrupted run has not left in `folder`."""
     folder.mkdir(exist_ok=True)
     missing = [b for b in blocks if not (folder / f"{b.name}.safetensors").exists()]
@@ -118,7 +118,7 @@ def encode_files(cfg: Config, blocks: list[Block], folder: Path) -> None:
             bar.update(block.stop - block.start)
 
 
-def merge(cfg: Config, split: Split, blocks: list[Block], partial: Path) -> Split:
+def merge(cfg: Config, split: TokenSplit, blocks: list[LineBlock], partial: Path) -> TokenSplit:
     """Put the blocks of one file together, in order, as shards; count what is in them."""
     folder = partial / "blocks"
     writer = ShardWriter(partial, split.path.stem, cfg.preprocess.shard_tokens, split.shards)
@@ -164,7 +164,7 @@ def set_aside(account: Counter[str], most: int = 20) -> dict[str, int]:
     return {**reasons, "other reasons": others} if others else reasons
 
 
-def describe(split: Split, in_draft_V: Ints, row: int) -> dict[str, Any]:
+def describe(split: TokenSplit, in_draft_V: Ints, row: int) -> dict[str, Any]:
     """The entry of report.json for one split."""
     lengths = np.concatenate([np.zeros(0, np.int64), *split.lengths])
     quantiles = np.quantile(lengths, (0.05, 0.5, 0.95, 1)) if len(lengths) else np.zeros(4)

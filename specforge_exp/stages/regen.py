@@ -25,7 +25,13 @@ from specforge_exp.artifacts import (
 )
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
-from specforge_exp.generation.engines import answer_all, describe
+from specforge_exp.generation.engine import Engine
+from specforge_exp.generation.openai_engine import OpenAIEngine
+from specforge_exp.generation.plan import make_plan
+from specforge_exp.generation.progress import Progress
+from specforge_exp.generation.rules import rules_of, sampling_of
+from specforge_exp.generation.run import RateLimit, Regeneration, answer_missing
+from specforge_exp.generation.sglang_engine import SGLangEngine, layout
 from specforge_exp.generation.store import Store
 from specforge_exp.interrupt import Interrupt
 from specforge_exp.target import check_gpus
@@ -77,6 +83,31 @@ def regen(cfg: Config) -> Path:
     return folder
 
 
+def make_engine(cfg: Config) -> Engine:
+    """An engine whose servers this process asks itself."""
+    if cfg.engine.name == "openai":
+        return OpenAIEngine(cfg, cfg.engine.urls)
+    if cfg.engine.name == "sglang":
+        return SGLangEngine(cfg)
+    from specforge_exp.generation.local.transformers_engine import TransformersEngine  # loads torch
+
+    return TransformersEngine(cfg)
+
+
+async def answer_all(cfg: Config, store: Store, interrupt: Interrupt) -> None:
+    """Answer everything that the store lacks, or as much as there is time for after a signal."""
+    if cfg.engine.name == "modal":
+        from specforge_exp.generation.modal_engine import answer_on_modal
+
+        await answer_on_modal(cfg, store, interrupt)
+        return
+    engine = make_engine(cfg)
+    progress = Progress(store, interrupt)
+    rate = RateLimit(cfg.engine.rate_limit)
+    run = Regeneration(store, engine, rules_of(cfg), rate, progress)
+    await answer_missing(run, cfg.engine.concurrency, cfg.regen.drain)
+
+
 def finish(store: Store, partial: Path) -> None:
     """Put the results in order, say where every conversation went, and clear away the rest."""
     with (partial / "failed.jsonl").open("wb") as failed:
@@ -124,3 +155,19 @@ def status(folder: Path) -> str:
     if said["usd"]:
         parts.append(f"${said['usd']:.2f}")
     return "; ".join(parts)
+
+
+def describe(cfg: Config, files: list[Path]) -> str:
+    """What a run would do, for regen.dry_run."""
+    sampling = sampling_of(cfg)
+    lines = []
+    for file in files:
+        plan = make_plan(file, "", cfg.regen.chunk_size, cfg.regen.num_samples)
+        lines.append(
+            f"{file}: {len(plan.order)} of {plan.total} conversations in {len(plan)} chunks"
+        )
+    lines.append(
+        f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, top_k {sampling.top_k}, "
+        f"at most {sampling.max_tokens} tokens, {cfg.regen.samples_per_prompt} answers each"
+    )
+    return "\n  ".join([*lines, layout(cfg)])

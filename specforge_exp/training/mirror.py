@@ -33,7 +33,7 @@ Place = tuple[int, int]
 
 
 @dataclass
-class Copy:
+class TrackerRun:
     """A run of a tracker."""
 
     log: Callable[[dict[str, Any], int], None]
@@ -45,7 +45,7 @@ class Copy:
     """It has all lines up to this one."""
 
 
-class Forgiving(io.FileIO):
+class LenientFile(io.FileIO):
     """A file whose reader may be gone: a tracker's message must not end its work."""
 
     def write(self, data: Any) -> int:
@@ -56,7 +56,7 @@ class Forgiving(io.FileIO):
 
 
 def main() -> int:
-    """Copy until standard input ends; returns the exit code."""
+    """TrackerRun until standard input ends; returns the exit code."""
     request = json.loads(sys.stdin.readline())
     sys.argv = request["argv"]  # what the tracker shows as the run's command
     folder = Path(request["folder"])
@@ -90,7 +90,7 @@ def stop(folder: Path, reason: str) -> None:
         say(f"the tracker stopped: {reason}")
 
 
-def follow(folder: Path, copy: Copy, trainer: int) -> None:
+def follow(folder: Path, copy: TrackerRun, trainer: int) -> None:
     """Pass lines of metrics.jsonl on until the training has ended."""
     tell(folder, after=copy.after, stopped=None, **copy.told)
     with (folder / "metrics.jsonl").open() as file:
@@ -127,7 +127,7 @@ def place(line: dict[str, Any]) -> Place:
     return int(line["step"]), int(any(key.startswith("eval/") for key in line))
 
 
-def wandb_copy(request: dict[str, Any]) -> Copy:
+def wandb_copy(request: dict[str, Any]) -> TrackerRun:
     """A W&B run under the id of the run's folder; offline without a key or an answer."""
     import wandb
 
@@ -175,10 +175,10 @@ def wandb_copy(request: dict[str, Any]) -> Copy:
     def finish(code: int) -> None:
         run.finish(exit_code=code)
 
-    return Copy(lambda metrics, step: run.log(metrics, step=step), finish, told, after)
+    return TrackerRun(lambda metrics, step: run.log(metrics, step=step), finish, told, after)
 
 
-def trackio_copy(request: dict[str, Any]) -> Copy:
+def trackio_copy(request: dict[str, Any]) -> TrackerRun:
     """A trackio run; the same one when it is that of the run's folder."""
     import trackio
 
@@ -198,7 +198,7 @@ def trackio_copy(request: dict[str, Any]) -> Copy:
     after = copied(folder, "trackio", run.id)
     id_file.write_text(run.id)
     told = {"tracker": "trackio", "id": run.id, "url": None, "sync": None}
-    return Copy(
+    return TrackerRun(
         lambda metrics, step: run.log(metrics, step=step), lambda _: run.finish(), told, after
     )
 
@@ -253,7 +253,7 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    standard_error = Forgiving(2, "w", closefd=False)
+    standard_error = LenientFile(2, "w", closefd=False)
     sys.stdout = sys.stderr = io.TextIOWrapper(standard_error, "utf-8", write_through=True)
     code = main()
     os._exit(code)  # W&B's own end would wait for a service that hangs

@@ -37,7 +37,7 @@ SERVE = f"""
 import os
 from specforge_exp.generation.local import serve
 
-class Server(serve.Server):
+class ChatServer(serve.ChatServer):
     async def chat(self, http):
         body = await http.read()
         if {POISON!r}.encode() in body:
@@ -48,7 +48,7 @@ class Server(serve.Server):
             return serve.problem(400, "not this one")
         return await super().chat(http)
 
-serve.Server = Server
+serve.ChatServer = ChatServer
 serve.main()
 """
 COMMAND = ["python", "-c", SERVE, "--model", "{model}", "--port", "{port}", "--threads", "1"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from specforge_exp import paths
 from specforge_exp.bench.acceptance import (
-    Request,
+    PairedAnswer,
     bootstrap_interval,
     ngram_keys,
     overlap,
@@ -174,9 +174,9 @@ def test_missing_export_names_the_command(cfg: Config) -> None:
         export(cfg)
 
 
-def request(tokens: list[int], gained: list[int], accepted: list[int]) -> Request:
+def request(tokens: list[int], gained: list[int], accepted: list[int]) -> PairedAnswer:
     with_draft = Generation(tokens, 1.0, 1 + len(gained), gained, [5] * len(gained), accepted)
-    return Request(with_draft, Generation(list(tokens), 2.0, len(tokens)), overlap=0.0)
+    return PairedAnswer(with_draft, Generation(list(tokens), 2.0, len(tokens)), overlap=0.0)
 
 
 def test_figures_by_hand() -> None:

@@ -20,7 +20,7 @@ from conftest import REPOSITORY, make_config
 from test_sglang_engine import free_port, gone
 
 from specforge_exp import paths
-from specforge_exp.bench.clients import Progress, accepted_of
+from specforge_exp.bench.clients import AnswerStream, accepted_of
 from specforge_exp.bench.served import server_of
 from specforge_exp.config import Config, EngineConfig, Source
 from specforge_exp.drafts.dflash.config import DFlashConfig
@@ -221,17 +221,17 @@ def test_the_command_line_of_sglang(cfg: Config, tmp_path: Path) -> None:
 
 def test_pieces_of_an_answer() -> None:
     """Whole answers so far or new tokens; several steps at once; a first piece of two steps."""
-    whole = Progress()
+    whole = AnswerStream()
     for tokens in ([7], [7, 8, 9], [7, 8, 9], [7, 8, 9, 1, 2, 3]):
         whole.add(tokens, whole=True)
     found = whole.end(2, None)
     assert found.generation.tokens == [7, 8, 9, 1, 2, 3]
     assert found.generation.gained == [2, 3] and found.generation.accepted == [1, 2]
-    merged = Progress()
+    merged = AnswerStream()
     for tokens in ([7, 8, 9], [1, 2, 3]):
         merged.add(tokens, whole=False)
     assert merged.end(2, [1, 2]).generation.gained == [2, 3]
-    once = Progress()
+    once = AnswerStream()
     once.add([7, 8, 9, 1, 2, 3], whole=False)
     assert once.end(2, [1, 2]).generation.gained == [2, 3]
     assert once.end(2, None).generation.gained == []

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from specforge_exp import paths
-from specforge_exp.bench.acceptance import Request, summarise
+from specforge_exp.bench.acceptance import PairedAnswer, summarise
 from specforge_exp.bench.asking import Asking, asking_of
 from specforge_exp.bench.in_process import converse, load_pair
 from specforge_exp.bench.sets import SHIPPED, bench_sets
@@ -334,10 +334,10 @@ def test_the_thinking_switch_reaches_the_template(
     assert tokenizer.decode(ids) == f"thinking {word} Hi"
 
 
-def response(gained: list[int], accepted: list[int], follows: bool = False) -> Request:
+def response(gained: list[int], accepted: list[int], follows: bool = False) -> PairedAnswer:
     tokens = list(range(1 + sum(gained)))
     with_draft = Generation(tokens, 1.0, 1 + len(gained), gained, [3] * len(gained), accepted)
-    return Request(with_draft, Generation(tokens, 2.0, len(tokens)), 0.0, follows)
+    return PairedAnswer(with_draft, Generation(tokens, 2.0, len(tokens)), 0.0, follows)
 
 
 def test_two_ways_to_average() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from instant_engine import Instant, rules, said
 
-from specforge_exp.generation.conversation import Item, Record, regenerate
 from specforge_exp.generation.engine import Answer, Failed, Refused, Request, Sampling
+from specforge_exp.generation.regenerate import Item, Record, regenerate
 
 
 def talk(*texts: str, **more: Any) -> Record:

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specforge_exp.report.statistics import (
-    Sample,
     Spread,
+    StratifiedSample,
     averaged,
     compare,
     over_seeds,
@@ -20,22 +20,22 @@ numbers = st.floats(-100, 100)
 
 
 @st.composite
-def samples(draw: st.DrawFn, size: int | None = None) -> Sample:
+def samples(draw: st.DrawFn, size: int | None = None) -> StratifiedSample:
     count = size or draw(st.integers(1, 30))
     totals = draw(st.lists(numbers, min_size=count, max_size=count))
     weights = draw(st.lists(st.integers(0, 50), min_size=count, max_size=count))
     weights[0] += 1
-    return Sample((stratum("held-out", totals, weights),))
+    return StratifiedSample((stratum("held-out", totals, weights),))
 
 
-def normal(generator: np.random.Generator, mean: float, count: int = 50) -> Sample:
+def normal(generator: np.random.Generator, mean: float, count: int = 50) -> StratifiedSample:
     slots = generator.integers(20, 60, count)
-    return Sample((stratum("x", generator.normal(mean, 0.5, count) * slots, slots),))
+    return StratifiedSample((stratum("x", generator.normal(mean, 0.5, count) * slots, slots),))
 
 
 @settings(deadline=None)
 @given(samples(), st.integers(1, 60))
-def test_interval_contains_the_estimate(sample: Sample, resamples: int) -> None:
+def test_interval_contains_the_estimate(sample: StratifiedSample, resamples: int) -> None:
     found = spread(sample, resamples)
     assert found.interval is not None
     assert found.interval[0] <= found.value == sample.estimate <= found.interval[1]
@@ -43,17 +43,19 @@ def test_interval_contains_the_estimate(sample: Sample, resamples: int) -> None:
 
 @settings(deadline=None)
 @given(samples())
-def test_a_run_beside_itself_differs_by_nothing(sample: Sample) -> None:
+def test_a_run_beside_itself_differs_by_nothing(sample: StratifiedSample) -> None:
     one, again = spread(sample, 40), spread(sample, 40)
     found = compare(one, again)
     assert (found.value, found.interval, found.distinguishable) == (0, (0, 0), False)
-    seeds = over_seeds([one, spread(Sample(sample.strata[:1]), 40)], 40)
+    seeds = over_seeds([one, spread(StratifiedSample(sample.strata[:1]), 40)], 40)
     assert compare(seeds, seeds).interval == (0, 0)
 
 
 @settings(deadline=None)
 @given(samples(12), samples(12))
-def test_comparing_the_other_way_round_changes_the_sign(one: Sample, other: Sample) -> None:
+def test_comparing_the_other_way_round_changes_the_sign(
+    one: StratifiedSample, other: StratifiedSample
+) -> None:
     there, back = (compare(spread(a, 50), spread(b, 50)) for a, b in ((one, other), (other, one)))
     assert there.interval and back.interval
     assert there.value == pytest.approx(-back.value)
@@ -63,12 +65,12 @@ def test_comparing_the_other_way_round_changes_the_sign(one: Sample, other: Samp
 
 def test_estimate_is_a_quotient_of_sums_and_a_mean_over_data_sets() -> None:
     one = stratum("a", [6.0, 2.0], [2, 2])
-    assert Sample((one,)).estimate == 2
-    assert Sample((one, stratum("b", [4.0], [1]))).estimate == 3
+    assert StratifiedSample((one,)).estimate == 2
+    assert StratifiedSample((one, stratum("b", [4.0], [1]))).estimate == 3
 
 
 def test_a_conversation_without_slots_counts_for_nothing() -> None:
-    with_it = Sample((stratum("a", [3.0, 0.0, 5.0], [1, 0, 1]),))
+    with_it = StratifiedSample((stratum("a", [3.0, 0.0, 5.0], [1, 0, 1]),))
     found = spread(with_it, 500)
     assert found.value == 4
     assert found.draws is not None and set(np.unique(found.draws[~np.isnan(found.draws)])) <= {
@@ -116,7 +118,7 @@ def test_pairing_sees_what_separate_intervals_hide() -> None:
 
     def run(mean: float) -> Spread:
         lengths = (mean + hard + generator.normal(0, 0.05, 80)) * slots
-        return spread(Sample((stratum("x", lengths, slots),)), 1000)
+        return spread(StratifiedSample((stratum("x", lengths, slots),)), 1000)
 
     one, other = run(3.0), run(3.1)
     assert one.interval and other.interval and one.interval[1] > other.interval[0]
@@ -128,7 +130,10 @@ def test_pairing_sees_what_separate_intervals_hide() -> None:
 
 def test_runs_that_were_measured_differently_are_not_paired() -> None:
     one = stratum("x", [1.0, 2.0], [1, 1])
-    greedy, sampled = Sample((one,), "temperature 0"), Sample((one,), "temperature 1")
+    greedy, sampled = (
+        StratifiedSample((one,), "temperature 0"),
+        StratifiedSample((one,), "temperature 1"),
+    )
     assert compare(spread(greedy, 10), spread(sampled, 10)).interval is None
 
 

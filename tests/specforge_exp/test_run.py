@@ -15,7 +15,7 @@ from test_plan import write
 
 from specforge_exp.generation.engine import Answer, Request, Unreachable
 from specforge_exp.generation.progress import Progress
-from specforge_exp.generation.run import Pace, Run, run
+from specforge_exp.generation.run import RateLimit, Regeneration, answer_missing
 from specforge_exp.interrupt import Interrupt
 
 
@@ -150,8 +150,8 @@ def test_a_signal_lets_answers_end(tmp_path: Path, drain: float) -> None:
     path = write(tmp_path / "a.jsonl", *(str(n) for n in range(30)))
     store, engine = make_store(tmp_path / "out", path), Slow()
     with Interrupt() as interrupt:
-        job = Run(store, engine, rules(), Pace(None), Progress(store, interrupt))
-        asyncio.run(run(job, 4, drain))
+        job = Regeneration(store, engine, rules(), RateLimit(None), Progress(store, interrupt))
+        asyncio.run(answer_missing(job, 4, drain))
         assert interrupt.number == signal.SIGTERM
     assert len(engine.asked) == 4 and engine.closed
     assert store.counts.done == (4 if drain > release else 0)
@@ -177,6 +177,6 @@ def test_signals_are_heard_when_progress_cannot_be_written(
     path = write(tmp_path / "a.jsonl", *(str(n) for n in range(8)))
     store, engine = make_store(tmp_path / "out", path), Slow()
     with Interrupt() as interrupt:
-        job = Run(store, engine, rules(), Pace(None), Progress(store, interrupt))
-        asyncio.run(run(job, 2, 5.0))
+        job = Regeneration(store, engine, rules(), RateLimit(None), Progress(store, interrupt))
+        asyncio.run(answer_missing(job, 2, 5.0))
     assert len(engine.asked) == 2 and store.counts.done == 2

@@ -20,10 +20,9 @@ from modal_app.regen_driver import COMMAND, POISON, REFUSED, write_prompts
 from specforge_exp.config import Config, EngineConfig
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Request, Sampling, ServerDied
-from specforge_exp.generation.engines import describe
 from specforge_exp.generation.sglang_engine import SGLangEngine, layout
 from specforge_exp.serving.sglang import count_servers, parameters, server_command, tp_size_for
-from specforge_exp.stages.regen import regen
+from specforge_exp.stages.regen import describe, regen
 
 QWEN3_8B = {
     "model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36, "vocab_size": 151936,

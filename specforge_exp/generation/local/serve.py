@@ -83,7 +83,7 @@ def parse(body: Any) -> Request:
     )
 
 
-class Server:
+class ChatServer:
     """The routes over one engine.
 
     Args:
@@ -251,7 +251,7 @@ async def serve(args: argparse.Namespace) -> None:
         threads=args.threads,
     )
     engine = TransformersEngine(cfg, context=args.context_length, cache_mb=args.cache_mb)
-    server = Server(engine, args.model, args.max_queue)
+    server = ChatServer(engine, args.model, args.max_queue)
     runner = web.AppRunner(
         server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=DRAIN
     )
