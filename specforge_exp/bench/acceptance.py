@@ -45,13 +45,13 @@ def bootstrap_interval(values: list[float], resamples: int, seed: int = 0) -> tu
 
 def grouped(requests: list[PairedAnswer], average: str) -> list[list[PairedAnswer]]:
     """What counts once in the mean: a conversation or a response; see bench.average."""
-    found: list[list[PairedAnswer]] = []
+    groups: list[list[PairedAnswer]] = []
     for request in requests:
         if request.follows and average == "conversations":
-            found[-1].append(request)
+            groups[-1].append(request)
         else:
-            found.append([request])
-    return found
+            groups.append([request])
+    return groups
 
 
 def accepted_length(requests: list[PairedAnswer], average: str) -> float | None:
@@ -96,11 +96,11 @@ def summarise(
     """
     groups = grouped(requests, average)
     all_lengths = [accepted_length(group, average) for group in groups]
-    lengths = [found for found in all_lengths if found is not None]
+    lengths = [length for length in all_lengths if length is not None]
     new_groups = [[r for r in group if r.overlap < NOVEL_BELOW] for group in groups]
     novel = [r for group in new_groups for r in group]
     novel_lengths = [
-        found for group in new_groups if (found := accepted_length(group, average)) is not None
+        length for group in new_groups if (length := accepted_length(group, average)) is not None
     ]
     gained = [g for r in requests for g in r.with_draft.gained]
     tokens = sum(len(r.with_draft.tokens) for r in requests)
@@ -192,12 +192,12 @@ def training_ngrams(ids: list[Tensor], turns: list[Tensor]) -> Tensor:
     return torch.cat(keys).unique() if keys else torch.empty(0, dtype=torch.int64)
 
 
-def overlap(answer: list[int], known: Tensor | None) -> float:
+def overlap(answer: list[int], training_keys: Tensor | None) -> float:
     """Share of the answer's 8-grams among `known`; 0 for an answer that has none.
 
     Not a number where nothing is known of the training answers: then no answer counts as novel.
     """
-    if known is None:
+    if training_keys is None:
         return float("nan")
     keys = ngram_keys(torch.tensor(answer))
-    return float(torch.isin(keys, known).float().mean()) if len(keys) else 0.0
+    return float(torch.isin(keys, training_keys).float().mean()) if len(keys) else 0.0

@@ -23,7 +23,7 @@ class Asking:
     decoding: Decoding
     template_kwargs: dict[str, Any]
     """Passed to the chat template."""
-    known: torch.Tensor | None
+    training_keys: torch.Tensor | None
     """Keys of the training answers' 8-grams; None: not known."""
     room: int
     """Tokens of a prompt, at most."""
@@ -57,7 +57,7 @@ Raises:
 """
 
 
-def asking_of(cfg: Config, tokenizer: Any, known: torch.Tensor | None) -> Asking:
+def asking_of(cfg: Config, tokenizer: Any, training_keys: torch.Tensor | None) -> Asking:
     """By the configuration's options of bench."""
     kwargs = dict(cfg.model.chat_template_kwargs)
     if cfg.bench.thinking != "model":
@@ -69,4 +69,4 @@ def asking_of(cfg: Config, tokenizer: Any, known: torch.Tensor | None) -> Asking
         eos=frozenset(eos_token_ids(cfg.model.path, tokenizer)),
     )
     room = (cfg.bench.max_length or cfg.max_length) - cfg.bench.max_tokens
-    return Asking(tokenizer, decoding, kwargs, known, room)
+    return Asking(tokenizer, decoding, kwargs, training_keys, room)

@@ -172,21 +172,27 @@ async def counters(http: aiohttp.ClientSession, root: str) -> dict[str, float]:
             text = await response.text() if response.status == 200 else ""
     except (aiohttp.ClientError, OSError, TimeoutError):
         return {}
-    found: dict[str, float] = {}
+    counts: dict[str, float] = {}
     for name, labels, value in COUNTER.findall(text):
         position = re.search(r'position="(\d+)"', labels)
         key = f"{name}/{position[1]}" if position else name
-        found[key] = found.get(key, 0.0) + float(value)
-    return found
+        counts[key] = counts.get(key, 0.0) + float(value)
+    return counts
 
 
 def accepted_of(grown: dict[str, float]) -> list[int] | None:
     """Drafted tokens that each verification kept, from how often each position was kept."""
     prefix = "accepted_tokens_per_pos/"
-    kept = {int(k.removeprefix(prefix)): int(n) for k, n in grown.items() if k.startswith(prefix)}
-    if not kept:
+    by_position = {
+        int(k.removeprefix(prefix)): int(n) for k, n in grown.items() if k.startswith(prefix)
+    }
+    if not by_position:
         return None
-    at_least = [int(grown["drafts"]), *(kept[position] for position in sorted(kept)), 0]
+    at_least = [
+        int(grown["drafts"]),
+        *(by_position[position] for position in sorted(by_position)),
+        0,
+    ]
     return [
         number
         for number in range(len(at_least) - 1)
@@ -216,7 +222,7 @@ async def client_of(
     listed = await fetch(http, f"{root}/v1/models")
     if listed is None:
         raise InputError(f"{root} has neither SGLang's /model_info nor OpenAI's /v1/models")
-    names = [str(each.get("id")) for each in listed.get("data", [])]
+    names = [str(model_record.get("id")) for model_record in listed.get("data", [])]
     if model is None and len(names) != 1:
         raise InputError(f"{root} serves {names}; choose one with engine.served_name")
     if several:
@@ -235,8 +241,8 @@ async def fetch(http: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
     """
     try:
         async with http.get(url) as response:
-            found = orjson.loads(await response.read()) if response.status == 200 else None
-            return found if isinstance(found, dict) else None
+            content = orjson.loads(await response.read()) if response.status == 200 else None
+            return content if isinstance(content, dict) else None
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise InputError(f"{url} cannot be reached ({type(error).__name__}: {error})") from None
     except ValueError:

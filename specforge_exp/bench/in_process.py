@@ -75,7 +75,7 @@ def converse(
             break
         drafted = speculate(target, draft.decoder(), draft.draft_ids_D, prompt, decoding, generator)
         alone = generate(target, prompt, decoding, generator)
-        novelty = overlap(alone.tokens, asking.known)
+        novelty = overlap(alone.tokens, asking.training_keys)
         requests.append(PairedAnswer(drafted, alone, novelty, follows=bool(requests)))
         messages.append({"role": "assistant", "content": asking.decode(drafted.tokens)})
     return requests

@@ -36,11 +36,11 @@ def figures() -> list[Figure]:
     entries: Any = OmegaConf.to_container(OmegaConf.load(FILE))
     return [
         Figure(
-            data_set=data_set, tau=found.get("tau"), speedup=found.get("speedup"),
+            data_set=data_set, tau=values.get("tau"), speedup=values.get("speedup"),
             **{key: entry[key] for key in ("system", "model", "method", "setting", "source")},
         )
         for entry in entries
-        for data_set, found in entry["figures"].items()
+        for data_set, values in entry["figures"].items()
     ]  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def beside(result: dict[str, Any]) -> list[Beside]:
     word of the setting. How many turns were asked matters to mt-bench only. Speed-ups depend on
     the machine and are not compared.
     """
-    own, found = setting_of(result), []
+    own, entries = setting_of(result), []
     for figure in figures():
         ours = result["datasets"].get(figure.data_set)
         keys = [key for key in own if key != "turns" or figure.data_set == "mt-bench"]
@@ -90,8 +90,8 @@ def beside(result: dict[str, Any]) -> list[Beside]:
         ):
             low, high = ours["accepted_length_ci95"] or (1.0, 1.0)
             length, prompts = float(ours["accepted_length"]), int(ours["prompts"])
-            found.append(Beside(figure.data_set, length, low, high, prompts, figure))
-    return found
+            entries.append(Beside(figure.data_set, length, low, high, prompts, figure))
+    return entries
 
 
 def same_setting(result: dict[str, Any]) -> list[str]:

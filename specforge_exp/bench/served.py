@@ -74,7 +74,7 @@ async def answer_sets(
         async with serving(cfg, alone=True) as client:
             askers = Askers(cfg, asking, client)
             for name, (found, _) in drafted.items():
-                prompts = [[asked.prompt for asked in turns] for turns in found]
+                prompts = [[exchange.prompt for exchange in turns] for turns in found]
                 alone[name] = await askers.repeat(name, prompts)
     return {name: together(found, alone.get(name), asking) for name, found in drafted.items()}
 
@@ -191,7 +191,7 @@ class Askers:
 
 def check_speculated(cfg: Config, name: str, conversations: list[list[Exchange]]) -> None:
     """Raise InputError when no answer of a data set took a verification."""
-    answers = [asked.answer for turns in conversations for asked in turns]
+    answers = [exchange.answer for turns in conversations for exchange in turns]
     if any(a.verified for a in answers) or all(len(a.generation.tokens) < 2 for a in answers):
         return
     where = cfg.engine.urls[0] if cfg.engine.name == "openai" else "the server"
@@ -206,9 +206,9 @@ def together(drafted: Answers, alone: Answers | None, asking: Asking) -> SetAnsw
     """Both ways of answering the same prompts."""
     requests = []
     for number, turns in enumerate(drafted[0]):
-        for turn, asked in enumerate(turns):
-            ours, verified = asked.answer.generation, asked.answer.verified
+        for turn, exchange in enumerate(turns):
+            ours, verified = exchange.answer.generation, exchange.answer.verified
             single = alone[0][number][turn].answer.generation if alone else None
-            novelty = overlap((single or ours).tokens, asking.known)
+            novelty = overlap((single or ours).tokens, asking.training_keys)
             requests.append(PairedAnswer(ours, single, novelty, turn > 0, verified))
     return SetAnswers(requests, drafted[1], alone[1] if alone else None)

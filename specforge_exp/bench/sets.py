@@ -42,21 +42,21 @@ def bench_sets(cfg: Config) -> BenchSets:
             paths.prompts_dir(cfg) / "eval.jsonl", f"python prep.py data={cfg.data.name}"
         )
         return BenchSets({"held-out": list(read_jsonl(path))}, {"held-out": "held-out"})
-    wanted = {name: own.suite[name] for name in own.only or own.suite}
+    sources = {name: own.suite[name] for name in own.only or own.suite}
     why = None
     if own.samples != "shipped":
         try:
-            return loaded(wanted)
+            return loaded(sources)
         except InputError as error:
             if own.samples == "hub":
                 raise
             why = str(error).partition(" (")[0]
     shipped = {
         name: replace(source, path=str(SHIPPED / f"{name}.jsonl"), skip=0)
-        for name, source in wanted.items()
+        for name, source in sources.items()
         if source.path.startswith("hub:")
     }
-    samples = loaded(wanted | shipped)
+    samples = loaded(sources | shipped)
     return replace(samples, origins=samples.origins | dict.fromkeys(shipped, "shipped"), why=why)
 
 

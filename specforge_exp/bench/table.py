@@ -56,15 +56,15 @@ def times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
-def same(found: dict[str, Any], settings: dict[str, Any]) -> str:
+def same(figures: dict[str, Any], settings: dict[str, Any]) -> str:
     """Whether the answers are the target's own; a server's arithmetic depends on the batch."""
     if settings["temperature"] > 0:
         return "sampled"
-    if found["identical"] is None:
+    if figures["identical"] is None:
         return "-"
-    if found["lossless"]:
+    if figures["lossless"]:
         return "yes"
-    return f"{100 * found['identical']:.0f}% same" if "engine" in settings else "NO"
+    return f"{100 * figures['identical']:.0f}% same" if "engine" in settings else "NO"
 
 
 def origin(result: dict[str, Any]) -> list[str]:

@@ -106,7 +106,7 @@ def read_block(block: LineBlock) -> list[dict[str, Any]]:
 def encode_block(block: LineBlock, chat: Chat, cfg: Config, folder: Path) -> None:
     """Write `<name>.safetensors`: a shard with its account as metadata, and what was set aside."""
     account: Counter[str] = Counter()
-    kept, rejected = [], []
+    conversations, rejected = [], []
     records = read_block(block)
     for at in range(0, len(records), BATCH):
         batch = records[at : at + BATCH]
@@ -115,19 +115,19 @@ def encode_block(block: LineBlock, chat: Chat, cfg: Config, folder: Path) -> Non
             if isinstance(result, Encoded) and place % CHECKED == 0:
                 check(record, result, chat, account)
             try:
-                kept.append(fit(result, cfg, account, record["id"]))
+                conversations.append(fit(result, cfg, account, record["id"]))
             except Unrenderable as error:
                 account[f"set aside: {error}"] += 1
                 rejected.append({"reason": str(error), **record})
-    account["kept"] = len(kept)
-    for encoded in kept:
+    account["kept"] = len(conversations)
+    for encoded in conversations:
         account["turns"] += len(encoded.spans)
         account["closed"] += sum(encoded.ids[last - 1] in chat.eos for _, last in encoded.spans)
     if rejected:
         lines = "".join(json.dumps(record) + "\n" for record in rejected)
         write_whole(folder / f"{block.name}.rejected.jsonl", lines.encode())
     with replacing(folder / f"{block.name}.safetensors") as partial:
-        save_file(arrays_of(kept), partial, {"account": json.dumps(account)})
+        save_file(arrays_of(conversations), partial, {"account": json.dumps(account)})
 
 
 def fit(encoded: Encoded | Unrenderable, cfg: Config, account: Counter[str], name: str) -> Encoded:
@@ -154,9 +154,9 @@ def fit(encoded: Encoded | Unrenderable, cfg: Config, account: Counter[str], nam
 
 def check(record: dict[str, Any], encoded: Encoded, chat: Chat, account: Counter[str]) -> None:
     """Count answers that are not in what their supervised tokens spell."""
-    said = [m["content"] for m in record["conversations"] if m["role"] == "assistant"]
-    said = [split_thoughts(content)[3].strip() for content in said][-len(encoded.spans) :]
-    for answer, (first, last) in zip(said, encoded.spans, strict=True):
+    answers = [m["content"] for m in record["conversations"] if m["role"] == "assistant"]
+    answers = [split_thoughts(content)[3].strip() for content in answers][-len(encoded.spans) :]
+    for answer, (first, last) in zip(answers, encoded.spans, strict=True):
         account["checked"] += 1
         account["misread"] += answer not in chat.tokenizer.decode(encoded.ids[first:last])
 
@@ -174,14 +174,14 @@ def encode_blocks(blocks: list[LineBlock], cfg: Config, folder: Path) -> Iterato
     Raises:
         InputError: a line is no conversation, a conversation is refused, or a process was killed.
     """
-    wanted = cfg.preprocess.processes
-    if wanted is None:
+    processes = cfg.preprocess.processes
+    if processes is None:
         here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        wanted = min(here or 1, len(blocks) // WORTH)
+        processes = min(here or 1, len(blocks) // WORTH)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a core
     chat = make_chat(cfg)
-    if min(wanted, len(blocks)) > 1:
-        yield from in_processes(blocks, cfg, folder, min(wanted, len(blocks)))
+    if min(processes, len(blocks)) > 1:
+        yield from in_processes(blocks, cfg, folder, min(processes, len(blocks)))
         return
     for block in blocks:
         encode_block(block, chat, cfg, folder)

@@ -68,9 +68,9 @@ class Chat:
     def turn_start(self, text: str, low: int, high: int) -> int:
         """Where the model began to speak, between two positions; `high` when nothing tells."""
         for header in self.headers:
-            found = text.rfind(header, low, high)
-            if found >= 0:
-                return found + len(header)
+            start = text.rfind(header, low, high)
+            if start >= 0:
+                return start + len(header)
         return high
 
 
@@ -86,14 +86,14 @@ class Span:
 
 def eos_token_ids(path: str, tokenizer: Any) -> set[int]:
     """Tokens that end an answer: the generation config's and the tokenizer's."""
-    found = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     try:
         listed = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # a model without generation_config.json: the tokenizer's token stands alone
-        return found
+        return ids
     if listed is None:
-        return found
-    return found | ({listed} if isinstance(listed, int) else set(listed))
+        return ids
+    return ids | ({listed} if isinstance(listed, int) else set(listed))
 
 
 def render(tokenizer: Any, messages: list[Message], kwargs: dict[str, Any]) -> str:
@@ -129,10 +129,10 @@ def parsed(value: Any, what: str) -> Any:
 
 def split_thoughts(content: str) -> tuple[str, str, str, str]:
     """Opening, thoughts, closing and answer, which make up the content; without thoughts ""."""
-    found = THOUGHTS.match(content) if "</think>" in content else None
-    if not found:
+    match = THOUGHTS.match(content) if "</think>" in content else None
+    if not match:
         return "", "", "", content
-    return found[1], found[2], found[3], content[found.end() :]
+    return match[1], match[2], match[3], content[match.end() :]
 
 
 def readable(message: Message, thinking: str) -> Message:

@@ -45,14 +45,14 @@ def normalise(record: Any) -> dict[str, Any]:
     """
     if not isinstance(record, dict):
         raise BadRecord(f"a {type(record).__name__} where an object was expected")
-    found = next((key for key in LISTS if record.get(key)), None)
-    if found is None:
+    list_key = next((key for key in LISTS if record.get(key)), None)
+    if list_key is None:
         raise BadRecord("no `conversations` or `messages`")
-    if not isinstance(record[found], list):
-        raise BadRecord(f"`{found}` is not a list")
-    messages = [normalise_message(message) for message in record[found]]
+    if not isinstance(record[list_key], list):
+        raise BadRecord(f"`{list_key}` is not a list")
+    messages = [normalise_message(message) for message in record[list_key]]
     named = next((key for key in IDS if record.get(key) is not None), "id")
-    rest = {key: value for key, value in record.items() if key not in ("id", named, found)}
+    rest = {key: value for key, value in record.items() if key not in ("id", named, list_key)}
     if "tools" in rest:
         tools = normalise_tools(rest.pop("tools"))
         rest |= {"tools": tools} if tools else {}
@@ -91,10 +91,10 @@ def normalise_message(message: Any) -> dict[str, Any]:
 def called(text: str) -> list[dict[str, Any]]:
     """ShareGPT's calls, `{"name": ..., "arguments": ...}` or a list of them; [] for other text."""
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except ValueError:
         return []
-    calls = found if isinstance(found, list) else [found]
+    calls = content if isinstance(content, list) else [content]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
         return []
     return [{"type": "function", "function": call} for call in calls]
@@ -157,13 +157,13 @@ def asks_of(record: dict[str, Any]) -> list[list[dict[str, Any]]]:
 
     What no user says, such as the result of a tool, answers the recorded answer and is left out.
     """
-    found: list[list[dict[str, Any]]] = [[]]
+    asks: list[list[dict[str, Any]]] = [[]]
     for message in record["conversations"]:
         if message["role"] == "assistant":
-            found.append([])
+            asks.append([])
         else:
-            found[-1].append(message)
-    return [ask for ask in found if any(message["role"] == "user" for message in ask)]
+            asks[-1].append(message)
+    return [ask for ask in asks if any(message["role"] == "user" for message in ask)]
 
 
 def prompt_of(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -48,12 +48,12 @@ class Columns(NamedTuple):
     optional: frozenset[str]
     """Also read where it has them."""
 
-    def of(self, name: str, found: list[str]) -> list[str]:
+    def of(self, name: str, names: list[str]) -> list[str]:
         """The columns to read, or an InputError that lists what there is."""
-        if not self.needed.intersection(found):
-            wanted = " or ".join(f"`{column}`" for column in sorted(self.needed))
-            raise InputError(f"{name} has the columns {', '.join(found)}; expected {wanted}")
-        return [column for column in found if column in self.needed | self.optional]
+        if not self.needed.intersection(names):
+            expected = " or ".join(f"`{column}`" for column in sorted(self.needed))
+            raise InputError(f"{name} has the columns {', '.join(names)}; expected {expected}")
+        return [column for column in names if column in self.needed | self.optional]
 
 
 def parse(name: str, file: IO[bytes], columns: Columns) -> Iterator[Raw | Rejected]:
@@ -167,9 +167,9 @@ def parse_parquet(name: str, file: IO[bytes], columns: Columns) -> Iterator[Raw]
         raise InputError(f"{name} needs: {INSTALL_DATA}") from None
     try:
         table = parquet.ParquetFile(file)
-        wanted = columns.of(name, table.schema_arrow.names)
+        names = columns.of(name, table.schema_arrow.names)
         number = itertools.count()
-        for batch in table.iter_batches(BATCH_ROWS, columns=wanted):
+        for batch in table.iter_batches(BATCH_ROWS, columns=names):
             for row in batch.to_pylist():
                 yield f"{name}#{next(number)}", without_nulls(row)
     except pyarrow.ArrowException as error:

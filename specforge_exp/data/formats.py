@@ -47,14 +47,16 @@ def image() -> Callable[[Any], Any]:
     def without_marks(message: Any) -> Any:
         if not isinstance(message, dict):
             return message
-        found = {k: v for k, v in message.items() if isinstance(v, str) and MARK in v}
-        return message | {key: text.replace(MARK, "").strip() for key, text in found.items()}
+        marked = {k: v for k, v in message.items() if isinstance(v, str) and MARK in v}
+        return message | {key: text.replace(MARK, "").strip() for key, text in marked.items()}
 
     def dialog(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         lists = {key: value[key] for key in LISTS if isinstance(value.get(key), list)}
-        return value | {key: [without_marks(m) for m in found] for key, found in lists.items()}
+        return value | {
+            key: [without_marks(m) for m in messages] for key, messages in lists.items()
+        }
 
     return dialog
 
@@ -67,8 +69,8 @@ def instruction() -> Callable[[Any], Any]:
         if isinstance(value.get("input"), str) and value["input"].strip():
             asks += "\n\n" + value["input"]
         answer = {"role": "assistant", "content": text_of(value, "output", "response")}
-        kept = {key: value[key] for key in (*IDS, *MORE) if key in value}
-        return kept | {"conversations": [*asked(asks)["conversations"], answer]}
+        extra = {key: value[key] for key in (*IDS, *MORE) if key in value}
+        return extra | {"conversations": [*asked(asks)["conversations"], answer]}
 
     return task
 

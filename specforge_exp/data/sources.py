@@ -40,10 +40,10 @@ def read(source: Source) -> Iterator[Record | Rejected]:
     if source.shuffle is not None:
         import numpy as np
 
-        found = list(items)
+        shuffled = list(items)
         # The order of `Dataset.shuffle(seed)`, so that `limit` takes the records that others take.
-        order = np.random.default_rng(source.shuffle).permutation(len(found))
-        items = (found[index] for index in order)
+        order = np.random.default_rng(source.shuffle).permutation(len(shuffled))
+        items = (shuffled[index] for index in order)
     for result in items:
         if isinstance(result, Rejected):
             if accepted >= source.skip:
@@ -74,15 +74,15 @@ def load(source: Source, what: str) -> list[Record]:
         InputError: the source cannot be read or holds no conversation.
     """
     items = list(read(source))
-    found = [from_first_user(item) for item in items if not isinstance(item, Rejected)]
+    records = [from_first_user(item) for item in items if not isinstance(item, Rejected)]
     rejected = [item for item in items if isinstance(item, Rejected)]
     why = reasons(Counter(item.kind for item in rejected))
-    if not found:
+    if not records:
         first = f": {why}; first {rejected[0].where}" if rejected else ""
         raise InputError(f"{what}: {source.path} (format {source.format}) is empty{first}")
     if rejected:
         log.warning("%s: %s: set aside %s", what, source.path, why)
-    return found
+    return records
 
 
 def reasons(kinds: Counter[str]) -> str:
@@ -94,8 +94,8 @@ def from_first_user(record: Record) -> Record:
     """The conversation without answers that stand before anyone asked; itself if there are none."""
     messages = record["conversations"]
     first = next(number for number, m in enumerate(messages) if m["role"] == "user")
-    kept = [m for m in messages[:first] if m["role"] == "system"] + messages[first:]
-    return record if len(kept) == len(messages) else {**record, "conversations": kept}
+    turns = [m for m in messages[:first] if m["role"] == "system"] + messages[first:]
+    return record if len(turns) == len(messages) else {**record, "conversations": turns}
 
 
 def local_files(source: Source) -> list[Path]:
@@ -152,9 +152,9 @@ def read_hub(rest: str, source: Source) -> Iterator[Raw | Rejected]:
     name, part, split = hub_name(rest)
     try:
         if known(part):
-            for one in spelt_out(part):
-                with hub_file(name, one).open("rb") as file:
-                    yield from parse(source.path.replace(part, one), file, columns)
+            for member in spelt_out(part):
+                with hub_file(name, member).open("rb") as file:
+                    yield from parse(source.path.replace(part, member), file, columns)
             return
         from datasets import load_dataset
 
@@ -164,8 +164,8 @@ def read_hub(rest: str, source: Source) -> Iterator[Raw | Rejected]:
         if rows.column_names:  # JSON has none before it is read
             rows = rows.select_columns(columns.of(source.path, rows.column_names))
         for number, row in enumerate(rows):
-            kept = columns.of(source.path, list(row))
-            yield f"{source.path}#{number}", without_nulls({key: row[key] for key in kept})
+            names = columns.of(source.path, list(row))
+            yield f"{source.path}#{number}", without_nulls({key: row[key] for key in names})
     except InputError:
         raise
     except ImportError:
@@ -197,7 +197,7 @@ def spelt_out(text: str) -> list[str]:
     """`a{1,2}b` as a shell spells it out: a1b, a2b."""
     before, brace, rest = text.partition("{")
     inside, _, after = rest.partition("}")
-    return [before + one + after for one in inside.split(",")] if brace else [text]
+    return [before + choice + after for choice in inside.split(",")] if brace else [text]
 
 
 def hub_file(name: str, part: str) -> Path:

@@ -129,16 +129,16 @@ def packing(lengths: Ints, row: int) -> dict[str, Any]:
         while left:
             open_rows = np.flatnonzero(room[length:])
             tightest = length + int(open_rows[0]) if len(open_rows) else row
-            each = tightest // length
+            copies = tightest // length
             if not len(open_rows):
-                made = -(-left // each)
+                made = -(-left // copies)
                 rows, room[row] = rows + made, made
-            filled = min(left // each, int(room[tightest]))
+            filled = min(left // copies, int(room[tightest]))
             if not filled:  # fewer than fill one row
-                filled, each = 1, left
+                filled, copies = 1, left
             room[tightest] -= filled
-            room[tightest - each * length] += filled
-            left -= filled * each
+            room[tightest - copies * length] += filled
+            left -= filled * copies
     size = rows * row + int(over.sum())
     waste = 1 - float(lengths.sum()) / size if size else 0.0
     return {"row_tokens": row, "rows": rows + len(over), "waste": waste}

@@ -115,9 +115,9 @@ class OpenAIEngine:
         tries = 0
         while True:
             try:
-                found = await ask()
+                answer = await ask()
                 self.alive[server] = time.monotonic()
-                return found
+                return answer
             except Busy as error:
                 if self.gone(server):
                     raise ServerDied from None
@@ -230,9 +230,9 @@ def parse(content: bytes) -> Answer:
 def complaint(content: bytes) -> str:
     """What an error response says, in one line."""
     try:
-        said = orjson.loads(content)
-        said = said.get("error", said)
-        text = said.get("message", said) if isinstance(said, dict) else said
+        body = orjson.loads(content)
+        body = body.get("error", body)
+        text = body.get("message", body) if isinstance(body, dict) else body
     except (ValueError, AttributeError):
         text = content.decode(errors="replace")
     return " ".join(str(text).split())[:300]

@@ -108,9 +108,9 @@ def make_plan(source: Path, digest: str, chunk_size: int, most: int | None) -> P
             starts.append(start)
             lengths.append(len(line))
             lines.append(number)
-            for level, found in zip(LEVELS, hashes, strict=True):
-                found.append(hash(text[:level]))
-    ranks = [first_with(np.frombuffer(found, np.int64)) for found in hashes]
+            for level, level_hashes in zip(LEVELS, hashes, strict=True):
+                level_hashes.append(hash(text[:level]))
+    ranks = [first_with(np.frombuffer(level_hashes, np.int64)) for level_hashes in hashes]
     order = np.lexsort(ranks[::-1]).astype(np.int32)
     sizes = np.frombuffer(lengths, np.int64)
     chunks = cut(ranks[0][order], sizes[order], chunk_size)
@@ -150,15 +150,15 @@ def cut(groups: np.ndarray, sizes: np.ndarray, chunk_size: int) -> np.ndarray:
     boundaries = [0]
     changes = np.flatnonzero(np.diff(groups)) + 1
     ends = dict(zip([0, *changes.tolist()], [*changes.tolist(), len(groups)], strict=True))
-    held = 0
+    chunk_bytes = 0
     for index, size in enumerate(sizes.tolist()):
         count = index - boundaries[-1]
         room = chunk_size - count
         overflows = index in ends and ends[index] - index > room and 2 * count >= chunk_size
-        if count and (not room or held + size > CHUNK_BYTES or overflows):
+        if count and (not room or chunk_bytes + size > CHUNK_BYTES or overflows):
             boundaries.append(index)
-            held = 0
-        held += size
+            chunk_bytes = 0
+        chunk_bytes += size
     return np.array([*boundaries, len(groups)] if len(groups) else [0], np.int64)
 
 

@@ -67,7 +67,7 @@ class Progress:
     async def watch(self, workers: list[asyncio.Task[None]], drain: float) -> None:
         """Write progress.json now and then; after a signal give workers `drain` seconds to end."""
         written = 0.0
-        asked: float | None = None
+        signalled: float | None = None
         while True:
             await asyncio.sleep(0.1)
             now = time.monotonic()
@@ -75,10 +75,10 @@ class Progress:
                 with suppress(OSError):  # the next answer meets a full disk; signals must go on
                     self.write()
                 written = now
-            if self.interrupt.number and asked is None:
-                asked, self.stopping = now, True
+            if self.interrupt.number and signalled is None:
+                signalled, self.stopping = now, True
                 self.bar.write(f"regen: stopping; answers under way get {drain:g} s to end")
-            if asked is not None and now - asked > drain:
+            if signalled is not None and now - signalled > drain:
                 for worker in workers:
                     worker.cancel()
                 return

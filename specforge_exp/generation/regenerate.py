@@ -61,27 +61,27 @@ async def regenerate(item: Item, rules: Rules, ask: Ask) -> Record:
     turns = list(record["conversations"])
     if turns and turns[-1]["role"] != "assistant":
         turns.append({"role": "assistant", "content": ""})
-    said: list[Message] = []
+    messages: list[Message] = []
     answers: list[Answer] = []
     try:
         for turn in turns:
             if turn["role"] != "assistant" or turn.get("tool_calls"):
-                said.append(turn)
+                messages.append(turn)
                 continue
-            answers.append(await one_answer(item, said, rules, ask, answers))
-            said.append(answers[-1].message)
+            answers.append(await one_answer(item, messages, rules, ask, answers))
+            messages.append(answers[-1].message)
             if answers[-1].finish_reason == "tool_calls":
                 raise Stop("it calls a tool, whose result nobody knows")
     except (Stop, Refused, Failed) as error:
         if not answers or isinstance(error, Failed):
             return {"error": str(error), **record}
-        while said[-1] is not answers[-1].message:
-            said.pop()
+        while messages[-1] is not answers[-1].message:
+            messages.pop()
     if not answers:
         return {"error": "nothing to answer: only answers that call tools", **record}
     return {
         **record,
-        "conversations": said,
+        "conversations": messages,
         "finish_reasons": [answer.finish_reason for answer in answers],
         "generated_tokens": sum(answer.completion_tokens for answer in answers),
         "regenerated": {**rules.made_by, "time": datetime.now(UTC).isoformat(timespec="seconds")},
@@ -89,16 +89,16 @@ async def regenerate(item: Item, rules: Rules, ask: Ask) -> Record:
 
 
 async def one_answer(
-    item: Item, said: list[Message], rules: Rules, ask: Ask, before: list[Answer]
+    item: Item, messages: list[Message], rules: Rules, ask: Ask, before: list[Answer]
 ) -> Answer:
     """The next answer; raises Stop, Refused or Failed."""
     record = item.record
-    check_room(record, said, rules, before)
+    check_room(record, messages, rules, before)
     for attempt in range(rules.attempts):
         name = f"{rules.seed}/{record['id']}/{item.sample}/{len(before)}/{attempt}"
         seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest()) >> 1
         request = Request(
-            messages=list(said), sampling=rules.sampling, seed=seed, tools=record.get("tools"),
+            messages=list(messages), sampling=rules.sampling, seed=seed, tools=record.get("tools"),
             template_kwargs=rules.template_kwargs, session=f"{record['id']}/{item.sample}",
             server=item.server,
         )  # fmt: skip
@@ -117,17 +117,17 @@ async def one_answer(
     raise Failed("the answer is empty")
 
 
-def check_room(record: Record, said: list[Message], rules: Rules, before: list[Answer]) -> None:
+def check_room(record: Record, messages: list[Message], rules: Rules, before: list[Answer]) -> None:
     """Raise Stop when the conversation fills max_length already.
 
     No token is shorter than a byte, so most conversations need no tokenizer.
     """
-    known = before[-1].prompt_tokens + before[-1].completion_tokens if before else 0
-    size = sum(len(m["content"].encode()) + TEMPLATE_BYTES for m in said)
-    if known < rules.max_length and size >= rules.max_length and rules.count:
-        known = rules.count(record, said)
-    if known >= rules.max_length:
-        raise Stop(f"the prompt alone has {known} tokens, max_length={rules.max_length}")
+    tokens = before[-1].prompt_tokens + before[-1].completion_tokens if before else 0
+    size = sum(len(m["content"].encode()) + TEMPLATE_BYTES for m in messages)
+    if tokens < rules.max_length and size >= rules.max_length and rules.count:
+        tokens = rules.count(record, messages)
+    if tokens >= rules.max_length:
+        raise Stop(f"the prompt alone has {tokens} tokens, max_length={rules.max_length}")
 
 
 def sort_thoughts(message: Message, thinking: str) -> Message:
@@ -138,5 +138,5 @@ def sort_thoughts(message: Message, thinking: str) -> Message:
     thoughts = (message.get("reasoning_content") or inline).strip("\n")
     rest = {key: value for key, value in message.items() if key != "reasoning_content"}
     sorted_out = {**rest, "content": answer.lstrip("\n")}
-    kept = thinking == "kept" and thoughts.strip()
-    return {**sorted_out, "reasoning_content": thoughts} if kept else sorted_out
+    with_thoughts = thinking == "kept" and thoughts.strip()
+    return {**sorted_out, "reasoning_content": thoughts} if with_thoughts else sorted_out

@@ -83,5 +83,5 @@ def revision(path: str) -> str | None:
     """Commit of a hub model in the cache, or digest of a local one; None where neither is here."""
     if Path(path).is_dir():
         return model_digest(path)[:16]
-    found = try_to_load_from_cache(path, "config.json")
-    return Path(found).parent.name if isinstance(found, str) else None
+    cached = try_to_load_from_cache(path, "config.json")
+    return Path(cached).parent.name if isinstance(cached, str) else None

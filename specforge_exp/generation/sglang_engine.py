@@ -66,8 +66,8 @@ class SGLangEngine:
             if server.running:
                 return
             if server.process is not None:
-                said = server.tail()
-                log.warning("regen: server %d has died and is started again; %s", number, said)
+                log_tail = server.tail()
+                log.warning("regen: server %d has died and is started again; %s", number, log_tail)
             else:
                 log.info("regen: server %d starts; its log: %s", number, server.log)
             try:

@@ -46,20 +46,20 @@ def charts(sweep: Collected, ranking: Ranking) -> list[Chart]:
 
 def by_loss(entries: Sequence[RankingRow]) -> dict[str, list[RankingRow]]:
     """Entries by the name of their loss, in the order of the entries."""
-    found: dict[str, list[RankingRow]] = {}
+    groups: dict[str, list[RankingRow]] = {}
     for entry in entries:
-        found.setdefault(entry.runs[0].loss, []).append(entry)
-    return found
+        groups.setdefault(entry.runs[0].loss, []).append(entry)
+    return groups
 
 
 def entry_columns(entries: Sequence[RankingRow]) -> dict[str, list[Any]]:
     """Name, value and interval of entries, for a chart."""
-    known = [entry.interval or (entry.value, entry.value) for entry in entries]
+    intervals = [entry.interval or (entry.value, entry.value) for entry in entries]
     return {
         "run": [entry.label for entry in entries],
         "value": [entry.value for entry in entries],
-        "low": [low for low, _ in known],
-        "high": [high for _, high in known],
+        "low": [low for low, _ in intervals],
+        "high": [high for _, high in intervals],
         "said": [interval_text(entry.interval) or "unknown" for entry in entries],
         "verdict": [entry.verdict for entry in entries],
     }
@@ -132,9 +132,9 @@ def drawn(curve: Curve | None, most: int) -> tuple[np.ndarray, np.ndarray]:
     """A curve's points on the page, in few bytes."""
     if curve is None:
         return np.zeros(0, np.float32), np.zeros(0, np.float32)
-    kept = thin(curve.values, most)
+    positions = thin(curve.values, most)
     small = np.uint16 if curve.steps.max() < 2**16 else np.float32
-    return curve.steps[kept].astype(small), rounded(curve.values[kept])
+    return curve.steps[positions].astype(small), rounded(curve.values[positions])
 
 
 def rounded(values: np.ndarray) -> np.ndarray:
@@ -204,7 +204,7 @@ def curve_charts(runs: Sequence[SweepRun]) -> list[Chart]:
 
 def sources_of(runs: Sequence[SweepRun], keys: dict[str, str]) -> tuple[str, ...]:
     """Which of training and held-out any run has."""
-    return tuple(one for one, key in keys.items() if any(key in run.curves for run in runs))
+    return tuple(name for name, key in keys.items() if any(key in run.curves for run in runs))
 
 
 def alpha_chart(runs: Sequence[SweepRun]) -> Chart | None:
@@ -301,12 +301,16 @@ def data_set_chart(sweep: Collected, ranking: Ranking) -> Chart | None:
             if run.loss != loss:
                 continue
             aside = 0.8 * ((place + 0.5) / len(runs) - 0.5)
-            for name, one in run.datasets.items():
-                known = one.low is not None and one.high is not None
-                between = (one.low or 0.0, one.high or 0.0) if known else (one.value, one.value)
-                row = (run.label, (name, aside), one.value, *between,
-                       interval_text(between) if known else "unknown",
-                       one.prompts)  # fmt: skip
+            for name, figures in run.datasets.items():
+                has_interval = figures.low is not None and figures.high is not None
+                between = (
+                    (figures.low or 0.0, figures.high or 0.0)
+                    if has_interval
+                    else (figures.value, figures.value)
+                )
+                row = (run.label, (name, aside), figures.value, *between,
+                       interval_text(between) if has_interval else "unknown",
+                       figures.prompts)  # fmt: skip
                 for key, value in zip(data, row, strict=True):
                     data[key].append(value)
         if data["run"]:

@@ -105,13 +105,13 @@ class SweepRun:
     @property
     def usd(self) -> float | None:
         """Price of the machine for the time of training."""
-        known = self.seconds is not None and self.usd_per_hour is not None
-        return self.seconds * self.usd_per_hour / 3600 if known else None  # type: ignore[operator]
+        complete = self.seconds is not None and self.usd_per_hour is not None
+        return self.seconds * self.usd_per_hour / 3600 if complete else None  # type: ignore[operator]
 
     def metric(self, name: str) -> float | None:
         """A metric by the name that `report.metric` uses; None: not known (yet)."""
-        known = self.evaluation.get(name, self.returned.get(name))
-        return self.gpu_hours if known is None and name == "gpu_hours" else known
+        value = self.evaluation.get(name, self.returned.get(name))
+        return self.gpu_hours if value is None and name == "gpu_hours" else value
 
 
 @dataclass
@@ -155,9 +155,9 @@ def collect(sweep_dir: Path) -> Collected:
         missing = len(sweep["runs"]) - len(listed)
         problems.append(f"{sweep_dir / FILE}: {missing} runs without a name are left out")
     directions = {
-        str(one["name"]): str(one.get("direction", "maximize"))
-        for one in sweep.get("objectives") or []
-        if isinstance(one, dict) and "name" in one
+        str(objective["name"]): str(objective.get("direction", "maximize"))
+        for objective in sweep.get("objectives") or []
+        if isinstance(objective, dict) and "name" in objective
     }
     script = str(sweep.get("script") or "train")
     short = labels([str(run["name"]) for run in listed])
@@ -194,7 +194,7 @@ def collect(sweep_dir: Path) -> Collected:
 def labels(names: list[str]) -> list[str]:
     """Names without the beginning that all of them share, cut after an underscore."""
     ends = zip(min(names, default=""), max(names, default=""), strict=False)
-    same = "".join(one for one, _ in takewhile(lambda both: both[0] == both[1], ends))
+    same = "".join(letter for letter, _ in takewhile(lambda both: both[0] == both[1], ends))
     cut = same.rfind("_") + 1 if len(names) > 1 else 0
     short = [name[cut:] for name in names]
     return short if all(short) else names
@@ -202,8 +202,8 @@ def labels(names: list[str]) -> list[str]:
 
 def number(value: Any) -> float | None:
     """A finite number, or None."""
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if known and math.isfinite(value) else None
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if numeric and math.isfinite(value) else None
 
 
 def listed_run(raw: dict[str, Any], label: str, objectives: list[str], script: str) -> SweepRun:
@@ -218,7 +218,7 @@ def listed_run(raw: dict[str, Any], label: str, objectives: list[str], script: s
             choices.setdefault(key, parsed(text))
     value = raw.get("value")
     values = value if isinstance(value, list) else [value]
-    found = {name: number(one) for name, one in zip(objectives, values, strict=False)}
+    returned = {name: number(one) for name, one in zip(objectives, values, strict=False)}
     command = shlex.join(["python", f"{script}.py", *overrides])
     return SweepRun(
         number=int(raw.get("number", 0)),
@@ -229,7 +229,7 @@ def listed_run(raw: dict[str, Any], label: str, objectives: list[str], script: s
         command=str(raw.get("command") or command),
         choices=choices | params,
         params=list(params),
-        returned={name: one for name, one in found.items() if one is not None},
+        returned={name: one for name, one in returned.items() if one is not None},
         gpus=int(number(record.get("gpus")) or 1),
         usd_per_hour=number(record.get("usd_per_hour")),
     )
@@ -240,8 +240,8 @@ def parsed(text: str) -> Any:
     try:
         return orjson.loads(text)
     except ValueError:
-        found = re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text)
-        return float(text) if found else text
+        scientific = re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text)
+        return float(text) if scientific else text
 
 
 def read_folder(run: SweepRun, folder: Path, problems: list[str]) -> None:
@@ -304,9 +304,9 @@ def add_record(run: SweepRun, file: Path) -> None:
         if value is not None:
             run.choices.setdefault(key, value)
     run.gpus = int((config.get("trainer") or {}).get("gpus") or run.gpus)
-    found = {key: number(value) for key, value in (record.get("evaluation") or {}).items()}
-    if found:
-        run.evaluation |= {key: value for key, value in found.items() if value is not None}
+    evaluation = {key: number(value) for key, value in (record.get("evaluation") or {}).items()}
+    if evaluation:
+        run.evaluation |= {key: value for key, value in evaluation.items() if value is not None}
         run.final = True
     if run.seconds is None:
         run.seconds = number(record.get("seconds"))
@@ -318,8 +318,8 @@ def add_conversations(run: SweepRun, file: Path) -> None:
     Raises:
         ValueError: it is not of the evaluation that the run reports.
     """
-    found = json.loads(file.read_text())
-    sample = StratifiedSample((stratum("held-out", found["length"], found["slots"]),))
+    record = json.loads(file.read_text())
+    sample = StratifiedSample((stratum("held-out", record["length"], record["slots"]),))
     reported = run.evaluation.setdefault("simulated_length", sample.estimate)
     if not math.isclose(sample.estimate, reported, rel_tol=1e-3):
         if not run.final:  # a step ahead of metrics.jsonl, or behind
@@ -334,11 +334,11 @@ def add_bench(run: SweepRun, file: Path) -> None:
     """Accepted lengths by data set, from what bench measured last."""
     bench = json.loads(file.read_text())
     strata = []
-    for name, found in bench["datasets"].items():
-        low, high = found.get("accepted_length_ci95") or (None, None)
-        value = float(found["accepted_length"])
-        run.datasets[str(name)] = DataSet(value, low, high, int(found.get("prompts") or 0))
-        lengths = found.get("lengths")
+    for name, figures in bench["datasets"].items():
+        low, high = figures.get("accepted_length_ci95") or (None, None)
+        value = float(figures["accepted_length"])
+        run.datasets[str(name)] = DataSet(value, low, high, int(figures.get("prompts") or 0))
+        lengths = figures.get("lengths")
         if lengths and any(length is not None for length in lengths):
             gained = [length or 0.0 for length in lengths]
             strata.append(stratum(name, gained, [length is not None for length in lengths]))
@@ -347,14 +347,14 @@ def add_bench(run: SweepRun, file: Path) -> None:
     if run.datasets and len(strata) == len(run.datasets):
         keys = "chain_length temperature max_tokens turns average thinking".split()
         how = [bench.get("settings", {}).get(key) for key in keys]
-        how += [found.get("source") for found in bench["datasets"].values()]
+        how += [figures.get("source") for figures in bench["datasets"].values()]
         run.samples[ACCEPTED] = StratifiedSample(tuple(strata), str(how))
 
 
 def add_tracker(run: SweepRun, file: Path) -> None:
     """Where the run is at its tracker: an address, or the command that uploads or shows it."""
-    told = json.loads(file.read_text())
-    url, sync = told.get("url"), told.get("sync")
+    tracker = json.loads(file.read_text())
+    url, sync = tracker.get("url"), tracker.get("sync")
     if isinstance(url, str) and url.startswith(("https://", "http://")):
         run.tracker["url"] = url
     elif isinstance(sync, str):

@@ -50,7 +50,9 @@ class Chart:
     def __post_init__(self) -> None:
         for tool in self.figure.select(type=HoverTool):
             marks = [
-                one for one in self.figure.renderers if isinstance(one.glyph, Scatter | MultiLine)
+                renderer
+                for renderer in self.figure.renderers
+                if isinstance(renderer.glyph, Scatter | MultiLine)
             ]
             tool.renderers = marks
 
@@ -67,22 +69,22 @@ def new_figure(height: int = 320, **options: Any) -> Any:
     tools: list[Any] = [PanTool(), WheelZoomTool(), ResetTool(), SaveTool()]
     if tooltips:
         tools.append(HoverTool(tooltips=tooltips, point_policy="follow_mouse"))
-    found = figure(height=height, sizing_mode="stretch_width", tools=tools, **options)
-    found.toolbar.logo = None
-    found.toolbar.autohide = True
-    found.outline_line_color = None
-    found.background_fill_color = found.border_fill_color = None
-    found.min_border_right = 18
-    for axis in found.axis:
+    plot = figure(height=height, sizing_mode="stretch_width", tools=tools, **options)
+    plot.toolbar.logo = None
+    plot.toolbar.autohide = True
+    plot.outline_line_color = None
+    plot.background_fill_color = plot.border_fill_color = None
+    plot.min_border_right = 18
+    for axis in plot.axis:
         axis.axis_line_color = axis.major_tick_line_color = "#c3ccd6"
         axis.minor_tick_line_color = None
         axis.major_label_text_color = axis.axis_label_text_color = INK
         axis.major_label_text_font = axis.axis_label_text_font = FONT
         axis.major_label_text_font_size, axis.axis_label_text_font_size = "11px", "12px"
         axis.axis_label_text_font_style = "normal"
-    for grid in found.grid:
+    for grid in plot.grid:
         grid.grid_line_color = GRID
-    return found
+    return plot
 
 
 def logarithmic(axis: Any, values: Sequence[float]) -> None:

@@ -95,8 +95,8 @@ def item(chart: Chart) -> dict[str, Any]:
 def states(sweep: Collected) -> list[str]:
     """The statuses that runs have, in the order in which a run has them."""
     order = ["completed", "running", "planned", "pruned", "failed"]
-    found = {run.status for run in sweep.runs}
-    return [s for s in order if s in found] + sorted(found - set(order))
+    statuses = {run.status for run in sweep.runs}
+    return [s for s in order if s in statuses] + sorted(statuses - set(order))
 
 
 def when(text: str) -> str:
@@ -115,11 +115,11 @@ def tiles(sweep: Collected, ranking: Ranking) -> list[tuple[str, str]]:
         (f"best {title_of(ranking.metric)}", measure(best)),
         ("finished", f"{done} / {len(sweep.runs)}"),
     ]
-    for name, said, form in (("gpu_hours", "GPU hours", "{:.3g}"), ("usd", "USD", "{:,.2f}")):
-        known = [value for e in ranking.entries if (value := total(e, name)) is not None]
-        if known:
-            found.append((said, form.format(sum(known))))
-    return [(said, value) for said, value in found if value]
+    for name, unit, form in (("gpu_hours", "GPU hours", "{:.3g}"), ("usd", "USD", "{:,.2f}")):
+        totals = [value for e in ranking.entries if (value := total(e, name)) is not None]
+        if totals:
+            found.append((unit, form.format(sum(totals))))
+    return [(unit, value) for unit, value in found if value]
 
 
 def table(title: str, sweep: Collected, ranking: Ranking, seeds: bool) -> dict[str, Any]:

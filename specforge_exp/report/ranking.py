@@ -55,8 +55,8 @@ class RankingRow:
 
     def mean(self, metric: str) -> float | None:
         """Mean of a metric over the runs that count, else over those that have it so far."""
-        found = [run.metric(metric) for run in self.finished or self.runs]
-        known = [value for value in found if value is not None]
+        values = [run.metric(metric) for run in self.finished or self.runs]
+        known = [value for value in values if value is not None]
         return sum(known) / len(known) if known else None
 
 
@@ -101,15 +101,17 @@ def spread_of(run: SweepRun, metric: str, resamples: int) -> Spread | None:
 
 def configurations(runs: list[SweepRun]) -> list[list[SweepRun]]:
     """Runs that differ in their seed only, together, by seed; each seed once."""
-    found: dict[tuple[str, int], list[SweepRun]] = {}
+    groups: dict[tuple[str, int], list[SweepRun]] = {}
     for run in sorted(runs, key=lambda one: (one.number, one.name)):
         others = {key: value for key, value in run.choices.items() if key != "seed"}
         key = json.dumps(others, sort_keys=True, default=str)
         seed, again = run.choices.get("seed"), 0
-        while any(one.choices.get("seed") == seed for one in found.get((key, again), [])):
+        while any(one.choices.get("seed") == seed for one in groups.get((key, again), [])):
             again += 1
-        found.setdefault((key, again), []).append(run)
-    return [sorted(group, key=lambda run: str(run.choices.get("seed"))) for group in found.values()]
+        groups.setdefault((key, again), []).append(run)
+    return [
+        sorted(group, key=lambda run: str(run.choices.get("seed"))) for group in groups.values()
+    ]
 
 
 def rank(sweep: Collected, metric: str, resamples: int, by_seed: bool = False) -> Ranking:
@@ -151,13 +153,13 @@ def verdict(entry: RankingRow, best: RankingRow) -> str:
     then it takes intervals that do not overlap as well.
     """
     assert entry.against is not None
-    told = entry.against.distinguishable
-    if told is None:
+    distinguishable = entry.against.distinguishable
+    if distinguishable is None:
         return UNKNOWN
     one, other = entry.interval, best.interval
     overlap = one is not None and other is not None and one[0] <= other[1] and other[0] <= one[1]
     repeated = len(entry.finished) > 1 and len(best.finished) > 1
-    return WORSE if told and (repeated or not overlap) else SAME
+    return WORSE if distinguishable and (repeated or not overlap) else SAME
 
 
 def entry_of(runs: list[SweepRun], metric: str, resamples: int) -> RankingRow:
@@ -169,23 +171,25 @@ def entry_of(runs: list[SweepRun], metric: str, resamples: int) -> RankingRow:
     status = next(s for s in ("completed", "running", *states) if s in states)
     entry = RankingRow(runs[0].name, label, runs, status)
     spreads = [spread_of(run, metric, resamples) for run in entry.finished or runs]
-    known = [one for one in spreads if one is not None]
-    if known:
-        entry.spread = over_seeds(known, resamples) if entry.finished else Spread(known[0].value)
+    measured = [spread for spread in spreads if spread is not None]
+    if measured:
+        entry.spread = (
+            over_seeds(measured, resamples) if entry.finished else Spread(measured[0].value)
+        )
     return entry
 
 
 def check_metric(sweep: Collected, metric: str) -> None:
     """Refuse a metric that no finished run has."""
-    known = sorted({name for run in sweep.runs for name in (*run.evaluation, *run.returned)})
-    if not known or metric in (*known, *sweep.directions, "gpu_hours"):
+    metrics = sorted({name for run in sweep.runs for name in (*run.evaluation, *run.returned)})
+    if not metrics or metric in (*metrics, *sweep.directions, "gpu_hours"):
         return
     if metric == ACCEPTED:
         raise InputError(
             f"report.metric={ACCEPTED} comes from bench.json, which no run of {sweep.folder} has; "
             f"python bench.py sweep={sweep.folder}"
         )
-    shown = [name for name in known if "/" not in name or name.endswith("/0")]
+    shown = [name for name in metrics if "/" not in name or name.endswith("/0")]
     raise InputError(
         f"report.metric={metric} is in no evaluation of {sweep.folder}; there are "
         f"{', '.join(shown)} (and /1, /2 ... of those with /0), and {ACCEPTED} after bench"
@@ -198,10 +202,10 @@ def headline(ranking: Ranking) -> list[str]:
     if not ranked:
         return [f"No run has finished with a {ranking.metric} yet."]
     best = ranked[0]
-    said = f"{best.label} is best: {ranking.metric} {measure(best.value)}"
+    sentence = f"{best.label} is best: {ranking.metric} {measure(best.value)}"
     if between := best.interval:
-        said += f" (95 % interval {interval_text(between)})"
-    lines = [said + "."]
+        sentence += f" (95 % interval {interval_text(between)})"
+    lines = [sentence + "."]
     if len(ranked) == 1:
         return [*lines, "It is the only finished one.", *noise(ranking)]
     same = [entry.label for entry in ranked if entry.verdict == SAME]
@@ -232,5 +236,7 @@ def noise(ranking: Ranking) -> list[str]:
             "seed (a grid repeats each with seeds=3)."
         ]
     few = [entry.label for entry in ranking.ranked if len(entry.finished) < 2]
-    said = ["Intervals include the spread between seeds."]
-    return said + ([f"One seed only, without training noise: {', '.join(few)}."] if few else [])
+    sentences = ["Intervals include the spread between seeds."]
+    return sentences + (
+        [f"One seed only, without training noise: {', '.join(few)}."] if few else []
+    )

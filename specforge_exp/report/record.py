@@ -60,11 +60,11 @@ def read_sweep(sweep_dir: Path) -> dict[str, Any]:
     return sweep
 
 
-def no_sweep(wanted: Path, root: Path) -> str:
+def no_sweep(folder: Path, root: Path) -> str:
     """What to say about a folder without a sweep.json."""
-    found = [str(file.parent) for file in sorted(root.glob(f"**/{FILE}"))]
-    there = "; there are: " + ", ".join(found) if found else f"; there is none below {root}"
-    return f"{wanted} holds no {FILE}, which python train.py -m ... writes{there}"
+    sweeps = [str(file.parent) for file in sorted(root.glob(f"**/{FILE}"))]
+    there = "; there are: " + ", ".join(sweeps) if sweeps else f"; there is none below {root}"
+    return f"{folder} holds no {FILE}, which python train.py -m ... writes{there}"
 
 
 def run_folder(sweep_dir: Path, sweep: dict[str, Any], run: dict[str, Any]) -> Path | None:

@@ -3,8 +3,9 @@
 A metric of one run is a mean of quotients (`StratifiedSample`): over strata (data sets), the sum of
 what the units (conversations, prompts) gave, divided by the sum of their weights. A resample draws
 as many units as a stratum has, with replacement. The draw depends on nothing but the stratum's
-place and size, so two runs measured on the same units are resampled together: the difference of their
-resampled values is a paired bootstrap, in which what makes a conversation easy or hard cancels.
+place and size, so two runs measured on the same units are resampled together: the difference of
+their resampled values is a paired bootstrap, in which what makes a conversation easy or hard
+cancels.
 
 Intervals have 95 % and are of percentiles; each comparison stands by itself (no correction for
 how many runs are compared).
@@ -98,8 +99,8 @@ class Comparison:
 
 def around(value: float, draws: np.ndarray) -> tuple[float, float]:
     """Percentiles 2.5 and 97.5 of the draws, widened to `value` if it lies outside."""
-    known = draws[np.isfinite(draws)]
-    low, high = np.percentile(known, LEVELS) if len(known) else (value, value)
+    finite = draws[np.isfinite(draws)]
+    low, high = np.percentile(finite, LEVELS) if len(finite) else (value, value)
     return min(float(low), value), max(float(high), value)
 
 
@@ -117,12 +118,12 @@ def spread(sample: StratifiedSample, resamples: int) -> Spread:
     c_b counts how often resample b drew each unit. Where it drew no weight at all, the value is not
     a number and does not count.
     """
-    found = np.zeros(resamples)
-    for place, one in enumerate(sample.strata):
-        counts_RN = resampling(len(one.totals), resamples, place)
+    sums = np.zeros(resamples)
+    for place, stratum in enumerate(sample.strata):
+        counts_RN = resampling(len(stratum.totals), resamples, place)
         with np.errstate(invalid="ignore", divide="ignore"):
-            found += (counts_RN @ one.totals) / (counts_RN @ one.weights)
-    draws = np.where(np.isfinite(found / len(sample.strata)), found / len(sample.strata), np.nan)
+            sums += (counts_RN @ stratum.totals) / (counts_RN @ stratum.weights)
+    draws = np.where(np.isfinite(sums / len(sample.strata)), sums / len(sample.strata), np.nan)
     return Spread(sample.estimate, draws, sample.units)
 
 
@@ -149,9 +150,9 @@ def over_seeds(spreads: Sequence[Spread], resamples: int) -> Spread:
     value = float(np.mean([one.value for one in spreads]))
     if count == 1:
         return spreads[0]
-    known = all(one.draws is not None and len(one.draws) == resamples for one in spreads)
+    drawn = all(one.draws is not None and len(one.draws) == resamples for one in spreads)
     draws_SR = np.array(
-        [one.draws if known else np.full(resamples, one.value) for one in spreads], float
+        [one.draws if drawn else np.full(resamples, one.value) for one in spreads], float
     )
     picks_SR = np.random.default_rng((count, resamples)).integers(0, count, (count, resamples))
     picked_R = np.take_along_axis(draws_SR, picks_SR, 0).mean(0)
@@ -159,7 +160,7 @@ def over_seeds(spreads: Sequence[Spread], resamples: int) -> Spread:
     student = STUDENT[count - 2] if count - 2 < len(STUDENT) else NORMAL
     factor = np.sqrt(count / (count - 1)) * student / NORMAL
     units = spreads[0].units if len({one.units for one in spreads}) == 1 else ()
-    return Spread(value, mean_R + factor * (picked_R - mean_R), units if known else ())
+    return Spread(value, mean_R + factor * (picked_R - mean_R), units if drawn else ())
 
 
 def compare(one: Spread, other: Spread) -> Comparison:
@@ -184,7 +185,7 @@ def thin(values: np.ndarray, most: int = 200) -> np.ndarray:
     count = len(values)
     if count <= most:
         return np.arange(count)
-    kept = {0, count - 1}
+    positions = {0, count - 1}
     for part in np.array_split(np.arange(1, count - 1), max(1, (most - 2) // 2)):
-        kept |= {int(part[values[part].argmin()]), int(part[values[part].argmax()])}
-    return np.array(sorted(kept))
+        positions |= {int(part[values[part].argmin()]), int(part[values[part].argmax()])}
+    return np.array(sorted(positions))

@@ -26,17 +26,17 @@ MARKS = {"completed": "circle", "pruned": "x", "failed": "x", "running": "circle
 
 def study_charts(sweep: Collected, metric: str) -> list[Chart]:
     """History and slices of a study; the Pareto front wherever there are two objectives."""
-    found = [pareto_chart(sweep)] if len(sweep.directions) > 1 else []
+    charts = [pareto_chart(sweep)] if len(sweep.directions) > 1 else []
     if sweep.kind == "study":
-        found += [history_chart(sweep, metric), *slice_charts(sweep, metric)]
-    return [chart for chart in found if chart is not None]
+        charts += [history_chart(sweep, metric), *slice_charts(sweep, metric)]
+    return [chart for chart in charts if chart is not None]
 
 
 def history_chart(sweep: Collected, metric: str) -> Chart | None:
     """Trials in their order, with the best so far."""
-    known = [run for run in sweep.runs if run.metric(metric) is not None]
-    known.sort(key=lambda run: run.number)
-    if not known:
+    measured = [run for run in sweep.runs if run.metric(metric) is not None]
+    measured.sort(key=lambda run: run.number)
+    if not measured:
         return None
     chart = new_figure(
         320, x_axis_label="trial", y_axis_label=title_of(metric),
@@ -44,7 +44,7 @@ def history_chart(sweep: Collected, metric: str) -> Chart | None:
                   ("status", "@status")],
     )  # fmt: skip
     best: list[float] = []
-    finished = [run for run in known if counts(run)]
+    finished = [run for run in measured if counts(run)]
     pick = min if sweep.minimised(metric) else max
     for run in finished:
         value = run.metric(metric)
@@ -55,8 +55,8 @@ def history_chart(sweep: Collected, metric: str) -> Chart | None:
             [run.number for run in finished], best, mode="after", line_color=INK, line_width=1.5,
             line_alpha=0.6,
         )  # fmt: skip
-    scatter(chart, sweep, known, {"x": [run.number for run in known]}, metric)
-    lost = sum(run.status in ("failed", "pruned") and run not in known for run in sweep.runs)
+    scatter(chart, sweep, measured, {"x": [run.number for run in measured]}, metric)
+    lost = sum(run.status in ("failed", "pruned") and run not in measured for run in sweep.runs)
     cut = f" {lost} failed or pruned trials reported nothing." if lost else ""
     return Chart(
         "history",
@@ -98,8 +98,8 @@ def scatter(
 def slice_charts(sweep: Collected, metric: str) -> list[Chart]:
     """The metric over each sampled parameter."""
     names = list(dict.fromkeys(key for run in sweep.runs for key in run.params))
-    found = [slice_chart(sweep, metric, name) for name in names[:SLICES]]
-    return [chart for chart in found if chart is not None]
+    charts = [slice_chart(sweep, metric, name) for name in names[:SLICES]]
+    return [chart for chart in charts if chart is not None]
 
 
 def slice_chart(sweep: Collected, metric: str, name: str) -> Chart | None:
@@ -152,8 +152,8 @@ def pareto_chart(sweep: Collected) -> Chart | None:
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Of points where more is better, those that none is better than in both; by the first."""
-    kept: list[tuple[float, float]] = []
+    best: list[tuple[float, float]] = []
     for point in sorted(set(points), reverse=True):
-        if not kept or point[1] > kept[-1][1]:
-            kept.append(point)
-    return kept
+        if not best or point[1] > best[-1][1]:
+            best.append(point)
+    return best

@@ -75,50 +75,50 @@ def status_text(entry: RankingRow) -> str:
 
 def total(entry: RankingRow, name: str) -> float | None:
     """gpu_hours or usd of all runs of an entry."""
-    known = [value for run in entry.runs if (value := getattr(run, name)) is not None]
-    return sum(known) if known else None
+    values = [value for run in entry.runs if (value := getattr(run, name)) is not None]
+    return sum(values) if values else None
 
 
 def columns(sweep: Collected, ranking: Ranking, seeds: bool) -> list[Column]:
     """The columns of a table; `seeds`: of runs by seed rather than of configurations."""
-    found = [
+    table = [
         Column("rank", "#", lambda e: shown(e.rank), lambda e: e.rank),
         Column("name", "run", lambda e: e.label, lambda e: e.label),
         *(Column(key, key, chosen_text(key), chosen(key)) for key in varied(sweep)),
     ]
     if seeds:
-        found.append(Column("seed", "seed", chosen_text("seed"), chosen("seed")))
+        table.append(Column("seed", "seed", chosen_text("seed"), chosen("seed")))
     elif ranking.several_seeds:
-        found.append(
+        table.append(
             Column(
                 "seeds", "seeds", lambda e: f"{len(e.finished)} of {len(e.runs)}",
                 lambda e: len(e.finished),
             )
         )  # fmt: skip
     title = title_of(ranking.metric)
-    found.append(
+    table.append(
         Column("metric", title, lambda e: measure(e.value), lambda e: e.value,
                lambda e: interval_text(e.interval))
     )  # fmt: skip
     if not seeds:  # between two seeds of one configuration there is nothing but training noise
-        found += [
+        table += [
             Column("against", "beside the best", against_text,
                    lambda e: e.against and e.against.value, between_text),
             Column("verdict", "verdict", lambda e: e.verdict, lambda e: e.verdict or None),
         ]  # fmt: skip
     runs = sweep.runs
     beside = [n for n in dict.fromkeys((*BESIDE, *sweep.directions)) if n != ranking.metric]
-    found += [
+    table += [
         metric_column(n) for n in beside
         if n != "gpu_hours" and any(run.metric(n) is not None for run in runs)
     ]  # fmt: skip
     for name in ("gpu_hours", "usd"):
         if any(getattr(run, name) is not None for run in runs):
-            found.append(
+            table.append(
                 Column(name, title_of(name), lambda e, n=name: measure(total(e, n), 3),  # type: ignore[misc]
                        lambda e, n=name: total(e, n))  # type: ignore[misc]
             )  # fmt: skip
-    return [*found, Column("status", "status", status_text, lambda e: e.status)]
+    return [*table, Column("status", "status", status_text, lambda e: e.status)]
 
 
 def chosen_text(key: str) -> Callable[[RankingRow], str]:
@@ -128,7 +128,7 @@ def chosen_text(key: str) -> Callable[[RankingRow], str]:
 
 def markdown_table(found: list[Column], entries: list[RankingRow]) -> str:
     """A Markdown table whose columns also line up where it is only printed."""
-    found = [one for column in found for one in with_interval(column)]
+    found = [shown_column for column in found for shown_column in with_interval(column)]
     rows = [[c.title for c in found]] + [[c.text(e) or "-" for c in found] for e in entries]
     rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(found))]
@@ -159,7 +159,7 @@ def markdown(sweep: Collected, ranking: Ranking, by_seed: Ranking) -> str:
     if failed:
         parts.append("\n".join(["Failures:", "", *(f"- {r.label}: {r.error}" for r in failed)]))
     if sweep.problems:
-        parts.append("\n".join(["Left out:", "", *(f"- {one}" for one in sweep.problems)]))
+        parts.append("\n".join(["Left out:", "", *(f"- {problem}" for problem in sweep.problems)]))
     commands = [run.command for entry in ranking.entries for run in entry.runs]
     parts.append("\n".join(["Commands, in the order of the table:", "", "```", *commands, "```"]))
     return "\n\n".join(parts) + "\n"
@@ -169,10 +169,12 @@ def status_counts(sweep: Collected) -> str:
     """`12 runs: 10 completed, 2 failed`."""
     states = [run.status for run in sweep.runs]
     order = ("completed", "running", "planned", "failed", "pruned")
-    found = [
-        f"{states.count(one)} {one}" for one in dict.fromkeys((*order, *states)) if one in states
+    counts = [
+        f"{states.count(status)} {status}"
+        for status in dict.fromkeys((*order, *states))
+        if status in states
     ]
-    return f"{len(states)} {'run' if len(states) == 1 else 'runs'}: {', '.join(found) or 'none'}"
+    return f"{len(states)} {'run' if len(states) == 1 else 'runs'}: {', '.join(counts) or 'none'}"
 
 
 @contextmanager

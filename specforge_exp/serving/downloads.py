@@ -31,8 +31,8 @@ def download(name: str) -> Path:
     """The model's folder in the cache; raises InputError for what keeps it from coming."""
     for wait in (*WAITS, None):
         try:
-            found = snapshot_download(name, allow_patterns=FILES, ignore_patterns=OTHER_FORMATS)
-            return Path(found)
+            folder = snapshot_download(name, allow_patterns=FILES, ignore_patterns=OTHER_FORMATS)
+            return Path(folder)
         except Exception as error:  # the hub client raises dozens of types
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise

@@ -77,13 +77,13 @@ def count_servers(options: EngineConfig, tp_size: int, gpus: int) -> int:
             f"engine.tp_size={tp_size}, but this machine has {gpus} GPUs; engine=modal rents them, "
             "engine=transformers works without"
         )
-    wanted = options.num_servers or most
-    if wanted > most:
+    count = options.num_servers or most
+    if count > most:
         raise InputError(
-            f"engine.tp_size={tp_size} x engine.num_servers={wanted} are {tp_size * wanted} GPUs, "
+            f"engine.tp_size={tp_size} x engine.num_servers={count} are {tp_size * count} GPUs, "
             f"but this machine has {gpus}; with this tp_size at most engine.num_servers={most}"
         )
-    return wanted
+    return count
 
 
 def tp_size_of(cfg: Config) -> int:

@@ -53,8 +53,8 @@ def end_group(child: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
 def end_orphans() -> None:
     """Kill what has left the group; each one's children come here in turn."""
     listed = Path(f"/proc/self/task/{os.getpid()}/children")
-    while listed.exists() and (found := listed.read_text().split()):
-        for pid in map(int, found):
+    while listed.exists() and (children := listed.read_text().split()):
+        for pid in map(int, children):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(ChildProcessError):

@@ -86,23 +86,25 @@ def measure(cfg: Config) -> dict[str, Any]:
     own = cfg.bench
     sets = bench_sets(cfg)
     asking = asking_of(cfg, load_tokenizer(cfg.model), training_answers(cfg))
-    asked = fitting(sets, asking, cfg)
-    answered = engine_of(cfg)(cfg, asking, asked)
-    found: dict[str, Any] = {}
+    conversations = fitting(sets, asking, cfg)
+    answered = engine_of(cfg)(cfg, asking, conversations)
+    figures: dict[str, Any] = {}
     left_out: Counter[str] = Counter()
     for name, records in sets.records.items():
-        left_out[name] = len(records) - len(asked.get(name, []))
-        if name not in asked:
+        left_out[name] = len(records) - len(conversations.get(name, []))
+        if name not in conversations:
             continue
         answers = answered[name]
-        found[name] = {"source": sets.origins[name]} | summarise(
+        figures[name] = {"source": sets.origins[name]} | summarise(
             answers.requests, cfg.chain_length, own.bootstrap, own.temperature == 0, own.average,
             (answers.seconds, answers.seconds_alone),
         )  # fmt: skip
-        left_out[f"{name} (later turns)"] += sum(map(len, asked[name])) - len(answers.requests)
-    average = sum(d["accepted_length"] for d in found.values()) / len(found)
+        left_out[f"{name} (later turns)"] += sum(map(len, conversations[name])) - len(
+            answers.requests
+        )
+    average = sum(d["accepted_length"] for d in figures.values()) / len(figures)
     return {
-        "target": cfg.model.path, "draft": str(paths.export_dir(cfg)), "datasets": found,
+        "target": cfg.model.path, "draft": str(paths.export_dir(cfg)), "datasets": figures,
         "left_out": dict(+left_out), "samples_because": sets.why, "average": average,
     }  # fmt: skip
 
@@ -113,7 +115,7 @@ def fitting(sets: BenchSets, asking: Asking, cfg: Config) -> dict[str, list[Conv
     Raises:
         InputError: one of another data set is too long, or all are.
     """
-    own, asked = cfg.bench, {}
+    own, conversations = cfg.bench, {}
     limit = f"max_length={asking.room + own.max_tokens} with bench.max_tokens={own.max_tokens}"
     for name, records in sets.records.items():
         asks = [asks_of(record)[: 1 if own.turns == "first" else None] for record in records]
@@ -125,10 +127,10 @@ def fitting(sets: BenchSets, asking: Asking, cfg: Config) -> dict[str, list[Conv
                 f"{lengths[long[0]]} tokens, too many for {limit}"
             )
         if len(long) < len(asks):
-            asked[name] = [ask for number, ask in enumerate(asks) if number not in long]
-    if not asked:
+            conversations[name] = [ask for number, ask in enumerate(asks) if number not in long]
+    if not conversations:
         raise InputError(f"bench: no prompt fits {limit}")
-    return asked
+    return conversations
 
 
 def training_answers(cfg: Config) -> torch.Tensor | None:

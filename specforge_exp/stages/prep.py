@@ -195,11 +195,13 @@ def leave_one_each(train: PromptSplit, held_out: PromptSplit) -> None:
 def drop_known(train: PromptSplit, held_out: PromptSplit) -> None:
     """Leave out held-out conversations that open as a training conversation does."""
     with held_out.path.open("rb") as file:
-        asked = [opening(orjson.loads(line)) for line in file]
-    wanted = set(asked)
+        openings = [opening(orjson.loads(line)) for line in file]
+    held_out_openings = set(openings)
     with train.path.open("rb") as file:
-        known = {found for line in file if (found := opening(orjson.loads(line))) in wanted}
-    dropped = [number for number, hashed in enumerate(asked) if hashed in known]
+        in_training = {
+            key for line in file if (key := opening(orjson.loads(line))) in held_out_openings
+        }
+    dropped = [number for number, hashed in enumerate(openings) if hashed in in_training]
     if dropped:
         held_out.counts["asked in training too"] += len(dropped)
         rewrite(held_out, dropped, None)
@@ -234,8 +236,8 @@ def content_hash(record: Record) -> int:
 
 def opening(record: Record) -> int:
     """Hash of the first user message and of the picture it is about."""
-    asked = next(m["content"] for m in record["conversations"] if m["role"] == "user")
-    return short_hash(encode([asked, record.get("image")]))
+    question = next(m["content"] for m in record["conversations"] if m["role"] == "user")
+    return short_hash(encode([question, record.get("image")]))
 
 
 def rank(name: str) -> float:
@@ -281,14 +283,14 @@ def check(cfg: Config, folder: Path, settings: dict[str, Any]) -> Path:
     )  # fmt: skip
     changes = Fingerprint({}, settings).changes(record)
     try:
-        found = {
+        times = {
             str(file): file.stat().st_mtime
             for source in [*cfg.data.train, *cfg.data.eval]
             for file in local_files(source)
         }
-        changes += [f"{name} is gone" for name in record["inputs"] if name not in found]
-        changes += [f"{name} is new" for name in found if name not in record["inputs"]]
-        changes += [f"{n} was written later" for n, t in found.items() if t > made.stat().st_mtime]
+        changes += [f"{name} is gone" for name in record["inputs"] if name not in times]
+        changes += [f"{name} is new" for name in times if name not in record["inputs"]]
+        changes += [f"{n} was written later" for n, t in times.items() if t > made.stat().st_mtime]
     except InputError as error:
         changes.append(str(error))
     if changes:

@@ -134,8 +134,8 @@ def merge(cfg: Config, split: TokenSplit, blocks: list[LineBlock], partial: Path
                 f"{split.path}: token {highest} is none of the target's {len(split.counts_V)}: the "
                 f"tokenizer in {cfg.model.path} belongs to another model"
             )
-        said = arrays["ids"][arrays["turns"] > 0]
-        split.counts_V += np.bincount(said, minlength=len(split.counts_V))
+        supervised = arrays["ids"][arrays["turns"] > 0]
+        split.counts_V += np.bincount(supervised, minlength=len(split.counts_V))
     writer.flush()
     if any(path.exists() for path in rejected):
         with (partial / f"{split.path.stem}.rejected.jsonl").open("wb") as out:
@@ -158,9 +158,11 @@ def merge(cfg: Config, split: TokenSplit, blocks: list[LineBlock], partial: Path
 def set_aside(account: Counter[str], most: int = 20) -> dict[str, int]:
     """Conversations left out by reason, the most frequent first, the rare ones together."""
     prefix = "set aside: "
-    found = Counter({k.removeprefix(prefix): n for k, n in account.items() if k.startswith(prefix)})
-    reasons = dict(found.most_common(most))
-    others = found.total() - sum(reasons.values())
+    counts = Counter(
+        {k.removeprefix(prefix): n for k, n in account.items() if k.startswith(prefix)}
+    )
+    reasons = dict(counts.most_common(most))
+    others = counts.total() - sum(reasons.values())
     return {**reasons, "other reasons": others} if others else reasons
 
 
@@ -192,23 +194,25 @@ def doubts(name: str, entry: dict[str, Any]) -> list[str]:
     """What a user should look at before training."""
     if not entry["conversations"]:
         return []
-    found = []
+    warnings = []
     if entry["coverage"] < ENOUGH:
-        found.append(
+        warnings.append(
             f"the draft's vocabulary covers {entry['coverage']:.1%} of the supervised tokens of "
             f"{name}: it can never propose the others; raise draft.draft_vocab_size"
         )
     if not entry["turns_with_end"]:
-        found.append(
+        warnings.append(
             f"no answer of {name} ends with an end-of-turn token, so the draft never learns to "
             "stop: see eos_token_id in the model's generation_config.json and tokenizer"
         )
     share = entry["supervised_share"]
     if share < 0.01 or share == 1:
-        found.append(f"{share:.1%} of the tokens of {name} are supervised: see the chat template")
+        warnings.append(
+            f"{share:.1%} of the tokens of {name} are supervised: see the chat template"
+        )
     if entry["answers_misread"] > 0.02 * entry["answers_checked"]:
-        found.append(
+        warnings.append(
             f"the supervised tokens do not spell the answer in {entry['answers_misread']} of "
             f"{entry['answers_checked']} answers of {name} that were checked"
         )
-    return found
+    return warnings

@@ -134,26 +134,27 @@ def finish(store: Store, partial: Path) -> None:
 def status(folder: Path) -> str:
     """How far a regeneration is, in one line."""
     try:
-        said = json.loads(
+        progress = json.loads(
             (folder.with_name(folder.name + ".partial") / "progress.json").read_text()
         )
     except (OSError, ValueError):
         if (folder / "run.json").exists():
             return f"complete: {folder}"
         return "nothing yet; start it with: python regen.py (with the same options)"
-    age = time.time() - datetime.fromisoformat(said["time"]).astimezone(UTC).timestamp()
+    age = time.time() - datetime.fromisoformat(progress["time"]).astimezone(UTC).timestamp()
     parts = [
-        f"{said['done']} of {said['total']} done, {said['failed']} failed",
-        f"{said['conversations_per_second']} conversations/s, {said['tokens_per_second']} tokens/s",
+        f"{progress['done']} of {progress['total']} done, {progress['failed']} failed",
+        f"{progress['conversations_per_second']} conversations/s, "
+        f"{progress['tokens_per_second']} tokens/s",
     ]
     if age < STALE:
-        left = said["seconds_left"]
-        parts.insert(1, f"{said['in_flight']} in flight")
+        left = progress["seconds_left"]
+        parts.insert(1, f"{progress['in_flight']} in flight")
         parts.append("time left unknown" if left is None else f"about {left / 60:.0f} min left")
     else:
         parts.append(f"no sign of life for {age / 60:.0f} min; the same command continues")
-    if said["usd"]:
-        parts.append(f"${said['usd']:.2f}")
+    if progress["usd"]:
+        parts.append(f"${progress['usd']:.2f}")
     return "; ".join(parts)
 
 

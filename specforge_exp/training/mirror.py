@@ -39,7 +39,7 @@ class TrackerRun:
     log: Callable[[dict[str, Any], int], None]
     finish: Callable[[int], None]
     """Takes the exit code of the training."""
-    told: dict[str, Any]
+    record: dict[str, Any]
     """Its id and, where there are some, url and the command that uploads it."""
     after: Place
     """It has all lines up to this one."""
@@ -92,7 +92,7 @@ def stop(folder: Path, reason: str) -> None:
 
 def follow(folder: Path, copy: TrackerRun, trainer: int) -> None:
     """Pass lines of metrics.jsonl on until the training has ended."""
-    tell(folder, after=copy.after, stopped=None, **copy.told)
+    tell(folder, after=copy.after, stopped=None, **copy.record)
     with (folder / "metrics.jsonl").open() as file:
         ended = False
         while not ended:
@@ -165,9 +165,9 @@ def wandb_copy(request: dict[str, Any]) -> TrackerRun:
     if mode == "offline":
         data = sorted(here.parent.glob(f"offline-run-*-{run_id}"))
     sync = shlex.join(["wandb", "sync", *map(str, data)])
-    told = {"tracker": "wandb", "id": run_id, "url": None, "sync": sync}
+    record = {"tracker": "wandb", "id": run_id, "url": None, "sync": sync}
     if mode == "online":
-        told["url"], after = run.url, (run.starting_step, -1)
+        record["url"], after = run.url, (run.starting_step, -1)
     else:
         after = copied(folder, "wandb", run_id)
         say(f"W&B is offline; upload later with: {sync}")
@@ -175,7 +175,7 @@ def wandb_copy(request: dict[str, Any]) -> TrackerRun:
     def finish(code: int) -> None:
         run.finish(exit_code=code)
 
-    return TrackerRun(lambda metrics, step: run.log(metrics, step=step), finish, told, after)
+    return TrackerRun(lambda metrics, step: run.log(metrics, step=step), finish, record, after)
 
 
 def trackio_copy(request: dict[str, Any]) -> TrackerRun:
@@ -184,7 +184,7 @@ def trackio_copy(request: dict[str, Any]) -> TrackerRun:
 
     folder = Path(request["folder"])
     id_file = folder / "trackio_id"
-    known = id_file.read_text().strip()
+    known_id = id_file.read_text().strip()
 
     def init(resume: str) -> Any:
         return trackio.init(
@@ -192,40 +192,40 @@ def trackio_copy(request: dict[str, Any]) -> TrackerRun:
             config=request["config"], resume=resume,
         )  # fmt: skip
 
-    run = init("allow" if known else "never")
-    if known and run.id != known:  # a run of the same name of another folder
+    run = init("allow" if known_id else "never")
+    if known_id and run.id != known_id:  # a run of the same name of another folder
         run = init("never")
     after = copied(folder, "trackio", run.id)
     id_file.write_text(run.id)
-    told = {"tracker": "trackio", "id": run.id, "url": None, "sync": None}
+    record = {"tracker": "trackio", "id": run.id, "url": None, "sync": None}
     return TrackerRun(
-        lambda metrics, step: run.log(metrics, step=step), lambda _: run.finish(), told, after
+        lambda metrics, step: run.log(metrics, step=step), lambda _: run.finish(), record, after
     )
 
 
 def copied(folder: Path, tracker: str, run_id: str) -> Place:
     """The last line that this run of this tracker was given."""
-    told = read_told(folder)
-    if (told.get("tracker"), told.get("id")) != (tracker, run_id):
+    record = read_tracker(folder)
+    if (record.get("tracker"), record.get("id")) != (tracker, run_id):
         return (0, -1)
-    step, evaluated = told["after"]
+    step, evaluated = record["after"]
     return step, evaluated
 
 
-def read_told(folder: Path) -> dict[str, Any]:
+def read_tracker(folder: Path) -> dict[str, Any]:
     """The content of tracker.json, or nothing."""
     try:
-        told: dict[str, Any] = json.loads((folder / "tracker.json").read_text())
+        record: dict[str, Any] = json.loads((folder / "tracker.json").read_text())
     except (OSError, ValueError):
         return {}
-    return told
+    return record
 
 
 def tell(folder: Path, **changes: Any) -> None:
     """Update tracker.json, as a whole."""
     partial = folder / "tracker.json.partial"
     with partial.open("w") as file:
-        file.write(json.dumps(read_told(folder) | changes, indent=2) + "\n")
+        file.write(json.dumps(read_tracker(folder) | changes, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / "tracker.json")

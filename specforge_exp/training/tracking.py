@@ -36,7 +36,7 @@ class Tracker:
         with disk_errors(self.file), self.file.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
         if self.mirror is not None and self.mirror.poll() is not None:
-            self.give_up(f"stopped ({self.told('stopped') or self.mirror.returncode})")
+            self.give_up(f"stopped ({self.mirror_says('stopped') or self.mirror.returncode})")
 
     def close(self) -> None:
         """Let the tracker take the rest, for CLOSE_SECONDS at most."""
@@ -54,23 +54,23 @@ class Tracker:
             self.mirror.wait()
             return self.give_up(f"did not take everything in {CLOSE_SECONDS:.0f} s")
         if code:
-            self.give_up(f"stopped ({self.told('stopped') or code})")
+            self.give_up(f"stopped ({self.mirror_says('stopped') or code})")
         self.mirror = None
 
     def give_up(self, reason: str) -> None:
         """Say why, and what the user can do; the metrics go on in the file."""
-        upload = self.told("sync")
+        upload = self.mirror_says("sync")
         hint = f"; upload what it has with: {upload}" if upload else ""
         log.warning("the tracker %s; all metrics are in %s%s", reason, self.file, hint)
         self.mirror = None
 
-    def told(self, key: str) -> str | None:
+    def mirror_says(self, key: str) -> str | None:
         """What the mirror wrote to tracker.json."""
         try:
-            told: str | None = json.loads(self.file.with_name("tracker.json").read_text()).get(key)
+            value: str | None = json.loads(self.file.with_name("tracker.json").read_text()).get(key)
         except (OSError, ValueError):
             return None
-        return told
+        return value
 
 
 def open_tracker(cfg: Config, run_dir: Path, start_step: int) -> Tracker:

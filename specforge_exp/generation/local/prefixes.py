@@ -41,7 +41,7 @@ class Prefixes:
         Also the key of the first whole block that is missing, if there is one: two sequences with
         the same one would compute the same.
         """
-        found: list[Key] = []
+        keys: list[Key] = []
         places: list[int] = []
         missing = None
         for start in range(0, (len(ids) - 1) // BLOCK * BLOCK if self.size else 0, BLOCK):
@@ -49,9 +49,9 @@ class Prefixes:
             if key not in self.places:
                 missing = key
                 break
-            found.append(key)
+            keys.append(key)
             places.append(self.places[key])
-        self._touch(found)
+        self._touch(keys)
         return places, missing
 
     def load(self, slot: int, places: list[int]) -> None:
