@@ -263,6 +263,7 @@ def test_killed_it_continues(cfg: Config, command: list[str]) -> None:
     assert content(preprocess(cfg)) == continued
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_it(cfg: Config, command: list[str], number: signal.Signals) -> None:
     with at_work([*command, "preprocess.processes=2"], cfg) as process:
@@ -276,6 +277,7 @@ def test_no_process_outlives_it(cfg: Config, command: list[str], number: signal.
         until(lambda: not members(process.pid))
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_reported(cfg: Config, command: list[str]) -> None:
     with at_work([*command, "preprocess.processes=2"], cfg) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -289,6 +291,7 @@ def test_a_process_that_dies_is_reported(cfg: Config, command: list[str]) -> Non
         assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_is_the_users_to_mend(
     cfg: Config, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,7 +116,9 @@ def lines_in(folder: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in folder.glob("shards/*.open"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_interrupted_continues(tmp_path: Path, cfg: Config, number: signal.Signals) -> None:
     """The process is killed in the middle; the same command answers the rest, nothing twice."""
     cfg.data.name, cfg.data.train[0].limit = "smoke", 16
@@ -256,6 +258,7 @@ wc -l {there}/datasets/smoke--tiny/train.jsonl
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_costs_nothing(tmp_path: Path, cfg: Config) -> None:
     """A file system without room: one line with the remedy; with room the same command ends."""
     cfg.data.name, cfg.data.train[0].limit = "smoke", 16
