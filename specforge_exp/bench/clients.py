@@ -91,8 +91,8 @@ async def pieces(
     try:
         async with http.post(url, data=orjson.dumps(body), headers=JSON) as response:
             if response.status != 200:
-                said = " ".join((await response.text()).split())[:300]
-                raise InputError(f"{url}: HTTP {response.status}: {said}")
+                complaint = " ".join((await response.text()).split())[:300]
+                raise InputError(f"{url}: HTTP {response.status}: {complaint}")
             async for line in response.content:
                 text = line.strip().removeprefix(b"data:").strip()
                 if text and text != b"[DONE]":

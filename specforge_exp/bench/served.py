@@ -73,10 +73,12 @@ async def answer_sets(
     if cfg.bench_alone:
         async with serving(cfg, alone=True) as client:
             askers = Askers(cfg, asking, client)
-            for name, (found, _) in drafted.items():
-                prompts = [[exchange.prompt for exchange in turns] for turns in found]
+            for name, (exchanges, _) in drafted.items():
+                prompts = [[exchange.prompt for exchange in turns] for turns in exchanges]
                 alone[name] = await askers.repeat(name, prompts)
-    return {name: together(found, alone.get(name), asking) for name, found in drafted.items()}
+    return {
+        name: together(exchanges, alone.get(name), asking) for name, exchanges in drafted.items()
+    }
 
 
 @asynccontextmanager
@@ -140,7 +142,7 @@ class Askers:
         """
         first = [self.asking.encode(asks[0]) for asks in conversations[: self.size]]
 
-        async def one(number: int) -> list[Exchange]:
+        async def ask_turns(number: int) -> list[Exchange]:
             turns: list[Exchange] = []
             messages: list[Message] = []
             for ask in conversations[number]:
@@ -149,34 +151,36 @@ class Askers:
                 if len(prompt) > self.asking.room:
                     break
                 turns.append(Exchange(prompt, await self.client(prompt, self.asking.decoding)))
-                said = self.asking.decode(turns[-1].answer.generation.tokens)
-                messages.append({"role": "assistant", "content": said})
+                text = self.asking.decode(turns[-1].answer.generation.tokens)
+                messages.append({"role": "assistant", "content": text})
             return turns
 
-        return await self.all(f"bench {name}", first, len(conversations), one)
+        return await self.all(f"bench {name}", first, len(conversations), ask_turns)
 
     async def repeat(self, name: str, prompts: list[list[list[int]]]) -> Answers:
         """Ask the prompts of every conversation, in turn."""
 
-        async def one(number: int) -> list[Exchange]:
+        async def ask_turns(number: int) -> list[Exchange]:
             decoding = self.asking.decoding
             return [Exchange(p, await self.client(p, decoding)) for p in prompts[number]]
 
         first = [turns[0] for turns in prompts[: self.size]]
-        return await self.all(f"bench {name}, alone", first, len(prompts), one)
+        return await self.all(f"bench {name}, alone", first, len(prompts), ask_turns)
 
-    async def all(self, title: str, first: list[list[int]], count: int, one: Converse) -> Answers:
+    async def all(
+        self, title: str, first: list[list[int]], count: int, converse: Converse
+    ) -> Answers:
         """Carry out conversations 0..count-1, `size` at a time; a server's first ones twice."""
         if not self.warm:
             await asyncio.gather(*(self.client(p, self.asking.decoding) for p in first))
             self.warm = True
-        found: list[list[Exchange]] = [[] for _ in range(count)]
+        exchanges: list[list[Exchange]] = [[] for _ in range(count)]
         waiting = iter(range(count))
         with tqdm(total=count, desc=title, unit="prompt", disable=None) as bar:
 
             async def asker() -> None:
                 for number in waiting:
-                    found[number] = await one(number)
+                    exchanges[number] = await converse(number)
                     bar.update()
 
             began = time.perf_counter()
@@ -186,7 +190,7 @@ class Askers:
             finally:
                 for task in askers:
                     task.cancel()
-            return found, time.perf_counter() - began
+            return exchanges, time.perf_counter() - began
 
 
 def check_speculated(cfg: Config, name: str, conversations: list[list[Exchange]]) -> None:

@@ -261,7 +261,7 @@ def encode_many(chat: Chat, records: Iterable[Message]) -> list[Encoded | Unrend
     Returns:
         One result per record, in order; Unrenderable says why there are no tokens.
     """
-    found: list[Encoded | Unrenderable] = []
+    results: list[Encoded | Unrenderable] = []
     texts: list[str] = []
     spans: list[list[Span]] = []
     for record in records:
@@ -272,20 +272,20 @@ def encode_many(chat: Chat, records: Iterable[Message]) -> list[Encoded | Unrend
             text, spoken = answer_spans(chat, messages, kwargs)
             text.encode()
         except Unrenderable as error:
-            found.append(error)
+            results.append(error)
             continue
         except UnicodeEncodeError:
-            found.append(Unrenderable("it holds half a character (a lone surrogate)"))
+            results.append(Unrenderable("it holds half a character (a lone surrogate)"))
             continue
-        found.append(Encoded([], []))
+        results.append(Encoded([], []))
         texts.append(text)
         spans.append(spoken[-1:] if chat.last_turn_only else spoken)
     if not texts:
-        return found
+        return results
     rows = chat.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     encoded = zip(rows["input_ids"], rows["offset_mapping"], spans, strict=True)
     done = (Encoded(ids, token_spans(ids, at, spoken, chat.eos)) for ids, at, spoken in encoded)
-    return [result if isinstance(result, Unrenderable) else next(done) for result in found]
+    return [result if isinstance(result, Unrenderable) else next(done) for result in results]
 
 
 def token_spans(
@@ -293,7 +293,7 @@ def token_spans(
 ) -> list[tuple[int, int]]:
     """Characters to tokens, each turn with the token that ends it."""
     starts = [bisect_left(offsets, (span.start,)) for span in spoken] + [len(ids)]
-    found = []
+    spans = []
     token = 0
     for span, start, limit in zip(spoken, starts, starts[1:], strict=False):
         first = max(start, token)
@@ -301,8 +301,8 @@ def token_spans(
         end = next((t for t in range(token, limit) if ids[t] in eos), None) if span.calls else token
         if end is not None and end < len(ids) and ids[end] in eos:
             token = end + 1
-        found.append((first, token))
-    return found
+        spans.append((first, token))
+    return spans
 
 
 def encode(

@@ -33,7 +33,7 @@ LISTED = 40
 
 def charts(sweep: Collected, ranking: Ranking) -> list[Chart]:
     """The charts that there is data for."""
-    found = [
+    every_chart = [
         ranking_chart(sweep, ranking),
         rate_chart(sweep, ranking),
         *curve_charts(sweep.runs),
@@ -41,7 +41,7 @@ def charts(sweep: Collected, ranking: Ranking) -> list[Chart]:
         data_set_chart(sweep, ranking),
         cost_chart(sweep, ranking),
     ]
-    return [chart for chart in found if chart is not None]
+    return [chart for chart in every_chart if chart is not None]
 
 
 def by_loss(entries: Sequence[RankingRow]) -> dict[str, list[RankingRow]]:
@@ -162,7 +162,7 @@ def line_chart(
         lines = [(run.label, columns(run)) for run in runs if run.loss == loss]
         data: dict[str, list[Any]] = {"run": [label for label, _ in lines]}
         for key in lines[0][1]:
-            data[key] = [found[key] for _, found in lines]
+            data[key] = [points[key] for _, points in lines]
         glyph = chart.multi_line(
             f"{first[0]}:x", ":".join(first), source=ColumnDataSource(data), name=loss,
             color=palette[loss], line_width=1.6, line_alpha=strong,
@@ -175,7 +175,7 @@ def line_chart(
 
 def curve_charts(runs: Sequence[SweepRun]) -> list[Chart]:
     """Loss, simulated accepted length and acceptance rates over optimiser steps."""
-    found = []
+    curves = []
     titles = {
         "loss": ("Loss", "Comparable within one loss only: each loss is a quantity of its own."),
         "simulated_length": ("Simulated accepted length", "Comparable between losses."),
@@ -191,15 +191,15 @@ def curve_charts(runs: Sequence[SweepRun]) -> list[Chart]:
         )  # fmt: skip
 
         def columns(run: SweepRun, keys: dict[str, str] = keys) -> dict[str, Any]:
-            points = {one: drawn(run.curves.get(key), POINTS) for one, key in keys.items()}
-            return {f"{one}:{axis}": both[place] for one, both in points.items()
+            points = {source: drawn(run.curves.get(key), POINTS) for source, key in keys.items()}
+            return {f"{source}:{axis}": both[place] for source, both in points.items()
                     for place, axis in enumerate(("x", "y"))}  # fmt: skip
 
         first = (there[-1] if name == "simulated_length" else there[0], "y")
         chart = line_chart(runs, title.lower(), columns, first, positive and name == "loss")
-        found.append(Chart(name, title, note, chart, sources=there, chosen=first))
+        curves.append(Chart(name, title, note, chart, sources=there, chosen=first))
     alpha = alpha_chart(runs)
-    return [*found, alpha] if alpha else found
+    return [*curves, alpha] if alpha else curves
 
 
 def sources_of(runs: Sequence[SweepRun], keys: dict[str, str]) -> tuple[str, ...]:
@@ -219,12 +219,12 @@ def alpha_chart(runs: Sequence[SweepRun]) -> Chart | None:
     most = int(min(POINTS, max(20, ALPHA_POINTS // (len(runs) * (len(steps) + 1)))))
 
     def columns(run: SweepRun) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for one in there:
-            prefix = "eval/" if one == "held-out" else ""
-            first = run.curves.get(keys[one])
-            kept = thin(first.values, most) if first else np.zeros(0, int)
-            found[f"{one}:x"] = drawn(first, most)[0]
+        arrays: dict[str, Any] = {}
+        for source in there:
+            prefix = "eval/" if source == "held-out" else ""
+            first = run.curves.get(keys[source])
+            positions = thin(first.values, most) if first else np.zeros(0, int)
+            arrays[f"{source}:x"] = drawn(first, most)[0]
             for step in steps:
                 curve = run.curves.get(f"{prefix}alpha/{step}")
                 same = (
@@ -232,9 +232,11 @@ def alpha_chart(runs: Sequence[SweepRun]) -> Chart | None:
                     and curve is not None
                     and len(curve.values) == len(first.values)
                 )
-                values = curve.values[kept] if same and curve else np.full(len(kept), np.nan)
-                found[f"{one}:{step}"] = rounded(values)
-        return found
+                values = (
+                    curve.values[positions] if same and curve else np.full(len(positions), np.nan)
+                )
+                arrays[f"{source}:{step}"] = rounded(values)
+        return arrays
 
     first = (there[0], str(steps[0]))
     chart = line_chart(runs, "acceptance rate", columns, first)
@@ -249,12 +251,12 @@ def alpha_chart(runs: Sequence[SweepRun]) -> Chart | None:
 
 def unroll_chart(runs: Sequence[SweepRun]) -> Chart | None:
     """The newest evaluation's acceptance rate over the unroll steps, a line per run."""
-    found = {}
+    rates = {}
     for run in runs:
         steps = sorted(int(k[6:]) for k in run.evaluation if k.startswith("alpha/"))
         if steps:
-            found[run.name] = (steps, [run.evaluation[f"alpha/{k}"] for k in steps])
-    if not found:
+            rates[run.name] = (steps, [run.evaluation[f"alpha/{k}"] for k in steps])
+    if not rates:
         return None
     chart = new_figure(
         320, x_axis_label="unroll step", y_axis_label="held-out acceptance rate",
@@ -262,19 +264,19 @@ def unroll_chart(runs: Sequence[SweepRun]) -> Chart | None:
     )  # fmt: skip
     palette = colours(runs)
     for loss, colour in palette.items():
-        group = [run for run in runs if run.loss == loss and run.name in found]
+        group = [run for run in runs if run.loss == loss and run.name in rates]
         if group:
             data = {
                 "run": [run.label for run in group],
-                "xs": [found[run.name][0] for run in group],
-                "ys": [found[run.name][1] for run in group],
+                "xs": [rates[run.name][0] for run in group],
+                "ys": [rates[run.name][1] for run in group],
             }
             chart.multi_line(
                 "xs", "ys", source=ColumnDataSource(data), color=colour, name=loss, line_width=1.6,
                 line_alpha=0.7, hover_line_alpha=1.0, hover_line_color=colour, hover_line_width=3.5,
             )  # fmt: skip
     chart.xaxis.ticker = FixedTicker(
-        ticks=sorted({k for steps, _ in found.values() for k in steps})
+        ticks=sorted({k for steps, _ in rates.values() for k in steps})
     )
     note = "Newest evaluation of each run: how fast acceptance falls along the drafted chain."
     return Chart("unroll", "Acceptance rate along the chain", note, chart)

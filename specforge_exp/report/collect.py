@@ -218,7 +218,7 @@ def listed_run(raw: dict[str, Any], label: str, objectives: list[str], script: s
             choices.setdefault(key, parsed(text))
     value = raw.get("value")
     values = value if isinstance(value, list) else [value]
-    returned = {name: number(one) for name, one in zip(objectives, values, strict=False)}
+    returned = {name: number(result) for name, result in zip(objectives, values, strict=False)}
     command = shlex.join(["python", f"{script}.py", *overrides])
     return SweepRun(
         number=int(raw.get("number", 0)),
@@ -229,7 +229,7 @@ def listed_run(raw: dict[str, Any], label: str, objectives: list[str], script: s
         command=str(raw.get("command") or command),
         choices=choices | params,
         params=list(params),
-        returned={name: one for name, one in returned.items() if one is not None},
+        returned={name: result for name, result in returned.items() if result is not None},
         gpus=int(number(record.get("gpus")) or 1),
         usd_per_hour=number(record.get("usd_per_hour")),
     )
@@ -282,7 +282,7 @@ def add_curves(run: SweepRun, file: Path) -> None:
     for line in metric_lines(file):
         step = line["step"]
         seconds += number(line.get("seconds")) or 0.0
-        values = {key: found for key, v in line.items() if (found := number(v)) is not None}
+        values = {key: finite for key, v in line.items() if (finite := number(v)) is not None}
         held_out = {k.removeprefix("eval/"): v for k, v in values.items() if k.startswith("eval/")}
         evaluation = held_out or evaluation
         for key, value in values.items():

@@ -111,27 +111,27 @@ def tiles(sweep: Collected, ranking: Ranking) -> list[tuple[str, str]]:
     """The few numbers at the top: (what, how much)."""
     best = ranking.ranked[0].value if ranking.ranked else None
     done = sum(run.status == "completed" for run in sweep.runs)
-    found = [
+    figures = [
         (f"best {title_of(ranking.metric)}", measure(best)),
         ("finished", f"{done} / {len(sweep.runs)}"),
     ]
     for name, unit, form in (("gpu_hours", "GPU hours", "{:.3g}"), ("usd", "USD", "{:,.2f}")):
         totals = [value for e in ranking.entries if (value := total(e, name)) is not None]
         if totals:
-            found.append((unit, form.format(sum(totals))))
-    return [(unit, value) for unit, value in found if value]
+            figures.append((unit, form.format(sum(totals))))
+    return [(unit, value) for unit, value in figures if value]
 
 
 def table(title: str, sweep: Collected, ranking: Ranking, seeds: bool) -> dict[str, Any]:
     """A table as the template wants it; a cell is (key, text, interval, sort key, is text)."""
-    found = [(c, is_text(c, ranking.entries)) for c in columns(sweep, ranking, seeds)]
+    table_columns = [(c, is_text(c, ranking.entries)) for c in columns(sweep, ranking, seeds)]
     palette = colours(sweep.runs)
     rows = []
     for entry in ranking.entries:
         first = entry.runs[0]
         cells = [
             (c.key, c.text(entry), c.between and c.between(entry), sort_key(c.value(entry)), text)
-            for c, text in found
+            for c, text in table_columns
         ]  # fmt: skip
         rows.append(
             {
@@ -144,7 +144,7 @@ def table(title: str, sweep: Collected, ranking: Ranking, seeds: bool) -> dict[s
                 "tracker": first.tracker,
             }
         )
-    heads = [(c.key, c.title, text) for c, text in found]
+    heads = [(c.key, c.title, text) for c, text in table_columns]
     tracked = any(run.tracker for run in sweep.runs)
     return {"title": title, "tracked": tracked, "columns": heads, "rows": rows}
 
@@ -171,8 +171,8 @@ def sections(drawn: list[Chart], study: list[Chart]) -> list[tuple[str, list[Cha
         ("Data sets", [by_key.get("datasets")]),
         ("Cost", [by_key.get("cost")]),
     ]
-    kept = [(title, [chart for chart in found if chart is not None]) for title, found in listed]
-    return [(title, found) for title, found in kept if found]
+    filled = [(title, [chart for chart in charts if chart is not None]) for title, charts in listed]
+    return [(title, charts) for title, charts in filled if charts]
 
 
 def data_set_table(by_seed: Ranking) -> dict[str, Any]:
@@ -188,10 +188,10 @@ def data_set_table(by_seed: Ranking) -> dict[str, Any]:
 
 def cells(run: SweepRun, names: list[str]) -> list[tuple[str, str]]:
     """(value, interval) of a run on every data set; empty where it was not measured."""
-    found = []
+    texts = []
     for name in names:
-        one = run.datasets.get(name)
-        known = one is not None and one.low is not None and one.high is not None
-        between = f"{one.low:.2f} to {one.high:.2f}" if one and known else ""
-        found.append((f"{one.value:.2f}" if one else "", between))
-    return found
+        figures = run.datasets.get(name)
+        has_interval = figures is not None and figures.low is not None and figures.high is not None
+        between = f"{figures.low:.2f} to {figures.high:.2f}" if figures and has_interval else ""
+        texts.append((f"{figures.value:.2f}" if figures else "", between))
+    return texts

@@ -56,8 +56,8 @@ class RankingRow:
     def mean(self, metric: str) -> float | None:
         """Mean of a metric over the runs that count, else over those that have it so far."""
         values = [run.metric(metric) for run in self.finished or self.runs]
-        known = [value for value in values if value is not None]
-        return sum(known) / len(known) if known else None
+        measured = [value for value in values if value is not None]
+        return sum(measured) / len(measured) if measured else None
 
 
 @dataclass
@@ -92,21 +92,23 @@ def spread_of(run: SweepRun, metric: str, resamples: int) -> Spread | None:
     if value is None:
         return None
     if metric == ACCEPTED:
-        found = [(d.value, d.low, d.high) for d in run.datasets.values()]
-        known = [(v, low, high) for v, low, high in found if low is not None and high is not None]
-        if known and len(known) == len(found):
-            return averaged(known)
+        estimates = [(d.value, d.low, d.high) for d in run.datasets.values()]
+        complete = [
+            (v, low, high) for v, low, high in estimates if low is not None and high is not None
+        ]
+        if complete and len(complete) == len(estimates):
+            return averaged(complete)
     return Spread(value)
 
 
 def configurations(runs: list[SweepRun]) -> list[list[SweepRun]]:
     """Runs that differ in their seed only, together, by seed; each seed once."""
     groups: dict[tuple[str, int], list[SweepRun]] = {}
-    for run in sorted(runs, key=lambda one: (one.number, one.name)):
+    for run in sorted(runs, key=lambda other: (other.number, other.name)):
         others = {key: value for key, value in run.choices.items() if key != "seed"}
         key = json.dumps(others, sort_keys=True, default=str)
         seed, again = run.choices.get("seed"), 0
-        while any(one.choices.get("seed") == seed for one in groups.get((key, again), [])):
+        while any(other.choices.get("seed") == seed for other in groups.get((key, again), [])):
             again += 1
         groups.setdefault((key, again), []).append(run)
     return [

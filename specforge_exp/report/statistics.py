@@ -147,19 +147,19 @@ def over_seeds(spreads: Sequence[Spread], resamples: int) -> Spread:
     Student's t: wide with two seeds, about 1 with many. Seeds without draws count as exact.
     """
     count = len(spreads)
-    value = float(np.mean([one.value for one in spreads]))
+    value = float(np.mean([seed.value for seed in spreads]))
     if count == 1:
         return spreads[0]
-    drawn = all(one.draws is not None and len(one.draws) == resamples for one in spreads)
+    drawn = all(seed.draws is not None and len(seed.draws) == resamples for seed in spreads)
     draws_SR = np.array(
-        [one.draws if drawn else np.full(resamples, one.value) for one in spreads], float
+        [seed.draws if drawn else np.full(resamples, seed.value) for seed in spreads], float
     )
     picks_SR = np.random.default_rng((count, resamples)).integers(0, count, (count, resamples))
     picked_R = np.take_along_axis(draws_SR, picks_SR, 0).mean(0)
     mean_R = draws_SR.mean(0)
     student = STUDENT[count - 2] if count - 2 < len(STUDENT) else NORMAL
     factor = np.sqrt(count / (count - 1)) * student / NORMAL
-    units = spreads[0].units if len({one.units for one in spreads}) == 1 else ()
+    units = spreads[0].units if len({seed.units for seed in spreads}) == 1 else ()
     return Spread(value, mean_R + factor * (picked_R - mean_R), units if drawn else ())
 
 

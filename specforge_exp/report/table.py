@@ -50,7 +50,7 @@ def varied(sweep: Collected) -> list[str]:
             values.setdefault(key, set()).add(json.dumps(value, default=str))
     names = [key for key in ("loss", "lr") if key in values]
     absent = {key for key in values if any(key not in run.choices for run in sweep.runs)}
-    different = [key for key, found in values.items() if len(found) > 1 or key in absent]
+    different = [key for key, options in values.items() if len(options) > 1 or key in absent]
     return names + [key for key in different if key not in ("loss", "lr", "seed")]
 
 
@@ -126,12 +126,12 @@ def chosen_text(key: str) -> Callable[[RankingRow], str]:
     return lambda entry: shown(entry.runs[0].choices.get(key))
 
 
-def markdown_table(found: list[Column], entries: list[RankingRow]) -> str:
+def markdown_table(table: list[Column], entries: list[RankingRow]) -> str:
     """A Markdown table whose columns also line up where it is only printed."""
-    found = [shown_column for column in found for shown_column in with_interval(column)]
-    rows = [[c.title for c in found]] + [[c.text(e) or "-" for c in found] for e in entries]
+    table = [shown_column for column in table for shown_column in with_interval(column)]
+    rows = [[c.title for c in table]] + [[c.text(e) or "-" for c in table] for e in entries]
     rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(found))]
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(table))]
     lines = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in rows
     ]

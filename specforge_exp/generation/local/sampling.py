@@ -19,10 +19,10 @@ def choose(logits_BV: Tensor, samplings: list[Sampling], uniforms: list[float]) 
     """
     kinds = [kind(s) for s in samplings]
     chosen = [0] * len(kinds)
-    for each in set(kinds):
-        rows = [row for row, k in enumerate(kinds) if k == each]
+    for method in set(kinds):
+        rows = [row for row, k in enumerate(kinds) if k == method]
         logits_NV = logits_BV if len(rows) == len(kinds) else logits_BV[rows]
-        if each == "greedy":
+        if method == "greedy":
             tokens_N = logits_NV.argmax(-1)
         else:
             tokens_N = sampled(

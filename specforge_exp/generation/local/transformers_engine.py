@@ -60,8 +60,8 @@ class TransformersEngine:
         except Unrenderable as error:
             raise Refused(str(error)) from None
         generated = await self.batcher.generate(ids, request.sampling, request.seed)
-        said = generated.ids[:-1] if generated.finish_reason == "stop" else generated.ids
-        text = self.tokenizer.decode(said, skip_special_tokens=True)
+        answer_ids = generated.ids[:-1] if generated.finish_reason == "stop" else generated.ids
+        text = self.tokenizer.decode(answer_ids, skip_special_tokens=True)
         return Answer(
             {"role": "assistant", "content": text},
             generated.finish_reason,
