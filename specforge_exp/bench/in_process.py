@@ -43,7 +43,7 @@ def load_pair(cfg: Config) -> Pair:
 def answer_all(
     name: str, conversations: list[Conversation], asking: Asking, pair: Pair
 ) -> SetAnswers:
-    """BenchEngine each conversation's turns; the very first prompt once more before, to warm up."""
+    """Answer each conversation's turns; the very first prompt once more before, to warm up."""
     generator = torch.Generator().manual_seed(0)
     answers = [
         converse(asks, asking, pair, generator)

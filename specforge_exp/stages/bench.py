@@ -82,7 +82,7 @@ def engine_of(cfg: Config) -> BenchEngine:
 
 
 def measure(cfg: Config) -> dict[str, Any]:
-    """BenchEngine all prompts and summarise; the parts of bench.json that are results."""
+    """Answer all prompts and summarise; the parts of bench.json that are results."""
     own = cfg.bench
     sets = bench_sets(cfg)
     asking = asking_of(cfg, load_tokenizer(cfg.model), training_answers(cfg))
