@@ -41,14 +41,13 @@ def command(task: Task) -> Callable[[], None]:
     return main
 
 
-def run(stage: str | Callable[[Config], object], cfg: DictConfig) -> object:
+def run(stage: str, cfg: DictConfig) -> object:
     """Call a stage, named as `package.module:function`, with the typed configuration.
 
     What a user can mend ends the process with one line.
     """
     try:
         config = from_omegaconf(cfg)
-        function = resolve_name(stage) if isinstance(stage, str) else stage  # loads torch
-        return function(config)
+        return resolve_name(stage)(config)  # loads torch
     except InputError as error:
         raise CompactHydraException(f"error: {error}") from None

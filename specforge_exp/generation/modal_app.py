@@ -13,11 +13,11 @@ import specforge_exp
 from modal_sweep.client.code import digest_of
 from modal_sweep.client.image import digest
 from modal_sweep.client.volumes import volume
+from specforge_exp.artifacts import model_digest
 from specforge_exp.config import Config
 from specforge_exp.config.machine import command, prefetched
 from specforge_exp.errors import InputError
 from specforge_exp.generation.modal_worker import SERVER, Worker, read
-from specforge_exp.artifacts import model_digest
 
 log = logging.getLogger(__name__)
 

@@ -129,7 +129,7 @@ def test_a_killed_container_takes_its_descendants_along(
 ) -> None:
     start_program(APP, "with app.run(detach=True): family.spawn().get()")
 
-    def task_of(state: dict) -> str | None:  # type: ignore[type-arg]
+    def task_of(state: dict) -> str | None:
         tasks = state["tasks"].items()
         return next((i for i, t in tasks if t["tag"] == "family" and t["calls"]), None)
 
