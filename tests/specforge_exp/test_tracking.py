@@ -267,7 +267,7 @@ export TRACKIO_DIR={folder}/full/trackio
 {python} - <<'END'
 import logging
 from pathlib import Path
-from specforge_exp import tracking
+from specforge_exp.training import tracking
 from specforge_exp.config import Config
 logging.basicConfig()
 tracking.CLOSE_SECONDS = 20.0
