@@ -1,4 +1,6 @@
-"""Small real things that tests share."""
+"""Small real things that tests share; torch is loaded by those that use it."""
+
+from __future__ import annotations
 
 import os
 import signal
@@ -6,15 +8,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-import torch
 from modal_local import client as modal_local
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from specforge_exp.config import (
     Config,
@@ -24,14 +24,12 @@ from specforge_exp.config import (
     PathsConfig,
     Source,
 )
-from specforge_exp.data.tokens import TokenSet
 from specforge_exp.drafts.eagle3.config import Eagle3Config
-from specforge_exp.drafts.eagle3.draft import Eagle3
-from specforge_exp.stages.prep import prep
-from specforge_exp.stages.preprocess import preprocess
-from specforge_exp.target import Target, load_target, load_tokenizer
 
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    from specforge_exp.data.tokens import TokenSet
+    from specforge_exp.target import Target
+
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background jobs:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # programs of the tests inherit it
 PLANTED = "s3cr3t-that-no-file-may-hold"
@@ -43,6 +41,11 @@ def small_target(
     vocabulary: int = 64, hidden: int = 16, seed: int = 0, head_dim: int = 8
 ) -> Target:
     """A random Qwen3 of 8 layers."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from specforge_exp.target import Target
+
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=24, num_hidden_layers=8,
@@ -60,6 +63,11 @@ def random_target() -> Target:
 
 @pytest.fixture(scope="session")
 def tiny_target() -> Target:
+    import torch
+
+    from specforge_exp.drafts.eagle3 import Eagle3
+    from specforge_exp.target import load_target
+
     return load_target(
         TINY, torch.device("cpu"), feeds=partial(Eagle3.target_layers, Eagle3Config())
     )
@@ -67,6 +75,8 @@ def tiny_target() -> Target:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
+    from specforge_exp.target import load_tokenizer
+
     return load_tokenizer(TINY)
 
 
@@ -99,6 +109,9 @@ def cfg(tmp_path: Path) -> Config:
 @pytest.fixture
 def tokens(cfg: Config) -> Path:
     """Token shards of the synthetic corpus with its own answers; returns their folder."""
+    from specforge_exp.stages.prep import prep
+    from specforge_exp.stages.preprocess import preprocess
+
     cfg.preprocess.source = "prep"
     prep(cfg)
     return preprocess(cfg)
@@ -106,6 +119,10 @@ def tokens(cfg: Config) -> Path:
 
 def conversation_set(turns: list[list[int]]) -> TokenSet:
     """Conversations with these turns and rising ids."""
+    import torch
+
+    from specforge_exp.data.tokens import TokenSet
+
     return TokenSet([torch.arange(len(t)) for t in turns], [torch.tensor(t) for t in turns])
 
 
