@@ -87,8 +87,12 @@ class DataConfig:
     """Keep the first so many training conversations; null: all."""
     max_turns: int | None = None
     """Cut conversations after this many assistant turns; null: keep all."""
+    system: str = "keep"
+    """A system message: keep; join: put before the words of the first user turn, for targets whose
+    chat template knows no system role (Gemma)."""
 
     def __post_init__(self) -> None:
+        one_of("data.system", self.system, ("keep", "join"))
         if self.path == "":
             raise InputError("data=local needs data.path=<file, folder or hub:<id>>")
         safe_name("data.name", self.name)

@@ -170,11 +170,14 @@ class PreprocessConfig:
     overlong: str = "truncate"
     """A conversation above max_length is cut (truncate), left out (drop) or refused (error)."""
     last_turn_only: bool = False
-    """Supervise the last answer only: for thinking models, whose template leaves the thoughts of
-    earlier answers out."""
+    """Supervise the last answer only."""
+    changed_turns: str = "apart"
+    """An answer that the template shows otherwise in the whole conversation than when it was
+    written (most templates leave out earlier thoughts): apart: it is trained on in a sequence of
+    its own, with all that stood before it; leave_out: it is not supervised."""
     thinking: str = "in"
-    """Thoughts (reasoning_content, or <think>...</think> in an answer): in: supervised where the
-    template shows them; out: taken out of the conversation."""
+    """Thoughts (reasoning_content, reasoning, thinking, or <think>...</think> in an answer): in:
+    supervised as the model writes them; out: taken out of the conversation."""
     processes: int | None = None
     """Processes that encode; null: one per CPU that may be used. Changes no byte."""
     shard_tokens: int = 50_000_000
@@ -186,6 +189,7 @@ class PreprocessConfig:
         one_of("preprocess.source", self.source, ("regen", "prep"))
         one_of("preprocess.overlong", self.overlong, ("truncate", "drop", "error"))
         one_of("preprocess.thinking", self.thinking, ("in", "out"))
+        one_of("preprocess.changed_turns", self.changed_turns, ("apart", "leave_out"))
         at_least("preprocess.processes", self.processes, 1)
         at_least("preprocess.shard_tokens", self.shard_tokens, 1)
 

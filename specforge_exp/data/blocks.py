@@ -26,9 +26,9 @@ from specforge_exp.data.chat import (
     Unrenderable,
     encode_many,
     eos_token_ids,
-    split_thoughts,
 )
 from specforge_exp.data.conversations import normalise
+from specforge_exp.data.messages import reasoning_of, split_thoughts
 from specforge_exp.data.tokens import Ints, arrays_of
 from specforge_exp.errors import InputError
 from specforge_exp.records import replacing, write_whole
@@ -86,7 +86,9 @@ def make_chat(cfg: Config) -> Chat:
     eos = eos_token_ids(cfg.model.path, tokenizer)
     options = cfg.preprocess
     kwargs = cfg.model.chat_template_kwargs
-    return Chat(tokenizer, kwargs, eos, options.thinking, options.last_turn_only)
+    return Chat(
+        tokenizer, kwargs, eos, options.thinking, options.last_turn_only, options.changed_turns
+    )
 
 
 def read_block(block: LineBlock) -> list[dict[str, Any]]:
@@ -115,11 +117,10 @@ def encode_block(block: LineBlock, chat: Chat, cfg: Config, folder: Path) -> Non
             if isinstance(result, Encoded) and place % CHECKED == 0:
                 check(record, result, chat, account)
             try:
-                conversations.append(fit(result, cfg, account, record["id"]))
+                conversations += sequences_of(result, cfg, account, record["id"])
             except Unrenderable as error:
                 account[f"set aside: {error}"] += 1
                 rejected.append({"reason": str(error), **record})
-    account["kept"] = len(conversations)
     for encoded in conversations:
         account["turns"] += len(encoded.spans)
         account["closed"] += sum(encoded.ids[last - 1] in chat.eos for _, last in encoded.spans)
@@ -130,10 +131,31 @@ def encode_block(block: LineBlock, chat: Chat, cfg: Config, folder: Path) -> Non
         save_file(arrays_of(conversations), partial, {"account": json.dumps(account)})
 
 
-def fit(encoded: Encoded | Unrenderable, cfg: Config, account: Counter[str], name: str) -> Encoded:
-    """The conversation within max_length; raises Unrenderable when it is to be left out."""
-    if isinstance(encoded, Unrenderable):
-        raise encoded
+def sequences_of(
+    result: Encoded | Unrenderable, cfg: Config, account: Counter[str], name: str
+) -> list[Encoded]:
+    """What is trained on of one conversation; raises Unrenderable when it is to be left out."""
+    if isinstance(result, Unrenderable):
+        raise result
+    sequences, reasons = [], list(result.left_out)
+    for sequence in (result, *result.apart):
+        named = f"{name}#{sequence.numbers[-1]}" if result.apart else name
+        try:
+            sequences.append(fit(sequence, cfg, account, named))
+        except Unrenderable as error:
+            reasons += [str(error)] * max(1, len(sequence.numbers))
+    if not sequences:
+        raise Unrenderable(reasons[-1])
+    account["kept"] += 1
+    account["sequences"] += len(sequences)
+    account["apart"] += sum(len(sequence.ids) for sequence in sequences[1:])
+    account["changed"] += len(sequences) > 1
+    account.update(f"turns left out: {reason}" for reason in reasons)
+    return sequences
+
+
+def fit(encoded: Encoded, cfg: Config, account: Counter[str], name: str) -> Encoded:
+    """The sequence within max_length; raises Unrenderable when it is to be left out."""
     most = cfg.max_length
     if len(encoded.ids) > most:
         if cfg.preprocess.overlong == "error":
@@ -153,12 +175,17 @@ def fit(encoded: Encoded | Unrenderable, cfg: Config, account: Counter[str], nam
 
 
 def check(record: dict[str, Any], encoded: Encoded, chat: Chat, account: Counter[str]) -> None:
-    """Count answers that are not in what their supervised tokens spell."""
-    answers = [m["content"] for m in record["conversations"] if m["role"] == "assistant"]
-    answers = [split_thoughts(content)[3].strip() for content in answers][-len(encoded.spans) :]
-    for answer, (first, last) in zip(answers, encoded.spans, strict=True):
-        account["checked"] += 1
-        account["misread"] += answer not in chat.tokenizer.decode(encoded.ids[first:last])
+    """Count answers, and their thoughts, that are not in what their supervised tokens spell."""
+    answers = [m for m in record["conversations"] if m["role"] == "assistant"]
+    for sequence in (encoded, *encoded.apart):
+        for number, (first, last) in zip(sequence.numbers, sequence.spans, strict=True):
+            message = answers[number - 1]
+            _, inline, _, answer = split_thoughts(message["content"])
+            thoughts = reasoning_of(message) or inline
+            spelt = chat.tokenizer.decode(sequence.ids[first:last])
+            account["checked"] += 1
+            account["misread"] += answer.strip() not in spelt
+            account["thoughtless"] += chat.thinking == "in" and thoughts.strip() not in spelt
 
 
 def read_encoded(folder: Path, block: LineBlock) -> tuple[dict[str, Ints], Counter[str]]:

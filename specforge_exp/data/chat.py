@@ -1,30 +1,61 @@
-"""Conversations as token ids, with the supervised tokens found through the model's own template.
+"""Conversations as token ids, in which what the model writes is supervised.
 
-The template is rendered twice: once as it is and once with a marker in place of what the model
-said. The text between the markers is the template's own, so walking along it in the real
-rendering finds where each answer stands, for any template, without knowing its header strings.
+One law, without a word of any template: the tokens of the prompt that a server makes of the
+messages before an answer are the first tokens of the sequence, and what follows them, up to the
+token that the server stops at, is the turn. Templates show earlier turns otherwise than they were
+written (without thoughts, without the empty ones that the prompt opened, ...): a turn that the
+whole conversation does not show as serving does becomes a sequence of its own.
 """
 
-import json
-import re
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transformers import GenerationConfig
+from specforge_exp.data.messages import (
+    Message,
+    Unrenderable,
+    parsed,
+    readable,
+    reasoning_of,
+    split_thoughts,
+)
+from specforge_exp.data.rendering import (
+    Chat,
+    TokenRow,
+    cuts,
+    eos_token_ids,
+    glued,
+    prompt_ids,
+    prompt_text,
+    refusal,
+    render,
+    tokens_of_prefix,
+)
 
-MARKER = "⟦{}-{}⟧"
-MARKERS = re.compile("⟦(?:answer|thoughts)-[0-9]+⟧")
-THOUGHTS = re.compile(r"(\s*(?:<think>)?)((?:(?!<think>).)*?)(</think>\s*)", re.DOTALL)
-"""Thoughts in front of an answer; a template that opens them leaves only their end to the model."""
+__all__ = [
+    "Chat",
+    "Encoded",
+    "Message",
+    "Unrenderable",
+    "encode",
+    "encode_many",
+    "eos_token_ids",
+    "prompt_ids",
+    "prompt_text",
+    "readable",
+    "render",
+    "split_thoughts",
+]
 
-Message = dict[str, Any]
+PROBE: Message = {"role": "user", "content": "x"}
+"""What may follow an answer."""
+MARKER = "⟦answer⟧"
+OPENING, CLOSING = "<think>", "</think>"
+CHANGED = "the chat template changes it later (preprocess.changed_turns=leave_out)"
 
 
-class Unrenderable(ValueError):
-    """The conversation does not fit the model's chat template; the message says why."""
+class Unlike(Unrenderable):
+    """One turn cannot be shown as serving shows it; the others may be."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +64,12 @@ class Encoded:
 
     ids: list[int]
     spans: list[tuple[int, int]]
+    numbers: tuple[int, ...] = ()
+    """Which answers of the conversation the turns are, from 1."""
+    apart: tuple["Encoded", ...] = ()
+    """Sequences of other turns, which serving sees otherwise than this one shows them."""
+    left_out: tuple[str, ...] = ()
+    """Why further turns are supervised nowhere, one reason each."""
 
     @property
     def turns(self) -> list[int]:
@@ -44,265 +81,288 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Chat:
-    """How conversations become tokens."""
+class Turn:
+    """An answer and what a server asks the model before it."""
 
-    tokenizer: Any
-    kwargs: dict[str, Any]
-    """For the template."""
-    eos: set[int]
-    """Tokens that end an answer."""
-    thinking: str = "in"
-    """See preprocess.thinking."""
-    last_turn_only: bool = False
-
-    @cached_property
-    def headers(self) -> list[str]:
-        """What stands before an answer when serving, then its beginnings, line by line."""
-        probe = [{"role": "user", "content": "x"}]
-        before = render(self.tokenizer, probe, self.kwargs)
-        header = prompt_text(self.tokenizer, probe, self.kwargs).removeprefix(before)
-        lines = header.splitlines(keepends=True)
-        return ["".join(lines[:count]) for count in range(len(lines), 0, -1)]
-
-    def turn_start(self, text: str, low: int, high: int) -> int:
-        """Where the model began to speak, between two positions; `high` when nothing tells."""
-        for header in self.headers:
-            start = text.rfind(header, low, high)
-            if start >= 0:
-                return start + len(header)
-        return high
-
-
-@dataclass(frozen=True)
-class Span:
-    """Characters [start, end) that the model wrote."""
-
-    start: int
-    end: int
-    calls: bool = False
-    """Tool calls follow, up to the token that ends the turn."""
-
-
-def eos_token_ids(path: str, tokenizer: Any) -> set[int]:
-    """Tokens that end an answer: the generation config's and the tokenizer's."""
-    ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    try:
-        listed = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # a model without generation_config.json: the tokenizer's token stands alone
-        return ids
-    if listed is None:
-        return ids
-    return ids | ({listed} if isinstance(listed, int) else set(listed))
-
-
-def render(tokenizer: Any, messages: list[Message], kwargs: dict[str, Any]) -> str:
-    """The conversation as text; raises Unrenderable with the template's own complaint."""
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-    except Exception as error:  # templates raise whatever their author chose
-        raise Unrenderable(f"the chat template refuses it: {error}") from None
-    return text
-
-
-def prompt_text(tokenizer: Any, messages: list[Message], kwargs: dict[str, Any]) -> str:
-    """The conversation so far and the header after which the model answers."""
-    return render(tokenizer, messages, {**kwargs, "add_generation_prompt": True})
-
-
-def prompt_ids(tokenizer: Any, messages: list[Message], kwargs: dict[str, Any]) -> list[int]:
-    """`prompt_text` as token ids."""
-    text = prompt_text(tokenizer, messages, kwargs)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def parsed(value: Any, what: str) -> Any:
-    """The value, read from JSON when it is text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        raise Unrenderable(f"its {what} are no JSON") from None
-
-
-def split_thoughts(content: str) -> tuple[str, str, str, str]:
-    """Opening, thoughts, closing and answer, which make up the content; without thoughts ""."""
-    match = THOUGHTS.match(content) if "</think>" in content else None
-    if not match:
-        return "", "", "", content
-    return match[1], match[2], match[3], content[match.end() :]
-
-
-def readable(message: Message, thinking: str) -> Message:
-    """The message as servers hand it to the template: tool calls parsed, thoughts in or out."""
-    if message["role"] != "assistant":
-        return message
-    calls = parsed(message.get("tool_calls"), "tool calls")
-    if calls:
-        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-            raise Unrenderable("its tool calls are no list of objects")
-        message = {**message, "tool_calls": [readable_call(call) for call in calls]}
-    if thinking == "out":
-        message = {k: v for k, v in message.items() if k != "reasoning_content"}
-        answer = split_thoughts(message["content"])[3]
-        if answer.lstrip().startswith("<think>"):
-            raise Unrenderable("an answer is nothing but thoughts")
-        message["content"] = answer
-    return message
-
-
-def readable_call(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are an object, as servers give it to templates."""
-    inner = call.get("function", call)
-    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-        raise Unrenderable("a tool call has no name")
-    inner = {**inner, "arguments": parsed(inner.get("arguments") or {}, "tool call's arguments")}
-    return {**call, "function": inner} if "function" in call else inner
-
-
-@dataclass(frozen=True)
-class Marked:
-    """An assistant's message with markers, and what they stand for."""
-
+    number: int
+    """Of the answers, from 1."""
+    until: int
+    """Messages up to and with it."""
     message: Message
-    thoughts: str
-    """Empty: it has none."""
-    anchor: str
-    """Its answer, or the name of its first tool call when it says nothing else."""
-    calls: bool
+    prompt: str
+
+    @property
+    def answer(self) -> str:
+        """What it says, without its thoughts, trimmed as templates may."""
+        return split_thoughts(self.message["content"])[3].strip()
+
+    @property
+    def thoughts(self) -> str:
+        """What it thinks, trimmed; "" without."""
+        inline = split_thoughts(self.message["content"])[1]
+        return (reasoning_of(self.message) or inline).strip()
 
 
-def with_markers(message: Message, number: int) -> Marked:
-    """Put the markers of turn `number` into an assistant's message."""
-    marker, thoughts_marker = MARKER.format("answer", number), MARKER.format("thoughts", number)
-    opening, thoughts, closing, answer = split_thoughts(message["content"])
-    marked, said = dict(message), thoughts if thoughts.strip() else ""
-    if str(message.get("reasoning_content") or "").strip():
-        marked["reasoning_content"], said = thoughts_marker, message["reasoning_content"]
-    elif said:
-        thoughts = thoughts_marker
-    calls = message.get("tool_calls")
-    if not calls or answer.strip():
-        marked["content"] = opening + thoughts + closing + marker
-        return Marked(marked, said, answer, bool(calls))
-    inner = calls[0].get("function", calls[0])
-    named = {**inner, "name": marker}
-    first = {**calls[0], "function": named} if "function" in calls[0] else named
-    marked |= {"content": opening + thoughts + closing + answer, "tool_calls": [first, *calls[1:]]}
-    return Marked(marked, said, inner["name"], True)
+@dataclass
+class Conversation:
+    """A conversation on its way to tokens."""
+
+    chat: Chat
+    messages: list[Message]
+    kwargs: dict[str, Any]
+    """For the template, tools with them."""
+    waiting: list[Turn] = field(default_factory=list)
+    """Turns that no sequence supervises yet."""
+    left_out: list[str] = field(default_factory=list)
+    sequences: list[Encoded] = field(default_factory=list)
+    texts: dict[int, str] = field(default_factory=dict)
+    """The template's renderings, by how many messages they show."""
+
+    def until(self, messages: int) -> str:
+        """The first messages as text; raises Unrenderable."""
+        if messages not in self.texts:
+            self.texts[messages] = self.rendered(self.messages[:messages])
+        return self.texts[messages]
+
+    def rendered(self, messages: list[Message]) -> str:
+        """As text; raises Unrenderable."""
+        try:
+            text = render(self.chat.tokenizer, messages, self.kwargs)
+            text.encode()
+        except Unrenderable as error:
+            raise Unrenderable(refusal(self.chat, messages, self.kwargs, str(error))) from None
+        except UnicodeEncodeError:
+            raise Unrenderable("it holds half a character (a lone surrogate)") from None
+        return text
 
 
-def trimmed(said: str) -> Iterator[str]:
-    """A text as it is, then as templates trim it."""
-    for blank in (None, "\n"):
-        yield from (said, said.rstrip(blank), said.lstrip(blank), said.strip(blank))
+def opened(chat: Chat, record: Message) -> Conversation:
+    """A record, checked and with its turns; raises Unrenderable."""
+    messages = [readable(message, chat.thinking) for message in record["conversations"]]
+    tools = parsed(record.get("tools"), "tools")
+    kwargs = {**chat.kwargs, "tools": tools} if tools else chat.kwargs
+    talk = Conversation(chat, messages, kwargs)
+    answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+    talk.until(answers[-1] + 1 if answers else len(messages))  # it may be refused as a whole
+    for number, at in enumerate(answers, 1):
+        if chat.last_turn_only and number < len(answers):
+            continue
+        try:
+            prompt = prompt_text(chat.tokenizer, messages[:at], kwargs)
+        except Unrenderable:  # nobody asked, or not in a way that the template knows
+            talk.left_out.append("no prompt can be made of what stands before an answer")
+            continue
+        talk.waiting.append(Turn(number, at + 1, messages[at], prompt))
+    return talk
 
 
-def answer_spans(
-    chat: Chat, messages: list[Message], kwargs: dict[str, Any]
-) -> tuple[str, list[Span]]:
-    """The rendered conversation and what the model wrote in it, turn by turn.
+def next_text(talk: Conversation) -> str | None:
+    """What the last of the waiting turns and all before it look like in serving.
+
+    Turns for which there is no such text are left out.
+
+    Returns:
+        None when no turn is left.
+    """
+    while talk.waiting:
+        try:
+            return text_until(talk, talk.waiting[-1])
+        except Unlike as reason:
+            talk.left_out.append(str(reason))
+            talk.waiting.pop()
+    return None
+
+
+def text_until(talk: Conversation, turn: Turn) -> str:
+    """The conversation up to a turn: its prompt and what the model writes, with its end.
 
     Raises:
-        Unrenderable: the template changes an answer beyond trimming white space, so that its
-            place cannot be told.
+        Unlike: the template changes the answer, or its prompt opens what the answer lacks.
     """
-    text = render(chat.tokenizer, messages, kwargs)
-    shown: list[Message] = []
-    turns: list[Marked] = []
-    for message in messages:
-        if message["role"] == "assistant":
-            turns.append(with_markers(message, len(turns)))
-        shown.append(turns[-1].message if message["role"] == "assistant" else message)
-    rest = render(chat.tokenizer, shown, kwargs)
-    spans: list[Span] = []
-    at = 0
+    shown = talk.until(turn.until)
+    said = shown.removeprefix(turn.prompt) if shown.startswith(turn.prompt) else None
+    if said is None or cut_thoughts(turn, said):
+        said = written(talk, turn, shown)
+    text = turn.prompt + said
+    if turn.answer not in said and not (turn.message.get("tool_calls") and said.strip()):
+        raise Unlike("the chat template rewrites an answer")
+    if any(stop in said for stop in talk.chat.stops):
+        return text
+    return with_stop(talk, turn, text)
 
-    def step(marker: str, said: str) -> int:
-        """Walk over one marker; where the text that stands for it begins."""
-        nonlocal at, rest
-        before, found, rest = rest.partition(marker)
-        if not found or not text.startswith(before, at):
-            place = f"what stands before answer {len(spans) + 1}"
-            raise Unrenderable(f"the chat template rewrites {place}")
-        start = at + len(before)
-        following = MARKERS.split(rest, maxsplit=1)[0]
-        shape = next((s for s in trimmed(said) if text.startswith(s + following, start)), None)
-        if shape is None:
-            raise Unrenderable(f"the chat template rewrites answer {len(spans) + 1}")
-        at = start + len(shape)
-        return start
 
-    for number, turn in enumerate(turns):
-        low, thoughts_marker = at, MARKER.format("thoughts", number)
-        thoughtful = bool(turn.thoughts) and thoughts_marker in rest
-        first = step(thoughts_marker, turn.thoughts) if thoughtful else None
-        start = step(MARKER.format("answer", number), turn.anchor)
-        if first is not None:
-            start = chat.turn_start(text, low, first)
-        elif turn.calls:
-            start = chat.turn_start(text, low, start)
-        spans.append(Span(start, at, turn.calls))
-    return text, spans
+def cut_thoughts(turn: Turn, said: str) -> bool:
+    """Whether thoughts that the model has written are not among what the template shows.
+
+    A template that knows no thoughts beside the content leaves them out for good: they are not its
+    model's, unless its prompt opens them.
+    """
+    inline = bool(split_thoughts(turn.message["content"])[1].strip())
+    return bool(turn.thoughts) and turn.thoughts not in said and (inline or opens(turn.prompt))
+
+
+def opens(prompt: str) -> bool:
+    """Whether a prompt ends within thoughts."""
+    return prompt.rstrip().endswith(OPENING)
+
+
+def written(talk: Conversation, turn: Turn, shown: str) -> str:
+    """What the model writes after its prompt, where the template shows it otherwise.
+
+    Raises:
+        Unlike: that cannot be told.
+    """
+    opening = opens(turn.prompt)
+    if turn.thoughts and turn.prompt.rstrip().endswith(CLOSING):
+        raise Unlike(
+            "its prompt closes the thoughts that an answer has (preprocess.thinking=out takes them "
+            "out)"
+        )
+    if opening and not turn.thoughts:
+        raise Unlike(
+            "its prompt opens thoughts, and an answer has none (regen.thinking=kept records them, "
+            "model.chat_template_kwargs may switch them off)"
+        )
+    if not turn.thoughts or not turn.answer or turn.message.get("tool_calls"):
+        raise Unlike("the chat template shows an answer without the prompt that it follows")
+    _, inline, _, answer = split_thoughts(turn.message["content"])
+    raw = str(turn.message["content"])
+    if not inline.strip():
+        raw = f"{OPENING}\n{turn.thoughts}\n{CLOSING}\n\n{answer.lstrip()}"
+    if opening:
+        raw = raw.lstrip().removeprefix(OPENING)
+        raw = raw.lstrip() if turn.prompt[-1].isspace() else raw
+    bare = {"role": "assistant", "content": MARKER}
+    tail = talk.rendered([*talk.messages[: turn.until - 1], bare]).rpartition(MARKER)[2]
+    for ending in (answer.lstrip(), answer.strip()):  # as it is, or as templates trim it
+        if shown.rstrip().endswith((ending + tail).rstrip()):
+            return raw.rstrip() + ending[len(turn.answer) :] + tail
+    raise Unlike("the chat template rewrites an answer")
+
+
+def with_stop(talk: Conversation, turn: Turn, text: str) -> str:
+    """The text up to a turn with the stop that the next message begins with, where a template has
+    none before."""
+    role = "tool" if turn.message.get("tool_calls") else "user"
+    bare = {**turn.message, "content": turn.answer}
+    bare.pop("reasoning_content", None)
+    before = [*talk.messages[: turn.until - 1], bare]
+    try:
+        body = talk.rendered(before).rstrip()
+        following = talk.rendered([*before, {**PROBE, "role": role}])
+    except Unrenderable:
+        return text
+    if not following.startswith(body):
+        return text
+    rest = following[len(body) :]
+    space = rest[: len(rest) - len(rest.lstrip())]
+    stop = next((stop for stop in talk.chat.stops if rest.startswith(space + stop)), None)
+    return text.rstrip() + space + stop if stop else text
+
+
+def span_in(talk: Conversation, row: TokenRow, turn: Turn) -> tuple[int, int] | None:
+    """The tokens of a turn in a row that ends with a later one; None where it is shown otherwise
+    than in serving."""
+    if not row.text.startswith(turn.prompt):
+        return None
+    first = tokens_of_prefix(talk.chat, row, turn.prompt)
+    if first is None:
+        return None
+    stop = stop_of(talk.chat, row, first, len(row.ids))
+    plain = not turn.thoughts and not turn.message.get("tool_calls")
+    if plain and stop is not None:
+        said = row.text[len(turn.prompt) : row.offsets[stop][0]]
+        if said.strip() == turn.answer:
+            return first, stop + 1
+    try:
+        own = text_until(talk, turn)
+    except Unlike:
+        return None
+    body = own.rstrip()
+    if row.text.startswith(body):
+        limit = row.token_at(len(body))
+        stop = stop_of(talk.chat, row, first, limit + 1)
+        return first, limit if stop is None else stop + 1
+    return replaced_stop(talk.chat, row, own, first)
+
+
+def stop_of(chat: Chat, row: TokenRow, first: int, limit: int) -> int | None:
+    """The first token between two that a server stops at."""
+    tokens = enumerate(row.ids[first:limit], first)
+    return next((at for at, token in tokens if token in chat.eos), None)
+
+
+def replaced_stop(chat: Chat, row: TokenRow, own: str, first: int) -> tuple[int, int] | None:
+    """The tokens of a turn whose stop a template replaces by another token in later prompts."""
+    (alone,) = chat.rows_of([own])
+    stop = stop_of(chat, alone, first, len(alone.ids))
+    if stop is None or stop >= len(row.ids) or row.ids[:stop] != alone.ids[:stop]:
+        return None
+    return (first, stop + 1) if cuts(chat, row, stop) else None
+
+
+def take(talk: Conversation, row: TokenRow) -> None:
+    """Supervise in a row, which shows the last of the waiting turns, all turns that it can."""
+    last = talk.waiting[-1]
+    first = tokens_of_prefix(talk.chat, row, last.prompt)
+    if first is None:
+        again = glued(talk.chat, last.prompt, row.text[len(last.prompt) :])
+        if again is None:
+            talk.left_out.append("the tokenizer joins an answer to the prompt before it")
+            talk.waiting.pop()
+            return
+        row, first = again
+    stop = stop_of(talk.chat, row, first, len(row.ids))
+    end = row.token_at(len(row.text.rstrip())) if stop is None else stop + 1
+    spans = {turn.number: span_in(talk, row, turn) for turn in talk.waiting[:-1]}
+    spans[last.number] = first, end
+    shown = {number: span for number, span in sorted(spans.items()) if span}
+    talk.sequences.append(Encoded(row.ids, list(shown.values()), tuple(shown)))
+    talk.waiting = [turn for turn in talk.waiting if turn.number not in shown]
+    if talk.waiting and talk.chat.changed_turns == "leave_out":
+        talk.left_out += [CHANGED] * len(talk.waiting)
+        talk.waiting = []
 
 
 def encode_many(chat: Chat, records: Iterable[Message]) -> list[Encoded | Unrenderable]:
-    """Token ids of whole conversations; every answer and its end-of-turn token is a turn.
+    """Token ids of whole conversations, in which every answer with its end is a turn.
 
-    A token that begins before an answer and reaches into it was never the model's to choose, so
-    it stays unsupervised. Thoughts and tool calls that the template shows belong to their turn.
+    What follows the last answer is left away.
 
     Args:
         chat: the tokenizer and what to supervise.
         records: conversations, with `tools` (a list, or one as JSON) where there are any.
 
     Returns:
-        One result per record, in order; Unrenderable says why there are no tokens.
+        One result per record, in order: the sequence that shows the last turn, with those of turns
+        that it cannot show in `apart`. Unrenderable says why there are no tokens.
     """
-    results: list[Encoded | Unrenderable] = []
-    texts: list[str] = []
-    spans: list[list[Span]] = []
+    talks: list[Conversation | Unrenderable] = []
     for record in records:
         try:
-            messages = [readable(message, chat.thinking) for message in record["conversations"]]
-            tools = parsed(record.get("tools"), "tools")
-            kwargs = {**chat.kwargs, "tools": tools} if tools else chat.kwargs
-            text, spoken = answer_spans(chat, messages, kwargs)
-            text.encode()
+            talks.append(opened(chat, record))
         except Unrenderable as error:
-            results.append(error)
-            continue
-        except UnicodeEncodeError:
-            results.append(Unrenderable("it holds half a character (a lone surrogate)"))
-            continue
-        results.append(Encoded([], []))
-        texts.append(text)
-        spans.append(spoken[-1:] if chat.last_turn_only else spoken)
-    if not texts:
-        return results
-    rows = chat.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    encoded = zip(rows["input_ids"], rows["offset_mapping"], spans, strict=True)
-    done = (Encoded(ids, token_spans(ids, at, spoken, chat.eos)) for ids, at, spoken in encoded)
-    return [result if isinstance(result, Unrenderable) else next(done) for result in results]
+            talks.append(error)
+    going = [talk for talk in talks if isinstance(talk, Conversation)]
+    while going:
+        texts = [next_text(talk) for talk in going]
+        going = [talk for talk, text in zip(going, texts, strict=True) if text is not None]
+        rows = chat.rows_of([text for text in texts if text is not None])
+        for talk, row in zip(going, rows, strict=True):
+            take(talk, row)
+        going = [talk for talk in going if talk.waiting]
+    return [talk if isinstance(talk, Unrenderable) else result_of(talk) for talk in talks]
 
 
-def token_spans(
-    ids: list[int], offsets: list[tuple[int, int]], spoken: list[Span], eos: set[int]
-) -> list[tuple[int, int]]:
-    """Characters to tokens, each turn with the token that ends it."""
-    starts = [bisect_left(offsets, (span.start,)) for span in spoken] + [len(ids)]
-    spans = []
-    token = 0
-    for span, start, limit in zip(spoken, starts, starts[1:], strict=False):
-        first = max(start, token)
-        token = bisect_left(offsets, (span.end,), lo=first)
-        end = next((t for t in range(token, limit) if ids[t] in eos), None) if span.calls else token
-        if end is not None and end < len(ids) and ids[end] in eos:
-            token = end + 1
-        spans.append((first, token))
-    return spans
+def result_of(talk: Conversation) -> Encoded | Unrenderable:
+    """What became of a conversation whose turns have all been dealt with."""
+    left_out = tuple(talk.left_out)
+    if talk.sequences:
+        main, *others = talk.sequences
+        return replace(main, apart=tuple(others), left_out=left_out)
+    if left_out:
+        return Unrenderable(left_out[0])
+    return Encoded(talk.chat.ids_of(talk.rendered(talk.messages)), [])
 
 
 def encode(

@@ -81,6 +81,8 @@ def normalise_message(message: Any) -> dict[str, Any]:
     if not isinstance(content, str):
         raise BadRecord(f"the content of a {role} message is not text")
     rest = {k: v for k, v in message.items() if k not in ("role", "from", "content", "value")}
+    if rest.get("tool_calls") == []:  # templates ask whether it is there
+        del rest["tool_calls"]
     if role in ("function_call", "tool_call"):
         calls = called(content)
         if calls:

@@ -60,6 +60,11 @@ class Draft(nn.Module, Generic[Options]):
         """
         raise NotImplementedError
 
+    @staticmethod
+    def nothing_to_learn(cfg: Any, turns_T: Tensor) -> str:
+        """Why a conversation with these turns trains nothing; "" when it does."""
+        return "" if bool((turns_T > 0).any()) else "without a supervised token"
+
     def forward(
         self, sample: Sample, target_head_VH: Tensor, loss: Loss, cfg: Options, window_K: Tensor
     ) -> tuple[Tensor, Outcome]:

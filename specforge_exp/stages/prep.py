@@ -25,6 +25,7 @@ from specforge_exp import paths
 from specforge_exp.artifacts import Fingerprint, read_record, reusable, sha256, writing
 from specforge_exp.config import Config, Source
 from specforge_exp.data.conversations import encode
+from specforge_exp.data.messages import joined
 from specforge_exp.data.sources import Rejected, from_first_user, local_files, read, reasons
 from specforge_exp.errors import InputError
 from specforge_exp.records import write_json
@@ -86,6 +87,8 @@ def prep(cfg: Config) -> Path:
         "data.sample_size": cfg.data.sample_size,
         "data.max_turns": cfg.data.max_turns,
     }
+    if cfg.data.system != "keep":
+        settings["data.system"] = cfg.data.system
     if cfg.prep.check:
         return check(cfg, folder, settings)
     files = [file for source in [*cfg.data.train, *cfg.data.eval] for file in local_files(source)]
@@ -147,6 +150,8 @@ def different(
             split.reject(item)
             continue
         record = shorten(item, cfg.data.max_turns, split.cuts)
+        if cfg.data.system == "join":
+            record = {**record, "conversations": joined(record["conversations"])}
         content = content_hash(record)
         if content in contents:
             split.counts["duplicate"] += 1

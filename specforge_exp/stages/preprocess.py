@@ -32,10 +32,11 @@ from specforge_exp.data.tokens import Ints, ShardWriter, packing
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.records import write_json
+from specforge_exp.training.learnable import listed, nothing_to_learn, refuse_nothing
 
 log = logging.getLogger(__name__)
 
-OPTIONS = ("source", "overlong", "last_turn_only", "thinking")
+OPTIONS = ("source", "overlong", "last_turn_only", "changed_turns", "thinking")
 """Options of this stage that change its result."""
 ENOUGH = 0.95
 """Coverage below this is worth a warning."""
@@ -49,6 +50,8 @@ class TokenSplit:
     counts_V: Ints
     """How often each id is supervised."""
     account: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Sequences from which the draft learns nothing, by reason."""
     lengths: list[Ints] = field(default_factory=list)
     shards: list[dict[str, Any]] = field(default_factory=list)
 
@@ -99,6 +102,7 @@ def preprocess(cfg: Config) -> Path:
     )  # fmt: skip
     for text in warnings:
         log.warning("preprocess: warning: %s", text)
+    log.info("preprocess: complete: %s%s", folder, left_out(report))
     return folder
 
 
@@ -136,6 +140,8 @@ def merge(cfg: Config, split: TokenSplit, blocks: list[LineBlock], partial: Path
             )
         supervised = arrays["ids"][arrays["turns"] > 0]
         split.counts_V += np.bincount(supervised, minlength=len(split.counts_V))
+        turns = torch.from_numpy(arrays["turns"]).split(split.lengths[-1].tolist())
+        split.reasons.update(nothing_to_learn(cfg.draft, turns))
     writer.flush()
     if any(path.exists() for path in rejected):
         with (partial / f"{split.path.stem}.rejected.jsonl").open("wb") as out:
@@ -143,21 +149,51 @@ def merge(cfg: Config, split: TokenSplit, blocks: list[LineBlock], partial: Path
                 if path.exists():
                     with path.open("rb") as part:
                         shutil.copyfileobj(part, out)
-    shown = ("read", "kept", "truncated")
-    parts = [f"{n} {what}" for what, n in split.account.items() if n and what in shown]
-    parts += [f"{n} set aside: {reason}" for reason, n in set_aside(split.account).items()]
-    text = ", ".join(parts)
+    text = account_text(split)
     log.info("preprocess: %s: %s", split.path, text or "empty")
     if split.path.stem == "train" and not split.shards:
         raise InputError(
             f"{split.path}: no conversation is left to train on ({text or 'it is empty'})"
         )
+    refuse_nothing(cfg.draft, str(split.path), split.reasons, split.account["sequences"])
     return split
 
 
-def set_aside(account: Counter[str], most: int = 20) -> dict[str, int]:
+def account_text(split: TokenSplit) -> str:
+    """What became of a file's conversations; "" of an empty one."""
+    account = split.account
+    parts = [f"{account[what]} {what}" for what in ("read", "kept", "truncated") if account[what]]
+    if account["changed"]:
+        more = account["sequences"] - account["kept"]
+        tokens = sum(int(lengths.sum()) for lengths in split.lengths) - account["apart"]
+        parts.append(
+            f"{account['changed']} of them as {account['changed'] + more} sequences "
+            f"({account['apart'] / max(1, tokens):+.0%} tokens; not with "
+            "preprocess.changed_turns=leave_out), as the chat template changes earlier answers"
+        )
+    parts += [f"{n} set aside: {reason}" for reason, n in set_aside(account).items()]
+    parts += [
+        f"{n} answers left out: {reason}"
+        for reason, n in set_aside(account, prefix="turns left out: ").items()
+    ]
+    return ", ".join(parts)
+
+
+def left_out(report: dict[str, Any]) -> str:
+    """What is not trained on, by split, for the last line; "" when nothing is."""
+    parts = []
+    for name in ("train", "eval"):
+        entry = report[name]
+        counts = {f"set aside ({why})": n for why, n in entry["set_aside"].items()}
+        counts |= {f"answers ({why})": n for why, n in entry["answers_left_out"].items()}
+        counts |= {f"of no use ({why})": n for why, n in entry["nothing_to_learn"].items()}
+        if counts:
+            parts.append(f"{name}, {entry['read']} read: {listed(counts)}")
+    return "; left out of ".join(["", *parts])
+
+
+def set_aside(account: Counter[str], most: int = 20, prefix: str = "set aside: ") -> dict[str, int]:
     """Conversations left out by reason, the most frequent first, the rare ones together."""
-    prefix = "set aside: "
     counts = Counter(
         {k.removeprefix(prefix): n for k, n in account.items() if k.startswith(prefix)}
     )
@@ -177,6 +213,11 @@ def describe(split: TokenSplit, in_draft_V: Ints, row: int) -> dict[str, Any]:
         "conversations": account["kept"],
         "truncated": account["truncated"],
         "set_aside": set_aside(account),
+        "sequences": account["sequences"],
+        "sequences_apart": account["sequences"] - account["kept"],
+        "tokens_apart": account["apart"],
+        "answers_left_out": set_aside(account, prefix="turns left out: "),
+        "nothing_to_learn": dict(split.reasons),
         "tokens": tokens,
         "supervised_tokens": supervised,
         "supervised_share": supervised / max(1, tokens),
@@ -185,6 +226,7 @@ def describe(split: TokenSplit, in_draft_V: Ints, row: int) -> dict[str, Any]:
         "turns_with_end": account["closed"],
         "answers_checked": account["checked"],
         "answers_misread": account["misread"],
+        "thoughts_not_shown": account["thoughtless"],
         "coverage": float(split.counts_V[in_draft_V].sum()) / max(1, supervised),
         "packing": packing(lengths, row),
     }
@@ -214,5 +256,10 @@ def doubts(name: str, entry: dict[str, Any]) -> list[str]:
         warnings.append(
             f"the supervised tokens do not spell the answer in {entry['answers_misread']} of "
             f"{entry['answers_checked']} answers of {name} that were checked"
+        )
+    if entry["thoughts_not_shown"] > 0.02 * entry["answers_checked"]:
+        warnings.append(
+            f"the chat template does not show the thoughts of {entry['thoughts_not_shown']} of "
+            f"{entry['answers_checked']} answers of {name} that were checked: the draft learns none"
         )
     return warnings

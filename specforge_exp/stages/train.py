@@ -35,6 +35,7 @@ from specforge_exp.training.batches import Batch
 from specforge_exp.training.checkpoint import step_folders
 from specforge_exp.training.feature_cache import from_disk, make_cache
 from specforge_exp.training.features import Features, computed, computed_together, remembered
+from specforge_exp.training.learnable import listed, nothing_to_learn, refuse_nothing
 from specforge_exp.training.loop import Splits, TrainingRun, fit
 from specforge_exp.training.objective import Objective, Outcome, Sample
 from specforge_exp.training.progress import summary
@@ -70,6 +71,7 @@ def train(cfg: Config) -> float | tuple[float, ...]:
             f"{tokens} has no held-out conversation to evaluate on; set data.eval or raise "
             f"data.split_eval={cfg.data.split_eval}"
         )
+    reasons = check_learnable(cfg, splits)
     processes = run.ranks.world if cfg.target.shard else 1
     kind = locate(cfg.draft._target_)
     target = load_target(
@@ -92,10 +94,28 @@ def train(cfg: Config) -> float | tuple[float, ...]:
     run.ranks.wait()
     record = describe(cfg, fingerprint.inputs, fingerprint.settings)
     record |= {"seconds": round(logged_seconds(folder), 1), "evaluation": evaluation}
+    record["nothing_to_learn"] = reasons
     if run.ranks.rank == 0:
         write_json(folder / "run.json", record)
-        log.info("train: complete: %s: %s", folder, summary(evaluation))
+        log.info("train: complete: %s: %s%s", folder, summary(evaluation), of_no_use(reasons))
     return objectives(cfg, record)
+
+
+def check_learnable(cfg: Config, splits: Splits) -> dict[str, dict[str, int]]:
+    """By split how many conversations train nothing in this draft and why; InputError when none of
+    a split does."""
+    reasons = {}
+    for name, tokens in vars(splits).items():
+        counts = nothing_to_learn(cfg.draft, tokens.turns)
+        refuse_nothing(cfg.draft, f"{paths.tokens_dir(cfg)}, {name}", counts, len(tokens))
+        reasons[name] = dict(counts)
+    return reasons
+
+
+def of_no_use(reasons: dict[str, dict[str, int]]) -> str:
+    """What the draft could not learn from, for the last line; "" when nothing was left out."""
+    parts = [f"{name}: {listed(counts)}" for name, counts in reasons.items() if counts]
+    return "; nothing to learn in ".join(["", *parts])
 
 
 def objectives(cfg: Config, record: dict[str, Any]) -> float | tuple[float, ...]:

@@ -94,7 +94,10 @@ class WindowLog:
 
 
 def means(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Per-step means `name/k`, their mean over steps `name`, and the simulated accepted length."""
+    """Per-step means `name/k`, their mean over steps `name`, and the simulated accepted length.
+
+    The length is 1, the target's own token, where no slot is supervised at every step.
+    """
     rows_K = sums["rows"].clamp(min=1)
     metrics: dict[str, float] = {}
     for name, value in sums.items():
@@ -103,7 +106,8 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
         mean_K = value / rows_K
         metrics[name] = float(value.sum() / rows_K.sum())
         metrics |= {f"{name}/{k}": float(v) for k, v in enumerate(mean_K)}
-    metrics["simulated_length"] = float(sums["length"] / sums["length_slots"].clamp(min=1))
+    slots = sums["length_slots"]
+    metrics["simulated_length"] = float(sums["length"] / slots) if float(slots) else 1.0
     metrics["supervised"] = float(sums["rows"].sum())
     return metrics
 

@@ -145,6 +145,16 @@ def test_nothing_rejected_leaves_no_file(tmp_path: Path) -> None:
     assert names == {"train.jsonl", "eval.jsonl", "account.json", "run.json"}
 
 
+def test_a_system_message_joins_the_first_user_turn(tmp_path: Path) -> None:
+    source = tmp_path / "chats.jsonl"
+    roles = ("system", "user", "assistant")
+    messages = [{"role": role, "content": role} for role in roles]
+    source.write_text(json.dumps({"id": "a", "conversations": messages}) + "\n")
+    folder = prep(config(tmp_path, [Source(path=str(source))], system="join", split_eval=0.0))
+    (record,) = map(json.loads, (folder / "train.jsonl").read_text().splitlines())
+    assert record["conversations"] == [{"role": "user", "content": "system\n\nuser"}, messages[2]]
+
+
 def test_max_turns_counts_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write(
         tmp_path / "a.jsonl",

@@ -41,9 +41,8 @@ def make_blocks(cfg: DFlashConfig, batch: Batch) -> Blocks:
     turns, first, anchors = batch.turns_T.cpu(), 0, []
     for number, length in zip(batch.numbers, batch.lengths, strict=True):
         turn_T = turns[first : first + length]
-        possible = (turn_T[1:-1] > 0) & (turn_T[1:-1] == turn_T[2:])
-        where = possible.nonzero()[:, 0] + 1
-        if int((turn_T > 0).sum()) >= (cfg.min_loss_tokens or 2 * cfg.block_size):
+        where = possible_anchors(turn_T).nonzero()[:, 0] + 1
+        if int((turn_T > 0).sum()) >= least_tokens(cfg):
             seed = (batch.draw * 2_654_435_761 + number) % 2**32  # a generator takes no more bits
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(where), generator=generator)[: cfg.num_anchors]
@@ -52,6 +51,26 @@ def make_blocks(cfg: DFlashConfig, batch: Batch) -> Blocks:
     empty = torch.zeros(0, dtype=torch.long)
     anchor_R = torch.cat([empty, *anchors]).to(batch.turns_T.device)
     return Blocks(anchor_R, start_T, end_T, labels(batch, end_T, anchor_R, cfg.block_size - 1))
+
+
+def possible_anchors(turn_T: Tensor) -> Tensor:
+    """Whether a conversation's tokens, the first and the last left out, may be anchors; [T - 2]."""
+    return (turn_T[1:-1] > 0) & (turn_T[1:-1] == turn_T[2:])
+
+
+def least_tokens(cfg: DFlashConfig) -> int:
+    """The fewest supervised tokens of a conversation that is trained on."""
+    return cfg.min_loss_tokens or 2 * cfg.block_size
+
+
+def nothing_to_learn(cfg: DFlashConfig, turn_T: Tensor) -> str:
+    """Why a conversation with these turns trains nothing; "" when it does."""
+    least = least_tokens(cfg)
+    if int((turn_T > 0).sum()) < least:
+        return f"with fewer than {least} supervised tokens (draft.min_loss_tokens)"
+    if not bool(possible_anchors(turn_T).any()):
+        return "without two supervised tokens in a row"
+    return ""
 
 
 def labels(batch: Batch, end_T: Tensor, anchor_R: Tensor, steps: int) -> Tensor:

@@ -98,6 +98,11 @@ class DFlash(DFlashModel):
         """A decoder for one request."""
         return DFlashDecoder(self)
 
+    @staticmethod
+    def nothing_to_learn(cfg: DFlashConfig, turns_T: Tensor) -> str:
+        """Why a conversation with these turns trains nothing; "" when it does."""
+        return blocks.nothing_to_learn(cfg, turns_T)
+
     def denominators(self, cfg: DFlashConfig, batch: Batch) -> Tensor:
         """See `blocks.denominators`."""
         return blocks.denominators(cfg, batch)

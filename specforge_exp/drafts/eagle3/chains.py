@@ -44,6 +44,14 @@ def turn_masks(supervision: str, turns_T: Tensor, end_T: Tensor, steps: int) -> 
     return masks
 
 
+def nothing_to_learn(supervision: str, turns_T: Tensor) -> str:
+    """Why a conversation with these turns trains nothing; "" when it does."""
+    end_T = torch.full_like(turns_T, len(turns_T))
+    if bool(turn_masks(supervision, turns_T, end_T, 1)[0].any()):
+        return ""
+    return "without two supervised tokens in a row"
+
+
 def make_chains(supervision: str, turns_T: Tensor, lengths: list[int], steps: int) -> Chains:
     """The rows of packed conversations.
 

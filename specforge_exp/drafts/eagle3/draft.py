@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from specforge_exp.drafts.eagle3 import training
-from specforge_exp.drafts.eagle3.chains import make_chains
+from specforge_exp.drafts.eagle3.chains import make_chains, nothing_to_learn
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.eagle3.decoder import Eagle3Decoder
 from specforge_exp.drafts.eagle3.export import KEYS, LAYERS, check_export, export_config
@@ -97,6 +97,11 @@ class Eagle3(Eagle3Model):
     def decoder(self) -> Eagle3Decoder:
         """A decoder for one request."""
         return Eagle3Decoder(self)
+
+    @staticmethod
+    def nothing_to_learn(cfg: Eagle3Config, turns_T: Tensor) -> str:
+        """Why a conversation with these turns trains nothing; "" when it does."""
+        return nothing_to_learn(cfg.supervision, turns_T)
 
     def denominators(self, cfg: Eagle3Config, batch: Batch) -> Tensor:
         """See `training.denominators`."""

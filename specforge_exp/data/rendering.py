@@ -1,0 +1,168 @@
+"""Conversations as text and tokens, by the model's own chat template."""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from transformers import GenerationConfig
+
+from specforge_exp.data.messages import Message, Unrenderable, joined
+
+REMEMBERED = 256
+"""Characters of a text whose tokens are remembered: headers, not conversations."""
+
+
+def eos_token_ids(path: str, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer: the generation config's and the tokenizer's."""
+    own = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    try:
+        listed = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # a model without generation_config.json: the tokenizer's token stands alone
+        return own
+    if listed is None:
+        return own
+    return own | ({listed} if isinstance(listed, int) else set(listed))
+
+
+def render(tokenizer: Any, messages: list[Message], kwargs: dict[str, Any]) -> str:
+    """The conversation as text; raises Unrenderable with the template's own complaint."""
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+    except Exception as error:  # templates raise whatever their author chose
+        raise Unrenderable(f"the chat template refuses it: {error}") from None
+    return text
+
+
+def prompt_text(tokenizer: Any, messages: list[Message], kwargs: dict[str, Any]) -> str:
+    """The conversation so far and the header after which the model answers."""
+    return render(tokenizer, messages, {**kwargs, "add_generation_prompt": True})
+
+
+def prompt_ids(tokenizer: Any, messages: list[Message], kwargs: dict[str, Any]) -> list[int]:
+    """`prompt_text` as token ids."""
+    text = prompt_text(tokenizer, messages, kwargs)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def refusal(chat: "Chat", messages: list[Message], kwargs: dict[str, Any], complaint: str) -> str:
+    """The template's complaint, with the way out where a system message is what it refuses."""
+    together = joined(messages)
+    if together is messages:
+        return complaint
+    try:
+        render(chat.tokenizer, together, kwargs)
+    except Unrenderable:
+        return complaint
+    return (
+        f"{complaint.rstrip('. ')}; prep with data.system=join puts the system message in front of "
+        "the first user turn"
+    )
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How conversations become tokens."""
+
+    tokenizer: Any
+    kwargs: dict[str, Any]
+    """For the template."""
+    eos: set[int]
+    """Tokens that end an answer."""
+    thinking: str = "in"
+    """See preprocess.thinking."""
+    last_turn_only: bool = False
+    changed_turns: str = "apart"
+    """See preprocess.changed_turns."""
+
+    @cached_property
+    def added(self) -> dict[int, str]:
+        """Tokens that cut a text where they are written out: what stands on either side is
+        tokenised for itself."""
+        tokens = self.tokenizer.added_tokens_decoder
+        return {number: token.content.strip() for number, token in tokens.items()}
+
+    @cached_property
+    def stops(self) -> list[str]:
+        """The text of `eos`."""
+        names = self.tokenizer.convert_ids_to_tokens(sorted(self.eos))
+        return [name for name in names if name]
+
+    @cached_property
+    def headers(self) -> dict[str, list[int]]:
+        """Tokens of short texts that come again and again."""
+        return {}
+
+    def ids_of(self, text: str) -> list[int]:
+        """Tokens of a text as it stands."""
+        if text in self.headers:
+            return self.headers[text]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(text) <= REMEMBERED:
+            self.headers[text] = ids
+        return ids
+
+    def rows_of(self, texts: list[str]) -> "list[TokenRow]":
+        """Tokens and where they stand."""
+        if not texts:
+            return []
+        rows = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        both = zip(texts, rows["input_ids"], rows["offset_mapping"], strict=True)
+        return [TokenRow(text, ids, offsets) for text, ids, offsets in both]
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A text and its tokens."""
+
+    text: str
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    """Characters [start, end) of each token."""
+
+    def token_at(self, character: int) -> int:
+        """The first token that begins there or later."""
+        return bisect_left(self.offsets, (character,))
+
+
+def tokens_of_prefix(chat: Chat, row: TokenRow, prefix: str) -> int | None:
+    """How many of a row's tokens are those of `prefix`, with which its text begins.
+
+    Tokens that cut the text make this cheap: behind the last of them before the end of `prefix`
+    stands a header, whose tokens are remembered, and what stands before it is the same in both.
+
+    Returns:
+        None when the tokens of the prefix are others: its end and what follows merge.
+    """
+    end = min(row.token_at(len(prefix)), len(row.ids))
+    cut = next((at for at in range(end - 1, -1, -1) if cuts(chat, row, at)), 0)
+    tail = chat.ids_of(prefix[row.offsets[cut][0] if cut else 0 :])
+    first = cut + len(tail)
+    return first if row.ids[cut:first] == tail else None
+
+
+def cuts(chat: Chat, row: TokenRow, at: int) -> bool:
+    """Whether a token stands for a text that cuts, not for a byte or a word nobody knows."""
+    content = chat.added.get(row.ids[at])
+    return content is not None and row.text[slice(*row.offsets[at])].strip() == content
+
+
+def glued(chat: Chat, prompt: str, rest: str) -> tuple[TokenRow, int] | None:
+    """A row of the prompt's own tokens and those of what follows, where both together are others.
+
+    Returns:
+        The row and how many tokens the prompt has; None when the tokenizer cannot say the rest by
+        itself (it puts a space before every text).
+    """
+    whole, before = chat.rows_of([prompt + rest, prompt])
+    spelt = chat.tokenizer.decode(whole.ids)
+    for lead in ("", "\n"):
+        ids, start = chat.ids_of(lead) if lead else [], len(prompt) - len(lead)
+        (after,) = chat.rows_of([lead + rest])
+        following = after.ids[len(ids) :]
+        both = before.ids + following
+        if after.ids[: len(ids)] == ids and chat.tokenizer.decode(both) == spelt:
+            places = [(start + a, start + b) for a, b in after.offsets[len(ids) :]]
+            return TokenRow(whole.text, both, before.offsets + places), len(before.ids)
+    return None

@@ -1,0 +1,317 @@
+"""What the model writes is what is supervised, in every template that people serve.
+
+The oracle is brute force: the template's own renderings of the messages, tokenised whole.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from chat_shapes import SHAPES, Shape
+from chat_templates import chat_of, table, tokenizer_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specforge_exp.data.chat import Encoded, Message, Unrenderable, encode_many
+
+Ids = list[int]
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A conversation, rendered and tokenised plainly."""
+
+    shape: Shape
+    messages: list[Message]
+
+    def text(self, count: int, prompt: bool) -> str:
+        """The first messages."""
+        text: str = tokenizer_of(self.shape).apply_chat_template(
+            self.messages[:count], tokenize=False, add_generation_prompt=prompt, **self.shape.kwargs
+        )
+        return text
+
+    def ids(self, text: str) -> Ids:
+        ids: Ids = tokenizer_of(self.shape)(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    @property
+    def answers(self) -> list[int]:
+        """Where the answers are."""
+        return [n for n, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    def prompt(self, number: int) -> Ids:
+        """What a server asks before an answer, counted from 1."""
+        return self.ids(self.text(self.answers[number - 1], prompt=True))
+
+    def follows(self, number: int, until: int) -> str | None:
+        """What stands behind the prompt of an answer in the first messages, up to the first stop;
+        None where the prompt is not how they begin."""
+        text, prompt = self.text(until, False), self.text(self.answers[number - 1], True)
+        if not text.startswith(prompt):
+            return None
+        said = text[len(prompt) :]
+        ends = [at + len(stop) for stop in self.shape.eos if (at := said.find(stop)) >= 0]
+        return said[: min(ends, default=len(said))]
+
+
+def thoughts_of(message: Message) -> str:
+    """What an assistant thinks, under any key or in its words."""
+    beside = next((message[key] for key in KEYS[:3] if message.get(key)), "")
+    inline, closing, _ = message["content"].partition("</think>")
+    return (beside or (inline.removeprefix("<think>") if closing else "")).strip()
+
+
+def check(oracle: Oracle, result: Encoded | Unrenderable) -> None:
+    """The law."""
+    if isinstance(result, Unrenderable):
+        assert not refusal_is_wrong(oracle, str(result)), result
+        return
+    shape, tokenizer = oracle.shape, tokenizer_of(oracle.shape)
+    stops = set(tokenizer.convert_tokens_to_ids(list(shape.eos)))
+    numbers = [n for sequence in (result, *result.apart) for n in sequence.numbers]
+    assert len(numbers) + len(result.left_out) == len(oracle.answers)
+    assert len(set(numbers)) == len(numbers)
+    assert not any(refusal_is_wrong(oracle, reason) for reason in result.left_out)
+    for sequence in (result, *result.apart):
+        assert len(sequence.numbers) == len(sequence.spans)
+        assert sequence.spans == sorted(sequence.spans)
+        for number, (first, last) in zip(sequence.numbers, sequence.spans, strict=True):
+            assert sequence.ids[:first] == oracle.prompt(number)
+            span, message = sequence.ids[first:last], oracle.messages[oracle.answers[number - 1]]
+            assert not stops & set(span[:-1])
+            said = tokenizer.decode(span)
+            if span[-1] not in stops:  # Harmony: earlier answers end with <|end|>
+                assert shape.name == "gpt-oss"
+                assert said.endswith("<|end|>")
+            if not message.get("tool_calls"):
+                assert message["content"].split("</think>")[-1].strip() in said
+            if not (message.get("tool_calls") and thoughts_of(message)):
+                shown = [
+                    oracle.follows(number, until)
+                    for until in (oracle.answers[number - 1] + 1, oracle.answers[number - 1] + 2)
+                ]
+                assert_as_shown(said, shown, thoughts_of(message), shape)
+
+
+def assert_as_shown(said: str, shown: list[str | None], thoughts: str, shape: Shape) -> None:
+    """A turn's text is what the template shows; or, where it hides thoughts, what stands there."""
+    ends = (*shape.eos, "<|end|>")
+    if without(said, ends) not in [without(text, ends) for text in shown if text is not None]:
+        assert thoughts
+        assert said.lstrip().removeprefix("<think>").lstrip().startswith(thoughts)
+    elif thoughts and opens(shape):
+        assert thoughts in said
+
+
+def without(text: str, ends: tuple[str, ...]) -> str:
+    """A text without the first of these ends that it has."""
+    text = text.rstrip()
+    return next((text.removesuffix(end) for end in ends if text.endswith(end)), text).rstrip()
+
+
+def opens(shape: Shape) -> bool:
+    """Whether its prompt opens thoughts."""
+    probe = [{"role": "user", "content": "x"}]
+    prompt = tokenizer_of(shape).apply_chat_template(
+        probe, tokenize=False, add_generation_prompt=True, **shape.kwargs
+    )
+    return str(prompt).rstrip().endswith("<think>")
+
+
+def refusal_is_wrong(oracle: Oracle, reason: str) -> bool:
+    """Whether a conversation that is set aside could have been served."""
+    try:
+        oracle.text(len(oracle.messages), False)
+    except Exception:  # templates raise whatever their author chose
+        return "refuses it" not in reason
+    thoughtful = [bool(thoughts_of(oracle.messages[at])) for at in oracle.answers]
+    if "opens thoughts" in reason:
+        return not opens(oracle.shape) or all(thoughtful)
+    if "closes the thoughts" in reason:
+        return not any(thoughtful)
+    return "tokenizer joins" not in reason
+
+
+KEYS = ("reasoning_content", "reasoning", "thinking", "tags", None)
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+SPACE = st.sampled_from(["", "", "", " ", "\n", "\n\n", "  "])
+PLAIN = st.sampled_from(
+    ["Yes.", "Hello you.", "Ünïcödé 😀 日本", "a", "1 + 1 = 2", "{}\n\n- x", "No</b>"]
+)
+
+
+@st.composite
+def texts(draw: st.DrawFn) -> str:
+    """Words, now and then between blanks."""
+    return draw(SPACE) + draw(PLAIN) + draw(SPACE)
+
+
+@st.composite
+def answers(draw: st.DrawFn, tools: bool) -> list[Message]:
+    """An answer, maybe with thoughts, or calls with their results and an answer."""
+    message: Message = {"role": "assistant", "content": draw(texts())}
+    key = draw(st.sampled_from(KEYS))
+    if key == "tags":
+        message["content"] = "<think>\n" + draw(PLAIN) + "\n</think>\n\n" + message["content"]
+    elif key is not None:
+        message[key] = draw(PLAIN)
+    if not tools or draw(st.booleans()):
+        return [message] if not draw(st.booleans()) else [{**message, "tool_calls": []}]
+    words = draw(st.sampled_from(["", "Let me see."]))
+    result = {"role": "tool", "content": "sunny"}
+    return [{"role": "assistant", "content": words, "tool_calls": [CALL]}, result, message]
+
+
+@st.composite
+def conversations(draw: st.DrawFn, tools: bool) -> list[Message]:
+    """Up to three questions; the last may be open."""
+    messages: list[Message] = []
+    if draw(st.booleans()):
+        messages.append({"role": "system", "content": "Be kind."})
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append({"role": "user", "content": draw(texts())})
+        messages += draw(answers(tools))
+    return messages + ([{"role": "user", "content": "And?"}] if draw(st.booleans()) else [])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_what_the_model_writes_is_supervised(shape: Shape, data: st.DataObject) -> None:
+    messages = data.draw(conversations(shape.tools))
+    (result,) = encode_many(chat_of(shape), [{"conversations": messages}])
+    clean = [{k: v for k, v in m.items() if k != "tool_calls" or v} for m in messages]
+    check(Oracle(shape, clean), result)
+
+
+def spoken(name: str, messages: list[Message], **options: Any) -> list[str]:
+    """What is supervised of a conversation in a template, turn by turn."""
+    (shape,) = [shape for shape in SHAPES if shape.name == name]
+    (result,) = encode_many(chat_of(shape, **options), [{"conversations": messages}])
+    if isinstance(result, Unrenderable):
+        return [str(result)]
+    decode = tokenizer_of(shape).decode
+    said = {
+        number: decode(sequence.ids[first:last])
+        for sequence in (result, *result.apart)
+        for number, (first, last) in zip(sequence.numbers, sequence.spans, strict=True)
+    }
+    return [said[number] for number in sorted(said)] + list(result.left_out)
+
+
+def user(words: str) -> Message:
+    return {"role": "user", "content": words}
+
+
+def assistant(words: str, **more: Any) -> Message:
+    return {"role": "assistant", "content": words, **more}
+
+
+TWICE = [user("Hi"), assistant("One."), user("Go on"), assistant("Two.")]
+THOUGHT = [
+    user("Hi"),
+    assistant("One.", reasoning="a"),
+    user("Go"),
+    assistant("Two.", thinking="b"),
+]
+TAGGED = [user("Hi"), assistant("<think>\na\n</think>\n\nOne.")]
+CALLED = [user("Rain?"), assistant("Wait.", tool_calls=[CALL]), {"role": "tool", "content": "sun"}]
+CALLED += [assistant("No.", tool_calls=[])]
+RETURN, EOS = "<|return|>", "<｜end▁of▁sentence｜>"
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "expected"),
+    [
+        ("Llama 2", TWICE, [" One. </s>", " Two. </s>"]),
+        ("Mistral v0.3", TWICE, [" One.</s>", " Two.</s>"]),
+        ("Llama 3.1", CALLED, [
+            '{"name": "weather", "parameters": {"city": "Rome"}}<|eot_id|>', "No.<|eot_id|>"]),
+        ("Mistral Nemo", CALLED, [
+            '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Rome"}}]</s>', "No.</s>"]),
+        ("gpt-oss", TWICE, [
+            "<|channel|>final<|message|>One.<|end|>",
+            f"<|channel|>final<|message|>Two.{RETURN}"]),
+        ("gpt-oss", THOUGHT, [
+            "<|channel|>analysis<|message|>a<|end|>"
+            f"<|start|>assistant<|channel|>final<|message|>One.{RETURN}",
+            "<|channel|>analysis<|message|>b<|end|>"
+            f"<|start|>assistant<|channel|>final<|message|>Two.{RETURN}"]),
+        ("Qwen3, thinking", THOUGHT, [
+            "<think>\na\n</think>\n\nOne.<|im_end|>", "<think>\nb\n</think>\n\nTwo.<|im_end|>"]),
+        ("Qwen3, not thinking", TWICE, ["One.<|im_end|>", "Two.<|im_end|>"]),
+        ("Qwen3, not thinking", TAGGED, [
+            "its prompt closes the thoughts that an answer has (preprocess.thinking=out takes them "
+            "out)"]),
+        ("DeepSeek-R1-Distill", TAGGED, [f"a\n</think>\n\nOne.{EOS}"]),
+        ("DeepSeek-R1-Distill", THOUGHT, [
+            f"a\n</think>\n\nOne.{EOS}", f"b\n</think>\n\nTwo.{EOS}"]),
+        ("DeepSeek-R1-Distill", [*TAGGED, *TWICE[:2]], [
+            f"a\n</think>\n\nOne.{EOS}",
+            "its prompt opens thoughts, and an answer has none (regen.thinking=kept records them, "
+            "model.chat_template_kwargs may switch them off)"]),
+        ("GLM-4.5", TWICE, [
+            "\n<think></think>\nOne.<|user|>", "\n<think></think>\nTwo.<|user|>"]),
+        ("GLM-4.5, not thinking", CALLED, [
+            '\nWait.\n<tool_call>weather\n{"city": "Rome"}\n</tool_call><|observation|>',
+            "\nNo.<|user|>"]),
+        ("Vicuna", TWICE, ["One.</s>", "Two.</s>"]),
+        ("Gemma", [{"role": "system", "content": "Be kind."}, *TWICE], [
+            "the chat template refuses it: System role not supported; prep with data.system=join "
+            "puts the system message in front of the first user turn"]),
+    ],
+)  # fmt: skip
+def test_turns_by_template(name: str, messages: list[Message], expected: list[str]) -> None:
+    assert spoken(name, messages) == expected
+
+
+def test_the_last_turn_only() -> None:
+    assert spoken("gpt-oss", TWICE, last_turn_only=True) == [
+        f"<|channel|>final<|message|>Two.{RETURN}"
+    ]
+
+
+def test_thoughts_out_under_every_key() -> None:
+    for key in KEYS[:3]:
+        messages = [user("Hi"), assistant("One.", **{key: "hm"})]
+        assert spoken("SmolLM2", messages, thinking="out") == ["One.<|im_end|>"]
+        (said,) = spoken("GLM-4.5", messages, thinking="out")
+        assert said == "\n<think></think>\nOne.<|user|>"
+
+
+def test_named_templates() -> None:
+    """A record with tools is rendered with the template for tools, its prompts too."""
+    plain, tools = "{{ bos_token }}" + SHAPES[3].template, SHAPES[3].template
+    tokenizer = tokenizer_of(SHAPES[3])
+    chat = chat_of(SHAPES[3])
+    before, tokenizer.chat_template = tokenizer.chat_template, {"default": plain, "tool_use": tools}
+    try:
+        with_tools = {"conversations": CALLED, "tools": [{"name": "weather"}]}
+        both = encode_many(chat, [with_tools, {"conversations": TWICE}])
+        assert [len(r.spans) for r in both if isinstance(r, Encoded)] == [2, 2]
+    finally:
+        tokenizer.chat_template = before
+
+
+def test_an_answer_that_nobody_asked_for_is_not_supervised() -> None:
+    messages = [assistant("Welcome."), *TWICE[:2]]
+    assert spoken("SmolLM2", messages) == [
+        "One.<|im_end|>", "no prompt can be made of what stands before an answer",
+    ]  # fmt: skip
+
+
+def test_a_line_break_that_would_join_the_prompts() -> None:
+    """The tokens of the prompt stay as a server has them, whatever the answer begins with."""
+    (shape,) = [shape for shape in SHAPES if shape.name == "SmolLM2"]
+    messages = [user("Hi"), assistant("\nOne."), user("Go"), assistant("Two.")]
+    (result,) = encode_many(chat_of(shape), [{"conversations": messages}])
+    assert isinstance(result, Encoded)
+    assert [sequence.numbers for sequence in (result, *result.apart)] == [(2,), (1,)]
+    check(Oracle(shape, messages), result)
+
+
+def test_the_table_has_a_row_of_each_shape() -> None:
+    rows = table().splitlines()
+    assert len(rows) == len(SHAPES) + 2
+    assert "| gpt-oss | together | turn by turn | together |" in rows

@@ -1,0 +1,118 @@
+"""What preprocess says of turns that stand apart, and of what nothing can be learnt from."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specforge_exp import paths
+from specforge_exp.config import Config
+from specforge_exp.data.conversations import write_jsonl
+from specforge_exp.data.tokens import read_split
+from specforge_exp.drafts.dflash.config import DFlashConfig
+from specforge_exp.errors import InputError
+from specforge_exp.stages.preprocess import preprocess
+
+Record = dict[str, Any]
+
+
+def say(*texts: str, name: str = "c") -> Record:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    return {"id": name, "conversations": messages}
+
+
+@pytest.fixture
+def source(cfg: Config) -> Path:
+    cfg.preprocess.source = "prep"
+    folder = paths.prompts_dir(cfg)
+    folder.mkdir(parents=True)
+    put(folder, [say("Hi", "Hello there.", name=str(i)) for i in range(5)])
+    return folder
+
+
+def put(folder: Path, train: list[Record]) -> None:
+    write_jsonl(folder / "train.jsonl", train)
+    write_jsonl(folder / "eval.jsonl", [say("Hey", "Yes.", name="e")])
+
+
+LATER = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
+    "<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Thoughts of the last answer only."""
+
+
+def other_template(cfg: Config, template: str) -> None:
+    """The tiny target with another chat template."""
+    model = Path(cfg.paths.datasets) / "model"
+    shutil.copytree(cfg.model.path, model)
+    (model / "chat_template.jinja").write_text(template)
+    cfg.model.path = str(model)
+
+
+def test_an_answer_that_is_shown_otherwise_later_is_a_sequence_of_its_own(
+    cfg: Config, source: Path, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With its thoughts, after the prompt of its time; the growth is in the account."""
+    other_template(cfg, LATER)
+    record = say("Hi", "One.", "Go on", "Two.", name="two")
+    for message, thoughts in zip(record["conversations"][1::2], ("hm", "so"), strict=True):
+        message["reasoning"] = thoughts
+    put(source, [record])
+    (source / "eval.jsonl").write_bytes((source / "train.jsonl").read_bytes())
+    caplog.set_level("INFO")
+    folder = preprocess(cfg)
+    tokens = read_split(folder, "train")
+    spoken = [
+        tiny_tokenizer.decode(ids[turns > 0])
+        for ids, turns in zip(tokens.ids, tokens.turns, strict=True)
+    ]
+    assert spoken == ["<think>so</think>Two.<|im_end|>", "<think>hm</think>One.<|im_end|>"]
+    train = json.loads((folder / "report.json").read_text())["train"]
+    assert (train["read"], train["conversations"], train["sequences"]) == (1, 1, 2)
+    assert train["tokens_apart"] == len(tokens.ids[1])
+    assert "1 read, 1 kept, 1 of them as 2 sequences (+" in caplog.text
+    cfg.preprocess.changed_turns, cfg.preprocess.force = "leave_out", True
+    assert len(read_split(preprocess(cfg), "train")) == 1
+    assert "1 answers left out: the chat template changes it later" in caplog.text
+    assert caplog.messages[-1].count("left out of") == 2
+
+
+def test_thoughts_that_no_template_shows_are_warned_about(
+    cfg: Config, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = say("Hi", "One.", name="two")
+    record["conversations"][1]["thinking"] = "hm"
+    put(source, [record])
+    preprocess(cfg)
+    assert "does not show the thoughts of 1 of 1 answers of train" in caplog.text
+
+
+DFLASH = DFlashConfig(name="dflash", block_size=16, draft_vocab_size=512)
+
+
+def test_a_split_without_anything_to_learn_is_refused(cfg: Config, source: Path) -> None:
+    """DFlash leaves out conversations with fewer than two blocks of supervised tokens."""
+    cfg.draft = DFLASH
+    with pytest.raises(InputError, match=r"nothing to learn from its 5 .* 5 with fewer than 32"):
+        preprocess(cfg)
+    assert not paths.tokens_dir(cfg).exists()
+
+
+def test_a_part_without_anything_to_learn_is_counted(
+    cfg: Config, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(source, [say("Hi", "Yes.", name="a"), say("Hi", "word " * 40, name="b"), say("?")])
+    write_jsonl(source / "eval.jsonl", [say("Hi", "word " * 40, name="e")])
+    cfg.draft = DFLASH
+    caplog.set_level("INFO")
+    folder = preprocess(cfg)
+    reasons = {"with fewer than 32 supervised tokens (draft.min_loss_tokens)": 1}
+    report = json.loads((folder / "report.json").read_text())
+    assert report["train"]["nothing_to_learn"] == reasons
+    assert "of no use (with fewer than 32" in caplog.messages[-1]
+    assert "set aside (no assistant token)" in caplog.messages[-1]
