@@ -61,7 +61,7 @@ class Draft(nn.Module, Generic[Options]):
         raise NotImplementedError
 
     @staticmethod
-    def nothing_to_learn(cfg: Any, turns_T: Tensor) -> str:
+    def nothing_to_learn(cfg: Options, turns_T: Tensor) -> str:
         """Why a conversation with these turns trains nothing; "" when it does."""
         return "" if bool((turns_T > 0).any()) else "without a supervised token"
 
