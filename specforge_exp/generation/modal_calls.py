@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import modal
-import orjson
 
 from modal_sweep.client.calls import call_error
 from modal_sweep.protocol.outage import Outage, transient
-from modal_sweep.protocol.records import append_lines, whole_lines
+from modal_sweep.protocol.records import append_lines
 from specforge_exp.errors import InputError
+from specforge_exp.records import whole_lines
 
 T = TypeVar("T")
 OUTAGE = 900.0
@@ -34,8 +34,8 @@ class Journal:
         """By chunk, the places of its first part."""
         self.left: dict[str, dict[str, Any]] = {}
         self.seconds: dict[str, float] = {}
-        for line in whole_lines(path):
-            self.take(orjson.loads(line))
+        for entry in whole_lines(path):
+            self.take(entry)
 
     def take(self, entry: dict[str, Any]) -> None:
         """Take one line into account."""

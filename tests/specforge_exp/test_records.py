@@ -15,6 +15,7 @@ from test_plan import write
 from specforge_exp.artifacts import Fingerprint, writing
 from specforge_exp.config import Config
 from specforge_exp.data.blocks import cut, encode_block, make_chat
+from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.errors import InputError, first_line
 from specforge_exp.generation.modal_calls import Journal
 from specforge_exp.generation.plan import load_plan, make_plan, save_plan
@@ -24,7 +25,7 @@ from specforge_exp.report.collect import metric_lines
 from specforge_exp.report.table import written
 from specforge_exp.stages.train import logged_seconds
 from specforge_exp.training import mirror
-from specforge_exp.training.checkpoint import Kept, save_checkpoint
+from specforge_exp.training.checkpoint import Snapshot, save_checkpoint
 from specforge_exp.training.feature_cache import write_shard
 from specforge_exp.training.tracking import best_step, open_tracker
 
@@ -41,7 +42,7 @@ RESULTS = [b'0 {"id": "a", "error": "x"}\n', b'1 {"id": "b", "error": "x"}\n']
 
 def kept_lines(file: Path) -> list[str]:
     """What a training that continues after step 2 leaves in the file."""
-    open_tracker(Config(), file.parent, 2)
+    open_tracker(Config(draft=Eagle3Config()), file.parent, 2)
     return file.read_text().splitlines()
 
 
@@ -95,7 +96,7 @@ def test_what_follows_a_cut_line_is_a_line_of_its_own(tmp_path: Path) -> None:
 
 def save_a_checkpoint(folder: Path, cfg: Config) -> None:
     tensors = {"weight": torch.zeros(2)}
-    save_checkpoint(folder, Kept(1, tensors, tensors, {}), Fingerprint({}, {}))
+    save_checkpoint(folder, Snapshot(1, tensors, tensors, {}), Fingerprint({}, {}))
 
 
 def make_an_artifact(folder: Path, cfg: Config) -> None:
