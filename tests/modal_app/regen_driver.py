@@ -25,6 +25,7 @@ from specforge_exp.config import (
     PathsConfig,
     RegenConfig,
 )
+from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.errors import InputError
 from specforge_exp.generation import modal_calls, modal_engine
 from specforge_exp.generation.store import Store
@@ -65,7 +66,7 @@ def config(folder: Path, seed: int) -> Config:
             name="modal", command=COMMAND, image="debian_slim", num_servers=1, concurrency=CHUNK,
             usd_per_gpu_hour=4.0,
         ),
-        data=DataConfig(name="small"), loss=LossConfig(lambda_ce=1.0),
+        data=DataConfig(name="small"), loss=LossConfig(lambda_ce=1.0), draft=Eagle3Config(),
         paths=PathsConfig(str(folder / "datasets"), str(folder / "checkpoints")),
         regen=RegenConfig(temperature=0.0, max_tokens=6, chunk_size=CHUNK),
         resources={

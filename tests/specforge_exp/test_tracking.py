@@ -269,9 +269,10 @@ import logging
 from pathlib import Path
 from specforge_exp.training import tracking
 from specforge_exp.config import Config
+from specforge_exp.drafts.eagle3.config import Eagle3Config
 logging.basicConfig()
 tracking.CLOSE_SECONDS = 20.0
-cfg = Config(run_name="test")
+cfg = Config(run_name="test", draft=Eagle3Config())
 cfg.tracker.name = "{name}"
 tracker = tracking.open_tracker(cfg, Path("{folder}"), 0)
 for step in range(1, 2001):
@@ -334,7 +335,8 @@ def test_the_copy_is_whole_after_a_training_was_killed(tmp_path: Path) -> None:
     code = (
         "import os, sys; from pathlib import Path; from specforge_exp.config import Config\n"
         "from specforge_exp.training.tracking import open_tracker\n"
-        "cfg = Config(run_name='test'); cfg.tracker.name = 'trackio'\n"
+        "from specforge_exp.drafts.eagle3.config import Eagle3Config\n"
+        "cfg = Config(run_name='test', draft=Eagle3Config()); cfg.tracker.name = 'trackio'\n"
         "tracker = open_tracker(cfg, Path(sys.argv[1]), 0)\n"
         "for step in range(1, 101): tracker.log(dict(step=step, loss=1.0))\n"
         "os.kill(os.getpid(), 9)\n"
