@@ -25,6 +25,7 @@ from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.drafts.dflash.training import decays
 from specforge_exp.drafts.rows import document_bounds
 from specforge_exp.losses import Loss, opd
+from specforge_exp.target import Head
 from specforge_exp.training.objective import Outcome, Sample
 
 TERMS = {"hard": "lambda_hard", "kl_div": "lambda_ce"}
@@ -88,7 +89,7 @@ def prepare(args: Any) -> tuple[DFlash, Any, float]:
         divisors_K[0] = args.divisor
 
     def outcome() -> Outcome:
-        return draft.objective(sample, draft.head_VH, loss, cfg, divisors_K)
+        return draft.objective(sample, Head(draft.head_VH), loss, cfg, divisors_K)
 
     extra = entropy(cfg, blocks, sample, draft.head_VH) if args.loss == "kl_div" else 0.0
     return draft, outcome, extra / float((decays(cfg) * divisors_K).sum())

@@ -19,6 +19,7 @@ from specforge_exp.config import LossConfig
 from specforge_exp.drafts.draft import Draft
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.losses import Loss, opd
+from specforge_exp.target import Head
 from specforge_exp.training.objective import Outcome, Sample
 
 
@@ -73,7 +74,7 @@ def main() -> None:
     dtype = torch.bfloat16 if cuda else torch.float32
     shape = Shape(**json.loads(args.shape))
     weights, chats = load(args.file)
-    head_VH = weights.pop("target_head.weight").to(args.device, dtype)
+    head = Head(weights.pop("target_head.weight").to(args.device, dtype))
     draft = parity.build_draft(
         weights, {**vars(shape), "rms_eps": shape.rms_eps, "head_dim": shape.head_dim}
     ).to(args.device)
@@ -86,7 +87,7 @@ def main() -> None:
     divisors_K = draft.denominators(cfg, sample)
     if args.supervision == "specforge":  # it divides by the padding, too
         divisors_K.fill_(padded)
-    report(args, draft, lambda: draft.objective(sample, head_VH, loss, cfg, divisors_K))
+    report(args, draft, lambda: draft.objective(sample, head, loss, cfg, divisors_K))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.eagle3.draft import Eagle3
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss, opd
+from specforge_exp.target import Head
 from specforge_exp.training.objective import Outcome, Sample
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-6, 1e-5
@@ -99,7 +100,7 @@ def run(arrays: Any, meta: dict[str, Any], speculators: bool) -> tuple[Eagle3, O
     sample = Sample(ids, turns, numbers, lengths, 0, aux, last.flatten(0, 1))
     loss = Loss(opd, loss_config(meta, speculators))
     window_K = draft.denominators(cfg, sample)
-    outcome = draft.objective(sample, weights["target_head.weight"], loss, cfg, window_K)
+    outcome = draft.objective(sample, Head(weights["target_head.weight"]), loss, cfg, window_K)
     outcome.loss.backward()
     return draft, outcome
 

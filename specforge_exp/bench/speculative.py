@@ -13,7 +13,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from specforge_exp.target import Target
 
@@ -138,7 +137,7 @@ def speculate(
     """Answer a prompt with the target and a draft; the draft cannot change what is said."""
     started = time.perf_counter()
     choice = Choice(decoding.temperature, generator)
-    cache = DynamicCache()
+    cache = target.new_cache()
     aux_1TA, last_1TH = target.features(torch.tensor([prompt], device=target.device), cache)
     first = choice(target.head(last_1TH[0, -1:])[0])
     drafter.commit(aux_1TA, [*prompt[1:], first])
@@ -170,7 +169,7 @@ def generate(
     """Answer a prompt with the target alone, one token per forward."""
     started = time.perf_counter()
     choice = Choice(decoding.temperature, generator)
-    cache = DynamicCache()
+    cache = target.new_cache()
     answer = Generation([], forwards=0)
     ids, over = prompt, False
     while not over:

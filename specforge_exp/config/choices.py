@@ -29,6 +29,9 @@ class ModelConfig:
     N/2-1 and N-4)."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Passed to the tokenizer's chat template, e.g. enable_thinking: false."""
+    unused_weights: bool = False
+    """Load a model whose files have weights that its architecture does not use (heads for other
+    tasks); false: they are an error."""
     gpu: Any = None
     """What the model needs to be trained on, e.g. H100:8; null: this machine's CPU will do."""
     secrets: dict[str, list[str]] = field(default_factory=dict)

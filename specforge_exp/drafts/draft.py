@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from specforge_exp.config import DraftConfig
 from specforge_exp.losses import Loss
 from specforge_exp.sharding import gradient_of
-from specforge_exp.target import Target
+from specforge_exp.target import Head, Target
 from specforge_exp.training.objective import Outcome, Sample
 
 Options = TypeVar("Options", bound=DraftConfig)
@@ -24,6 +24,7 @@ class Draft(nn.Module, Generic[Options]):
 
     def __init__(self) -> None:
         super().__init__()
+        self.not_copied: list[str] = []  # of the target by a start that copies, by name
         self.gradient_checkpointing = False
         self.compute_dtype = torch.float32  # of training; weights and their gradients stay fp32
 
@@ -47,13 +48,13 @@ class Draft(nn.Module, Generic[Options]):
         return draft
 
     def objective(
-        self, sample: Sample, target_head_VH: Tensor, loss: Loss, cfg: Options, window_K: Tensor
+        self, sample: Sample, target_head: Head, loss: Loss, cfg: Options, window_K: Tensor
     ) -> Outcome:
         """Compare the draft with the target; gradients of some weights exist when this returns.
 
         Args:
             sample: packed conversations and the target's states.
-            target_head_VH: the target's output embeddings.
+            target_head: the target's.
             loss: what is compared.
             cfg: the draft's options.
             window_K: the divisors of the optimiser window: the sum of `denominators` over it.
@@ -66,7 +67,7 @@ class Draft(nn.Module, Generic[Options]):
         return "" if bool((turns_T > 0).any()) else "without a supervised token"
 
     def forward(
-        self, sample: Sample, target_head_VH: Tensor, loss: Loss, cfg: Options, window_K: Tensor
+        self, sample: Sample, target_head: Head, loss: Loss, cfg: Options, window_K: Tensor
     ) -> tuple[Tensor, Outcome]:
         """`objective`, called as a module so that the hooks of a sharding run; (loss, outcome).
 
@@ -75,7 +76,7 @@ class Draft(nn.Module, Generic[Options]):
         if torch.is_grad_enabled():
             for weight in self.parameters():
                 gradient_of(weight)
-        outcome = self.objective(sample, target_head_VH, loss, cfg, window_K)
+        outcome = self.objective(sample, target_head, loss, cfg, window_K)
         return outcome.loss, outcome
 
 

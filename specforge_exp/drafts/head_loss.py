@@ -23,6 +23,7 @@ from specforge_exp.drafts.teacher import Teacher, make_teacher
 from specforge_exp.drafts.weighting import Weighting
 from specforge_exp.losses import TeacherRows, acceptance_rate, opd_closed
 from specforge_exp.sharding import gradient_of
+from specforge_exp.target import Head
 from specforge_exp.training.objective import Outcome
 
 POSITIONS = 512
@@ -42,7 +43,7 @@ class Heads:
     norm: RMSNorm
     weight_DH: Tensor
     draft_ids_D: Tensor
-    target_VH: Tensor
+    target: Head
     last_TH: Tensor
     """The target's post-norm last hidden states."""
     next_T: Tensor
@@ -121,7 +122,7 @@ def head_and_loss(
         loss = attach(loss, work.gradient_QH, states)
     head = 6.0 if heads.weight_DH.requires_grad else 4.0
     flops = head * rows * heads.weight_DH.numel()
-    flops += 2.0 * len(work.rows.position_P) * heads.target_VH.numel()
+    flops += 2.0 * len(work.rows.position_P) * heads.target.weight_VH.numel()
     lengths_B2 = None if gradient else by_conversation(sums, chains)
     return Outcome(loss, step_loss_K, reported(sums), lengths_B2, flops)
 
@@ -144,7 +145,7 @@ def visit_rows(
     before_P = [*rows.before_P[::POSITIONS].tolist(), len(rows.flat_Q)]
     for index, position_P in enumerate(rows.position_P.split(POSITIONS)):
         teacher = make_teacher(
-            heads.target_VH, last_TH[position_P], heads.draft_ids_D, weighting.temperature
+            heads.target, last_TH[position_P], heads.draft_ids_D, weighting.temperature
         )
         listed_N = torch.arange(before_P[index], before_P[index + 1], device=state_QH.device)
         at_N = rows.at_Q[listed_N] - index * POSITIONS

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specforge_exp.losses import TeacherRows
+from specforge_exp.target import Head
 
 TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 """Logits of the target that exist at once; on a CPU they should stay in its cache."""
@@ -53,18 +54,18 @@ class Teacher:
 
 @torch.no_grad()
 def make_teacher(
-    head_VH: Tensor, states_PH: Tensor, draft_ids_D: Tensor, temperature: float = 1.0
+    head: Head, states_PH: Tensor, draft_ids_D: Tensor, temperature: float = 1.0
 ) -> Teacher:
     """One pass over the target's vocabulary.
 
     Args:
-        head_VH: the target's output embeddings.
+        head: the target's.
         states_PH: its post-norm last hidden states.
         draft_ids_D: target id of every draft id, rising.
         temperature: of the loss.
     """
-    P, V, device = len(states_PH), len(head_VH), states_PH.device
-    states_PH = states_PH.to(head_VH.dtype)
+    P, V, device = len(states_PH), len(head.weight_VH), states_PH.device
+    states_PH = states_PH.to(head.weight_VH.dtype)
     width = max(1, TILE_ELEMENTS[device.type] // max(1, P))
     firsts = torch.arange(0, V + width, width, device=device)
     columns = torch.searchsorted(draft_ids_D, firsts).tolist()
@@ -72,7 +73,7 @@ def make_teacher(
     top_P = torch.full((P,), float("-inf"), device=device)
     every_P, every_loss_P = top_P.clone(), top_P.clone()
     for index, first in enumerate(range(0, V, width)):
-        tile_PV = (states_PH @ head_VH[first : first + width].T).float()
+        tile_PV = head.tile(states_PH, slice(first, first + width))
         top_P = torch.maximum(top_P, tile_PV.amax(-1))
         every_P = torch.logaddexp(every_P, torch.logsumexp(tile_PV, -1))
         if temperature != 1.0:

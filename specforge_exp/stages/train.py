@@ -79,6 +79,11 @@ def train(cfg: Config) -> float | tuple[float, ...]:
     )
     mapping = torch.load(tokens / "vocab_mapping.pt", weights_only=True)
     draft = kind.new(target, cfg.draft, mapping, cfg.seed).to(device)
+    if draft.not_copied:
+        log.info(
+            "train: draft.start=target: not copied, for the target has nothing that means the "
+            "same: %s", ", ".join(draft.not_copied),
+        )  # fmt: skip
     draft.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     draft.gradient_checkpointing = cfg.trainer.gradient_checkpointing
     log.info(
@@ -158,7 +163,7 @@ def logged_seconds(folder: Path) -> float:
 def make_objective(cfg: Config, draft: Any, target: Target, states: Features) -> Objective:
     """The draft's objective on this target, as the training loop wants it."""
     loss = Loss(locate(cfg.loss._target_), cfg.loss)
-    head_VH = target.head_weight_VH
+    head = target.head
     live = 2.0 * target.parameters if cfg.target.cache == "none" else 0.0
 
     def prepare(batches: list[Batch]) -> list[Sample]:
@@ -172,11 +177,11 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
         return counts_K
 
     def forward(sample: Sample, window_K: Tensor) -> Outcome:
-        outcome: Outcome = draft(sample, head_VH, loss, cfg.draft, window_K)[1]
+        outcome: Outcome = draft(sample, head, loss, cfg.draft, window_K)[1]
         return replace(outcome, flops=outcome.flops + live * len(sample.ids_T))
 
     nothing_2 = torch.zeros(2, dtype=torch.long, device=target.device)
-    states_2H = torch.zeros(2, head_VH.shape[1], device=target.device)
+    states_2H = torch.zeros(2, head.weight_VH.shape[1], device=target.device)
     aux_2A = torch.cat([states_2H] * len(target.aux_layers), -1)
     idle = Sample(nothing_2, nothing_2, [0], [2], 0, aux_2A, states_2H)
     return Objective(cfg.draft.steps, prepare, denominators, idle, forward)

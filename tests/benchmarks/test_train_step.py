@@ -17,6 +17,7 @@ from peers.measure import arguments, measure
 from specforge_exp.config import LossConfig
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.losses import Loss, opd
+from specforge_exp.target import Head
 
 SIZES = {"hidden": 32, "inter": 48, "heads": 4, "kv_heads": 2, "head_dim": 8, "vocab": 200}
 SHAPE = Shape(**SIZES, draft_vocab=60, ttt=3)
@@ -46,7 +47,7 @@ def test_every_best_token_is_in_the_drafts_vocabulary(file: Path) -> None:
 def test_packing_drops_padding_only(file: Path) -> None:
     """The padded batch's loss and gradients, from the packed row and the padded divisor."""
     weights, chats = load(file)
-    head = weights.pop("target_head.weight")
+    head = Head(weights.pop("target_head.weight"))
     cfg = Eagle3Config(name="peer", ttt_length=3, supervision="specforge")
     loss = Loss(opd, LossConfig(name="peer", lambda_ce=1.0))
     found = []

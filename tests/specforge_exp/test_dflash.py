@@ -43,7 +43,7 @@ def outcome(
     draft: DFlash, target: Target, sample: Sample, loss: LossConfig = LOSS, cfg: DFlashConfig = CFG
 ) -> Outcome:
     window = draft.denominators(cfg, sample)
-    return draft.objective(sample, target.head_weight_VH, Loss(opd, loss), cfg, window)
+    return draft.objective(sample, target.head, Loss(opd, loss), cfg, window)
 
 
 MIXTURES = [
@@ -64,7 +64,7 @@ def test_the_fast_path_is_the_dense_one(target: Target, weights: dict[str, float
     total, sums = dense_objective(draft, sample, target.head_weight_VH, (CFG, loss), window)
     total.backward()
     expected = gradients(draft)
-    found = draft.objective(sample, target.head_weight_VH, Loss(opd, loss), CFG, window)
+    found = draft.objective(sample, target.head, Loss(opd, loss), CFG, window)
     found.loss.backward()
     torch.testing.assert_close(found.loss, total.detach().float(), rtol=1e-5, atol=0)
     assert_same(gradients(draft), expected, rel=2e-5)

@@ -13,6 +13,7 @@ from specforge_exp.config import LossConfig
 from specforge_exp.drafts.dflash.blocks import make_blocks
 from specforge_exp.drafts.dflash.flex import BUCKET, hide, padded, useful
 from specforge_exp.losses import Loss, opd
+from specforge_exp.target import Head
 
 
 def test_buckets_bound_the_shapes() -> None:
@@ -67,14 +68,14 @@ def test_the_same_gradients_on_cuda(dtype: torch.dtype) -> None:
     draft = small_draft(target)
     sample = packed(target, conversation(1, LONG), conversation(2, LONG[3:]))
     window, loss = draft.denominators(CFG, sample), Loss(opd, LossConfig(name="m", lambda_ce=1.0))
-    first = draft.objective(sample, target.head_weight_VH, loss, CFG, window)
+    first = draft.objective(sample, target.head, loss, CFG, window)
     first.loss.backward()
     expected = gradients(draft)
     draft.to("cuda").compute_dtype = dtype
     tensors = {n: v.cuda() for n, v in vars(sample).items() if isinstance(v, Tensor)}
-    head_VH = target.head_weight_VH.to("cuda", dtype)
+    head = Head(target.head_weight_VH.to("cuda", dtype))
     assert useful(draft.attention, torch.device("cuda"), 16)
-    second = draft.objective(replace(sample, **tensors), head_VH, loss, CFG, window)
+    second = draft.objective(replace(sample, **tensors), head, loss, CFG, window)
     second.loss.backward()
     near = {torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(second.loss.cpu(), first.loss, rtol=near, atol=0)

@@ -159,8 +159,7 @@ def test_one_conversation_by_heart(random_target: Target) -> None:
     loss = LossConfig(name="hard", lambda_hard=1.0)
     for _ in range(150):
         window = draft.denominators(cfg, sample)
-        head = random_target.head_weight_VH
-        draft.objective(sample, head, Loss(opd, loss), cfg, window).loss.backward()
+        draft.objective(sample, random_target.head, Loss(opd, loss), cfg, window).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
     decoding = Decoding(max_tokens=len(answer), chain_length=4)

@@ -21,7 +21,7 @@ from specforge_exp.drafts.rows import document_bounds
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss, RowLoss, TeacherRows, opd
-from specforge_exp.target import Target
+from specforge_exp.target import Head, Target
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.objective import Outcome, Sample
 
@@ -57,7 +57,7 @@ def divisors(sample: Sample, cfg: Eagle3Config = CFG) -> Tensor:
 
 
 def outcome(draft: Eagle3, target: Target, sample: Sample, window: Tensor) -> Outcome:
-    return draft.objective(sample, target.head_weight_VH, LOSS, CFG, window)
+    return draft.objective(sample, target.head, LOSS, CFG, window)
 
 
 def gradients(draft: Eagle3) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ def test_the_fast_path_is_the_reference(
     total, sums = reference(draft, sample, head, (CFG, loss_cfg), window)
     total.backward()
     expected = gradients(draft)
-    found = draft.objective(sample, head, Loss(opd, loss_cfg), CFG, window)
+    found = draft.objective(sample, random_target.head, Loss(opd, loss_cfg), CFG, window)
     found.loss.backward()
     torch.testing.assert_close(found.loss, total.detach(), rtol=1e-5, atol=0)
     assert_same(gradients(draft), expected)
@@ -132,7 +132,7 @@ def test_a_loss_of_ones_own_is_differentiated(random_target: Target) -> None:
     def own(logits: Tensor, teacher: TeacherRows, cfg: LossConfig) -> RowLoss:
         return opd(logits, teacher, cfg)
 
-    second = draft.objective(sample, random_target.head_weight_VH, Loss(own, LOSS.cfg), CFG, window)
+    second = draft.objective(sample, random_target.head, Loss(own, LOSS.cfg), CFG, window)
     second.loss.backward()
     torch.testing.assert_close(second.loss, first.loss)
     assert_same(gradients(draft), expected)
@@ -205,7 +205,7 @@ def test_a_gpu_gives_the_same_gradients(random_target: Target, dtype: torch.dtyp
     expected = gradients(draft)
     draft.to("cuda").compute_dtype = dtype
     tensors = {n: v.cuda() for n, v in vars(sample).items() if isinstance(v, Tensor)}
-    head = random_target.head_weight_VH.to("cuda", dtype)
+    head = Head(random_target.head_weight_VH.to("cuda", dtype))
     second = draft.objective(replace(sample, **tensors), head, LOSS, CFG, window)
     second.loss.backward()
     near = {torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]

@@ -59,10 +59,10 @@ class Toy(Draft[ToyConfig]):
     def denominators(self, cfg, batch):
         return torch.stack([mask.sum() for mask in self.chains(cfg, batch).supervised]).double()
 
-    def objective(self, sample, target_head_VH, loss, cfg, window_K):
+    def objective(self, sample, target_head, loss, cfg, window_K):
         next_T = sample.ids_T.roll(-1)
         heads = Heads(
-            self.norm, self.head_VH, self.draft_ids_D, target_head_VH, sample.last_TH, next_T
+            self.norm, self.head_VH, self.draft_ids_D, target_head, sample.last_TH, next_T
         )
         weights = weighted(loss, (1 / window_K.clamp(min=1)).float(), torch.ones(cfg.steps))
         states = self.states(next_T, sample.aux_TA)

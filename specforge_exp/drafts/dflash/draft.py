@@ -26,12 +26,10 @@ from specforge_exp.drafts.start import (
     copy_matching,
     start_at_the_end,
     start_random,
-    target_shapes,
 )
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
-from specforge_exp.sharding import whole
-from specforge_exp.target import Target
+from specforge_exp.target import Head, Target, draft_shape
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.objective import Outcome, Sample
 
@@ -47,7 +45,7 @@ class DFlash(DFlashModel):
         draft.attention = cfg.attention
         start_random(draft)
         if cfg.start == "target":
-            start_from_target(draft, target)
+            draft.not_copied = start_from_target(draft, target)
         return draft
 
     @staticmethod
@@ -110,14 +108,15 @@ class DFlash(DFlashModel):
     def objective(
         self,
         sample: Sample,
-        target_head_VH: Tensor,
+        target_head: Head,
         loss: Loss,
         cfg: DFlashConfig,
         window_K: Tensor,
     ) -> Outcome:
         """Fill the blocks of packed conversations and compare every slot with the target.
 
-        The gradient of the last norm exists when this returns. Arguments as in `Draft.objective`.
+        The gradient of the last norm exists when this returns. The draft's logits are bare products
+        with the target's head, as engines make them. Arguments as in `Draft.objective`.
         """
         drawn = make_blocks(cfg, sample)
         state_QH = self.states(sample.ids_T, sample.aux_TA, drawn, cfg.steps + 1)
@@ -125,7 +124,7 @@ class DFlash(DFlashModel):
         states = [state_RSH[:, place] for place in range(1, cfg.steps + 1)]
         next_T = torch.cat([sample.ids_T[1:], sample.ids_T[:1]])
         heads = Heads(
-            self.norm, target_head_VH, self.draft_ids_D, target_head_VH, sample.last_TH, next_T
+            self.norm, self.head_VH, self.draft_ids_D, target_head, sample.last_TH, next_T
         )
         weights = weighting(loss, cfg, window_K.to(sample.ids_T.device))
         flops = needed_flops(self, drawn, len(sample.ids_T))
@@ -144,29 +143,32 @@ class DFlash(DFlashModel):
 
 def draft_config(target: Target, cfg: DFlashConfig) -> Qwen3Config:
     """Shapes of a draft for this target: as wide as it, `num_layers` deep."""
-    text = target.model.config.get_text_config()
-    size = text.vocab_size
+    shape = draft_shape(target.model.config)
+    size = shape["vocab_size"]
     mask = size - 1 if cfg.mask_token_id is None else cfg.mask_token_id
     if not 0 <= mask < size:
         raise InputError(f"draft.mask_token_id={mask}: the target has tokens 0..{size - 1}")
     return Qwen3Config(
-        **target_shapes(text),
+        **shape,
         num_hidden_layers=cfg.num_layers,
         block_size=cfg.block_size,
         mask_token_id=mask,
         target_layers=list(target.aux_layers),
-        num_target_layers=text.num_hidden_layers,
+        num_target_layers=len(target.layers),
     )
 
 
-def start_from_target(draft: DFlash, target: Target) -> None:
-    """Begin with the target's last layers and last norm, fed its highest captured state.
+def start_from_target(draft: DFlash, target: Target) -> list[str]:
+    """Begin with the target's last layers and last norm, fed its highest captured state; returns
+    what was not to be had: matrices that stay random, norms that stay 1.
 
-    What the target's layers do not have in the same shape (experts, other norms) is left random.
+    What scales the target's logits is multiplied into the last norm: the head is the target's own.
     """
-    last = target.model.base_model.layers[-len(draft.layers) :]
-    for layer, target_layer in zip(draft.layers, last, strict=True):
-        weights = {name: whole(weight) for name, weight in target_layer.named_parameters()}
+    missing = set()
+    for layer, weights in zip(draft.layers, target.last_layers(len(draft.layers)), strict=True):
         for name, weight in layer.named_parameters():
-            copy_matching(weight, weights, name)
-    start_at_the_end(draft.fc, draft.norm.weight, target)
+            if not copy_matching(weight, weights, name):
+                missing.add(name)
+    ending = start_at_the_end(draft.fc, draft.norm.weight, target)
+    draft.norm.weight.data.mul_(target.head.scale)
+    return [*sorted(missing), *ending]

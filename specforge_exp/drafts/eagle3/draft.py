@@ -25,11 +25,10 @@ from specforge_exp.drafts.start import (
     copy_matching,
     start_at_the_end,
     start_random,
-    target_shapes,
 )
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
-from specforge_exp.target import Target
+from specforge_exp.target import Head, Target, draft_shape
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.objective import Outcome, Sample
 
@@ -45,7 +44,7 @@ class Eagle3(Eagle3Model):
         draft = cls(config, target.embed_VH, mapping["d2t"].clone(), mapping["t2d"].clone())
         start_random(draft)
         if cfg.start == "target":
-            start_from_target(draft, target)
+            draft.not_copied = start_from_target(draft, target)
         return draft
 
     @staticmethod
@@ -110,7 +109,7 @@ class Eagle3(Eagle3Model):
     def objective(
         self,
         sample: Sample,
-        target_head_VH: Tensor,
+        target_head: Head,
         loss: Loss,
         cfg: Eagle3Config,
         window_K: Tensor,
@@ -130,7 +129,7 @@ class Eagle3(Eagle3Model):
         draft_id_V = self.t2d.cumsum(0) - 1
         next_T = draft_id_V[torch.cat([sample.ids_T[1:], sample.ids_T[:1]])].clamp(min=0)
         heads = Heads(
-            self.norm, self.lm_head.weight, self.draft_ids_D, target_head_VH, sample.last_TH, next_T
+            self.norm, self.lm_head.weight, self.draft_ids_D, target_head, sample.last_TH, next_T
         )
         window_K = window_K.to(sample.ids_T.device)
         weights = training.weighting(loss, cfg, window_K, None)
@@ -156,17 +155,17 @@ def draft_config(target_config: Any, draft: Eagle3Config) -> LlamaConfig:
     Raises:
         InputError: the draft's vocabulary is larger than the target's.
     """
-    text = target_config.get_text_config()
-    size = draft.draft_vocab_size or text.vocab_size
-    if size > text.vocab_size:
+    shape = draft_shape(target_config)
+    size = draft.draft_vocab_size or shape["vocab_size"]
+    if size > shape["vocab_size"]:
         raise InputError(
-            f"draft.draft_vocab_size={size} is above the target's vocabulary of {text.vocab_size}; "
-            "null takes all of it"
+            f"draft.draft_vocab_size={size} is above the target's vocabulary of "
+            f"{shape['vocab_size']}; null takes all of it"
         )
     return LlamaConfig(
-        **target_shapes(text),
+        **shape,
         architectures=["LlamaForCausalLMEagle3"],
-        target_hidden_size=text.hidden_size,
+        target_hidden_size=shape["hidden_size"],
         num_hidden_layers=1,
         draft_vocab_size=size,
         pad_token_id=None,
@@ -174,19 +173,28 @@ def draft_config(target_config: Any, draft: Eagle3Config) -> LlamaConfig:
 
 
 @torch.no_grad()
-def start_from_target(draft: Eagle3, target: Target) -> None:
-    """Begin where the target ends: its last layer, last norm and head, fed its highest state.
+def start_from_target(draft: Eagle3, target: Target) -> list[str]:
+    """Begin where the target ends: the projections of its last layer, its last norm and head, fed
+    its highest state; returns what was not to be had.
 
-    The layer's embedding half stays random and is what the first steps teach. What the target's
-    layer does not have in the same shape (experts, per-head norms on q and k) is left as it is, and
-    so are the layer's norms.
+    The layer's embedding half stays random and is what the first steps teach, its norms stay 1.
+    Queries and keys are left out where the target norms or rotates heads in another way. What
+    scales the target's logits is multiplied into the head.
     """
     H = draft.config.hidden_size
-    weights = target.last_layer
-    weights["hidden_norm.weight"] = weights.pop("input_layernorm.weight")
+    (weights,) = target.last_layers(1)
+    missing = []
     for name, weight in draft.midlayer.named_parameters():
-        if name.replace("_proj", "_norm") not in weights:
-            wide = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
-            copy_matching(weight[:, H:] if wide else weight, weights, name)
-    start_at_the_end(draft.fc, draft.norm.weight, target)
-    draft.lm_head.weight.copy_(target.head_weight_VH[draft.draft_ids_D.to(target.device)])
+        if weight.dim() == 1:
+            continue
+        wide = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+        own, alike = (
+            weight[:, H:] if wide else weight,
+            name.replace("_proj", "_norm") not in weights,
+        )
+        if not (alike and copy_matching(own, weights, name)):
+            missing.append(name)
+    missing += start_at_the_end(draft.fc, draft.norm.weight, target)
+    rows_DH = target.head.weight_VH[draft.draft_ids_D.to(target.device)]
+    draft.lm_head.weight.copy_(rows_DH).mul_(target.head.scale)
+    return missing

@@ -1,0 +1,46 @@
+"""Reading a model's configuration and tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from specforge_exp.config import ModelConfig
+from specforge_exp.errors import InputError
+
+
+def text_config(cfg: ModelConfig) -> Any:
+    """The configuration of the language model; InputError when it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(cfg.path, trust_remote_code=False).get_text_config()
+    except (OSError, ValueError) as error:
+        raise InputError(not_loadable(cfg, error)) from None
+
+
+def load_tokenizer(cfg: ModelConfig) -> Any:
+    """The target's tokenizer; InputError when it is missing, slow, or has no chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(cfg.path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(not_loadable(cfg, error)) from None
+    if not tokenizer.is_fast:
+        raise InputError(f"{cfg.path}: its tokenizer has no tokenizer.json; a fast one is needed")
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{cfg.path}: its tokenizer has no chat template, so conversations cannot be rendered; "
+            "add a chat_template.jinja to the folder or use the instruction-tuned model"
+        )
+    return tokenizer
+
+
+def not_loadable(cfg: ModelConfig, error: Exception) -> str:
+    """One line on why a model cannot be loaded and what to do."""
+    kind = "folder" if Path(cfg.path).is_dir() else "hub id or folder"
+    if "trust_remote_code" in str(error):
+        return (
+            f"model.path={cfg.path} needs Python code that comes with it, and such code is "
+            "never run here (trust_remote_code stays off); use a checkpoint of an architecture "
+            "that the installed transformers has itself"
+        )
+    reason = str(error).strip().splitlines()[0]
+    return f"model.path={cfg.path} cannot be loaded as a {kind}: {reason}"

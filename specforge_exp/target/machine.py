@@ -1,0 +1,53 @@
+"""The device and the machine that a target needs."""
+
+import os
+import shlex
+
+import torch
+
+from specforge_exp.config import Config
+from specforge_exp.config.machine import own_overrides
+from specforge_exp.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def set_up_torch(cfg: Config) -> torch.device:
+    """Set the number of CPU threads and return the device that `device=` means.
+
+    Processes of one machine share its cores evenly unless `threads` says otherwise.
+
+    Raises:
+        InputError: there is no GPU to use.
+    """
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if cfg.threads or together > 1:
+        torch.set_num_threads(cfg.threads or max(1, torch.get_num_threads() // together))
+    name = cfg.device
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device=cuda, but torch sees no GPU; use device=auto or device=cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def check_gpus(cfg: Config, stage: str, processes: int = 1) -> None:
+    """Refuse a machine that is too small for the model, before anything is read.
+
+    Raises:
+        InputError: the model asks for a GPU and there is none, or for more than there are.
+    """
+    here = torch.cuda.device_count() if cfg.device != "cpu" else processes
+    if not here and cfg.model.gpu:
+        options = own_overrides()
+        away = shlex.join(["python", f"{stage}.py", "-m", *options])
+        local = shlex.join(["python", f"{stage}.py", *options, "device=cpu"])
+        raise InputError(
+            f"model={cfg.model.name} is for a GPU (model.gpu={cfg.model.gpu}) and torch sees none; "
+            f"on Modal: {away}; or here, very slowly: {local}"
+        )
+    if 0 < here < processes:
+        even = max(n for n in range(1, here + 1) if cfg.trainer.batch_size % n == 0)
+        raise InputError(
+            f"trainer.gpus={processes}, but this machine has {here}; use trainer.gpus={even}"
+        )

@@ -1,0 +1,174 @@
+"""The frozen target model: hidden states and logits for training and verification.
+
+Shape suffixes: B batch, T tokens, H hidden, A auxiliary states, V vocabulary, N rows.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from specforge_exp.errors import InputError
+from specforge_exp.sharding import whole
+from specforge_exp.target.anatomy import (
+    few_tokens,
+    find_layers,
+    layer_weights,
+    norm_weight,
+    one_line,
+    outputs_of,
+    read_end,
+)
+from specforge_exp.target.head import Head
+
+
+@dataclass
+class Target:
+    """A loaded target. `features` and `step` run without gradients."""
+
+    model: Any
+    aux_layers: list[int]
+    tokens: int | None = None
+    """How many ids the tokenizer has; None: as many as the model."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def text(self) -> Any:
+        """Configuration of its language model."""
+        return self.model.config.get_text_config()
+
+    @cached_property
+    def decoder(self) -> Any:
+        """What turns tokens into last hidden states."""
+        return find_layers(self.model)[0]
+
+    @cached_property
+    def layers(self) -> Any:
+        """Its layers."""
+        decoder, name = find_layers(self.model)
+        return getattr(decoder, name)
+
+    @cached_property
+    def end(self) -> tuple[Any, Head]:
+        """The norm before the head (None where it is part of something else), and the head.
+
+        Raises:
+            InputError: the model's logits cannot be reproduced.
+        """
+        return read_end(self.model, self.decoder)
+
+    @property
+    def head(self) -> Head:
+        """Post-norm last hidden states [N, H] -> the logits [N, V] that it serves."""
+        return replace(self.end[1], tokens=self.tokens)
+
+    @property
+    def embed_VH(self) -> Tensor:
+        """Input embeddings."""
+        return whole(self.model.get_input_embeddings().weight)
+
+    @property
+    def head_weight_VH(self) -> Tensor:
+        """Output embeddings."""
+        return whole(self.model.get_output_embeddings().weight)
+
+    @property
+    def parameters(self) -> int:
+        """Weights that a token passes through, for FLOP counts: all but the embeddings."""
+        embeddings: int = self.model.get_input_embeddings().weight.numel()
+        counted: int = self.decoder.num_parameters() - embeddings
+        return counted
+
+    def final_norm(self) -> tuple[Tensor, bool]:
+        """Weight [H] of the norm before the head as an RMS norm's, and whether it is one."""
+        ones_H = torch.ones(self.text.hidden_size)
+        return norm_weight(self.end[0], len(ones_H)) or (ones_H, False)
+
+    def last_layers(self, number: int) -> list[dict[str, Tensor]]:
+        """Weights of the last layers, by Llama's names."""
+        return [layer_weights(self.model, self.decoder, layer) for layer in self.layers[-number:]]
+
+    def forget_layers(self) -> None:
+        """Free the layers; embeddings, norm and head stay."""
+        decoder, name = find_layers(self.model)
+        _ = self.end, self.decoder
+        self.__dict__.pop("layers", None)
+        setattr(decoder, name, None)
+
+    @torch.no_grad()
+    def features(self, ids_BT: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, Tensor]:
+        """Auxiliary hidden states [B, T, A] and post-norm last hidden states [B, T, H].
+
+        Args:
+            ids_BT: tokens; padding belongs on the right, where causal attention hides it.
+            cache: keys and values of the tokens before these; extended in place.
+        """
+        with outputs_of({index: self.layers[index] for index in self.aux_layers}) as captured:
+            out = self.decoder(ids_BT, past_key_values=cache, use_cache=cache is not None)
+        last_BTH: Tensor = out.last_hidden_state
+        aux = [captured[i] for i in self.aux_layers]
+        return torch.cat(aux, -1) if aux else last_BTH[..., :0], last_BTH
+
+    def check_states(self) -> None:
+        """Refuse a target whose layers give no states of its width to feed a draft with.
+
+        Raises:
+            InputError: they do not.
+        """
+        aux_1TA, last_1TH = self.features(few_tokens(self.model))
+        expected = (*last_1TH.shape[:2], len(self.aux_layers) * self.text.hidden_size)
+        if aux_1TA.shape != expected:
+            raise InputError(
+                f"the layers of {self.text.model_type} do not give one state of "
+                f"{self.text.hidden_size} numbers per token, which a draft is fed"
+            )
+
+    def new_cache(self) -> DynamicCache:
+        """For the keys and values of one request; rejected tokens are taken out of it again.
+
+        Raises:
+            InputError: some layer keeps a state from which no token can be taken.
+        """
+        layers = DynamicCache(config=self.text).layers
+        if any(hasattr(layer, "recurrent_states") for layer in layers):
+            kinds = sorted(set(self.text.layer_types))
+            raise InputError(
+                f"{self.text.model_type} cannot be decoded in this process: rejected tokens cannot "
+                f"be taken out of the states of its layers ({', '.join(kinds)}); bench it with "
+                "engine=sglang or engine=openai"
+            )
+        return DynamicCache()
+
+    @torch.no_grad()
+    def check_decoding(self) -> None:
+        """Refuse a target that cannot be decoded token by token with tokens taken back.
+
+        Raises:
+            InputError: it cannot.
+        """
+        cache, ids_1T = self.new_cache(), few_tokens(self.model)
+        try:
+            self.features(ids_1T[:, :4], cache)
+            self.features(ids_1T[:, [3, 2, 1]], cache)
+            cache.crop(-3)
+            _, last_1TH = self.features(ids_1T[:, 4:], cache)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{self.text.model_type} cannot be decoded in this process ({one_line(error)}); "
+                "bench it with engine=sglang or engine=openai"
+            ) from None
+        expected_1TH = self.features(ids_1T)[1][:, 4:]
+        difference = float((last_1TH - expected_1TH).norm() / expected_1TH.norm())
+        if difference > (1e-3 if last_1TH.dtype == torch.float32 else 0.2):
+            raise InputError(
+                f"{self.text.model_type} cannot be decoded in this process: with its past kept its "
+                f"states differ by {difference:.0%}; bench it with engine=sglang or engine=openai"
+            )
