@@ -12,7 +12,14 @@ from specforge_exp.bench.asking import Asking, Conversation, SetAnswers
 from specforge_exp.bench.speculative import generate, speculate
 from specforge_exp.config import Config, locate
 from specforge_exp.data.chat import Message
-from specforge_exp.target import DTYPES, Target, load_target, set_up_torch
+from specforge_exp.target import (
+    DTYPES,
+    Target,
+    check_length,
+    load_target,
+    load_tokenizer,
+    set_up_torch,
+)
 
 
 class Pair(NamedTuple):
@@ -35,7 +42,10 @@ def load_pair(cfg: Config) -> Pair:
     device = set_up_torch(cfg)
     kind = locate(cfg.draft._target_)
     feeds = partial(kind.target_layers, cfg.draft)
+    check_length(cfg.model, cfg.max_length)
     target = load_target(cfg.model, device, cfg.bench.dtype, feeds=feeds)
+    target.tokens = max(load_tokenizer(cfg.model).get_vocab().values()) + 1
+    target.check_decoding()
     draft = kind.load(paths.export_dir(cfg), target).to(device, DTYPES[cfg.bench.dtype])
     return Pair(target, draft)
 

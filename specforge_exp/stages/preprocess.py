@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from specforge_exp import paths
 from specforge_exp.artifacts import (
@@ -32,6 +31,7 @@ from specforge_exp.data.tokens import Ints, ShardWriter, packing
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.records import write_json
+from specforge_exp.target import check_length, text_config
 from specforge_exp.training.learnable import listed, nothing_to_learn, refuse_nothing
 
 log = logging.getLogger(__name__)
@@ -75,8 +75,9 @@ def preprocess(cfg: Config) -> Path:
     fingerprint = Fingerprint(inputs, settings)
     if reusable(folder / "run.json", fingerprint, cfg.preprocess.force, "preprocess"):
         return folder
+    too_long = check_length(cfg.model, cfg.max_length)
     with writing(folder, fingerprint, cfg, resume=True) as partial:
-        vocabulary = AutoConfig.from_pretrained(cfg.model.path).get_text_config().vocab_size
+        vocabulary = text_config(cfg.model).vocab_size
         blocks = {name: cut(path) for name, path in files.items()}
         encode_files(cfg, [block for part in blocks.values() for block in part], partial / "blocks")
         splits = {
@@ -92,6 +93,7 @@ def preprocess(cfg: Config) -> Path:
         in_draft_V = mapping["t2d"].numpy()
         report = {name: describe(split, in_draft_V, row) for name, split in splits.items()}
         warnings = [text for name in splits for text in doubts(name, report[name])]
+        warnings += [too_long] if too_long else []
         write_json(
             partial / "report.json", {"draft_vocab_size": size, **report, "warnings": warnings}
         )

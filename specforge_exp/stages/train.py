@@ -30,7 +30,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
 from specforge_exp.records import whole_lines, write_json
 from specforge_exp.sharding import shard_draft
-from specforge_exp.target import Target, check_gpus, load_target, set_up_torch
+from specforge_exp.target import Target, check_gpus, check_length, load_target, set_up_torch
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.checkpoint import step_folders
 from specforge_exp.training.feature_cache import from_disk, make_cache
@@ -60,6 +60,9 @@ def train(cfg: Config) -> float | tuple[float, ...]:
             start_over(folder)
         if reusable(folder / "run.json", fingerprint, False, "train", "trainer.resume=false"):
             return objectives(cfg, read_record(folder / "run.json"))
+        warning = check_length(cfg.model, cfg.max_length)
+        if warning:
+            log.warning("train: warning: %s", warning)
         if cfg.trainer.gpus > 1:
             returned: float | tuple[float, ...] = launch(train, cfg)
             return returned
@@ -77,6 +80,8 @@ def train(cfg: Config) -> float | tuple[float, ...]:
     target = load_target(
         cfg.model, device, cfg.model.dtype, processes, partial(kind.target_layers, cfg.draft)
     )
+    if cfg.bench_engine == "transformers":
+        target.check_decoding()
     mapping = torch.load(tokens / "vocab_mapping.pt", weights_only=True)
     draft = kind.new(target, cfg.draft, mapping, cfg.seed).to(device)
     if draft.not_copied:

@@ -139,12 +139,8 @@ class Target:
         """
         layers = DynamicCache(config=self.text).layers
         if any(hasattr(layer, "recurrent_states") for layer in layers):
-            kinds = sorted(set(self.text.layer_types))
-            raise InputError(
-                f"{self.text.model_type} cannot be decoded in this process: rejected tokens cannot "
-                f"be taken out of the states of its layers ({', '.join(kinds)}); bench it with "
-                "engine=sglang or engine=openai"
-            )
+            kinds = ", ".join(sorted(set(self.text.layer_types)))
+            raise self.not_decodable(f"no token can be taken out of the states of layers: {kinds}")
         return DynamicCache()
 
     @torch.no_grad()
@@ -161,14 +157,15 @@ class Target:
             cache.crop(-3)
             _, last_1TH = self.features(ids_1T[:, 4:], cache)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{self.text.model_type} cannot be decoded in this process ({one_line(error)}); "
-                "bench it with engine=sglang or engine=openai"
-            ) from None
+            raise self.not_decodable(one_line(error)) from None
         expected_1TH = self.features(ids_1T)[1][:, 4:]
         difference = float((last_1TH - expected_1TH).norm() / expected_1TH.norm())
         if difference > (1e-3 if last_1TH.dtype == torch.float32 else 0.2):
-            raise InputError(
-                f"{self.text.model_type} cannot be decoded in this process: with its past kept its "
-                f"states differ by {difference:.0%}; bench it with engine=sglang or engine=openai"
-            )
+            raise self.not_decodable(f"with its past kept its states differ by {difference:.0%}")
+
+    def not_decodable(self, reason: str) -> InputError:
+        """Why bench cannot decode it, and what can."""
+        return InputError(
+            f"{self.text.model_type} cannot be decoded in this process ({reason}); a server "
+            "decodes it: engine=sglang or engine=openai, for train and bench"
+        )
