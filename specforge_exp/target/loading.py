@@ -83,12 +83,12 @@ def from_files(cfg: ModelConfig, **options: Any) -> tuple[Any, dict[str, Any]]:
         text = type(config) in AutoModelForCausalLM._model_mapping
         kind = AutoModelForCausalLM if text else AutoModelForImageTextToText
         loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(
-            cfg.path, trust_remote_code=False, **options
+            cfg.path, trust_remote_code=False, ignore_mismatched_sizes=True, **options
         )
     except (OSError, ValueError, ImportError) as error:
         raise InputError(not_loadable(cfg, error) + quantised) from None
     except RuntimeError as error:
-        if not quantised and "size mismatch" not in str(error):
+        if not quantised:
             raise
         raise InputError(not_loadable(cfg, error) + quantised) from None
     return loaded

@@ -75,7 +75,9 @@ def draft_rotary(text: Any) -> dict[str, Any]:
         kind = "default"
     made_of = {name: theirs[name] for name in ROTARY[kind].split() if theirs.get(name) is not None}
     if "original_max_position_embeddings" in ROTARY[kind]:
-        made_of.setdefault("original_max_position_embeddings", text.max_position_embeddings)
+        longest = text.max_position_embeddings
+        original = made_of.setdefault("original_max_position_embeddings", longest)
+        made_of.setdefault("factor", longest / original)
     return {"rope_type": kind, "rope_theta": base, **made_of}
 
 

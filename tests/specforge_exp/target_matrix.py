@@ -4,14 +4,11 @@
 it says.
 """
 
-import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import torch
 from exported import dflash_logits, eagle3_logits
@@ -20,23 +17,25 @@ from torch import Tensor
 
 from specforge_exp.bench.speculative import Decoding, generate, speculate
 from specforge_exp.config import DraftConfig, LossConfig, ModelConfig
-from specforge_exp.drafts.dflash import DFlash
-from specforge_exp.drafts.eagle3 import Eagle3
+from specforge_exp.drafts.dflash.config import DFlashConfig
+from specforge_exp.drafts.dflash.draft import DFlash
+from specforge_exp.drafts.eagle3.config import Eagle3Config
+from specforge_exp.drafts.eagle3.draft import Eagle3
 from specforge_exp.drafts.teacher import make_teacher
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
-from specforge_exp.losses import opd
+from specforge_exp.losses import Loss, opd
 from specforge_exp.target import Target, load_target
 from specforge_exp.training.objective import Sample
 
 LENGTH, PROMPT, NEW = 48, 24, 16
-EAGLE3 = DraftConfig(name="eagle3", draft_vocab_size=200, ttt_length=3)
-DFLASH = DraftConfig(
-    _target_="specforge_exp.drafts.dflash.DFlash", name="dflash", block_size=4, num_layers=2,
-    num_features=3, num_anchors=16, min_loss_tokens=4,
+EAGLE3 = Eagle3Config(name="eagle3", draft_vocab_size=200, ttt_length=3)
+DFLASH = DFlashConfig(
+    name="dflash", start="target", block_size=4, num_layers=2, num_features=3, num_anchors=16,
+    min_loss_tokens=4,
 )  # fmt: skip
 MAPPING = vocabulary_mapping(torch.arange(VOCABULARY).flip(0), 200)
-LOSS = (opd, LossConfig(name="m", lambda_ce=0.5, lambda_rkl=0.5))
+LOSS = Loss(opd, LossConfig(name="m", lambda_ce=0.5, lambda_rkl=0.5))
 COLUMNS = ["states", "logits", "EAGLE-3", "DFlash"]
 
 

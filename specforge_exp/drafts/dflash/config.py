@@ -18,7 +18,8 @@ class DFlashConfig(DraftConfig):
     _target_: str = "specforge_exp.drafts.dflash.DFlash"
     """Dotted path of the draft's class."""
     start: str = "random"
-    """target: a copy of the target's last layers and norm; random: nothing but noise."""
+    """target: a copy of the target's last layers and norm, as far as they mean the same there;
+    random: nothing but noise."""
     block_size: int = 16
     """Slots of a block, the token it starts from included."""
     num_layers: int = 5

@@ -188,11 +188,9 @@ def start_from_target(draft: Eagle3, target: Target) -> list[str]:
         if weight.dim() == 1:
             continue
         wide = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
-        own, alike = (
-            weight[:, H:] if wide else weight,
-            name.replace("_proj", "_norm") not in weights,
-        )
-        if not (alike and copy_matching(own, weights, name)):
+        own = weight[:, H:] if wide else weight
+        normed_heads = name.replace("_proj", "_norm") in weights
+        if normed_heads or not copy_matching(own, weights, name):
             missing.append(name)
     missing += start_at_the_end(draft.fc, draft.norm.weight, target)
     rows_DH = target.head.weight_VH[draft.draft_ids_D.to(target.device)]

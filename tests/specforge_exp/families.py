@@ -103,7 +103,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "Phi-3, Phi-4": lambda: tf.Phi3Config(**BASE),
     "Phi-4-mini": lambda: tf.Phi3Config(
-        **BASE, rope_parameters={**longrope(12), "partial_rotary_factor": 0.75}
+        **BASE,
+        original_max_position_embeddings=128,
+        rope_parameters={**longrope(12), "partial_rotary_factor": 0.75},
     ),
     "gpt-oss": lambda: tf.GptOssConfig(
         **HEADS,
