@@ -111,6 +111,7 @@ def test_every_stage_gets_settings(machine: str) -> None:
         (["model=tiny"], None, None),
         (["resources.gpu=[H100:2,A100:2]"], ["H100:2", "A100:2"], ["H100", "A100"]),
         (["model=qwen3_32b"], "H100:8", "H200"),
+        (["model=llama3_3_70b"], "H100:8", "B200"),
     ],
 )
 def test_gpus_of_each_stage(overrides: list[str], train: Any, one: Any) -> None:
