@@ -75,6 +75,9 @@ def falcon() -> Any:
 FAMILIES: dict[str, Callable[[], Any]] = {
     "Llama 2": lambda: tf.LlamaConfig(**BASE),
     "Llama 3.x": lambda: tf.LlamaConfig(**BASE, rope_parameters=LLAMA3),
+    "Llama with dynamic NTK": lambda: tf.LlamaConfig(
+        **BASE, rope_parameters={"rope_type": "dynamic", "rope_theta": 5e4, "factor": 2.0}
+    ),
     "Llama 4 (text)": lambda: tf.Llama4TextConfig(
         **HEADS, num_local_experts=4, intermediate_size_mlp=96, attention_chunk_size=32
     ),

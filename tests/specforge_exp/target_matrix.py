@@ -4,6 +4,8 @@
 it says.
 """
 
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -192,7 +194,11 @@ def main() -> None:
         print(f"| {family} | " + " | ".join(cells) + " |", flush=True)
     print("\nRefused, in the words of train and bench:\n")
     for family, reason in notes.items():
-        print(f"- {family}: {reason}")
+        print(f"- {family}: {reason}", flush=True)
+    templates = Path(__file__).with_name("chat_templates.py")
+    if templates.exists():
+        print("\n## Chat templates\n", flush=True)
+        subprocess.run([sys.executable, str(templates)], check=True)
 
 
 if __name__ == "__main__":
