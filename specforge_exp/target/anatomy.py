@@ -43,9 +43,9 @@ def find_layers(model: Any) -> tuple[Any, str]:
 
 
 @contextmanager
-def outputs_of(modules: dict[Any, nn.Module]) -> Iterator[dict[Any, Tensor]]:
+def outputs_of(modules: dict[Any, nn.Module]) -> Iterator[dict[Any, Any]]:
     """What these modules give in the forwards of this block."""
-    outputs: dict[Any, Tensor] = {}
+    outputs: dict[Any, Any] = {}
 
     def keep(key: Any) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
@@ -64,7 +64,8 @@ def outputs_of(modules: dict[Any, nn.Module]) -> Iterator[dict[Any, Tensor]]:
 def few_tokens(model: Any) -> Tensor:
     """[1, 8] tokens spread over the vocabulary."""
     size = model.config.get_text_config().vocab_size
-    return (torch.arange(1, 9, device=model.device) * (size // 9 or 1))[None] % size
+    ids_T = torch.arange(1, 9, device=model.device) * (size // 9 or 1) % size
+    return ids_T[None]
 
 
 @torch.no_grad()
@@ -190,4 +191,5 @@ def rotates_halves(model: Any, attention: nn.Module) -> bool:
     rotate = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
     if rotate is None or not rotates_alike(model.config.get_text_config()):
         return False
-    return rotate(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0]
+    halves: bool = rotate(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0]
+    return halves
