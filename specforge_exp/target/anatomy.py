@@ -64,7 +64,7 @@ def outputs_of(modules: dict[Any, nn.Module]) -> Iterator[dict[Any, Any]]:
 def few_tokens(model: Any) -> Tensor:
     """[1, 8] tokens spread over the vocabulary."""
     size = model.config.get_text_config().vocab_size
-    ids_T = torch.arange(1, 9, device=model.device) * (size // 9 or 1) % size
+    ids_T: Tensor = torch.arange(1, 9, device=model.device) * (size // 9 or 1) % size
     return ids_T[None]
 
 

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from specforge_exp.config import ModelConfig
 from specforge_exp.errors import InputError
-from specforge_exp.target.files import not_loadable
+from specforge_exp.target.files import not_loadable, text_config
 from specforge_exp.target.machine import DTYPES
 from specforge_exp.target.model import Target
 
@@ -56,15 +56,15 @@ def load_target(
         transformers_logging.disable_progress_bar()
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
+    aux_layers = aux_layer_ids(text_config(cfg).num_hidden_layers, cfg.aux_layers, feeds)
     shared = {"distributed_config": DistributedConfig(tp_size=processes)} if processes > 1 else {}
     model, report = from_files(cfg, dtype=DTYPES[dtype], output_loading_info=True, **shared)
     check_weights(cfg, report)
     model.requires_grad_(False).eval()
     if getattr(model, "hf_quantizer", None) is None:
         model.to(device)
-    target = Target(model, [])
+    target = Target(model, aux_layers)
     try:
-        target.aux_layers = aux_layer_ids(len(target.layers), cfg.aux_layers, feeds)
         _ = target.end
         target.check_states()
     except InputError as error:
