@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specforge_exp.errors import InputError
+from specforge_exp.errors import InputError, first_line
 from specforge_exp.sharding import whole
 from specforge_exp.target.head import Head, fit_head
 from specforge_exp.target.shape import rotates_alike
@@ -97,7 +97,7 @@ def read_end(model: Any, decoder: Any) -> tuple[Any, Head]:
 
 def one_line(error: Exception) -> str:
     """Kind and first line of an error."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 
 from specforge_exp.config import ModelConfig
-from specforge_exp.errors import InputError
+from specforge_exp.errors import InputError, first_line
 
 
 def text_config(cfg: ModelConfig) -> Any:
@@ -42,5 +42,4 @@ def not_loadable(cfg: ModelConfig, error: Exception) -> str:
             "never run here (trust_remote_code stays off); use a checkpoint of an architecture "
             "that the installed transformers has itself"
         )
-    reason = str(error).strip().splitlines()[0]
-    return f"model.path={cfg.path} cannot be loaded as a {kind}: {reason}"
+    return f"model.path={cfg.path} cannot be loaded as a {kind}: {first_line(error)}"
