@@ -76,21 +76,7 @@ def train(cfg: Config) -> float | tuple[float, ...]:
         )
     reasons = check_learnable(cfg, splits)
     processes = run.ranks.world if cfg.target.shard else 1
-    kind = locate(cfg.draft._target_)
-    target = load_target(
-        cfg.model, device, cfg.model.dtype, processes, partial(kind.target_layers, cfg.draft)
-    )
-    if cfg.bench_engine == "transformers":
-        target.check_decoding()
-    mapping = torch.load(tokens / "vocab_mapping.pt", weights_only=True)
-    draft = kind.new(target, cfg.draft, mapping, cfg.seed).to(device)
-    if draft.not_copied:
-        log.info(
-            "train: draft.start=target: not copied, for the target has nothing that means the "
-            "same: %s", ", ".join(draft.not_copied),
-        )  # fmt: skip
-    draft.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    draft.gradient_checkpointing = cfg.trainer.gradient_checkpointing
+    target, draft = target_and_draft(cfg, device, processes, tokens)
     log.info(
         "train: %s: %d conversations, %d held out, %.1fM trained parameters, on %d x %s",
         cfg.run_name, len(splits.train), len(splits.eval), count(draft) / 1e6,
@@ -109,6 +95,32 @@ def train(cfg: Config) -> float | tuple[float, ...]:
         write_json(folder / "run.json", record)
         log.info("train: complete: %s: %s%s", folder, summary(evaluation), of_no_use(reasons))
     return objectives(cfg, record)
+
+
+def target_and_draft(
+    cfg: Config, device: torch.device, processes: int, tokens: Path
+) -> tuple[Target, Any]:
+    """The target, shared among so many processes, and a fresh draft for it.
+
+    Raises:
+        InputError: the target cannot be loaded or followed, or bench could not decode it.
+    """
+    kind = locate(cfg.draft._target_)
+    target = load_target(
+        cfg.model, device, cfg.model.dtype, processes, partial(kind.target_layers, cfg.draft)
+    )
+    if cfg.bench_engine == "transformers":
+        target.check_decoding()
+    mapping = torch.load(tokens / "vocab_mapping.pt", weights_only=True)
+    draft = kind.new(target, cfg.draft, mapping, cfg.seed).to(device)
+    if draft.not_copied:
+        log.info(
+            "train: draft.start=target: not copied, for the target has nothing that means the "
+            "same: %s", ", ".join(draft.not_copied),
+        )  # fmt: skip
+    draft.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    draft.gradient_checkpointing = cfg.trainer.gradient_checkpointing
+    return target, draft
 
 
 def check_learnable(cfg: Config, splits: Splits) -> dict[str, dict[str, int]]:
