@@ -58,10 +58,11 @@ def load_target(
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     aux_layers = aux_layer_ids(text_config(cfg).num_hidden_layers, cfg.aux_layers, feeds)
     shared = {"distributed_config": DistributedConfig(tp_size=processes)} if processes > 1 else {}
-    model, report = from_files(cfg, dtype=DTYPES[dtype], output_loading_info=True, **shared)
+    options = {"dtype": DTYPES[dtype], "output_loading_info": True, **shared}
+    model, report = from_files(cfg, device, options)
     check_weights(cfg, report)
     model.requires_grad_(False).eval()
-    if getattr(model, "hf_quantizer", None) is None:
+    if getattr(model, "hf_quantizer", None) is None or model.device.type != device.type:
         model.to(device)
     target = Target(model, aux_layers)
     try:
@@ -72,14 +73,22 @@ def load_target(
     return target
 
 
-def from_files(cfg: ModelConfig, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The model and transformers' report; InputError when it cannot be loaded."""
+def from_files(
+    cfg: ModelConfig, device: torch.device, options: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The model and transformers' report; InputError when it cannot be loaded.
+
+    Quantised weights go to their device at once: some kinds cannot be moved later.
+    """
     quantised = ""
     try:
         config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=False)
         details = getattr(config, "quantization_config", None)
         if details:
-            quantised = f" (its weights are quantised: {dict(details)['quant_method']})"
+            details = details if isinstance(details, dict) else details.to_dict()
+            quantised = f" (its weights are quantised: {details.get('quant_method')})"
+            if device.type == "cuda" and "distributed_config" not in options:
+                options = {**options, "device_map": {"": device}}
         text = type(config) in AutoModelForCausalLM._model_mapping
         kind = AutoModelForCausalLM if text else AutoModelForImageTextToText
         loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(
