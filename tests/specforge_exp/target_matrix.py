@@ -90,7 +90,7 @@ def trained(target: Target, kind: Any, cfg: DraftConfig) -> Any:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] < float("inf"), losses
     return draft
 
