@@ -99,9 +99,8 @@ def summarise(
     lengths = [length for length in all_lengths if length is not None]
     new_groups = [[r for r in group if r.overlap < NOVEL_BELOW] for group in groups]
     novel = [r for group in new_groups for r in group]
-    novel_lengths = [
-        length for group in new_groups if (length := accepted_length(group, average)) is not None
-    ]
+    all_novel = [accepted_length(group, average) for group in new_groups]
+    novel_lengths = [length for length in all_novel if length is not None]
     gained = [g for r in requests for g in r.with_draft.gained]
     tokens = sum(len(r.with_draft.tokens) for r in requests)
     saved = 1 - (len(requests) + sum(r.verifications for r in requests)) / tokens

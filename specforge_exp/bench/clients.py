@@ -7,8 +7,9 @@ Both take token ids and give them back, so that answers can be compared token fo
 
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import aiohttp
@@ -130,9 +131,7 @@ def sglang(http: aiohttp.ClientSession, root: str) -> Client:
         if reason.get("type") == "abort":
             raise InputError(f"{root} broke an answer off: {reason.get('message', reason)}")
         histogram = meta.get("spec_correct_drafts_histogram", meta.get("spec_accept_histogram"))
-        accepted = None
-        if histogram is not None:
-            accepted = [n for n, count in enumerate(histogram) for _ in range(int(count))]
+        accepted = None if histogram is None else spelled_out(histogram)
         return progress.end(int(meta.get("spec_verify_ct") or 0), accepted)
 
     return ask
@@ -183,21 +182,16 @@ async def counters(http: aiohttp.ClientSession, root: str) -> dict[str, float]:
 def accepted_of(grown: dict[str, float]) -> list[int] | None:
     """Drafted tokens that each verification kept, from how often each position was kept."""
     prefix = "accepted_tokens_per_pos/"
-    by_position = {
-        int(k.removeprefix(prefix)): int(n) for k, n in grown.items() if k.startswith(prefix)
-    }
-    if not by_position:
+    positions = sorted(int(k.removeprefix(prefix)) for k in grown if k.startswith(prefix))
+    if not positions:
         return None
-    at_least = [
-        int(grown["drafts"]),
-        *(by_position[position] for position in sorted(by_position)),
-        0,
-    ]
-    return [
-        number
-        for number in range(len(at_least) - 1)
-        for _ in range(at_least[number] - at_least[number + 1])
-    ]
+    at_least = [grown["drafts"], *(grown[f"{prefix}{position}"] for position in positions), 0]
+    return spelled_out([int(more) - int(fewer) for more, fewer in pairwise(at_least)])
+
+
+def spelled_out(histogram: Sequence[int]) -> list[int]:
+    """Every number as often as the histogram counts it."""
+    return [number for number, count in enumerate(histogram) for _ in range(int(count))]
 
 
 async def client_of(

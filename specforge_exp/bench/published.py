@@ -61,7 +61,6 @@ def setting_of(result: dict[str, Any]) -> dict[str, Any]:
 class Beside:
     """A measurement of ours and a published one of the same setting."""
 
-    data_set: str
     ours: float
     low: float
     high: float
@@ -90,14 +89,14 @@ def beside(result: dict[str, Any]) -> list[Beside]:
         ):
             low, high = ours["accepted_length_ci95"] or (1.0, 1.0)
             length, prompts = float(ours["accepted_length"]), int(ours["prompts"])
-            entries.append(Beside(figure.data_set, length, low, high, prompts, figure))
+            entries.append(Beside(length, low, high, prompts, figure))
     return entries
 
 
 def same_setting(result: dict[str, Any]) -> list[str]:
     """Lines "ours / published" for bench.json's data sets; none where nothing is comparable."""
     lines = [
-        f"  {b.data_set}: {b.ours:.2f} ({b.low:.2f}-{b.high:.2f}, {b.prompts} prompts) / "
+        f"  {b.figure.data_set}: {b.ours:.2f} ({b.low:.2f}-{b.high:.2f}, {b.prompts} prompts) / "
         f"{b.figure.tau:.2f} ({b.figure.system}, {b.figure.source})"
         for b in beside(result)
     ]

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -48,8 +49,8 @@ class Exchange:
 
 Answers = tuple[list[list[Exchange]], float]
 """By conversation and turn, and the seconds that all took together."""
-Converse = Callable[[int], Awaitable[list[Exchange]]]
-"""Carries out a conversation, by its number."""
+Converse = Callable[[], Awaitable[list[Exchange]]]
+"""Carries out a conversation."""
 
 
 def answer(
@@ -63,19 +64,25 @@ async def answer_sets(
     cfg: Config, asking: Asking, sets: dict[str, list[Conversation]]
 ) -> dict[str, SetAnswers]:
     """Everything with the draft; then the prompts that this has led to, alone."""
-    drafted: dict[str, Answers] = {}
+    size, drafted = cfg.bench.concurrency, dict[str, Answers]()
+    first = [asking.encode(asks[0]) for asks in next(iter(sets.values()))[:size]]
+
+    async def warm_up(client: Client) -> None:
+        await asyncio.gather(*(client(prompt, asking.decoding) for prompt in first))
+
     async with serving(cfg, alone=False) as client:
-        askers = Askers(cfg, asking, client)
+        await warm_up(client)
         for name, conversations in sets.items():
-            drafted[name] = await askers.converse(name, conversations)
+            jobs = [partial(converse, client, asking, asks) for asks in conversations]
+            drafted[name] = await carry_out(f"bench {name}", jobs, size)
             check_speculated(cfg, name, drafted[name][0])
     alone: dict[str, Answers] = {}
     if cfg.bench_alone:
         async with serving(cfg, alone=True) as client:
-            askers = Askers(cfg, asking, client)
+            await warm_up(client)
             for name, (exchanges, _) in drafted.items():
-                prompts = [[exchange.prompt for exchange in turns] for turns in exchanges]
-                alone[name] = await askers.repeat(name, prompts)
+                jobs = [partial(repeat, client, asking, turns) for turns in exchanges]
+                alone[name] = await carry_out(f"bench {name}, alone", jobs, size)
     return {
         name: together(exchanges, alone.get(name), asking) for name, exchanges in drafted.items()
     }
@@ -127,70 +134,47 @@ def server_of(cfg: Config, alone: bool, folder: Path) -> Server:
     return Server(command, cfg.engine.port, folder / "server.log", own)
 
 
-class Askers:
-    """bench.concurrency askers of one server."""
+async def converse(client: Client, asking: Asking, asks: Conversation) -> list[Exchange]:
+    """Ask a conversation's turns, each after the answer to the one before.
 
-    def __init__(self, cfg: Config, asking: Asking, client: Client) -> None:
-        self.asking, self.client = asking, client
-        self.size = cfg.bench.concurrency
-        self.warm = False
+    Ends before a turn for which there is no room.
+    """
+    turns: list[Exchange] = []
+    messages: list[Message] = []
+    for ask in asks:
+        prompt = asking.encode(messages := [*messages, *ask])
+        if len(prompt) > asking.room:
+            break
+        turns.append(Exchange(prompt, await client(prompt, asking.decoding)))
+        text = asking.decode(turns[-1].answer.generation.tokens)
+        messages.append({"role": "assistant", "content": text})
+    return turns
 
-    async def converse(self, name: str, conversations: list[Conversation]) -> Answers:
-        """Ask every conversation's turns, each after the answer to the one before.
 
-        A conversation ends before a turn for which there is no room.
-        """
-        first = [self.asking.encode(asks[0]) for asks in conversations[: self.size]]
+async def repeat(client: Client, asking: Asking, turns: list[Exchange]) -> list[Exchange]:
+    """Ask the prompts of a conversation again, in turn."""
+    return [Exchange(t.prompt, await client(t.prompt, asking.decoding)) for t in turns]
 
-        async def ask_turns(number: int) -> list[Exchange]:
-            turns: list[Exchange] = []
-            messages: list[Message] = []
-            for ask in conversations[number]:
-                messages = [*messages, *ask]
-                prompt = self.asking.encode(messages)
-                if len(prompt) > self.asking.room:
-                    break
-                turns.append(Exchange(prompt, await self.client(prompt, self.asking.decoding)))
-                text = self.asking.decode(turns[-1].answer.generation.tokens)
-                messages.append({"role": "assistant", "content": text})
-            return turns
 
-        return await self.all(f"bench {name}", first, len(conversations), ask_turns)
+async def carry_out(title: str, conversations: list[Converse], size: int) -> Answers:
+    """Carry out conversations, `size` at a time."""
+    exchanges: list[list[Exchange]] = [[] for _ in conversations]
+    waiting = iter(enumerate(conversations))
+    with tqdm(total=len(conversations), desc=title, unit="prompt", disable=None) as bar:
 
-    async def repeat(self, name: str, prompts: list[list[list[int]]]) -> Answers:
-        """Ask the prompts of every conversation, in turn."""
+        async def asker() -> None:
+            for number, carry_on in waiting:
+                exchanges[number] = await carry_on()
+                bar.update()
 
-        async def ask_turns(number: int) -> list[Exchange]:
-            decoding = self.asking.decoding
-            return [Exchange(p, await self.client(p, decoding)) for p in prompts[number]]
-
-        first = [turns[0] for turns in prompts[: self.size]]
-        return await self.all(f"bench {name}, alone", first, len(prompts), ask_turns)
-
-    async def all(
-        self, title: str, first: list[list[int]], count: int, converse: Converse
-    ) -> Answers:
-        """Carry out conversations 0..count-1, `size` at a time; a server's first ones twice."""
-        if not self.warm:
-            await asyncio.gather(*(self.client(p, self.asking.decoding) for p in first))
-            self.warm = True
-        exchanges: list[list[Exchange]] = [[] for _ in range(count)]
-        waiting = iter(range(count))
-        with tqdm(total=count, desc=title, unit="prompt", disable=None) as bar:
-
-            async def asker() -> None:
-                for number in waiting:
-                    exchanges[number] = await converse(number)
-                    bar.update()
-
-            began = time.perf_counter()
-            askers = [asyncio.create_task(asker()) for _ in range(self.size)]
-            try:
-                await asyncio.gather(*askers)
-            finally:
-                for task in askers:
-                    task.cancel()
-            return exchanges, time.perf_counter() - began
+        began = time.perf_counter()
+        askers = [asyncio.create_task(asker()) for _ in range(size)]
+        try:
+            await asyncio.gather(*askers)
+        finally:
+            for task in askers:
+                task.cancel()
+        return exchanges, time.perf_counter() - began
 
 
 def check_speculated(cfg: Config, name: str, conversations: list[list[Exchange]]) -> None:

@@ -49,8 +49,8 @@ class DataSet:
 
     value: float
     """Accepted length: mean over prompts of tokens per verification."""
-    low: float | None
-    high: float | None
+    interval: tuple[float, float] | None
+    """Its 95 % interval; None: not known."""
     prompts: int
 
 
@@ -105,8 +105,9 @@ class SweepRun:
     @property
     def usd(self) -> float | None:
         """Price of the machine for the time of training."""
-        complete = self.seconds is not None and self.usd_per_hour is not None
-        return self.seconds * self.usd_per_hour / 3600 if complete else None  # type: ignore[operator]
+        if self.seconds is None or self.usd_per_hour is None:
+            return None
+        return self.seconds * self.usd_per_hour / 3600
 
     def metric(self, name: str) -> float | None:
         """A metric by the name that `report.metric` uses; None: not known (yet)."""
@@ -206,6 +207,11 @@ def number(value: Any) -> float | None:
     return float(value) if numeric and math.isfinite(value) else None
 
 
+def numbers(values: dict[str, Any]) -> dict[str, float]:
+    """What is a finite number, by its key."""
+    return {key: finite for key, value in values.items() if (finite := number(value)) is not None}
+
+
 def listed_run(raw: dict[str, Any], label: str, objectives: list[str], script: str) -> SweepRun:
     """A run as sweep.json lists it."""
     record = raw.get("record") or {}
@@ -218,7 +224,6 @@ def listed_run(raw: dict[str, Any], label: str, objectives: list[str], script: s
             choices.setdefault(key, parsed(text))
     value = raw.get("value")
     values = value if isinstance(value, list) else [value]
-    returned = {name: number(result) for name, result in zip(objectives, values, strict=False)}
     command = shlex.join(["python", f"{script}.py", *overrides])
     return SweepRun(
         number=int(raw.get("number", 0)),
@@ -229,7 +234,7 @@ def listed_run(raw: dict[str, Any], label: str, objectives: list[str], script: s
         command=str(raw.get("command") or command),
         choices=choices | params,
         params=list(params),
-        returned={name: result for name, result in returned.items() if result is not None},
+        returned=numbers(dict(zip(objectives, values, strict=False))),
         gpus=int(number(record.get("gpus")) or 1),
         usd_per_hour=number(record.get("usd_per_hour")),
     )
@@ -247,7 +252,7 @@ def parsed(text: str) -> Any:
 def read_folder(run: SweepRun, folder: Path, problems: list[str]) -> None:
     """Add what a run's folder holds; what cannot be read is named in `problems`."""
     benches = sorted(folder.glob("bench*.json"), key=lambda file: file.stat().st_mtime)
-    parts: list[tuple[str, Callable[[SweepRun, Path], None]]] = [
+    parts: list[tuple[str, Callable[[SweepRun, Any], None]]] = [
         ("metrics.jsonl", add_curves),
         ("run.json", add_record),
         ("evaluation.json", add_conversations),
@@ -259,7 +264,8 @@ def read_folder(run: SweepRun, folder: Path, problems: list[str]) -> None:
         if not file.is_file():
             continue
         try:
-            add(run, file)
+            lines = file.suffix == ".jsonl"
+            add(run, metric_lines(file) if lines else json.loads(file.read_text()))
         except (InputError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             plain = isinstance(error, InputError | OSError | ValueError)
             reason = str(error).replace(f"{file}:", "line ") if plain else repr(error)
@@ -274,15 +280,15 @@ def metric_lines(file: Path) -> Iterator[dict[str, Any]]:
         yield line
 
 
-def add_curves(run: SweepRun, file: Path) -> None:
+def add_curves(run: SweepRun, lines: Iterator[dict[str, Any]]) -> None:
     """Curves, seconds and the newest evaluation, from metrics.jsonl."""
     points: dict[str, tuple[list[int], list[float]]] = {}
     seconds, step = 0.0, None
     evaluation: dict[str, float] = {}
-    for line in metric_lines(file):
+    for line in lines:
         step = line["step"]
         seconds += number(line.get("seconds")) or 0.0
-        values = {key: finite for key, v in line.items() if (finite := number(v)) is not None}
+        values = numbers(line)
         held_out = {k.removeprefix("eval/"): v for k, v in values.items() if k.startswith("eval/")}
         evaluation = held_out or evaluation
         for key, value in values.items():
@@ -296,29 +302,26 @@ def add_curves(run: SweepRun, file: Path) -> None:
     }
 
 
-def add_record(run: SweepRun, file: Path) -> None:
+def add_record(run: SweepRun, record: dict[str, Any]) -> None:
     """The last evaluation and what the record of the sweep did not say, from run.json."""
-    record = json.loads(file.read_text())
     config = record.get("config") or {}
     for key, value in (("loss", (config.get("loss") or {}).get("name")), ("lr", config.get("lr"))):
         if value is not None:
             run.choices.setdefault(key, value)
     run.gpus = int((config.get("trainer") or {}).get("gpus") or run.gpus)
-    evaluation = {key: number(value) for key, value in (record.get("evaluation") or {}).items()}
-    if evaluation:
-        run.evaluation |= {key: value for key, value in evaluation.items() if value is not None}
+    if evaluation := record.get("evaluation"):
+        run.evaluation |= numbers(evaluation)
         run.final = True
     if run.seconds is None:
         run.seconds = number(record.get("seconds"))
 
 
-def add_conversations(run: SweepRun, file: Path) -> None:
+def add_conversations(run: SweepRun, record: dict[str, Any]) -> None:
     """What the held-out conversations gave, from evaluation.json.
 
     Raises:
         ValueError: it is not of the evaluation that the run reports.
     """
-    record = json.loads(file.read_text())
     sample = StratifiedSample((stratum("held-out", record["length"], record["slots"]),))
     reported = run.evaluation.setdefault("simulated_length", sample.estimate)
     if not math.isclose(sample.estimate, reported, rel_tol=1e-3):
@@ -330,14 +333,14 @@ def add_conversations(run: SweepRun, file: Path) -> None:
     run.samples["simulated_length"] = sample
 
 
-def add_bench(run: SweepRun, file: Path) -> None:
+def add_bench(run: SweepRun, bench: dict[str, Any]) -> None:
     """Accepted lengths by data set, from what bench measured last."""
-    bench = json.loads(file.read_text())
     strata = []
     for name, figures in bench["datasets"].items():
         low, high = figures.get("accepted_length_ci95") or (None, None)
-        value = float(figures["accepted_length"])
-        run.datasets[str(name)] = DataSet(value, low, high, int(figures.get("prompts") or 0))
+        interval = None if low is None or high is None else (low, high)
+        value, prompts = float(figures["accepted_length"]), int(figures.get("prompts") or 0)
+        run.datasets[str(name)] = DataSet(value, interval, prompts)
         lengths = figures.get("lengths")
         if lengths and any(length is not None for length in lengths):
             gained = [length or 0.0 for length in lengths]
@@ -351,9 +354,8 @@ def add_bench(run: SweepRun, file: Path) -> None:
         run.samples[ACCEPTED] = StratifiedSample(tuple(strata), str(how))
 
 
-def add_tracker(run: SweepRun, file: Path) -> None:
+def add_tracker(run: SweepRun, tracker: dict[str, Any]) -> None:
     """Where the run is at its tracker: an address, or the command that uploads or shows it."""
-    tracker = json.loads(file.read_text())
     url, sync = tracker.get("url"), tracker.get("sync")
     if isinstance(url, str) and url.startswith(("https://", "http://")):
         run.tracker["url"] = url

@@ -1,9 +1,9 @@
 """How all charts look: colours, axes, legends that are the page's."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from bokeh.models import (
     FixedTicker,
@@ -18,6 +18,7 @@ from bokeh.models import (
 from bokeh.plotting import figure
 
 from specforge_exp.report.collect import SweepRun
+from specforge_exp.report.ranking import RankingRow
 from specforge_exp.report.text import title_of
 
 PALETTE = (
@@ -25,9 +26,13 @@ PALETTE = (
 )  # fmt: skip
 """Colours of the losses, in the order in which the sweep has them."""
 INK, FAINT, GRID = "#33404f", "#8592a3", "#e9edf2"
-FORMAT = "0.[0000]"
+FORMAT = "{0.[0000]}"
 """Of measured numbers in tooltips."""
+VALUE = "@value" + FORMAT
 FONT = "Inter, 'Segoe UI', system-ui, -apple-system, Roboto, 'Liberation Sans', sans-serif"
+
+
+Row = TypeVar("Row", SweepRun, RankingRow)
 
 
 @dataclass(frozen=True)
@@ -44,17 +49,18 @@ class Chart:
     """Names of what the reader may choose between; columns of the glyphs begin with them."""
     steps: tuple[str, ...] = ()
     """A second choice; columns are `<source>:<step>`."""
-    chosen: tuple[str, str] = field(default=("", ""))
+    chosen: tuple[str, str] = ("", "")
     """What is drawn first."""
 
     def __post_init__(self) -> None:
         for tool in self.figure.select(type=HoverTool):
-            marks = [
-                renderer
-                for renderer in self.figure.renderers
-                if isinstance(renderer.glyph, Scatter | MultiLine)
-            ]
-            tool.renderers = marks
+            marks = (Scatter, MultiLine)
+            tool.renderers = [r for r in self.figure.renderers if isinstance(r.glyph, marks)]
+
+
+def drawn(*charts: Chart | None) -> list[Chart]:
+    """The charts that there is data for."""
+    return [chart for chart in charts if chart is not None]
 
 
 def colours(runs: Sequence[SweepRun]) -> dict[str, str]:
@@ -63,13 +69,25 @@ def colours(runs: Sequence[SweepRun]) -> dict[str, str]:
     return {loss: PALETTE[place % len(PALETTE)] for place, loss in enumerate(losses)}
 
 
-def new_figure(height: int = 320, **options: Any) -> Any:
-    """An empty chart in the page's style; `tooltips` is a list of (name, column)."""
-    tooltips = options.pop("tooltips", None)
-    tools: list[Any] = [PanTool(), WheelZoomTool(), ResetTool(), SaveTool()]
-    if tooltips:
-        tools.append(HoverTool(tooltips=tooltips, point_policy="follow_mouse"))
-    plot = figure(height=height, sizing_mode="stretch_width", tools=tools, **options)
+def by_loss(
+    rows: Sequence[Row], palette: Mapping[str, str]
+) -> Iterator[tuple[list[Row], dict[str, str]]]:
+    """The rows of each loss, in the palette's order, and how glyphs show which loss it is."""
+    for loss, colour in palette.items():
+        if group := [row for row in rows if row.loss == loss]:
+            yield group, {"color": colour, "name": loss}
+
+
+def new_figure(
+    height: int, x_title: str, y_title: str, tooltips: list[tuple[str, str]], **options: Any
+) -> Any:
+    """An empty chart in the page's style; `tooltips` are (name, column)."""
+    tools = [
+        PanTool(), WheelZoomTool(), ResetTool(), SaveTool(),
+        HoverTool(tooltips=tooltips, point_policy="follow_mouse"),
+    ]  # fmt: skip
+    plot = figure(height=height, sizing_mode="stretch_width", tools=tools, x_axis_label=x_title,
+                  y_axis_label=y_title, **options)  # fmt: skip
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
     plot.outline_line_color = None

@@ -32,8 +32,7 @@ def page(sweep: Collected, ranking: Ranking, by_seed: Ranking) -> str:
         ranking: its configurations, ranked.
         by_seed: its runs, ranked each by itself; shown where the two differ.
     """
-    drawn = charts(sweep, ranking)
-    study = study_charts(sweep, ranking.metric)
+    drawn = charts(sweep, ranking) + study_charts(sweep, ranking.metric)
     tables = [table("Ranking", sweep, ranking, False)]
     if ranking.several_seeds:
         tables = [
@@ -54,7 +53,7 @@ def page(sweep: Collected, ranking: Ranking, by_seed: Ranking) -> str:
         tiles=tiles(sweep, ranking),
         legend=palette if len(palette) > 1 else {},
         tables=tables,
-        sections=sections(drawn, study),
+        sections=sections(drawn),
         data_sets=data_set_table(by_seed),
         published=[(run, b) for run in sweep.runs for b in run.published],
         failures=[run for run in sweep.runs if run.error],
@@ -62,7 +61,7 @@ def page(sweep: Collected, ranking: Ranking, by_seed: Ranking) -> str:
         style=Markup(part("page.css")),
         script=Markup(part("page.js")),
         bokeh=Markup(bokeh_script()),
-        items=Markup(as_script([item(chart) for chart in (*drawn, *study)])),
+        items=Markup(as_script([item(chart) for chart in drawn])),
     )
 
 
@@ -159,19 +158,18 @@ def sort_key(value: Any) -> str:
     return repr(value) if isinstance(value, float) else shown(value)
 
 
-def sections(drawn: list[Chart], study: list[Chart]) -> list[tuple[str, list[Chart]]]:
+def sections(drawn: list[Chart]) -> list[tuple[str, list[Chart]]]:
     """Charts below their headings."""
     by_key = {chart.key: chart for chart in drawn}
-    slices = [chart for chart in study if chart.key.startswith("slice-")]
-    listed: list[tuple[str, list[Chart | None]]] = [
-        ("Comparison", [by_key.get("ranking"), by_key.get("rate")]),
-        ("Study", [c for c in study if c not in slices]),
-        ("Slices", [*slices]),
-        ("Curves", [by_key.get(k) for k in ("loss", "simulated_length", "alpha", "unroll")]),
-        ("Data sets", [by_key.get("datasets")]),
-        ("Cost", [by_key.get("cost")]),
-    ]
-    filled = [(title, [chart for chart in charts if chart is not None]) for title, charts in listed]
+    keys = {
+        "Comparison": ["ranking", "rate"],
+        "Study": ["pareto", "history"],
+        "Slices": [key for key in by_key if key.startswith("slice-")],
+        "Curves": ["loss", "simulated_length", "alpha", "unroll"],
+        "Data sets": ["datasets"],
+        "Cost": ["cost"],
+    }
+    filled = [(title, [by_key[k] for k in listed if k in by_key]) for title, listed in keys.items()]
     return [(title, charts) for title, charts in filled if charts]
 
 
@@ -191,7 +189,7 @@ def cells(run: SweepRun, names: list[str]) -> list[tuple[str, str]]:
     texts = []
     for name in names:
         figures = run.datasets.get(name)
-        has_interval = figures is not None and figures.low is not None and figures.high is not None
-        between = f"{figures.low:.2f} to {figures.high:.2f}" if figures and has_interval else ""
+        interval = figures and figures.interval
+        between = "{:.2f} to {:.2f}".format(*interval) if interval else ""
         texts.append((f"{figures.value:.2f}" if figures else "", between))
     return texts

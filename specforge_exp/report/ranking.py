@@ -49,6 +49,11 @@ class RankingRow:
         return None if self.spread is None else self.spread.interval
 
     @property
+    def loss(self) -> str:
+        """Name of its loss."""
+        return self.runs[0].loss
+
+    @property
     def finished(self) -> list[SweepRun]:
         """The runs whose metric counts."""
         return [run for run in self.runs if counts(run)]
@@ -92,12 +97,9 @@ def spread_of(run: SweepRun, metric: str, resamples: int) -> Spread | None:
     if value is None:
         return None
     if metric == ACCEPTED:
-        estimates = [(d.value, d.low, d.high) for d in run.datasets.values()]
-        complete = [
-            (v, low, high) for v, low, high in estimates if low is not None and high is not None
-        ]
-        if complete and len(complete) == len(estimates):
-            return averaged(complete)
+        estimates = [(d.value, *d.interval) for d in run.datasets.values() if d.interval]
+        if estimates and len(estimates) == len(run.datasets):
+            return averaged(estimates)
     return Spread(value)
 
 

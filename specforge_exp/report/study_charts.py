@@ -1,6 +1,7 @@
 """The charts of a study: history, slices through the space, and what cannot both be had."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from bokeh.models import ColumnDataSource, FactorRange
@@ -9,8 +10,10 @@ from specforge_exp.report.collect import Collected, SweepRun
 from specforge_exp.report.drawing import (
     FORMAT,
     INK,
+    VALUE,
     Chart,
     colours,
+    drawn,
     heading,
     logarithmic,
     new_figure,
@@ -28,8 +31,10 @@ def study_charts(sweep: Collected, metric: str) -> list[Chart]:
     """History and slices of a study; the Pareto front wherever there are two objectives."""
     charts = [pareto_chart(sweep)] if len(sweep.directions) > 1 else []
     if sweep.kind == "study":
-        charts += [history_chart(sweep, metric), *slice_charts(sweep, metric)]
-    return [chart for chart in charts if chart is not None]
+        names = dict.fromkeys(key for run in sweep.runs for key in run.params)
+        charts.append(history_chart(sweep, metric))
+        charts += [slice_chart(sweep, metric, name) for name in list(names)[:SLICES]]
+    return drawn(*charts)
 
 
 def history_chart(sweep: Collected, metric: str) -> Chart | None:
@@ -39,23 +44,20 @@ def history_chart(sweep: Collected, metric: str) -> Chart | None:
     if not measured:
         return None
     chart = new_figure(
-        320, x_axis_label="trial", y_axis_label=title_of(metric),
-        tooltips=[("trial", "@number"), ("run", "@run"), (metric, f"@value{{{FORMAT}}}"),
-                  ("status", "@status")],
+        320, "trial", title_of(metric),
+        [("trial", "@number"), ("run", "@run"), (metric, VALUE), ("status", "@status")],
     )  # fmt: skip
-    best: list[float] = []
     finished = [run for run in measured if counts(run)]
-    pick = min if sweep.minimised(metric) else max
-    for run in finished:
-        value = run.metric(metric)
-        assert value is not None
-        best.append(pick(value, best[-1]) if best else value)
-    if best:
+    if finished:
+        best = accumulate(
+            (run.metric(metric) or 0.0 for run in finished),
+            min if sweep.minimised(metric) else max,
+        )
         chart.step(
-            [run.number for run in finished], best, mode="after", line_color=INK, line_width=1.5,
-            line_alpha=0.6,
+            [run.number for run in finished], list(best), mode="after", line_color=INK,
+            line_width=1.5, line_alpha=0.6,
         )  # fmt: skip
-    scatter(chart, sweep, measured, {"x": [run.number for run in measured]}, metric)
+    scatter(chart, sweep, measured, [run.number for run in measured], metric)
     lost = sum(run.status in ("failed", "pruned") and run not in measured for run in sweep.runs)
     cut = f" {lost} failed or pruned trials reported nothing." if lost else ""
     return Chart(
@@ -67,39 +69,27 @@ def history_chart(sweep: Collected, metric: str) -> Chart | None:
 
 
 def scatter(
-    chart: Any,
-    sweep: Collected,
-    runs: Sequence[SweepRun],
-    columns: dict[str, list[Any]],
-    metric: str,
+    chart: Any, sweep: Collected, runs: Sequence[SweepRun], xs: Sequence[Any], metric: str
 ) -> None:
-    """A mark per run at (`x`, metric), coloured by loss; what did not finish is an x."""
-    palette = colours(sweep.runs)
-    for loss, colour in palette.items():
+    """A mark per run at (its x, metric), coloured by loss; what did not finish is an x."""
+    points = list(zip(runs, xs, strict=True))
+    for loss, colour in colours(sweep.runs).items():
         for mark in dict.fromkeys(MARKS.values()):
-            chosen = [
-                place for place, run in enumerate(runs)
+            group = [
+                (run, x) for run, x in points
                 if run.loss == loss and MARKS.get(run.status, "circle") == mark
             ]  # fmt: skip
-            if chosen:
-                group = [runs[place] for place in chosen]
-                data = {key: [values[place] for place in chosen] for key, values in columns.items()}
-                data |= {
-                    "run": [run.label for run in group], "number": [run.number for run in group],
-                    "status": [run.status for run in group],
-                    "value": [run.metric(metric) for run in group],
+            if group:
+                data = {
+                    "x": [x for _, x in group], "run": [run.label for run, _ in group],
+                    "number": [run.number for run, _ in group],
+                    "status": [run.status for run, _ in group],
+                    "value": [run.metric(metric) for run, _ in group],
                 }  # fmt: skip
                 chart.scatter(
                     "x", "value", source=ColumnDataSource(data), color=colour, name=loss, size=8,
                     marker=mark, fill_alpha=0.75, line_width=1.5 if mark == "x" else 1,
                 )  # fmt: skip
-
-
-def slice_charts(sweep: Collected, metric: str) -> list[Chart]:
-    """The metric over each sampled parameter."""
-    names = list(dict.fromkeys(key for run in sweep.runs for key in run.params))
-    charts = [slice_chart(sweep, metric, name) for name in names[:SLICES]]
-    return [chart for chart in charts if chart is not None]
 
 
 def slice_chart(sweep: Collected, metric: str, name: str) -> Chart | None:
@@ -115,13 +105,12 @@ def slice_chart(sweep: Collected, metric: str, name: str) -> Chart | None:
         values = [shown(value) for value in values]
         options = {"x_range": FactorRange(factors=sorted(set(values)))}
     chart = new_figure(
-        260, x_axis_label=name, y_axis_label=title_of(metric),
-        tooltips=[("run", "@run"), (name, "@x"), (metric, f"@value{{{FORMAT}}}"),
-                  ("status", "@status")], **options,
+        260, name, title_of(metric),
+        [("run", "@run"), (name, "@x"), (metric, VALUE), ("status", "@status")], **options,
     )  # fmt: skip
     if log_axis:
         logarithmic(chart.xaxis, values)
-    scatter(chart, sweep, runs, {"x": values}, metric)
+    scatter(chart, sweep, runs, values, metric)
     return Chart(f"slice-{name}", name, "", chart)
 
 
@@ -136,14 +125,12 @@ def pareto_chart(sweep: Collected) -> Chart | None:
     best = front([(x * signs[0], y * signs[1]) for r, (x, y) in zip(runs, points, strict=True)
                   if counts(r)])  # fmt: skip
     chart = new_figure(
-        360, x_axis_label=f"{title_of(one)} ({one_goes})",
-        y_axis_label=f"{title_of(two)} ({two_goes})",
-        tooltips=[("run", "@run"), (one, f"@x{{{FORMAT}}}"), (two, f"@value{{{FORMAT}}}"),
-                  ("status", "@status")],
+        360, f"{title_of(one)} ({one_goes})", f"{title_of(two)} ({two_goes})",
+        [("run", "@run"), (one, "@x" + FORMAT), (two, VALUE), ("status", "@status")],
     )  # fmt: skip
     xs = [x * signs[0] for x, _ in best]
     chart.line(xs, [y * signs[1] for _, y in best], line_color=INK, line_width=1.5, line_alpha=0.6)
-    scatter(chart, sweep, runs, {"x": [x for x, _ in points]}, two)
+    scatter(chart, sweep, runs, [x for x, _ in points], two)
     more = f" Objectives beyond the first two: {', '.join(list(sweep.directions)[2:])}."
     note = "The line joins the runs that no other beats in both."
     return Chart("pareto", f"{heading(two)} against {title_of(one)}",

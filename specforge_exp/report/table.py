@@ -23,9 +23,9 @@ class Column:
 
     key: str
     title: str
-    text: Callable[[RankingRow], str]
     value: Callable[[RankingRow], Any]
     """What the column is sorted by: a number or a text; None: last."""
+    text: Callable[[RankingRow], str]
     between: Callable[[RankingRow], str] | None = None
     """The interval of what it shows."""
 
@@ -54,16 +54,30 @@ def varied(sweep: Collected) -> list[str]:
     return names + [key for key in different if key not in ("loss", "lr", "seed")]
 
 
-def chosen(key: str) -> Callable[[RankingRow], Any]:
+def column(
+    key: str,
+    title: str,
+    value: Callable[[RankingRow], Any],
+    text_of: Callable[[Any], str] = shown,
+    between: Callable[[RankingRow], str] | None = None,
+) -> Column:
+    """A column whose text is that of its value."""
+    return Column(key, title, value, lambda entry: text_of(value(entry)), between)
+
+
+def choice_column(key: str) -> Column:
     """What an entry tried for a key."""
-    return lambda entry: entry.runs[0].choices.get(key)
+    return column(key, key, lambda entry: entry.runs[0].choices.get(key))
 
 
 def metric_column(name: str) -> Column:
     """A metric's mean over an entry's runs."""
-    return Column(
-        f"eval/{name}", title_of(name), lambda e: measure(e.mean(name)), lambda e: e.mean(name)
-    )
+    return column(f"eval/{name}", title_of(name), lambda entry: entry.mean(name), measure)
+
+
+def cost_column(name: str) -> Column:
+    """gpu_hours or usd of all runs of an entry."""
+    return column(name, title_of(name), lambda e: total(e, name), lambda cost: measure(cost, 3))
 
 
 def status_text(entry: RankingRow) -> str:
@@ -82,48 +96,36 @@ def total(entry: RankingRow, name: str) -> float | None:
 def columns(sweep: Collected, ranking: Ranking, seeds: bool) -> list[Column]:
     """The columns of a table; `seeds`: of runs by seed rather than of configurations."""
     table = [
-        Column("rank", "#", lambda e: shown(e.rank), lambda e: e.rank),
-        Column("name", "run", lambda e: e.label, lambda e: e.label),
-        *(Column(key, key, chosen_text(key), chosen(key)) for key in varied(sweep)),
+        column("rank", "#", lambda e: e.rank),
+        column("name", "run", lambda e: e.label),
+        *map(choice_column, varied(sweep)),
     ]
     if seeds:
-        table.append(Column("seed", "seed", chosen_text("seed"), chosen("seed")))
+        table.append(choice_column("seed"))
     elif ranking.several_seeds:
         table.append(
             Column(
-                "seeds", "seeds", lambda e: f"{len(e.finished)} of {len(e.runs)}",
-                lambda e: len(e.finished),
+                "seeds", "seeds", lambda e: len(e.finished),
+                lambda e: f"{len(e.finished)} of {len(e.runs)}",
             )
         )  # fmt: skip
     title = title_of(ranking.metric)
     table.append(
-        Column("metric", title, lambda e: measure(e.value), lambda e: e.value,
-               lambda e: interval_text(e.interval))
-    )  # fmt: skip
+        column("metric", title, lambda e: e.value, measure, lambda e: interval_text(e.interval))
+    )
     if not seeds:  # between two seeds of one configuration there is nothing but training noise
         table += [
-            Column("against", "beside the best", against_text,
-                   lambda e: e.against and e.against.value, between_text),
-            Column("verdict", "verdict", lambda e: e.verdict, lambda e: e.verdict or None),
+            Column("against", "beside the best", lambda e: e.against and e.against.value,
+                   against_text, between_text),
+            column("verdict", "verdict", lambda e: e.verdict or None),
         ]  # fmt: skip
+    hidden = (ranking.metric, "gpu_hours")
+    beside = [n for n in dict.fromkeys((*BESIDE, *sweep.directions)) if n not in hidden]
     runs = sweep.runs
-    beside = [n for n in dict.fromkeys((*BESIDE, *sweep.directions)) if n != ranking.metric]
-    table += [
-        metric_column(n) for n in beside
-        if n != "gpu_hours" and any(run.metric(n) is not None for run in runs)
-    ]  # fmt: skip
-    for name in ("gpu_hours", "usd"):
-        if any(getattr(run, name) is not None for run in runs):
-            table.append(
-                Column(name, title_of(name), lambda e, n=name: measure(total(e, n), 3),  # type: ignore[misc]
-                       lambda e, n=name: total(e, n))  # type: ignore[misc]
-            )  # fmt: skip
-    return [*table, Column("status", "status", status_text, lambda e: e.status)]
-
-
-def chosen_text(key: str) -> Callable[[RankingRow], str]:
-    """What an entry tried for a key, as text."""
-    return lambda entry: shown(entry.runs[0].choices.get(key))
+    table += [metric_column(n) for n in beside if any(run.metric(n) is not None for run in runs)]
+    costs = ("gpu_hours", "usd")
+    table += [cost_column(n) for n in costs if any(getattr(r, n) is not None for r in runs)]
+    return [*table, Column("status", "status", lambda e: e.status, status_text)]
 
 
 def markdown_table(table: list[Column], entries: list[RankingRow]) -> str:
@@ -143,7 +145,7 @@ def with_interval(column: Column) -> list[Column]:
     """A column and, where it has intervals, one of them."""
     if column.between is None:
         return [column]
-    return [column, Column("between", "95 % interval", column.between, column.value)]
+    return [column, Column("between", "95 % interval", column.value, column.between)]
 
 
 def markdown(sweep: Collected, ranking: Ranking, by_seed: Ranking) -> str:
@@ -184,7 +186,7 @@ def written(path: Path) -> Iterator[TextIO]:
         yield file
 
 
-def write_csv(path: Path, sweep: Collected, ranking: Ranking, by_seed: Ranking) -> None:
+def write_csv(path: Path, ranking: Ranking, by_seed: Ranking) -> None:
     """report.csv: one row per run, with everything the tables show.
 
     Columns from `group` to `verdict` are of the configuration, over its seeds; `tau/<data set>` are
@@ -197,19 +199,15 @@ def write_csv(path: Path, sweep: Collected, ranking: Ranking, by_seed: Ranking) 
         row: dict[str, Any] = {"rank": entry.rank, "number": run.number, "run": run.name}
         row |= {"status": run.status, "step": run.step}
         row |= {
-            k: v if not isinstance(v, list | dict) else json.dumps(v)
-            for k, v in run.choices.items()
+            k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in run.choices.items()
         }
         low, high = entry.interval or (None, None)
         row |= {"metric": ranking.metric, "value": entry.value, "low": low, "high": high}
         row |= group_columns(group)
         row |= {f"eval/{name}": value for name, value in sorted(run.evaluation.items())}
         for name, data in run.datasets.items():
-            row |= {
-                f"tau/{name}": data.value,
-                f"tau/{name}/low": data.low,
-                f"tau/{name}/high": data.high,
-            }
+            low, high = data.interval or (None, None)
+            row |= {f"tau/{name}": data.value, f"tau/{name}/low": low, f"tau/{name}/high": high}
         row |= {"gpu_hours": run.gpu_hours, "usd": run.usd, "seconds": run.seconds}
         row |= {"wandb": run.tracker.get("url") or run.tracker.get("sync")}
         rows.append(row | {"folder": run.folder, "command": run.command, "error": run.error})

@@ -61,7 +61,7 @@ def make(sweep_dir: Path, options: ReportConfig) -> None:
             file.write(page(sweep, ranking, by_seed))
         with written(sweep_dir / "report.md") as file:
             file.write(markdown(sweep, ranking, by_seed))
-        write_csv(sweep_dir / "report.csv", sweep, ranking, by_seed)
+        write_csv(sweep_dir / "report.csv", ranking, by_seed)
         write_curves(sweep_dir / "curves.csv", sweep)
     for problem in sweep.problems:
         log.warning("report: %s", problem)
