@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -156,7 +156,7 @@ async def repeat(client: Client, asking: Asking, turns: list[Exchange]) -> list[
     return [Exchange(t.prompt, await client(t.prompt, asking.decoding)) for t in turns]
 
 
-async def carry_out(title: str, conversations: list[Converse], size: int) -> Answers:
+async def carry_out(title: str, conversations: Sequence[Converse], size: int) -> Answers:
     """Carry out conversations, `size` at a time."""
     exchanges: list[list[Exchange]] = [[] for _ in conversations]
     waiting = iter(enumerate(conversations))
