@@ -101,7 +101,7 @@ async def pieces(
                     if error := event.get("error"):
                         raise InputError(f"{url}: {error}")
                     yield event
-    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+    except (aiohttp.ClientError, OSError) as error:
         raise InputError(f"{url} did not answer ({type(error).__name__}: {error})") from None
     except (ValueError, AttributeError) as error:
         raise InputError(f"{url}: the answer is no stream of JSON ({error})") from None
@@ -169,7 +169,7 @@ async def counters(http: aiohttp.ClientSession, root: str) -> dict[str, float]:
     try:
         async with http.get(f"{root}/metrics") as response:
             text = await response.text() if response.status == 200 else ""
-    except (aiohttp.ClientError, OSError, TimeoutError):
+    except (aiohttp.ClientError, OSError):
         return {}
     counts: dict[str, float] = {}
     for name, labels, value in COUNTER.findall(text):
@@ -237,7 +237,7 @@ async def fetch(http: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
         async with http.get(url) as response:
             content = orjson.loads(await response.read()) if response.status == 200 else None
             return content if isinstance(content, dict) else None
-    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+    except (aiohttp.ClientError, OSError) as error:
         raise InputError(f"{url} cannot be reached ({type(error).__name__}: {error})") from None
     except ValueError:
         return None

@@ -87,7 +87,7 @@ class Server:
         try:
             async with session.get(f"{self.url}/health") as response:
                 return response.status == 200
-        except (aiohttp.ClientError, TimeoutError, OSError):
+        except (aiohttp.ClientError, OSError):
             return False
 
     def problem(self, what: str) -> InputError:
