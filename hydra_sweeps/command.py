@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hydra_sweeps.records import reason
 
@@ -28,7 +28,7 @@ class Terminated(BaseException):
 
 def command_line(argv: Sequence[str] | None = None) -> str:
     """This process's command, for a shell."""
-    return shlex.join(["python", *(sys.argv if argv is None else argv)])
+    return shlex.join(["python", *(argv or sys.argv)])
 
 
 def run_command(overrides: Sequence[str], hydra: Sequence[str] | None = None) -> str:
@@ -111,7 +111,7 @@ def report(dotted: str | None, master: DictConfig, sweep_dir: Path) -> None:
         return
     config = copy.deepcopy(master)
     OmegaConf.set_readonly(config, False)
-    with read_write(config), open_dict(config):
+    with open_dict(config):
         del config["hydra"]
     try:
         module, _, name = dotted.rpartition(".")

@@ -137,9 +137,7 @@ def job_config(config: DictConfig) -> Iterator[None]:
 
 def failure(overrides: Sequence[str], error: Exception) -> JobReturn:
     """The record of a job that has no configuration, or none that is known here."""
-    returned = JobReturn(overrides=list(overrides), status=JobStatus.FAILED)
-    returned.return_value = error
-    return returned
+    return JobReturn(list(overrides), status=JobStatus.FAILED, _return_value=error)
 
 
 def show_failure(returned: JobReturn) -> None:

@@ -1,16 +1,28 @@
 """Overrides as text: reading them, their keys, what is safe in a name."""
 
 import re
+import shlex
 from collections.abc import Sequence
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException
+
+from hydra_sweeps.errors import SweepError
 
 
 def parse(loader: ConfigLoader, overrides: Sequence[str]) -> list[Override]:
     """Read overrides; Hydra's own error where one cannot be read."""
     return list(OverridesParser.create(config_loader=loader).parse_overrides(list(overrides)))
+
+
+def parse_words(loader: ConfigLoader, where: str, text: str) -> list[Override]:
+    """Read overrides that are written as for a shell; SweepError names `where` they stand."""
+    try:
+        return parse(loader, shlex.split(text))
+    except (ValueError, HydraException) as error:
+        raise SweepError(f"{where} cannot be read: {error}") from None
 
 
 def key_of(override: str | Override) -> str:

@@ -17,7 +17,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import (
     JobReturn,
     JobStatus,
@@ -61,7 +60,8 @@ class Processes:
     directory, so a job that is started again waits until its predecessor has saved.
     """
 
-    launcher: BasicLauncher
+    launcher: Any
+    """Hydra's BasicLauncher, after its `setup`."""
     redirect: bool
     """Print to <output_dir>/<job name>.out."""
     jobs: dict[int, JobProcess] = field(default_factory=dict)
@@ -72,7 +72,6 @@ class Processes:
 
     def __post_init__(self) -> None:
         setup_globals()
-        assert self.launcher.config is not None
         master = self.launcher.config
         configure_log(master.hydra.hydra_logging, master.hydra.verbose)
         Path(str(master.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
@@ -80,10 +79,9 @@ class Processes:
     def start(self, number: int, overrides: Sequence[str]) -> None:
         """Compose a job and fork it."""
         log.info(f"\t#{number} : {' '.join(filter_overrides(overrides))}")
-        master, context = self.launcher.config, self.launcher.hydra_context
-        assert master is not None and context is not None
+        source = Source(self.launcher.config, self.launcher.hydra_context)
         try:
-            job = compose(Source(master, context), overrides, number)
+            job = compose(source, overrides, number)
             folder = Path(str(job.value("hydra.sweep.dir")), job.subdir)
             progress = job.value("hydra.sweeper.progress_file")
             folder.mkdir(parents=True, exist_ok=True)
@@ -115,11 +113,9 @@ class Processes:
         threading.Thread(target=end_with, args=(parent,), daemon=True).start()
         with (folder / LOCK).open("w") as lock:
             lock_or_wait(lock.fileno(), folder)
-            context, task = self.launcher.hydra_context, self.launcher.task_function
-            assert context is not None and task is not None
             returned = run_job(
-                hydra_context=context,
-                task_function=task,
+                hydra_context=self.launcher.hydra_context,
+                task_function=self.launcher.task_function,
                 config=config,
                 job_dir_key="hydra.sweep.dir",
                 job_subdir_key="hydra.sweep.subdir",
@@ -197,15 +193,11 @@ def how_it_ended(code: int | None) -> str:
 def unfinished(job: JobProcess, error: Exception) -> JobReturn:
     """The record of a job whose process did not make one."""
     config = job.config
-    with read_write(config), read_write(config.hydra), open_dict(config.hydra):
+    overrides, name = list(config.hydra.overrides.task), str(config.hydra.job.name)
+    with read_write(config), open_dict(config), read_write(config.hydra), open_dict(config.hydra):
         config.hydra.runtime.output_dir = str(job.folder.resolve())
-        name = str(config.hydra.job.name)
-        returned = failure(list(config.hydra.overrides.task), error)
-        with open_dict(config):
-            hydra = config.pop("hydra")
-    returned.cfg, returned.hydra_cfg = config, OmegaConf.create({"hydra": hydra})
-    returned.working_dir, returned.task_name = os.getcwd(), name
-    return returned
+        hydra = OmegaConf.create({"hydra": config.pop("hydra")})
+    return JobReturn(overrides, config, hydra, os.getcwd(), name, JobStatus.FAILED, error)
 
 
 def kill(process: BaseProcess) -> None:
@@ -270,11 +262,9 @@ def packed(returned: JobReturn) -> bytes:
         return raw
     except Exception as error:
         value = returned._return_value
-        if returned.status == JobStatus.FAILED:
-            returned.return_value = JobFailed(f"{type(value).__name__}: {value}")
-        else:
-            returned.status = JobStatus.FAILED
-            returned.return_value = JobFailed(
-                f"the return value, a {type(value).__name__}, cannot be sent: {error}"
-            )
+        kind = type(value).__name__
+        why = f"{kind}: {value}"
+        if returned.status != JobStatus.FAILED:
+            why = f"the return value, a {kind}, cannot be sent: {error}"
+        returned.status, returned.return_value = JobStatus.FAILED, JobFailed(why)
         return pickle.dumps(returned)

@@ -125,8 +125,9 @@ def read(sweep_dir: Path) -> Sweep | None:
         content = json.loads(file.read_text())
         if content["version"] != VERSION:
             raise ValueError(f"version {content['version']}, this code writes {VERSION}")
-        runs = {run["name"]: Run(**known_fields(Run, run)) for run in content["runs"]}
-        return Sweep(**{**known_fields(Sweep, content), "runs": runs})
+        runs = [Run(**known_fields(Run, run)) for run in content["runs"]]
+        content["runs"] = {run.name: run for run in runs}
+        return Sweep(**known_fields(Sweep, content))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SweepError(
             f"{file} cannot be read ({error!r}); move it away to start anew, or give another "
@@ -146,16 +147,14 @@ def begin(sweep_dir: Path, fresh: Sweep) -> Sweep:
     Call it while the folder is locked.
     """
     earlier = read(sweep_dir)
+    if earlier is not None:
+        for run in earlier.runs.values():
+            if run.status == "running":
+                run.interrupt()
+                run.seconds = None
+        fresh.started, fresh.runs = earlier.started, earlier.runs
+        fresh.study = fresh.study or earlier.study
     fresh.started = fresh.started or now()
-    if earlier is None:
-        return fresh
-    for run in earlier.runs.values():
-        if run.status == "running":
-            run.interrupt()
-            run.seconds = None
-    fresh.started = earlier.started or fresh.started
-    fresh.runs = earlier.runs
-    fresh.study = fresh.study or earlier.study
     return fresh
 
 
@@ -201,9 +200,8 @@ def outcome(returned: JobReturn) -> Outcome:
     """
     value = returned._return_value
     if returned.status != JobStatus.COMPLETED:
-        error = value if isinstance(value, BaseException) else None
-        text = reason(error) if error is not None else "the launcher brought no result"
-        return Outcome("failed", None, text)
+        lost = "the launcher brought no result"
+        return Outcome("failed", None, reason(value) if isinstance(value, BaseException) else lost)
     several = isinstance(value, list | tuple)
     numbers: list[Any] = [number(item) for item in (value if several else [value])]
     if not numbers or None in numbers:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, Protocol, cast
 
 from hydra.core.utils import JobReturn
@@ -57,12 +58,11 @@ def open_runner(launcher: Launcher, several: bool, total: int = 1) -> Runner:
         total: how many jobs are going to be started, for estimates.
     """
     if session := getattr(launcher, "session", None):
-        runner: Runner = session(total)
-        return runner
+        return cast(Runner, session(total))
     if is_basic(launcher):
         from hydra_sweeps.processes import Processes
 
-        return Processes(cast(Any, launcher), several)
+        return Processes(launcher, several)
     return Batches(launcher)
 
 
@@ -130,10 +130,5 @@ def launch(launcher: Launcher, batch: list[list[str]], first: int) -> list[JobRe
 
 def neighbours(numbers: Sequence[int]) -> list[list[int]]:
     """Runs of consecutive numbers: `launch` knows its first number only."""
-    groups: list[list[int]] = []
-    for number in numbers:
-        if groups and groups[-1][-1] == number - 1:
-            groups[-1].append(number)
-        else:
-            groups.append([number])
-    return groups
+    groups = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    return [[number for _, number in group] for _, group in groups]

@@ -1,15 +1,13 @@
 """From options to lists of overrides: the product of what is swept, and the cases."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 
 from hydra_sweeps.errors import SweepError
-from hydra_sweeps.overrides import key_of, nothing, parse
+from hydra_sweeps.overrides import key_of, nothing, parse, parse_words
 
 
 def points(
@@ -64,10 +62,7 @@ def product(loader: ConfigLoader, overrides: list[Override]) -> list[list[str]]:
 def expand(loader: ConfigLoader, index: int, case: str) -> list[list[str]]:
     """The runs of one case: one, or several where it has sweeps of its own."""
     where = f"hydra.sweeper.cases[{index}]={case!r}"
-    try:
-        overrides = parse(loader, shlex.split(case))
-    except (ValueError, HydraException) as error:
-        raise SweepError(f"{where} cannot be read: {error}") from None
+    overrides = parse_words(loader, where, case)
     if not overrides:
         raise SweepError(f"{where} is empty; a case is e.g. 'loss=baseline lr=1e-4'")
     for override in overrides:

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_sweeps.errors import SweepError
-from hydra_sweeps.overrides import key_of, nothing, parse
+from hydra_sweeps.overrides import key_of, nothing, parse, parse_words
 
 PLAIN = re.compile(r"[\w.+/$%*@?|-]+")
 CONDITIONAL = "hydra.sweeper.conditional"
@@ -331,10 +331,7 @@ def first_point(
     Raises:
         SweepError: it does not lie in the space.
     """
-    try:
-        overrides = parse(loader, shlex.split(text))
-    except (ValueError, HydraException) as error:
-        raise SweepError(f"{where} cannot be read: {error}") from None
+    overrides = parse_words(loader, where, text)
     if any(override.is_sweep_override() for override in overrides):
         raise SweepError(f"{where}: a point has one value for each key")
     values = {key_of(override): encoded(override) for override in overrides}
