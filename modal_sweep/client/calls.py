@@ -7,6 +7,7 @@ from typing import Any
 from modal_sweep.errors import CallError, Cancelled, Died, Raised, ResultGone, Unreachable
 from modal_sweep.protocol import result
 from modal_sweep.protocol.names import status_dict
+from modal_sweep.protocol.outage import transient
 
 
 @dataclass
@@ -32,14 +33,11 @@ def call_error(error: BaseException) -> CallError | Unreachable | None:
         return ResultGone(error)
     if isinstance(error, exception.FunctionTimeoutError | exception.InternalFailure):
         return Died(error)
-    away = exception.ConnectionError | exception.ServiceError | exception.InternalError
-    if isinstance(error, away):
-        return Unreachable(str(error))
     if isinstance(error, exception.RemoteError | exception.InputCancellation):
         return Cancelled(error)
     if isinstance(error, TimeoutError):
         return None
-    return Unreachable(str(error)) if isinstance(error, OSError) else Raised(error)
+    return Unreachable(str(error)) if isinstance(error, (*transient(), OSError)) else Raised(error)
 
 
 def look(call: str, seconds: float = 0.0) -> Ended | None:

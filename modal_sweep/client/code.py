@@ -89,17 +89,15 @@ def project_files(
                 yield path.relative_to(root).as_posix(), path
         return
     for source in sources:
-        start = (root / source).resolve()
+        start, above = (root / source).resolve(), root
         if not start.exists() and (package := installed_package(source)):
-            for path in walk(package, leave_out):
-                yield path.relative_to(package.parent).as_posix(), path
-            continue
+            start, above = package, package.parent
         if not start.exists():
             raise LaunchError(f"image.sources: {root / source} does not exist")
-        if not start.is_relative_to(root):
+        if not start.is_relative_to(above):
             raise LaunchError(f"image.sources: {source} is not below the script's folder {root}")
         for path in [start] if start.is_file() else walk(start, leave_out):
-            yield path.relative_to(root).as_posix(), path
+            yield path.relative_to(above).as_posix(), path
 
 
 def installed_package(name: str) -> Path | None:

@@ -99,8 +99,7 @@ def read_manifest(source: "modal.Volume", base: str) -> dict[str, Any]:
     raw = read_if_there(source, f"{base}/manifest.json")
     if raw is None:
         raise FileNotFoundError(f"{base} has no manifest")
-    manifest: dict[str, Any] = json.loads(raw)
-    return manifest
+    return dict(json.loads(raw))
 
 
 def saved_result(journal: Journal, record: JobRecord) -> dict[str, Any]:

@@ -24,14 +24,6 @@ from modal_sweep.protocol.payload import pack_config
 
 
 @dataclass(frozen=True)
-class Build:
-    """What a container is made of."""
-
-    image: dict[str, Any]
-    code: Shipment
-
-
-@dataclass(frozen=True)
 class Sweep:
     """What Hydra hands over, with the options read and the sweep's folder made."""
 
@@ -40,8 +32,9 @@ class Sweep:
     task: TaskFunction
     conf: ModalLauncherConf
     folder: Path
-    builds: dict[str, Build] = field(default_factory=dict)
-    """By the settings of the image. What was built stays as it was, also when files are edited."""
+    builds: dict[str, tuple[dict[str, Any], Shipment]] = field(default_factory=dict)
+    """Image and code by the settings of the image. They stay as they were, also when files are
+    edited."""
 
 
 @dataclass
@@ -114,15 +107,16 @@ def plan_jobs(sweep: Sweep, job_overrides: Sequence[Sequence[str]], first: int) 
         key = json.dumps(asdict(settings.image), sort_keys=True)
         if key not in sweep.builds:
             files = shipment(root, settings.image.sources, sweep.folder)
-            sweep.builds[key] = Build(image_spec(settings.image, root), files)
+            sweep.builds[key] = image_spec(settings.image, root), files
+        image, code = sweep.builds[key]
         job = Job(
             number=config.hydra.job.num,
             overrides=list(filter_overrides(config.hydra.overrides.task)),
             config=config,
             settings=settings,
             output_dir=fix_output_dir(config),
-            image=sweep.builds[key].image,
-            code=sweep.builds[key].code,
+            image=image,
+            code=code,
         )
         job.identity = identity(job, sweep.conf.resources)
         jobs.append(job)
@@ -174,7 +168,7 @@ def plan_event(job: Job, conf: ModalLauncherConf, sweep: dict[str, Any]) -> dict
         "task": str(job.config.hydra.job.name),
         "app": sweep["app"],
         "function": function_name(job.function),
-        "options": call_options(settings, conf, sweep),
+        "options": call_options(settings, sweep),
         "subdir": os.path.relpath(job.output_dir, str(job.config.hydra.sweep.dir)),
         "unique": settings.unique,
         "ref": {
@@ -194,9 +188,7 @@ def plan_event(job: Job, conf: ModalLauncherConf, sweep: dict[str, Any]) -> dict
     }
 
 
-def call_options(
-    settings: JobSettings, conf: ModalLauncherConf, sweep: dict[str, Any]
-) -> dict[str, Any]:
+def call_options(settings: JobSettings, sweep: dict[str, Any]) -> dict[str, Any]:
     """What `Function.with_options` gets, as plain values."""
     gpus = gpu_list(settings.gpu)
     return {

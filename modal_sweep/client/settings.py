@@ -114,11 +114,10 @@ def made_by(dotted: str | None, job: DictConfig) -> dict[str, Any]:
         return {}
     machine = imported("machine", dotted)
     try:
-        settings: dict[str, Any] = machine(job.hydra.job.name, without_hydra(job))
+        return dict(machine(job.hydra.job.name, without_hydra(job)))
     except Exception as error:
         overrides = " ".join(filter_overrides(job.hydra.overrides.task))
         raise LaunchError(f"job {job.hydra.job.num} [{overrides}]: {error}") from None
-    return settings
 
 
 def without_hydra(job: DictConfig) -> DictConfig:

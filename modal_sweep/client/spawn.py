@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,10 +131,7 @@ def share_parallel(jobs: Sequence[Job], most: int | None) -> dict[str, int]:
     """Containers per kind of job, so that together they are at most `most`."""
     if most is None:
         return {}
-    counts: dict[str, int] = {}
-    for job in jobs:
-        kind = job_kind(job.settings)
-        counts[kind] = counts.get(kind, 0) + 1
+    counts = Counter(job_kind(job.settings) for job in jobs)
     if len(counts) > most:
         raise LaunchError(
             f"hydra.launcher.max_parallel={most} but the jobs need {len(counts)} kinds of "
@@ -224,13 +222,8 @@ def spawn_next(journal: Journal, record: JobRecord, functions: Functions) -> Non
 
 def note_call(journal: Journal, record: JobRecord, generation: int, call: str) -> None:
     """Write down which call runs a generation of a job."""
-    event = {
-        "event": "spawn",
-        "identity": record.identity,
-        "generation": generation,
-        "call": call,
-    }
-    journal.write([event])
+    place = {"identity": record.identity, "generation": generation}
+    journal.write([{"event": "spawn", **place, "call": call}])
 
 
 def cancel(journal: Journal, record: JobRecord) -> bool:

@@ -1,6 +1,7 @@
 """Waiting for the jobs of a sweep: every end is collected as it comes, whatever the others do."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +29,8 @@ class Watch:
     poll: float
     ended: dict[str, Ended] = field(default_factory=dict)
     looked: dict[str, float] = field(default_factory=dict)
-    trouble: dict[str, int] = field(default_factory=dict)
+    trouble: Counter[str] = field(default_factory=Counter)
+    """By identity: how often an end could not be brought."""
     pause: float = 0.05
 
     @cached_property
@@ -111,8 +113,8 @@ class Watch:
         try:
             collect.collect(self.journal, record, ended)
         except (OSError, ValueError) as error:
-            tries = self.trouble[record.identity] = self.trouble.get(record.identity, 0) + 1
-            if tries < TRIES:
+            self.trouble[record.identity] += 1
+            if self.trouble[record.identity] < TRIES:
                 self.table.note(f"job {record.number}: outputs not here yet ({error}); again soon")
                 time.sleep(self.poll)
                 return False

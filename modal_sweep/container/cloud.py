@@ -6,6 +6,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar
 
+import modal
+from modal.exception import Error
+
 from modal_sweep.protocol import outage
 from modal_sweep.protocol.names import COMMON_DICT, status_dict
 
@@ -25,8 +28,6 @@ def patiently(step: Callable[[], T]) -> T:
 @cache
 def common_part(digest: str) -> bytes:
     """What all jobs of the sweep share, fetched once per container."""
-    import modal
-
     shared = modal.Dict.from_name(COMMON_DICT)
     content: bytes | None = patiently(lambda: shared.get(digest))
     if content is None:
@@ -40,8 +41,6 @@ class Cloud:
     """What one attempt at a job says to Modal."""
 
     def __init__(self, reference: dict[str, Any]) -> None:
-        import modal
-
         self.reference = reference
         self.claims = modal.Dict.from_name(reference["dict"])
         self.running = modal.Dict.from_name(status_dict(reference["dict"]))
@@ -56,8 +55,6 @@ class Cloud:
 
         A call that was preempted finds its own claim and goes on, as the next attempt.
         """
-        import modal
-
         own = modal.current_function_call_id()
         key = self.reference["key"]
         if patiently(lambda: self.claims.put(key, own, skip_if_exists=True)):
@@ -71,8 +68,6 @@ class Cloud:
 
     def status(self, **state: Any) -> None:
         """Tell the launcher, when there is something new; never fails a job."""
-        from modal.exception import Error
-
         entry = {**state, "attempt": self.attempt}
         if entry != self.reported:
             with contextlib.suppress(Error, OSError):
@@ -81,16 +76,12 @@ class Cloud:
 
     def over(self) -> None:
         """Take the job out of those that run: only they are read while a sweep is watched."""
-        from modal.exception import Error
-
         if self.reported:
             with contextlib.suppress(Error, OSError, KeyError):
                 self.running.pop(self.reference["key"])
 
     def reload(self) -> None:
         """See what an earlier attempt committed."""
-        from modal.exception import Error
-
         for volume in self.volumes.values():
             with contextlib.suppress(Error, RuntimeError):
                 patiently(volume.reload)
@@ -111,8 +102,6 @@ class Cloud:
         Raises:
             CommitFailed: when a Volume refuses, for example because it is full.
         """
-        from modal.exception import Error
-
         for name, volume in self.volumes.items():
             try:
                 patiently(volume.commit)

@@ -28,23 +28,26 @@ def preload() -> None:
     gc.freeze()
 
 
-def run(request: Request) -> int:
-    """Run a job and write its result. Returns the exit code of its process."""
-    problem = mismatch(request.versions)
-    if problem:
-        error = {"type": "VersionError", "message": problem}
-        return report(request, {"status": "failed", "error": error}, code=1)
+def run(request: Request) -> None:
+    """Run a job and write its result, in a folder that does not outlive the container."""
+    envelope = outcome(request)
+    write_whole(request.result, [json.dumps(envelope).encode()], durable=False)
+
+
+def outcome(request: Request) -> dict[str, Any]:
+    """How a job has ended."""
+    if problem := mismatch(request.versions):
+        return {"status": "failed", "error": {"type": "VersionError", "message": problem}}
     os.makedirs(request.cwd, exist_ok=True)
     os.chdir(request.cwd)
     context, task_function = payload.unpack(request.common)
     config = payload.unpack_config(request.config)
     try:
-        return report(request, run_hydra_job(context, task_function, config))
+        return run_hydra_job(context, task_function, config)
     except SystemExit as left:
         if left.code in (None, 0):
-            return report(request, {"status": "completed", "value": result.pack_value(None)})
-        envelope = failure(left, f"left the interpreter with exit code {left.code}")
-        return report(request, envelope, code=1)
+            return {"status": "completed", "value": result.pack_value(None)}
+        return failure(left, f"left the interpreter with exit code {left.code}")
 
 
 def mismatch(launched_with: dict[str, str]) -> str | None:
@@ -88,9 +91,3 @@ def failure(error: BaseException, message: str | None = None) -> dict[str, Any]:
     """An envelope for a job that raised."""
     description = {"type": type(error).__name__, "message": message or str(error)}
     return {"status": "failed", "error": description}
-
-
-def report(request: Request, envelope: dict[str, Any], code: int = 0) -> int:
-    """Write the result, in a folder that does not outlive the container; gives the code back."""
-    write_whole(request.result, [json.dumps(envelope).encode()], durable=False)
-    return code

@@ -68,7 +68,8 @@ class Attempt:
         self.progress = self.output_dir / (reference["progress_file"] or "")
         self.tail = progress.Tail(self.progress, reference["progress_keys"])
         self.started = time.time()
-        self.manifest: dict[str, Any] = outputs.read_manifest(folder / "manifest.json")
+        saved = folder / "manifest.json"
+        self.manifest: dict[str, Any] = json.loads(saved.read_text()) if saved.exists() else {}
         scratch = SCRATCH / reference["key"]
         scratch.mkdir(parents=True, exist_ok=True)
         self.log, self.result = scratch / "log.txt", scratch / "result.json"

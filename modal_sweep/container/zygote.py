@@ -72,7 +72,8 @@ def main(descriptor: int) -> None:
         if child == 0:
             become_job(writing)
             control.close()
-            sys.exit(job.run(request))
+            job.run(request)
+            sys.exit()
         os.close(writing)
         control.send(child)
         with open(request.log, "ab", buffering=0) as log:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from modal_sweep.errors import Unreachable
@@ -16,23 +17,17 @@ def transient() -> tuple[type[Exception], ...]:
     return Unreachable, exception.ConnectionError, exception.ServiceError, exception.InternalError
 
 
+@dataclass
 class Outage:
-    """How long Modal has not answered.
+    """How long Modal has not answered."""
 
-    Args:
-        limit: seconds after which it is given up.
-        too_long: what is raised then, by the last error.
-        note: is told that it begins and ends.
-    """
-
-    def __init__(
-        self,
-        limit: float,
-        too_long: Callable[[Exception], Exception] = lambda error: error,
-        note: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        self.limit, self.too_long, self.note = limit, too_long, note
-        self.since: float | None = None
+    limit: float
+    """Seconds after which it is given up."""
+    too_long: Callable[[Exception], Exception] = lambda error: error
+    """What is raised then, by the last error."""
+    note: Callable[[str], None] = lambda text: None
+    """Is told that it begins and ends."""
+    since: float | None = None
 
     def over(self) -> None:
         """Modal has answered."""

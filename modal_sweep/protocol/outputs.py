@@ -1,7 +1,6 @@
 """Output directories: saved to the Volume in the container, brought back here."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -121,9 +120,3 @@ def pull(
                 raise OSError(f"{target} came back damaged; run the command again")
             fetched += 1
     return fetched
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest on disk; empty when there is none."""
-    manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return manifest

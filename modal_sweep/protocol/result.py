@@ -53,8 +53,7 @@ def compress(envelope: dict[str, Any]) -> bytes:
 
 def unpack(data: bytes) -> dict[str, Any]:
     """The envelope of `pack`."""
-    envelope: dict[str, Any] = json.loads(zlib.decompress(data))
-    return envelope
+    return dict(json.loads(zlib.decompress(data)))
 
 
 def pack_value(value: Any) -> dict[str, Any]:
