@@ -35,10 +35,9 @@ def deploy(name: str, jobs: Sequence[Job], tags: dict[str, str]) -> bool:
         pass
     app = modal.App(name, tags=tags or None)
     with tempfile.TemporaryDirectory(prefix="modal-launcher-") as staging:
-        folders: dict[str, Path] = {}
+        codes = {job.code.digest: job.code for job in jobs}
+        folders = {key: stage(code, Path(staging) / key) for key, code in codes.items()}
         for function, job in functions.items():
-            if job.code.digest not in folders:
-                folders[job.code.digest] = stage(job.code, Path(staging) / job.code.digest)
             add_function(app, function, job, folders[job.code.digest])
         app.deploy()
     return True

@@ -4,20 +4,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modal_sweep.client import cost, preflight
 from modal_sweep.client.plan import Job
 from modal_sweep.client.settings import gpu_list, volume_name
+from modal_sweep.client.table import rich_table
 from modal_sweep.client.volumes import volume
 from modal_sweep.config import ModalLauncherConf
 from modal_sweep.errors import LaunchError
 from modal_sweep.protocol.journal import JobRecord, Journal
 from modal_sweep.protocol.records import first_line
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
+COLUMNS = ("job", "overrides", "gpu", "timeout", "hours", "USD expected", "USD at most")
 NO_TOKEN = (
     "Modal does not know this machine. `modal setup` logs in (a free account is enough to start); "
     "without an account, hydra/launcher=basic runs the jobs here, one after the other"
@@ -112,16 +111,12 @@ def set_up(volumes: Sequence[str], secrets: dict[str, set[str]]) -> None:
     say("everything is there")
 
 
-def job_table(jobs: Sequence[Job], conf: ModalLauncherConf) -> "Table":
+def job_table(jobs: Sequence[Job], conf: ModalLauncherConf) -> Any:
     """Jobs, machines and money."""
-    from rich.table import Table
-
-    table = Table()
-    for column in ("job", "overrides", "gpu", "timeout", "hours", "USD expected", "USD at most"):
-        table.add_column(column, justify="left" if column in ("overrides", "gpu") else "right")
+    rows = []
     for job in jobs:
         expected, most = cost.estimate(job.settings, conf.prices)
-        table.add_row(
+        texts = (
             str(job.number),
             " ".join(job.overrides) or "-",
             " or ".join(gpu_list(job.settings.gpu)) or "none",
@@ -130,7 +125,8 @@ def job_table(jobs: Sequence[Job], conf: ModalLauncherConf) -> "Table":
             "?" if expected is None else f"{expected:.2f}",
             f"{most:.2f}",
         )
-    return table
+        rows.append(texts)
+    return rich_table(rows, COLUMNS)
 
 
 def console_print(what: Any) -> None:
@@ -140,21 +136,15 @@ def console_print(what: Any) -> None:
     Console(stderr=True, width=None if sys.stderr.isatty() else 160).print(what)
 
 
-def commands(journal: Journal) -> str:
-    """How to come back to a sweep."""
+def detached(journal: Journal) -> None:
+    """When this process ends before its jobs do: how to come back to them."""
     folder = journal.sweep_dir
-    return (
+    say(
+        "\nthe jobs go on without this process; the same command for the same directory "
+        "continues with them:\n"
         f"  modal-sweep attach {folder}    waits and brings the results\n"
         f"  modal-sweep status {folder}    looks once\n"
         f"  modal-sweep cancel {folder}    ends the jobs"
-    )
-
-
-def detached(journal: Journal) -> None:
-    """When this process ends before its jobs do."""
-    say(
-        "\nthe jobs go on without this process; the same command for the same directory "
-        f"continues with them:\n{commands(journal)}"
     )
 
 

@@ -16,6 +16,8 @@ from modal_sweep.protocol.records import first_line
 
 GPU = re.compile(r"(?P<type>[A-Za-z0-9-]+)(?P<exact>!|\+)?(?::(?P<count>[1-9][0-9]*))?")
 MOST_SECONDS = 86400
+OF_JOBS = [field.name for field in fields(JobSettings)]
+OF_IMAGES = [field.name for field in fields(ImageSettings)]
 
 
 def launcher_conf(config: DictConfig) -> ModalLauncherConf:
@@ -24,12 +26,8 @@ def launcher_conf(config: DictConfig) -> ModalLauncherConf:
     What `JobSettings` has is left unresolved: `${name}` means something else in every job.
     """
     node = config.hydra.launcher
-    raw = OmegaConf.to_container(node, resolve=False)
-    assert isinstance(raw, dict)
-    of_jobs = {field.name for field in fields(JobSettings)}
-    values: dict[str, Any] = {
-        str(key): value if key in of_jobs else plain(node[key]) for key, value in raw.items()
-    }
+    raw: Any = OmegaConf.to_container(node, resolve=False)
+    values = {key: raw[key] if key in OF_JOBS else plain(node[key]) for key in raw}
     values["image"] = ImageSettings(**values["image"])
     conf = ModalLauncherConf(**values)
     if conf.if_done not in ("skip", "rerun", "fail"):
@@ -53,25 +51,26 @@ def plain(value: Any) -> Any:
 
 def for_job(conf: ModalLauncherConf, job: DictConfig) -> dict[str, Any]:
     """The launcher's settings of jobs, resolved in one job's configuration."""
-    values = {field.name: getattr(conf, field.name) for field in fields(JobSettings)}
-    values["image"] = asdict(conf.image)
+    values = {name: getattr(conf, name) for name in OF_JOBS} | {"image": asdict(conf.image)}
     if "${" not in str(values):
         return values
     node = OmegaConf.create(values)
     node._set_parent(job)
+    return dict(resolved(node, "hydra.launcher"))
+
+
+def resolved(node: Any, where: str) -> Any:
+    """What a node holds; raises LaunchError that names it."""
     try:
-        resolved = OmegaConf.to_container(node, resolve=True)
+        return OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
-        raise LaunchError(f"hydra.launcher: {first_line(error)}") from None
-    assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items()}
+        raise LaunchError(f"{where}: {first_line(error)}") from None
 
 
 def job_settings(conf: ModalLauncherConf, job: DictConfig) -> JobSettings:
     """Settings of one composed job; raises LaunchError that names the key."""
-    names = [field.name for field in fields(JobSettings)]
     own = own_settings(conf, job)
-    refuse_unknown(own, names, conf.resources, "a job")
+    refuse_unknown(own, OF_JOBS, conf.resources, "a job")
     values = for_job(conf, job)
     defaults = asdict(JobSettings())
     for name, value in own.items():
@@ -81,8 +80,7 @@ def job_settings(conf: ModalLauncherConf, job: DictConfig) -> JobSettings:
                 f"{conf.resources}.{name}={value}; set that one"
             )
         values[name] = value
-    image = [field.name for field in fields(ImageSettings)]
-    refuse_unknown(values["image"], image, f"{conf.resources}.image", "an image")
+    refuse_unknown(values["image"], OF_IMAGES, f"{conf.resources}.image", "an image")
     try:
         settings = OmegaConf.to_object(OmegaConf.merge(JobSettings, values))
     except OmegaConfBaseException as error:
@@ -97,15 +95,13 @@ def own_settings(conf: ModalLauncherConf, job: DictConfig) -> dict[str, Any]:
     node = OmegaConf.select(job, conf.resources)
     if node is None:
         return {}
-    try:
-        settings = OmegaConf.to_container(node, resolve=True)
-    except OmegaConfBaseException as error:
-        raise LaunchError(f"{conf.resources}: {first_line(error)}") from None
+    settings = resolved(node, conf.resources)
     if not isinstance(settings, dict):
         raise LaunchError(f"{conf.resources}={settings!r} must be a mapping of a job's settings")
     tasks = settings.pop("tasks", None) or {}
-    own = {**made_by(settings.get("machine"), job), **(tasks.get(job.hydra.job.name) or {})}
-    return {str(key): value for key, value in {**settings, **own}.items()}
+    made = made_by(settings.get("machine"), job)
+    own = {**settings, **made, **(tasks.get(job.hydra.job.name) or {})}
+    return {str(key): value for key, value in own.items()}
 
 
 def made_by(dotted: str | None, job: DictConfig) -> dict[str, Any]:

@@ -59,9 +59,8 @@ def spawn_jobs(spawner: Spawner, jobs: Sequence[Job], times: int = 1) -> dict[st
         refuse_other_code(journal, jobs)
         fresh = [job for job in jobs if will_spawn(spawner, journal.jobs.get(job.identity))]
         sweep = prepare(spawner, jobs, fresh, times)
-        events = [plan_event(job, conf, sweep) for job in fresh]
-        if events:  # written down before anything is spawned
-            journal.write(events)
+        # Written down before anything is spawned.
+        journal.write(plan_event(job, conf, sweep) for job in fresh)
         records = [journal.jobs[job.identity] for job in jobs]
         refuse_done(journal, records, conf)
         states = {record.identity: "done" if record.end else "attached" for record in records}

@@ -12,6 +12,7 @@ from modal_sweep.protocol.journal import JobRecord
 from modal_sweep.protocol.records import first_line
 
 COLUMNS = ("job", "overrides", "state", "step", "loss", "elapsed", "about USD")
+LEFT = ("overrides", "state", "gpu")
 PLAIN_EVERY = 30.0
 STYLES = {"completed": "green", "done": "green", "failed": "red", "cancelled": "yellow"}
 
@@ -131,13 +132,13 @@ class Table:
             self.note(f"{record.label} {status}{after}{why}")
 
 
-def rich_table(rows: Sequence[tuple[str, ...]]) -> Any:
-    """The rows as a rich table."""
+def rich_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str] = COLUMNS) -> Any:
+    """The rows as a rich table; a row has the style of its third text."""
     from rich.table import Table as RichTable
 
     table = RichTable()
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("overrides", "state") else "right")
+    for column in columns:
+        table.add_column(column, justify="left" if column in LEFT else "right")
     for texts in rows:
         table.add_row(*texts, style=STYLES.get(texts[2].split()[0]))
     return table

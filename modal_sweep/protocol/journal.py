@@ -29,8 +29,8 @@ class JobRecord:
 
     plan: dict[str, Any]
     generation: int = 0
-    calls: dict[int, list[str]] = field(default_factory=dict)
-    """Call ids by generation; several when a kill hid the first one."""
+    calls: dict[int, str] = field(default_factory=dict)
+    """The newest call's id by generation; there are several when a kill hid the first one."""
     ends: dict[int, dict[str, Any]] = field(default_factory=dict)
     cancelled: set[str] = field(default_factory=set)
     told: set[int] = field(default_factory=set)
@@ -53,8 +53,7 @@ class JobRecord:
     @property
     def call(self) -> str | None:
         """The newest call of the newest generation."""
-        calls = self.calls.get(self.generation)
-        return calls[-1] if calls else None
+        return self.calls.get(self.generation)
 
     @property
     def end(self) -> dict[str, Any] | None:
@@ -115,7 +114,7 @@ class Journal:
             job.told.add(generation)
         elif kind == "spawn":
             job.generation = max(job.generation, generation)
-            job.calls.setdefault(generation, []).append(event["call"])
+            job.calls[generation] = event["call"]
         elif kind == "end":
             job.ends[generation] = event
 
