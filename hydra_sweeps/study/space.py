@@ -10,7 +10,6 @@ from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.types import (
-    IntervalSweep,
     Override,
     RangeSweep,
     Transformer,
@@ -228,7 +227,8 @@ def encoded(override: Override) -> Any:
 
 def param_of(loader: ConfigLoader, override: Override, when: Condition | None = None) -> Param:
     """What a sweep searches; a single value is a choice of one."""
-    key, text, value = override.get_key_element(), str(override.input_line), override.value()
+    key, text = override.get_key_element(), str(override.input_line)
+    value: Any = override.value()
     if not override.is_sweep_override():
         return Param(key, text, "choice", (encoded(override),), when=when)
     shuffled = bool(getattr(value, "shuffle", False))
@@ -240,13 +240,10 @@ def param_of(loader: ConfigLoader, override: Override, when: Condition | None = 
             choices.sort(key=str)
         return Param(key, text, "choice", tuple(choices), when=when)
     if isinstance(value, RangeSweep):
-        low, high, step = value.start, value.stop, value.step
+        low, high, step, log = value.start, value.stop, value.step, False
     else:
-        assert isinstance(value, IntervalSweep)
-        low, high, step = value.start, value.end, None
-    assert low is not None and high is not None
+        low, high, step, log = value.start, value.end, None, "log" in value.tags
     kind = "int" if all(isinstance(n, int) for n in (low, high, step or 0)) else "float"
-    log = isinstance(value, IntervalSweep) and "log" in value.tags
     if low > high or (log and low <= 0) or (step is not None and step <= 0):
         raise SweepError(f"{text}: the bounds must grow" + (" and be positive" if log else ""))
     step = step or (1 if kind == "int" and not log else None)

@@ -12,6 +12,7 @@ from typing import Any
 
 import modal_sweep
 from modal_sweep.errors import LaunchError
+from modal_sweep.protocol.outputs import file_digest
 
 SUFFIXES = {".py", ".pyi", ".yaml", ".yml", ".json", ".toml", ".txt", ".jinja", ".cfg"}
 SKIPPED = {"__pycache__", "node_modules", "outputs", "multirun", "wandb", "build", "dist"}
@@ -75,7 +76,7 @@ def digest_of(files: dict[str, Path]) -> str:
     """Hash of files by their path in the container."""
     digest = hashlib.sha256()
     for remote, path in sorted(files.items()):
-        digest.update(f"{remote}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        digest.update(f"{remote}\0{file_digest(path)}\n".encode())
     return digest.hexdigest()
 
 

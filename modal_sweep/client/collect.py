@@ -51,16 +51,10 @@ def collect(journal: Journal, record: JobRecord, ended: Ended) -> None:
     if envelope.get("cwd_files"):
         cwd = Path(record.plan["ref"]["cwd"])
         outputs.pull(envelope["cwd_files"], cwd, reader(source, f"{base}/cwd"))
-    event = {
-        "event": "end",
-        "identity": record.identity,
-        "generation": record.generation,
-        "call": record.call,
-        "status": envelope["status"],
-        "value": shown_value(envelope),
-    }
-    names = ("error", "tail", "seconds", "attempt", "task_name", "working_dir")
-    journal.write([{**event, **{name: envelope.get(name) for name in names}}])
+    end = {"call": record.call, "status": envelope["status"], "value": shown_value(envelope)}
+    for name in ("error", "tail", "seconds", "attempt", "task_name", "working_dir"):
+        end[name] = envelope.get(name)
+    journal.write([record.event("end", **end)])
 
 
 def shown_value(envelope: dict[str, Any]) -> Any:
@@ -85,11 +79,10 @@ def pull(journal: Journal, record: JobRecord) -> int:
     Raises:
         FileNotFoundError: nothing was saved yet.
     """
-    source, base = saved_at(journal, record)
-    folder = output_dir(journal, record)
-    envelope = saved_result(journal, record)
+    folder, envelope = output_dir(journal, record), saved_result(journal, record)
     if "files" in envelope:
         return unpack_files(envelope["files"], folder)
+    source, base = saved_at(journal, record)
     manifest = read_manifest(source, base)
     return outputs.pull(manifest, folder, reader(source, f"{base}/outputs"))
 

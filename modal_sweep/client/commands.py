@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modal_sweep.client import calls, collect, messages, spawn
-from modal_sweep.client.deploy import Functions
 from modal_sweep.client.preflight import confirmed
 from modal_sweep.client.table import Table, rich_table, row
 from modal_sweep.client.volumes import volume
@@ -40,7 +39,7 @@ def status(arguments: argparse.Namespace) -> int:
     """One look, without waiting; results that are ready are brought."""
     journal = open_journal(arguments.sweep)
     records = journal.ordered()
-    watch = Watch(journal, Table(), Functions(), poll=1.0)
+    watch = Watch(journal, Table(), poll=1.0)
     for record in records:
         if record.call is not None and record.end is None:
             watch.settle(record, seconds=0.0)
@@ -58,20 +57,19 @@ def exit_code(records: Sequence[JobRecord]) -> int:
 def attach(arguments: argparse.Namespace) -> int:
     """Spawn what a kill left unspawned, wait for all, bring the results."""
     journal = open_journal(arguments.sweep)
-    functions = Functions()
     with journal.locked():
         records = journal.ordered()
         for record in records:
             if record.call is None:
-                spawn.respawn(journal, record, functions)
-    return finish(journal, records, functions)
+                spawn.respawn(journal, record)
+    return finish(journal, records)
 
 
-def finish(journal: Journal, records: Sequence[JobRecord], functions: Functions) -> int:
+def finish(journal: Journal, records: Sequence[JobRecord]) -> int:
     """Wait with a table, then say how the sweep ended."""
     try:
         with Table() as table:
-            Watch(journal, table, functions, poll=1.0).collect(records)
+            Watch(journal, table, poll=1.0).collect(records)
     except KeyboardInterrupt:
         messages.detached(journal)
         return 130
@@ -165,7 +163,6 @@ def cancel(arguments: argparse.Namespace) -> int:
 def rerun(arguments: argparse.Namespace) -> int:
     """Open the next generation of jobs and wait for them."""
     journal = open_journal(arguments.sweep)
-    functions = Functions()
     with journal.locked():
         records = by_number(journal, arguments.job)
         if arguments.failed:
@@ -173,14 +170,14 @@ def rerun(arguments: argparse.Namespace) -> int:
         if not records:
             raise LaunchError("nothing to run again: name job numbers, or --failed")
         for record in records:
-            if record.call is not None and record.end is None and spawn.still_runs(record):
+            if spawn.still_runs(record):
                 raise LaunchError(
                     f"job {record.number} is still running: "
                     f"modal-sweep cancel {journal.sweep_dir} {record.number}"
                 )
         for record in records:
-            spawn.respawn(journal, record, functions)
-    return finish(journal, records, functions)
+            spawn.respawn(journal, record)
+    return finish(journal, records)
 
 
 def clean(arguments: argparse.Namespace) -> int:
@@ -188,8 +185,7 @@ def clean(arguments: argparse.Namespace) -> int:
     import modal
 
     journal = open_journal(arguments.sweep)
-    running = [record for record in journal.ordered() if record.call and record.end is None]
-    if running and any(spawn.still_runs(record) for record in running):
+    if any(spawn.still_runs(record) for record in journal.ordered()):
         raise LaunchError(f"jobs are running: modal-sweep cancel {journal.sweep_dir} first")
     place = f"{journal.sweep['volume']}:{journal.sweep['id']}"
     if not arguments.yes:

@@ -1,8 +1,10 @@
 """The deployed app of a sweep: made once per version of the code, then only looked up."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,29 +86,26 @@ def at_once(attempts: int) -> "modal.Retries":
     return modal.Retries(max_retries=attempts, initial_delay=0.0, backoff_coefficient=1.0)
 
 
-class Functions:
-    """Handles for spawning: one per distinct set of options, looked up once."""
-
-    def __init__(self) -> None:
-        self.handles: dict[str, Any] = {}
-
-    def spawn(self, plan: dict[str, Any], reference: dict[str, Any], payload: bytes) -> str:
-        """Spawn a job; returns the id of its call."""
-        names = [plan["app"], plan["function"], plan["options"], reference["sweep"]]
-        key = image.digest(names)
-        if key not in self.handles:
-            self.handles[key] = variant(plan, reference)
-        return str(self.handles[key].spawn(reference, payload).object_id)
+def spawn_call(plan: dict[str, Any], reference: dict[str, Any], payload: bytes) -> str:
+    """Spawn a job; returns the id of its call."""
+    names = [plan["app"], plan["function"], plan["options"]]
+    handle = variant(json.dumps([*names, reference["volume"], reference["sweep"]]))
+    return str(handle.spawn(reference, payload).object_id)
 
 
-def variant(plan: dict[str, Any], reference: dict[str, Any]) -> "modal.Function[Any, Any, Any]":
-    """The deployed function with a job's own options."""
+@cache
+def variant(names: str) -> "modal.Function[Any, Any, Any]":
+    """The deployed function with a job's own options, looked up once.
+
+    Args:
+        names: as JSON: app, function, options, the Volume and the sweep's folder on it.
+    """
     import modal
 
-    options = plan["options"]
+    app, function, options, outputs_volume, sweep = json.loads(names)
     volumes = {mount: volume(name) for mount, name in options["volumes"].items()}
     # A container sees, copies and commits the files of its own sweep only.
-    outputs = volume(reference["volume"]).with_mount_options(sub_path=reference["sweep"])
+    outputs = volume(outputs_volume).with_mount_options(sub_path=sweep)
     secrets = [
         modal.Secret.from_name(name, required_keys=keys)
         for name, keys in options["secrets"].items()
@@ -116,7 +115,7 @@ def variant(plan: dict[str, Any], reference: dict[str, Any]) -> "modal.Function[
         for name in ("gpu", "cpu", "memory", "region", "cloud", "max_containers")
         if options[name] is not None
     }
-    return modal.Function.from_name(plan["app"], plan["function"]).with_options(
+    return modal.Function.from_name(app, function).with_options(
         **machine,
         timeout=options["timeout"],
         retries=at_once(options["retries"]),

@@ -56,7 +56,7 @@ def launch(
                 raise SystemExit(0)
             records = [journal.jobs[job.identity] for job in jobs]
             with Table(conf.prices) as table:
-                ended = Watch(journal, table, spawner.functions, conf.poll).collect(records)
+                ended = Watch(journal, table, conf.poll).collect(records)
         except KeyboardInterrupt:
             messages.detached(journal)
             raise SystemExit(130) from None

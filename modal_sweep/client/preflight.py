@@ -111,27 +111,28 @@ def check_requires(jobs: Sequence[Job], send: bool) -> list[str]:
     """
     uploads = []
     for entry in unique_requires(jobs):
-        target = volume(entry["volume"])
-        if exists(target, entry["path"]):
+        name, path, local = entry["volume"], entry["path"], entry.get("local")
+        target = volume(name)
+        if exists(target, path):
             continue
-        local = Path(entry["local"]) if entry.get("local") else None
-        if local is not None and local.exists():
-            size = sum(path.stat().st_size for path in [local, *local.rglob("*")] if path.is_file())
-            if size > MOST_UPLOADED:
-                raise LaunchError(
-                    f"{local} ({size / 1e9:.1f} GB) is not on the Volume {entry['volume']}; "
-                    f"upload it with `modal volume put {entry['volume']} {local} {entry['path']}`"
-                )
-            uploads.append(f"{local} -> {entry['volume']}:{entry['path']} ({size / 1e6:.1f} MB)")
-            if send:
-                upload(target, local, entry["path"])
-            continue
-        remedy = entry.get("remedy")
-        raise LaunchError(
-            f"{entry['volume']}:{entry['path']} is missing, and a job needs it"
-            + (f"; make it with:\n  {remedy}" if remedy else "")
-            + f"\n`modal volume ls {entry['volume']}` shows what is there"
-        )
+        if not local or not Path(local).exists():
+            remedy = entry.get("remedy")
+            raise LaunchError(
+                f"{name}:{path} is missing, and a job needs it"
+                + (f"; make it with:\n  {remedy}" if remedy else "")
+                + f"\n`modal volume ls {name}` shows what is there"
+            )
+        source = Path(local)
+        files = [file for file in [source, *source.rglob("*")] if file.is_file()]
+        size = sum(file.stat().st_size for file in files)
+        if size > MOST_UPLOADED:
+            raise LaunchError(
+                f"{source} ({size / 1e9:.1f} GB) is not on the Volume {name}; "
+                f"upload it with `modal volume put {name} {source} {path}`"
+            )
+        uploads.append(f"{source} -> {name}:{path} ({size / 1e6:.1f} MB)")
+        if send:
+            upload(target, source, path)
     return uploads
 
 

@@ -41,7 +41,7 @@ class Session:
         self.table = Table(self.conf.prices)
         common = payload.pack(context, task)
         self.spawner = Spawner(self.journal, self.conf, common, search=True)
-        self.watch = Watch(self.journal, self.table, self.spawner.functions, self.conf.poll)
+        self.watch = Watch(self.journal, self.table, self.conf.poll)
         self.jobs: dict[int, plan.Job] = {}
         """Started, and its end not given yet."""
         self.unmade: list[tuple[int, JobReturn]] = []
@@ -150,8 +150,7 @@ class Session:
 
         record, job = self.record(number), self.jobs.pop(number)
         if record.status == "failed":
-            failure = {"identity": record.identity, "generation": record.generation}
-            self.untold.append({"event": "told", **failure})
+            self.untold.append(record.event("told"))
         cancelled = record.status == "cancelled"
         if cancelled:
             with contextlib.suppress(OSError, ValueError, Error):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modal_sweep.client import calls, preflight
-from modal_sweep.client.deploy import Functions, app_name, deploy
+from modal_sweep.client.deploy import app_name, deploy, spawn_call
 from modal_sweep.client.image import digest
 from modal_sweep.client.plan import Job, job_kind, plan_event
 from modal_sweep.client.settings import volume_name
@@ -40,7 +40,6 @@ class Spawner:
     """What is sent once for all jobs."""
     search: bool = False
     """Jobs come one by one; the next ones depend on how they end."""
-    functions: Functions = field(default_factory=Functions)
     prepared: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What `prepare` returned, by what it was for."""
 
@@ -65,7 +64,7 @@ def spawn_jobs(spawner: Spawner, jobs: Sequence[Job], times: int = 1) -> dict[st
         refuse_done(journal, records, conf)
         states = {record.identity: "done" if record.end else "attached" for record in records}
         for record in [journal.jobs[job.identity] for job in fresh]:
-            spawn_next(journal, record, spawner.functions)
+            spawn_next(journal, record)
             states[record.identity] = "spawned"
         return states
 
@@ -156,13 +155,13 @@ def stage_common(journal: Journal, common: bytes, sha256: str) -> None:
     shared.put(sha256, common, skip_if_exists=True)
 
 
-def respawn(journal: Journal, record: JobRecord, functions: Functions) -> None:
+def respawn(journal: Journal, record: JobRecord) -> None:
     """Spawn a job of an earlier launch, with the common part that it had."""
     sha256 = record.plan["ref"]["common"]
     path = journal.folder / f"common-{sha256[:16]}.bin"
     if path.exists():
         stage_common(journal, path.read_bytes(), sha256)
-    spawn_next(journal, record, functions)
+    spawn_next(journal, record)
 
 
 def will_spawn(spawner: Spawner, record: JobRecord | None) -> bool:
@@ -187,11 +186,7 @@ def refuse_other_code(journal: Journal, jobs: Sequence[Job]) -> None:
     running = [
         record
         for record in journal.ordered()
-        if record.identity not in ours
-        and record.plan["code"] not in codes
-        and record.call is not None
-        and record.end is None
-        and still_runs(record)
+        if record.identity not in ours and record.plan["code"] not in codes and still_runs(record)
     ]
     if running:
         numbers = ", ".join(str(record.number) for record in running)
@@ -204,25 +199,25 @@ def refuse_other_code(journal: Journal, jobs: Sequence[Job]) -> None:
 
 def still_runs(record: JobRecord) -> bool:
     """Whether the newest call has no result yet."""
-    assert record.call is not None
+    if record.call is None or record.end is not None:
+        return False
     try:
         return calls.look(record.call) is None
     except ResultGone:
         return False
 
 
-def spawn_next(journal: Journal, record: JobRecord, functions: Functions) -> None:
+def spawn_next(journal: Journal, record: JobRecord) -> None:
     """Spawn a job, as its next generation when it was spawned before; write its call id down."""
     generation = record.generation + (record.call is not None)
     reference = {**record.plan["ref"], "key": f"{record.identity}.{generation}"}
-    call = functions.spawn(record.plan, reference, base64.b64decode(record.plan["payload"]))
+    call = spawn_call(record.plan, reference, base64.b64decode(record.plan["payload"]))
     note_call(journal, record, generation, call)
 
 
 def note_call(journal: Journal, record: JobRecord, generation: int, call: str) -> None:
     """Write down which call runs a generation of a job."""
-    place = {"identity": record.identity, "generation": generation}
-    journal.write([{"event": "spawn", **place, "call": call}])
+    journal.write([record.event("spawn", generation=generation, call=call)])
 
 
 def cancel(journal: Journal, record: JobRecord) -> bool:

@@ -8,7 +8,6 @@ from functools import cached_property
 
 from modal_sweep.client import calls, collect, spawn
 from modal_sweep.client.calls import Ended
-from modal_sweep.client.deploy import Functions
 from modal_sweep.client.table import Table
 from modal_sweep.errors import LaunchError, ResultGone
 from modal_sweep.protocol.journal import JobRecord, Journal
@@ -25,7 +24,6 @@ class Watch:
 
     journal: Journal
     table: Table
-    functions: Functions
     poll: float
     ended: dict[str, Ended] = field(default_factory=dict)
     looked: dict[str, float] = field(default_factory=dict)
@@ -150,4 +148,4 @@ class Watch:
     def respawn(self, record: JobRecord, why: str) -> None:
         """Open the job's next generation."""
         self.table.note(f"job {record.number} runs again: {why}")
-        spawn.respawn(self.journal, record, self.functions)
+        spawn.respawn(self.journal, record)

@@ -8,10 +8,10 @@ from typing import Any
 
 
 class Signals:
-    """While entered: remembers which signal came. Outside the main thread: nothing comes."""
+    """While entered: remembers which signals came. Outside the main thread: nothing comes."""
 
     def __init__(self) -> None:
-        self.interrupted = self.cancelled = False
+        self.seen: set[int] = set()
         self.earlier: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -26,17 +26,16 @@ class Signals:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Remember a signal."""
-        self.interrupted |= number == signal.SIGINT
-        self.cancelled |= number == signal.SIGUSR1
+        self.seen.add(number)
 
     @property
-    def seen(self) -> bool:
-        """Whether the job has to stop."""
-        return self.interrupted or self.cancelled
+    def cancelled(self) -> bool:
+        """Whether somebody ended the call."""
+        return signal.SIGUSR1 in self.seen
 
     def raise_again(self) -> None:
         """Raise what Modal's own handlers would have raised."""
-        if self.interrupted:
+        if signal.SIGINT in self.seen:
             raise KeyboardInterrupt
         if self.cancelled:
             from modal.exception import InputCancellation

@@ -75,6 +75,11 @@ class JobRecord:
         """Names this generation on the Volume and in the Dict."""
         return f"{self.identity}.{self.generation}"
 
+    def event(self, kind: str, **values: Any) -> dict[str, Any]:
+        """The journal's line for what has happened to the newest generation."""
+        place = {"identity": self.identity, "generation": self.generation}
+        return {"event": kind, **place, **values}
+
 
 class Journal:
     """A sweep's jobs.jsonl."""

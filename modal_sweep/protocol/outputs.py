@@ -1,5 +1,6 @@
 """Output directories: saved to the Volume in the container, brought back here."""
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -39,19 +40,14 @@ def save(source: Path, target: Path, earlier: dict[str, Any]) -> dict[str, Any]:
     manifest = {}
     for path in files_below(source):
         name = path.relative_to(source).as_posix()
-        try:
+        with contextlib.suppress(FileNotFoundError):  # a temporary file of the job
             stat = path.stat()
-            if (entry := earlier.get(name)) and (entry["size"], entry["time"]) == (
-                stat.st_size,
-                stat.st_mtime_ns,
-            ):
-                manifest[name] = entry
-                continue
-            copy(path, target / name)
-            digest = file_digest(target / name)
-        except FileNotFoundError:  # a temporary file of the job
-            continue
-        manifest[name] = {"size": stat.st_size, "time": stat.st_mtime_ns, "sha256": digest}
+            state = {"size": stat.st_size, "time": stat.st_mtime_ns}
+            entry = earlier.get(name, {})
+            if not state.items() <= entry.items():
+                copy(path, target / name)
+                entry = {**state, "sha256": file_digest(target / name)}
+            manifest[name] = entry
     for name in earlier.keys() - manifest.keys():
         (target / name).unlink(missing_ok=True)
     return manifest
