@@ -243,6 +243,7 @@ def param_of(loader: ConfigLoader, override: Override, when: Condition | None = 
         low, high, step, log = value.start, value.stop, value.step, False
     else:
         low, high, step, log = value.start, value.end, None, "log" in value.tags
+    assert low is not None and high is not None
     kind = "int" if all(isinstance(n, int) for n in (low, high, step or 0)) else "float"
     if low > high or (log and low <= 0) or (step is not None and step <= 0):
         raise SweepError(f"{text}: the bounds must grow" + (" and be positive" if log else ""))
