@@ -52,7 +52,6 @@ class Grid:
         """What has not completed."""
         return [job for job in self.jobs if self.runs[job.number].status != "completed"]
 
-    @property
     def table(self) -> str:
         """What is printed at the end."""
         return table(self.sweep, list(self.runs.values()))
@@ -162,11 +161,11 @@ def carry_out(grid: Grid) -> list[Sequence[JobReturn]]:
     grid.sweep = record.begin(grid.sweep_dir, grid.sweep)
     set_up(grid)
     grid.write()
-    with stopping(grid.interrupt, lambda: grid.table):
+    with stopping(grid.interrupt, grid.table):
         run_pending(grid)
     grid.sweep.state = "complete"
     grid.write()
-    print(grid.table, flush=True)
+    print(grid.table(), flush=True)
     report(grid.options.report, grid.master, grid.sweep_dir)
     failed = [run for run in grid.runs.values() if run.status == "failed"]
     if failed:

@@ -104,7 +104,6 @@ class Study:
         """Whether the study has failed."""
         return len(self.failed) > self.options.max_failure_rate * self.options.n_trials
 
-    @property
     def table(self) -> str:
         """The study's trials, best first."""
         names = {trial.user_attrs.get(RUN) for trial in self.trials}
@@ -217,14 +216,14 @@ def carry_out(study: Study) -> list[JobReturn]:
     """Run what is missing; afterwards results, the table and the report."""
     catch_up(study)
     study.write()
-    with stopping(study.interrupt, lambda: study.table):
+    with stopping(study.interrupt, study.table):
         loop(study)
     study.runner.close()
     options, failed, trials = study.options, study.failed, study.trials
     study.sweep.state = "interrupted" if study.too_many_failed else "complete"
     study.write()
     write_results(study.optuna, study.sweep_dir)
-    print(study.table, flush=True)
+    print(study.table(), flush=True)
     report(options.report, study.source.master, study.sweep_dir)
     if study.too_many_failed:
         raise SweepError(

@@ -64,7 +64,7 @@ def look(call: str, seconds: float = 0.0) -> Ended | None:
 
 def failed(kind: str, message: str, status: str = "failed") -> Ended:
     """An end that Modal reports, not the job."""
-    return Ended({"status": status, "error": {"type": kind, "message": message}}, trusted=True)
+    return Ended(result.failed(kind, message, status), trusted=True)
 
 
 class Statuses:

@@ -136,8 +136,9 @@ class Session:
 
     def pending(self) -> list[JobRecord]:
         """Jobs without an end."""
-        records = {self.record(number).identity: self.record(number) for number in self.jobs}
-        return [record for record in records.values() if record.end is None]
+        identities = dict.fromkeys(job.identity for job in self.jobs.values())
+        records = [self.journal.jobs[identity] for identity in identities]
+        return [record for record in records if record.end is None]
 
     def shown(self) -> list[JobRecord]:
         """What the table shows: the latest ends, and what is in flight."""

@@ -37,7 +37,7 @@ def run(request: Request) -> None:
 def outcome(request: Request) -> dict[str, Any]:
     """How a job has ended."""
     if problem := mismatch(request.versions):
-        return {"status": "failed", "error": {"type": "VersionError", "message": problem}}
+        return result.failed("VersionError", problem)
     os.makedirs(request.cwd, exist_ok=True)
     os.chdir(request.cwd)
     context, task_function = payload.unpack(request.common)
@@ -47,7 +47,8 @@ def outcome(request: Request) -> dict[str, Any]:
     except SystemExit as left:
         if left.code in (None, 0):
             return {"status": "completed", "value": result.pack_value(None)}
-        return failure(left, f"left the interpreter with exit code {left.code}")
+        message = f"left the interpreter with exit code {left.code}"
+        return result.failed(type(left).__name__, message)
 
 
 def mismatch(launched_with: dict[str, str]) -> str | None:
@@ -84,10 +85,4 @@ def run_hydra_job(context: Any, task_function: Any, config: Any) -> dict[str, An
     compact = isinstance(error, CompactHydraException)
     lines = [str(error)] if compact else traceback.format_exception(error)
     logging.getLogger(returned.task_name).error("".join(lines).rstrip())
-    return {**failure(error), **place}
-
-
-def failure(error: BaseException, message: str | None = None) -> dict[str, Any]:
-    """An envelope for a job that raised."""
-    description = {"type": type(error).__name__, "message": message or str(error)}
-    return {"status": "failed", "error": description}
+    return {**result.failed(type(error).__name__, str(error)), **place}

@@ -138,10 +138,9 @@ class Attempt:
             ended = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
             hint = " (out of memory?)" if code == -signal.SIGKILL else ""
             message = f"the job's process {ended}{hint} before it had a result"
-            envelope = {"status": "failed", "error": {"type": "JobExited", "message": message}}
+            envelope = result.failed("JobExited", message)
         if envelope["status"] == "completed" and result.is_nan(envelope["value"]):
-            error = {"type": "NotANumber", "message": "the job returned NaN"}
-            envelope = {**envelope, "status": "failed", "error": error}
+            envelope |= result.failed("NotANumber", "the job returned NaN")
         if envelope["status"] == "failed":
             text = self.log.read_text(errors="replace") if self.log.exists() else ""
             envelope["tail"] = text[-2000:]
@@ -193,8 +192,7 @@ class Attempt:
             self.cloud.commit()
         except OSError as error:
             lost = f"the job ended ({envelope['status']}), but its files were not saved: {error}"
-            envelope["status"] = "failed"
-            envelope["error"] = {"type": "NotSaved", "message": lost}
+            envelope |= result.failed("NotSaved", lost)
             packed = result.pack(envelope, {})
         self.cloud.over()
         return packed

@@ -46,6 +46,11 @@ def pack(envelope: dict[str, Any], manifest: dict[str, Any]) -> bytes:
     return compress({**envelope, "manifest": None})
 
 
+def failed(kind: str, message: str, status: str = "failed") -> dict[str, Any]:
+    """The envelope of a job without a result."""
+    return {"status": status, "error": {"type": kind, "message": message}}
+
+
 def compress(envelope: dict[str, Any]) -> bytes:
     """JSON, compressed."""
     return zlib.compress(json.dumps(envelope, separators=(",", ":")).encode(), 6)
