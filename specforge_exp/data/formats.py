@@ -33,67 +33,53 @@ def convert(item: Raw, adapt: Callable[[Any], Any]) -> Record | Rejected:
     return Rejected(where, reason, json.dumps(value, default=str)[:RAW_CHARACTERS])
 
 
-def as_it_is() -> Callable[[Any], Any]:
+def as_it_is(value: Any) -> Any:
     """format=conversations: the record is one."""
-    return lambda value: value
+    return value
 
 
-def image() -> Callable[[Any], Any]:
+def image(value: Any) -> Any:
     """format=image: conversations about a picture; the `<image>` marks leave the text.
 
     What `image` says of the picture (a path, a URL) stays in the record.
     """
-
-    def without_marks(message: Any) -> Any:
-        if not isinstance(message, dict):
-            return message
-        marked = {k: v for k, v in message.items() if isinstance(v, str) and MARK in v}
-        return message | {key: text.replace(MARK, "").strip() for key, text in marked.items()}
-
-    def dialog(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        lists = {key: value[key] for key in LISTS if isinstance(value.get(key), list)}
-        return value | {
-            key: [without_marks(m) for m in messages] for key, messages in lists.items()
-        }
-
-    return dialog
+    if not isinstance(value, dict):
+        return value
+    lists = {key: value[key] for key in LISTS if isinstance(value.get(key), list)}
+    return value | {key: list(map(without_marks, messages)) for key, messages in lists.items()}
 
 
-def instruction() -> Callable[[Any], Any]:
+def without_marks(message: Any) -> Any:
+    """A message about a picture, as text."""
+    if not isinstance(message, dict):
+        return message
+    marked = {k: v for k, v in message.items() if isinstance(v, str) and MARK in v}
+    return message | {key: text.replace(MARK, "").strip() for key, text in marked.items()}
+
+
+def instruction(value: Any) -> Record:
     """format=instruction: Alpaca's `instruction` (and `input`), and `output` or `response`."""
-
-    def task(value: Any) -> Record:
-        asks = text_of(value, "instruction")
-        if isinstance(value.get("input"), str) and value["input"].strip():
-            asks += "\n\n" + value["input"]
-        answer = {"role": "assistant", "content": text_of(value, "output", "response")}
-        extra = {key: value[key] for key in (*IDS, *MORE) if key in value}
-        return extra | {"conversations": [*asked(asks)["conversations"], answer]}
-
-    return task
+    asks = text_of(value, "instruction")
+    if isinstance(value.get("input"), str) and value["input"].strip():
+        asks += "\n\n" + value["input"]
+    answer = {"role": "assistant", "content": text_of(value, "output", "response")}
+    extra = {key: value[key] for key in (*IDS, *MORE) if key in value}
+    return extra | {"conversations": [user(asks), answer]}
 
 
-def humaneval() -> Callable[[Any], Any]:
+def humaneval(value: Any) -> Record:
     """format=humaneval: one user message that asks to complete the function of `prompt`."""
-
-    def task(value: Any) -> Record:
-        code = text_of(value, "prompt").strip()
-        name = {"id": value["task_id"]} if "task_id" in value else {}
-        return name | asked(f"Complete this Python function:\n\n```python\n{code}\n```")
-
-    return task
+    code = text_of(value, "prompt").strip()
+    question = user(f"Complete this Python function:\n\n```python\n{code}\n```")
+    name = {"id": value["task_id"]} if "task_id" in value else {}
+    return name | {"conversations": [question]}
 
 
-def gsm8k() -> Callable[[Any], Any]:
+def gsm8k(value: Any) -> Record:
     """format=gsm8k: one user message with the `question` (or `prompt`)."""
-
-    def task(value: Any) -> Record:
-        name = {"id": value["id"]} if isinstance(value, dict) and "id" in value else {}
-        return name | asked(text_of(value, "question", "prompt").strip())
-
-    return task
+    question = user(text_of(value, "question", "prompt").strip())
+    name = {"id": value["id"]} if "id" in value else {}
+    return name | {"conversations": [question]}
 
 
 REASON = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -151,15 +137,15 @@ def alpaca(value: Any) -> list[str]:
     return [f"{asks}\n\nInput:\n{more}" if more else asks]
 
 
-def prompts(texts: Callable[[Any], list[str]]) -> Callable[[], Callable[[Any], Any]]:
+def prompts(texts: Callable[[Any], list[str]]) -> Callable[[Any], Any]:
     """A format that has questions only: between two of them stands an empty answer."""
 
     def task(value: Any) -> Record:
         gap = {"role": "assistant", "content": ""}
-        messages = [m for text in texts(value) for m in (gap, *asked(text)["conversations"])]
+        messages = [message for text in texts(value) for message in (gap, user(text))]
         return {key: value[key] for key in IDS if key in value} | {"conversations": messages[1:]}
 
-    return lambda: task
+    return task
 
 
 def text_of(value: Any, *keys: str) -> str:
@@ -171,22 +157,22 @@ def text_of(value: Any, *keys: str) -> str:
     raise BadRecord(f"no {' or '.join(f'`{key}`' for key in keys)} text")
 
 
-def asked(text: str) -> Record:
-    """A conversation of one user message."""
-    return {"conversations": [{"role": "user", "content": text}]}
+def user(text: str) -> Record:
+    """A user message."""
+    return {"role": "user", "content": text}
 
 
 @dataclass(frozen=True)
 class Format:
     """How the records of a source read."""
 
-    adapt: Callable[[], Callable[[Any], Any]]
-    """Makes what turns a raw record into one that `conversations.normalise` takes."""
+    adapt: Callable[[Any], Any]
+    """Turns a raw record into one that `conversations.normalise` takes."""
     columns: Columns
     """What is read of a table."""
 
 
-def format_of(adapt: Callable[[], Callable[[Any], Any]], needed: str, optional: str = "") -> Format:
+def format_of(adapt: Callable[[Any], Any], needed: str, optional: str = "") -> Format:
     """A format; ids are read of every table."""
     return Format(adapt, Columns(frozenset(needed.split()), frozenset([*optional.split(), *IDS])))
 

@@ -32,11 +32,12 @@ def read(source: Source) -> Iterator[Record | Rejected]:
     Raises:
         InputError: the source cannot be found or read, or `skip` leaves nothing of it.
     """
-    adapt = FORMATS[source.format].adapt()
+    adapt = FORMATS[source.format].adapt
     accepted = 0
     skipped_over: Counter[str] = Counter()
-    raw = raw_records(source)
-    items = (item if isinstance(item, Rejected) else convert(item, adapt) for item in raw)
+    items = (
+        item if isinstance(item, Rejected) else convert(item, adapt) for item in raw_records(source)
+    )
     if source.shuffle is not None:
         import numpy as np
 
