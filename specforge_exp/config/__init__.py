@@ -13,7 +13,13 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from specforge_exp.config.checks import at_least, check_objectives, one_of, safe_name
+from specforge_exp.config.checks import (
+    above_zero,
+    allow,
+    check_objectives,
+    minimums,
+    safe_name,
+)
 from specforge_exp.config.choices import (
     DataConfig,
     DraftConfig,
@@ -130,8 +136,7 @@ class Config:
     def __post_init__(self) -> None:
         safe_name("run_name", self.run_name)
         safe_name("sweep_name", self.sweep_name)
-        one_of("lr_point", self.lr_point, ("low", "mid", "high"))
-        one_of("device", self.device, ("auto", "cpu", "cuda"))
+        allow(self, "", lr_point="low mid high", device="auto cpu cuda")
         self.draft.chain_length(self.bench.chain_length)
         if self.bench_engine == "transformers" and self.bench.concurrency > 1:
             raise InputError(
@@ -139,16 +144,8 @@ class Config:
                 f"with engine.name={self.engine.name} bench answers one prompt at a time"
             )
         check_objectives(self.objectives, self.draft.steps)
-        if self.lr <= 0:
-            raise InputError(f"lr={self.lr} must be above 0")
-        for name, minimum in (
-            ("epochs", 1),
-            ("max_steps", 1),
-            ("max_length", 2),
-            ("threads", 1),
-            ("seeds", 1),
-        ):
-            at_least(name, vars(self)[name], minimum)
+        above_zero("lr", self.lr)
+        minimums(self, "", epochs=1, max_steps=1, max_length=2, threads=1, seeds=1)
         option = self.draft.steps_option
         if self.max_length < self.draft.steps + 2:
             raise InputError(

@@ -1,6 +1,7 @@
 """Checks that configuration fields share; every message names the field and what is valid."""
 
 import re
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -19,6 +20,24 @@ def at_least(key: str, value: float | None, minimum: float) -> None:
     """Refuse a number below `minimum`; null passes."""
     if value is not None and value < minimum:
         raise InputError(f"{key}={value} must be at least {minimum}")
+
+
+def above_zero(key: str, value: float | None) -> None:
+    """Refuse 0 and negative numbers; null passes."""
+    if value is not None and value <= 0:
+        raise InputError(f"{key}={value} must be above 0")
+
+
+def allow(options: Any, prefix: str, **allowed: str) -> None:
+    """`one_of` for fields of `options`, whose keys begin with `prefix`: the words of `allowed`."""
+    for name, words in allowed.items():
+        one_of(prefix + name, vars(options)[name], tuple(words.split()))
+
+
+def minimums(options: Any, prefix: str, **least: float) -> None:
+    """`at_least` for fields of `options`, whose keys begin with `prefix`."""
+    for name, minimum in least.items():
+        at_least(prefix + name, vars(options)[name], minimum)
 
 
 def check_objectives(names: list[str], steps: int) -> None:

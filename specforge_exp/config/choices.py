@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING, OmegaConf
 
-from specforge_exp.config.checks import at_least, one_of, safe_name
+from specforge_exp.config.checks import above_zero, allow, minimums, safe_name
 from specforge_exp.errors import InputError
 
-FORMATS = tuple(
+FORMATS = (
     "conversations image instruction humaneval gsm8k math solve mbpp livecodebench "
-    "swe-bench mt-bench alpaca".split()
+    "swe-bench mt-bench alpaca"
 )
 
 
@@ -41,7 +41,7 @@ class ModelConfig:
         if not self.path:
             raise InputError("model=local needs model.path=<folder or hub id>")
         safe_name("model.name", self.name)
-        one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        allow(self, "model.", dtype="auto float32 bfloat16")
 
 
 @dataclass
@@ -64,10 +64,8 @@ class Source:
     """Take at most this many conversations after `skip`; null: all."""
 
     def __post_init__(self) -> None:
-        one_of("format", self.format, FORMATS)
-        at_least("shuffle", self.shuffle, 0)
-        at_least("skip", self.skip, 0)
-        at_least("limit", self.limit, 1)
+        allow(self, "", format=FORMATS)
+        minimums(self, "", shuffle=0, skip=0, limit=1)
 
 
 @dataclass
@@ -101,8 +99,7 @@ class DataConfig:
         safe_name("data.name", self.name)
         if not 0 <= self.split_eval < 1:
             raise InputError(f"data.split_eval={self.split_eval} must be in [0, 1)")
-        at_least("data.sample_size", self.sample_size, 1)
-        at_least("data.max_turns", self.max_turns, 1)
+        minimums(self, "data.", sample_size=1, max_turns=1)
 
 
 @dataclass
@@ -153,8 +150,7 @@ class LossConfig:
             raise InputError(f"loss weights must not be negative: {weights}")
         if self.name != MISSING and not any(weights.values()):
             raise InputError(f"at least one loss weight must be above 0: {', '.join(weights)}")
-        if self.temperature <= 0:
-            raise InputError(f"loss.temperature={self.temperature} must be above 0")
+        above_zero("loss.temperature", self.temperature)
 
     def weights(self) -> dict[str, float]:
         """Weight of every term, by the field's name."""
@@ -183,7 +179,7 @@ class DraftConfig:
 
     def __post_init__(self) -> None:
         safe_name("draft.name", self.name)
-        at_least("draft.draft_vocab_size", self.draft_vocab_size, 1)
+        minimums(self, "draft.", draft_vocab_size=1)
 
     @property
     def steps(self) -> int:

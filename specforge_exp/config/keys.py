@@ -21,10 +21,8 @@ def unknown_key(overrides: list[str], schema: type) -> str | None:
         parts = key.split(".")
         if override[:1] in "-+~" or "=" not in override or parts[0] in NOT_OURS:
             continue
-        if not {"/", "@"} & set(key):
-            problem = missing_part(parts, schema)
-            if problem:
-                return problem
+        if not {"/", "@"} & set(key) and (problem := missing_part(parts, schema)):
+            return problem
     return None
 
 
@@ -33,8 +31,7 @@ def missing_part(parts: list[str], schema: Any) -> str | None:
     for depth, part in enumerate(parts):
         if not is_dataclass(schema):
             return None
-        problem = not_an_option(parts[: depth + 1], schema)
-        if problem:
+        if problem := not_an_option(parts[: depth + 1], schema):
             return problem
         schema = next(field.type for field in fields(schema) if field.name == part)
     return None

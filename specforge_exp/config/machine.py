@@ -37,25 +37,20 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
         place = {"volume": volumes[root], "path": path.relative_to(root).as_posix()}
         return {**place, "local": str(folder(here)), "remedy": command(maker)}
 
-    model = {
-        "volume": volumes[env["HF_HOME"]],
-        "path": prefetched(here.model.path),
-        "remedy": command("prefetch"),
-    }
+    path = prefetched(here.model.path)
+    model = {"volume": volumes[env["HF_HOME"]], "path": path, "remedy": command("prefetch")}
     prompts, tokens = needs(paths.prompts_dir, "prep"), needs(paths.tokens_dir, "preprocess")
     answers = needs(paths.regen_dir, "regen") if here.preprocess.source == "regen" else prompts
     stages: dict[str, dict[str, Any]] = {
-        "prefetch": {**cores(4, 16), "gpu": None},
-        "prep": {**cores(2, 16), "gpu": None, "unique": [str(paths.prompts_dir(there))]},
+        "prefetch": cores(4, 16),
+        "prep": {**cores(2, 16), "unique": [str(paths.prompts_dir(there))]},
         "regen": {  # with engine=modal it only waits for containers that have the GPUs
-            **cores(4, 64),
-            "gpu": {"sglang": gpu, "transformers": one_gpu(gpu)}.get(here.engine.name),
+            **cores(4, 64, {"sglang": gpu, "transformers": one_gpu(gpu)}.get(here.engine.name)),
             "unique": [str(paths.regen_dir(there))],
             "requires": [model, prompts],
         },
         "preprocess": {
             **cores(2, 32),
-            "gpu": None,
             "unique": [str(paths.tokens_dir(there))],
             "requires": [model, answers],
         },
@@ -68,15 +63,13 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
         },
         "export": {  # loads the target in float32 to compare: 4 bytes per weight
             **cores(4, 64),
-            "gpu": None,
             "timeout": 14400,
             "unique": [str(paths.export_dir(there))],
             # Never uploaded: here the run's folder may hold no more than a log.
             "requires": [model, tokens, {**needs(paths.run_dir, "train"), "local": None}],
         },
         "bench": {  # not resumed: an attempt has to be long enough
-            **cores(4, 64),
-            "gpu": one_gpu(gpu),
+            **cores(4, 64, one_gpu(gpu)),
             "timeout": 28800,
             "hours": 4,
             "unique": [f"{run}/bench-{here.bench.name}-{here.engine.name}"],
@@ -86,9 +79,9 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
     return stages.get(stage, {})
 
 
-def cores(count: int, gib: int) -> dict[str, int]:
-    """Settings of a machine with so many cores and so much memory."""
-    return {"cpu": count, "memory": gib * 1024}
+def cores(count: int, gib: int, gpu: Any = None) -> dict[str, Any]:
+    """Settings of a machine with so many cores, so much memory and this GPU."""
+    return {"cpu": count, "memory": gib * 1024, "gpu": gpu}
 
 
 def one_gpu(gpu: Any) -> Any:

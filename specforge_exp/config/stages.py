@@ -3,11 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from specforge_exp.config.checks import at_least, one_of, safe_name
+from specforge_exp.config.checks import above_zero, allow, minimums, one_of, safe_name
 from specforge_exp.config.choices import Source
 from specforge_exp.errors import InputError
-
-ENGINES = ("transformers", "openai", "sglang", "modal")
 
 
 @dataclass
@@ -60,14 +58,10 @@ class EngineConfig:
     """Conversations (modal: chunks) begun per second, at most; null: no limit."""
 
     def __post_init__(self) -> None:
-        one_of("engine.name", self.name, ENGINES)
-        at_least("engine.concurrency", self.concurrency, 1)
-        at_least("engine.retries", self.retries, 0)
-        for name in ("tp_size", "num_servers", "port"):
-            at_least(f"engine.{name}", vars(self)[name], 1)
+        allow(self, "engine.", name="transformers openai sglang modal")
+        minimums(self, "engine.", concurrency=1, retries=0, tp_size=1, num_servers=1, port=1)
         for name in ("startup_timeout", "timeout", "patience", "rate_limit"):
-            if (value := vars(self)[name]) is not None and value <= 0:
-                raise InputError(f"engine.{name}={value} must be above 0")
+            above_zero(f"engine.{name}", vars(self)[name])
         if self.name == "openai" and not self.urls:
             raise InputError(
                 "engine=openai needs engine.urls=[http://127.0.0.1:30000/v1]: where the servers are"
@@ -92,7 +86,7 @@ class TrackerConfig:
     """Modal secrets with its key: name of the secret: keys."""
 
     def __post_init__(self) -> None:
-        one_of("tracker.name", self.name, ("none", "wandb", "trackio"))
+        allow(self, "tracker.", name="none wandb trackio")
 
 
 @dataclass
@@ -151,12 +145,9 @@ class RegenConfig:
     def __post_init__(self) -> None:
         # YAML reads off and on as truth values.
         self.thinking = {"False": "off", "True": "on"}.get(self.thinking, self.thinking)
-        one_of("regen.thinking", self.thinking, ("model", "off", "on", "kept"))
-        one_of("regen.truncated", self.truncated, ("keep", "drop", "retry"))
-        at_least("regen.temperature", self.temperature, 0)
-        at_least("regen.top_k", self.top_k, 0)
-        for name in ("max_tokens", "num_samples", "samples_per_prompt", "chunk_size"):
-            at_least(f"regen.{name}", vars(self)[name], 1)
+        allow(self, "regen.", thinking="model off on kept", truncated="keep drop retry")
+        minimums(self, "regen.", temperature=0, top_k=0, max_tokens=1, num_samples=1)
+        minimums(self, "regen.", samples_per_prompt=1, chunk_size=1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"regen.top_p={self.top_p} must be in (0, 1]")
 
@@ -186,12 +177,9 @@ class PreprocessConfig:
     """Make it again even if it is complete."""
 
     def __post_init__(self) -> None:
-        one_of("preprocess.source", self.source, ("regen", "prep"))
-        one_of("preprocess.overlong", self.overlong, ("truncate", "drop", "error"))
-        one_of("preprocess.thinking", self.thinking, ("in", "out"))
-        one_of("preprocess.changed_turns", self.changed_turns, ("apart", "leave_out"))
-        at_least("preprocess.processes", self.processes, 1)
-        at_least("preprocess.shard_tokens", self.shard_tokens, 1)
+        allow(self, "preprocess.", source="regen prep", overlong="truncate drop error")
+        allow(self, "preprocess.", thinking="in out", changed_turns="apart leave_out")
+        minimums(self, "preprocess.", processes=1, shard_tokens=1)
 
 
 @dataclass
@@ -207,7 +195,7 @@ class TargetConfig:
     parallelism: for a target that does not fit one GPU. All of them then run every conversation."""
 
     def __post_init__(self) -> None:
-        one_of("target.cache", self.cache, ("none", "memory", "disk"))
+        allow(self, "target.", cache="none memory disk")
         if self.shard and self.cache == "memory":
             raise InputError(
                 "target.shard=true needs target.cache=none or disk: with memory each process would "
@@ -262,22 +250,19 @@ class TrainerConfig:
     """Continue from the newest checkpoint of this run; false: start over."""
 
     def __post_init__(self) -> None:
-        names = "batch_size accumulate pack_tokens gpus log_every eval_every save_every keep_last"
-        for name in names.split():
-            at_least(f"trainer.{name}", vars(self)[name], 1)
+        minimums(self, "trainer.", batch_size=1, accumulate=1, pack_tokens=1, gpus=1, log_every=1)
+        minimums(self, "trainer.", eval_every=1, save_every=1, keep_last=1, weight_decay=0)
         for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
             if not 0 <= vars(self)[name] <= 1:
                 raise InputError(f"trainer.{name}={vars(self)[name]} must be in [0, 1]")
-        one_of("trainer.schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
-        one_of("trainer.decay_shape", self.decay_shape, ("linear", "cosine"))
+        allow(self, "trainer.", schedule="cosine linear constant wsd")
+        allow(self, "trainer.", decay_shape="linear cosine")
         if self.schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
             raise InputError(
                 f"trainer.warmup_ratio={self.warmup_ratio} and trainer.decay_ratio="
                 f"{self.decay_ratio} leave no step between them; their sum must be at most 1"
             )
-        at_least("trainer.weight_decay", self.weight_decay, 0)
-        if self.clip <= 0:
-            raise InputError(f"trainer.clip={self.clip} must be above 0")
+        above_zero("trainer.clip", self.clip)
         if self.batch_size % self.gpus:
             raise InputError(
                 f"trainer.batch_size={self.batch_size} conversations cannot be shared evenly by "
@@ -299,7 +284,7 @@ class ExportConfig:
     """Make it again even if it is complete."""
 
     def __post_init__(self) -> None:
-        one_of("export.dtype", self.dtype, ("bfloat16", "float32"))
+        allow(self, "export.", dtype="bfloat16 float32")
 
 
 @dataclass
@@ -349,22 +334,13 @@ class BenchConfig:
     """Measure again even if bench.json is complete."""
 
     def __post_init__(self) -> None:
-        at_least("bench.chain_length", self.chain_length, 1)
-        at_least("bench.max_tokens", self.max_tokens, 2)
-        at_least("bench.max_length", self.max_length, 3)
-        at_least("bench.temperature", self.temperature, 0)
-        at_least("bench.bootstrap", self.bootstrap, 1)
-        at_least("bench.concurrency", self.concurrency, 1)
+        minimums(self, "bench.", chain_length=1, max_tokens=2, max_length=3, temperature=0)
+        minimums(self, "bench.", bootstrap=1, concurrency=1)
         # YAML reads off and on as truth values.
         self.thinking = {"False": "off", "True": "on"}.get(self.thinking, self.thinking)
-        for name, allowed in (
-            ("dtype", ("float32", "bfloat16")),
-            ("samples", ("auto", "hub", "shipped")),
-            ("turns", ("first", "all")),
-            ("average", ("conversations", "responses")),
-            ("thinking", ("model", "off", "on")),
-        ):
-            one_of(f"bench.{name}", vars(self)[name], allowed)
+        allow(self, "bench.", dtype="float32 bfloat16", samples="auto hub shipped")
+        allow(self, "bench.", turns="first all", average="conversations responses")
+        allow(self, "bench.", thinking="model off on")
         safe_name("bench.name", self.name or "none")
         for name in (*self.datasets, *self.suite):
             safe_name("bench.datasets", name)
@@ -383,4 +359,4 @@ class ReportConfig:
     """Resamples behind the 95 % intervals."""
 
     def __post_init__(self) -> None:
-        at_least("report.resamples", self.resamples, 1)
+        minimums(self, "report.", resamples=1)

@@ -63,10 +63,9 @@ async def result_of(call: str) -> bytes | None:
         packed: bytes = await modal.FunctionCall.from_id(call).get.aio(timeout=0)
         return packed
     except (Exception, modal.exception.InputCancellation) as error:
-        problem = call_error(error)
-    if problem is not None:
-        raise problem
-    return None
+        if problem := call_error(error):
+            raise problem from None
+        return None
 
 
 def new_outage() -> Outage:

@@ -5,9 +5,10 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import orjson
@@ -26,6 +27,7 @@ from specforge_exp.generation.engine import (
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 BUSY = (429, 502, 503, 504)
 SETTINGS = (401, 403, 404)
@@ -99,17 +101,13 @@ class OpenAIEngine:
             if self.names.get(server) is contact:  # whoever asks later tries again
                 del self.names[server]
             raise
-        for attempt in range(self.options.retries + 1):
-            try:
-                answer: Answer = await self.patiently(server, lambda: self.once(server, request))
-                return answer
-            except Failed:
-                if attempt == self.options.retries:
-                    raise
-                await asyncio.sleep(pause(attempt))
-        raise AssertionError("unreachable")
+        for attempt in range(self.options.retries):
+            with suppress(Failed):
+                return await self.patiently(server, lambda: self.once(server, request))
+            await asyncio.sleep(pause(attempt))
+        return await self.patiently(server, lambda: self.once(server, request))
 
-    async def patiently(self, server: int, ask: Callable[[], Any]) -> Any:
+    async def patiently(self, server: int, ask: Callable[[], Awaitable[T]]) -> T:
         """Ask until the server has room; raises Unreachable after engine.patience, ServerDied."""
         began = time.monotonic()
         tries = 0
@@ -143,9 +141,9 @@ class OpenAIEngine:
             method = "GET" if body is None else "POST"
             async with self.session.request(method, url, data=body, headers=headers) as response:
                 content = await response.read()
-        except (aiohttp.ServerTimeoutError, TimeoutError) as error:
-            if isinstance(error, aiohttp.ConnectionTimeoutError):
-                raise Busy("it cannot be reached (time-out)") from None
+        except aiohttp.ConnectionTimeoutError:
+            raise Busy("it cannot be reached (time-out)") from None
+        except TimeoutError:
             raise Failed(f"no answer within engine.timeout={self.options.timeout:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise Busy(f"it cannot be reached ({type(error).__name__}: {error})") from None

@@ -7,7 +7,6 @@ without looking at the conversations again.
 
 import hashlib
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -88,12 +87,15 @@ def make_plan(source: Path, digest: str, chunk_size: int, most: int | None) -> P
         most: leave out what comes after so many conversations; null: nothing.
     """
     starts, lengths, lines = array("q"), array("q"), array("q")
-    hashes = [array("q") for _ in LEVELS]
+    hashes = array("q")  # one for each of LEVELS, again and again
     twice: list[int] = []
     ids: set[int] = set()
-    total = 0
+    total = end = 0
     with source.open("rb") as file:
-        for start, number, line in numbered(file):
+        for number, line in enumerate(file, 1):
+            start, end = end, end + len(line)
+            if line.isspace():
+                continue
             total += 1
             if most is not None and total > most:
                 continue
@@ -108,24 +110,15 @@ def make_plan(source: Path, digest: str, chunk_size: int, most: int | None) -> P
             starts.append(start)
             lengths.append(len(line))
             lines.append(number)
-            for level, level_hashes in zip(LEVELS, hashes, strict=True):
-                level_hashes.append(hash(text[:level]))
-    ranks = [first_with(np.frombuffer(level_hashes, np.int64)) for level_hashes in hashes]
+            hashes.extend(hash(text[:level]) for level in LEVELS)
+    by_level = np.frombuffer(hashes, np.int64).reshape(-1, len(LEVELS)).T
+    ranks = [first_with(level_hashes) for level_hashes in by_level]
     order = np.lexsort(ranks[::-1]).astype(np.int32)
     sizes = np.frombuffer(lengths, np.int64)
     chunks = cut(ranks[0][order], sizes[order], chunk_size)
     integers = {"starts": starts, "lengths": lengths, "lines": lines, "twice": array("q", twice)}
     arrays = {name: np.frombuffer(values, np.int64) for name, values in integers.items()}
     return Plan(source, digest, total, order=order, chunks=chunks, **arrays)
-
-
-def numbered(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
-    """Start, line number and content of every line that is not blank."""
-    start = 0
-    for number, line in enumerate(file, 1):
-        if not line.isspace():
-            yield start, number, line
-        start += len(line)
 
 
 def beginning(record: Record) -> str:
@@ -164,10 +157,10 @@ def cut(groups: np.ndarray, sizes: np.ndarray, chunk_size: int) -> np.ndarray:
 
 def save_plan(plan: Plan, path: Path) -> None:
     """Write a plan so that a reader sees all of it or nothing."""
-    names = ("starts", "lengths", "lines", "twice", "order", "chunks")
+    arrays = {name: value for name, value in vars(plan).items() if isinstance(value, np.ndarray)}
     about = {"digest": plan.digest, "total": str(plan.total)}
     with replacing(path) as partial:
-        save_file({name: vars(plan)[name] for name in names}, partial, about)
+        save_file(arrays, partial, about)
 
 
 def load_plan(path: Path, source: Path) -> Plan:

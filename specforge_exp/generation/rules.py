@@ -15,8 +15,6 @@ from specforge_exp.generation.engine import Message, Sampling
 from specforge_exp.generation.regenerate import Record, Rules
 from specforge_exp.target import load_tokenizer
 
-THINKING = {"off": False, "on": True, "kept": True}
-
 
 def sampling_of(cfg: Config) -> Sampling:
     """regen's own settings; where they are null, the model's generation config."""
@@ -44,9 +42,8 @@ def rules_of(cfg: Config) -> Rules:
     sampling = sampling_of(cfg)
     thinking = cfg.regen.thinking
     kwargs = dict(cfg.model.chat_template_kwargs)
-    if thinking in THINKING:
-        kwargs["enable_thinking"] = THINKING[thinking]
-
+    if thinking != "model":
+        kwargs["enable_thinking"] = thinking != "off"
     made_by = {
         "model": cfg.model.path,
         "revision": revision(cfg.model.path),

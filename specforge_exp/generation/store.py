@@ -114,10 +114,8 @@ class Store:
     def read_manifest(self) -> set[str]:
         """Names of the complete shards; counts those that a kill left out of the manifest."""
         manifest = self.folder / "manifest.jsonl"
-        entries: dict[str, dict[str, int]] = {}
         cut_tail(manifest)
-        for entry in whole_lines(manifest):
-            entries[entry.pop("shard")] = entry
+        entries = {entry.pop("shard"): entry for entry in whole_lines(manifest)}
         complete = {p.stem for p in self.shards.glob("*.jsonl")}
         for name in sorted(complete):
             counts = Counts(**entries.get(name, {}))
@@ -197,9 +195,8 @@ class Store:
         """Delete what only an unfinished run needs."""
         self.close()
         shutil.rmtree(self.shards)
-        for plan in self.plans:
-            (self.folder / f"{plan.source.stem}.plan.safetensors").unlink()
-        for name in ("manifest.jsonl", "progress.json", "lock"):
+        plans = [f"{plan.source.stem}.plan.safetensors" for plan in self.plans]
+        for name in (*plans, "manifest.jsonl", "progress.json", "lock"):
             (self.folder / name).unlink(missing_ok=True)
 
     def merge(self, plan: Plan, done: BinaryIO, failed: BinaryIO) -> None:

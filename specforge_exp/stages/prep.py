@@ -80,13 +80,8 @@ def prep(cfg: Config) -> Path:
         raise InputError(
             "data.train names no source; choose data=sharegpt, or data=local data.path=<file>"
         )
-    settings: dict[str, Any] = {
-        "data.train": [asdict(source) for source in cfg.data.train],
-        "data.eval": [asdict(source) for source in cfg.data.eval],
-        "data.split_eval": cfg.data.split_eval,
-        "data.sample_size": cfg.data.sample_size,
-        "data.max_turns": cfg.data.max_turns,
-    }
+    names = "train eval split_eval sample_size max_turns"
+    settings = {f"data.{name}": asdict(cfg.data)[name] for name in names.split()}
     if cfg.data.system != "keep":
         settings["data.system"] = cfg.data.system
     if cfg.prep.check:

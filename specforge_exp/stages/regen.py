@@ -134,9 +134,7 @@ def finish(store: Store, partial: Path) -> None:
 def status(folder: Path) -> str:
     """How far a regeneration is, in one line."""
     try:
-        progress = json.loads(
-            (folder.with_name(folder.name + ".partial") / "progress.json").read_text()
-        )
+        progress = json.loads(Path(f"{folder}.partial/progress.json").read_text())
     except (OSError, ValueError):
         if (folder / "run.json").exists():
             return f"complete: {folder}"

@@ -64,7 +64,7 @@ def main() -> int:
     with (folder / f"{request['tracker']}_id").open("a+") as id_file:
         fcntl.flock(id_file, fcntl.LOCK_EX)  # the mirror of a killed training ends first
         try:
-            copy = {"wandb": wandb_copy, "trackio": trackio_copy}[request["tracker"]](request)
+            copy = (wandb_copy if request["tracker"] == "wandb" else trackio_copy)(request)
             follow(folder, copy, request["trainer"])
             complete = sys.stdin.readline() == "complete\n"
             copy.finish(0 if complete else 1)
@@ -161,9 +161,9 @@ def wandb_copy(request: dict[str, Any]) -> TrackerRun:
         wandb.teardown()  # the service thinks the run is in use
         mode = "offline"
         run = init(mode)
-    here, data = Path(run.dir).parent, [Path(run.dir).parent]
+    data = [Path(run.dir).parent]
     if mode == "offline":
-        data = sorted(here.parent.glob(f"offline-run-*-{run_id}"))
+        data = sorted(data[0].parent.glob(f"offline-run-*-{run_id}"))
     sync = shlex.join(["wandb", "sync", *map(str, data)])
     record = {"tracker": "wandb", "id": run_id, "url": None, "sync": sync}
     if mode == "online":
@@ -171,11 +171,12 @@ def wandb_copy(request: dict[str, Any]) -> TrackerRun:
     else:
         after = copied(folder, "wandb", run_id)
         say(f"W&B is offline; upload later with: {sync}")
-
-    def finish(code: int) -> None:
-        run.finish(exit_code=code)
-
-    return TrackerRun(lambda metrics, step: run.log(metrics, step=step), finish, record, after)
+    return TrackerRun(
+        lambda metrics, step: run.log(metrics, step=step),
+        lambda code: run.finish(exit_code=code),
+        record,
+        after,
+    )
 
 
 def trackio_copy(request: dict[str, Any]) -> TrackerRun:

@@ -22,14 +22,11 @@ PEAK = {
 
 def peak_flops(device: torch.device) -> float:
     """FLOP per second that MFU is measured against."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        rates = [rate for part, rate in PEAK.items() if part in name]
-        if rates:
-            return rates[0]
-    if device.type == "cuda":
-        return matmul_rate(device, torch.bfloat16, 2048)
-    return matmul_rate(device, torch.float32, 1024)
+    if device.type != "cuda":
+        return matmul_rate(device, torch.float32, 1024)
+    name = torch.cuda.get_device_name(device)
+    rates = [rate for part, rate in PEAK.items() if part in name]
+    return rates[0] if rates else matmul_rate(device, torch.bfloat16, 2048)
 
 
 @cache

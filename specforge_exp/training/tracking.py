@@ -14,6 +14,7 @@ from specforge_exp.artifacts import disk_errors
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
 from specforge_exp.records import whole_lines, write_whole
+from specforge_exp.training.mirror import read_tracker
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Tracker:
         with disk_errors(self.file), self.file.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
         if self.mirror is not None and self.mirror.poll() is not None:
-            self.give_up(f"stopped ({self.mirror_says('stopped') or self.mirror.returncode})")
+            self.stopped(self.mirror.returncode)
 
     def close(self) -> None:
         """Let the tracker take the rest, for CLOSE_SECONDS at most."""
@@ -54,23 +55,19 @@ class Tracker:
             self.mirror.wait()
             return self.give_up(f"did not take everything in {CLOSE_SECONDS:.0f} s")
         if code:
-            self.give_up(f"stopped ({self.mirror_says('stopped') or code})")
+            self.stopped(code)
         self.mirror = None
+
+    def stopped(self, code: int) -> None:
+        """Give up a mirror that ended, for the reason that it left."""
+        self.give_up(f"stopped ({read_tracker(self.file.parent).get('stopped') or code})")
 
     def give_up(self, reason: str) -> None:
         """Say why, and what the user can do; the metrics go on in the file."""
-        upload = self.mirror_says("sync")
+        upload = read_tracker(self.file.parent).get("sync")
         hint = f"; upload what it has with: {upload}" if upload else ""
         log.warning("the tracker %s; all metrics are in %s%s", reason, self.file, hint)
         self.mirror = None
-
-    def mirror_says(self, key: str) -> str | None:
-        """What the mirror wrote to tracker.json."""
-        try:
-            value: str | None = json.loads(self.file.with_name("tracker.json").read_text()).get(key)
-        except (OSError, ValueError):
-            return None
-        return value
 
 
 def open_tracker(cfg: Config, run_dir: Path, start_step: int) -> Tracker:

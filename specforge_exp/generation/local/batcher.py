@@ -131,7 +131,6 @@ class Batcher:
                 if self.closing:
                     break
             try:
-                self._drop_cancelled()
                 self._admit()
                 self._step()
             except (
@@ -144,34 +143,30 @@ class Batcher:
         self._fail(Failed("the engine was closed"))
         self._deliver()
 
-    def _drop_cancelled(self) -> None:
-        for slot, row in enumerate(self.rows):
-            if row is not None and row.future.cancelled():
-                self.rows[slot] = None
-
     def _admit(self) -> None:
         """Fill free slots from the queue, then close the gaps: active rows are the first slots."""
+        self.rows = [None if row and row.future.cancelled() else row for row in self.rows]
         while taken := self._take():
-            for slot, row in taken:
+            for slot, row in taken.items():
                 places, _ = self.prefixes.match(row.prompt)
                 if places:
                     self.prefixes.load(slot, places)
                 row.cached = len(places) * BLOCK
-            self._prefill([slot for slot, _ in taken])
+            self._prefill(taken)
         while None in self.rows:
             if (last := self.rows.pop()) is not None:
                 gap = self.rows.index(None)
                 self.slots.move(len(self.rows), gap, len(last.prompt) + len(last.new) - 1)
                 self.rows[gap] = last
 
-    def _take(self) -> list[tuple[int, Row]]:
+    def _take(self) -> dict[int, Row]:
         """Put waiting sequences into free slots, in order.
 
         One that would compute the same block as another stays behind and finds it in the cache.
         """
         free = [slot for slot, row in enumerate(self.rows) if row is None]
         free += range(len(self.rows), self.slots.count)
-        taken: list[tuple[int, Row]] = []
+        taken: dict[int, Row] = {}
         behind: list[Row] = []
         claimed = set()
         while len(taken) < len(free) and self.waiting:
@@ -185,23 +180,21 @@ class Batcher:
             claimed.add(missing)
             slot = free[len(taken)]
             self.rows += [None] * (slot + 1 - len(self.rows))
-            self.rows[slot] = row
-            taken.append((slot, row))
+            self.rows[slot] = taken[slot] = row
         self.waiting.extendleft(reversed(behind))
         return taken
 
-    def _prefill(self, slots: list[int]) -> None:
+    def _prefill(self, rows: dict[int, Row]) -> None:
         """Compute prompts and choose each one's first token; those of similar length together."""
         starts: dict[int, int] = {}
-        for slot in slots:
-            row = self._row(slot)
+        for slot, row in rows.items():
             starts[slot] = row.cached
             while len(row.prompt) - starts[slot] > CHUNK:
                 start = starts[slot]
                 self.slots.run([slot], [row.prompt[start : start + CHUNK]], [start])
                 starts[slot] += CHUNK
-        rest = {slot: self._row(slot).prompt[starts[slot] :] for slot in slots}
-        ordered = sorted(slots, key=lambda slot: -len(rest[slot]))
+        rest = {slot: row.prompt[starts[slot] :] for slot, row in rows.items()}
+        ordered = sorted(rows, key=lambda slot: -len(rest[slot]))
         while ordered:
             longest = len(rest[ordered[0]])
             group = [s for s in ordered if len(rest[s]) * 4 >= longest * 3]
@@ -209,28 +202,30 @@ class Batcher:
             ordered = ordered[len(group) :]
             logits_BV = self.slots.run(group, [rest[s] for s in group], [starts[s] for s in group])
             for slot in group:
-                row = self._row(slot)
+                row = rows[slot]
                 self.prefixes.keep(slot, row.prompt)
                 self.counts["requests"] += 1
                 self.counts["prompt_tokens"] += len(row.prompt)
                 self.counts["cached_tokens"] += row.cached
-            self._advance(group, logits_BV)
+            self._advance({slot: rows[slot] for slot in group}, logits_BV)
 
     def _step(self) -> None:
         """One token for everybody."""
-        rows = [self._row(slot) for slot in range(len(self.rows))]
+        rows = [row for row in self.rows if row]
         if rows:
             last = [len(row.prompt) + len(row.new) - 1 for row in rows]
             logits_BV = self.slots.run(None, [row.new[-1:] for row in rows], last)
-            self._advance(list(range(len(rows))), logits_BV)
+            self._advance(dict(enumerate(rows)), logits_BV)
 
-    def _advance(self, slots: list[int], logits_BV: Tensor) -> None:
-        """Choose the next token of these rows; the finished leave their slots."""
-        rows = [self._row(slot) for slot in slots]
-        uniforms = [row.random.random() if row.sampling.temperature > 0 else 0.0 for row in rows]
-        tokens = choose(logits_BV, [row.sampling for row in rows], uniforms)
+    def _advance(self, rows: dict[int, Row], logits_BV: Tensor) -> None:
+        """Choose the next token of the rows in these slots; the finished leave them."""
+        samplings = [row.sampling for row in rows.values()]
+        uniforms = [
+            row.random.random() if row.sampling.temperature > 0 else 0.0 for row in rows.values()
+        ]
+        tokens = choose(logits_BV, samplings, uniforms)
         self.counts["generated_tokens"] += len(tokens)
-        for slot, row, token in zip(slots, rows, tokens, strict=True):
+        for (slot, row), token in zip(rows.items(), tokens, strict=True):
             row.new.append(token)
             ended = token in self.eos and not row.sampling.ignore_eos
             if ended or len(row.new) >= row.most:
@@ -238,11 +233,6 @@ class Batcher:
                 self.rows[slot] = None
                 reason = "stop" if ended else "length"
                 self.finished.append((row, Generated(row.new, reason, row.cached)))
-
-    def _row(self, slot: int) -> Row:
-        row = self.rows[slot]
-        assert row is not None
-        return row
 
     def _fail(self, error: Exception) -> None:
         """Give up everything under way; when closing, what waits too."""
