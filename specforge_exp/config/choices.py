@@ -5,13 +5,9 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING, OmegaConf
 
-from specforge_exp.config.checks import above_zero, allow, minimums, safe_name
+from specforge_exp.config.checks import above_zero, allow, minimums, one_of, safe_name
+from specforge_exp.data.formats import FORMATS
 from specforge_exp.errors import InputError
-
-FORMATS = (
-    "conversations image instruction humaneval gsm8k math solve mbpp livecodebench "
-    "swe-bench mt-bench alpaca"
-)
 
 
 @dataclass
@@ -64,7 +60,7 @@ class Source:
     """Take at most this many conversations after `skip`; null: all."""
 
     def __post_init__(self) -> None:
-        allow(self, "", format=FORMATS)
+        one_of("format", self.format, tuple(FORMATS))
         minimums(self, "", shuffle=0, skip=0, limit=1)
 
 

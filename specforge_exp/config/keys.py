@@ -21,19 +21,15 @@ def unknown_key(overrides: list[str], schema: type) -> str | None:
         parts = key.split(".")
         if override[:1] in "-+~" or "=" not in override or parts[0] in NOT_OURS:
             continue
-        if not {"/", "@"} & set(key) and (problem := missing_part(parts, schema)):
-            return problem
-    return None
-
-
-def missing_part(parts: list[str], schema: Any) -> str | None:
-    """The message for the first part that its node does not have."""
-    for depth, part in enumerate(parts):
-        if not is_dataclass(schema):
-            return None
-        if problem := not_an_option(parts[: depth + 1], schema):
-            return problem
-        schema = next(field.type for field in fields(schema) if field.name == part)
+        if {"/", "@"} & set(key):
+            continue
+        node: Any = schema
+        for depth, part in enumerate(parts, 1):
+            if not is_dataclass(node):
+                break
+            if problem := not_an_option(parts[:depth], node):
+                return problem
+            node = next(field.type for field in fields(node) if field.name == part)
     return None
 
 

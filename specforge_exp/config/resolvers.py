@@ -43,8 +43,7 @@ def gpu_count(gpu: Any, device: str = "auto") -> int:
 
 def both_secrets(one: Mapping[str, list[str]], other: Mapping[str, list[str]]) -> dict[str, Any]:
     """The keys of both, by secret."""
-    names = [*one, *(name for name in other if name not in one)]
-    return {name: [*one.get(name, []), *other.get(name, [])] for name in names}
+    return {name: [*one.get(name, []), *other.get(name, [])] for name in (*one, *other)}
 
 
 def when_losses_differ(stage: str, many: str, one: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple, cast
 
+from specforge_exp.data.conversations import IDS
 from specforge_exp.errors import InputError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
@@ -43,17 +44,18 @@ Raw = tuple[str, Any]
 class Columns(NamedTuple):
     """What is read of a table; a .jsonl or .json record is read whole."""
 
-    needed: frozenset[str]
+    needed: str
     """A table has at least one of these."""
-    optional: frozenset[str]
-    """Also read where it has them."""
+    optional: str = ""
+    """Also read where it has them, like ids."""
 
     def of(self, name: str, names: list[str]) -> list[str]:
         """The columns to read, or an InputError that lists what there is."""
-        if not self.needed.intersection(names):
-            expected = " or ".join(f"`{column}`" for column in sorted(self.needed))
+        needed = set(self.needed.split())
+        if not needed.intersection(names):
+            expected = " or ".join(f"`{column}`" for column in sorted(needed))
             raise InputError(f"{name} has the columns {', '.join(names)}; expected {expected}")
-        return [column for column in names if column in self.needed | self.optional]
+        return [column for column in names if column in {*needed, *self.optional.split(), *IDS}]
 
 
 def parse(name: str, file: IO[bytes], columns: Columns) -> Iterator[Raw | Rejected]:

@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from specforge_exp.data.conversations import IDS, LISTS, BadRecord, encode, normalise
 from specforge_exp.data.files import RAW_CHARACTERS, Columns, Raw, Rejected
 
 MARK = "<image>"
-MORE = "system tools image url source".split()
+MORE = "system tools image url source"
 """Columns that are kept beside a conversation."""
 
 Record = dict[str, Any]
@@ -63,7 +62,7 @@ def instruction(value: Any) -> Record:
     if isinstance(value.get("input"), str) and value["input"].strip():
         asks += "\n\n" + value["input"]
     answer = {"role": "assistant", "content": text_of(value, "output", "response")}
-    extra = {key: value[key] for key in (*IDS, *MORE) if key in value}
+    extra = {key: value[key] for key in (*IDS, *MORE.split()) if key in value}
     return extra | {"conversations": [user(asks), answer]}
 
 
@@ -162,8 +161,7 @@ def user(text: str) -> Record:
     return {"role": "user", "content": text}
 
 
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     """How the records of a source read."""
 
     adapt: Callable[[Any], Any]
@@ -172,22 +170,20 @@ class Format:
     """What is read of a table."""
 
 
-def format_of(adapt: Callable[[Any], Any], needed: str, optional: str = "") -> Format:
-    """A format; ids are read of every table."""
-    return Format(adapt, Columns(frozenset(needed.split()), frozenset([*optional.split(), *IDS])))
-
-
+DIALOG = Columns(" ".join(LISTS), MORE)
 FORMATS = {
-    "conversations": format_of(as_it_is, " ".join(LISTS), " ".join(MORE)),
-    "image": format_of(image, " ".join(LISTS), " ".join(MORE)),
-    "instruction": format_of(instruction, "instruction", "input output response system tools"),
-    "humaneval": format_of(humaneval, "prompt", "task_id"),
-    "gsm8k": format_of(gsm8k, "question prompt"),
-    "math": format_of(prompts(math), "question problem"),
-    "solve": format_of(prompts(solve), "prompt"),
-    "mbpp": format_of(prompts(mbpp), "prompt"),
-    "livecodebench": format_of(prompts(livecodebench), "question_content", "starter_code"),
-    "swe-bench": format_of(prompts(swe_bench), "problem_statement"),
-    "mt-bench": format_of(prompts(mt_bench), "prompt"),
-    "alpaca": format_of(prompts(alpaca), "instruction", "input"),
+    "conversations": Format(as_it_is, DIALOG),
+    "image": Format(image, DIALOG),
+    "instruction": Format(
+        instruction, Columns("instruction", "input output response system tools")
+    ),
+    "humaneval": Format(humaneval, Columns("prompt", "task_id")),
+    "gsm8k": Format(gsm8k, Columns("question prompt")),
+    "math": Format(prompts(math), Columns("question problem")),
+    "solve": Format(prompts(solve), Columns("prompt")),
+    "mbpp": Format(prompts(mbpp), Columns("prompt")),
+    "livecodebench": Format(prompts(livecodebench), Columns("question_content", "starter_code")),
+    "swe-bench": Format(prompts(swe_bench), Columns("problem_statement")),
+    "mt-bench": Format(prompts(mt_bench), Columns("prompt")),
+    "alpaca": Format(prompts(alpaca), Columns("instruction", "input")),
 }

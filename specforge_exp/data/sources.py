@@ -6,7 +6,7 @@ that one bad line neither stops the reading nor disappears.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from specforge_exp.config import Source
@@ -14,8 +14,6 @@ from specforge_exp.data import synthetic
 from specforge_exp.data.files import INSTALL_DATA, SUFFIXES, Raw, Rejected, parse, without_nulls
 from specforge_exp.data.formats import FORMATS, Record, convert
 from specforge_exp.errors import InputError, first_line
-
-__all__ = ["Rejected", "from_first_user", "load", "local_files", "read", "reasons"]
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +105,7 @@ def local_files(source: Source) -> list[Path]:
     """
     scheme, colon, _ = source.path.partition(":")
     path = Path(source.path).expanduser()
-    if colon and scheme in SCHEME_READERS:
+    if colon and scheme in ("hub", "synthetic"):
         return []
     if path.is_dir():
         inside = sorted(p for p in path.rglob("*") if p.is_file() and known(p.name))
@@ -134,7 +132,7 @@ def raw_records(source: Source) -> Iterator[Raw | Rejected]:
     scheme, _, rest = source.path.partition(":")
     files = local_files(source)
     if not files:
-        yield from SCHEME_READERS[scheme](rest, source)
+        yield from read_hub(rest, source) if scheme == "hub" else read_synthetic(rest, source)
     for path in files:
         try:
             with path.open("rb") as file:
@@ -222,9 +220,3 @@ def read_synthetic(rest: str, source: Source) -> Iterator[Raw]:
         raise InputError(f"{source.path}: {error}") from None
     for number, record in enumerate(made):
         yield f"{source.path}#{number}", record
-
-
-SCHEME_READERS: dict[str, Callable[[str, Source], Iterator[Raw | Rejected]]] = {
-    "hub": read_hub,
-    "synthetic": read_synthetic,
-}

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 try:
@@ -23,7 +23,7 @@ except ImportError:
     raise InputError(needed) from None
 
 from modal_sweep.client.volumes import volume
-from modal_sweep.errors import CallError, Cancelled, Died, Raised, ResultGone, Unreachable
+from modal_sweep.errors import Cancelled, Died, Raised, ResultGone, Unreachable
 from specforge_exp.config import Config
 from specforge_exp.data.conversations import BadRecord
 from specforge_exp.errors import InputError
@@ -31,7 +31,6 @@ from specforge_exp.generation.modal_app import deployed, pools
 from specforge_exp.generation.modal_calls import Journal, new_outage, patiently, result_of
 from specforge_exp.generation.modal_worker import pack, read, unpack
 from specforge_exp.generation.progress import EVERY, Progress
-from specforge_exp.generation.regenerate import Rules
 from specforge_exp.generation.rules import rules_of
 from specforge_exp.generation.run import RateLimit
 from specforge_exp.generation.store import Chunk, Store
@@ -71,13 +70,10 @@ async def fan_out(client: "Client", chunks: list[Chunk], interrupt: Interrupt) -
     await client.begin()
     tasks = [asyncio.create_task(client.complete(chunk)) for chunk in chunks]
     work: asyncio.Future[Any] = asyncio.gather(*tasks)
-    look: asyncio.Future[Any] = asyncio.create_task(client.look_at_all())
     reported = 0.0
     try:
         while not work.done() and not interrupt.number:
-            await asyncio.wait({work, look}, timeout=0.1, return_when=asyncio.FIRST_COMPLETED)
-            if look.done():
-                look.result()
+            await asyncio.wait({work}, timeout=0.1)
             if (now := time.monotonic()) - reported > EVERY:
                 reported = now
                 client.report()
@@ -91,10 +87,31 @@ async def fan_out(client: "Client", chunks: list[Chunk], interrupt: Interrupt) -
             )
     finally:
         async with client.spawning:  # a call that is being spawned gets its line
-            for task in [*tasks, look]:
+            for task in tasks:
                 task.cancel()
-        await asyncio.gather(*tasks, look, work, return_exceptions=True)
+        await asyncio.gather(*tasks, work, return_exceptions=True)
         client.report()
+
+
+@dataclass(frozen=True)
+class Part:
+    """The work of one call."""
+
+    chunk: Chunk
+    places: list[int]
+    """Which of the chunk's."""
+    alone: bool
+    """Nothing else runs in the container: its server may die of them."""
+
+    @property
+    def name(self) -> str:
+        """Says the chunk, which of its places, and how."""
+        digest = hashlib.blake2b(json.dumps([self.places, self.alone]).encode(), digest_size=4)
+        return f"{self.chunk.name}-{digest.hexdigest()}"
+
+    def left(self) -> list[int]:
+        """Places without a result."""
+        return [place for place in self.places if place not in self.chunk.results]
 
 
 class Client:
@@ -110,7 +127,8 @@ class Client:
 
     def __init__(self, cfg: Config, store: Store, app: str) -> None:
         self.cfg, self.store, self.app = cfg, store, app
-        self.rules = plain(rules_of(cfg))
+        self.rules = asdict(rules_of(cfg))
+        del self.rules["count"]  # a function, which the containers have too
         decides = {**self.rules, "made_by": cfg.model.path, "samples": store.samples}
         decides["sources"] = [plan.digest for plan in store.plans]  # the folder is deleted as one
         text = json.dumps(decides, sort_keys=True)
@@ -118,9 +136,9 @@ class Client:
         self.volume_name = cfg.resources["volumes"][cfg.resources["env"]["SPECFORGE_DATASETS"]]
         self.journal = Journal(store.folder / JOURNAL)
         self.pace = RateLimit(cfg.engine.rate_limit)
-        self.spawning = asyncio.Lock()
+        self.spawning, self.looking = asyncio.Lock(), asyncio.Semaphore(TOGETHER)
         self.outage = new_outage()
-        self.pending: dict[str, tuple[asyncio.Future[bytes], int]] = {}
+        self.pending: dict[str, int] = {}
         """Calls that are waited for, with their number of conversations."""
 
     async def begin(self) -> None:
@@ -133,48 +151,43 @@ class Client:
         """Bring results for everything that a chunk lacks."""
         places = self.journal.first.get(chunk.name) or chunk.missing()
         while places:
-            await self.bring(chunk, places, alone=False)
+            await self.bring(Part(chunk, places, alone=False))
             places = chunk.missing()
 
-    async def bring(self, chunk: Chunk, places: list[int], alone: bool) -> None:
-        """Bring results for these places; where a server dies of them, for each half by itself."""
-        if all(place in chunk.results for place in places):
+    async def bring(self, part: Part) -> None:
+        """Bring results for a part; where a server dies of it, for each half by itself."""
+        if not part.left():
             return
-        part = part_name(chunk, places, alone)
-        if part not in self.journal.left:
-            why = await self.call_until_answered(part, chunk, places, alone)
-            left = [place for place in places if place not in chunk.results]
-            if left:
-                self.journal.write({"part": part, "left": left, "why": why})
-        entry = self.journal.left.get(part, {"left": []})
-        left = entry["left"]
-        if alone and len(places) == 1 and left:
-            record = self.store.read(chunk, left[0])
-            self.keep(chunk, left[0], {"error": f"{entry['why']}, with nothing else", **record})
-        elif left:
-            if not alone:
-                log.info("regen: %s: %d conversations are tried apart", entry["why"], len(left))
-            middle = (len(left) + 1) // 2
-            halves = [half for half in (left[:middle], left[middle:]) if half]
-            await asyncio.gather(*(self.bring(chunk, half, alone=True) for half in halves))
+        if part.name not in self.journal.left:
+            why = await self.call_until_answered(part)
+            if left := part.left():
+                self.journal.write({"part": part.name, "left": left, "why": why})
+        if (entry := self.journal.left.get(part.name)) is None:
+            return
+        left, why = entry["left"], entry["why"]
+        if part.alone and len(part.places) == 1:
+            record = self.store.read(part.chunk, left[0])
+            self.keep(part.chunk, left[0], {"error": f"{why}, with nothing else", **record})
+            return
+        if not part.alone:
+            log.info("regen: %s: %d conversations are tried apart", why, len(left))
+        middle = (len(left) + 1) // 2
+        halves = [Part(part.chunk, half, True) for half in (left[:middle], left[middle:]) if half]
+        await asyncio.gather(*map(self.bring, halves))
 
-    async def call_until_answered(
-        self, part: str, chunk: Chunk, places: list[int], alone: bool
-    ) -> str:
+    async def call_until_answered(self, part: Part) -> str:
         """Keep the results of a part; what died of those places that have none."""
         for _ in range(ATTEMPTS):
-            call = self.journal.calls.get(part)
-            own = call is None
+            earlier = self.journal.calls.get(part.name)
             try:
-                if call is None:
-                    call = await self.spawn(part, chunk, places, alone)
-                packed: bytes | None = await self.wait(call, len(places))
+                call = earlier or await self.spawn(part)
+                packed: bytes | None = await self.wait(call, len(part.places))
             except (ResultGone, Cancelled):
                 packed = await patiently(lambda: read(self.volume, self.file(part)), self.outage)
             except Died as error:
                 return f"the container dies ({error})"
             except Raised as failure:
-                if own:
+                if earlier is None:
                     cause = failure.error
                     reason = str(cause) if isinstance(cause, InputError) else repr(cause)
                     raise InputError(
@@ -184,78 +197,68 @@ class Client:
                 packed = None
             if packed is not None:
                 answered = unpack(packed)
-                self.journal.write({"part": part, "seconds": answered["seconds"]})
+                self.journal.write({"part": part.name, "seconds": answered["seconds"]})
                 for place, result in answered["results"].items():
-                    self.keep(chunk, int(place), result)
+                    self.keep(part.chunk, int(place), result)
                 return "the server dies"
-            self.journal.calls.pop(part, None)
+            self.journal.calls.pop(part.name, None)
         raise InputError(
-            f"the results of {ATTEMPTS} calls for {part} are gone; the log: modal app logs "
+            f"the results of {ATTEMPTS} calls for {part.name} are gone; the log: modal app logs "
             f"{self.app}"
         )
 
-    async def spawn(self, part: str, chunk: Chunk, places: list[int], alone: bool) -> str:
+    async def spawn(self, part: Part) -> str:
         """Spawn a call and write its id down, one after the other; the id."""
         async with self.spawning:
             await self.pace.wait()
             payload = pack({
-                "rules": self.rules, "items": self.items(chunk, places), "file": self.file(part),
+                "rules": self.rules, "items": self.items(part), "file": self.file(part),
                 "volume": self.volume_name,
             })  # fmt: skip
-            pool = self.pools[alone]
+            pool = self.pools[part.alone]
             spawned = await patiently(lambda: pool.answer.spawn.aio(payload), self.outage)
             call = str(spawned.object_id)
-            self.journal.write({"chunk": chunk.name, "part": part, "places": places, "call": call})
+            entry = {"chunk": part.chunk.name, "part": part.name, "places": part.places}
+            self.journal.write({**entry, "call": call})
             return call
 
-    def items(self, chunk: Chunk, places: list[int]) -> list[tuple[int, int, dict[str, Any]]]:
+    def items(self, part: Part) -> list[tuple[int, int, dict[str, Any]]]:
         """Place, number of the sample and conversation; what is no conversation fails here."""
         items = []
-        for place in places:
+        for place in part.places:
             try:
-                items.append((place, place % self.store.samples, self.store.read(chunk, place)))
+                record = self.store.read(part.chunk, place)
+                items.append((place, place % self.store.samples, record))
             except BadRecord as error:
-                self.keep(chunk, place, {"error": str(error), "id": ""})
+                self.keep(part.chunk, place, {"error": str(error), "id": ""})
         return items
 
-    def file(self, part: str) -> str:
+    def file(self, part: Part) -> str:
         """Where the results of a part lie on the Volume."""
-        return f"{self.folder}/{part}.json.z"
+        return f"{self.folder}/{part.name}.json.z"
 
     async def wait(self, call: str, conversations: int) -> bytes:
         """What a call returns; raises what `result_of` raises for its end."""
-        future: asyncio.Future[bytes] = asyncio.Future()
-        self.pending[call] = (future, conversations)
+        self.pending[call] = conversations
         try:
-            return await future
+            while True:
+                async with self.looking:
+                    packed = await self.look(call)
+                if packed is not None:
+                    return packed
+                await asyncio.sleep(POLL if self.outage.since is None else 2 * POLL)
         finally:
             del self.pending[call]
 
-    async def look_at_all(self) -> None:
-        """Look at the pending calls again and again, a few at a time."""
-        while True:
-            calls = list(self.pending)
-            for start in range(0, len(calls), TOGETHER):
-                await asyncio.gather(*map(self.look, calls[start : start + TOGETHER]))
-            await asyncio.sleep(POLL if self.outage.since is None else 2 * POLL)
-
-    async def look(self, call: str) -> None:
-        """Look at one call; its end wakes whoever waits for it."""
-        if call not in self.pending:
-            return
-        future, _ = self.pending[call]
+    async def look(self, call: str) -> bytes | None:
+        """What a call has returned; None while it runs, or while Modal is away."""
         try:
             packed = await result_of(call)
         except Unreachable as error:
             self.outage.lasts(error)
-            return
-        except CallError as error:
-            if not future.done():
-                future.set_exception(error)
-            return
+            return None
         self.outage.over()
-        if packed is not None and not future.done():
-            future.set_result(packed)
+        return packed
 
     def keep(self, chunk: Chunk, place: int, result: dict[str, Any]) -> None:
         """Store a result, unless there is one."""
@@ -266,7 +269,7 @@ class Client:
     def report(self) -> None:
         """Write progress.json. The cost is what containers have reported, over all starts."""
         progress, engine = self.progress, self.cfg.engine
-        progress.in_flight = sum(count for _, count in self.pending.values())
+        progress.in_flight = sum(self.pending.values())
         gpu_seconds = sum(self.journal.seconds.values()) * (engine.tp_size or 1)
         progress.usd = engine.usd_per_gpu_hour * gpu_seconds / 3600
         progress.write()
@@ -278,16 +281,3 @@ class Client:
         except (FileNotFoundError, modal.exception.Error):
             log.info("regen: the folder %s of Volume %s stays", self.folder, self.volume_name)
         self.journal.path.unlink(missing_ok=True)
-
-
-def plain(rules: Rules) -> dict[str, Any]:
-    """The fields of the rules that go into a call."""
-    fields = asdict(replace(rules, count=None))
-    del fields["count"]
-    return fields
-
-
-def part_name(chunk: Chunk, places: list[int], alone: bool) -> str:
-    """The name of a call's work: the chunk, which of its places, and how."""
-    digest = hashlib.blake2b(json.dumps([places, alone]).encode(), digest_size=4)
-    return f"{chunk.name}-{digest.hexdigest()}"

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,31 +63,28 @@ class OpenAIEngine:
         """The model's name on each server: the first contact, for which all requests wait."""
         self.alive = [0.0] * len(urls)
         """When each server last answered anything."""
-        self.opened: aiohttp.ClientSession | None = None
 
     @property
     def servers(self) -> int:
         """As `Engine.servers`."""
         return len(self.urls)
 
-    @property
+    @cached_property
     def session(self) -> aiohttp.ClientSession:
         """The connections; opened by the loop that uses them."""
-        if self.opened is None:
-            key = os.environ.get(self.options.api_key)
-            self.opened = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),
-                headers={"Authorization": f"Bearer {key}"} if key else {},
-                timeout=aiohttp.ClientTimeout(total=self.options.timeout, connect=30.0),
-            )
-        return self.opened
+        key = os.environ.get(self.options.api_key)
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=aiohttp.ClientTimeout(total=self.options.timeout, connect=30.0),
+        )
 
     async def close(self) -> None:
         """Close the connections."""
         for contact in self.names.values():
             contact.cancel()
-        if self.opened is not None:
-            await self.opened.close()
+        if "session" in vars(self):  # it was opened
+            await self.session.close()
 
     async def answer(self, request: Request) -> Answer:
         """As `Engine.answer`."""

@@ -86,9 +86,8 @@ def make_plan(source: Path, digest: str, chunk_size: int, most: int | None) -> P
         chunk_size: conversations of a chunk, at most; it also ends at CHUNK_BYTES.
         most: leave out what comes after so many conversations; null: nothing.
     """
-    starts, lengths, lines = array("q"), array("q"), array("q")
+    starts, lengths, lines, twice = (array("q") for _ in range(4))
     hashes = array("q")  # one for each of LEVELS, again and again
-    twice: list[int] = []
     ids: set[int] = set()
     total = end = 0
     with source.open("rb") as file:
@@ -114,11 +113,9 @@ def make_plan(source: Path, digest: str, chunk_size: int, most: int | None) -> P
     by_level = np.frombuffer(hashes, np.int64).reshape(-1, len(LEVELS)).T
     ranks = [first_with(level_hashes) for level_hashes in by_level]
     order = np.lexsort(ranks[::-1]).astype(np.int32)
-    sizes = np.frombuffer(lengths, np.int64)
-    chunks = cut(ranks[0][order], sizes[order], chunk_size)
-    integers = {"starts": starts, "lengths": lengths, "lines": lines, "twice": array("q", twice)}
-    arrays = {name: np.frombuffer(values, np.int64) for name, values in integers.items()}
-    return Plan(source, digest, total, order=order, chunks=chunks, **arrays)
+    arrays = [np.frombuffer(numbers, np.int64) for numbers in (starts, lengths, lines, twice)]
+    chunks = cut(ranks[0][order], arrays[1][order], chunk_size)
+    return Plan(source, digest, total, *arrays, order, chunks)
 
 
 def beginning(record: Record) -> str:

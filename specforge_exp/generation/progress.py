@@ -46,12 +46,12 @@ class Progress:
         now, before = self.store.counts, self.before
         here = now.done + now.failed - before.done - before.failed
         left = self.store.total - now.done - now.failed
+        tokens_per_second = (now.tokens - before.tokens) / seconds
         if self.bar.disable and time.monotonic() - self.said > SAY_EVERY:
             self.said = time.monotonic()
             log.info(
                 "regen: %d of %d done, %d failed, %d in flight, %.0f tokens/s",
-                now.done, self.store.total, now.failed, self.in_flight,
-                (now.tokens - before.tokens) / seconds,
+                now.done, self.store.total, now.failed, self.in_flight, tokens_per_second,
             )  # fmt: skip
         write_json(self.store.folder / "progress.json", {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -59,7 +59,7 @@ class Progress:
             **vars(now),
             "in_flight": self.in_flight,
             "conversations_per_second": round(here / seconds, 3),
-            "tokens_per_second": round((now.tokens - before.tokens) / seconds, 1),
+            "tokens_per_second": round(tokens_per_second, 1),
             "seconds_left": round(left * seconds / here) if here else None,
             "usd": round(self.usd, 2),
         })  # fmt: skip

@@ -48,10 +48,7 @@ def rules_of(cfg: Config) -> Rules:
         "model": cfg.model.path,
         "revision": revision(cfg.model.path),
         "engine": cfg.engine.name,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "max_tokens": sampling.max_tokens,
+        **{name: vars(sampling)[name] for name in "temperature top_p top_k max_tokens".split()},
         "thinking": thinking,
         "seed": cfg.seed,
     }

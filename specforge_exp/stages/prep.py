@@ -25,8 +25,9 @@ from specforge_exp import paths
 from specforge_exp.artifacts import Fingerprint, read_record, reusable, sha256, writing
 from specforge_exp.config import Config, Source
 from specforge_exp.data.conversations import encode
+from specforge_exp.data.files import Rejected
 from specforge_exp.data.messages import joined
-from specforge_exp.data.sources import Rejected, from_first_user, local_files, read, reasons
+from specforge_exp.data.sources import from_first_user, local_files, read, reasons
 from specforge_exp.errors import InputError
 from specforge_exp.records import write_json
 

@@ -10,7 +10,7 @@ import json
 import logging
 import signal
 import time
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,8 @@ def regen(cfg: Config) -> Path:
     if cfg.engine.name in ("transformers", "sglang"):
         check_gpus(cfg, "regen")
     command = f"python prep.py data={cfg.data.name} (with the same options)"
-    files = {name: require(source / f"{name}.jsonl", command) for name in ("train", "eval")}
-    digests = {path: sha256(path) for path in files.values()}
+    files = [require(source / name, command) for name in ("train.jsonl", "eval.jsonl")]
+    digests = {path: sha256(path) for path in files}
     inputs = {f"{source.name}/{path.name}": digest for path, digest in digests.items()}
     inputs["the target"] = model_digest(cfg.model.path)
     names = "temperature top_p top_k max_tokens thinking truncated num_samples samples_per_prompt"
@@ -66,7 +66,7 @@ def regen(cfg: Config) -> Path:
     if reusable(folder / "run.json", fingerprint, cfg.regen.force, "regen"):
         return folder
     if cfg.regen.dry_run:
-        log.info("regen: %s", describe(cfg, list(files.values())))
+        log.info("regen: %s", describe(cfg, files))
         return folder
     with writing(folder, fingerprint, cfg, resume=True) as partial, Interrupt() as interrupt:
         own = cfg.regen
@@ -114,8 +114,7 @@ def finish(store: Store, partial: Path) -> None:
         for plan in store.plans:
             with (partial / plan.source.name).open("wb") as done:
                 store.merge(plan, done, failed)
-    planned = sum(len(plan.order) for plan in store.plans)
-    skipped = (sum(plan.total for plan in store.plans) - planned) * store.samples
+    skipped = sum(plan.total - len(plan.order) for plan in store.plans) * store.samples
     counts = store.counts
     log.info(
         "regen: input %d = done %d + failed %d + skipped %d; %d cut at max_tokens; %d tokens",
@@ -139,7 +138,7 @@ def status(folder: Path) -> str:
         if (folder / "run.json").exists():
             return f"complete: {folder}"
         return "nothing yet; start it with: python regen.py (with the same options)"
-    age = time.time() - datetime.fromisoformat(progress["time"]).astimezone(UTC).timestamp()
+    age = time.time() - datetime.fromisoformat(progress["time"]).timestamp()
     parts = [
         f"{progress['done']} of {progress['total']} done, {progress['failed']} failed",
         f"{progress['conversations_per_second']} conversations/s, "

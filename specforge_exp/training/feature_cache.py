@@ -75,11 +75,6 @@ def plan(splits: dict[int, TokenSet], shard_tokens: int) -> list[list[tuple[int,
     return [shard for shard in shards if shard]
 
 
-def name_of(sign: int, number: int) -> int:
-    """The number by which a batch calls a conversation."""
-    return number if sign > 0 else -1 - number
-
-
 def make_cache(
     folder: Path,
     target: HiddenStates,
@@ -88,7 +83,7 @@ def make_cache(
     ranks: Ranks,
     together: bool = False,
 ) -> None:
-    """Write what is missing.
+    """Write the shards that are missing, then the index.
 
     Args:
         folder: where to.
@@ -102,12 +97,34 @@ def make_cache(
         InputError: the disk has no room, or the folder holds states of something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(folder) if ranks.rank == 0 else nullcontext():
+    first = ranks.rank == 0
+    with one_at_a_time(folder) if first else nullcontext():
         ranks.wait()
         if (folder / "made_of.json").exists():
             check(folder, fingerprint)
-        if not any(ranks.gather((folder / "index.json").exists())):
-            write_missing(folder, target, splits, fingerprint, ranks, together)
+        if any(ranks.gather((folder / "index.json").exists())):
+            return
+        shards = plan(splits, SHARD_TOKENS)
+        sizes = [x.shape[-1] * x.element_size() for x in target(torch.zeros(1, 1).long())]
+        if first:
+            announce(folder, splits, shards, sizes)
+            write_json(folder / "made_of.json", vars(fingerprint))
+        ranks.wait()
+        mine = list(enumerate(shards))
+        if not together:
+            mine = mine[ranks.rank :: ranks.world]
+        for index, shard in tqdm(mine, desc="cache", unit="shard", disable=None):
+            path = folder / f"{index:05d}.safetensors"
+            missing = not path.exists()  # renamed when whole, so one that exists is
+            if any(ranks.gather(missing)) if together else missing:
+                states = shard_states(target, splits, shard)
+                if first or not together:
+                    write_shard(path, states)
+        ranks.wait()
+        if first:
+            write_json(folder / "index.json", index_of(splits, shards))
+            log.info("cache: complete: %s", folder)
+        ranks.wait()
 
 
 @contextmanager
@@ -122,39 +139,6 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         yield
-
-
-def write_missing(
-    folder: Path,
-    target: HiddenStates,
-    splits: dict[int, TokenSet],
-    fingerprint: Fingerprint,
-    ranks: Ranks,
-    together: bool,
-) -> None:
-    """Write the shards that are not there, then the index; arguments as in `make_cache`."""
-    shards = plan(splits, SHARD_TOKENS)
-    sizes = [x.shape[-1] * x.element_size() for x in target(torch.zeros(1, 1, dtype=torch.long))]
-    if ranks.rank == 0:
-        announce(folder, splits, shards, sizes)
-        described = {"inputs": fingerprint.inputs, "settings": fingerprint.settings}
-        write_json(folder / "made_of.json", described)
-    ranks.wait()
-    mine = list(enumerate(shards))
-    if not together:
-        mine = mine[ranks.rank :: ranks.world]
-    for index, shard in tqdm(mine, desc="cache", unit="shard", disable=None):
-        path = folder / f"{index:05d}.safetensors"
-        missing = not path.exists()  # renamed when whole, so one that exists is
-        if any(ranks.gather(missing)) if together else missing:
-            states = shard_states(target, splits, shard)
-            if not together or ranks.rank == 0:
-                write_shard(path, states)
-    ranks.wait()
-    if ranks.rank == 0:
-        write_json(folder / "index.json", index_of(splits, shards))
-        log.info("cache: complete: %s", folder)
-    ranks.wait()
 
 
 def announce(
@@ -176,11 +160,11 @@ def announce(
         left_out,
         folder,
     )
-    done = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    bytes_needed -= sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     free = shutil.disk_usage(folder).free
-    if bytes_needed - done > free:
+    if bytes_needed > free:
         raise InputError(
-            f"target.cache=disk needs {(bytes_needed - done) / 1e9:.2f} GB in {folder}, which has "
+            f"target.cache=disk needs {bytes_needed / 1e9:.2f} GB in {folder}, which has "
             f"{free / 1e9:.2f} GB free; make room, set paths.datasets or use target.cache=none"
         )
 
@@ -210,7 +194,8 @@ def index_of(splits: dict[int, TokenSet], shards: list[list[tuple[int, int]]]) -
     for number_of_shard, shard in enumerate(shards):
         aux = last = 0
         for sign, number in shard:
-            index[str(name_of(sign, number))] = [f"{number_of_shard:05d}.safetensors", aux, last]
+            name = number if sign > 0 else -1 - number  # what a batch calls it
+            index[str(name)] = [f"{number_of_shard:05d}.safetensors", aux, last]
             turns = splits[sign].turns[number]
             aux, last = aux + len(turns), last + int(compared(turns).sum())
     return index

@@ -36,7 +36,8 @@ Place = tuple[int, int]
 class TrackerRun:
     """A run of a tracker."""
 
-    log: Callable[[dict[str, Any], int], None]
+    log: Callable[..., None]
+    """Takes the metrics and their `step`."""
     finish: Callable[[int], None]
     """Takes the exit code of the training."""
     record: dict[str, Any]
@@ -102,7 +103,7 @@ def follow(folder: Path, copy: TrackerRun, trainer: int) -> None:
                 copy.after = place(fresh[-1])
                 tell(folder, after=copy.after)  # first: better a line missing than one twice
             for line in fresh:
-                copy.log({k: v for k, v in line.items() if k != "step"}, line["step"])
+                copy.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
 
 
 def training_ended(trainer: int) -> bool:
@@ -146,8 +147,7 @@ def wandb_copy(request: dict[str, Any]) -> TrackerRun:
 
     def init(mode: Any) -> Any:
         return wandb.init(
-            project=request["project"], group=request["group"], name=request["name"],
-            id=run_id, resume="allow", mode=mode, dir=str(folder), config=request["config"],
+            **request["run"], id=run_id, resume="allow", mode=mode, dir=str(folder),
             settings=settings,
         )  # fmt: skip
 
@@ -171,12 +171,7 @@ def wandb_copy(request: dict[str, Any]) -> TrackerRun:
     else:
         after = copied(folder, "wandb", run_id)
         say(f"W&B is offline; upload later with: {sync}")
-    return TrackerRun(
-        lambda metrics, step: run.log(metrics, step=step),
-        lambda code: run.finish(exit_code=code),
-        record,
-        after,
-    )
+    return TrackerRun(run.log, lambda code: run.finish(exit_code=code), record, after)
 
 
 def trackio_copy(request: dict[str, Any]) -> TrackerRun:
@@ -188,10 +183,7 @@ def trackio_copy(request: dict[str, Any]) -> TrackerRun:
     known_id = id_file.read_text().strip()
 
     def init(resume: str) -> Any:
-        return trackio.init(
-            project=request["project"], name=request["name"], group=request["group"],
-            config=request["config"], resume=resume,
-        )  # fmt: skip
+        return trackio.init(**request["run"], resume=resume)
 
     run = init("allow" if known_id else "never")
     if known_id and run.id != known_id:  # a run of the same name of another folder
@@ -199,9 +191,7 @@ def trackio_copy(request: dict[str, Any]) -> TrackerRun:
     after = copied(folder, "trackio", run.id)
     id_file.write_text(run.id)
     record = {"tracker": "trackio", "id": run.id, "url": None, "sync": None}
-    return TrackerRun(
-        lambda metrics, step: run.log(metrics, step=step), lambda _: run.finish(), record, after
-    )
+    return TrackerRun(run.log, lambda _: run.finish(), record, after)
 
 
 def copied(folder: Path, tracker: str, run_id: str) -> Place:

@@ -46,13 +46,13 @@ class WindowLog:
     def everywhere(self, ranks: Ranks) -> "WindowLog":
         """The same with what all processes took."""
         total = self.next()
-        for part in ranks.gather(
-            (self.tokens, self.flops, self.waited, {k: v.cpu() for k, v in self.sums.items()})
-        ):
-            total.tokens += part[0]
-            total.flops += part[1]
-            total.waited += part[2] / ranks.world
-            for name, value in part[3].items():
+        own_sums = {name: value.cpu() for name, value in self.sums.items()}
+        own = self.tokens, self.flops, self.waited, own_sums
+        for tokens, flops, waited, sums in ranks.gather(own):
+            total.tokens += tokens
+            total.flops += flops
+            total.waited += waited / ranks.world
+            for name, value in sums.items():
                 total.sums[name] = total.sums.get(name, 0) + value
         total.loss, total.windows, total.started = self.loss, self.windows, self.started
         return total
@@ -66,14 +66,16 @@ class WindowLog:
         """
         seconds = max(time.monotonic() - self.started, 1e-9)
         total = self.everywhere(ranks)
-        metrics = {"loss": self.loss / max(1, self.windows), **means(total.sums)}
-        metrics["tokens_per_s"] = total.tokens / seconds
-        metrics["supervised_tokens_per_s"] = float(total.sums["rows"][0]) / seconds
-        metrics["mfu"] = total.flops / seconds / self.peak
-        metrics["peak_memory_mb"] = peak_memory_mb(self.device)
-        metrics["data_wait"] = total.waited / seconds
-        metrics["seconds"] = seconds
-        return metrics
+        return {
+            "loss": self.loss / max(1, self.windows),
+            **means(total.sums),
+            "tokens_per_s": total.tokens / seconds,
+            "supervised_tokens_per_s": float(total.sums["rows"][0]) / seconds,
+            "mfu": total.flops / seconds / self.peak,
+            "peak_memory_mb": peak_memory_mb(self.device),
+            "data_wait": total.waited / seconds,
+            "seconds": seconds,
+        }
 
     def state(self, ranks: Ranks) -> dict[str, Tensor]:
         """What a checkpoint keeps, so that a resumed run logs the line it was about to."""

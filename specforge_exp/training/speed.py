@@ -14,10 +14,10 @@ from functools import cache
 import torch
 
 PEAK = {
-    "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12,
-    "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12,
+    "H100": 989, "H200": 989, "H800": 989, "B200": 2250, "A100": 312,
+    "A800": 312, "L40S": 362, "L4": 121, "A10": 125, "4090": 165,
 }  # fmt: skip
-"""Dense bfloat16 FLOP per second by a part of the GPU's name."""
+"""Dense bfloat16 teraFLOP per second by a part of the GPU's name."""
 
 
 def peak_flops(device: torch.device) -> float:
@@ -26,7 +26,7 @@ def peak_flops(device: torch.device) -> float:
         return matmul_rate(device, torch.float32, 1024)
     name = torch.cuda.get_device_name(device)
     rates = [rate for part, rate in PEAK.items() if part in name]
-    return rates[0] if rates else matmul_rate(device, torch.bfloat16, 2048)
+    return rates[0] * 1e12 if rates else matmul_rate(device, torch.bfloat16, 2048)
 
 
 @cache

@@ -95,10 +95,12 @@ def start_mirror(cfg: Config, run_dir: Path) -> "subprocess.Popen[bytes] | None"
         (run_dir / f"{name}_id").unlink(missing_ok=True)
     request = {
         "tracker": name,
-        "project": cfg.tracker.project,
-        "group": cfg.tracker.group,
-        "name": cfg.tracker.prefix + cfg.run_name,
-        "config": asdict(cfg),
+        "run": {
+            "project": cfg.tracker.project,
+            "group": cfg.tracker.group,
+            "name": cfg.tracker.prefix + cfg.run_name,
+            "config": asdict(cfg),
+        },
         "folder": str(run_dir.resolve()),
         "argv": sys.argv,
         "trainer": os.getpid(),

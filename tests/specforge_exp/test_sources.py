@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from specforge_exp.config import Source
 from specforge_exp.data import files
-from specforge_exp.data.sources import Rejected, from_first_user, hub_name, load, local_files, read
+from specforge_exp.data.files import Rejected
+from specforge_exp.data.sources import from_first_user, hub_name, load, local_files, read
 from specforge_exp.errors import InputError
 
 

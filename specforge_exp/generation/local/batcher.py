@@ -204,9 +204,9 @@ class Batcher:
             for slot in group:
                 row = rows[slot]
                 self.prefixes.keep(slot, row.prompt)
-                self.counts["requests"] += 1
-                self.counts["prompt_tokens"] += len(row.prompt)
-                self.counts["cached_tokens"] += row.cached
+                self.counts.update(
+                    requests=1, prompt_tokens=len(row.prompt), cached_tokens=row.cached
+                )
             self._advance({slot: rows[slot] for slot in group}, logits_BV)
 
     def _step(self) -> None:
@@ -244,22 +244,18 @@ class Batcher:
         self.finished += [(row, error) for row in rows]
 
     def _deliver(self) -> None:
-        """Hand results to the event loops that wait for them, one call per loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Row, Generated | Exception]]] = {}
+        """Hand results to the event loops that wait for them."""
         for row, result in self.finished:
-            by_loop.setdefault(row.future.get_loop(), []).append((row, result))
-        self.finished = []
-        for loop, results in by_loop.items():
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(resolve, results)
+                row.future.get_loop().call_soon_threadsafe(resolve, row.future, result)
+        self.finished = []
 
 
-def resolve(results: list[tuple[Row, Generated | Exception]]) -> None:
-    """Set results of futures that nobody has cancelled."""
-    for row, result in results:
-        if row.future.done():
-            continue
-        if isinstance(result, Exception):
-            row.future.set_exception(result)
-        else:
-            row.future.set_result(result)
+def resolve(future: asyncio.Future[Generated], result: Generated | Exception) -> None:
+    """Set the result of a future, unless it was cancelled."""
+    if future.done():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

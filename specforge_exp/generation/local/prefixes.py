@@ -30,9 +30,7 @@ class Prefixes:
     def __init__(self, slots: Slots, limit: int) -> None:
         self.slots = slots
         self.size = limit // (BLOCK * slots.token_bytes)
-        self.pools = [
-            s.new_empty(self.size, s.shape[1], BLOCK, s.shape[3]) for s in slots.keys + slots.values
-        ]
+        self.pools = [s.new_empty(self.size, s.shape[1], BLOCK, s.shape[3]) for s in slots.stores]
         self.places: OrderedDict[Key, int] = OrderedDict()
 
     def match(self, ids: list[int]) -> tuple[list[int], Key | None]:
@@ -89,7 +87,7 @@ class Prefixes:
             pool_PHXD.index_copy_(0, at_N, blocks_HNXD.transpose(0, 1))
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self.slots.keys + self.slots.values, self.pools, strict=True)
+        return zip(self.slots.stores, self.pools, strict=True)
 
     def _touch(self, chain: list[Key]) -> None:
         for key in reversed(chain):

@@ -10,8 +10,11 @@ import asyncio
 import random
 import signal
 import sys
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
+
+import orjson
 
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Answer, Failed, Refused, Request, Sampling
@@ -103,18 +106,18 @@ class ChatServer:
         from aiohttp import web
 
         app = web.Application(client_max_size=64 << 20)
-        app.router.add_post("/v1/chat/completions", self.chat)
-        app.router.add_get("/health", self.health)
-        app.router.add_get("/v1/models", self.models)
-        app.router.add_get("/get_server_info", self.info)
-        app.router.add_get("/get_model_info", self.info)
-        app.router.add_get("/metrics", self.metrics)
+        app.add_routes([
+            web.post("/v1/chat/completions", self.chat),
+            web.get("/health", self.health),
+            web.get("/v1/models", self.models),
+            web.get("/get_server_info", self.info),
+            web.get("/get_model_info", self.info),
+            web.get("/metrics", self.metrics),
+        ])  # fmt: skip
         return app
 
     async def chat(self, http: "web.Request") -> "web.Response":
         """One answer, or an error in OpenAI's form."""
-        import orjson
-
         batcher = self.engine.batcher
         if self.closing:
             return problem(503, "the server is stopping", {"Connection": "close"})
@@ -175,7 +178,6 @@ class ChatServer:
 
 def reply(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> "web.Response":
     """A response with a JSON body."""
-    import orjson
     from aiohttp import web
 
     return web.Response(
@@ -195,8 +197,6 @@ def problem(status: int, message: str, headers: dict[str, str] | None = None) ->
 
 def completion(answer: Answer, model: str, number: int) -> dict[str, Any]:
     """An answer in OpenAI's form."""
-    import time
-
     choice = {"index": 0, "message": answer.message, "finish_reason": answer.finish_reason}
     usage = {
         "prompt_tokens": answer.prompt_tokens,

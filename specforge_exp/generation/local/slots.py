@@ -53,8 +53,8 @@ class Slots(Cache):
         model(torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=probe)
         self.capacity = 0
         self.dtype = model.dtype
-        probed = [(layer.keys, layer.values) for layer in probe.layers]
-        self.token_bytes = sum(t.numel() * t.element_size() for pair in probed for t in pair)
+        probed = [tensor for layer in probe.layers for tensor in (layer.keys, layer.values)]
+        self.token_bytes = sum(tensor.numel() * tensor.element_size() for tensor in probed)
         affordable = (free_bytes(self.device) - aside) // self.token_bytes
         self.count = max(1, min(count, affordable // min(context, USUAL) - 1))
         """Sequences at a time: fewer than were asked for where memory is short."""
@@ -63,41 +63,35 @@ class Slots(Cache):
                 "%d sequences at a time instead of %d: memory for keys and values holds %d tokens",
                 self.count, count, affordable,
             )  # fmt: skip
-        self.keys = [self._empty(keys) for keys, _ in probed]
-        self.values = [self._empty(values) for _, values in probed]
+        self.stores = [x.new_zeros(self.count + 1, x.shape[1], 0, x.shape[3]) for x in probed]
+        """Keys of the first layer, its values, keys of the second, ..."""
         self.room = max(GROWTH, min(context, affordable // (self.count + 1)))
         """Tokens that a slot may come to hold; less than the context where memory is short."""
         self.rows_B: Tensor | None = None
         self.at: dict[int, Tensor] = {}
         self.seen = 0
 
-    def _empty(self, probed_BHTD: Tensor) -> Tensor:
-        _, heads, _, dim = probed_BHTD.shape
-        return probed_BHTD.new_zeros(self.count + 1, heads, 0, dim)
-
     def reserve(self, tokens: int) -> None:
         """Let every slot hold so many tokens."""
         if tokens <= self.capacity:
             return
         capacity = -(-tokens // GROWTH) * GROWTH
-        for stores in (self.keys, self.values):
-            for layer, old_SHCD in enumerate(stores):
-                # Zeros, since what is masked is still multiplied, and memory may hold NaN.
-                slots, heads, _, dim = old_SHCD.shape
-                new_SHCD = old_SHCD.new_zeros(slots, heads, capacity, dim)
-                new_SHCD[:, :, : self.capacity] = old_SHCD
-                stores[layer] = new_SHCD
+        for number, old_SHCD in enumerate(self.stores):
+            # Zeros, since what is masked is still multiplied, and memory may hold NaN.
+            slots, heads, _, dim = old_SHCD.shape
+            new_SHCD = old_SHCD.new_zeros(slots, heads, capacity, dim)
+            new_SHCD[:, :, : self.capacity] = old_SHCD
+            self.stores[number] = new_SHCD
         self.capacity = capacity
 
     def clear(self) -> None:
         """Give the memory back, whatever state it is in; it grows again."""
         self.capacity = 0
-        for stores in (self.keys, self.values):
-            stores[:] = [store_SHCD[:, :, :0].clone() for store_SHCD in stores]
+        self.stores = [store_SHCD[:, :, :0].clone() for store_SHCD in self.stores]
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy a sequence to another slot."""
-        for store_SHCD in self.keys + self.values:
+        for store_SHCD in self.stores:
             store_SHCD[target, :, :tokens] = store_SHCD[source, :, :tokens]
 
     def run(self, slots: list[int] | None, ids: list[list[int]], starts: list[int]) -> Tensor:
@@ -130,7 +124,7 @@ class Slots(Cache):
         # What padding computes goes to the spare slot at the end.
         slot_BT = torch.where(position_BT < 0, self.count, slot_B[:, None])
         position_BT = position_BT.clamp(min=0)
-        for heads in {store.shape[1] for store in self.keys + self.values}:
+        for heads in {store.shape[1] for store in self.stores}:
             head_H1 = torch.arange(heads, device=self.device)[:, None]
             at_BHT = (slot_BT[:, None] * heads + head_H1) * self.capacity + position_BT[:, None]
             self.at[heads] = at_BHT.view(-1)
@@ -160,10 +154,8 @@ class Slots(Cache):
         self, keys_BHTD: Tensor, values_BHTD: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Write the new keys and values; returns all that the rows have, [B, H, K, D]."""
-        return (
-            self._write(self.keys[layer_idx], keys_BHTD),
-            self._write(self.values[layer_idx], values_BHTD),
-        )
+        keys_SHCD, values_SHCD = self.stores[2 * layer_idx : 2 * layer_idx + 2]
+        return self._write(keys_SHCD, keys_BHTD), self._write(values_SHCD, values_BHTD)
 
     def _write(self, store_SHCD: Tensor, new_BHTD: Tensor) -> Tensor:
         rows, heads, _, dim = new_BHTD.shape
