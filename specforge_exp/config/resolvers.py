@@ -77,9 +77,8 @@ def if_done(stage: str, resume: bool) -> str:
 
 def register() -> None:
     """Make them known to OmegaConf under their own names."""
-    functions = (
+    for function in (
         folder_name, repository, gpu_count, both_secrets, when_losses_differ, output_folder,
         returned, directions, if_done,
-    )  # fmt: skip
-    for function in functions:
+    ):  # fmt: skip
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)

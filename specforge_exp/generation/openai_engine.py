@@ -179,17 +179,13 @@ class OpenAIEngine:
 
     async def once(self, server: int, request: Request) -> Answer:
         """One attempt at an answer."""
-        sampling = request.sampling
         body: dict[str, Any] = {
             "model": self.names[server].result(),
             "messages": [{k: m[k] for k in MESSAGE_KEYS if k in m} for m in request.messages],
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
             "seed": request.seed,
         }
-        for name in ("top_k", "min_p", "ignore_eos"):
-            if value := getattr(sampling, name):
+        for name, value in vars(request.sampling).items():
+            if value or name in ("temperature", "top_p", "max_tokens"):
                 body[name] = value
         if request.tools:
             body["tools"] = request.tools

@@ -39,6 +39,10 @@ SHARD_TOKENS = 65536
 """Tokens of one shard, about: 2 GB of an 8B target in bfloat16."""
 
 
+Shard = list[tuple[int, int]]
+"""Sign and number of its conversations: 1 for training, -1 for held-out ones."""
+
+
 @dataclass(frozen=True)
 class StoredStates:
     """Where one conversation's states lie in its shard."""
@@ -56,12 +60,9 @@ def compared(turns_T: Tensor) -> Tensor:
     return inside_T | torch.cat([inside_T.new_zeros(1), inside_T[:-1]])
 
 
-def plan(splits: dict[int, TokenSet], shard_tokens: int) -> list[list[tuple[int, int]]]:
-    """Shards of (sign, number) of supervised conversations, about shard_tokens each.
-
-    The sign is 1 for training and -1 for held-out conversations.
-    """
-    shards: list[list[tuple[int, int]]] = [[]]
+def plan(splits: dict[int, TokenSet], shard_tokens: int) -> list[Shard]:
+    """Shards of the supervised conversations, about shard_tokens each."""
+    shards: list[Shard] = [[]]
     size = 0
     for sign, tokens in splits.items():
         for number, turns in enumerate(tokens.turns):
@@ -144,7 +145,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 def announce(
     folder: Path,
     splits: dict[int, TokenSet],
-    shards: list[list[tuple[int, int]]],
+    shards: list[Shard],
     sizes: list[int],
 ) -> None:
     """Say how large the cache will be, and refuse when the disk has less."""
@@ -170,7 +171,7 @@ def announce(
 
 
 def shard_states(
-    target: HiddenStates, splits: dict[int, TokenSet], shard: list[tuple[int, int]]
+    target: HiddenStates, splits: dict[int, TokenSet], shard: Shard
 ) -> dict[str, Tensor]:
     """Compute one shard."""
     aux, last = [], []
@@ -188,7 +189,7 @@ def write_shard(path: Path, states: dict[str, Tensor]) -> None:
         save_file(states, partial)
 
 
-def index_of(splits: dict[int, TokenSet], shards: list[list[tuple[int, int]]]) -> dict[str, Any]:
+def index_of(splits: dict[int, TokenSet], shards: list[Shard]) -> dict[str, Any]:
     """index.json: [file, first row of aux, first row of last] by conversation."""
     index: dict[str, Any] = {}
     for number_of_shard, shard in enumerate(shards):

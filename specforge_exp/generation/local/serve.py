@@ -70,17 +70,17 @@ def parse(body: Any) -> Request:
     if body.get("stream"):
         raise BadField("stream=true is not supported; answers come whole")
     sampling = Sampling(
-        float(numbers.get("temperature", 1.0)),
-        float(numbers.get("top_p", 1.0)),
-        max(0, int(numbers.get("top_k", 0))),
-        float(numbers.get("min_p", 0.0)),
-        int(numbers.get("max_completion_tokens", numbers.get("max_tokens", 1 << 31))),
+        numbers.get("temperature", 1.0),
+        numbers.get("top_p", 1.0),
+        max(0, numbers.get("top_k", 0)),
+        numbers.get("min_p", 0.0),
+        numbers.get("max_completion_tokens", numbers.get("max_tokens", 1 << 31)),
         bool(body.get("ignore_eos")),
     )
     return Request(
         messages,
         sampling,
-        int(numbers.get("seed", random.getrandbits(63))),
+        numbers.get("seed", random.getrandbits(63)),
         body.get("tools"),
         body.get("chat_template_kwargs") or {},
     )
