@@ -125,15 +125,20 @@ class Config:
         safe_name("run_name", self.run_name)
         safe_name("sweep_name", self.sweep_name)
         allow(self, "", lr_point="low mid high", device="auto cpu cuda")
-        self.draft.chain_length(self.bench.chain_length)
         if self.bench_engine == "transformers" and self.bench.concurrency > 1:
             raise InputError(
                 f"bench.concurrency={self.bench.concurrency} needs engine=sglang or engine=openai; "
                 f"with engine.name={self.engine.name} bench answers one prompt at a time"
             )
-        check_objectives(self.objectives, self.draft.steps)
         above_zero("lr", self.lr)
         minimums(self, "", epochs=1, max_steps=1, max_length=2, threads=1, seeds=1)
+        if isinstance(self.draft, DraftConfig):  # what only serves the target has none
+            self.check_draft()
+
+    def check_draft(self) -> None:
+        """Refuse what the draft cannot do."""
+        self.draft.chain_length(self.bench.chain_length)
+        check_objectives(self.objectives, self.draft.steps)
         option = self.draft.steps_option
         if self.max_length < self.draft.steps + 2:
             raise InputError(

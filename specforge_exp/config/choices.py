@@ -89,7 +89,7 @@ class DataConfig:
     chat template knows no system role (Gemma)."""
 
     def __post_init__(self) -> None:
-        one_of("data.system", self.system, ("keep", "join"))
+        allow(self, "data.", system="keep join")
         if self.path == "":
             raise InputError("data=local needs data.path=<file, folder or hub:<id>>")
         safe_name("data.name", self.name)
