@@ -170,10 +170,9 @@ def parse_parquet(name: str, file: IO[bytes], columns: Columns) -> Iterator[Raw]
     try:
         table = parquet.ParquetFile(file)
         names = columns.of(name, table.schema_arrow.names)
-        number = itertools.count()
-        for batch in table.iter_batches(BATCH_ROWS, columns=names):
-            for row in batch.to_pylist():
-                yield f"{name}#{next(number)}", without_nulls(row)
+        batches = table.iter_batches(BATCH_ROWS, columns=names)
+        for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+            yield f"{name}#{number}", without_nulls(row)
     except pyarrow.ArrowException as error:
         raise InputError(f"{name} is not a readable Parquet file: {error}") from None
 

@@ -67,7 +67,7 @@ async def answer_on_modal(cfg: Config, store: Store, interrupt: Interrupt) -> No
 async def fan_out(client: "Client", chunks: list[Chunk], interrupt: Interrupt) -> None:
     """Answer these chunks; what the run has on the Volume is deleted when they are complete."""
     progress = client.progress = Progress(client.store, interrupt)
-    await client.begin()
+    await patiently(client.volume.hydrate.aio, client.outage)
     tasks = [asyncio.create_task(client.complete(chunk)) for chunk in chunks]
     work: asyncio.Future[Any] = asyncio.gather(*tasks)
     reported = 0.0
@@ -134,18 +134,14 @@ class Client:
         text = json.dumps(decides, sort_keys=True)
         self.folder = f"regen/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self.volume_name = cfg.resources["volumes"][cfg.resources["env"]["SPECFORGE_DATASETS"]]
+        self.volume = volume(self.volume_name)
+        self.pools = pools(app, cfg.engine.num_servers)
         self.journal = Journal(store.folder / JOURNAL)
         self.pace = RateLimit(cfg.engine.rate_limit)
         self.spawning, self.looking = asyncio.Lock(), asyncio.Semaphore(TOGETHER)
         self.outage = new_outage()
         self.pending: dict[str, int] = {}
         """Calls that are waited for, with their number of conversations."""
-
-    async def begin(self) -> None:
-        """Look up what calls need."""
-        self.volume = volume(self.volume_name)
-        await patiently(self.volume.hydrate.aio, self.outage)
-        self.pools = pools(self.app, self.cfg.engine.num_servers)
 
     async def complete(self, chunk: Chunk) -> None:
         """Bring results for everything that a chunk lacks."""

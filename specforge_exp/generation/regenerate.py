@@ -136,7 +136,8 @@ def sort_thoughts(message: Message, thinking: str) -> Message:
     if answer.lstrip().startswith("<think>"):  # cut before they ended
         inline, answer = answer.lstrip().removeprefix("<think>"), ""
     thoughts = (message.get("reasoning_content") or inline).strip("\n")
-    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
-    sorted_out = {**rest, "content": answer.lstrip("\n")}
-    with_thoughts = thinking == "kept" and thoughts.strip()
-    return {**sorted_out, "reasoning_content": thoughts} if with_thoughts else sorted_out
+    sorted_out = {**message, "content": answer.lstrip("\n")}
+    sorted_out.pop("reasoning_content", None)
+    if thinking == "kept" and thoughts.strip():
+        sorted_out["reasoning_content"] = thoughts
+    return sorted_out

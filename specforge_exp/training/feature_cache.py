@@ -98,18 +98,21 @@ def make_cache(
         InputError: the disk has no room, or the folder holds states of something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    first = ranks.rank == 0
+    first, made_of = ranks.rank == 0, folder / "made_of.json"
     with one_at_a_time(folder) if first else nullcontext():
         ranks.wait()
-        if (folder / "made_of.json").exists():
-            check(folder, fingerprint)
+        if made_of.exists() and (changes := fingerprint.changes(read_record(made_of))):
+            raise InputError(
+                f"{folder} holds hidden states of something else: {'; '.join(changes)}. "
+                f"Remove it (rm -r {folder}), set paths.datasets, or use target.cache=none"
+            )
         if any(ranks.gather((folder / "index.json").exists())):
             return
         shards = plan(splits, SHARD_TOKENS)
         sizes = [x.shape[-1] * x.element_size() for x in target(torch.zeros(1, 1).long())]
         if first:
             announce(folder, splits, shards, sizes)
-            write_json(folder / "made_of.json", vars(fingerprint))
+            write_json(made_of, vars(fingerprint))
         ranks.wait()
         mine = list(enumerate(shards))
         if not together:
@@ -202,16 +205,6 @@ def index_of(splits: dict[int, TokenSet], shards: list[Shard]) -> dict[str, Any]
     return index
 
 
-def check(folder: Path, fingerprint: Fingerprint) -> None:
-    """Refuse a cache of another target or other tokens, by name."""
-    changes = fingerprint.changes(read_record(folder / "made_of.json"))
-    if changes:
-        raise InputError(
-            f"{folder} holds hidden states of something else: {'; '.join(changes)}. "
-            f"Remove it (rm -r {folder}), set paths.datasets, or use target.cache=none"
-        )
-
-
 def from_disk(folder: Path, layers: int, hidden: int) -> Features:
     """Read a batch's states from the shards; positions that no loss asks for are 0 in `last`.
 
@@ -232,15 +225,14 @@ def from_disk(folder: Path, layers: int, hidden: int) -> Features:
         turns = batch.turns_T.cpu().split(batch.lengths)
         for number, length, turns_T in zip(batch.numbers, batch.lengths, turns, strict=True):
             compared_T = compared(turns_T)
-            full_TH = torch.zeros(length, hidden)
             if number in index:
                 aux_TA, last_MH = rows_of(
                     folder, opened, index[number], length, int(compared_T.sum())
                 )
-                full_TH = full_TH.to(last_MH.dtype)
-                full_TH[compared_T] = last_MH
             else:
-                aux_TA = torch.zeros(length, layers * hidden)
+                aux_TA, last_MH = torch.zeros(length, layers * hidden), torch.zeros(0, hidden)
+            full_TH = last_MH.new_zeros(length, hidden)
+            full_TH[compared_T] = last_MH
             aux.append(aux_TA)
             last.append(full_TH)
         device = batch.ids_T.device

@@ -70,7 +70,11 @@ def main() -> int:
             complete = sys.stdin.readline() == "complete\n"
             copy.finish(0 if complete else 1)
         except Exception as error:  # whatever it is: the training reads it in tracker.json
-            stop(folder, one_line(error))
+            reason = one_line(error)
+            try:
+                tell(folder, stopped=reason)
+            except OSError:  # the disk takes nothing
+                say(f"the tracker stopped: {reason}")
             return 1
     return 0
 
@@ -81,14 +85,6 @@ def outlive(request: dict[str, Any]) -> None:
         time.sleep(POLL_SECONDS)
     time.sleep(request["patience"])
     os._exit(1)
-
-
-def stop(folder: Path, reason: str) -> None:
-    """Leave the reason for the training to read, or say it where the disk takes nothing."""
-    try:
-        tell(folder, stopped=reason)
-    except OSError:
-        say(f"the tracker stopped: {reason}")
 
 
 def follow(folder: Path, copy: TrackerRun, trainer: int) -> None:
