@@ -59,15 +59,6 @@ def fill(pattern: str, slots: dict[str, str], rng: random.Random) -> str:
     return text
 
 
-def with_sums(slots: dict[str, str]) -> dict[str, str]:
-    """The slots of arithmetic with the results of its sums."""
-    if "a" not in slots:
-        return slots
-    a, b = int(slots["a"]), int(slots["b"])
-    results = {"sum": a + b, "diff": a - b, "prod": a * b, "net": a + b - 1}
-    return slots | {name: str(value) for name, value in results.items()}
-
-
 def split_of(prompt: str) -> str:
     """The one split that a first user text belongs to: about 80/10/10 of all texts."""
     bucket = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") % 10
@@ -83,7 +74,11 @@ def prompts_of(category: str) -> dict[str, dict[str, str]]:
     prompts: dict[str, dict[str, str]] = {}
     for rows in itertools.product(*grammar["tables"].values()):
         cells = [cell for row in rows for cell in row.split(" / ")]
-        slots = with_sums(dict(zip(names, cells, strict=True)))
+        slots = dict(zip(names, cells, strict=True))
+        if "a" in slots:  # arithmetic, whose answers need the results of its sums
+            a, b = int(slots["a"]), int(slots["b"])
+            sums = {"sum": a + b, "diff": a - b, "prod": a * b, "net": a + b - 1}
+            slots |= {name: str(value) for name, value in sums.items()}
         rng = seeded(category, *slots.values())
         # Uniform here: the prompts are given, so their entropy costs the model nothing.
         pattern = patterns[int(len(patterns) * rng.random())]

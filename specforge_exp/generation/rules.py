@@ -23,13 +23,14 @@ def sampling_of(cfg: Config) -> Sampling:
     except OSError:  # a model without generation_config.json
         model = GenerationConfig()
     own = cfg.regen
-    samples = model.do_sample is not False
 
     def first(*values: Any) -> Any:
         return next(value for value in values if value is not None)
 
     return Sampling(
-        temperature=first(own.temperature, model.temperature if samples else 0.0, 1.0),
+        temperature=first(
+            own.temperature, 0.0 if model.do_sample is False else model.temperature, 1.0
+        ),
         top_p=first(own.top_p, model.top_p, 1.0),
         top_k=first(own.top_k, model.top_k, 0),
         min_p=first(model.min_p, 0.0),

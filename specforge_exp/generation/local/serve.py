@@ -146,8 +146,12 @@ class ChatServer:
 
     async def models(self, _: "web.Request") -> "web.Response":
         """The only model."""
-        model = {"id": self.name, "object": "model", "owned_by": "specforge_exp"}
-        model["max_model_len"] = self.engine.batcher.context  # type: ignore[assignment]
+        model = {
+            "id": self.name,
+            "object": "model",
+            "owned_by": "specforge_exp",
+            "max_model_len": self.engine.batcher.context,
+        }
         return reply({"object": "list", "data": [model]})
 
     async def info(self, _: "web.Request") -> "web.Response":
