@@ -115,7 +115,7 @@ def make_plan(source: Path, digest: str, chunk_size: int, most: int | None) -> P
     order = np.lexsort(ranks[::-1]).astype(np.int32)
     arrays = [np.frombuffer(numbers, np.int64) for numbers in (starts, lengths, lines, twice)]
     chunks = cut(ranks[0][order], arrays[1][order], chunk_size)
-    return Plan(source, digest, total, *arrays, order, chunks)
+    return Plan(source, digest, total, *[*arrays, order, chunks])
 
 
 def beginning(record: Record) -> str:
