@@ -113,9 +113,10 @@ def make_plan(source: Path, digest: str, chunk_size: int, most: int | None) -> P
     by_level = np.frombuffer(hashes, np.int64).reshape(-1, len(LEVELS)).T
     ranks = [first_with(level_hashes) for level_hashes in by_level]
     order = np.lexsort(ranks[::-1]).astype(np.int32)
-    arrays = [np.frombuffer(numbers, np.int64) for numbers in (starts, lengths, lines, twice)]
-    chunks = cut(ranks[0][order], arrays[1][order], chunk_size)
-    return Plan(source, digest, total, *[*arrays, order, chunks])
+    integers = starts, lengths, lines, twice
+    arrays: list[np.ndarray] = [np.frombuffer(numbers, np.int64) for numbers in integers]
+    arrays += [order, cut(ranks[0][order], arrays[1][order], chunk_size)]
+    return Plan(source, digest, total, *arrays)
 
 
 def beginning(record: Record) -> str:
