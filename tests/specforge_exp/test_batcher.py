@@ -212,7 +212,7 @@ def test_the_pool_gives_back_what_it_was_given(
     for kinds, rest in sequences:
         ids = [kind for kind in kinds for _ in range(BLOCK)] + [0] * rest
         marks = [float(hash(tuple(ids[: at + 1])) % 1000) for at in range(len(ids))]
-        for store in slots.keys + slots.values:
+        for store in slots.stores:
             store[0, :, : len(ids)] = torch.tensor(marks)[:, None]
         prefixes.keep(0, ids)
         kept = min(len(ids) // BLOCK, size)
@@ -221,7 +221,7 @@ def test_the_pool_gives_back_what_it_was_given(
         assert (missing is None) == (kept == len(ids) // BLOCK or size == 0)
         if places:
             prefixes.load(1, places)
-            for store in slots.keys + slots.values:
+            for store in slots.stores:
                 assert torch.equal(store[1, :, : kept * BLOCK], store[0, :, : kept * BLOCK])
     assert len(prefixes.places) <= size
     assert len(set(prefixes.places.values())) == len(prefixes.places)
