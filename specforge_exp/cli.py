@@ -34,6 +34,8 @@ def command(task: Task) -> Callable[[], None]:
         arguments = parser.parse_intermixed_args(words)  # flags may stand anywhere
         if problem := unknown_key(arguments.overrides, Config):
             sys.exit(f"error: {problem}")
+        if arguments.experimental_rerun:
+            sys.exit("error: --experimental-rerun reads a pickle; run the command again instead")
         if arguments.help:  # Hydra copies the store for every group; there is one per process
             vars(store)["__deepcopy__"] = lambda memo: store
         _run_hydra(arguments, parser, task, repository("conf"), "config")
