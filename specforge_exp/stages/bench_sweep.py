@@ -7,7 +7,6 @@ table. It is the one stage that imports others: what it adds is their order, ove
 import gc
 import logging
 import shlex
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from omegaconf import OmegaConf
 
 from specforge_exp import paths
 from specforge_exp.artifacts import read_record
-from specforge_exp.config import Config, draft_config_class, from_omegaconf
+from specforge_exp.config import Config, from_omegaconf
 from specforge_exp.errors import InputError, first_line
 from specforge_exp.report.record import find_sweep, read_sweep, run_folder
 from specforge_exp.stages.bench import bench
@@ -89,9 +88,6 @@ def config_of(cfg: Config, sweep_dir: Path, sweep: dict[str, Any], run: dict[str
     if not isinstance(made, dict):
         raise InputError(f"{folder / 'run.json'} has no configuration; train the run again")
     try:
-        options = {field.name for field in fields(draft_config_class(made["draft"]["_target_"]))}
-        # An older version kept the options of every kind of draft.
-        made["draft"] = {key: made["draft"][key] for key in made["draft"] if key in options}
         own = from_omegaconf(OmegaConf.create(made))
     except InputError as error:
         raise InputError(
