@@ -33,7 +33,7 @@ TIERS = {
     "fast": Tier(
         "every module, one launch and one kill of each kind",
         ("test_layers.py", "specforge_exp", "modal_sweep", "hydra_sweeps", "end_to_end"),
-        900,
+        1100,
         "not slow",
     ),
     "trainer": Tier("the trainer's long runs, killed and resumed", ("specforge_exp",), 300),

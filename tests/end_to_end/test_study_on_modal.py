@@ -42,6 +42,7 @@ def trials(sweep: Path) -> list[Any]:
     return optuna.load_study(study_name=summary.study_name, storage=storage).get_trials()
 
 
+@pytest.mark.slow
 def test_a_study_whose_controller_is_killed(tmp_path: Path, control_plane: LocalModal) -> None:
     sweep = tmp_path / "killed-study"
     process = driver.start(asked(sweep))

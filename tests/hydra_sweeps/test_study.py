@@ -120,6 +120,7 @@ def of(*options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_searches_that_come_along(tmp_path: Path) -> None:
     dry = ["hydra.sweeper.dry_run=true", f"paths.checkpoints={tmp_path}"]
     plain = of("hparams_search=opd", *dry)

@@ -55,6 +55,7 @@ def steps(names: set[str], control_plane: LocalModal) -> dict[str, list[list[int
     return {name: list(calls.values()) for name, calls in executed.items()}
 
 
+@pytest.mark.slow
 def test_ends_come_as_they_happen(
     tmp_path: Path, control_plane: LocalModal, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,6 +83,7 @@ def test_ends_come_as_they_happen(
     assert "without this process" not in printed
 
 
+@pytest.mark.slow
 def test_results_are_taken_and_failures_given_until_they_were_heard(tmp_path: Path) -> None:
     """Who is killed between a job's end and the own record of it starts the job again."""
 
@@ -121,6 +123,7 @@ def test_reports_come_while_a_job_runs_and_once(tmp_path: Path) -> None:
     session.close()
 
 
+@pytest.mark.slow
 def test_a_stopped_job_saves_and_fails(
     tmp_path: Path, control_plane: LocalModal, capsys: pytest.CaptureFixture[str]
 ) -> None:

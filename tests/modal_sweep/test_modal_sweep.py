@@ -46,6 +46,7 @@ def test_a_sweep_from_its_submission_to_its_end(tmp_path: Path, control_plane: L
     assert (sweep / "0" / "weights.txt").exists()
 
 
+@pytest.mark.slow
 def test_the_same_command_again_costs_nothing(tmp_path: Path, control_plane: LocalModal) -> None:
     sweep = tmp_path / "sweep"
     command = driver.command(sweep, "+name=again0,again1")

@@ -111,6 +111,7 @@ def figures(cfg: Config) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_server_gives_the_figures_of_this_process(
     exported: Config, running: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +157,7 @@ def test_several_at_a_time_change_no_count(exported: Config) -> None:
         assert found[name]["speedup"] is None and found[name]["lossless"] is None
 
 
+@pytest.mark.slow
 def test_a_server_that_never_speculates_is_no_measurement(exported: Config) -> None:
     cfg = served(exported)
     cfg.engine.command[cfg.engine.command.index("{draft}")] = ""
@@ -164,6 +166,7 @@ def test_a_server_that_never_speculates_is_no_measurement(exported: Config) -> N
     assert not paths.bench_file(cfg).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fails", "words"), [("at-once", "no such kernel"), ("later", "out of memory, says")]
 )

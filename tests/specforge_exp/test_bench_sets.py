@@ -230,6 +230,7 @@ def exported(cfg: Config, tokens: Path) -> Config:
     return cfg
 
 
+@pytest.mark.slow
 def test_ten_rows_without_a_network(exported: Config, tmp_path: Path) -> None:
     """As a user types it, with samples so short that every one fits."""
     done = subprocess.run(

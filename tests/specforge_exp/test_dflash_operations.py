@@ -111,6 +111,7 @@ def counted(cfg: Config) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_accumulating_adds_no_collective(run: Config) -> None:
     """R23, R24: two processes send as much for windows of three forwards as of one, with a replica
     or a share of the draft each; a share is half of the weights."""
@@ -302,6 +303,7 @@ print(sorted(OPTIONAL & set(sys.modules)))
 """
 
 
+@pytest.mark.slow
 def test_nothing_optional_is_imported() -> None:
     """R35: the stages load where no engine, tracker, launcher or sweeper is installed."""
     done = subprocess.run(

@@ -116,6 +116,7 @@ def test_anchors_are_those_that_everybody_may_draw(file: Path) -> None:
     assert packed.max() == chats.anchor_BR[1].max() + 16
 
 
+@pytest.mark.slow
 def test_our_step_prints_one_line_of_json(file: Path) -> None:
     """Rows and loss are those of the file's blocks, at the sum of their weights."""
     command = [sys.executable, "-m", "our_dflash_step", str(file), "--threads", "1", "--steps", "1"]

@@ -121,6 +121,7 @@ def test_greedy_output_is_the_targets_own(tiny_target: Target, tiny_tokenizer: A
         assert found.tokens == generate(target, prompt, decoding).tokens
 
 
+@pytest.mark.slow
 def test_sampled_tokens_follow_the_target(random_target: Target) -> None:
     """The first verified token, over many runs, has the target's distribution (chi-square)."""
     draft = small_draft(random_target)

@@ -46,6 +46,7 @@ def changed(tmp_path: Path, source: Path, **changes: object) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_wrong_loss_is_found(tmp_path: Path) -> None:
     source = next(path for path in FILES if path.name == "sf_tiny.npz")
     wrong = changed(tmp_path, source, ploss=np.load(source)["ploss"] * 1.0001)
@@ -80,6 +81,7 @@ def test_an_unknown_loss_is_refused_by_name(tmp_path: Path) -> None:
         parity.compare(changed(tmp_path, source, loss_fn='{"kl_div": 0.5, "jsd": 0.5}'))
 
 
+@pytest.mark.slow
 def test_not_a_parity_file(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     path.write_text("nothing")

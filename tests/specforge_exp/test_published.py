@@ -113,6 +113,7 @@ def test_turns_matter_to_mt_bench_only() -> None:
     assert "4.24" in same_setting(talks)[1]
 
 
+@pytest.mark.slow
 def test_a_chain_stands_beside_no_tree() -> None:
     eagle = deepcopy(RESULT)
     eagle["config"]["draft"] = {"name": "eagle3"}

@@ -178,6 +178,7 @@ def test_an_empty_sweep_opens(tmp_path: Path) -> None:
         assert "No run has finished" in page.locator(".head h2").inner_text()
 
 
+@pytest.mark.slow
 def test_two_hundred_runs_of_a_thousand_points(tmp_path: Path) -> None:
     plans = [plan for _ in range(17) for plan in grid(points=1000)][:200]
     for number, plan in enumerate(plans):

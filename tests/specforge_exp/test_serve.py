@@ -172,6 +172,7 @@ def test_more_than_may_wait_are_sent_away_and_a_lost_client_frees_its_slot(url: 
     assert complete(url, {"messages": ASK, "max_tokens": 2})[0] == 200
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_what_runs_and_accepts_no_more() -> None:
     async def scene() -> None:
         with serving("--concurrency", "1") as (url, process):

@@ -191,6 +191,7 @@ def test_wandb_offline_and_the_command_that_uploads_it(
     assert [line["_step"] for line in server.history[run_id]] == ALL
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers(
     cfg: Config,
     tmp_path: Path,
