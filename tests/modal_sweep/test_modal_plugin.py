@@ -90,6 +90,7 @@ def test_its_namesake_does_not_take_its_options(ours_first: bool, tmp_path: Path
     assert "_target_: hydra_plugins.modal_launcher.launcher.ModalLauncher" in printed
 
 
+@pytest.mark.timing
 def test_it_adds_little_to_the_start_of_any_hydra_app() -> None:
     """Under 20 ms: Hydra imports every plugin at every start."""
     code = """

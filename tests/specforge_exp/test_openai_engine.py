@@ -178,6 +178,7 @@ def test_a_wrong_key_is_the_users(cfg: Config) -> None:
         ask(cfg, [(401, {})])
 
 
+@pytest.mark.timing
 def test_nobody_there_is_said_soon(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specforge_exp.generation.openai_engine.FIRST_CONTACT", 0.3)
     cfg.engine.patience = 600.0

@@ -191,6 +191,7 @@ def test_wandb_offline_and_the_command_that_uploads_it(
     assert [line["_step"] for line in server.history[run_id]] == ALL
 
 
+@pytest.mark.timing
 @pytest.mark.slow
 def test_a_server_that_never_answers(
     cfg: Config,
@@ -238,6 +239,7 @@ def test_a_killed_service_does_not_end_the_run(
     assert "upload what it has with: wandb sync" in caplog.text
 
 
+@pytest.mark.timing
 def test_a_service_that_hangs_does_not_hold_the_run(
     cfg: Config,
     tmp_path: Path,
