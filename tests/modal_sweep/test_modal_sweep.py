@@ -70,7 +70,7 @@ def test_other_code_is_another_job(tmp_path: Path, control_plane: LocalModal) ->
     app.mkdir()
     code = (driver.APP / "toy.py").read_text()
     (app / "toy.py").write_text(code)
-    command = driver.command(sweep, "+name=code", "+pause=0.4")
+    command = driver.command(sweep, "+name=code", "+pause=3")
     command[0] = str(app / "toy.py")
     process = driver.start(command)
     driver.wait_for_steps(control_plane, sweep, jobs=1, steps=1)
