@@ -32,7 +32,7 @@ def asked(sweep: Path) -> list[str]:
         f"hydra.sweeper.warm_start={[f'act={act} x={x}' for act, x in POINTS]}",
     ]  # fmt: skip
     space = [f"act={','.join(ACTS)}", "x=range(-1,6)"]
-    fixed = [f"steps={STEPS}", "pause=0.5", f"name={sweep.name}"]
+    fixed = [f"steps={STEPS}", "pause=1.0", f"name={sweep.name}"]
     return [str(driver.APP / "trial.py"), "-m", *options, *space, *fixed]
 
 
