@@ -29,8 +29,9 @@ def train(name, steps, seconds):
     done = int(open(path).read()) if os.path.exists(path) else 0
     for step in range(done, steps):
         time.sleep(seconds)
-        with open(path, "w") as file:
+        with open(path + ".new", "w") as file:
             file.write(str(step + 1))
+        os.replace(path + ".new", path)
         volume.commit()
     return done
 
