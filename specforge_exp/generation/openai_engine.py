@@ -15,6 +15,7 @@ import aiohttp
 import orjson
 
 from specforge_exp.config import Config
+from specforge_exp.data.messages import reasoning_of
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import (
     Answer,
@@ -202,9 +203,10 @@ def parse(content: bytes) -> Answer:
         choice = response["choices"][0]
         given = choice["message"]
         message: Message = {"role": "assistant", "content": given.get("content") or ""}
-        for key in ("reasoning_content", "tool_calls"):
-            if given.get(key):
-                message[key] = given[key]
+        if thoughts := reasoning_of(given):  # servers differ in what they call them
+            message["reasoning_content"] = thoughts
+        if given.get("tool_calls"):
+            message["tool_calls"] = given["tool_calls"]
         if not isinstance(message["content"], str):
             raise TypeError("its content is not text")
         usage = response.get("usage") or {}

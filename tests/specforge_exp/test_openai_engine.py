@@ -112,11 +112,15 @@ def test_what_is_asked_and_what_comes_back(cfg: Config, monkeypatch: pytest.Monk
     }  # fmt: skip
 
 
-def test_thoughts_and_tool_calls_come_back(cfg: Config) -> None:
-    message = {"content": None, "reasoning_content": "hm", "tool_calls": [{"id": "1"}]}
-    given = {"choices": [{"message": message, "finish_reason": "tool_calls"}]}
-    answer, _ = ask(cfg, [given])
-    assert answer.message == {"role": "assistant", **message, "content": ""}
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
+def test_thoughts_and_tool_calls_come_back(cfg: Config, key: str) -> None:
+    """SGLang and vLLM call the thoughts differently; the answer has one name for them."""
+    calls = [{"id": "1"}]
+    given = {"content": None, key: "hm", "tool_calls": calls}
+    answer, _ = ask(cfg, [{"choices": [{"message": given, "finish_reason": "tool_calls"}]}])
+    assert answer.message == {
+        "role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": calls
+    }  # fmt: skip
     assert answer.finish_reason == "tool_calls"
 
 
