@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--loss", choices=TERMS, default="hard")
     parser.add_argument("--divisor", type=float, help="of the loss; default: the labels' weights")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="count what a step launches")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     draft, outcome, extra = prepare(args)

@@ -56,6 +56,8 @@ def report(
 
     rate = matmul_rate(args.device, draft.compute_dtype)
     found: dict[str, Any] = measure(step, args)
+    if args.profile:
+        found["profile"] = profiled(step, args.device)
     rate = (rate + matmul_rate(args.device, draft.compute_dtype)) / 2
     value, rows, flops = outcomes[0]
     found |= {"loss": value - extra, "rows": rows, "flops": flops}
@@ -63,11 +65,39 @@ def report(
     print(json.dumps({"who": "ours+checkpointing" if args.checkpointing else "ours", **found}))
 
 
+def profiled(step: Callable[[], None], device: str) -> dict[str, Any]:
+    """What one step launches and waits for: operators, kernels and synchronisations on CUDA, and
+    the ten that take longest, with their milliseconds."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = device.startswith("cuda")
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as profiler:
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+    averages = profiler.key_averages()
+    time = "self_device_time_total" if cuda else "self_cpu_time_total"
+    largest = sorted(averages, key=lambda entry: -getattr(entry, time))[:10]
+    counts = {
+        name: sum(entry.count for entry in averages if entry.key.startswith(prefixes))
+        for name, prefixes in {
+            "operators": ("aten::",),
+            "launches": ("cudaLaunchKernel", "cuLaunchKernel"),
+            "synchronisations": ("cudaStreamSynchronize", "cudaEventSynchronize"),
+            "copies": ("cudaMemcpyAsync",),
+        }.items()
+    }
+    table = [[entry.key, entry.count, getattr(entry, time) / 1000] for entry in largest]
+    return {**counts, "largest": table}
+
+
 def main() -> None:
     """Print the medians as JSON."""
     parser = arguments(__doc__)
     parser.add_argument("--supervision", default="specforge")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="count what a step launches")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cuda = args.device.startswith("cuda")

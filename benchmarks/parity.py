@@ -1,11 +1,12 @@
 """Compare our losses and gradients with a peer's, recorded in .npz files.
 
-    python benchmarks/parity.py FILE.npz...
+    python benchmarks/parity.py [--device cpu|cuda] [--dtype float32|bfloat16] FILE.npz...
 
 A file with `step_loss` is speculators' (each step already multiplied by decay**k), one with
 `ploss` SpecForge's (not multiplied). loss_rel is the largest relative difference of a step's
 loss, grad_rel the largest difference of a gradient relative to the largest entry of its tensor.
-The last line is JSON; the exit status is 1 when a file is above the tolerances.
+The last line is JSON; the exit status is 1 when a file is above the tolerances, which are those of
+float32 on a CPU. With another device or dtype the differences are what one looks at.
 """
 
 import argparse
@@ -78,11 +79,16 @@ def build_draft(weights: dict[str, Tensor], meta: dict[str, Any]) -> Eagle3:
     return draft
 
 
-def run(arrays: Any, meta: dict[str, Any], speculators: bool) -> tuple[Eagle3, Outcome]:
+def run(
+    arrays: Any, meta: dict[str, Any], speculators: bool, where: argparse.Namespace
+) -> tuple[Eagle3, Outcome]:
     """One forward and backward of the peer's preset on the file's weights and inputs."""
-    weights = {k[2:]: torch.from_numpy(arrays[k]) for k in arrays.files if k.startswith("w/")}
-    inputs = {k[3:]: torch.from_numpy(arrays[k]) for k in arrays.files if k.startswith("in/")}
-    draft = build_draft(weights, meta)
+    device, dtype = where.device, getattr(torch, where.dtype)
+    tensors = {k: torch.from_numpy(arrays[k]).to(device) for k in arrays.files if "/" in k}
+    weights = {k[2:]: value for k, value in tensors.items() if k.startswith("w/")}
+    inputs = {k[3:]: value for k, value in tensors.items() if k.startswith("in/")}
+    draft = build_draft(weights, meta).to(device)
+    draft.compute_dtype = dtype
     last = inputs["last_hidden_states"].float()
     if speculators:  # its verifier norm has unit weight and the stored states are from before it
         last = last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + meta["rms_eps"])
@@ -95,17 +101,18 @@ def run(arrays: Any, meta: dict[str, Any], speculators: bool) -> tuple[Eagle3, O
     # Padding on the right stays: it is never seen, and SpecForge divides by it too.
     lengths = [inputs["input_ids"].shape[1]] * len(inputs["input_ids"])
     turns = (inputs["loss_mask"] > 0).long().flatten()
-    aux = inputs["aux_hidden_states"].float().flatten(0, 1)
+    aux = inputs["aux_hidden_states"].to(dtype).flatten(0, 1)
     ids, numbers = inputs["input_ids"].flatten(), list(range(len(lengths)))
-    sample = Sample(ids, turns, numbers, lengths, 0, aux, last.flatten(0, 1))
+    sample = Sample(ids, turns, numbers, lengths, 0, aux, last.to(dtype).flatten(0, 1))
     loss = Loss(opd, loss_config(meta, speculators))
     window_K = draft.denominators(cfg, sample)
-    outcome = draft.objective(sample, Head(weights["target_head.weight"]), loss, cfg, window_K)
+    head = Head(weights["target_head.weight"].to(dtype))
+    outcome = draft.objective(sample, head, loss, cfg, window_K)
     outcome.loss.backward()
     return draft, outcome
 
 
-def compare(path: Path) -> dict[str, float]:
+def compare(path: Path, where: argparse.Namespace) -> dict[str, float]:
     """loss_rel and grad_rel of one file; InputError when it is not a file we can reproduce."""
     try:
         arrays = np.load(path, allow_pickle=False)
@@ -116,9 +123,9 @@ def compare(path: Path) -> dict[str, float]:
         if meta.get(name):
             raise InputError(f"{path}: {name} is not part of this draft, so it cannot be compared")
     speculators = "step_loss" in arrays.files
-    draft, outcome = run(arrays, meta, speculators)
+    draft, outcome = run(arrays, meta, speculators, where)
     steps = np.arange(int(meta["ttt"]))
-    mine = outcome.step_loss_K.double().numpy()
+    mine = outcome.step_loss_K.double().cpu().numpy()
     reference = arrays["step_loss" if speculators else "ploss"]
     if speculators:
         mine = mine * meta["decay"] ** steps
@@ -127,7 +134,7 @@ def compare(path: Path) -> dict[str, float]:
     gradients = {name: p.grad for name, p in draft.named_parameters()}
     for key in (k for k in arrays.files if k.startswith("g/")):
         gradient = gradients[key[2:].replace("layers.0.", "midlayer.")]
-        ours = np.zeros_like(arrays[key]) if gradient is None else gradient.numpy()
+        ours = np.zeros_like(arrays[key]) if gradient is None else gradient.float().cpu().numpy()
         scale = max(float(abs(arrays[key]).max()), 1e-12)
         grad_rel = max(grad_rel, largest(abs(ours - arrays[key]) / scale))
     return {"loss_rel": loss_rel, "grad_rel": grad_rel}
@@ -144,11 +151,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     results = {}
     try:
-        for path in parser.parse_args().files:
-            results[path.name] = compare(path)
+        for path in args.files:
+            results[path.name] = compare(path, args)
             print(path.name, *(f"{k} {v:.2e}" for k, v in results[path.name].items()))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

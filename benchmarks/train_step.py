@@ -3,6 +3,7 @@
     python benchmarks/train_step.py [--json] [--steps 5] [--threads 2] [--device cpu|cuda]
     python benchmarks/train_step.py --growth          # time and memory, 512 to 4096 tokens
     python benchmarks/train_step.py --draft dflash [--json]
+    python benchmarks/train_step.py --tokens 2048 --alone   # longer conversations; ours alone
 
 Everybody gets the same weights, inputs and supervised rows, in a process of its own; they take
 turns step by step, so that a slow minute of the machine slows all. Measured are the medians of
@@ -145,6 +146,11 @@ def shape_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in own}
 
 
+def scaled(lengths: list[int], args: argparse.Namespace) -> list[int]:
+    """A case's lengths where 512 tokens are as many as were asked for."""
+    return [length * args.tokens // 512 for length in lengths]
+
+
 def show(case: str, result: dict[str, Any], base: dict[str, Any], time: str) -> None:
     """One line of the table."""
     print(
@@ -160,7 +166,10 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All cases: prints the table and returns the summary."""
     shape = Shape(**shape_of(args))
     weights = make_weights(shape, seed=0)
-    chats = {case: make_chats(shape, *CASES[case], seed=1) for case in args.cases}
+    chats = {
+        case: make_chats(shape, scaled(CASES[case][0], args), CASES[case][1], seed=1)
+        for case in args.cases
+    }
     weights |= vocabulary(shape, weights, list(chats.values()))
     time = "cpu_s" if args.device == "cpu" else "wall_s"
     print(HEADING)
@@ -168,11 +177,12 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for case in args.cases:
         file = folder / "inputs.npz"
         save(file, weights, chats[case])
-        steps: list[tuple[str, ...]] = [(f"peers.{peer}_step",) for peer in PEERS]
+        steps: list[tuple[str, ...]] = [] if args.alone else [(f"peers.{p}_step",) for p in PEERS]
+        profile = ["--profile"] if args.profile else []
         more = [("our_step", "--checkpointing")] if case == "unmasked" else []
-        results = run(file, args, *steps, ("our_step",), *more)
-        base, _, ours, *rest = results
-        for checked in rest:
+        results = run(file, args, *steps, ("our_step", *profile), *more)
+        base, ours = results[0], results[len(steps)]
+        for checked in results[len(steps) + 1 :]:
             summary["matmul_share"] = ours["matmul_share"]
             summary["checkpointing"] = {
                 "cpu_ratio_to_ours": checked[time] / ours[time],
@@ -201,12 +211,16 @@ def compare_dflash(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for case in args.cases:
         lengths, loss = DFLASH_CASES[case]
         head_VH = weights["lm_head.weight"]
-        save(file, weights, dflash_inputs.make_chats(shape, head_VH, lengths, 0.5, DFLASH_EVERY))
-        names = PEERS if loss == "hard" else PEERS[1:]
+        tokens = scaled(lengths, args)
+        save(file, weights, dflash_inputs.make_chats(shape, head_VH, tokens, 0.5, DFLASH_EVERY))
+        names = () if args.alone else PEERS if loss == "hard" else PEERS[1:]
         who = [*(f"peers.{peer}_dflash_step" for peer in names), "our_dflash_step"]
-        *peers, ours = run(file, args, *((each, "--loss", loss) for each in who))
+        steps: list[tuple[str, ...]] = [(each, "--loss", loss) for each in who]
+        profile = ("--profile",) if args.profile else ()
+        *others, ours = run(file, args, *steps[:-1], (*steps[-1], *profile))
+        peers = others or [ours]
         best = {key: min(peer[key] for peer in peers) for key in (time, "activation_mb")}
-        for result in [*peers, ours]:
+        for result in [*others, ours]:
             show(case, result, best, time)
             summary["runs"].append({"case": case, **result})
         summary["cases"][case] = {
@@ -265,6 +279,11 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="+", choices=sorted({*CASES, *DFLASH_CASES}))
     parser.add_argument("--steps", type=int, default=5, help="measured steps, after one to warm up")
+    parser.add_argument(
+        "--tokens", type=int, default=512, help="instead of 512, all lengths in proportion"
+    )
+    parser.add_argument("--alone", action="store_true", help="without the peers")
+    parser.add_argument("--profile", action="store_true", help="count what our step launches")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

@@ -41,6 +41,7 @@ TIERS = {
     "sweeps": Tier("grids and studies, killed again and again", ("hydra_sweeps",), 250),
     "end": Tier("whole pipelines as commands, here and on a local Modal", ("end_to_end",), 600),
     "local-modal": Tier("the local Modal itself", ("modal_local",), 300, "slow or not slow"),
+    "chaos": Tier("random faults; `python tests/chaos/chaos.py` makes any number", ("chaos",), 200),
     "bench": Tier("the benchmarks' own halves", ("benchmarks",), 150, "slow or not slow"),
 }
 
@@ -52,6 +53,15 @@ def pytest(tier: Tier, marker: str, *options: str) -> int:
     command = [sys.executable, "-m", "pytest", "-m", expression, *options, *folders]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     return 0 if code == NOTHING_COLLECTED else code
+
+
+def timed(tier: Tier) -> bool:
+    """Whether a file of the tier has tests marked `timing`; collecting all to see none is slow."""
+    places = [ROOT / "tests" / name for name in tier.folders]
+    files = [
+        file for place in places for file in ([place] if place.is_file() else place.rglob("*.py"))
+    ]
+    return any("mark.timing" in file.read_text() for file in files)
 
 
 def cpu_seconds() -> float:
@@ -71,7 +81,7 @@ def run(name: str) -> bool:
     CACHE.unlink(missing_ok=True)
     together = pytest(tier, "not timing", "-n", "2", "--dist", "loadfile", "--durations=10")
     CACHE.unlink(missing_ok=True)
-    alone, again = pytest(tier, "timing"), []
+    alone, again = pytest(tier, "timing") if timed(tier) else 0, []
     if alone == 1:
         again = failed()
         alone = pytest(tier, "timing", "--last-failed", "--last-failed-no-failures", "none")
