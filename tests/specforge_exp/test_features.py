@@ -18,10 +18,11 @@ from torch import Tensor
 from specforge_exp import paths
 from specforge_exp.config import Config, TargetConfig, TrainerConfig
 from specforge_exp.errors import InputError
+from specforge_exp.lease import lease
 from specforge_exp.stages.train import train
 from specforge_exp.target import Target
 from specforge_exp.training.batches import make_batch
-from specforge_exp.training.feature_cache import compared, one_at_a_time, plan
+from specforge_exp.training.feature_cache import compared, plan
 from specforge_exp.training.features import computed, remembered
 
 CPU = torch.device("cpu")
@@ -93,9 +94,9 @@ def test_runs_of_a_sweep_share_one_cache(run: Config, caplog: pytest.LogCaptureF
     held = Event()
 
     def first() -> bool:
-        with one_at_a_time(folder):
+        with lease(folder):
             held.set()
-            while "another run is making" not in caplog.text:
+            while "waiting for it" not in caplog.text:
                 time.sleep(0.02)
             return (folder / "index.json").exists()
 
