@@ -1,16 +1,24 @@
 """What the scripts share: `command` makes a stage's main of conf/ and the command line, `run` calls
 the stage. It is where Hydra begins; the rest of the package does not know it."""
 
+import logging
+import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from pkgutil import resolve_name
 
 from hydra import version
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
+from specforge_exp import paths
 from specforge_exp.config import Config, from_omegaconf, repository
 from specforge_exp.config.keys import unknown_key
 from specforge_exp.errors import InputError
@@ -43,13 +51,49 @@ def command(task: Task) -> Callable[[], None]:
     return main
 
 
+@contextmanager
+def recorded(cfg: DictConfig, config: Config) -> Iterator[None]:
+    """Keep configuration and log of a single call in the folder of its run.
+
+    Other stages have no such folder, and their artifact says in run.json what made it. A job of -m
+    has its record in the sweep. A refused call leaves no folder that was not there.
+    """
+    hydra, folder = HydraConfig.get(), paths.run_dir(config)
+    stage, new = hydra.job.name, not folder.exists()
+    makes = stage == "train" or (stage in ("export", "bench") and not new)
+    if hydra.mode != RunMode.RUN or not makes or config.sweep:
+        yield
+        return
+    record, log_file = folder / ".hydra" / stage, folder / f"{stage}.log"
+    record.mkdir(parents=True, exist_ok=True)
+    whole = OmegaConf.masked_copy(HydraConfig.instance().cfg, "hydra")
+    OmegaConf.save(cfg, record / "config.yaml")
+    OmegaConf.save(whole, record / "hydra.yaml")
+    OmegaConf.save(hydra.overrides.task, record / "overrides.yaml")
+    handler = logging.FileHandler(log_file)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    except InputError:
+        if new and {path.name for path in folder.iterdir()} <= {".hydra", log_file.name}:
+            shutil.rmtree(folder)
+        raise
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
 def run(stage: str, cfg: DictConfig) -> object:
     """Call a stage, named as `package.module:function`, with the typed configuration.
 
     What a user can mend ends the process with one line.
     """
+    launched = HydraConfig.get().runtime.cwd
+    if Path(launched).is_dir():  # paths are relative to it, whatever hydra.job.chdir says
+        os.chdir(launched)
     try:
         config = from_omegaconf(cfg)
-        return resolve_name(stage)(config)  # loads torch
+        with recorded(cfg, config):
+            return resolve_name(stage)(config)  # loads torch
     except InputError as error:
         raise CompactHydraException(f"error: {error}") from None

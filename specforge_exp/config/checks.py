@@ -1,12 +1,16 @@
 """Checks that configuration fields share; every message names the field and what is valid."""
 
+import math
 import re
+from dataclasses import is_dataclass
 from typing import Any
 
 from omegaconf import MISSING
 
 from specforge_exp.errors import InputError
 
+RESERVED = (".partial", ".old", ".tokens", ".features")
+"""Ends of working folders' names, and of those that are made of two names (see paths.py)."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -51,6 +55,32 @@ def check_objectives(names: list[str], steps: int) -> None:
 
 
 def safe_name(key: str, value: str) -> None:
-    """Refuse a name that cannot be a folder name on every file system."""
-    if value != MISSING and not SAFE_NAME.fullmatch(value):
+    """Refuse a name that cannot be a folder's on every file system, or is a working folder's."""
+    if value == MISSING:
+        return
+    if not SAFE_NAME.fullmatch(value):
         raise InputError(f"{key}={value!r} may only hold letters, digits and . _ + -")
+    for end in RESERVED:
+        if value.lower().endswith(end):
+            raise InputError(f"{key}={value!r} ends in {end}, as folders of other names do")
+
+
+def unlike(key: str, value: str, part: str) -> None:
+    """Refuse a name that holds `part`, which stands between the names that make a folder's."""
+    if part in value:
+        raise InputError(f"{key}={value!r} holds {part}, which joins names in those of folders")
+
+
+def finite(key: str, value: Any) -> None:
+    """Refuse a number that is not finite, in any field of `value` and in what those hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{key}={value} must be a finite number")
+    parts: Any = ()
+    if is_dataclass(value):
+        parts = vars(value).items()
+    elif isinstance(value, dict):
+        parts = value.items()
+    elif isinstance(value, list | tuple):
+        parts = enumerate(value)
+    for name, part in parts:
+        finite(f"{key}.{name}" if key else str(name), part)

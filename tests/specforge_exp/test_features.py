@@ -19,6 +19,7 @@ from specforge_exp import paths
 from specforge_exp.config import Config, TargetConfig, TrainerConfig
 from specforge_exp.errors import InputError
 from specforge_exp.lease import lease
+from specforge_exp.records import write_record
 from specforge_exp.stages.train import train
 from specforge_exp.target import Target
 from specforge_exp.training.batches import make_batch
@@ -115,7 +116,7 @@ def test_a_cache_of_something_else_is_refused(run: Config, key: str) -> None:
     record = paths.features_dir(run) / "made_of.json"
     content = json.loads(record.read_text())
     content["inputs" if key == "the target" else "settings"][key] = "another"
-    record.write_text(json.dumps(content))
+    write_record(record, {name: content[name] for name in ("inputs", "settings")})
     with pytest.raises(InputError, match=rf"{key} (was another|has changed).*target\.cache=none"):
         train(cached(run, "disk", "again"))
 
@@ -125,7 +126,7 @@ def test_a_broken_shard_names_the_remedy(run: Config) -> None:
     train(cached(run, "disk"))
     shard = paths.features_dir(run) / "00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"00000\.safetensors cannot be read.*remove it"):
+    with pytest.raises(InputError, match=r"00000\.safetensors is damaged.*index\.json"):
         train(cached(run, "disk", "again"))
 
 
