@@ -106,12 +106,16 @@ def make_cache(
     first, made_of = ranks.rank == 0, folder / "made_of.json"
     with lease(folder, wait=True) if first else nullcontext():
         ranks.wait()
-        if made_of.exists() and (changes := fingerprint.changes(read_record(made_of))):
+        there, changes = (folder / "index.json").exists(), []
+        if there or made_of.exists():
+            remedy = f"rm -r {folder} and run the same command"
+            changes = fingerprint.changes(read_record(made_of, remedy))
+        if changes:
             raise InputError(
                 f"{folder} holds hidden states of something else: {'; '.join(changes)}. "
                 f"Remove it (rm -r {folder}), set paths.datasets, or use target.cache=none"
             )
-        if any(ranks.gather((folder / "index.json").exists())):
+        if any(ranks.gather(there)):
             return
         shards = plan(splits, SHARD_TOKENS)
         sizes = [x.shape[-1] * x.element_size() for x in target(torch.zeros(1, 1).long())]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from damage import DAMAGES, damaged
 
 from specforge_exp import artifacts, paths
 from specforge_exp.artifacts import Fingerprint, check, require, reusable, writing
@@ -165,16 +166,6 @@ def test_one_writer(tmp_path: Path, cfg: Config) -> None:
     assert (folder / "content").read_text() == "first"
 
 
-DAMAGES = {
-    "truncated": lambda content: content[: len(content) // 2],
-    "emptied": lambda content: b"",
-    "zeroed": lambda content: bytes(len(content)),
-    "flipped": lambda content: content[:9] + bytes([content[9] ^ 1]) + content[10:],
-    "{}": lambda content: b"{}",
-    "[]": lambda content: b"[]",
-}
-
-
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", ["content", "run.json"])
 def test_damage_is_seen(tmp_path: Path, cfg: Config, name: str, how: str) -> None:
@@ -182,7 +173,7 @@ def test_damage_is_seen(tmp_path: Path, cfg: Config, name: str, how: str) -> Non
     make(folder, cfg, text="a long text")
     check(folder, "python prep.py")
     file = folder / name
-    file.write_bytes(DAMAGES[how](file.read_bytes()))
+    file.write_bytes(damaged(file.read_bytes(), how))
     with pytest.raises(InputError, match=rf"{name} .*make it again with: python prep\.py"):
         check(folder, "python prep.py")
     with pytest.raises(InputError, match=r"make it again with.*prep\.force=true"):

@@ -263,6 +263,32 @@ def test_bad_input_is_one_clear_error(
         assert word in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("train.py", ["run_name=../../out/x"], "run_name='../../out/x' may only hold"),
+        ("train.py", ["experiment=quickstart"], "prep.py, python regen.py, python preprocess.py ("),
+        ("prep.py", ["data=ultrachat", "prep.check=true"], "make it with: python prep.py"),
+        ("report.py", ["sweep=."], "holds no sweep.json"),
+        ("bench.py", ["experiment=quickstart"], "python train.py, python export.py ("),
+    ],
+)
+def test_a_refused_call_leaves_nothing(
+    tmp_path: Path, script: str, arguments: list[str], words: str
+) -> None:
+    (tmp_path / "deep" / "in").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        capture_output=True, text=True, check=False, cwd=tmp_path / "deep" / "in",
+        env={**os.environ, "SPECFORGE_DATASETS": "data", "SPECFORGE_CHECKPOINTS": "runs"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert list(tmp_path.glob("deep/in/runs/*")) + list(tmp_path.glob("out/*")) == []
+
+
 KNOWN = (
     "loss=baseline lr=1 model.chat_template_kwargs.any=1 +new=1 ~loss -m hydra/launcher=basic "
     "experiment=x bench.datasets.a.limit=3 hydra.verbose=true"
