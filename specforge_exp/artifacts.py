@@ -8,7 +8,6 @@ compared with its record.
 
 import errno
 import hashlib
-import itertools
 import json
 import logging
 import platform
@@ -128,10 +127,11 @@ def products(cfg: Config) -> dict[str, Path]:
 
 def commands(cfg: Config, stage: str) -> str:
     """The command of a stage, after those of the stages before it whose products it lacks too."""
-    stages = list(products(cfg).items())
-    before = stages[: [name for name, _ in stages].index(stage)]
-    missing = itertools.takewhile(lambda made: not made[1].exists(), reversed(before))
-    names = [*reversed([name for name, _ in missing]), stage]
+    names: list[str] = []
+    for name, product in products(cfg).items():
+        names = [] if product.exists() and name != stage else [*names, name]
+        if name == stage:
+            break
     hint = "; preprocess.source=prep does without regen.py" if "regen" in names else ""
     return ", ".join(f"python {name}.py" for name in names) + f" {SAME}{hint}"
 
@@ -189,13 +189,11 @@ def check(folder: Path, command: str, record: str = "run.json") -> None:
         path = folder / name
         if not path.exists():
             raise InputError(f"{path} is missing; {remedy}")
-        stat = path.stat()
-        if stat.st_size != before["bytes"]:
-            sizes = f"{stat.st_size} bytes instead of {before['bytes']}"
-            raise InputError(f"{path} is damaged: {sizes}; {remedy}")
-        key = (path.absolute(), stat.st_size, stat.st_mtime_ns)
-        if key not in CHECKED and content_of(path) != before:
-            raise InputError(f"{path} is damaged: it is not what was written; {remedy}")
+        size, time_ns = path.stat().st_size, path.stat().st_mtime_ns
+        key = (path.absolute(), size, time_ns)
+        if size != before["bytes"] or (key not in CHECKED and content_of(path) != before):
+            sizes = f"{size} bytes, was written with {before['bytes']}"
+            raise InputError(f"{path} is damaged ({sizes}); {remedy}")
         CHECKED.add(key)
 
 

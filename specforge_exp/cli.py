@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import Any
 
 from hydra import version
 from hydra._internal.utils import _run_hydra, get_args_parser
@@ -60,22 +61,25 @@ def recorded(cfg: DictConfig, config: Config) -> Iterator[None]:
     """
     hydra, folder = HydraConfig.get(), paths.run_dir(config)
     stage, new = hydra.job.name, not folder.exists()
-    makes = stage == "train" or (stage in ("export", "bench") and not new)
-    if hydra.mode != RunMode.RUN or not makes or config.sweep:
+    stages = ("train",) if new else ("train", "export", "bench")
+    if hydra.mode != RunMode.RUN or stage not in stages or config.sweep:
         yield
         return
-    record, log_file = folder / ".hydra" / stage, folder / f"{stage}.log"
+    record = folder / ".hydra" / stage
     record.mkdir(parents=True, exist_ok=True)
-    whole = OmegaConf.masked_copy(HydraConfig.instance().cfg, "hydra")
-    OmegaConf.save(cfg, record / "config.yaml")
-    OmegaConf.save(whole, record / "hydra.yaml")
-    OmegaConf.save(hydra.overrides.task, record / "overrides.yaml")
-    handler = logging.FileHandler(log_file)
+    files: dict[str, Any] = {
+        "config": cfg,
+        "hydra": {"hydra": hydra},
+        "overrides": hydra.overrides.task,
+    }
+    for name, content in files.items():
+        OmegaConf.save(OmegaConf.create(content), record / f"{name}.yaml")
+    handler = logging.FileHandler(folder / f"{stage}.log")
     logging.getLogger().addHandler(handler)
     try:
         yield
     except InputError:
-        if new and {path.name for path in folder.iterdir()} <= {".hydra", log_file.name}:
+        if new and len(list(folder.iterdir())) == 2:  # these two
             shutil.rmtree(folder)
         raise
     finally:

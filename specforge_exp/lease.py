@@ -15,6 +15,7 @@ import secrets
 import socket
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -51,15 +52,14 @@ def lease(folder: Path, wait: bool = False) -> Iterator[None]:
     path = folder.with_name(f".{folder.name}.lease")
     path.parent.mkdir(parents=True, exist_ok=True)
     file = take(path)
-    if wait and file is None:
-        log.info("%s; waiting for it", refusal(folder, holder_of(path)))
+    if file is None:
+        said = f"another process writes {folder}: {name(holder_of(path))}"
+        if not wait:
+            raise InputError(f"{said}; wait for it, or end it and run the same command")
+        log.info("%s; waiting for it", said)
         while file is None:
             time.sleep(0.5)
             file = take(path)
-    if file is None:
-        raise InputError(
-            f"{refusal(folder, holder_of(path))}; wait for it, or end it and run the same command"
-        )
     me = {
         "host": socket.gethostname(), "machine": machine(), "pid": os.getpid(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"), "token": secrets.token_hex(8),
@@ -141,19 +141,13 @@ def holder_of(path: Path) -> Holder:
     try:
         holder: Holder = json.loads(content)
     except ValueError:  # somebody's, half of it
-        return {"beat": content.hex()} if content else {}
+        holder = {"beat": content.hex()} if content else {}
     return holder
 
 
-def refusal(folder: Path, holder: Holder) -> str:
-    """Who writes a folder."""
-    since = f" since {holder['started']}" if "started" in holder else ""
-    return f"another process writes {folder}: {name(holder)}{since}"
-
-
 def name(holder: Holder) -> str:
-    """Process and host."""
-    return f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"
+    """Process and host, and since when it writes."""
+    return "process {pid} on {host} since {started}".format_map(defaultdict(lambda: "?", holder))
 
 
 def machine() -> str:

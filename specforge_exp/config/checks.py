@@ -54,33 +54,26 @@ def check_objectives(names: list[str], steps: int) -> None:
         raise InputError("objectives is empty; name at least one, e.g. [simulated_length]")
 
 
-def safe_name(key: str, value: str) -> None:
-    """Refuse a name that cannot be a folder's on every file system, or is a working folder's."""
+def safe_name(key: str, value: str, joint: str = "/") -> None:
+    """Refuse a name that cannot be a folder's on every file system, or is a working folder's, or
+    holds `joint`, which stands between it and another in a folder's name."""
     if value == MISSING:
         return
     if not SAFE_NAME.fullmatch(value):
         raise InputError(f"{key}={value!r} may only hold letters, digits and . _ + -")
-    for end in RESERVED:
-        if value.lower().endswith(end):
-            raise InputError(f"{key}={value!r} ends in {end}, as folders of other names do")
-
-
-def unlike(key: str, value: str, part: str) -> None:
-    """Refuse a name that holds `part`, which stands between the names that make a folder's."""
-    if part in value:
-        raise InputError(f"{key}={value!r} holds {part}, which joins names in those of folders")
+    if value.lower().endswith(RESERVED) or joint in value:
+        raise InputError(
+            f"{key}={value!r} would be another name's folder: it may not hold {joint} nor end in "
+            f"{', '.join(RESERVED)}"
+        )
 
 
 def finite(key: str, value: Any) -> None:
     """Refuse a number that is not finite, in any field of `value` and in what those hold."""
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{key}={value} must be a finite number")
-    parts: Any = ()
-    if is_dataclass(value):
-        parts = vars(value).items()
-    elif isinstance(value, dict):
-        parts = value.items()
-    elif isinstance(value, list | tuple):
-        parts = enumerate(value)
-    for name, part in parts:
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    parts = vars(value) if is_dataclass(value) else value if isinstance(value, dict) else {}
+    for name, part in parts.items():
         finite(f"{key}.{name}" if key else str(name), part)

@@ -12,7 +12,6 @@ from specforge_exp.config.checks import (
     minimums,
     one_of,
     safe_name,
-    unlike,
 )
 from specforge_exp.data.formats import FORMATS
 from specforge_exp.errors import InputError
@@ -102,8 +101,7 @@ class DataConfig:
         allow(self, "data.", system="keep join")
         if self.path == "":
             raise InputError("data=local needs data.path=<file, folder or hub:<id>>")
-        safe_name("data.name", self.name)
-        unlike("data.name", self.name, "--")
+        safe_name("data.name", self.name, "--")
         if not 0 <= self.split_eval < 1:
             raise InputError(f"data.split_eval={self.split_eval} must be in [0, 1)")
         minimums(self, "data.", sample_size=1, max_turns=1)
@@ -189,8 +187,7 @@ class DraftConfig:
     """Rows of the draft's head, the most frequent tokens; null: the target's whole vocabulary."""
 
     def __post_init__(self) -> None:
-        safe_name("draft.name", self.name)
-        unlike("draft.name", self.name, ".")
+        safe_name("draft.name", self.name, ".")
         minimums(self, "draft.", draft_vocab_size=2)
 
     @property

@@ -37,9 +37,7 @@ def read_mapping(path: Path) -> dict[str, Tensor]:
     try:
         mapping: dict[str, Tensor] = torch.load(path, weights_only=True)
         check_mapping(mapping["d2t"], mapping["t2d"])
-    except InputError as error:
-        raise InputError(f"{path}: {error}; {remedy}") from None
-    except Exception as error:  # whatever a zip file and its pickle may lack
+    except Exception as error:  # also whatever a zip file and its pickle may lack
         raise InputError(f"{path} cannot be read ({first_line(error)}); {remedy}") from None
     return mapping
 

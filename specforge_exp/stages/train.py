@@ -140,16 +140,15 @@ def target_and_draft(
 
 def check_tokens(cfg: Config, tokens: Path) -> None:
     """Refuse tokens that were made for another draft or another length than this training's."""
-    wanted = {"max_length": cfg.max_length}
+    wanted: dict[str, Any] = {"max_length": cfg.max_length}
     if "draft_vocab_size" in cfg.draft.matters():
         wanted["draft.draft_vocab_size"] = cfg.draft.draft_vocab_size
-    if (tokens / "run.json").exists():
-        changes = Fingerprint({}, wanted).changes(read_record(tokens / "run.json"))
-        if changes:
-            raise InputError(
-                f"{tokens} was made with other options: {'; '.join(changes)}. Train with those, or "
-                f"make it again with: python preprocess.py preprocess.force=true {SAME}"
-            )
+    changes = Fingerprint({}, wanted).changes(read_record(tokens / "run.json"))
+    if changes:
+        raise InputError(
+            f"{tokens} was made with other options: {'; '.join(changes)}. Train with those, or "
+            f"make it again with: python preprocess.py preprocess.force=true {SAME}"
+        )
 
 
 def check_learnable(cfg: Config, splits: Splits) -> dict[str, dict[str, int]]:

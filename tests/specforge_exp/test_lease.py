@@ -75,7 +75,7 @@ def test_the_beat_of_another_machine_decides(
         monkeypatch.setattr(module, "PATIENCE", 0.5)
         with lease(folder):
             assert f"process {other.pid}" in caplog.text
-            assert "is gone; taken over" in caplog.text
+            assert " is gone; taken over" in caplog.text
     assert not list(tmp_path.iterdir())
 
 
@@ -107,6 +107,6 @@ def test_a_half_written_file_has_a_holder(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "PATIENCE", 0.2)
     file = tmp_path / ".thing.lease"
     file.write_text('{"host": ')
-    assert "unknown host" in module.refusal(tmp_path / "thing", module.holder_of(file))
+    assert module.name(module.holder_of(file)) == "process ? on ? since ?"
     with lease(tmp_path / "thing"):
         assert json.loads(file.read_text())["pid"] == os.getpid()
