@@ -45,7 +45,7 @@ BUDGETS = {
     "modal_sweep": 30_000,
     "hydra_sweeps": 21_500,
     "hydra_plugins": 1_050,
-    "specforge_exp": 132_500,
+    "specforge_exp": 134_400,
     "specforge_exp/data": 15_000,
     "specforge_exp/target": 6_200,
     "specforge_exp/drafts": 22_000,

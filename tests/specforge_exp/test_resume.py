@@ -84,6 +84,7 @@ def test_one_run_has_one_writer(cfg: Config, tokens: Path, tmp_path: Path, gpus:
     arguments, log = command(cfg, "one", f"trainer.gpus={gpus}", "trainer.batch_size=2"), "second"
     first = start(arguments, tmp_path / "first")
     wait_for_step(first, cfg, "one", 2)
+    os.killpg(first.pid, signal.SIGSTOP)  # or it may be through before the second begins
     for more in ([], ["trainer.resume=false"], ["seed=1"]):
         second = start([*arguments, *more], tmp_path / log)
         assert second.wait(120) == 1
