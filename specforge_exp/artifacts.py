@@ -1,6 +1,9 @@
 """Write-once artifacts: made under `<name>.partial`, renamed, reused when their inputs match.
 
-Beside each lies run.json, which says what made it: command, commit, versions, inputs, settings.
+Beside each lies run.json, which says what made it: command, commit, versions, inputs, settings; and
+what it consists of: size and digest of every file. Three laws: an artifact has one writer at a
+time; hours of unfinished work are removed by `<stage>.force=true` only; what is read has been
+compared with its record.
 """
 
 import errno
@@ -12,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -20,12 +23,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from specforge_exp import paths
 from specforge_exp.config import REPOSITORY, Config
 from specforge_exp.errors import InputError
-from specforge_exp.records import sync, sync_tree, write_json
+from specforge_exp.lease import lease
+from specforge_exp.records import sync, sync_tree, unsealed, write_record
 
 log = logging.getLogger(__name__)
 
+WHOLE = 64 * 2**20
+"""Bytes of the largest file whose digest is of all of it."""
+BLOCKS, BLOCK = 16, 2**16
+"""The digest of a larger file is of so many blocks of so many bytes, evenly spread."""
+SAME = "(with the same options)"
 PACKAGES = "torch transformers tokenizers safetensors hydra-core omegaconf numpy".split()
 
 
@@ -51,14 +61,20 @@ class Fingerprint:
         return changes
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The run.json of an artifact; InputError when it cannot be read."""
+def read_object(path: Path, again: str = "remove it and run again") -> dict[str, Any]:
+    """What `write_record` or `write_json` wrote; InputError, which ends with the remedy `again`,
+    when it cannot be read or is not what was written."""
     try:
-        record = json.loads(path.read_text())
+        return unsealed(json.loads(path.read_bytes()))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); remove it and run again") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{path} is not a record of a run; remove it and run again")
+        raise InputError(f"{path} cannot be read ({error}); {again}") from None
+
+
+def read_record(path: Path, again: str = "remove it and run again") -> dict[str, Any]:
+    """The run.json of an artifact; InputError as `read_object`."""
+    record = read_object(path, again)
+    if "inputs" not in record:
+        raise InputError(f"{path} is not a record of a run; {again}")
     return record
 
 
@@ -69,7 +85,7 @@ def reusable(
     stage: str,
     again: str | None = None,
 ) -> bool:
-    """True when the artifact is complete and made of the same things.
+    """True when the artifact is complete, whole and made of the same things.
 
     Args:
         record_file: the artifact's run.json, or the artifact itself when it is one JSON file.
@@ -79,26 +95,106 @@ def reusable(
         again: the option that makes it again; None: <stage>.force=true.
 
     Raises:
-        InputError: it is complete, but something it was made of has changed.
+        InputError: it is complete, but something it was made of has changed, or it is damaged.
     """
-    if force or not record_file.exists():
+    again, folder = again or f"{stage}.force=true", record_file.parent
+    if not completed(folder, fingerprint) and (force or not record_file.exists()):
         return False
-    changes = fingerprint.changes(read_record(record_file))
+    changes = fingerprint.changes(read_record(record_file, f"make it again with {again}"))
     if changes:
         raise InputError(
-            f"{record_file.parent} is complete, but was made of something else: "
-            f"{'; '.join(changes)}. Make it again with {again or stage + '.force=true'}, or keep "
+            f"{folder} is complete, but was made of something else: "
+            f"{'; '.join(changes)}. Make it again with {again}, or keep "
             "both under another name (run_name, data.name or model.name)"
         )
-    log.info("%s: complete, reused: %s", stage, record_file.parent)
+    if record_file.name == "run.json":
+        check(folder, f"python {stage}.py {again} {SAME}")
+    log.info("%s: complete, reused: %s", stage, folder)
     return True
 
 
-def require(path: Path, command: str) -> Path:
-    """`path`, or an InputError that names the command which makes it."""
-    if not path.exists():
-        raise InputError(f"{path} does not exist; make it with: {command}")
-    return path
+def products(cfg: Config) -> dict[str, Path]:
+    """By stage, in order, what it has written when it is complete."""
+    answers = {"regen": paths.regen_dir(cfg) / "train.jsonl"}
+    return {
+        "prep": paths.prompts_dir(cfg) / "train.jsonl",
+        **(answers if cfg.preprocess.source == "regen" else {}),
+        "preprocess": paths.tokens_dir(cfg) / "index.json",
+        "train": paths.run_dir(cfg) / "metrics.jsonl",
+        "export": paths.export_dir(cfg) / "run.json",
+    }
+
+
+def commands(cfg: Config, stage: str) -> str:
+    """The command of a stage, after those of the stages before it whose products it lacks too."""
+    names: list[str] = []
+    for name, product in products(cfg).items():
+        names = [] if product.exists() and name != stage else [*names, name]
+        if name == stage:
+            break
+    hint = "; preprocess.source=prep does without regen.py" if "regen" in names else ""
+    return ", ".join(f"python {name}.py" for name in names) + f" {SAME}{hint}"
+
+
+def require(cfg: Config, stage: str, *names: str) -> Path:
+    """The folder that a stage has made, which has these files and is what its record says.
+
+    Raises:
+        InputError: a file is missing or damaged; names the commands that make it, in order.
+    """
+    folder = products(cfg)[stage].parent
+    check(folder, f"python {stage}.py {stage}.force=true {SAME}")
+    for name in names:
+        if not (folder / name).exists():
+            raise InputError(
+                f"{folder / name} does not exist; make it with: {commands(cfg, stage)}"
+            )
+    return folder
+
+
+def contents(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and digest of these files of a folder; of those above WHOLE, the digest of BLOCKS."""
+    return {name: content_of(folder / name) for name in names}
+
+
+def content_of(path: Path) -> dict[str, Any]:
+    """Bytes and SHA-256 of a file; of a large one, under another key, that of some blocks."""
+    size = path.stat().st_size
+    if size <= WHOLE:
+        return {"bytes": size, "sha256": sha256(path)}
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for number in range(BLOCKS):
+            file.seek((size - BLOCK) * number // (BLOCKS - 1))
+            digest.update(file.read(BLOCK))
+    return {"bytes": size, f"sha256 of {BLOCKS} blocks": digest.hexdigest()}
+
+
+CHECKED: set[tuple[Path, int, int]] = set()
+"""Files whose digests this process has compared, by size and time of writing."""
+
+
+def check(folder: Path, command: str, record: str = "run.json") -> None:
+    """Compare a folder with its record: sizes always, digests once per process.
+
+    A folder without a record was made by hand, one of an older version has no `files` in it: both
+    are taken as they are.
+
+    Raises:
+        InputError: a file is missing or is not what was written; names the command that helps.
+    """
+    file, remedy = folder / record, f"make it again with: {command}"
+    files = read_record(file, remedy).get("files", {}) if file.exists() else {}
+    for name, before in files.items():
+        path = folder / name
+        if not path.exists():
+            raise InputError(f"{path} is missing; {remedy}")
+        size, time_ns = path.stat().st_size, path.stat().st_mtime_ns
+        key = (path.absolute(), size, time_ns)
+        if size != before["bytes"] or (key not in CHECKED and content_of(path) != before):
+            sizes = f"{size} bytes, was written with {before['bytes']}"
+            raise InputError(f"{path} is damaged ({sizes}); {remedy}")
+        CHECKED.add(key)
 
 
 @contextmanager
@@ -117,31 +213,89 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(
-    folder: Path, fingerprint: Fingerprint, cfg: Config, resume: bool = False
+    folder: Path, fingerprint: Fingerprint, cfg: Config, stage: str, work: str = ""
 ) -> Iterator[Path]:
     """Give a folder to write into; when the block ends well it becomes `folder`, with run.json.
 
     Args:
-        folder: the artifact.
-        fingerprint: what it is made of; a partial folder of the same fingerprint may be resumed.
+        folder: the artifact; this process is its only writer.
+        fingerprint: what it is made of.
         cfg: recorded in run.json.
-        resume: keep what an interrupted run of the same fingerprint left in the partial folder.
+        stage: whose artifact it is; its `force` gives up the work of other options.
+        work: patterns of files, with spaces, from which an interrupted run of the same fingerprint
+            continues: hours of work. Nothing is kept where there are none.
+
+    Raises:
+        InputError: another process writes the folder, or its unfinished work is of another
+            fingerprint.
     """
     started = time.monotonic()
-    partial = folder.with_name(folder.name + ".partial")
-    begun = partial / "begun.json"
-    with disk_errors(partial):
-        if not (resume and begun.exists() and not fingerprint.changes(read_record(begun))):
-            shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True, exist_ok=True)
-        write_json(begun, {"inputs": fingerprint.inputs, "settings": fingerprint.settings})
+    partial = partial_of(folder)
+    with disk_errors(partial), lease(folder):
+        begin(partial, fingerprint, vars(vars(cfg)[stage])["force"], stage, work)
         yield partial
         record = describe(cfg, fingerprint.inputs, fingerprint.settings)
         record["seconds"] = round(time.monotonic() - started, 1)
-        write_json(partial / "run.json", record)
-        begun.unlink()
-        sync_tree(partial)
-        replace_folder(partial, folder)
+        files = {path for path in partial.rglob("*") if path.is_file()}
+        files -= {partial / "begun.json", *unfinished(partial, work)}
+        record["files"] = contents(
+            partial, sorted(str(path.relative_to(partial)) for path in files)
+        )
+        write_record(partial / "run.json", record)
+        finish(partial, folder)
+
+
+def partial_of(folder: Path) -> Path:
+    """Where an artifact is made."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def unfinished(partial: Path, work: str) -> list[Path]:
+    """The files from which an interrupted run continues."""
+    return [path for pattern in work.split() for path in partial.glob(pattern)]
+
+
+def begin(partial: Path, fingerprint: Fingerprint, force: bool, stage: str, work: str) -> None:
+    """Make the partial folder, or keep what an interrupted run left there, as `writing` says."""
+    begun = partial / "begun.json"
+    kept = unfinished(partial, work and f"{work} run.json")
+    changes = ["nobody knows with which options it was begun"]
+    with suppress(InputError):
+        changes = fingerprint.changes(read_record(begun))
+    if kept and changes and not force:
+        raise InputError(
+            f"{partial} holds unfinished work of other options: {'; '.join(changes)}. Finish it "
+            f"with those, give it up with {stage}.force=true, or use another data.name or "
+            "model.name"
+        )
+    if changes or not kept:
+        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    write_record(begun, {"inputs": fingerprint.inputs, "settings": fingerprint.settings})
+
+
+def completed(folder: Path, fingerprint: Fingerprint) -> bool:
+    """Finish what was killed after its run.json, and so is whole; False where there is none."""
+    partial = partial_of(folder)
+    with suppress(InputError):
+        if (partial / "run.json").exists():
+            with lease(folder):
+                if not fingerprint.changes(read_record(partial / "run.json")):
+                    finish(partial, folder)
+                    return True
+    return False
+
+
+def finish(partial: Path, folder: Path) -> None:
+    """Remove all that run.json does not name, and give the folder its name."""
+    names = {"run.json", *read_record(partial / "run.json")["files"]}
+    for path in sorted(partial.rglob("*"), reverse=True):  # what is inside comes first
+        if path.is_file() and str(path.relative_to(partial)) not in names:
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+    sync_tree(partial)
+    replace_folder(partial, folder)
 
 
 def replace_folder(new: Path, folder: Path) -> None:

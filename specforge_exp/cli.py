@@ -1,16 +1,25 @@
 """What the scripts share: `command` makes a stage's main of conf/ and the command line, `run` calls
 the stage. It is where Hydra begins; the rest of the package does not know it."""
 
+import logging
+import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from pkgutil import resolve_name
+from typing import Any
 
 from hydra import version
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
+from specforge_exp import paths
 from specforge_exp.config import Config, from_omegaconf, repository
 from specforge_exp.config.keys import unknown_key
 from specforge_exp.errors import InputError
@@ -43,13 +52,52 @@ def command(task: Task) -> Callable[[], None]:
     return main
 
 
+@contextmanager
+def recorded(cfg: DictConfig, config: Config) -> Iterator[None]:
+    """Keep configuration and log of a single call in the folder of its run.
+
+    Other stages have no such folder, and their artifact says in run.json what made it. A job of -m
+    has its record in the sweep. A refused call leaves no folder that was not there.
+    """
+    hydra, folder = HydraConfig.get(), paths.run_dir(config)
+    stage, new = hydra.job.name, not folder.exists()
+    stages = ("train",) if new else ("train", "export", "bench")
+    if hydra.mode != RunMode.RUN or stage not in stages or config.sweep:
+        yield
+        return
+    record = folder / ".hydra" / stage
+    record.mkdir(parents=True, exist_ok=True)
+    files: dict[str, Any] = {
+        "config": cfg,
+        "hydra": {"hydra": hydra},
+        "overrides": hydra.overrides.task,
+    }
+    for name, content in files.items():
+        OmegaConf.save(OmegaConf.create(content), record / f"{name}.yaml")
+    handler = logging.FileHandler(folder / f"{stage}.log")
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    except InputError:
+        if new and len(list(folder.iterdir())) == 2:  # these two
+            shutil.rmtree(folder)
+        raise
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
 def run(stage: str, cfg: DictConfig) -> object:
     """Call a stage, named as `package.module:function`, with the typed configuration.
 
     What a user can mend ends the process with one line.
     """
+    launched = HydraConfig.get().runtime.cwd
+    if Path(launched).is_dir():  # paths are relative to it, whatever hydra.job.chdir says
+        os.chdir(launched)
     try:
         config = from_omegaconf(cfg)
-        return resolve_name(stage)(config)  # loads torch
+        with recorded(cfg, config):
+            return resolve_name(stage)(config)  # loads torch
     except InputError as error:
         raise CompactHydraException(f"error: {error}") from None

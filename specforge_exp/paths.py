@@ -1,4 +1,8 @@
-"""Where every artifact lives: pure functions of the configuration."""
+"""Where every artifact lives: pure functions of the configuration.
+
+Different names give different folders, none of which is another's working folder: config.checks
+refuses names that end as those do, and the marks that join two.
+"""
 
 from pathlib import Path
 

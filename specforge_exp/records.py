@@ -6,6 +6,7 @@ leaves half a line at the end at most; `whole_lines` takes it for not written ye
 anywhere else is damage.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -59,6 +60,30 @@ def write_whole(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """`write_whole` of a JSON object; what JSON does not know becomes text."""
     write_whole(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
+
+
+def write_record(path: Path, content: dict[str, Any]) -> None:
+    """`write_json` of an object with its own digest as `sha256`, which `unsealed` compares."""
+    plain = json.loads(json.dumps(content, default=str))
+    write_json(path, {**plain, "sha256": seal(plain)})
+
+
+def seal(content: dict[str, Any]) -> str:
+    """Digest of an object of JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def unsealed(record: Any) -> dict[str, Any]:
+    """A record without its digest; ValueError when it is not what was written.
+
+    One of an older version has no digest and is taken as it is.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"a {type(record).__name__} where an object was expected")
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    if record.get("sha256") not in (None, seal(content)):
+        raise ValueError("it was changed after it was written")
+    return content
 
 
 def whole_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -25,7 +25,7 @@ NAMES = {path: path.relative_to(ROOT).as_posix() for path in SOURCES}
 FLOORS = {
     "specforge_exp": [
         # Records: what torch is not needed for.
-        "config errors records paths artifacts data.conversations data.files data.formats "
+        "config errors records paths lease artifacts data.conversations data.files data.formats "
         "data.sources data.synthetic",
         # Rooms, and what stands on the square.
         "losses target sharding interrupt data drafts training serving generation bench report",
@@ -45,7 +45,7 @@ BUDGETS = {
     "modal_sweep": 30_000,
     "hydra_sweeps": 21_500,
     "hydra_plugins": 1_050,
-    "specforge_exp": 132_500,
+    "specforge_exp": 134_400,
     "specforge_exp/data": 15_000,
     "specforge_exp/target": 6_200,
     "specforge_exp/drafts": 22_000,

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from specforge_exp import paths
 from specforge_exp.artifacts import require
 from specforge_exp.config import REPOSITORY, Config, Source
 from specforge_exp.data.conversations import read_jsonl
@@ -38,9 +37,7 @@ def bench_sets(cfg: Config) -> BenchSets:
     if not own.suite:
         if own.datasets:
             return loaded(own.datasets)
-        path = require(
-            paths.prompts_dir(cfg) / "eval.jsonl", f"python prep.py data={cfg.data.name}"
-        )
+        path = require(cfg, "prep", "eval.jsonl") / "eval.jsonl"
         return BenchSets({"held-out": list(read_jsonl(path))}, {"held-out": "held-out"})
     sources = {name: own.suite[name] for name in own.only or own.suite}
     why = None

@@ -17,6 +17,7 @@ from specforge_exp.config.checks import (
     above_zero,
     allow,
     check_objectives,
+    finite,
     minimums,
     safe_name,
 )
@@ -122,8 +123,11 @@ class Config:
     refuses those it does not have; `env` and `volumes` are read here too."""
 
     def __post_init__(self) -> None:
+        finite("", self)
         safe_name("run_name", self.run_name)
         safe_name("sweep_name", self.sweep_name)
+        if self.run_name.lower() == "sweeps":
+            raise InputError(f"run_name={self.run_name} is the folder of all sweeps' records")
         allow(self, "", lr_point="low mid high", device="auto cpu cuda")
         if self.bench_engine == "transformers" and self.bench.concurrency > 1:
             raise InputError(
@@ -131,7 +135,7 @@ class Config:
                 f"with engine.name={self.engine.name} bench answers one prompt at a time"
             )
         above_zero("lr", self.lr)
-        minimums(self, "", epochs=1, max_steps=1, max_length=2, threads=1, seeds=1)
+        minimums(self, "", epochs=1, max_steps=1, max_length=2, threads=1, seeds=1, seed=0)
         if isinstance(self.draft, DraftConfig):  # what only serves the target has none
             self.check_draft()
 

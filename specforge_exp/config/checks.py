@@ -1,12 +1,16 @@
 """Checks that configuration fields share; every message names the field and what is valid."""
 
+import math
 import re
+from dataclasses import is_dataclass
 from typing import Any
 
 from omegaconf import MISSING
 
 from specforge_exp.errors import InputError
 
+RESERVED = (".partial", ".old", ".tokens", ".features")
+"""Ends of working folders' names, and of those that are made of two names (see paths.py)."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -50,7 +54,26 @@ def check_objectives(names: list[str], steps: int) -> None:
         raise InputError("objectives is empty; name at least one, e.g. [simulated_length]")
 
 
-def safe_name(key: str, value: str) -> None:
-    """Refuse a name that cannot be a folder name on every file system."""
-    if value != MISSING and not SAFE_NAME.fullmatch(value):
+def safe_name(key: str, value: str, joint: str = "/") -> None:
+    """Refuse a name that cannot be a folder's on every file system, or is a working folder's, or
+    holds `joint`, which stands between it and another in a folder's name."""
+    if value == MISSING:
+        return
+    if not SAFE_NAME.fullmatch(value):
         raise InputError(f"{key}={value!r} may only hold letters, digits and . _ + -")
+    if value.lower().endswith(RESERVED) or joint in value:
+        raise InputError(
+            f"{key}={value!r} would be another name's folder: it may not hold {joint} nor end in "
+            f"{', '.join(RESERVED)}"
+        )
+
+
+def finite(key: str, value: Any) -> None:
+    """Refuse a number that is not finite, in any field of `value` and in what those hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{key}={value} must be a finite number")
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    parts = vars(value) if is_dataclass(value) else value if isinstance(value, dict) else {}
+    for name, part in parts.items():
+        finite(f"{key}.{name}" if key else str(name), part)

@@ -5,7 +5,14 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING, OmegaConf
 
-from specforge_exp.config.checks import above_zero, allow, minimums, one_of, safe_name
+from specforge_exp.config.checks import (
+    above_zero,
+    allow,
+    at_least,
+    minimums,
+    one_of,
+    safe_name,
+)
 from specforge_exp.data.formats import FORMATS
 from specforge_exp.errors import InputError
 
@@ -38,6 +45,8 @@ class ModelConfig:
             raise InputError("model=local needs model.path=<folder or hub id>")
         safe_name("model.name", self.name)
         allow(self, "model.", dtype="auto float32 bfloat16")
+        for layer in self.aux_layers or ():
+            at_least("model.aux_layers", layer, 0)
 
 
 @dataclass
@@ -92,7 +101,7 @@ class DataConfig:
         allow(self, "data.", system="keep join")
         if self.path == "":
             raise InputError("data=local needs data.path=<file, folder or hub:<id>>")
-        safe_name("data.name", self.name)
+        safe_name("data.name", self.name, "--")
         if not 0 <= self.split_eval < 1:
             raise InputError(f"data.split_eval={self.split_eval} must be in [0, 1)")
         minimums(self, "data.", sample_size=1, max_turns=1)
@@ -108,6 +117,10 @@ class LearningRates:
     """The one a single run takes."""
     high: float = 2e-4
     """The bold one."""
+
+    def __post_init__(self) -> None:
+        for name, rate in vars(self).items():
+            above_zero(f"loss.lrs.{name}", rate)
 
 
 @dataclass
@@ -174,8 +187,8 @@ class DraftConfig:
     """Rows of the draft's head, the most frequent tokens; null: the target's whole vocabulary."""
 
     def __post_init__(self) -> None:
-        safe_name("draft.name", self.name)
-        minimums(self, "draft.", draft_vocab_size=1)
+        safe_name("draft.name", self.name, ".")
+        minimums(self, "draft.", draft_vocab_size=2)
 
     @property
     def steps(self) -> int:

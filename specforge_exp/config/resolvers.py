@@ -26,7 +26,7 @@ MATTERS = {
 
 def folder_name(path: str) -> str:
     """Last part of a path or hub id, in characters that every file system takes."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(path).name).strip("-.") or "unnamed"
+    return re.sub(r"[^A-Za-z0-9._+]+", "-", Path(path).name).strip("-.") or "unnamed"
 
 
 def repository(path: str) -> str:
@@ -51,13 +51,9 @@ def when_losses_differ(stage: str, many: str, one: str) -> str:
     return one if stage in MATTERS else many
 
 
-def output_folder(checkpoints: str, run_name: str, sweep: str | None) -> str:
-    """Where Hydra keeps the record of a call: the run's folder, or the one that sweep= names."""
-    if sweep is None:
-        return str(Path(checkpoints) / run_name)
-    sweeps = Path(checkpoints) / "sweeps"
-    folders = (Path(sweep), sweeps / sweep)
-    return str(next((folder for folder in folders if folder.is_dir()), sweeps))
+def in_a_sweep(mode: Any, value: Any, otherwise: Any) -> Any:
+    """What Hydra keeps of a job of -m; of a single call `cli` keeps it, once it is not refused."""
+    return value if "MULTIRUN" in str(mode) else otherwise
 
 
 def returned(stage: str, objectives: Sequence[str]) -> list[str]:
@@ -78,7 +74,7 @@ def if_done(stage: str, resume: bool) -> str:
 def register() -> None:
     """Make them known to OmegaConf under their own names."""
     for function in (
-        folder_name, repository, gpu_count, both_secrets, when_losses_differ, output_folder,
+        folder_name, repository, gpu_count, both_secrets, when_losses_differ, in_a_sweep,
         returned, directions, if_done,
     ):  # fmt: skip
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)

@@ -60,6 +60,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         allow(self, "engine.", name="transformers openai sglang modal")
         minimums(self, "engine.", concurrency=1, retries=0, tp_size=1, num_servers=1, port=1)
+        minimums(self, "engine.", usd_per_gpu_hour=0)
         for name in ("startup_timeout", "timeout", "patience", "rate_limit"):
             above_zero(f"engine.{name}", vars(self)[name])
         if self.name == "openai" and not self.urls:
@@ -147,7 +148,7 @@ class RegenConfig:
         self.thinking = {"False": "off", "True": "on"}.get(self.thinking, self.thinking)
         allow(self, "regen.", thinking="model off on kept", truncated="keep drop retry")
         minimums(self, "regen.", temperature=0, top_k=0, max_tokens=1, num_samples=1)
-        minimums(self, "regen.", samples_per_prompt=1, chunk_size=1)
+        minimums(self, "regen.", samples_per_prompt=1, chunk_size=1, drain=0)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"regen.top_p={self.top_p} must be in (0, 1]")
 
@@ -285,6 +286,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         allow(self, "export.", dtype="bfloat16 float32")
+        minimums(self, "export.", step=1)
 
 
 @dataclass

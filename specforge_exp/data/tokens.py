@@ -4,7 +4,6 @@
 conversations); conversation c is ids[offsets[c]:offsets[c + 1]]. `index.json` lists the shards.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from torch import Tensor
 
+from specforge_exp.artifacts import SAME, check, read_object
 from specforge_exp.data.chat import Encoded
 from specforge_exp.errors import InputError
 
@@ -85,11 +85,12 @@ class TokenSet:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """index.json; InputError when it is missing or broken."""
-    try:
-        index: dict[str, Any] = json.loads((folder / "index.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / 'index.json'} cannot be read: {error}") from None
+    """index.json of a folder that is what its record says; InputError when it is not."""
+    again = f"python preprocess.py preprocess.force=true {SAME}"
+    check(folder, again)
+    index = read_object(folder / "index.json", f"make it with: {again}")
+    if "train" not in index:
+        raise InputError(f"{folder / 'index.json'} is no index; make it again with: {again}")
     return index
 
 

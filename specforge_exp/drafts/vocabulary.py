@@ -4,10 +4,12 @@ d2t is an offset (target id = draft id + d2t[draft id]), t2d a mask over the tar
 layout that SGLang and vLLM read.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from specforge_exp.errors import InputError
+from specforge_exp.errors import InputError, first_line
 
 
 def vocabulary_mapping(counts_V: Tensor, size: int) -> dict[str, Tensor]:
@@ -29,10 +31,21 @@ def vocabulary_mapping(counts_V: Tensor, size: int) -> dict[str, Tensor]:
     return {"d2t": ids_D - torch.arange(size), "t2d": t2d_V}
 
 
+def read_mapping(path: Path) -> dict[str, Tensor]:
+    """The mapping that preprocess wrote; InputError when it cannot be read or is none."""
+    remedy = "make it again with: python preprocess.py preprocess.force=true"
+    try:
+        mapping: dict[str, Tensor] = torch.load(path, weights_only=True)
+        check_mapping(mapping["d2t"], mapping["t2d"])
+    except Exception as error:  # also whatever a zip file and its pickle may lack
+        raise InputError(f"{path} cannot be read ({first_line(error)}); {remedy}") from None
+    return mapping
+
+
 def check_mapping(d2t: Tensor, t2d: Tensor) -> None:
     """Raise InputError unless d2t and t2d describe the same ascending set of ids."""
     ids = d2t + torch.arange(len(d2t), device=d2t.device)
     if d2t.dtype != torch.int64 or t2d.dtype != torch.bool:
         raise InputError(f"d2t must be int64 and t2d bool, got {d2t.dtype} and {t2d.dtype}")
     if not torch.equal(ids, t2d.nonzero().flatten()):
-        raise InputError("d2t and t2d name different tokens; make the mapping again: preprocess.py")
+        raise InputError("d2t and t2d name different tokens")

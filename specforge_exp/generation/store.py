@@ -10,9 +10,7 @@ process was killed in between) is counted again; a half-written line is dropped.
 """
 
 import errno
-import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,7 +89,6 @@ class Store:
         samples: int,
     ) -> None:  # fmt: skip
         self.folder, self.samples = folder, samples
-        self.lock = lock(folder / "lock")
         self.shards = folder / "shards"
         self.shards.mkdir(exist_ok=True)
         self.plans: list[Plan] = []
@@ -188,15 +185,15 @@ class Store:
 
     def close(self) -> None:
         """Close files."""
-        for file in [*self.files.values(), *self.journals.values(), self.lock]:
+        for file in [*self.files.values(), *self.journals.values()]:
             file.close()
 
     def remove(self) -> None:
-        """Delete what only an unfinished run needs."""
+        """Delete what only an unfinished run needs, but for the shards: all else is made of them
+        again, should the run be killed before the folder has its name."""
         self.close()
-        shutil.rmtree(self.shards)
         plans = [f"{plan.source.stem}.plan.safetensors" for plan in self.plans]
-        for name in (*plans, "manifest.jsonl", "progress.json", "lock"):
+        for name in (*plans, "manifest.jsonl", "progress.json"):
             (self.folder / name).unlink(missing_ok=True)
 
     def merge(self, plan: Plan, done: BinaryIO, failed: BinaryIO) -> None:
@@ -221,22 +218,6 @@ class Store:
         finally:
             for descriptor in opened.values():
                 os.close(descriptor)
-
-
-def lock(path: Path) -> BinaryIO:
-    """Keep other processes out of a folder until the file is closed or this process ends."""
-    file = path.open("wb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise InputError(
-            f"another process works on {path.parent}; python regen.py status (with the same "
-            "options) says how far it is"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    return file
 
 
 def journal_entries(path: Path) -> Iterator[tuple[int, bytes, Record]]:

@@ -32,7 +32,8 @@ from specforge_exp.config import Config
 from specforge_exp.data.conversations import asks_of
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
-from specforge_exp.records import write_json
+from specforge_exp.lease import lease
+from specforge_exp.records import write_record
 from specforge_exp.target import check_gpus, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -42,9 +43,9 @@ def bench(cfg: Config) -> float:
     """Measure the accepted length; returns its average over the data sets."""
     check_gpus(cfg, "bench")
     file, folder = paths.bench_file(cfg), paths.export_dir(cfg)
-    command = f"python export.py run_name={cfg.run_name} (with the same options)"
+    require(cfg, "export", "run.json")
     inputs = {
-        "the export": sha256(require(folder / "run.json", command)),
+        "the export": sha256(folder / "run.json"),
         "the target": model_digest(cfg.model.path),
     }
     settings = settings_of(cfg)
@@ -52,9 +53,9 @@ def bench(cfg: Config) -> float:
     if reusable(file, fingerprint, cfg.bench.force, "bench"):
         result = read_record(file)
     else:
-        result = describe(cfg, inputs, settings) | measure(cfg)
-        with disk_errors(file):
-            write_json(file, result)
+        with disk_errors(file), lease(file):
+            result = describe(cfg, inputs, settings) | measure(cfg)
+            write_record(file, result)
     print(table(result, same_setting(result)))
     return float(result["average"])
 

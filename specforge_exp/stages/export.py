@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from specforge_exp import paths
-from specforge_exp.artifacts import Fingerprint, model_digest, require, reusable, writing
+from specforge_exp.artifacts import Fingerprint, commands, model_digest, reusable, writing
 from specforge_exp.config import Config, locate
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
@@ -47,7 +47,7 @@ def export(cfg: Config) -> Path:
     target = load_target(cfg.model, device, cfg.model.dtype, feeds=feeds)
     draft = kind.restored(target, cfg.draft, checkpoint.draft).to(device)
     dtype = DTYPES[cfg.export.dtype]
-    with writing(folder, fingerprint, cfg) as unfinished:
+    with writing(folder, fingerprint, cfg, "export") as unfinished:
         draft.write(unfinished, target, cfg.model.path, dtype)
         agreement = compare(cfg, draft, kind.load(unfinished, target).to(device), target, dtype)
     log.info(
@@ -60,12 +60,13 @@ def export(cfg: Config) -> Path:
 def chosen_checkpoint(cfg: Config) -> Checkpoint:
     """The checkpoint that export.step names, the best, or the newest."""
     run = paths.run_dir(cfg)
-    command = f"python train.py run_name={cfg.run_name} (with the same options)"
+    command = commands(cfg, "train")
     step = best_step(run) if cfg.export.best and cfg.export.step is None else cfg.export.step
     if step is not None:
-        if cfg.export.best:
-            command += " trainer.keep_best=true"
-        return read_checkpoint(require(run / f"step-{step:06d}", command))
+        folder, more = run / f"step-{step:06d}", " trainer.keep_best=true" * cfg.export.best
+        if not folder.exists():
+            raise InputError(f"{folder} does not exist; make it with: {command}{more}")
+        return read_checkpoint(folder)
     checkpoint = newest_checkpoint(run)
     if checkpoint is None:
         raise InputError(f"{run} holds no checkpoint; make one with: {command}")

@@ -22,7 +22,15 @@ import orjson
 from tqdm import tqdm
 
 from specforge_exp import paths
-from specforge_exp.artifacts import Fingerprint, read_record, reusable, sha256, writing
+from specforge_exp.artifacts import (
+    Fingerprint,
+    check,
+    read_object,
+    read_record,
+    reusable,
+    sha256,
+    writing,
+)
 from specforge_exp.config import Config, Source
 from specforge_exp.data.conversations import encode
 from specforge_exp.data.files import Rejected
@@ -86,13 +94,13 @@ def prep(cfg: Config) -> Path:
     if cfg.data.system != "keep":
         settings["data.system"] = cfg.data.system
     if cfg.prep.check:
-        return check(cfg, folder, settings)
+        return state(cfg, folder, settings)
     files = [file for source in [*cfg.data.train, *cfg.data.eval] for file in local_files(source)]
     settings["number of local files"] = len(files)
     fingerprint = Fingerprint({str(file): sha256(file) for file in files}, settings)
     if reusable(folder / "run.json", fingerprint, cfg.prep.force, "prep"):
         return folder
-    with writing(folder, fingerprint, cfg) as partial:
+    with writing(folder, fingerprint, cfg, "prep") as partial:
         with opened(partial, "train") as train, opened(partial, "eval") as held_out:
             fill(cfg, train, held_out)
         for name, split in (("train", train), ("eval", held_out)):
@@ -262,7 +270,7 @@ def report(name: str, split: PromptSplit, folder: Path) -> None:
         )  # fmt: skip
 
 
-def check(cfg: Config, folder: Path, settings: dict[str, Any]) -> Path:
+def state(cfg: Config, folder: Path, settings: dict[str, Any]) -> Path:
     """Say whether the data set is there, how large, and whether its inputs changed.
 
     Raises:
@@ -273,9 +281,10 @@ def check(cfg: Config, folder: Path, settings: dict[str, Any]) -> Path:
     made = folder / "run.json"
     if not made.exists():
         raise InputError(f"{folder} does not exist; make it with: {command}")
-    record = read_record(made)
+    record = read_record(made, f"make it again with: {command} prep.force=true")
+    check(folder, f"{command} prep.force=true")
     account = folder / "account.json"
-    counts = read_record(account)["conversations"] if account.exists() else {}
+    counts = read_object(account).get("conversations", {}) if account.exists() else {}
     size = sum(file.stat().st_size for file in folder.glob("*.jsonl")) / 1e6
     when = datetime.fromisoformat(record["finished"]).astimezone()
     log.info(

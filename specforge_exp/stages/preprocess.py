@@ -59,11 +59,9 @@ class TokenSplit:
 def preprocess(cfg: Config) -> Path:
     """Write the token shards of this data set for this target; returns their folder."""
     folder = paths.tokens_dir(cfg)
-    source = paths.regen_dir(cfg) if cfg.preprocess.source == "regen" else paths.prompts_dir(cfg)
-    command = f"python {cfg.preprocess.source}.py (with the same options)"
-    if cfg.preprocess.source == "regen":
-        command += ", or take the data's own answers with preprocess.source=prep"
-    files = {name: require(source / f"{name}.jsonl", command) for name in ("train", "eval")}
+    names = ("train", "eval")
+    source = require(cfg, cfg.preprocess.source, *(f"{name}.jsonl" for name in names))
+    files = {name: source / f"{name}.jsonl" for name in names}
     inputs = {f"{source.name}/{path.name}": sha256(path) for path in files.values()}
     inputs["the target"] = model_digest(cfg.model.path)
     settings = {
@@ -76,7 +74,7 @@ def preprocess(cfg: Config) -> Path:
     if reusable(folder / "run.json", fingerprint, cfg.preprocess.force, "preprocess"):
         return folder
     too_long = check_length(cfg.model, cfg.max_length)
-    with writing(folder, fingerprint, cfg, resume=True) as partial:
+    with writing(folder, fingerprint, cfg, "preprocess", "blocks/*") as partial:
         vocabulary = text_config(cfg.model).vocab_size
         blocks = {name: cut(path) for name, path in files.items()}
         encode_files(cfg, [block for part in blocks.values() for block in part], partial / "blocks")
@@ -97,7 +95,6 @@ def preprocess(cfg: Config) -> Path:
         write_json(
             partial / "report.json", {"draft_vocab_size": size, **report, "warnings": warnings}
         )
-        shutil.rmtree(partial / "blocks")
     log.info(
         "preprocess: the draft's %d tokens cover %.2f %% of the answers, %.2f %% of the held-out",
         size, 100 * report["train"]["coverage"], 100 * report["eval"]["coverage"],

@@ -44,19 +44,20 @@ STALE = 30
 
 def regen(cfg: Config) -> Path:
     """Regenerate a data set with its target; returns the folder."""
-    folder, source = paths.regen_dir(cfg), paths.prompts_dir(cfg)
+    folder = paths.regen_dir(cfg)
     if cfg.regen.status:
         log.info("regen: %s: %s", folder.name, status(folder))
         return folder
     if cfg.engine.name in ("transformers", "sglang"):
         check_gpus(cfg, "regen")
-    command = f"python prep.py data={cfg.data.name} (with the same options)"
-    files = [require(source / name, command) for name in ("train.jsonl", "eval.jsonl")]
+    names = ("train.jsonl", "eval.jsonl")
+    source = require(cfg, "prep", *names)
+    files = [source / name for name in names]
     digests = {path: sha256(path) for path in files}
     inputs = {f"{source.name}/{path.name}": digest for path, digest in digests.items()}
     inputs["the target"] = model_digest(cfg.model.path)
-    names = "temperature top_p top_k max_tokens thinking truncated num_samples samples_per_prompt"
-    settings: dict[str, Any] = {f"regen.{name}": vars(cfg.regen)[name] for name in names.split()}
+    options = "temperature top_p top_k max_tokens thinking truncated num_samples samples_per_prompt"
+    settings: dict[str, Any] = {f"regen.{name}": vars(cfg.regen)[name] for name in options.split()}
     settings |= {
         "seed": cfg.seed,
         "max_length": cfg.max_length,
@@ -68,7 +69,8 @@ def regen(cfg: Config) -> Path:
     if cfg.regen.dry_run:
         log.info("regen: %s", describe(cfg, files))
         return folder
-    with writing(folder, fingerprint, cfg, resume=True) as partial, Interrupt() as interrupt:
+    opened = writing(folder, fingerprint, cfg, "regen", "shards/* calls.jsonl")
+    with opened as partial, Interrupt() as interrupt:
         own = cfg.regen
         store = Store(partial, digests, own.chunk_size, own.num_samples, own.samples_per_prompt)
         if store.counts.done + store.counts.failed:

@@ -5,7 +5,9 @@ at the end, run.json. Run the same command again to continue.
 """
 
 import logging
+import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,9 @@ from torch import Tensor
 
 from specforge_exp import paths
 from specforge_exp.artifacts import (
+    SAME,
     Fingerprint,
+    contents,
     describe,
     model_digest,
     read_record,
@@ -26,9 +30,11 @@ from specforge_exp.artifacts import (
 )
 from specforge_exp.config import Config, locate
 from specforge_exp.data.tokens import read_split
+from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
+from specforge_exp.lease import lease
 from specforge_exp.losses import Loss
-from specforge_exp.records import whole_lines, write_json
+from specforge_exp.records import whole_lines, write_record
 from specforge_exp.sharding import shard_draft
 from specforge_exp.target import Target, check_gpus, check_length, load_target, set_up_torch
 from specforge_exp.training.batches import Batch
@@ -51,13 +57,13 @@ def train(cfg: Config) -> float | tuple[float, ...]:
     """
     check_gpus(cfg, "train", 1 if started() else cfg.trainer.gpus)
     folder = paths.run_dir(cfg)
-    tokens = require(
-        paths.tokens_dir(cfg) / "index.json", "python preprocess.py (same options)"
-    ).parent
+    tokens = require(cfg, "preprocess", "index.json")
+    check_tokens(cfg, tokens)
     fingerprint = fingerprint_of(cfg, tokens)
     if not started():
         if not cfg.trainer.resume:
-            start_over(folder)
+            with lease(folder):
+                start_over(folder)
         if reusable(folder / "run.json", fingerprint, False, "train", "trainer.resume=false"):
             return objectives(cfg, read_record(folder / "run.json"))
         warning = check_length(cfg.model, cfg.max_length)
@@ -66,6 +72,14 @@ def train(cfg: Config) -> float | tuple[float, ...]:
         if cfg.trainer.gpus > 1:
             returned: float | tuple[float, ...] = launch(train, cfg)
             return returned
+    later = started() and os.environ.get("RANK", "0") != "0"
+    with nullcontext() if later else lease(folder):
+        return train_here(cfg, tokens, fingerprint)
+
+
+def train_here(cfg: Config, tokens: Path, fingerprint: Fingerprint) -> float | tuple[float, ...]:
+    """`train` as one of the processes that do it, the first of which writes the run's folder."""
+    folder = paths.run_dir(cfg)
     device = local_device(set_up_torch(cfg))
     run = TrainingRun(folder, fingerprint, join(device))
     splits = Splits(read_split(tokens, "train"), read_split(tokens, "eval"))
@@ -92,7 +106,8 @@ def train(cfg: Config) -> float | tuple[float, ...]:
     record |= {"seconds": round(logged_seconds(folder), 1), "evaluation": evaluation}
     record["nothing_to_learn"] = reasons
     if run.ranks.rank == 0:
-        write_json(folder / "run.json", record)
+        record["files"] = contents(folder, ["metrics.jsonl", "evaluation.json"])
+        write_record(folder / "run.json", record)
         log.info("train: complete: %s: %s%s", folder, summary(evaluation), of_no_use(reasons))
     return objectives(cfg, record)
 
@@ -111,7 +126,7 @@ def target_and_draft(
     )
     if cfg.bench_engine == "transformers":
         target.check_decoding()
-    mapping = torch.load(tokens / "vocab_mapping.pt", weights_only=True)
+    mapping = read_mapping(tokens / "vocab_mapping.pt")
     draft = kind.new(target, cfg.draft, mapping, cfg.seed).to(device)
     if draft.not_copied:
         log.info(
@@ -121,6 +136,19 @@ def target_and_draft(
     draft.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     draft.gradient_checkpointing = cfg.trainer.gradient_checkpointing
     return target, draft
+
+
+def check_tokens(cfg: Config, tokens: Path) -> None:
+    """Refuse tokens that were made for another draft or another length than this training's."""
+    wanted: dict[str, Any] = {"max_length": cfg.max_length}
+    if "draft_vocab_size" in cfg.draft.matters():
+        wanted["draft.draft_vocab_size"] = cfg.draft.draft_vocab_size
+    changes = Fingerprint({}, wanted).changes(read_record(tokens / "run.json"))
+    if changes:
+        raise InputError(
+            f"{tokens} was made with other options: {'; '.join(changes)}. Train with those, or "
+            f"make it again with: python preprocess.py preprocess.force=true {SAME}"
+        )
 
 
 def check_learnable(cfg: Config, splits: Splits) -> dict[str, dict[str, int]]:

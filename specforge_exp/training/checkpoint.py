@@ -3,7 +3,6 @@
 Written under another name and renamed; nothing is pickled.
 """
 
-import json
 import logging
 import shutil
 from dataclasses import dataclass
@@ -15,12 +14,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from specforge_exp.artifacts import Fingerprint, disk_errors
+from specforge_exp.artifacts import (
+    SAME,
+    Fingerprint,
+    check,
+    contents,
+    disk_errors,
+    read_record,
+)
 from specforge_exp.errors import InputError
-from specforge_exp.records import sync, sync_tree, write_json
+from specforge_exp.records import sync, sync_tree, write_record
 from specforge_exp.sharding import as_in, whole
 
 log = logging.getLogger(__name__)
+
+
+FILES = ("draft.safetensors", "optimizer.safetensors", "loop.safetensors")
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,8 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, fingerprint: Fingerprint)
         save_file(snapshot.optimizer, partial / "optimizer.safetensors")
         save_file(snapshot.partial | random, partial / "loop.safetensors")
         record = {"inputs": fingerprint.inputs, "settings": fingerprint.settings}
-        write_json(partial / "state.json", {"step": snapshot.step, **record})
+        files = contents(partial, FILES)
+        write_record(partial / "state.json", {"step": snapshot.step, **record, "files": files})
         sync_tree(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -97,13 +107,13 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, fingerprint: Fingerprint)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Load a checkpoint on the CPU; InputError when a file is missing or truncated."""
+    """Load a checkpoint on the CPU; InputError when a file is missing or not what was written."""
+    remedy = f"python train.py {SAME}, after rm -r {folder}"
+    check(folder, remedy, "state.json")
+    record = read_record(folder / "state.json", f"make it again with: {remedy}")
     try:
-        record = json.loads((folder / "state.json").read_text())
-        draft = load_file(folder / "draft.safetensors")
-        optimizer = load_file(folder / "optimizer.safetensors")
-        loop = load_file(folder / "loop.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        draft, optimizer, loop = (load_file(folder / name) for name in FILES)
+    except (OSError, SafetensorError) as error:
         raise InputError(f"the checkpoint {folder} cannot be read: {error}") from None
     random = {name: loop.pop(name) for name in list(loop) if name.startswith("random:")}
     return Checkpoint(record["step"], draft, optimizer, loop, random, record)

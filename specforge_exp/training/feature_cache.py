@@ -9,12 +9,9 @@ them.
 Shape suffixes: T packed tokens, A auxiliary states, H hidden.
 """
 
-import fcntl
-import json
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +22,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from specforge_exp.artifacts import Fingerprint, disk_errors, read_record
+from specforge_exp.artifacts import (
+    Fingerprint,
+    check,
+    contents,
+    disk_errors,
+    read_object,
+    read_record,
+)
 from specforge_exp.data.tokens import TokenSet
 from specforge_exp.errors import InputError
-from specforge_exp.records import replacing, write_json
+from specforge_exp.lease import lease
+from specforge_exp.records import replacing, write_json, write_record
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.features import Features, HiddenStates
 from specforge_exp.training.ranks import Ranks
@@ -99,20 +104,24 @@ def make_cache(
     """
     folder.mkdir(parents=True, exist_ok=True)
     first, made_of = ranks.rank == 0, folder / "made_of.json"
-    with one_at_a_time(folder) if first else nullcontext():
+    with lease(folder, wait=True) if first else nullcontext():
         ranks.wait()
-        if made_of.exists() and (changes := fingerprint.changes(read_record(made_of))):
+        there, changes = (folder / "index.json").exists(), []
+        if there or made_of.exists():
+            remedy = f"rm -r {folder} and run the same command"
+            changes = fingerprint.changes(read_record(made_of, remedy))
+        if changes:
             raise InputError(
                 f"{folder} holds hidden states of something else: {'; '.join(changes)}. "
                 f"Remove it (rm -r {folder}), set paths.datasets, or use target.cache=none"
             )
-        if any(ranks.gather((folder / "index.json").exists())):
+        if any(ranks.gather(there)):
             return
         shards = plan(splits, SHARD_TOKENS)
         sizes = [x.shape[-1] * x.element_size() for x in target(torch.zeros(1, 1).long())]
         if first:
             announce(folder, splits, shards, sizes)
-            write_json(made_of, vars(fingerprint))
+            write_record(made_of, vars(fingerprint))
         ranks.wait()
         mine = list(enumerate(shards))
         if not together:
@@ -127,22 +136,10 @@ def make_cache(
         ranks.wait()
         if first:
             write_json(folder / "index.json", index_of(splits, shards))
+            names = ["index.json", *(path.name for path in folder.glob("*.safetensors"))]
+            write_record(made_of, {**vars(fingerprint), "files": contents(folder, names)})
             log.info("cache: complete: %s", folder)
         ranks.wait()
-
-
-@contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Runs of a sweep want the same cache: one makes it, the others wait and find it."""
-    with (folder / "lock").open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("cache: another run is making %s; waiting for it", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            pass
-        yield
 
 
 def announce(
@@ -215,9 +212,15 @@ def from_disk(folder: Path, layers: int, hidden: int) -> Features:
         layers: how many feed the draft.
         hidden: the hidden size.
     """
-    index = {
-        int(k): StoredStates(*v) for k, v in json.loads((folder / "index.json").read_text()).items()
-    }
+    again = f"the same command, after rm {folder}/index.json and what is damaged"
+    check(folder, again, "made_of.json")
+    content = read_object(folder / "index.json", f"make it again with: {again}")
+    try:
+        index = {int(number): StoredStates(*place) for number, place in content.items()}
+    except (TypeError, ValueError):
+        index = {}
+    if not index:
+        raise InputError(f"{folder / 'index.json'} is no index; make it again with: {again}")
     opened: dict[str, Any] = {}
 
     def read(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ from specforge_exp.config import Config
 from specforge_exp.data.tokens import TokenSet
 from specforge_exp.errors import InputError
 from specforge_exp.interrupt import Interrupt
-from specforge_exp.records import write_json
+from specforge_exp.records import write_record
 from specforge_exp.sharding import gradient_of, is_sharded, whole
 from specforge_exp.training.batches import (
     Batch,
@@ -347,5 +347,6 @@ def evaluate(
     if ranks.rank == 0:
         pairs = [everybodys[number] for number in sorted(everybodys)]
         length, slots = [pair[0] for pair in pairs], [int(pair[1]) for pair in pairs]
-        write_json(run.folder / "evaluation.json", {"step": step, "length": length, "slots": slots})
+        content = {"step": step, "length": length, "slots": slots}
+        write_record(run.folder / "evaluation.json", content)
     return {"loss": float(loss), **means(total.everywhere(ranks).sums)}

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from damage import DAMAGES, damaged
 
-from specforge_exp.artifacts import Fingerprint, require, reusable, writing
+from specforge_exp import artifacts, paths
+from specforge_exp.artifacts import Fingerprint, check, require, reusable, writing
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
 
@@ -14,7 +16,7 @@ TWO = Fingerprint({"the input": "xyz"}, {"lr": 2, "names": ["a"]})
 
 
 def make(folder: Path, cfg: Config, fingerprint: Fingerprint = ONE, text: str = "done") -> None:
-    with writing(folder, fingerprint, cfg) as partial:
+    with writing(folder, fingerprint, cfg, "prep") as partial:
         (partial / "content").write_text(text)
 
 
@@ -45,7 +47,7 @@ def test_interrupted_leaves_no_artifact(tmp_path: Path, cfg: Config) -> None:
     folder = tmp_path / "thing"
 
     def interrupted() -> None:
-        with writing(folder, ONE, cfg) as partial:
+        with writing(folder, ONE, cfg, "prep") as partial:
             (partial / "content").write_text("half")
             raise KeyboardInterrupt
 
@@ -61,7 +63,7 @@ def test_a_failed_remake_keeps_the_old_one(tmp_path: Path, cfg: Config) -> None:
     make(folder, cfg, text="old")
 
     def fails() -> None:
-        with writing(folder, TWO, cfg) as partial:
+        with writing(folder, TWO, cfg, "prep") as partial:
             (partial / "content").write_text("new")
             raise InputError("no")
 
@@ -73,20 +75,139 @@ def test_a_failed_remake_keeps_the_old_one(tmp_path: Path, cfg: Config) -> None:
     assert not folder.with_name("thing.old").exists()
 
 
-def test_partial_work_is_kept_only_for_the_same_inputs(tmp_path: Path, cfg: Config) -> None:
+def interrupted(folder: Path, fingerprint: Fingerprint, cfg: Config) -> list[str]:
+    """Work that is there when a run begins that is stopped before its end."""
+    with (
+        pytest.raises(KeyboardInterrupt),
+        writing(folder, fingerprint, cfg, "regen", "shards/*") as partial,
+    ):
+        (partial / "shards").mkdir(exist_ok=True)
+        (partial / "plan").write_text("made in a second")
+        before = [file.name for file in (partial / "shards").iterdir()]
+        (partial / "shards" / str(len(before))).write_text("hours")
+        raise KeyboardInterrupt
+    return sorted(before)
+
+
+def test_hours_of_work_are_given_up_by_force_only(tmp_path: Path, cfg: Config) -> None:
+    folder = tmp_path / "thing"
+    assert interrupted(folder, ONE, cfg) == []
+    assert interrupted(folder, ONE, cfg) == ["0"]
+    for _ in range(2):
+        with pytest.raises(InputError) as refused:
+            interrupted(folder, TWO, cfg)
+        for words in (
+            "thing.partial",
+            "lr was 1, now 2",
+            "with those",
+            "regen.force=true",
+            "data.name",
+        ):
+            assert words in str(refused.value)
+    assert interrupted(folder, ONE, cfg) == ["0", "1"]
+    cfg.regen.force = True
+    assert interrupted(folder, ONE, cfg) == ["0", "1", "2"]  # its own, also of a forced run
+    assert interrupted(folder, TWO, cfg) == []
+    cfg.regen.force = False
+    begun = folder.with_name("thing.partial") / "begun.json"
+    for content in ("", "{}", "[]"):
+        begun.write_text(content)
+        with pytest.raises(InputError, match=r"nobody knows .* regen\.force=true"):
+            interrupted(folder, TWO, cfg)
+    (begun.parent / "shards" / "0").unlink()
+    assert interrupted(folder, ONE, cfg) == []  # nothing was there but what is made in a second
+
+
+def test_what_is_made_in_seconds_is_made_again(tmp_path: Path, cfg: Config) -> None:
+    folder = tmp_path / "thing"
+    with pytest.raises(KeyboardInterrupt), writing(folder, ONE, cfg, "export") as partial:
+        (partial / "content").write_text("half")
+        raise KeyboardInterrupt
+    with writing(folder, TWO, cfg, "export") as partial:
+        assert [file.name for file in partial.iterdir()] == ["begun.json"]
+
+
+@pytest.mark.parametrize("at", ["finish", "sync_tree", "replace_folder", "sync"])
+def test_killed_at_the_very_end(
+    tmp_path: Path, cfg: Config, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """What has its run.json is whole: it is finished, even by a forced command, never made again
+    nor given up for other options."""
     folder = tmp_path / "thing"
 
-    def stopped(fingerprint: Fingerprint) -> list[str]:
-        found: list[str] = []
-        with pytest.raises(KeyboardInterrupt), writing(folder, fingerprint, cfg, resume=True) as p:
-            found += [file.name for file in p.iterdir() if file.name != "begun.json"]
-            (p / "journal").write_text("some")
-            raise KeyboardInterrupt
-        return found
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
 
-    assert stopped(ONE) == []
-    assert stopped(ONE) == ["journal"]
-    assert stopped(TWO) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, at, killed)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            writing(folder, ONE, cfg, "regen", "shards/*") as partial,
+        ):
+            (partial / "shards").mkdir()
+            (partial / "shards" / "0").write_text("hours")
+            (partial / "content").write_text("hours")
+    if partial.exists():
+        with (
+            pytest.raises(InputError, match="unfinished work of other options"),
+            writing(folder, TWO, cfg, "regen", "shards/*"),
+        ):
+            pass
+    assert reusable(folder / "run.json", ONE, partial.exists(), "regen")
+    assert sorted(file.name for file in folder.iterdir()) == ["content", "run.json"]
+
+
+def test_one_writer(tmp_path: Path, cfg: Config) -> None:
+    folder = tmp_path / "thing"
+    with writing(folder, ONE, cfg, "prep") as partial:
+        (partial / "content").write_text("first")
+        with pytest.raises(InputError, match=f"another process writes {folder}: process"):
+            make(folder, cfg, TWO)
+    assert (folder / "content").read_text() == "first"
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", ["content", "run.json"])
+def test_damage_is_seen(tmp_path: Path, cfg: Config, name: str, how: str) -> None:
+    folder = tmp_path / "thing"
+    make(folder, cfg, text="a long text")
+    check(folder, "python prep.py")
+    file = folder / name
+    file.write_bytes(damaged(file.read_bytes(), how))
+    with pytest.raises(InputError, match=rf"{name} .*make it again with: python prep\.py"):
+        check(folder, "python prep.py")
+    with pytest.raises(InputError, match=r"make it again with.*prep\.force=true"):
+        reusable(folder / "run.json", ONE, False, "prep")
+
+
+def test_a_large_file_is_compared_in_places(
+    tmp_path: Path, cfg: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "WHOLE", 1000)
+    monkeypatch.setattr(artifacts, "BLOCK", 10)
+    folder = tmp_path / "thing"
+    make(folder, cfg, text="a" * 2000)
+    assert (
+        "sha256 of 16 blocks" in json.loads((folder / "run.json").read_text())["files"]["content"]
+    )
+    for place in (0, 1999):
+        check(folder, "python prep.py")
+        (folder / "content").write_text("a" * place + "b" + "a" * (1999 - place))
+        with pytest.raises(InputError, match=r"content is damaged \(2000 bytes, "):
+            check(folder, "python prep.py")
+        (folder / "content").write_text("a" * 2000)
+
+
+def test_older_artifacts_are_taken_as_they_are(tmp_path: Path, cfg: Config) -> None:
+    folder = tmp_path / "thing"
+    make(folder, cfg)
+    record = json.loads((folder / "run.json").read_text())
+    del record["files"], record["sha256"]
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "content").write_text("by hand")
+    assert reusable(folder / "run.json", ONE, False, "prep")
+    (folder / "run.json").unlink()
+    check(folder, "python prep.py")
 
 
 def test_full_disk_is_one_clear_line(tmp_path: Path, cfg: Config) -> None:
@@ -95,7 +216,7 @@ def test_full_disk_is_one_clear_line(tmp_path: Path, cfg: Config) -> None:
     make(folder, cfg, text="old")
 
     def fills() -> None:
-        with writing(folder, TWO, cfg) as partial:
+        with writing(folder, TWO, cfg, "prep") as partial:
             (partial / "content").symlink_to("/dev/full")
             (partial / "content").write_text("x" * 100_000)
 
@@ -111,6 +232,21 @@ def test_a_broken_record_is_named(tmp_path: Path) -> None:
         reusable(file, ONE, False, "prep")
 
 
-def test_missing_input_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"python prep\.py"):
-        require(tmp_path / "train.jsonl", "python prep.py")
+def test_a_missing_input_names_all_commands_that_are_missing(cfg: Config) -> None:
+    def said(stage: str) -> str:
+        with pytest.raises(InputError) as missing:
+            require(cfg, stage, "train.jsonl")
+        return str(missing.value).partition("make it with: ")[2]
+
+    assert said("prep").startswith("python prep.py (with the same options)")
+    assert said("preprocess").startswith("python prep.py, python regen.py, python preprocess.py (")
+    assert said("regen").endswith("preprocess.source=prep does without regen.py")
+    prompts = paths.prompts_dir(cfg)
+    prompts.mkdir(parents=True)
+    (prompts / "train.jsonl").write_text("")
+    assert require(cfg, "prep", "train.jsonl") == prompts
+    assert said("preprocess").startswith("python regen.py, python preprocess.py (")
+    cfg.preprocess.source = "prep"
+    assert said("export") == (
+        "python preprocess.py, python train.py, python export.py (with the same options)"
+    )

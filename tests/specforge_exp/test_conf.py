@@ -2,21 +2,27 @@
 
 import ast
 import os
+import re
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
 
+from specforge_exp import paths
 from specforge_exp.config import Config, LossConfig, from_omegaconf, locate
 from specforge_exp.config.keys import unknown_key
-from specforge_exp.config.resolvers import output_folder
 from specforge_exp.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,16 +95,6 @@ def test_glob_finds_four_losses() -> None:
     assert sorted(p.stem for p in (CONF / "loss").glob("*.yaml")) == sorted(LOSSES)
 
 
-def test_a_call_about_a_sweep_makes_no_run_folder(tmp_path: Path) -> None:
-    sweep = tmp_path / "sweeps" / "some"
-    sweep.mkdir(parents=True)
-    folder = str(tmp_path)
-    assert output_folder(folder, "run", None) == str(tmp_path / "run")
-    assert output_folder(folder, "run", str(sweep)) == output_folder(folder, "run", "some")
-    assert output_folder(folder, "run", "some") == str(sweep)
-    assert output_folder(folder, "run", "misspelt") == str(tmp_path / "sweeps")
-
-
 def test_seed_defaults() -> None:
     cfg = composed()
     assert cfg.model.path == "Qwen/Qwen3-8B"
@@ -127,6 +123,111 @@ def test_wrong_values_are_named(override: str, named: str) -> None:
     with pytest.raises(InputError) as caught:
         composed(override)
     assert named in str(caught.value)
+
+
+def options(node: object, key: str = "") -> Iterator[tuple[str, object, str]]:
+    """Every field of the configuration that is no node: its key, its type and its value."""
+    for field in fields(node):  # type: ignore[arg-type]
+        value, name = getattr(node, field.name), f"{key}.{field.name}".lstrip(".")
+        if is_dataclass(value):
+            yield from options(value, name)
+        else:
+            yield name, field.type, value
+
+
+def numbers(kind: type) -> list[tuple[str, str]]:
+    """Draft, and key of an option that is a number."""
+    return [
+        (draft, key)
+        for draft in ("eagle3", "dflash")
+        for key, type_, _ in options(composed(f"draft={draft}"))
+        if kind in (type_, *get_args(type_)) and (draft == "eagle3" or key.startswith("draft."))
+    ]
+
+
+@cache
+def with_draft(draft: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", [f"draft={draft}", "lr=1e-4"])
+
+
+def changed(draft: str, key: str, value: object) -> Config:
+    cfg = with_draft(draft).copy()
+    OmegaConf.update(cfg, key, value)
+    return from_omegaconf(cfg)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_no_float_takes_what_is_not_finite(value: str) -> None:
+    assert len(numbers(float)) > 25
+    for draft, key in numbers(float):
+        with pytest.raises(InputError, match=key.rpartition(".")[2]):
+            changed(draft, key, float(value))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["+loss.options.a=nan", "+loss.options.a={b:[1,inf]}", "+model.chat_template_kwargs.a=nan"],
+)
+def test_nor_does_what_is_open(override: str) -> None:
+    with pytest.raises(InputError, match="must be a finite number"):
+        composed(override)
+
+
+def test_no_number_is_below_what_there_can_be() -> None:
+    """-1 means nothing anywhere; a draft's head of one token has nothing to choose from."""
+    assert len(numbers(int)) > 40
+    for draft, key in numbers(int) + numbers(float):
+        with pytest.raises(InputError, match=key.rpartition(".")[2]):
+            changed(draft, key, -1)
+    for override in ("draft.draft_vocab_size=1", "seed=-1", "model.aux_layers=[1,2,-3]"):
+        with pytest.raises(InputError, match=re.escape(override.partition("=")[0])):
+            composed(override)
+
+
+@pytest.mark.parametrize("key", ["run_name", "sweep_name", "data.name", "model.name", "loss.name"])
+def test_no_name_is_a_working_folder(key: str) -> None:
+    for name in ("x.partial", "x.old", "x.OLD", "x.tokens", "x.features", ".x", "a/b", "..", ""):
+        with pytest.raises(InputError, match=key):
+            changed("eagle3", key, name)
+
+
+def test_names_that_would_be_two() -> None:
+    for override in ("data.name=a--b", "draft.name=a.b", "run_name=sweeps"):
+        with pytest.raises(InputError, match=override.partition("=")[0]):
+            composed(override)
+    assert composed("data=local", "data.path=x/my--data.jsonl").data.name == "my-data.jsonl"
+
+
+NAMES = st.from_regex(r"[ab][-.ab]{0,4}(\.(partial|old|tokens|features|lease))?", fullmatch=True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(NAMES, NAMES, NAMES), min_size=2, max_size=2, unique=True))
+def test_different_names_are_different_folders(names: list[tuple[str, str, str]]) -> None:
+    """And none is one in which another is made, or beside which its lease lies."""
+    made: list[set[Path]] = []
+    for data, model, draft in names:
+        cfg = composed()
+        try:
+            cfg.data = replace(cfg.data, name=data)
+            cfg.model = replace(cfg.model, name=model)
+            cfg.draft = replace(cfg.draft, name=draft)
+        except InputError:
+            return
+        folders = {
+            *(part(cfg) for part in (paths.prompts_dir, paths.regen_dir, paths.tokens_dir)),
+            paths.features_dir(cfg),
+        }
+        assert len(folders) == 4
+        made.append(folders)
+    one, other = made
+    (data, model, _), (data2, model2, _) = names
+    if data != data2 and (model, data) != (model2, data2):
+        assert not one & other
+    for folder in one:
+        beside = {folder.with_name(f"{folder.name}{end}") for end in (".partial", ".old")}
+        assert not beside & (one | other)
 
 
 def run(
@@ -160,6 +261,32 @@ def test_bad_input_is_one_clear_error(
     assert "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("train.py", ["run_name=../../out/x"], "run_name='../../out/x' may only hold"),
+        ("train.py", ["experiment=quickstart"], "prep.py, python regen.py, python preprocess.py ("),
+        ("prep.py", ["data=ultrachat", "prep.check=true"], "make it with: python prep.py"),
+        ("report.py", ["sweep=."], "holds no sweep.json"),
+        ("bench.py", ["experiment=quickstart"], "python train.py, python export.py ("),
+    ],
+)
+def test_a_refused_call_leaves_nothing(
+    tmp_path: Path, script: str, arguments: list[str], words: str
+) -> None:
+    (tmp_path / "deep" / "in").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        capture_output=True, text=True, check=False, cwd=tmp_path / "deep" / "in",
+        env={**os.environ, "SPECFORGE_DATASETS": "data", "SPECFORGE_CHECKPOINTS": "runs"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert list(tmp_path.glob("deep/in/runs/*")) + list(tmp_path.glob("out/*")) == []
 
 
 KNOWN = (

@@ -18,10 +18,12 @@ from torch import Tensor
 from specforge_exp import paths
 from specforge_exp.config import Config, TargetConfig, TrainerConfig
 from specforge_exp.errors import InputError
+from specforge_exp.lease import lease
+from specforge_exp.records import write_record
 from specforge_exp.stages.train import train
 from specforge_exp.target import Target
 from specforge_exp.training.batches import make_batch
-from specforge_exp.training.feature_cache import compared, one_at_a_time, plan
+from specforge_exp.training.feature_cache import compared, plan
 from specforge_exp.training.features import computed, remembered
 
 CPU = torch.device("cpu")
@@ -93,9 +95,9 @@ def test_runs_of_a_sweep_share_one_cache(run: Config, caplog: pytest.LogCaptureF
     held = Event()
 
     def first() -> bool:
-        with one_at_a_time(folder):
+        with lease(folder):
             held.set()
-            while "another run is making" not in caplog.text:
+            while "waiting for it" not in caplog.text:
                 time.sleep(0.02)
             return (folder / "index.json").exists()
 
@@ -114,7 +116,7 @@ def test_a_cache_of_something_else_is_refused(run: Config, key: str) -> None:
     record = paths.features_dir(run) / "made_of.json"
     content = json.loads(record.read_text())
     content["inputs" if key == "the target" else "settings"][key] = "another"
-    record.write_text(json.dumps(content))
+    write_record(record, {name: content[name] for name in ("inputs", "settings")})
     with pytest.raises(InputError, match=rf"{key} (was another|has changed).*target\.cache=none"):
         train(cached(run, "disk", "again"))
 
@@ -124,7 +126,7 @@ def test_a_broken_shard_names_the_remedy(run: Config) -> None:
     train(cached(run, "disk"))
     shard = paths.features_dir(run) / "00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"00000\.safetensors cannot be read.*remove it"):
+    with pytest.raises(InputError, match=r"00000\.safetensors is damaged.*index\.json"):
         train(cached(run, "disk", "again"))
 
 

@@ -314,7 +314,8 @@ def test_check_says_what_is_there(
     Path(source.path).unlink()
     assert "a.jsonl does not exist" in said()
     (folder / "account.json").unlink()
-    assert "? training and ? held-out" in said()
+    with pytest.raises(InputError, match=r"account\.json is missing; make it again with"):
+        said()
     del before[folder / "account.json"]
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 

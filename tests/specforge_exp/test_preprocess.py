@@ -106,6 +106,9 @@ def test_nothing_left_is_an_error(cfg: Config, source: Path) -> None:
     with pytest.raises(InputError, match="no conversation is left to train on"):
         preprocess(cfg)
     put(source, [])
+    with pytest.raises(InputError, match=r"train\.jsonl has changed.*preprocess\.force=true"):
+        preprocess(cfg)
+    cfg.preprocess.force = True
     with pytest.raises(InputError, match="it is empty"):
         preprocess(cfg)
 

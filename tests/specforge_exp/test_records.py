@@ -101,7 +101,7 @@ def save_a_checkpoint(folder: Path, cfg: Config) -> None:
 
 def make_an_artifact(folder: Path, cfg: Config) -> None:
     for _ in range(2):  # also over an older one
-        with writing(folder / "thing", Fingerprint({}, {}), cfg) as partial:
+        with writing(folder / "thing", Fingerprint({}, {}), cfg, "prep") as partial:
             (partial / "below").mkdir()
             (partial / "below" / "content").write_text("x")
 

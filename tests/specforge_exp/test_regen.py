@@ -135,12 +135,19 @@ def test_interrupted_continues(tmp_path: Path, cfg: Config, number: signal.Signa
             time.sleep(0.01)
         said = started(tmp_path, "status").communicate()[0]
         assert " of 20 done, 0 failed; 1 in flight; " in said and "Traceback" not in said
+    else:  # other options meanwhile
+        said = started(tmp_path, "seed=1").communicate()[0]
+        assert f"another process writes {folder}: process {first.pid} on" in said
     first.send_signal(number)
     printed = first.communicate()[0]
     assert first.returncode == -number and "Traceback" not in printed
     kept = lines_in(partial)
     if number == signal.SIGTERM:
         assert "stopping; answers under way get 15 s to end" in printed
+    else:  # other options afterwards
+        said = started(tmp_path, "seed=1").communicate()[0]
+        assert "unfinished work of other options: seed was 0, now 1." in said
+        assert "regen.force=true" in said and lines_in(partial) == kept
     second = started(tmp_path)
     printed = second.communicate()[0]
     assert second.returncode == 0, printed

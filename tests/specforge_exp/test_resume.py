@@ -79,6 +79,27 @@ def finish(arguments: list[str], log: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpus", [1, 2])
+def test_one_run_has_one_writer(cfg: Config, tokens: Path, tmp_path: Path, gpus: int) -> None:
+    """A second training is refused, naming the first; when that is killed it is not."""
+    arguments, log = command(cfg, "one", f"trainer.gpus={gpus}", "trainer.batch_size=2"), "second"
+    first = start(arguments, tmp_path / "first")
+    wait_for_step(first, cfg, "one", 2)
+    os.killpg(first.pid, signal.SIGSTOP)  # or it may be through before the second begins
+    for more in ([], ["trainer.resume=false"], ["seed=1"]):
+        second = start([*arguments, *more], tmp_path / log)
+        assert second.wait(120) == 1
+        said = (tmp_path / log).read_text()
+        found = re.search(r"error: another process writes \S+/one: process (\d+) on", said)
+        assert found, said
+        assert os.getpgid(int(found[1])) == first.pid
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    finish(arguments, tmp_path / log)
+    assert [step for step, _ in losses(cfg, "one")] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [1, 2])
 def test_killed_at_random_steps(cfg: Config, tokens: Path, tmp_path: Path, gpus: int) -> None:
     """R27: packed rows, one process or two; five kills, each followed by the same command."""
     layout = ["trainer.pack_tokens=300", f"trainer.gpus={gpus}"]

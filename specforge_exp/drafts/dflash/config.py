@@ -43,6 +43,7 @@ class DFlashConfig(DraftConfig):
         at_least("draft.block_size", self.block_size, 2)
         for name in ("num_layers", "num_features", "num_anchors", "min_loss_tokens"):
             at_least(f"draft.{name}", vars(self)[name], 1)
+        at_least("draft.mask_token_id", self.mask_token_id, 0)
         if self.loss_gamma <= 0:
             raise InputError(f"draft.loss_gamma={self.loss_gamma} must be above 0")
         one_of("draft.start", self.start, ("target", "random"))

@@ -1,0 +1,155 @@
+"""Whatever happened to a file of ours, who reads it says so in one line with the command that makes
+it again: never a traceback, never a silent use."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_config
+from damage import DAMAGES, damaged
+from instant_engine import Instant
+
+from specforge_exp import paths
+from specforge_exp.config import Config, Source, TargetConfig
+from specforge_exp.data.tokens import read_split
+from specforge_exp.drafts.vocabulary import read_mapping
+from specforge_exp.errors import InputError
+from specforge_exp.stages import regen as regen_stage
+from specforge_exp.stages.bench import bench
+from specforge_exp.stages.export import export
+from specforge_exp.stages.prep import prep
+from specforge_exp.stages.preprocess import preprocess
+from specforge_exp.stages.regen import regen
+from specforge_exp.stages.train import train
+from specforge_exp.training.checkpoint import newest_checkpoint, read_checkpoint
+from specforge_exp.training.feature_cache import from_disk
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A configuration all of whose artifacts are there."""
+    cfg = make_config(tmp_path_factory.mktemp("made"))
+    cfg.engine.concurrency = 2
+    cfg.max_steps, cfg.target = 2, TargetConfig(cache="disk")
+    cfg.bench.max_tokens, cfg.bench.bootstrap = 4, 10
+    cfg.bench.datasets = {"stories": Source(path="synthetic:bench/stories", limit=1)}
+    cfg.trainer.save_every = 1
+    prep(cfg)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(regen_stage, "make_engine", lambda _: Instant())
+        regen(cfg)
+    preprocess(cfg)
+    train(cfg)
+    export(cfg)
+    bench(cfg)
+    return cfg
+
+
+def again(stage: Callable[[Config], object], **force: object) -> Callable[[Config], object]:
+    """A reader: the stage, with another option where it would otherwise reuse its own artifact."""
+
+    def read(cfg: Config) -> object:
+        name = stage.__name__
+        return stage(replace(cfg, **{name: replace(vars(cfg)[name], **force)}))
+
+    return read
+
+
+def checkpoint(cfg: Config) -> object:
+    return read_checkpoint(paths.run_dir(cfg) / "step-000002")
+
+
+def cache(cfg: Config) -> object:
+    return from_disk(paths.features_dir(cfg), 3, 128)
+
+
+def other_run(cfg: Config) -> object:
+    return train(replace(cfg, run_name="other"))
+
+
+Reader = Callable[[Config], object]
+READERS: dict[str, tuple[Callable[[Config], Path], str, Reader, str]] = {
+    "prompts": (
+        paths.prompts_dir, "train eval .jsonl", again(regen, force=True), "prep.force=true"
+    ),
+    "their record": (
+        paths.prompts_dir, "run .json", again(regen, force=True), "prep.force=true"
+    ),
+    "answers": (
+        paths.regen_dir, "train eval .jsonl", again(preprocess, force=True), "regen.force=true"
+    ),
+    "tokens": (
+        paths.tokens_dir, "train-00000 eval-00000 .safetensors", other_run, "preprocess.force=true"
+    ),
+    "index": (paths.tokens_dir, "index run .json", other_run, "preprocess.force=true"),
+    "mapping": (paths.tokens_dir, "vocab_mapping .pt", other_run, "preprocess.force=true"),
+    "checkpoint": (
+        paths.run_dir, "step-000002/draft step-000002/optimizer step-000002/loop .safetensors",
+        checkpoint, "python train.py",
+    ),
+    "its state": (paths.run_dir, "step-000002/state .json", checkpoint, "python train.py"),
+    "run": (paths.run_dir, "run evaluation .json", train, "trainer.resume=false"),
+    "metrics": (paths.run_dir, "metrics .jsonl", train, "trainer.resume=false"),
+    "export": (paths.export_dir, "model .safetensors", bench, "export.force=true"),
+    "its configuration": (paths.export_dir, "config run .json", bench, "export.force=true"),
+    "bench": (paths.run_dir, "bench .json", bench, "bench.force=true"),
+    "cache": (paths.features_dir, "00000 .safetensors", cache, "the same command"),
+    "its index": (paths.features_dir, "index made_of .json", cache, "the same command"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("kind", READERS)
+def test_damage_is_named_with_its_remedy(made: Config, kind: str, how: str) -> None:
+    folder, names, read, remedy = READERS[kind]
+    *stems, suffix = names.split()
+    for stem in stems:
+        file = folder(made) / f"{stem}{suffix}"
+        content = file.read_bytes()
+        file.write_bytes(damaged(content, how))
+        try:
+            with pytest.raises(InputError) as refused:
+                read(made)
+        finally:
+            file.write_bytes(content)
+        assert file.name in str(refused.value), stem
+        assert remedy in str(refused.value), stem
+        assert "\n" not in str(refused.value)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before(
+    made: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = paths.run_dir(made) / "step-000002" / "optimizer.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(damaged(content, "flipped"))
+    newest = newest_checkpoint(paths.run_dir(made))
+    file.write_bytes(content)
+    assert newest is not None
+    assert newest.step == 1
+    assert "optimizer.safetensors is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("how", [how for how in DAMAGES if how != "flipped"])
+def test_older_tokens_are_one_line_too(made: Config, how: str) -> None:
+    """They have no digests, so what is broken is seen when it is read."""
+    folder = paths.tokens_dir(made)
+    record = (folder / "run.json").read_bytes()
+    older = {k: v for k, v in json.loads(record).items() if k not in ("files", "sha256")}
+    (folder / "run.json").write_text(json.dumps(older))
+    for name in ("index.json", "train-00000.safetensors", "vocab_mapping.pt"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(damaged(content, how))
+        with pytest.raises(InputError, match=rf"{name}.*preprocess\.force=true"):
+            if name.endswith(".pt"):
+                read_mapping(folder / name)
+            else:
+                read_split(folder, "train")
+        (folder / name).write_bytes(content)
+    (folder / "run.json").write_bytes(record)
+    torch.save({"d2t": 1}, mapping := folder.with_name("mapping.pt"))
+    with pytest.raises(InputError, match="cannot be read"):
+        read_mapping(mapping)

@@ -1,0 +1,112 @@
+"""One folder, one writer: real processes, a kill, other machines and disks without locks."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from specforge_exp import lease as module
+from specforge_exp.errors import InputError
+from specforge_exp.lease import lease
+
+HOLD = """
+import sys
+from pathlib import Path
+from specforge_exp import lease
+lease.BEAT = float(sys.argv[2])
+if len(sys.argv) > 3:
+    lease.machine = lambda: sys.argv[3]
+with lease.lease(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder(
+    folder: Path, beat: float = 0.05, machine: str = ""
+) -> Iterator["subprocess.Popen[str]"]:
+    """Another process that holds the folder."""
+    words = [sys.executable, "-c", HOLD, str(folder), str(beat), *([machine] if machine else [])]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def refused(folder: Path, by: str) -> None:
+    with pytest.raises(InputError, match=f"another process writes {folder}: {by}"), lease(folder):
+        pass
+
+
+def test_a_second_process_is_refused_and_a_kill_frees(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "thing"
+    with holder(folder) as other:
+        refused(folder, rf"process {other.pid} on \S+ since")
+        with lease(tmp_path / "deep" / "other"):
+            pass
+        other.kill()
+        other.wait()
+        with lease(folder):
+            refused(folder, f"process {os.getpid()} on")
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_the_beat_of_another_machine_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where its lock is not seen, as between the machines of some file systems."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(module, "BEAT", 0.05)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    folder = tmp_path / "thing"
+    with holder(folder, machine="elsewhere") as other:
+        refused(folder, f"process {other.pid} on")
+        other.kill()
+        other.wait()
+        monkeypatch.setattr(module, "PATIENCE", 0.5)
+        with lease(folder):
+            assert f"process {other.pid}" in caplog.text
+            assert " is gone; taken over" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(module, "BEAT", 0.05)
+    monkeypatch.setattr(fcntl, "flock", none)
+    with lease(tmp_path / "thing"):
+        refused(tmp_path / "thing", f"process {os.getpid()} on")
+
+
+def test_who_was_taken_for_gone_writes_no_more(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It was stopped for longer than the others wait."""
+    folder = tmp_path / "thing"
+    with holder(folder) as other:
+        file = os.open(tmp_path / ".thing.lease", os.O_RDWR)
+        module.write(file, {"host": "b", "pid": 7, "token": "of another"})
+        os.close(file)
+        assert other.wait(20) == 1
+    assert "was taken over by process 7 on b" in capfd.readouterr().err
+
+
+def test_a_half_written_file_has_a_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unknown, and gone unless it changes."""
+    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    file = tmp_path / ".thing.lease"
+    file.write_text('{"host": ')
+    assert module.name(module.holder_of(file)) == "process ? on ? since ?"
+    with lease(tmp_path / "thing"):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
