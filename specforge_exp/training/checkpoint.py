@@ -37,16 +37,27 @@ class Snapshot:
 
 
 def take_snapshot(
-    step: int, draft: nn.Module, optimizer: torch.optim.Optimizer, partial: dict[str, Tensor]
+    step: int,
+    draft: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    partial: dict[str, Tensor],
+    writes: bool = True,
 ) -> Snapshot:
-    """Gather what a checkpoint holds; processes that share the draft must all ask."""
+    """Gather what a checkpoint holds; processes that share the draft must all ask.
+
+    One weight is gathered at a time; only the process that writes keeps it, on the CPU.
+    """
+    nothing = torch.empty(0)
     names = [name for name, _ in draft.named_parameters()]
     moments = {
-        f"{names[index]}:{key}": whole(value)
+        f"{names[index]}:{key}": whole(value).cpu() if writes else whole(value).new_empty(0)
         for index, state in optimizer.state_dict()["state"].items()
         for key, value in state.items()
     }
-    weights = {name: whole(value) for name, value in draft.state_dict().items()}
+    weights = {
+        name: whole(value).cpu() if writes else nothing
+        for name, value in draft.state_dict().items()
+    }
     return Snapshot(step, weights, moments, partial)
 
 
