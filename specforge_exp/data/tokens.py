@@ -140,7 +140,7 @@ class TokenSet:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return (self[number] for number in range(len(self)))
 
-    def parts(self, tokens: int = 2**20) -> Iterator[tuple[Tensor, Tensor]]:
+    def parts(self, tokens: int = 2**16) -> Iterator[tuple[Tensor, Tensor]]:
         """All conversations in order, about so many tokens at a time: turns [T] and lengths [C]."""
         for shard in self.shards:
             at = 0

@@ -47,17 +47,18 @@ def take_snapshot(
 
     One weight is gathered at a time; only the process that writes keeps it, on the CPU.
     """
-    nothing = torch.empty(0)
+
+    def gathered(value: Tensor) -> Tensor:
+        full = whole(value)
+        return full.cpu() if writes else full.new_empty(0)
+
     names = [name for name, _ in draft.named_parameters()]
     moments = {
-        f"{names[index]}:{key}": whole(value).cpu() if writes else whole(value).new_empty(0)
+        f"{names[index]}:{key}": gathered(value)
         for index, state in optimizer.state_dict()["state"].items()
         for key, value in state.items()
     }
-    weights = {
-        name: whole(value).cpu() if writes else nothing
-        for name, value in draft.state_dict().items()
-    }
+    weights = {name: gathered(value) for name, value in draft.state_dict().items()}
     return Snapshot(step, weights, moments, partial)
 
 
