@@ -37,15 +37,15 @@ def as_in(weight: Tensor, value: Tensor) -> Tensor:
     return distribute_tensor(value, weight.device_mesh, weight.placements)
 
 
-def numberless(weight: Tensor) -> nn.Parameter:
-    """A weight of the same shape that takes no memory."""
+def numberless(module: nn.Module, name: str, weight: Tensor) -> Any:
+    """A weight of the same shape that takes no memory; called as each is registered."""
     return nn.Parameter(weight.to("meta"), weight.requires_grad)
 
 
 @contextmanager
 def without_numbers() -> Iterator[None]:
     """Modules that are made here have weights on the meta device; their buffers are real."""
-    hook = register_module_parameter_registration_hook(lambda module, name, w: numberless(w))
+    hook = register_module_parameter_registration_hook(numberless)
     try:
         yield
     finally:
@@ -68,7 +68,7 @@ def shard_draft(
     values = {name: weight.detach() for name, weight in draft.named_parameters()}
     for module in draft.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
-            setattr(module, name, numberless(weight))
+            setattr(module, name, numberless(module, name, weight))
     for module in (*units, draft):
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
         assert isinstance(module, FSDPModule)

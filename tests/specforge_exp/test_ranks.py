@@ -167,7 +167,21 @@ def test_killed_and_continued_by_fewer(cfg: Config, tokens: Path, tmp_path: Path
     assert dict(losses(cfg, "killed")) == pytest.approx(dict(losses(cfg, "one")), rel=2e-5)
 
 
+def with_all_below(pid: int) -> list[int]:
+    """A process and what it has started; torchrun's have sessions of their own."""
+    stats = [(p, p / "stat") for p in Path("/proc").iterdir() if p.name.isdigit()]
+    parents = {}
+    for process, stat in stats:
+        with suppress(OSError):
+            parents[int(process.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    family = [pid]
+    for member in family:
+        family += [child for child, parent in parents.items() if parent == member]
+    return family
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_torchrun_starts_over(cfg: Config, tokens: Path, tmp_path: Path) -> None:
     """trainer.resume=false under torchrun leaves nothing of the old run, wherever it is killed."""
     old = small(cfg, "again", save_every=6, batch_size=2)
@@ -181,7 +195,8 @@ def test_torchrun_starts_over(cfg: Config, tokens: Path, tmp_path: Path) -> None
     while not (folder / "step-000002").exists():
         assert process.poll() is None, log.read_text()
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    for pid in with_all_below(process.pid):
+        os.kill(pid, signal.SIGKILL)
     process.wait()
     assert not (folder / "run.json").exists()
     kept = step_folders(folder)
