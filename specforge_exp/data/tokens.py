@@ -127,12 +127,10 @@ class TokenSet:
         at = number - self.first[index]
         start, stop = shard.offsets[at : at + 2].tolist()
         ids_T, turns_T = shard.ids[start:stop].long(), shard.turns[start:stop].long()
-        for name, values_T, most in (
-            ("token", ids_T, self.vocabulary - 1),
-            ("turn", turns_T, stop - start),
-        ):
+        limits = {"token": (ids_T, self.vocabulary), "turn": (turns_T, stop - start + 1)}
+        for name, (values_T, limit) in limits.items():
             low, high = (int(end) for end in values_T.aminmax())
-            if low < 0 or high > most:
+            if low < 0 or high >= limit:
                 worst = low if low < 0 else high
                 raise damaged(shard.path, f"its conversation {at} has a {name} {worst}")
         return ids_T, turns_T
@@ -140,16 +138,12 @@ class TokenSet:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return (self[number] for number in range(len(self)))
 
-    def parts(self, tokens: int = 2**16) -> Iterator[tuple[Tensor, Tensor]]:
-        """All conversations in order, about so many tokens at a time: turns [T] and lengths [C]."""
+    def parts(self, conversations: int = 1024) -> Iterator[tuple[Tensor, Tensor]]:
+        """All conversations in order, so many at a time: their turns [T] and lengths [C]."""
         for shard in self.shards:
-            at = 0
-            while at < len(shard.offsets) - 1:
-                end = int(torch.searchsorted(shard.offsets, shard.offsets[at] + tokens))
-                end = max(at + 1, min(end, len(shard.offsets) - 1))
-                inside = slice(int(shard.offsets[at]), int(shard.offsets[end]))
-                yield shard.turns[inside].long(), shard.offsets[at : end + 1].diff()
-                at = end
+            for at in range(0, len(shard.offsets) - 1, conversations):
+                ends = shard.offsets[at : at + conversations + 1]
+                yield shard.turns[ends[0] : ends[-1]].long(), ends.diff()
 
 
 def damaged(path: Path, problem: object) -> InputError:
@@ -186,14 +180,12 @@ def open_shard(folder: Path, entry: dict[str, Any]) -> TokenShard:
     except (OSError, SafetensorError, TypeError) as error:
         raise damaged(path, error) from None
     ids, turns, offsets = shard.ids, shard.turns, shard.offsets
-    if (ids.dtype, turns.dtype, offsets.dtype) != (torch.int32, torch.int16, torch.int64):
-        raise damaged(path, "other types than int32, int16 and int64")
-    sizes = {"conversations": len(offsets) - 1, "tokens": len(ids)}
-    for name, size in sizes.items():
-        if size != entry[name]:
-            raise damaged(path, f"{size} {name}, but {entry[name]} in {folder / 'index.json'}")
-    ends = int(offsets[0]), int(offsets[-1])
-    if ends != (0, len(turns)) or len(turns) != len(ids) or not bool((offsets.diff() > 0).all()):
+    types = [ids.dtype, turns.dtype, offsets.dtype]
+    sizes = [len(offsets) - 1, len(ids)], [entry["conversations"], entry["tokens"]]
+    if types != [torch.int32, torch.int16, torch.int64] or sizes[0] != sizes[1]:
+        raise damaged(path, f"it does not hold what {folder / 'index.json'} says")
+    ends = [int(offsets[0]), int(offsets[-1]), len(turns)]
+    if ends != [0, len(ids), len(ids)] or not bool((offsets.diff() > 0).all()):
         raise damaged(path, "its offsets do not fit its tokens")
     return shard
 

@@ -167,11 +167,13 @@ def target_and_draft(
 def check_learnable(cfg: Config, splits: Splits) -> dict[str, dict[str, int]]:
     """By split how many conversations train nothing in this draft and why; InputError when none of
     a split does."""
-    reasons = {}
+    threads, reasons = torch.get_num_threads(), {}
+    torch.set_num_threads(1)  # for so short operations several only wait for each other
     for name, tokens in vars(splits).items():
         counts = nothing_to_learn(cfg.draft, tokens.parts())
         refuse_nothing(cfg.draft, f"{paths.tokens_dir(cfg)}, {name}", counts, len(tokens))
         reasons[name] = dict(counts)
+    torch.set_num_threads(threads)
     return reasons
 
 
