@@ -88,11 +88,6 @@ def train_here(cfg: Config, device: torch.device, ranks: Ranks) -> float | tuple
     run = TrainingRun(folder, fingerprint_of(cfg, tokens), ranks)
     mapping = torch.load(tokens / "vocab_mapping.pt", weights_only=True)
     splits = Splits(*(read_split(tokens, name, len(mapping["t2d"])) for name in ("train", "eval")))
-    if not len(splits.eval):
-        raise InputError(
-            f"{tokens} has no held-out conversation to evaluate on; set data.eval or raise "
-            f"data.split_eval={cfg.data.split_eval}"
-        )
     reasons = ranks.decided(partial(check_learnable, cfg, splits))
     target, draft = target_and_draft(cfg, device, ranks, mapping)
     log.info(
@@ -166,7 +161,12 @@ def target_and_draft(
 
 def check_learnable(cfg: Config, splits: Splits) -> dict[str, dict[str, int]]:
     """By split how many conversations train nothing in this draft and why; InputError when none of
-    a split does."""
+    a split does, or none is held out."""
+    if not len(splits.eval):
+        raise InputError(
+            f"{paths.tokens_dir(cfg)} has no held-out conversation to evaluate on; set data.eval "
+            f"or raise data.split_eval={cfg.data.split_eval}"
+        )
     threads, reasons = torch.get_num_threads(), {}
     torch.set_num_threads(1)  # for so short operations several only wait for each other
     for name, tokens in vars(splits).items():

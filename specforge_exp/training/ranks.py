@@ -111,9 +111,14 @@ def join(device: torch.device) -> Ranks:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process."""
+    """The GPU of this process; InputError where the machine has fewer than processes."""
     if device.type == "cuda" and started():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        here, number = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if number >= here:
+            raise InputError(
+                f"process {number} of this machine finds {here} GPUs; --nproc-per-node={here}"
+            )
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     return device
 
