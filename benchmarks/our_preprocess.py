@@ -47,14 +47,14 @@ def tokenise(data: Path, tokenizer: str, options: dict[str, Any], out: Path) -> 
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
         (folder / "index.json").write_text(json.dumps({data.stem: split.shards}))
         tokens = read_split(folder, data.stem)
-    ids, turns = torch.cat(tokens.ids), torch.cat(tokens.turns)
+    ids, turns = (torch.cat(column) for column in zip(*tokens, strict=True))
     ends = torch.isin(ids, torch.tensor(sorted(chat.eos)))
     np.savez(
         out,
         ids=ids.numpy(),
         mask=(turns > 0).numpy(),
         ends=ends.numpy(),
-        lengths=np.array([len(row) for row in tokens.ids]),
+        lengths=tokens.lengths,
         counts=split.counts_V,
     )
     counted = {"conversations": split.account["read"], "tokens": len(ids)}

@@ -121,9 +121,12 @@ def conversation_set(turns: list[list[int]]) -> TokenSet:
     """Conversations with these turns and rising ids."""
     import torch
 
-    from specforge_exp.data.tokens import TokenSet
+    from specforge_exp.data.tokens import TokenSet, TokenShard
 
-    return TokenSet([torch.arange(len(t)) for t in turns], [torch.tensor(t) for t in turns])
+    ids = [torch.arange(len(t), dtype=torch.int32) for t in turns]
+    offsets = torch.tensor([0, *(len(t) for t in turns)]).cumsum(0)
+    numbers = torch.tensor([n for t in turns for n in t], dtype=torch.int16)
+    return TokenSet([TokenShard(Path("none"), torch.cat(ids), numbers, offsets)])
 
 
 @pytest.fixture(scope="session")

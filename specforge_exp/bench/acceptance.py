@@ -1,6 +1,6 @@
 """What speculative decoding earned: accepted length, its interval, and how new the answers were."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,11 +181,11 @@ def ngram_keys(ids_T: Tensor) -> Tensor:
     return (ids_T.long().unfold(0, NGRAM, 1) * powers).sum(-1)
 
 
-def training_ngrams(ids: list[Tensor], turns: list[Tensor]) -> Tensor:
-    """Sorted keys of all 8-grams of supervised tokens."""
+def training_ngrams(conversations: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Sorted keys of all 8-grams of supervised tokens, of ids and turns of conversations."""
     keys = [
         ngram_keys(conversation[turn == number])
-        for conversation, turn in zip(ids, turns, strict=True)
+        for conversation, turn in conversations
         for number in range(1, int(turn.max()) + 1)
     ]
     return torch.cat(keys).unique() if keys else torch.empty(0, dtype=torch.int64)

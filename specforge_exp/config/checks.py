@@ -44,6 +44,25 @@ def minimums(options: Any, prefix: str, **least: float) -> None:
         at_least(prefix + name, vars(options)[name], minimum)
 
 
+def shared_evenly(batch_size: int, processes: int, name: str) -> None:
+    """Refuse a batch that would leave processes without a conversation, naming the sizes that fit.
+
+    Args:
+        batch_size: trainer.batch_size.
+        processes: how many share it.
+        name: of what says how many.
+    """
+    if batch_size % processes:
+        short = name.rsplit(".", maxsplit=1)[-1]
+        fit = ", ".join(str(n) for n in range(1, batch_size) if batch_size % n == 0)
+        sizes = ", ".join(str(processes * n) for n in (1, 2, 3))
+        raise InputError(
+            f"trainer.batch_size={batch_size} conversations cannot be shared evenly by "
+            f"{name}={processes}; make batch_size a multiple of {short} ({sizes}, ...), or {short} "
+            f"one of: {', '.join(filter(None, [fit, str(batch_size)]))}"
+        )
+
+
 def check_objectives(names: list[str], steps: int) -> None:
     """Refuse objectives that no evaluation has, before anything is trained."""
     by_step = [f"{name}/{k}" for name in ("alpha", "top1") for k in range(steps)]

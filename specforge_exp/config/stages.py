@@ -3,7 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from specforge_exp.config.checks import above_zero, allow, minimums, one_of, safe_name
+from specforge_exp.config.checks import (
+    above_zero,
+    allow,
+    minimums,
+    one_of,
+    safe_name,
+    shared_evenly,
+)
 from specforge_exp.config.choices import Source
 from specforge_exp.errors import InputError
 
@@ -215,8 +222,9 @@ class TrainerConfig:
     pack_tokens: int | None = None
     """Lay the batch_size * accumulate conversations of a step into as few forwards of at most this
     many tokens per GPU as possible; null: into `accumulate` forwards. Changes no number."""
-    gpus: int = 1
-    """Processes on this machine, one per GPU (on a CPU: processes over gloo)."""
+    gpus: int | str = 1
+    """Processes on this machine, one per GPU (on a CPU: processes over gloo); auto: as many of its
+    GPUs as share batch_size evenly, without a GPU 1."""
     shard: bool = False
     """Share the draft's weights, gradients and moments among the processes (FSDP2) instead of
     keeping a replica in each: less memory, more traffic. Changes no number."""
@@ -251,7 +259,7 @@ class TrainerConfig:
     """Continue from the newest checkpoint of this run; false: start over."""
 
     def __post_init__(self) -> None:
-        minimums(self, "trainer.", batch_size=1, accumulate=1, pack_tokens=1, gpus=1, log_every=1)
+        minimums(self, "trainer.", batch_size=1, accumulate=1, pack_tokens=1, log_every=1)
         minimums(self, "trainer.", eval_every=1, save_every=1, keep_last=1, weight_decay=0)
         for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
             if not 0 <= vars(self)[name] <= 1:
@@ -264,11 +272,11 @@ class TrainerConfig:
                 f"{self.decay_ratio} leave no step between them; their sum must be at most 1"
             )
         above_zero("trainer.clip", self.clip)
-        if self.batch_size % self.gpus:
-            raise InputError(
-                f"trainer.batch_size={self.batch_size} conversations cannot be shared evenly by "
-                f"trainer.gpus={self.gpus}; make batch_size a multiple of gpus"
-            )
+        if isinstance(self.gpus, int):
+            minimums(self, "trainer.", gpus=1)
+            shared_evenly(self.batch_size, self.gpus, "trainer.gpus")
+        elif self.gpus != "auto":
+            raise InputError(f"trainer.gpus={self.gpus} is not valid; it is a number, or auto")
 
 
 @dataclass

@@ -2,13 +2,24 @@
 
 `<split>-00000.safetensors` holds `ids` (int32), `turns` (int16) and `offsets` (int64, one more than
 conversations); conversation c is ids[offsets[c]:offsets[c + 1]]. `index.json` lists the shards.
+
+A shard is mapped, not read: opening a split costs 8 bytes per conversation, a page is read when a
+conversation of it is asked for, and all processes of a machine share it. A shard that contradicts
+the index is refused when it is opened, a conversation that is none of the model's when it is asked
+for; both name the file and the command that makes it again.
+
+Shape suffixes: T tokens, C conversations.
 """
 
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -74,14 +85,73 @@ class ShardWriter:
 
 
 @dataclass(frozen=True)
-class TokenSet:
-    """The conversations of one split, in memory."""
+class TokenShard:
+    """Some conversations as they lie in a file."""
 
-    ids: list[Tensor]
-    turns: list[Tensor]
+    path: Path
+    ids: Tensor
+    """[T] int32."""
+    turns: Tensor
+    """[T] int16: the assistant turn of each token, from 1; 0 elsewhere."""
+    offsets: Tensor
+    """[C + 1] int64."""
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """The conversations of one split; `tokens[n]` is the ids and turns of one, int64."""
+
+    shards: list[TokenShard]
+    vocabulary: int = 2**31
+    """Of the model: ids are below it."""
+
+    @cached_property
+    def lengths(self) -> Ints:
+        """Tokens of each conversation."""
+        sizes = [shard.offsets.diff().numpy() for shard in self.shards]
+        return np.concatenate([np.zeros(0, np.int64), *sizes])
+
+    @cached_property
+    def first(self) -> list[int]:
+        """The number of each shard's first conversation, and how many there are."""
+        return [0, *np.cumsum([len(shard.offsets) - 1 for shard in self.shards]).tolist()]
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.first[-1]
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        index = bisect_right(self.first, number) - 1
+        shard = self.shards[index]
+        at = number - self.first[index]
+        start, stop = shard.offsets[at : at + 2].tolist()
+        ids_T, turns_T = shard.ids[start:stop].long(), shard.turns[start:stop].long()
+        limits = {"token": (ids_T, self.vocabulary), "turn": (turns_T, stop - start + 1)}
+        for name, (values_T, limit) in limits.items():
+            low, high = (int(end) for end in values_T.aminmax())
+            if low < 0 or high >= limit:
+                worst = low if low < 0 else high
+                raise damaged(shard.path, f"its conversation {at} has a {name} {worst}")
+        return ids_T, turns_T
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self[number] for number in range(len(self)))
+
+    def parts(self, conversations: int = 1024) -> Iterator[tuple[Tensor, Tensor]]:
+        """All conversations in order, so many at a time: their turns [T] and lengths [C]."""
+        for shard in self.shards:
+            for at in range(0, len(shard.offsets) - 1, conversations):
+                ends = shard.offsets[at : at + conversations + 1]
+                yield shard.turns[ends[0] : ends[-1]].long(), ends.diff()
+
+
+def damaged(path: Path, problem: object) -> InputError:
+    """A token file that cannot be used, and the command that makes it again."""
+    return InputError(
+        f"{path} cannot be read ({problem}); make it again with: python preprocess.py "
+        "preprocess.force=true (and the same options)"
+    )
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -94,22 +164,31 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def read_split(folder: Path, split: str) -> TokenSet:
-    """All conversations of a split; InputError names a shard that is missing or truncated."""
-    ids: list[Tensor] = []
-    turns: list[Tensor] = []
-    for shard in read_index(folder)[split]:
-        path = folder / shard["file"]
-        try:
-            arrays = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"{path} cannot be read ({error}); make it again: preprocess.force=true"
-            ) from None
-        sizes = arrays["offsets"].diff().tolist()
-        ids += arrays["ids"].long().split(sizes)
-        turns += arrays["turns"].long().split(sizes)
-    return TokenSet(ids, turns)
+def read_split(folder: Path, split: str, vocabulary: int = 2**31) -> TokenSet:
+    """The conversations of a split, of a model with so many tokens.
+
+    Raises:
+        InputError: a shard is missing, truncated or not what index.json says; it is named.
+    """
+    return TokenSet([open_shard(folder, entry) for entry in read_index(folder)[split]], vocabulary)
+
+
+def open_shard(folder: Path, entry: dict[str, Any]) -> TokenShard:
+    """Map a shard; InputError when it is not what its entry in index.json says."""
+    path = folder / entry["file"]
+    try:
+        shard = TokenShard(path, **load_file(path))
+    except (OSError, SafetensorError, TypeError) as error:
+        raise damaged(path, error) from None
+    ids, turns, offsets = shard.ids, shard.turns, shard.offsets
+    types = [ids.dtype, turns.dtype, offsets.dtype]
+    sizes = [len(offsets) - 1, len(ids)], [entry["conversations"], entry["tokens"]]
+    if types != [torch.int32, torch.int16, torch.int64] or sizes[0] != sizes[1]:
+        raise damaged(path, f"it does not hold what {folder / 'index.json'} says")
+    ends = [int(offsets[0]), int(offsets[-1]), len(turns)]
+    if ends != [0, len(ids), len(ids)] or not bool((offsets.diff() > 0).all()):
+        raise damaged(path, "its offsets do not fit its tokens")
+    return shard
 
 
 def packing(lengths: Ints, row: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What every draft has: an objective that is called as a module, and a feed-forward block.
 
-Shape suffixes: H hidden, K divisors, V target vocabulary.
+Shape suffixes: T packed tokens, B conversations, H hidden, K divisors, V target vocabulary.
 """
 
 from typing import Generic, Self, TypeVar
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specforge_exp.config import DraftConfig
+from specforge_exp.drafts.rows import number_in_each
 from specforge_exp.losses import Loss
 from specforge_exp.sharding import gradient_of
 from specforge_exp.target import Head, Target
@@ -27,6 +28,11 @@ class Draft(nn.Module, Generic[Options]):
         self.not_copied: list[str] = []  # of the target by a start that copies, by name
         self.gradient_checkpointing = False
         self.compute_dtype = torch.float32  # of training; weights and their gradients stay fp32
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """Its layers, as far as they are called as modules: a sharding gathers each by itself."""
+        return []
 
     @classmethod
     def new(cls, target: Target, cfg: Options, mapping: dict[str, Tensor], seed: int) -> Self:
@@ -62,9 +68,10 @@ class Draft(nn.Module, Generic[Options]):
         raise NotImplementedError
 
     @staticmethod
-    def nothing_to_learn(cfg: Options, turns_T: Tensor) -> str:
-        """Why a conversation with these turns trains nothing; "" when it does."""
-        return "" if bool((turns_T > 0).any()) else "without a supervised token"
+    def nothing_to_learn(cfg: Options, turns_T: Tensor, lengths_B: Tensor) -> dict[str, int]:
+        """How many of packed conversations with these turns train nothing, by reason."""
+        empty_B = number_in_each(turns_T > 0, lengths_B) == 0
+        return {"without a supervised token": int(empty_B.sum())}
 
     def forward(
         self, sample: Sample, target_head: Head, loss: Loss, cfg: Options, window_K: Tensor

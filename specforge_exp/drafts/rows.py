@@ -1,21 +1,28 @@
 """The rows that a draft's forward pass works on, over packed conversations.
 
-Shape suffixes: T packed tokens, R rows, K steps.
+Shape suffixes: T packed tokens, B conversations, R rows, K steps.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specforge_exp.drafts.chain_attention import Visible
 
 
-def document_bounds(lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+def document_bounds(lengths: list[int] | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Start and end of the conversation that each packed token belongs to, [T] each."""
-    sizes = torch.tensor(lengths, device=device)
+    sizes = torch.as_tensor(lengths, device=device)
     ends = sizes.cumsum(0)
     return (ends - sizes).repeat_interleave(sizes), ends.repeat_interleave(sizes)
+
+
+def number_in_each(mask_T: Tensor, lengths_B: Tensor) -> Tensor:
+    """How many entries of a mask each of the packed conversations has, [B]."""
+    total_T = F.pad(mask_T.cumsum(0), (1, 0))
+    return total_T[F.pad(lengths_B.cumsum(0), (1, 0))].diff()
 
 
 @dataclass(frozen=True)

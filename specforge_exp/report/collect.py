@@ -308,7 +308,8 @@ def add_record(run: SweepRun, record: dict[str, Any]) -> None:
     for key, value in (("loss", (config.get("loss") or {}).get("name")), ("lr", config.get("lr"))):
         if value is not None:
             run.choices.setdefault(key, value)
-    run.gpus = int((config.get("trainer") or {}).get("gpus") or run.gpus)
+    gpus = record.get("processes") or (config.get("trainer") or {}).get("gpus")
+    run.gpus = int(gpus or run.gpus)
     if evaluation := record.get("evaluation"):
         run.evaluation |= numbers(evaluation)
         run.final = True

@@ -140,5 +140,4 @@ def training_answers(cfg: Config) -> torch.Tensor | None:
     if not (folder / "index.json").exists():
         log.info("bench: %s is not here, so answers are not compared with training ones", folder)
         return None
-    train = read_split(folder, "train")
-    return training_ngrams(train.ids, train.turns)
+    return training_ngrams(read_split(folder, "train"))

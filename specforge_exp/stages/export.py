@@ -81,7 +81,7 @@ def compare(cfg: Config, trained: Any, loaded: Any, target: Target, dtype: torch
         InputError: its logits differ from the trained draft's, rounded to the exported dtype.
     """
     tokens = read_split(paths.tokens_dir(cfg), "eval")
-    ids_1T = tokens.ids[0][None].to(target.device)
+    ids_1T = tokens[0][0][None].to(target.device)
     aux_1TA, _ = target.features(ids_1T)
     exact_TD = trained.all_logits(cfg.draft, ids_1T, aux_1TA)
     for weight in trained.parameters():

@@ -139,8 +139,8 @@ def merge(cfg: Config, split: TokenSplit, blocks: list[LineBlock], partial: Path
             )
         supervised = arrays["ids"][arrays["turns"] > 0]
         split.counts_V += np.bincount(supervised, minlength=len(split.counts_V))
-        turns = torch.from_numpy(arrays["turns"]).split(split.lengths[-1].tolist())
-        split.reasons.update(nothing_to_learn(cfg.draft, turns))
+        packed = torch.from_numpy(arrays["turns"]).long(), torch.from_numpy(split.lengths[-1])
+        split.reasons.update(nothing_to_learn(cfg.draft, [packed]))
     writer.flush()
     if any(path.exists() for path in rejected):
         with (partial / f"{split.path.stem}.rejected.jsonl").open("wb") as out:

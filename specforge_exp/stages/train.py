@@ -2,10 +2,12 @@
 
 Reads datasets/<data>--<model>.tokens/; writes checkpoints/<run_name>/: metrics.jsonl, step-*/ and,
 at the end, run.json. Run the same command again to continue.
+
+Whether a run is complete, refused or started over is decided once, before any of its processes
+trains: by the process that starts the others, or by torchrun's first one for all of them.
 """
 
 import logging
-import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -29,14 +31,22 @@ from specforge_exp.artifacts import (
     sha256,
 )
 from specforge_exp.config import Config, locate
+from specforge_exp.config.checks import shared_evenly
 from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.lease import lease
 from specforge_exp.losses import Loss
 from specforge_exp.records import whole_lines, write_record
-from specforge_exp.sharding import shard_draft
-from specforge_exp.target import Target, check_gpus, check_length, load_target, set_up_torch
+from specforge_exp.sharding import shard_draft, without_numbers
+from specforge_exp.target import (
+    Target,
+    check_gpus,
+    check_length,
+    load_target,
+    set_up_torch,
+    take_what_is_there,
+)
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.checkpoint import step_folders
 from specforge_exp.training.feature_cache import from_disk, make_cache
@@ -45,7 +55,14 @@ from specforge_exp.training.learnable import listed, nothing_to_learn, refuse_no
 from specforge_exp.training.loop import Splits, TrainingRun, fit
 from specforge_exp.training.objective import Objective, Outcome, Sample
 from specforge_exp.training.progress import summary
-from specforge_exp.training.ranks import join, launch, local_device, started
+from specforge_exp.training.ranks import (
+    Ranks,
+    by_torchrun,
+    join,
+    launch,
+    local_device,
+    started,
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,79 +72,91 @@ def train(cfg: Config) -> float | tuple[float, ...]:
 
     With `trainer.gpus` above 1 it starts that many processes, each of which comes back here.
     """
-    check_gpus(cfg, "train", 1 if started() else cfg.trainer.gpus)
-    folder = paths.run_dir(cfg)
-    tokens = require(cfg, "preprocess", "index.json")
-    check_tokens(cfg, tokens)
-    fingerprint = fingerprint_of(cfg, tokens)
-    if not started():
-        if not cfg.trainer.resume:
-            with lease(folder):
-                start_over(folder)
-        if reusable(folder / "run.json", fingerprint, False, "train", "trainer.resume=false"):
-            return objectives(cfg, read_record(folder / "run.json"))
-        warning = check_length(cfg.model, cfg.max_length)
-        if warning:
-            log.warning("train: warning: %s", warning)
-        if cfg.trainer.gpus > 1:
-            returned: float | tuple[float, ...] = launch(train, cfg)
-            return returned
-    later = started() and os.environ.get("RANK", "0") != "0"
-    with nullcontext() if later else lease(folder):
-        return train_here(cfg, tokens, fingerprint)
-
-
-def train_here(cfg: Config, tokens: Path, fingerprint: Fingerprint) -> float | tuple[float, ...]:
-    """`train` as one of the processes that do it, the first of which writes the run's folder."""
-    folder = paths.run_dir(cfg)
+    cfg = take_what_is_there(cfg)
+    check_gpus(cfg, "train", 1 if started() else int(cfg.trainer.gpus))
+    if not started() and (record := begin(cfg, 1)):
+        return objectives(cfg, record)
+    if not started() and int(cfg.trainer.gpus) > 1:
+        returned: float | tuple[float, ...] = launch(train, cfg)
+        return returned
     device = local_device(set_up_torch(cfg))
-    run = TrainingRun(folder, fingerprint, join(device))
-    splits = Splits(read_split(tokens, "train"), read_split(tokens, "eval"))
-    if not len(splits.eval):
-        raise InputError(
-            f"{tokens} has no held-out conversation to evaluate on; set data.eval or raise "
-            f"data.split_eval={cfg.data.split_eval}"
-        )
-    reasons = check_learnable(cfg, splits)
-    processes = run.ranks.world if cfg.target.shard else 1
-    target, draft = target_and_draft(cfg, device, processes, tokens)
+    ranks = join(device)
+    if by_torchrun() and (record := ranks.decided(partial(begin, cfg, ranks.world))):
+        return objectives(cfg, record)
+    with nullcontext() if ranks.rank else lease(paths.run_dir(cfg)):
+        return train_here(cfg, device, ranks)
+
+
+def train_here(cfg: Config, device: torch.device, ranks: Ranks) -> float | tuple[float, ...]:
+    """This process's part of a training that has not ended; as `train`."""
+    folder, tokens = paths.run_dir(cfg), paths.tokens_dir(cfg)
+    run = TrainingRun(folder, fingerprint_of(cfg, tokens), ranks)
+    mapping = read_mapping(tokens / "vocab_mapping.pt")
+    splits = Splits(*(read_split(tokens, name, len(mapping["t2d"])) for name in ("train", "eval")))
+    reasons = ranks.decided(partial(check_learnable, cfg, splits))
+    target, draft = target_and_draft(cfg, device, ranks, mapping)
     log.info(
         "train: %s: %d conversations, %d held out, %.1fM trained parameters, on %d x %s",
         cfg.run_name, len(splits.train), len(splits.eval), count(draft) / 1e6,
-        run.ranks.world, device,
+        ranks.world, device,
     )  # fmt: skip
-    if cfg.trainer.shard and run.ranks.world > 1:
-        shard_draft(draft, device, run.ranks.world)
     folder.mkdir(parents=True, exist_ok=True)
     objective = make_objective(cfg, draft, target, states_of(cfg, target, splits, run))
     evaluation = fit(cfg, draft, objective, splits, run)
-    run.ranks.wait()
-    record = describe(cfg, fingerprint.inputs, fingerprint.settings)
-    record |= {"seconds": round(logged_seconds(folder), 1), "evaluation": evaluation}
-    record["nothing_to_learn"] = reasons
-    if run.ranks.rank == 0:
+    ranks.wait()
+    record = describe(cfg, run.fingerprint.inputs, run.fingerprint.settings)
+    record |= {"seconds": round(logged_seconds(folder), 1), "processes": ranks.world}
+    record |= {"evaluation": evaluation, "nothing_to_learn": reasons}
+    if ranks.rank == 0:
         record["files"] = contents(folder, ["metrics.jsonl", "evaluation.json"])
         write_record(folder / "run.json", record)
         log.info("train: complete: %s: %s%s", folder, summary(evaluation), of_no_use(reasons))
     return objectives(cfg, record)
 
 
+def begin(cfg: Config, world: int) -> dict[str, Any] | None:
+    """What is settled before a training: the record of a complete run, or None: it is to be made.
+
+    Raises:
+        InputError: so many processes cannot share a step, tokens are missing, or the run is
+            complete and was made of something else.
+    """
+    shared_evenly(cfg.trainer.batch_size, world, "WORLD_SIZE")
+    folder = paths.run_dir(cfg)
+    tokens = require(cfg, "preprocess", "index.json")
+    check_tokens(cfg, tokens)
+    if not cfg.trainer.resume:
+        with lease(folder):
+            start_over(folder)
+    record, made_of = folder / "run.json", fingerprint_of(cfg, tokens)
+    if reusable(record, made_of, False, "train", "trainer.resume=false"):
+        return read_record(record)
+    if warning := check_length(cfg.model, cfg.max_length):
+        log.warning("train: warning: %s", warning)
+    return None
+
+
 def target_and_draft(
-    cfg: Config, device: torch.device, processes: int, tokens: Path
+    cfg: Config, device: torch.device, ranks: Ranks, mapping: dict[str, Tensor]
 ) -> tuple[Target, Any]:
-    """The target, shared among so many processes, and a fresh draft for it.
+    """The target and a fresh draft for it, each whole or this process's share of it.
 
     Raises:
         InputError: the target cannot be loaded or followed, or bench could not decode it.
     """
     kind = locate(cfg.draft._target_)
+    processes = ranks.world if cfg.target.shard else 1
+    shared = cfg.trainer.shard and ranks.world > 1
     target = load_target(
         cfg.model, device, cfg.model.dtype, processes, partial(kind.target_layers, cfg.draft)
     )
     if cfg.bench_engine == "transformers":
         target.check_decoding()
-    mapping = read_mapping(tokens / "vocab_mapping.pt")
-    draft = kind.new(target, cfg.draft, mapping, cfg.seed).to(device)
+    with without_numbers() if shared and ranks.rank else nullcontext():
+        draft = kind.new(target, cfg.draft, mapping, cfg.seed)
+    if shared:
+        shard_draft(draft, draft.units, device, ranks.world)
+    draft.to(device)
     if draft.not_copied:
         log.info(
             "train: draft.start=target: not copied, for the target has nothing that means the "
@@ -153,12 +182,19 @@ def check_tokens(cfg: Config, tokens: Path) -> None:
 
 def check_learnable(cfg: Config, splits: Splits) -> dict[str, dict[str, int]]:
     """By split how many conversations train nothing in this draft and why; InputError when none of
-    a split does."""
-    reasons = {}
+    a split does, or none is held out."""
+    if not len(splits.eval):
+        raise InputError(
+            f"{paths.tokens_dir(cfg)} has no held-out conversation to evaluate on; set data.eval "
+            f"or raise data.split_eval={cfg.data.split_eval}"
+        )
+    threads, reasons = torch.get_num_threads(), {}
+    torch.set_num_threads(1)  # for so short operations several only wait for each other
     for name, tokens in vars(splits).items():
-        counts = nothing_to_learn(cfg.draft, tokens.turns)
+        counts = nothing_to_learn(cfg.draft, tokens.parts())
         refuse_nothing(cfg.draft, f"{paths.tokens_dir(cfg)}, {name}", counts, len(tokens))
         reasons[name] = dict(counts)
+    torch.set_num_threads(threads)
     return reasons
 
 
@@ -170,7 +206,8 @@ def of_no_use(reasons: dict[str, dict[str, int]]) -> str:
 
 def objectives(cfg: Config, record: dict[str, Any]) -> float | tuple[float, ...]:
     """The values that `objectives` names, one by itself, from a run's record."""
-    gpu_hours = cfg.trainer.gpus * record.get("seconds", 0.0) / 3600
+    processes = record.get("processes", cfg.trainer.gpus)
+    gpu_hours = processes * record.get("seconds", 0.0) / 3600
     results = {**record["evaluation"], "gpu_hours": gpu_hours}
     values = tuple(float(results[name]) for name in cfg.objectives)
     return values if len(values) > 1 else values[0]
@@ -233,8 +270,9 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
 
 
 def start_over(folder: Path) -> None:
-    """Forget a run's checkpoints and its record."""
-    (folder / "run.json").unlink(missing_ok=True)
+    """Forget a run's record, numbers and checkpoints, the record first."""
+    for name in ("run.json", "evaluation.json", "metrics.jsonl"):
+        (folder / name).unlink(missing_ok=True)
     for checkpoint in step_folders(folder):
         shutil.rmtree(checkpoint)
 

@@ -3,7 +3,7 @@
 from specforge_exp.target.files import load_tokenizer, text_config
 from specforge_exp.target.head import Head
 from specforge_exp.target.loading import load_target
-from specforge_exp.target.machine import DTYPES, check_gpus, set_up_torch
+from specforge_exp.target.machine import DTYPES, check_gpus, set_up_torch, take_what_is_there
 from specforge_exp.target.model import Target
 from specforge_exp.target.shape import check_length, draft_shape
 
@@ -17,5 +17,6 @@ __all__ = [
     "load_target",
     "load_tokenizer",
     "set_up_torch",
+    "take_what_is_there",
     "text_config",
 ]  # fmt: skip

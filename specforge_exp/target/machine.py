@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from dataclasses import replace
 
 import torch
 
@@ -31,6 +32,23 @@ def set_up_torch(cfg: Config) -> torch.device:
     return torch.device(name)
 
 
+def take_what_is_there(cfg: Config) -> Config:
+    """The configuration with the number that trainer.gpus=auto means on this machine.
+
+    Where torchrun has started this process it is torchrun's.
+    """
+    if cfg.trainer.gpus != "auto":
+        return cfg
+    here = torch.cuda.device_count() if cfg.device != "cpu" else 0
+    gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or most_even(cfg.trainer.batch_size, here)
+    return replace(cfg, trainer=replace(cfg.trainer, gpus=gpus))
+
+
+def most_even(batch_size: int, gpus: int) -> int:
+    """The largest number of these GPUs that shares a batch evenly; 1 without any."""
+    return max((n for n in range(1, gpus + 1) if batch_size % n == 0), default=1)
+
+
 def check_gpus(cfg: Config, stage: str, processes: int = 1) -> None:
     """Refuse a machine that is too small for the model, before anything is read.
 
@@ -47,7 +65,9 @@ def check_gpus(cfg: Config, stage: str, processes: int = 1) -> None:
             f"on Modal: {away}; or here, very slowly: {local}"
         )
     if 0 < here < processes:
-        even = max(n for n in range(1, here + 1) if cfg.trainer.batch_size % n == 0)
+        even = most_even(cfg.trainer.batch_size, here)
         raise InputError(
-            f"trainer.gpus={processes}, but this machine has {here}; use trainer.gpus={even}"
+            f"trainer.gpus={processes}, but this machine has {here}; use trainer.gpus={even}, the "
+            f"most that share trainer.batch_size={cfg.trainer.batch_size} evenly, or "
+            "trainer.gpus=auto"
         )

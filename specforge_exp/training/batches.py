@@ -9,12 +9,13 @@ Shape suffixes: T packed tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from specforge_exp.config import TrainerConfig
-from specforge_exp.data.tokens import TokenSet
+from specforge_exp.data.tokens import Ints, TokenSet
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,22 @@ def draw_of(seed: int, epoch: int) -> int:
     return seed * 1_000_003 + epoch
 
 
-def epoch_windows(conversations: int, size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Windows of `size` conversations for one epoch, the last maybe smaller; every one once."""
-    generator = torch.Generator().manual_seed(draw_of(seed, epoch))
-    order = torch.randperm(conversations, generator=generator).tolist()
-    return [order[i : i + size] for i in range(0, conversations, size)]
+@lru_cache(maxsize=1)
+def epoch_order(conversations: int, draw: int) -> Tensor:
+    """The conversations in the order of an epoch; every one once."""
+    return torch.randperm(conversations, generator=torch.Generator().manual_seed(draw))
 
 
-def share(numbers: Sequence[int], lengths: Sequence[int], rank: int, world: int) -> list[int]:
+def window_of(conversations: int, size: int, seed: int, epoch: int, index: int) -> list[int]:
+    """The index-th `size` conversations of an epoch; its last window may be smaller."""
+    order = epoch_order(conversations, draw_of(seed, epoch))
+    numbers: list[int] = order[index * size : (index + 1) * size].tolist()
+    return numbers
+
+
+def share(
+    numbers: Sequence[int], lengths: Sequence[int] | Ints, rank: int, world: int
+) -> list[int]:
     """This process's part of some conversations, as even in tokens as longest-first gets it."""
     load = [0] * world
     mine = []
@@ -56,7 +65,9 @@ def share(numbers: Sequence[int], lengths: Sequence[int], rank: int, world: int)
     return mine
 
 
-def lay_out(numbers: list[int], lengths: Sequence[int], cfg: TrainerConfig) -> list[list[int]]:
+def lay_out(
+    numbers: list[int], lengths: Sequence[int] | Ints, cfg: TrainerConfig
+) -> list[list[int]]:
     """Cut one process's part of a window into forwards.
 
     With `pack_tokens` longest-first into the first forward with room, else into `accumulate`
@@ -83,8 +94,14 @@ def make_batch(
     tokens: TokenSet, numbers: list[int], device: torch.device, draw: int | None = None
 ) -> Batch:
     """Put the numbered conversations one after the other; held-out ones are not drawn anew."""
-    ids_T = torch.cat([tokens.ids[n] for n in numbers])
-    turns_T = torch.cat([tokens.turns[n] for n in numbers])
+    ids, turns = zip(*(tokens[n] for n in numbers), strict=True)
     names = [-1 - n for n in numbers] if draw is None else numbers
-    lengths = [len(tokens.ids[n]) for n in numbers]
-    return Batch(ids_T.to(device), turns_T.to(device), names, lengths, draw or 0)
+    ids_T, turns_T = (moved(torch.cat(column), device) for column in (ids, turns))
+    return Batch(ids_T, turns_T, names, list(map(len, ids)), draw or 0)
+
+
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """On the device; to a GPU from pinned memory, so that neither waits for the other."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)

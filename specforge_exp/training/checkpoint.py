@@ -46,16 +46,28 @@ class Snapshot:
 
 
 def take_snapshot(
-    step: int, draft: nn.Module, optimizer: torch.optim.Optimizer, partial: dict[str, Tensor]
+    step: int,
+    draft: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    partial: dict[str, Tensor],
+    writes: bool = True,
 ) -> Snapshot:
-    """Gather what a checkpoint holds; processes that share the draft must all ask."""
+    """Gather what a checkpoint holds; processes that share the draft must all ask.
+
+    One weight is gathered at a time; only the process that writes keeps it, on the CPU.
+    """
+
+    def gathered(value: Tensor) -> Tensor:
+        full = whole(value)
+        return full.cpu() if writes else full.new_empty(0)
+
     names = [name for name, _ in draft.named_parameters()]
     moments = {
-        f"{names[index]}:{key}": whole(value)
+        f"{names[index]}:{key}": gathered(value)
         for index, state in optimizer.state_dict()["state"].items()
         for key, value in state.items()
     }
-    weights = {name: whole(value) for name, value in draft.state_dict().items()}
+    weights = {name: gathered(value) for name, value in draft.state_dict().items()}
     return Snapshot(step, weights, moments, partial)
 
 

@@ -34,7 +34,7 @@ from specforge_exp.data.tokens import TokenSet
 from specforge_exp.errors import InputError
 from specforge_exp.lease import lease
 from specforge_exp.records import replacing, write_json, write_record
-from specforge_exp.training.batches import Batch
+from specforge_exp.training.batches import Batch, moved
 from specforge_exp.training.features import Features, HiddenStates
 from specforge_exp.training.ranks import Ranks
 
@@ -70,7 +70,7 @@ def plan(splits: dict[int, TokenSet], shard_tokens: int) -> list[Shard]:
     shards: list[Shard] = [[]]
     size = 0
     for sign, tokens in splits.items():
-        for number, turns in enumerate(tokens.turns):
+        for number, (_, turns) in enumerate(tokens):
             if not bool((turns > 0).any()):
                 continue
             if size and size + len(turns) > shard_tokens:
@@ -149,7 +149,7 @@ def announce(
     sizes: list[int],
 ) -> None:
     """Say how large the cache will be, and refuse when the disk has less."""
-    turns = [splits[sign].turns[number] for shard in shards for sign, number in shard]
+    turns = [splits[sign][number][1] for shard in shards for sign, number in shard]
     tokens, heads = sum(map(len, turns)), sum(int(compared(t).sum()) for t in turns)
     bytes_needed = tokens * sizes[0] + heads * sizes[1]
     left_out = sum(map(len, splits.values())) - len(turns)
@@ -176,10 +176,10 @@ def shard_states(
     """Compute one shard."""
     aux, last = [], []
     for sign, number in shard:
-        tokens = splits[sign]
-        aux_1TA, last_1TH = target(tokens.ids[number][None])
+        ids, turns = splits[sign][number]
+        aux_1TA, last_1TH = target(ids[None])
         aux.append(aux_1TA[0].cpu())
-        last.append(last_1TH[0].cpu()[compared(tokens.turns[number])])
+        last.append(last_1TH[0].cpu()[compared(turns)])
     return {"aux": torch.cat(aux), "last": torch.cat(last)}
 
 
@@ -197,7 +197,7 @@ def index_of(splits: dict[int, TokenSet], shards: list[Shard]) -> dict[str, Any]
         for sign, number in shard:
             name = number if sign > 0 else -1 - number  # what a batch calls it
             index[str(name)] = [f"{number_of_shard:05d}.safetensors", aux, last]
-            turns = splits[sign].turns[number]
+            turns = splits[sign][number][1]
             aux, last = aux + len(turns), last + int(compared(turns).sum())
     return index
 
@@ -239,7 +239,7 @@ def from_disk(folder: Path, layers: int, hidden: int) -> Features:
             aux.append(aux_TA)
             last.append(full_TH)
         device = batch.ids_T.device
-        return torch.cat(aux).to(device), torch.cat(last).to(device)
+        return moved(torch.cat(aux), device), moved(torch.cat(last), device)
 
     return lambda batches: [read(batch) for batch in batches]
 

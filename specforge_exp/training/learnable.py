@@ -1,7 +1,7 @@
 """Sequences from which a draft learns nothing: counted, and refused where there are no others."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -9,15 +9,17 @@ from specforge_exp.config import DraftConfig, locate
 from specforge_exp.errors import InputError
 
 
-def nothing_to_learn(cfg: DraftConfig, turns: Iterable[Tensor]) -> Counter[str]:
+def nothing_to_learn(cfg: DraftConfig, parts: Iterable[tuple[Tensor, Tensor]]) -> Counter[str]:
     """How many sequences train nothing in this draft, by reason.
 
     Args:
         cfg: the draft's configuration.
-        turns: of every sequence the turn of each token.
+        parts: sequences one after the other: the turn of each token, and the length of each.
     """
-    reason_of: Callable[..., str] = locate(cfg._target_).nothing_to_learn
-    return Counter(filter(None, (reason_of(cfg, turns_T) for turns_T in turns)))
+    counts: Counter[str] = Counter()
+    for turns_T, lengths in parts:
+        counts.update(locate(cfg._target_).nothing_to_learn(cfg, turns_T, lengths))
+    return +counts
 
 
 def refuse_nothing(cfg: DraftConfig, split: str, reasons: Counter[str], sequences: int) -> None:

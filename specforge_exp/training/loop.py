@@ -39,10 +39,10 @@ from specforge_exp.sharding import gradient_of, is_sharded, whole
 from specforge_exp.training.batches import (
     Batch,
     draw_of,
-    epoch_windows,
     lay_out,
     make_batch,
     share,
+    window_of,
 )
 from specforge_exp.training.checkpoint import (
     Snapshot,
@@ -152,7 +152,8 @@ def fit(
                 best = options.keep_best and best_step(run.folder) in (None, done)
                 best = bool(ranks.gather(best)[0])
             if done % options.save_every == 0 or last or best or stop:
-                save(cfg, run, take_snapshot(done, draft, optimizer, window_log.state(ranks)))
+                partial = window_log.state(ranks)
+                save(cfg, run, take_snapshot(done, draft, optimizer, partial, ranks.rank == 0))
             if stop and not last:
                 log.info("train: stopped after step %d; run the same command to continue", done)
                 interrupt.reraise(signal.SIGTERM)
@@ -181,13 +182,13 @@ def windows(
 
     States on disk are read one window ahead, in another thread.
     """
-    lengths = [len(ids) for ids in tokens.ids]
+    lengths = tokens.lengths
     size = cfg.trainer.batch_size * cfg.trainer.accumulate
     per_epoch = -(-len(lengths) // size)
 
     def make(step: int) -> Window:
         epoch, index = divmod(step, per_epoch)
-        numbers = epoch_windows(len(lengths), size, cfg.seed, epoch)[index]
+        numbers = window_of(len(lengths), size, cfg.seed, epoch, index)
         mine = share(numbers, lengths, ranks.rank, ranks.world)
         parts = lay_out(mine, lengths, cfg.trainer)
         draw = draw_of(cfg.seed, epoch)
@@ -280,14 +281,24 @@ def resume(
 ) -> int:
     """Restore the newest checkpoint, if any; returns the steps already done."""
     checkpoint = newest_checkpoint(run.folder)
+
+    def step() -> int:
+        changes = run.fingerprint.changes(checkpoint.record) if checkpoint else []
+        if changes:
+            raise InputError(
+                f"{run.folder} holds a run that was made of something else: {'; '.join(changes)}. "
+                "Give this one another run_name, or start it over with trainer.resume=false"
+            )
+        return checkpoint.step if checkpoint else 0
+
+    first, own = run.ranks.decided(step), checkpoint.step if checkpoint else 0
+    if own != first:
+        raise InputError(
+            f"process {run.ranks.rank} finds step {own} in {run.folder}, the first one {first}: "
+            "paths.checkpoints must be one folder that all machines see"
+        )
     if checkpoint is None:
         return 0
-    changes = run.fingerprint.changes(checkpoint.record)
-    if changes:
-        raise InputError(
-            f"{run.folder} holds a run that was made of something else: {'; '.join(changes)}. "
-            "Give this one another run_name, or start it over with trainer.resume=false"
-        )
     restore(checkpoint, draft, optimizer)
     window_log.restore(checkpoint.partial, run.ranks.rank)
     log.info("train: continuing after step %d", checkpoint.step)
@@ -324,7 +335,7 @@ def evaluate(
     order of the file: intervals and comparisons between runs resample conversations.
     """
     device, ranks = next(draft.parameters()).device, run.ranks
-    lengths = [len(ids) for ids in tokens.ids]
+    lengths = tokens.lengths
     mine = share(range(len(lengths)), lengths, ranks.rank, ranks.world)
     packed = replace(cfg.trainer, pack_tokens=cfg.trainer.pack_tokens or EVAL_TOKENS)
     parts = lay_out(mine, lengths, packed)

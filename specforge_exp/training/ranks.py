@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 STORE = "SPECFORGE_EXP_STORE"
 """Environment variable: the file in which the processes that `launch` starts find each other."""
+
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,28 @@ class Ranks:
         dist.all_gather_object(things, thing)
         return things
 
+    def decided(self, decide: Callable[[], Answer]) -> Answer:
+        """What the first process decides, for all of them.
+
+        When it refuses, its InputError is the only line: the others end without a word.
+        """
+        if self.world == 1:
+            return decide()
+        message: list[Any] = [None, False]
+        refusal = None
+        if self.rank == 0:
+            try:
+                message[0] = decide()
+            except InputError as error:
+                message[1], refusal = True, error
+        dist.broadcast_object_list(message, 0)
+        if refusal:
+            raise refusal
+        if message[1]:
+            raise SystemExit(0)  # torchrun would end the first at once, before its line is out
+        answer: Answer = message[0]
+        return answer
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.world > 1:
@@ -60,6 +85,11 @@ class Ranks:
 def started() -> bool:
     """Whether torchrun, or `launch`, started this process."""
     return "LOCAL_RANK" in os.environ
+
+
+def by_torchrun() -> bool:
+    """Whether torchrun started this process itself: then nobody has decided anything yet."""
+    return started() and STORE not in os.environ
 
 
 def join(device: torch.device) -> Ranks:
@@ -81,9 +111,14 @@ def join(device: torch.device) -> Ranks:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process."""
+    """The GPU of this process; InputError where the machine has fewer than processes."""
     if device.type == "cuda" and started():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        here, number = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if number >= here:
+            raise InputError(
+                f"process {number} of this machine finds {here} GPUs; --nproc-per-node={here}"
+            )
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     return device
 
@@ -108,7 +143,7 @@ def launch(stage: Callable[[Config], Any], cfg: Config) -> Any:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
-            nproc_per_node=cfg.trainer.gpus,
+            nproc_per_node=int(cfg.trainer.gpus),
             rdzv_backend="c10d",
             rdzv_endpoint=str(Path(folder) / "rendezvous"),
             rdzv_configs={"store_type": "file"},

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.regen import regen
 from specforge_exp.stages.train import train
-from specforge_exp.target import check_gpus
+from specforge_exp.target import check_gpus, take_what_is_there
 
 MACHINES = ["auto", "h100x8", "h100", "cpu"]
 BIG = ["qwen3_0_6b", "qwen3_8b", "qwen3_32b", "llama3_1_8b"]
@@ -353,7 +354,7 @@ def test_refused_at_once_without_a_gpu(tmp_path: Path) -> None:
         (0, ["model=tiny"], None),
         (0, ["model=tiny", "trainer.batch_size=2", "trainer.gpus=2"], None),
         (8, [], None),
-        (3, [], "use trainer.gpus=2"),
+        (3, [], "use trainer.gpus=2, the most that share trainer.batch_size=8 evenly"),
         (4, [], "use trainer.gpus=4"),
         (1, ["resources=h100"], None),
     ],
@@ -368,3 +369,22 @@ def test_gpus_here(
         return
     with pytest.raises(InputError, match=refused):
         check_gpus(cfg, "train", cfg.trainer.gpus)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "taken"),
+    [(0, ["model=tiny"], 1), (8, [], 8), (3, [], 2), (7, ["trainer.batch_size=7"], 7)],
+)
+def test_auto_takes_what_is_there(
+    gpus: int, overrides: list[str], taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    cfg: Config = composed("trainer.gpus=auto", *overrides)
+    assert take_what_is_there(cfg).trainer.gpus == taken
+    assert take_what_is_there(replace(cfg, device="cpu")).trainer.gpus == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # torchrun's
+    assert take_what_is_there(cfg).trainer.gpus == 1
+    with pytest.raises(
+        InputError, match=r"trainer\.gpus=all is not valid; it is a number, or auto"
+    ):
+        composed("trainer.gpus=all")

@@ -1,21 +1,22 @@
 """A window is its conversations, however they are laid on processes and forwards."""
 
 import torch
+from conftest import conversation_set
 from hypothesis import given
 from hypothesis import strategies as st
 
 from specforge_exp.config import TrainerConfig
-from specforge_exp.data.tokens import TokenSet
-from specforge_exp.training.batches import epoch_windows, lay_out, make_batch, share
+from specforge_exp.training.batches import lay_out, make_batch, share, window_of
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 
 
 @given(st.integers(1, 60), st.integers(1, 7), st.integers(0, 3))
 def test_every_conversation_once_an_epoch(conversations: int, size: int, epoch: int) -> None:
-    windows = epoch_windows(conversations, size, seed=4, epoch=epoch)
+    whole = range(-(-conversations // size))
+    windows = [window_of(conversations, size, 4, epoch, index) for index in whole]
     assert sorted(n for window in windows for n in window) == list(range(conversations))
-    assert windows == epoch_windows(conversations, size, seed=4, epoch=epoch)
+    assert windows[-1] == window_of(conversations, size, 4, epoch, len(whole) - 1)
     assert all(len(window) == size for window in windows[:-1])
 
 
@@ -43,8 +44,7 @@ def test_forwards_hold_every_conversation_once(
 
 
 def test_a_batch_has_no_padding() -> None:
-    ids = [torch.arange(3), torch.arange(5)]
-    tokens = TokenSet(ids, [torch.ones_like(i) for i in ids])
+    tokens = conversation_set([[1] * 3, [1] * 5])
     batch = make_batch(tokens, [1, 0], torch.device("cpu"))
     assert batch.ids_T.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert batch.lengths == [5, 3]

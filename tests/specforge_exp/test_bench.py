@@ -209,7 +209,7 @@ def test_interval_holds_the_mean(values: list[float]) -> None:
 def test_overlap_with_the_training_answers() -> None:
     ids = [torch.arange(30)]
     turns = [torch.tensor([0] * 10 + [1] * 10 + [0] * 2 + [2] * 8)]
-    known = training_ngrams(ids, turns)
+    known = training_ngrams(zip(ids, turns, strict=True))
     assert len(known) == 3 + 1
     assert overlap(list(range(10, 20)), known) == 1.0
     assert overlap(list(range(12, 28)), known) == pytest.approx(1 / 9)

@@ -239,8 +239,10 @@ def test_checkpointing_computes_layers_again(
     """R25: the option is not only accepted."""
     draft, sample = small_draft(target), packed(target, conversation(1, LONG))
     calls: list[int] = []
-    step = model.layer_step
-    monkeypatch.setattr(model, "layer_step", lambda *all_of: calls.append(1) or step(*all_of))
+    step = model.DFlashLayer.forward
+    monkeypatch.setattr(
+        model.DFlashLayer, "forward", lambda *all_of: calls.append(1) or step(*all_of)
+    )
     for again, expected in ((False, 2), (True, 4)):
         calls.clear()
         draft.gradient_checkpointing = again

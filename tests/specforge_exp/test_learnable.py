@@ -37,16 +37,21 @@ def test_it_agrees_with_what_training_counts(parts: list[tuple[int, int]]) -> No
     batch = Batch(torch.zeros_like(turns_T), turns_T, [0], [len(turns)], 0)
     for cfg, denominators in ((EAGLE3, training.denominators), (DFLASH, blocks.denominators)):
         counted = float(denominators(cfg, batch).sum())
-        assert bool(nothing_to_learn(cfg, [turns_T])) == (counted == 0)
+        part = turns_T, torch.tensor([len(turns)])
+        assert bool(nothing_to_learn(cfg, [part])) == (counted == 0)
 
 
 def test_the_reasons_are_counted() -> None:
     short, alone = torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0, 2, 0, 3, 0, 4] * 2)
     long = torch.tensor([0] + [1] * 9)
-    assert nothing_to_learn(EAGLE3, [short, alone, long]) == {
+
+    def packed(*turns: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(torch.cat(turns), torch.tensor([len(turn) for turn in turns]))]
+
+    assert nothing_to_learn(EAGLE3, packed(short, alone, long)) == {
         "without two supervised tokens in a row": 1
     }
-    assert nothing_to_learn(DFLASH, [short, short, alone, long]) == {
+    assert nothing_to_learn(DFLASH, packed(short, short, alone, long)) == {
         "with fewer than 8 supervised tokens (draft.min_loss_tokens)": 2,
         "without two supervised tokens in a row": 1,
     }
@@ -63,7 +68,7 @@ def test_train_refuses_a_split_without_anything_to_learn(cfg: Config, tokens: Pa
 def test_train_counts_what_is_of_no_use(
     cfg: Config, tokens: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    least = 1 + min(int((turns > 0).sum()) for turns in read_split(tokens, "train").turns)
+    least = 1 + min(int((turns > 0).sum()) for _, turns in read_split(tokens, "train"))
     cfg.draft, cfg.max_steps = replace(DFLASH, min_loss_tokens=least), 1
     caplog.set_level("INFO")
     train(cfg)

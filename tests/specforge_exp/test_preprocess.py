@@ -59,12 +59,13 @@ def test_shards_hold_every_conversation(cfg: Config, source: Path, tiny_tokenize
     assert sum(shard["conversations"] for shard in index["train"]) == 5
     tokens = read_split(folder, "train")
     assert len(tokens) == 5
-    text = tiny_tokenizer.decode(tokens.ids[4])
+    text = tiny_tokenizer.decode(tokens[4][0])
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello there.<|im_end|>\n"
     mapping = torch.load(folder / "vocab_mapping.pt", weights_only=True)
     assert set(mapping) == {"d2t", "t2d"}
     assert mapping["t2d"].sum() == 512
-    assert mapping["t2d"][tokens.ids[0][tokens.turns[0] > 0]].all()
+    ids, turns = tokens[0]
+    assert mapping["t2d"][ids[turns > 0]].all()
 
 
 def test_the_whole_vocabulary(cfg: Config, source: Path) -> None:
@@ -95,7 +96,7 @@ def test_overlong(
         assert not paths.tokens_dir(cfg).exists()
         return
     tokens = read_split(preprocess(cfg), "train")
-    sizes = [len(ids) for ids in tokens.ids]
+    sizes = tokens.lengths.tolist()
     assert max(sizes) == 256 if overlong == "truncate" else len(sizes) == 1
     expected = "1 truncated" if overlong == "truncate" else "1 set aside: longer than max_length"
     assert expected in caplog.text
@@ -313,15 +314,15 @@ def test_report(cfg: Config, source: Path, caplog: pytest.LogCaptureFixture) -> 
     report = json.loads((folder / "report.json").read_text())
     train = report["train"]
     tokens = read_split(folder, "train")
-    supervised = sum(int((turns > 0).sum()) for turns in tokens.turns)
+    supervised = sum(int((turns > 0).sum()) for _, turns in tokens)
     assert (train["read"], train["conversations"], train["truncated"]) == (10, 9, 0)
     assert train["set_aside"] == {"no assistant token": 1}
-    assert train["tokens"] == sum(len(ids) for ids in tokens.ids)
+    assert train["tokens"] == sum(len(ids) for ids, _ in tokens)
     assert train["supervised_tokens"] == supervised
     assert train["turns"] == train["turns_with_end"] == 9
     assert (train["answers_checked"], train["answers_misread"]) == (1, 0)
     assert train["coverage"] == 1.0
-    assert train["lengths"]["max"] == len(tokens.ids[0])
+    assert train["lengths"]["max"] == len(tokens[0][0])
     assert train["packing"]["rows"] == 1
     assert report["eval"]["coverage"] > 0
     assert "cover 100.00 % of the answers" in caplog.text

@@ -67,14 +67,11 @@ def test_an_answer_that_is_shown_otherwise_later_is_a_sequence_of_its_own(
     caplog.set_level("INFO")
     folder = preprocess(cfg)
     tokens = read_split(folder, "train")
-    spoken = [
-        tiny_tokenizer.decode(ids[turns > 0])
-        for ids, turns in zip(tokens.ids, tokens.turns, strict=True)
-    ]
+    spoken = [tiny_tokenizer.decode(ids[turns > 0]) for ids, turns in tokens]
     assert spoken == ["<think>so</think>Two.<|im_end|>", "<think>hm</think>One.<|im_end|>"]
     train = json.loads((folder / "report.json").read_text())["train"]
     assert (train["read"], train["conversations"], train["sequences"]) == (1, 1, 2)
-    assert train["tokens_apart"] == len(tokens.ids[1])
+    assert train["tokens_apart"] == len(tokens[1][0])
     assert "1 read, 1 kept, 1 of them as 2 sequences (+" in caplog.text
     cfg.preprocess.changed_turns, cfg.preprocess.force = "leave_out", True
     assert len(read_split(preprocess(cfg), "train")) == 1

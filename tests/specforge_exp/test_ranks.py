@@ -1,16 +1,32 @@
 """As many processes as there are, sharing target and draft or not: the same numbers."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from test_resume import command, finish, lines, losses, start, wait_for_step
 
-from specforge_exp.config import Config
+from specforge_exp import paths
+from specforge_exp.config import Config, TargetConfig
+from specforge_exp.drafts.dflash.config import DFlashConfig
+from specforge_exp.errors import InputError
+from specforge_exp.stages.train import train
+from specforge_exp.training.checkpoint import step_folders
+from specforge_exp.training.ranks import STORE, join, launch
+
+COMPARED = ("loss", "ce", "alpha/0", "top1/2", "simulated_length", "supervised")
 
 
 def listening(session: int) -> list[str]:
@@ -27,70 +43,168 @@ def listening(session: int) -> list[str]:
     return [row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]
 
 
-@pytest.mark.slow
-def test_one_process_or_two(cfg: Config, tokens: Path, tmp_path: Path) -> None:
-    """The same losses and metrics; a run may go on with another number of processes.
+def small(cfg: Config, name: str, **trainer: Any) -> Config:
+    """Twelve steps of four conversations."""
+    options = {"batch_size": 4, "log_every": 1, "eval_every": 5, "save_every": 5, **trainer}
+    return replace(
+        cfg, run_name=name, max_steps=12, epochs=30, trainer=replace(cfg.trainer, **options)
+    )
 
-    Nothing listens beyond loopback.
-    """
+
+def layouts(cfg: Config) -> dict[str, Config]:
+    """Ways to lay the same training on processes."""
+    dflash = DFlashConfig(
+        name="dflash", block_size=4, num_layers=3, num_features=3, draft_vocab_size=512
+    )
+    checkpointed = {"shard": True, "gradient_checkpointing": True}
+    packed = small(cfg, "target", pack_tokens=300)
+    return {
+        "eagle3": small(cfg, "replicas"),
+        # 150: so packed, the processes differ in forwards.
+        "eagle3 shared": small(cfg, "shared", shard=True, pack_tokens=150),
+        "eagle3, the target too": replace(
+            small(cfg, "both", shard=True), target=TargetConfig(shard=True)
+        ),
+        "eagle3, a cache": replace(packed, target=TargetConfig(shard=True, cache="disk")),
+        "dflash": replace(small(cfg, "d-replicas"), draft=dflash),
+        "dflash shared": replace(small(cfg, "d-shared", shard=True, pack_tokens=150), draft=dflash),
+        "dflash again": replace(small(cfg, "d-checkpointed", **checkpointed), draft=dflash),
+    }
+
+
+def outcome_of(call: Callable[[], object]) -> str:
+    """What a call returns or raises, in words."""
+    try:
+        return str(call())
+    except (InputError, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def trainings(cfg: Config) -> list[list[str]]:
+    """In each of two processes: every layout; the shared ones once more from a checkpoint, and then
+    what torchrun's processes answer to the same command. Returns these answers, by process."""
+    runs = layouts(cfg)
+    for run in runs.values():
+        train(run)
+    ranks = join(torch.device("cpu"))
+    again = [runs["eagle3 shared"], runs["dflash shared"]]
+    for run in again:
+        folder = paths.run_dir(run)
+        if ranks.rank == 0:
+            (folder / "run.json").unlink()
+            shutil.rmtree(folder / "step-000012")
+        ranks.wait()
+        train(run)
+    os.environ.pop(STORE)  # as torchrun starts them
+    answers = [
+        outcome_of(partial(train, run))
+        for run in (
+            again[0],
+            replace(again[0], lr=9.0),
+            replace(again[0], trainer=replace(again[0].trainer, batch_size=3, gpus=1)),
+        )
+    ]
+    return ranks.gather(answers)
+
+
+@pytest.mark.slow
+def test_every_layout_trains_alike(cfg: Config, tokens: Path) -> None:
+    """Two processes, with a replica or a share of draft and target each, packed or not, from a
+    checkpoint or not: the losses of one process. The first process answers for all."""
+    runs = layouts(cfg)
+    answers, others = launch(trainings, small(cfg, "launch", gpus=2))
+    for kind in ("eagle3", "dflash"):
+        alone = replace(runs[kind], run_name=f"{kind}-alone")
+        train(alone)
+        whole = lines(cfg, alone.run_name)
+        for name in [name for name in runs if name.startswith(kind)]:
+            run = lines(cfg, runs[name].run_name)
+            assert [line["step"] for line in run] == [line["step"] for line in whole], name
+            for one, two in zip(whole, run, strict=True):
+                for key in COMPARED:
+                    shown = key if key in one else f"eval/{key}"
+                    expected = pytest.approx(one[shown], rel=2e-5)
+                    assert two[shown] == expected, (name, one["step"], shown)
+    shared = paths.run_dir(runs["eagle3 shared"])
+    assert float(answers[0]) == float(others[0]) > 1
+    assert re.match(f"InputError: {shared} is complete, but .* lr was 0.001, now 9.0", answers[1])
+    assert answers[2].startswith(
+        "InputError: trainer.batch_size=3 conversations cannot be shared evenly by WORLD_SIZE=2; "
+        "make batch_size a multiple of WORLD_SIZE (2, 4, 6, ...)"
+    )
+    assert others[1:] == ["SystemExit: 0", "SystemExit: 0"]
+
+
+def four(cfg: Config) -> None:
+    """In each of four processes: replicas and shares."""
+    train(cfg)
+    train(replace(cfg, run_name="shares", trainer=replace(cfg.trainer, shard=True)))
+
+
+@pytest.mark.slow
+def test_four_processes(cfg: Config, tokens: Path) -> None:
+    """Two conversations for each in a step, one where an epoch ends."""
+    launch(four, small(cfg, "four", gpus=4, batch_size=8, eval_every=50))
+    train(small(cfg, "one", batch_size=8, eval_every=50))
+    for name in ("four", "shares"):
+        assert dict(losses(cfg, name)) == pytest.approx(dict(losses(cfg, "one")), rel=2e-5)
+
+
+@pytest.mark.slow
+def test_killed_and_continued_by_fewer(cfg: Config, tokens: Path, tmp_path: Path) -> None:
+    """Two processes with a share of the draft each, killed; one goes on. Nothing listens beyond
+    loopback."""
     log = tmp_path / "log"
-    finish(command(cfg, "one"), log)
-    finish(command(cfg, "two", "trainer.gpus=2"), log)
-    compared = ("loss", "ce", "alpha/0", "top1/2", "simulated_length", "supervised")
-    for one, two in zip(lines(cfg, "one"), lines(cfg, "two"), strict=True):
-        for key in compared:
-            name = key if key in one else f"eval/{key}"
-            assert two[name] == pytest.approx(one[name], rel=2e-5), (one["step"], name)
-    both = command(cfg, "both", "trainer.save_every=2")
-    process = start([*both, "trainer.gpus=2"], log)
-    wait_for_step(process, cfg, "both", 5)
+    layout = command(cfg, "killed", "trainer.save_every=2", "trainer.shard=true")
+    process = start([*layout, "trainer.gpus=2"], log)
+    wait_for_step(process, cfg, "killed", 5)
     if sys.platform == "linux":
         assert set(listening(process.pid)) == {"0100007F"}  # 127.0.0.1
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert "continuing after step" in finish(both, log)
-    assert dict(losses(cfg, "both")) == pytest.approx(dict(losses(cfg, "one")), rel=2e-5)
+    assert "continuing after step" in finish(layout, log)
+    finish(command(cfg, "one"), log)
+    assert dict(losses(cfg, "killed")) == pytest.approx(dict(losses(cfg, "one")), rel=2e-5)
+
+
+def with_all_below(pid: int) -> list[int]:
+    """A process and what it has started; torchrun's have sessions of their own."""
+    stats = [(p, p / "stat") for p in Path("/proc").iterdir() if p.name.isdigit()]
+    parents = {}
+    for process, stat in stats:
+        with suppress(OSError):
+            parents[int(process.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    family = [pid]
+    for member in family:
+        family += [child for child, parent in parents.items() if parent == member]
+    return family
 
 
 @pytest.mark.slow
-def test_a_shared_target(cfg: Config, tokens: Path, tmp_path: Path) -> None:
-    """Two processes that share the target's layers train as one that holds it."""
-    log = tmp_path / "log"
-    finish(command(cfg, "alone", "max_steps=8"), log)
-    for cache in ("none", "disk"):
-        options = ("max_steps=8", f"target.cache={cache}", "trainer.pack_tokens=300")
-        shared = ("target.shard=true", "trainer.gpus=2")
-        finish(command(cfg, cache, *options, *shared), log)
-        assert dict(losses(cfg, cache)) == pytest.approx(dict(losses(cfg, "alone")), rel=2e-5)
-
-
-@pytest.mark.slow
-def test_a_shared_draft(cfg: Config, tokens: Path, tmp_path: Path) -> None:
-    """FSDP2 in two processes, packed so that they differ in forwards; killed, and gone on alone."""
-    log = tmp_path / "log"
-    options = ("max_steps=12", "trainer.pack_tokens=150", "trainer.eval_every=5")
-    shared = command(cfg, "shared", *options, "trainer.shard=true", "trainer.gpus=2")
-    process = start(shared, log)
-    wait_for_step(process, cfg, "shared", 7)
-    os.killpg(process.pid, signal.SIGKILL)
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_torchrun_starts_over(cfg: Config, tokens: Path, tmp_path: Path) -> None:
+    """trainer.resume=false under torchrun leaves nothing of the old run, wherever it is killed."""
+    old = small(cfg, "again", save_every=6, batch_size=2)
+    train(old)
+    folder, log = paths.run_dir(old), tmp_path / "log"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    options = ("max_steps=8", "trainer.save_every=1", "trainer.keep_last=9")
+    fresh = torchrun + command(cfg, "again", *options)[1:]
+    process = start([*fresh, "trainer.resume=false"], log)
+    while not (folder / "step-000002").exists():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.01)
+    for pid in with_all_below(process.pid):
+        os.kill(pid, signal.SIGKILL)
     process.wait()
-    assert "continuing after step" in finish(command(cfg, "shared", *options), log)
-    finish(command(cfg, "alone", *options), log)
-    assert dict(losses(cfg, "shared")) == pytest.approx(dict(losses(cfg, "alone")), rel=2e-5)
-    finish([*shared, "run_name=again"], log)
-    finish([*shared, "run_name=again"], log)
-    assert dict(losses(cfg, "again")) == pytest.approx(dict(losses(cfg, "alone")), rel=2e-5)
-
-
-@pytest.mark.slow
-def test_eight_processes(cfg: Config, tokens: Path, tmp_path: Path) -> None:
-    """Twenty steps of eight conversations on eight processes over gloo."""
-    options = ("trainer.batch_size=8", "max_steps=20", "trainer.eval_every=50")
-    finish(command(cfg, "one", *options), tmp_path / "log")
-    finish(command(cfg, "eight", *options, "trainer.gpus=8"), tmp_path / "log")
-    alone = dict(losses(cfg, "one"))
-    assert dict(losses(cfg, "eight")) == pytest.approx(alone, rel=2e-5)
-    assert len(alone) == 20
+    assert not (folder / "run.json").exists()
+    kept = step_folders(folder)
+    assert [path.name for path in kept] == [f"step-{n:06d}" for n in range(1, len(kept) + 1)]
+    assert f"continuing after step {len(kept)}" in finish(fresh, log)
+    finish(command(cfg, "whole", *options), log)
+    assert dict(losses(cfg, "again")) == pytest.approx(dict(losses(cfg, "whole")), rel=2e-5)
+    assert json.loads((folder / "run.json").read_text())["processes"] == 2
 
 
 @pytest.mark.slow

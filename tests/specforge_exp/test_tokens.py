@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from specforge_exp.data.chat import Encoded
 from specforge_exp.data.tokens import ShardWriter, arrays_of, packing, read_split
@@ -14,7 +15,8 @@ from specforge_exp.records import write_json
 
 
 def conversation(size: int) -> Encoded:
-    return Encoded(list(range(size)), [(size // 3, size // 2), (size - 1, size)])
+    spans = [(size // 3, size // 2), (size - 1, size)]
+    return Encoded(list(range(size)), [(first, last) for first, last in spans if first < last])
 
 
 @settings(max_examples=30)
@@ -33,13 +35,54 @@ def test_any_cut_reads_the_same(
     write_json(folder / "index.json", {"train": writer.shards})
     tokens = read_split(folder, "train")
     sizes = [size for block in blocks for size in block]
-    assert [ids.tolist() for ids in tokens.ids] == [conversation(size).ids for size in sizes]
-    assert [turns.tolist() for turns in tokens.turns] == [conversation(s).turns for s in sizes]
+    assert [ids.tolist() for ids, _ in tokens] == [conversation(size).ids for size in sizes]
+    assert [turns.tolist() for _, turns in tokens] == [conversation(s).turns for s in sizes]
+    assert tokens.lengths.tolist() == sizes
+    parts = list(tokens.parts(3))
+    packed = [turn for turns, _ in parts for turn in turns.tolist()]
+    assert packed == [turn for size in sizes for turn in conversation(size).turns]
+    assert [length for _, lengths in parts for length in lengths.tolist()] == sizes
     filled = [shard["tokens"] for shard in writer.shards]
     assert all(shard_tokens <= tokens < shard_tokens + 9 for tokens in filled[:-1])
     assert sum(shard["supervised"] for shard in writer.shards) == sum(
-        int((turns > 0).sum()) for turns in tokens.turns
+        int((turns > 0).sum()) for _, turns in tokens
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "value", "problem"),
+    [
+        ("ids", 4, 64, "its conversation 1 has a token 64"),
+        ("ids", 4, -1, "its conversation 1 has a token -1"),
+        ("turns", 4, -1, "its conversation 1 has a turn -1"),
+        ("turns", 4, 9, "its conversation 1 has a turn 9"),
+        ("offsets", 1, 9, "its offsets do not fit its tokens"),
+        ("offsets", 2, 7, "its offsets do not fit its tokens"),
+        ("offsets", None, None, "it does not hold what"),
+        ("ids", None, None, "it does not hold what"),
+        ("turns", None, None, "its offsets do not fit its tokens"),
+    ],
+)
+def test_a_damaged_shard_is_named(
+    tmp_path: Path, name: str, at: int | None, value: int, problem: str
+) -> None:
+    """One line, with the file and the command; whole conversations of it are still read."""
+    writer = ShardWriter(tmp_path, "train", 99)
+    writer.add(arrays_of([conversation(3), conversation(5)]))
+    writer.flush()
+    write_json(tmp_path / "index.json", {"train": writer.shards})
+    path = tmp_path / "train-00000.safetensors"
+    arrays = load_file(path)
+    arrays[name] = arrays[name][:-1].copy() if at is None else arrays[name].copy()
+    if at is not None:
+        arrays[name][at] = value
+    save_file(arrays, path)
+    with pytest.raises(InputError) as refused:
+        tokens = read_split(tmp_path, "train", 64)
+        assert len(tokens[0][0]) == 3
+        tokens[1]
+    assert str(refused.value).startswith(f"{path} cannot be read ({problem}")
+    assert "python preprocess.py preprocess.force=true" in str(refused.value)
 
 
 def test_missing_index_is_named(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ it are masked, and slot k is to say the token k places after the anchor. Anchors
 every epoch. A label counts when it belongs to the anchor's own turn: the tokens that exist when
 serving. The first token of a conversation is no anchor: nothing stands before it.
 
-Shape suffixes: T packed tokens, R blocks, K = block_size - 1 labels of a block.
+Shape suffixes: T packed tokens, B conversations, R blocks, K = block_size - 1 labels of a block.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specforge_exp.drafts.dflash.config import DFlashConfig
-from specforge_exp.drafts.rows import document_bounds
+from specforge_exp.drafts.rows import document_bounds, number_in_each
 from specforge_exp.training.batches import Batch
 
 
@@ -39,9 +39,10 @@ def make_blocks(cfg: DFlashConfig, batch: Batch) -> Blocks:
     """
     start_T, end_T = document_bounds(batch.lengths, batch.turns_T.device)
     turns, first, anchors = batch.turns_T.cpu(), 0, []
+    possible_T = possible_anchors(turns, start_T.cpu(), end_T.cpu())
     for number, length in zip(batch.numbers, batch.lengths, strict=True):
         turn_T = turns[first : first + length]
-        where = possible_anchors(turn_T).nonzero()[:, 0] + 1
+        where = possible_T[first : first + length].nonzero()[:, 0]
         if int((turn_T > 0).sum()) >= least_tokens(cfg):
             seed = (batch.draw * 2_654_435_761 + number) % 2**32  # a generator takes no more bits
             generator = torch.Generator().manual_seed(seed)
@@ -53,9 +54,12 @@ def make_blocks(cfg: DFlashConfig, batch: Batch) -> Blocks:
     return Blocks(anchor_R, start_T, end_T, labels(batch, end_T, anchor_R, cfg.block_size - 1))
 
 
-def possible_anchors(turn_T: Tensor) -> Tensor:
-    """Whether a conversation's tokens, the first and the last left out, may be anchors; [T - 2]."""
-    return (turn_T[1:-1] > 0) & (turn_T[1:-1] == turn_T[2:])
+def possible_anchors(turns_T: Tensor, start_T: Tensor, end_T: Tensor) -> Tensor:
+    """Whether tokens of packed conversations with these bounds may be anchors: never a first or a
+    last one; [T] bool."""
+    at_T = torch.arange(len(turns_T), device=turns_T.device)
+    inside_T = (at_T > start_T) & (at_T + 1 < end_T)
+    return inside_T & (turns_T > 0) & (turns_T == turns_T.roll(-1))
 
 
 def least_tokens(cfg: DFlashConfig) -> int:
@@ -63,14 +67,16 @@ def least_tokens(cfg: DFlashConfig) -> int:
     return cfg.min_loss_tokens or 2 * cfg.block_size
 
 
-def nothing_to_learn(cfg: DFlashConfig, turn_T: Tensor) -> str:
-    """Why a conversation with these turns trains nothing; "" when it does."""
+def nothing_to_learn(cfg: DFlashConfig, turns_T: Tensor, lengths_B: Tensor) -> dict[str, int]:
+    """How many of packed conversations with these turns train nothing, by reason."""
     least = least_tokens(cfg)
-    if int((turn_T > 0).sum()) < least:
-        return f"with fewer than {least} supervised tokens (draft.min_loss_tokens)"
-    if not bool(possible_anchors(turn_T).any()):
-        return "without two supervised tokens in a row"
-    return ""
+    short_B = number_in_each(turns_T > 0, lengths_B) < least
+    anchors_T = possible_anchors(turns_T, *document_bounds(lengths_B, turns_T.device))
+    without_B = (number_in_each(anchors_T, lengths_B) == 0) & ~short_B
+    return {
+        f"with fewer than {least} supervised tokens (draft.min_loss_tokens)": int(short_B.sum()),
+        "without two supervised tokens in a row": int(without_B.sum()),
+    }
 
 
 def labels(batch: Batch, end_T: Tensor, anchor_R: Tensor, steps: int) -> Tensor:

@@ -97,9 +97,9 @@ class DFlash(DFlashModel):
         return DFlashDecoder(self)
 
     @staticmethod
-    def nothing_to_learn(cfg: DFlashConfig, turns_T: Tensor) -> str:
-        """Why a conversation with these turns trains nothing; "" when it does."""
-        return blocks.nothing_to_learn(cfg, turns_T)
+    def nothing_to_learn(cfg: DFlashConfig, turns_T: Tensor, lengths_B: Tensor) -> dict[str, int]:
+        """See `blocks.nothing_to_learn`."""
+        return blocks.nothing_to_learn(cfg, turns_T, lengths_B)
 
     def denominators(self, cfg: DFlashConfig, batch: Batch) -> Tensor:
         """See `blocks.denominators`."""

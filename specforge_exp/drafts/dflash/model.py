@@ -50,10 +50,35 @@ class DFlashLayer(nn.Module):
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
         H, eps = config.hidden_size, config.rms_norm_eps
+        self.head_dim = config.head_dim
         self.self_attn = DFlashAttention(config)
         self.mlp = MLP(H, config.intermediate_size)
         self.input_layernorm = RMSNorm(H, eps)
         self.post_attention_layernorm = RMSNorm(H, eps)
+
+    def forward(self, state_QH: Tensor, context_TH: Tensor, layout: BlockLayout) -> Tensor:
+        """The layer over all blocks: the next states.
+
+        The first layer's are one row for each anchor and one for the mask: what it makes of a
+        masked slot before the rotation does not depend on the slot.
+        """
+        attn, mlp, E = self.self_attn, self.mlp, self.head_dim
+        keys = (attn.k_proj.weight, attn.v_proj.weight)
+        weights = (attn.q_proj.weight, *keys)
+        ours = [*norm_linear(state_QH, self.input_layernorm, slice(None), *weights)]
+        if len(state_QH) != len(layout.angles_Q.cos_PE):
+            state_QH, *ours = (spread(x, layout.slots) for x in (state_QH, *ours))
+        q_QNE, k_QME, v_QME = (x.unflatten(-1, (-1, E)) for x in ours)
+        k_TME, v_TME = (linear(context_TH, weight).unflatten(-1, (-1, E)) for weight in keys)
+        norms = attn.q_norm, attn.k_norm
+        attend = flex_block_attention if isinstance(layout.seen, Hidden) else block_attention
+        attended_QNE = attend(layout, norms, q_QNE, (k_TME, v_TME), (k_QME, v_QME))
+        state_QH = state_QH + linear(attended_QNE.flatten(1), attn.o_proj.weight)
+        gate_QI, up_QI = norm_linear(
+            state_QH, self.post_attention_layernorm, slice(None),
+            mlp.gate_proj.weight, mlp.up_proj.weight,
+        )  # fmt: skip
+        return state_QH + swiglu_down(gate_QI, up_QI, mlp.down_proj.weight)
 
 
 class DFlashModel(Draft[DFlashConfig]):
@@ -88,6 +113,11 @@ class DFlashModel(Draft[DFlashConfig]):
         """Target id of every draft id: they are the same."""
         return torch.arange(len(self.head_VH), device=self.head_VH.device)
 
+    @property
+    def units(self) -> list[nn.Module]:
+        """Its layers."""
+        return list(self.layers)
+
     def context(self, aux_TA: Tensor) -> Tensor:
         """What every layer sees of the target's states; [T, H]."""
         projected: Tensor = self.hidden_norm(linear(aux_TA, self.fc.weight))
@@ -120,11 +150,10 @@ class DFlashModel(Draft[DFlashConfig]):
         ids_U = F.pad(ids_T[blocks.anchor_R], (0, 1), value=self.config.mask_token_id)
         state_QH = F.embedding(ids_U, self.embed_VH).to(context_TH.dtype)
         for layer in self.layers:
-            arguments = (self, layer, state_QH, context_TH, layout)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                state_QH = checkpoint(layer_step, *arguments, use_reentrant=False)
+                state_QH = checkpoint(layer, state_QH, context_TH, layout, use_reentrant=False)
             else:
-                state_QH = layer_step(*arguments)
+                state_QH = layer(state_QH, context_TH, layout)
         return state_QH
 
 
@@ -132,34 +161,3 @@ def spread(x_UH: Tensor, slots: int) -> Tensor:
     """The rows of all blocks, from those of the anchors and, last, the mask's."""
     mask_RSH = x_UH[-1].expand(len(x_UH) - 1, slots - 1, -1)
     return torch.cat([x_UH[:-1, None], mask_RSH], 1).flatten(0, 1)
-
-
-def layer_step(
-    draft: DFlashModel,
-    layer: DFlashLayer,
-    state_QH: Tensor,
-    context_TH: Tensor,
-    layout: BlockLayout,
-) -> Tensor:
-    """One layer over all blocks: the next states.
-
-    The first layer's are one row for each anchor and one for the mask: what it makes of a masked
-    slot before the rotation does not depend on the slot.
-    """
-    attn, mlp, E = layer.self_attn, layer.mlp, draft.config.head_dim
-    keys = (attn.k_proj.weight, attn.v_proj.weight)
-    weights = (attn.q_proj.weight, *keys)
-    ours = [*norm_linear(state_QH, layer.input_layernorm, slice(None), *weights)]
-    if len(state_QH) != len(layout.angles_Q.cos_PE):
-        state_QH, *ours = (spread(x, layout.slots) for x in (state_QH, *ours))
-    q_QNE, k_QME, v_QME = (x.unflatten(-1, (-1, E)) for x in ours)
-    k_TME, v_TME = (linear(context_TH, weight).unflatten(-1, (-1, E)) for weight in keys)
-    norms = attn.q_norm, attn.k_norm
-    attend = flex_block_attention if isinstance(layout.seen, Hidden) else block_attention
-    attended_QNE = attend(layout, norms, q_QNE, (k_TME, v_TME), (k_QME, v_QME))
-    state_QH = state_QH + linear(attended_QNE.flatten(1), attn.o_proj.weight)
-    gate_QI, up_QI = norm_linear(
-        state_QH, layer.post_attention_layernorm, slice(None),
-        mlp.gate_proj.weight, mlp.up_proj.weight,
-    )  # fmt: skip
-    return state_QH + swiglu_down(gate_QI, up_QI, mlp.down_proj.weight)

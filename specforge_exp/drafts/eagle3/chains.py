@@ -13,14 +13,14 @@ A slot is carried through step k while any step k' >= k supervises it. Rows are 
 longest chain first, so the rows of every later step are the first ones of the step before: views,
 never copies.
 
-Shape suffixes: T packed tokens, R rows, K steps.
+Shape suffixes: T packed tokens, B conversations, R rows, K steps.
 """
 
 import torch
 from torch import Tensor
 
 from specforge_exp.drafts.chain_attention import visible
-from specforge_exp.drafts.rows import Chains, document_bounds
+from specforge_exp.drafts.rows import Chains, document_bounds, number_in_each
 
 
 def shifted(values_T: Tensor, end_T: Tensor, by: int) -> Tensor:
@@ -44,12 +44,12 @@ def turn_masks(supervision: str, turns_T: Tensor, end_T: Tensor, steps: int) -> 
     return masks
 
 
-def nothing_to_learn(supervision: str, turns_T: Tensor) -> str:
-    """Why a conversation with these turns trains nothing; "" when it does."""
-    end_T = torch.full_like(turns_T, len(turns_T))
-    if bool(turn_masks(supervision, turns_T, end_T, 1)[0].any()):
-        return ""
-    return "without two supervised tokens in a row"
+def nothing_to_learn(supervision: str, turns_T: Tensor, lengths_B: Tensor) -> dict[str, int]:
+    """How many of packed conversations with these turns train nothing, by reason."""
+    _, end_T = document_bounds(lengths_B, turns_T.device)
+    (mask_T,) = turn_masks(supervision, turns_T, end_T, 1)
+    empty_B = number_in_each(mask_T, lengths_B) == 0
+    return {"without two supervised tokens in a row": int(empty_B.sum())}
 
 
 def make_chains(supervision: str, turns_T: Tensor, lengths: list[int], steps: int) -> Chains:

@@ -98,9 +98,9 @@ class Eagle3(Eagle3Model):
         return Eagle3Decoder(self)
 
     @staticmethod
-    def nothing_to_learn(cfg: Eagle3Config, turns_T: Tensor) -> str:
-        """Why a conversation with these turns trains nothing; "" when it does."""
-        return nothing_to_learn(cfg.supervision, turns_T)
+    def nothing_to_learn(cfg: Eagle3Config, turns_T: Tensor, lengths_B: Tensor) -> dict[str, int]:
+        """See `chains.nothing_to_learn`."""
+        return nothing_to_learn(cfg.supervision, turns_T, lengths_B)
 
     def denominators(self, cfg: Eagle3Config, batch: Batch) -> Tensor:
         """See `training.denominators`."""
