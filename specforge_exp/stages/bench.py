@@ -29,11 +29,13 @@ from specforge_exp.bench.published import same_setting
 from specforge_exp.bench.sets import BenchSets, bench_sets
 from specforge_exp.bench.table import table
 from specforge_exp.config import Config
+from specforge_exp.config.machine import command
 from specforge_exp.data.conversations import asks_of
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
 from specforge_exp.records import write_json
 from specforge_exp.target import check_gpus, load_tokenizer
+from specforge_exp.training.checkpoint import step_folders
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +43,10 @@ log = logging.getLogger(__name__)
 def bench(cfg: Config) -> float:
     """Measure the accepted length; returns its average over the data sets."""
     check_gpus(cfg, "bench")
-    file, folder = paths.bench_file(cfg), paths.export_dir(cfg)
-    command = f"python export.py run_name={cfg.run_name} (with the same options)"
+    file = paths.bench_file(cfg)
     inputs = {
-        "the export": sha256(require(folder / "run.json", command)),
+        "the draft": exported_draft(cfg),
+        "the export": sha256(paths.export_dir(cfg) / "run.json"),
         "the target": model_digest(cfg.model.path),
     }
     settings = settings_of(cfg)
@@ -57,6 +59,25 @@ def bench(cfg: Config) -> float:
             write_json(file, result)
     print(table(result, same_setting(result)))
     return float(result["average"])
+
+
+def exported_draft(cfg: Config) -> str:
+    """Digest of the checkpoint that the export was made of.
+
+    Raises:
+        InputError: there is no export, or the run's checkpoints are others by now.
+    """
+    folder = paths.export_dir(cfg)
+    record = read_record(require(folder / "run.json", command("export", away=False)))
+    digest = record["inputs"].get("the checkpoint")
+    steps = {step.name: step / "draft.safetensors" for step in step_folders(paths.run_dir(cfg))}
+    draft = steps.get(f"step-{record['settings']['step']:06d}")
+    if steps and (draft is None or sha256(draft) != digest):
+        raise InputError(
+            f"{folder} is of a checkpoint that is gone or has changed since; export the one that "
+            f"is there: {command('export', 'export.force=true', away=False)}"
+        )
+    return str(digest)
 
 
 def settings_of(cfg: Config) -> dict[str, Any]:

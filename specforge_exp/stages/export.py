@@ -1,7 +1,8 @@
 """export: a checkpoint -> the folder that SGLang and vLLM load.
 
 Reads checkpoints/<run_name>/step-*/; writes checkpoints/<run_name>/export/, which is reloaded and
-compared with the trained draft before it says done.
+compared with the trained draft before it says done. It is of one checkpoint, by its digest: after
+another training under the same name it is refused, not reused.
 """
 
 import logging
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 
 from specforge_exp import paths
-from specforge_exp.artifacts import Fingerprint, model_digest, require, reusable, writing
+from specforge_exp.artifacts import Fingerprint, model_digest, require, reusable, sha256, writing
 from specforge_exp.config import Config, locate
+from specforge_exp.config.machine import command
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
 from specforge_exp.target import DTYPES, Target, load_target, set_up_torch
@@ -35,8 +37,9 @@ def export(cfg: Config) -> Path:
             f"{paths.run_dir(cfg)} holds a checkpoint of another target than "
             f"model.path={cfg.model.path}; name the model it was trained with"
         )
+    step = paths.run_dir(cfg) / f"step-{checkpoint.step:06d}"
     fingerprint = Fingerprint(
-        checkpoint.record["inputs"],
+        {**checkpoint.record["inputs"], "the checkpoint": sha256(step / "draft.safetensors")},
         {"export.dtype": cfg.export.dtype, "step": checkpoint.step, "layout": LAYOUT},
     )
     if reusable(folder / "run.json", fingerprint, cfg.export.force, "export"):
@@ -60,15 +63,17 @@ def export(cfg: Config) -> Path:
 def chosen_checkpoint(cfg: Config) -> Checkpoint:
     """The checkpoint that export.step names, the best, or the newest."""
     run = paths.run_dir(cfg)
-    command = f"python train.py run_name={cfg.run_name} (with the same options)"
+    over = ["trainer.resume=false"] if (run / "run.json").exists() else []
     step = best_step(run) if cfg.export.best and cfg.export.step is None else cfg.export.step
     if step is not None:
-        if cfg.export.best:
-            command += " trainer.keep_best=true"
-        return read_checkpoint(require(run / f"step-{step:06d}", command))
+        over += ["trainer.keep_best=true"] if cfg.export.best else []
+        train = command("train", *over, away=False)
+        return read_checkpoint(require(run / f"step-{step:06d}", train))
     checkpoint = newest_checkpoint(run)
     if checkpoint is None:
-        raise InputError(f"{run} holds no checkpoint; make one with: {command}")
+        raise InputError(
+            f"{run} holds no checkpoint; make one with: {command('train', *over, away=False)}"
+        )
     return checkpoint
 
 

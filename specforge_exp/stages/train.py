@@ -6,7 +6,7 @@ at the end, run.json. Run the same command again to continue.
 
 import logging
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from specforge_exp.artifacts import (
     sha256,
 )
 from specforge_exp.config import Config, locate
+from specforge_exp.config.machine import command
+from specforge_exp.config.settings import training_settings
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
@@ -51,9 +53,7 @@ def train(cfg: Config) -> float | tuple[float, ...]:
     """
     check_gpus(cfg, "train", 1 if started() else cfg.trainer.gpus)
     folder = paths.run_dir(cfg)
-    tokens = require(
-        paths.tokens_dir(cfg) / "index.json", "python preprocess.py (same options)"
-    ).parent
+    tokens = require(paths.tokens_dir(cfg) / "index.json", command("preprocess", away=False)).parent
     fingerprint = fingerprint_of(cfg, tokens)
     if not started():
         if not cfg.trainer.resume:
@@ -222,17 +222,4 @@ def fingerprint_of(cfg: Config, tokens: Path) -> Fingerprint:
         tokens.name: sha256(tokens / "run.json"),
         "the target": model_digest(cfg.model.path),
     }
-    settings: dict[str, Any] = {
-        name: vars(cfg)[name] for name in ("lr", "seed", "epochs", "max_steps")
-    }
-    quiet = (  # change no number
-        "log_every", "eval_every", "save_every", "keep_last", "keep_best", "resume",
-        "gpus", "shard", "pack_tokens", "gradient_checkpointing",
-    )  # fmt: skip
-    groups = {"loss": asdict(cfg.loss), "trainer": asdict(cfg.trainer)}
-    for group, node in {"draft": cfg.draft.matters(), **groups}.items():
-        for key, value in node.items():
-            if not (key in quiet or key == "lrs"):
-                settings[f"{group}.{key}"] = value
-    settings["model.aux_layers"] = cfg.model.aux_layers
-    return Fingerprint(inputs, settings)
+    return Fingerprint(inputs, training_settings(cfg))

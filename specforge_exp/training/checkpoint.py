@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from specforge_exp.artifacts import Fingerprint, disk_errors
+from specforge_exp.artifacts import Fingerprint, disk_errors, sha256
 from specforge_exp.errors import InputError
 from specforge_exp.records import sync, sync_tree, write_json
 from specforge_exp.sharding import as_in, whole
@@ -88,7 +88,8 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, fingerprint: Fingerprint)
         save_file(snapshot.optimizer, partial / "optimizer.safetensors")
         save_file(snapshot.partial | random, partial / "loop.safetensors")
         record = {"inputs": fingerprint.inputs, "settings": fingerprint.settings}
-        write_json(partial / "state.json", {"step": snapshot.step, **record})
+        digest = sha256(partial / "draft.safetensors")  # what is made of it says so by this
+        write_json(partial / "state.json", {"step": snapshot.step, "draft": digest, **record})
         sync_tree(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
