@@ -112,24 +112,16 @@ def command(stage: str, *more: str, away: bool = True) -> str:
         more: options that it has besides.
         away: with -m, so that a launcher runs it; else with -m where this command line has it.
     """
-    words, matters = sys.argv[1:], MATTERS.get(stage)
-    if Path(sys.argv[0]).stem not in (*STAGES, "report"):  # not called by a script
-        return " ".join([f"python {stage}.py", *more, "(with the same options)"])
+    script = Path(sys.argv[0]).stem in (*STAGES, "report")
+    words, matters = sys.argv[1:] if script else [], MATTERS.get(stage)
     flags = ["-m"] if away or {"-m", "--multirun"} & {*words} else []
+    options = []
     for place, word in enumerate(words):
+        option = re.split(r"[./@=]", word.lstrip("+~"))[0]
         if word.partition("=")[0] in CONFIG_FLAGS:
             flags += words[place : place + 1 + ("=" not in word)]
-    options = []
-    for override in own_overrides():
-        option = re.split(r"[./@=]", override.lstrip("+~"))[0]
-        if override.startswith(HYDRAS):
-            here = not any(override.split("=")[0] == other.split("=")[0] for other in more)
-        else:
-            here = option != "hydra" and (matters is None or option in matters.split())
-        options += [override] * here
-    return shlex.join(["python", f"{stage}.py", *flags, *options, *more])
-
-
-def own_overrides() -> list[str]:
-    """The options of this command line, without flags."""
-    return [word for word in sys.argv[1:] if "=" in word and word[0] != "-"]
+        elif "=" in word and word[0] != "-" and word != "hydra/launcher=basic" * away:
+            mattering = option != "hydra" and (matters is None or option in matters.split())
+            options += [word] * (mattering or word.startswith(HYDRAS))
+    line = shlex.join(["python", f"{stage}.py", *flags, *options, *more])
+    return line if script else f"{line} (with the same options)"

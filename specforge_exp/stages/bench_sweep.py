@@ -81,15 +81,14 @@ def config_of(cfg: Config, sweep_dir: Path, sweep: dict[str, Any], run: dict[str
             this version does not have.
     """
     folder, strange = run_folder(sweep_dir, sweep, run)
-    whole = folder and any(any(folder.glob(name)) for name in ("step-*[0-9]", "export/run.json"))
-    if folder is None or not (whole and (folder / "run.json").exists()):
-        missing = "; ".join(
-            strange
-            or ["its folder is not here" if folder is None else f"{folder} has no checkpoint"]
-        )
+    made_of = folder and [*folder.glob("step-*[0-9]"), *folder.glob("export/run.json")]
+    if folder is None or not (made_of and (folder / "run.json").exists()):
+        missing = f"{folder} holds no checkpoint" if folder else "its folder is not here"
         raise InputError(
-            f"{missing}; if it ran on Modal: modal-sweep pull --checkpoints "
+            f"{'; '.join(strange) or missing}; if it ran on Modal: modal-sweep pull --checkpoints "
             f"{shlex.quote(str(sweep_dir))}; if not, make it with: {run.get('command')}"
+            + " trainer.resume=false"
+            * bool(folder or strange)
         )
     made = read_record(folder / "run.json").get("config")
     if not isinstance(made, dict):

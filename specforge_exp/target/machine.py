@@ -40,7 +40,7 @@ def check_gpus(cfg: Config, stage: str, processes: int = 1) -> None:
     if not here and cfg.model.gpu:
         raise InputError(
             f"model={cfg.model.name} is for a GPU (model.gpu={cfg.model.gpu}) and torch sees none; "
-            f"on Modal: {command(stage, 'hydra/launcher=modal')}; or here, very slowly: "
+            f"on Modal: {command(stage)}; or here, very slowly: "
             f"{command(stage, 'device=cpu', away=False)}"
         )
     if 0 < here < processes:
