@@ -50,6 +50,12 @@ class Fingerprint:
                 changes.append(f"{name} has changed")
         return changes
 
+    def apart(self, record: dict[str, Any]) -> str:
+        """What tells this from the artifact of `record` when it is added to a name."""
+        held, plain = record.get("settings", {}), (str, int, float)
+        new = {k: v for k, v in self.settings.items() if held.get(k) != v and isinstance(v, plain)}
+        return "".join(f"_{key.rpartition('.')[-1]}{new[key]}" for key in [*new][:3]) or "_2"
+
 
 def read_record(path: Path) -> dict[str, Any]:
     """The run.json of an artifact; InputError when it cannot be read."""
@@ -83,12 +89,15 @@ def reusable(
     """
     if force or not record_file.exists():
         return False
-    changes = fingerprint.changes(read_record(record_file))
+    record = read_record(record_file)
+    changes = fingerprint.changes(record)
     if changes:
+        name = f"run_name={record_file.parent.name}{fingerprint.apart(record)}"
+        both = name if stage == "train" else "another name (run_name, data.name or model.name)"
         raise InputError(
             f"{record_file.parent} is complete, but was made of something else: "
             f"{'; '.join(changes)}. Make it again with {again or stage + '.force=true'}, or keep "
-            "both under another name (run_name, data.name or model.name)"
+            f"both under {both}"
         )
     log.info("%s: complete, reused: %s", stage, record_file.parent)
     return True

@@ -284,9 +284,10 @@ def resume(
         return 0
     changes = run.fingerprint.changes(checkpoint.record)
     if changes:
+        name = run.folder.name + run.fingerprint.apart(checkpoint.record)
         raise InputError(
             f"{run.folder} holds a run that was made of something else: {'; '.join(changes)}. "
-            "Give this one another run_name, or start it over with trainer.resume=false"
+            f"Keep both under run_name={name}, or start this one over with trainer.resume=false"
         )
     restore(checkpoint, draft, optimizer)
     window_log.restore(checkpoint.partial, run.ranks.rank)
