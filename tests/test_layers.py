@@ -45,14 +45,14 @@ BUDGETS = {
     "modal_sweep": 30_000,
     "hydra_sweeps": 21_500,
     "hydra_plugins": 1_050,
-    "specforge_exp": 132_500,
+    "specforge_exp": 133_800,
     "specforge_exp/data": 15_000,
     "specforge_exp/target": 6_200,
     "specforge_exp/drafts": 22_000,
     "specforge_exp/training": 12_500,
     "specforge_exp/generation": 24_100,
     "specforge_exp/bench": 9_700,
-    "specforge_exp/report": 16_000,
+    "specforge_exp/report": 17_200,
     "": 184_900,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be

@@ -35,8 +35,7 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
     def needs(folder: Callable[[Config], Path], maker: str) -> dict[str, Any]:
         """A folder on a Volume; what is here instead may be uploaded."""
         path = folder(there)
-        inside = path.is_relative_to(roots.datasets)
-        root = roots.datasets if inside else roots.checkpoints
+        root = roots.datasets if path.is_relative_to(roots.datasets) else roots.checkpoints
         place = {"volume": volumes[root], "path": path.relative_to(root).as_posix()}
         return {**place, "local": str(folder(here)), "remedy": command(maker)}
 

@@ -266,21 +266,15 @@ def read_folder(run: SweepRun, folder: Path, problems: list[str]) -> None:
 
 def own_bench(run: SweepRun, folder: Path) -> list[Path]:
     """The newest measurement of the draft in a run's folder, or the one that the run returned."""
-    benches = sorted(folder.glob("bench*.json"), key=lambda file: file.stat().st_mtime)
-    strange = []
-    for file in reversed(benches):
+    for file in sorted(folder.glob("bench*.json"), key=lambda file: -file.stat().st_mtime):
         try:
-            bench = read_record(file)
+            reason = strange_bench(folder, read_record(file), run.returned.get(ACCEPTED))
         except InputError:  # whoever reads it says so
-            return [file]
-        reason = strange_bench(folder, bench)
-        wanted = run.returned.get(ACCEPTED, bench.get("average"))
-        if reason is None and bench.get("average") != wanted:
-            reason = f"its {ACCEPTED} is {bench.get('average')}, the job returned {wanted}"
+            reason = None
         if reason is None:
+            run.not_known.clear()
             return [file]
-        strange.append(f"{file}: {reason}")
-    run.not_known += strange
+        run.not_known.append(f"{file}: {reason}")
     return []
 
 

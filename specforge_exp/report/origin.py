@@ -9,18 +9,22 @@ folder. Whatever contradicts is left out, with the reason.
 import glob
 import json
 import math
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from specforge_exp import paths
 from specforge_exp.artifacts import read_record, sha256
 from specforge_exp.config import from_omegaconf
 from specforge_exp.config.settings import training_settings
 from specforge_exp.errors import InputError
-from specforge_exp.records import whole_lines
 from specforge_exp.report.record import returned_values
+
+MARKS = ("step-*[0-9]", "run.json", "metrics.jsonl")
+"""What a run's folder may hold, the most telling first."""
 
 
 def run_folder(
@@ -50,14 +54,13 @@ def run_folder(
         here.append(resolved.parent.parent.parent / name)
     strange: dict[Path, str | None] = {}
     for places in (own, here):
-        for mark in ("step-*[0-9]", "run.json", "metrics.jsonl"):
-            for place in places:
-                if not any(place.glob(mark)):
-                    continue
-                if place not in strange:
-                    strange[place] = stranger(sweep_dir, sweep, run, place)
-                if strange[place] is None:
-                    return place, []
+        for mark, place in product(MARKS, places):
+            if not any(place.glob(mark)):
+                continue
+            if place not in strange:
+                strange[place] = stranger(sweep_dir, sweep, run, place)
+            if strange[place] is None:
+                return place, []
     return None, [f"{place} is not of this run: {reason}" for place, reason in strange.items()]
 
 
@@ -68,78 +71,58 @@ def stranger(
 
     The options of the job are those that Hydra kept in its folder, unless another command did.
     """
-    made, script = record_of(folder), str(sweep.get("script") or "train")
+    script = str(sweep.get("script") or "train")
     if script != "train":  # it names the run that it reads, and has no options of a training
         return None
-    job = sweep_dir / run["name"]
-    kept = job / ".hydra" / script
+    made, kept = record_of(folder), sweep_dir / run["name"] / ".hydra" / script
     options = job_options(kept, run)
     if options and "settings" in made:
-        held = made["settings"] | {"tokens": tokens_of(made)}
+        tokens = next((name for name in made["inputs"] if name.endswith(".tokens")), None)
+        held = made["settings"] | {"tokens": tokens}
         for name, value in json.loads(json.dumps(options)).items():
             if name in held and held[name] != value:
                 return f"it was made with {name}={held[name]}, the job with {value}"
-    evaluation = made.get("evaluation") or last_evaluation(folder)
-    returned = returned_values(sweep, run)
-    for name, value in returned.items():
-        there = evaluation.get(name)
-        if name != "gpu_hours" and not (there and math.isclose(there, value, rel_tol=1e-9)):
-            return f"its {name} is {there}, the job returned {value}"
-    elsewhere = (sweep_dir / "modal").is_dir() and not folder.is_relative_to(sweep_dir)
-    if not (returned or options) and (elsewhere or kept.is_dir()):
+    own, returned = folder.is_relative_to(sweep_dir), returned_values(sweep, run)
+    if "evaluation" in made or not own:  # else all that it has are metrics
+        evaluation = made.get("evaluation") or {}
+        for name in returned.keys() - {"gpu_hours"}:
+            there = evaluation.get(name)
+            if there is None or not math.isclose(there, returned[name], rel_tol=1e-9):
+                return f"its {name} is {there}, the job returned {returned[name]}"
+    if not (returned or options) and (kept.is_dir() or (sweep_dir / "modal").is_dir() > own):
         return "nothing in it says that it is of this job"
     return None
 
 
 def record_of(folder: Path) -> dict[str, Any]:
-    """What says how a run was made: run.json, else the newest checkpoint's; {}: nothing does."""
-    states = sorted(folder.glob("step-*[0-9]/state.json"))
-    for file in (folder / "run.json", *states[::-1]):
-        try:
-            if file.is_file():
-                return read_record(file)
-        except InputError:  # named as damaged by whoever reads more than this of it
-            continue
+    """What says how a run was made: run.json, else the newest checkpoint's; {}: nothing that can be
+    read does."""
+    states = sorted(folder.glob("step-*[0-9]/state.json"), reverse=True)
+    for file in (folder / "run.json", *states):
+        with suppress(InputError):
+            return read_record(file)
     return {}
-
-
-def tokens_of(made: dict[str, Any]) -> str | None:
-    """The folder of tokens that a training read."""
-    return next((name for name in made.get("inputs", {}) if name.endswith(".tokens")), None)
 
 
 def job_options(kept: Path, run: dict[str, Any]) -> dict[str, Any] | None:
     """Settings of a training by the configuration that Hydra kept; None: of another job, not here,
     or with options that this version does not have."""
+    own = [text for text in run.get("overrides") or [] if not text.startswith("hydra")]
     try:
-        overrides = OmegaConf.load(kept / "overrides.yaml")
-        own = [text for text in run.get("overrides") or [] if not text.startswith("hydra")]
-        if sorted(map(str, overrides)) != sorted(own):
+        if sorted(map(str, OmegaConf.load(kept / "overrides.yaml"))) != sorted(own):
             return None
-        config = OmegaConf.load(kept / "config.yaml")
-        assert OmegaConf.is_dict(config)
-        cfg = from_omegaconf(config)
+        cfg = from_omegaconf(cast(DictConfig, OmegaConf.load(kept / "config.yaml")))
     except (OSError, ValueError, InputError):
         return None
     return training_settings(cfg) | {"tokens": paths.tokens_dir(cfg).name}
 
 
-def last_evaluation(folder: Path) -> dict[str, float]:
-    """The last one in metrics.jsonl; {}: there is none, or it cannot be read."""
-    evaluation: dict[str, float] = {}
-    try:
-        for line in whole_lines(folder / "metrics.jsonl"):
-            held_out = {k.removeprefix("eval/"): v for k, v in line.items() if k[:5] == "eval/"}
-            evaluation = held_out or evaluation
-    except InputError:
-        return {}
-    return evaluation
-
-
-def strange_bench(folder: Path, bench: dict[str, Any]) -> str | None:
-    """Why a measurement is not of the draft in a run's folder; None: nothing speaks against it."""
+def strange_bench(folder: Path, bench: dict[str, Any], returned: float | None) -> str | None:
+    """Why a measurement is not of the draft in a run's folder, or not the one that was returned."""
     inputs, export = bench.get("inputs", {}), folder / "export" / "run.json"
-    if export.is_file() and inputs.get("the export", "") not in ("", sha256(export)):
+    if returned not in (None, bench.get("average")):
+        return f"its accepted length is {bench.get('average')}, the job returned {returned}"
+    if export.is_file() and inputs.get("the export") not in (None, sha256(export)):
         return "it measured another export than the one beside it"
     steps = [read_record(file) for file in folder.glob("step-*[0-9]/state.json")]
     drafts = [step["draft"] for step in steps if "draft" in step]

@@ -70,9 +70,8 @@ def exported_draft(cfg: Config) -> str:
     folder = paths.export_dir(cfg)
     record = read_record(require(folder / "run.json", command("export", away=False)))
     digest = record["inputs"].get("the checkpoint")
-    steps = {step.name: step / "draft.safetensors" for step in step_folders(paths.run_dir(cfg))}
-    draft = steps.get(f"step-{record['settings']['step']:06d}")
-    if steps and (draft is None or sha256(draft) != digest):
+    steps = step_folders(paths.run_dir(cfg))
+    if steps and digest not in [sha256(step / "draft.safetensors") for step in steps]:
         raise InputError(
             f"{folder} is of a checkpoint that is gone or has changed since; export the one that "
             f"is there: {command('export', 'export.force=true', away=False)}"
