@@ -38,6 +38,12 @@ class Fingerprint:
     settings: dict[str, Any]
     """The options that matter, by their key in the configuration."""
 
+    def apart(self, record: dict[str, Any]) -> str:
+        """What tells this from the artifact of `record` when it is added to a name."""
+        held, plain = record.get("settings", {}), (str, int, float)
+        new = {k: v for k, v in self.settings.items() if held.get(k) != v and isinstance(v, plain)}
+        return "".join(f"_{key.rpartition('.')[-1]}{new[key]}" for key in [*new][:3]) or "_2"
+
     def changes(self, record: dict[str, Any]) -> list[str]:
         """What differs from the fingerprint that `record` (a run.json) holds, one line each."""
         changes = []
@@ -49,12 +55,6 @@ class Fingerprint:
             if record.get("inputs", {}).get(name) != now:
                 changes.append(f"{name} has changed")
         return changes
-
-    def apart(self, record: dict[str, Any]) -> str:
-        """What tells this from the artifact of `record` when it is added to a name."""
-        held, plain = record.get("settings", {}), (str, int, float)
-        new = {k: v for k, v in self.settings.items() if held.get(k) != v and isinstance(v, plain)}
-        return "".join(f"_{key.rpartition('.')[-1]}{new[key]}" for key in [*new][:3]) or "_2"
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -43,13 +43,14 @@ log = logging.getLogger(__name__)
 def bench(cfg: Config) -> float:
     """Measure the accepted length; returns its average over the data sets."""
     check_gpus(cfg, "bench")
-    file = paths.bench_file(cfg)
+    file, folder = paths.bench_file(cfg), paths.export_dir(cfg)
+    command = f"python export.py run_name={cfg.run_name} (with the same options)"
     inputs = {
-        "the draft": exported_draft(cfg),
-        "the export": sha256(paths.export_dir(cfg) / "run.json"),
+        "the export": sha256(require(folder / "run.json", command)),
         "the target": model_digest(cfg.model.path),
     }
     settings = settings_of(cfg)
+    inputs["the draft"] = exported_draft(cfg)
     fingerprint = Fingerprint(inputs, settings)
     if reusable(file, fingerprint, cfg.bench.force, "bench"):
         result = read_record(file)
@@ -65,11 +66,10 @@ def exported_draft(cfg: Config) -> str:
     """Digest of the checkpoint that the export was made of.
 
     Raises:
-        InputError: there is no export, or the run's checkpoints are others by now.
+        InputError: the run's checkpoints are others by now.
     """
     folder = paths.export_dir(cfg)
-    record = read_record(require(folder / "run.json", command("export", away=False)))
-    digest = record["inputs"].get("the checkpoint")
+    digest = read_record(folder / "run.json")["inputs"].get("the checkpoint")
     steps = step_folders(paths.run_dir(cfg))
     if steps and digest not in [sha256(step / "draft.safetensors") for step in steps]:
         raise InputError(

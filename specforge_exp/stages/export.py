@@ -15,7 +15,6 @@ import torch
 from specforge_exp import paths
 from specforge_exp.artifacts import Fingerprint, model_digest, require, reusable, sha256, writing
 from specforge_exp.config import Config, locate
-from specforge_exp.config.machine import command
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
 from specforge_exp.target import DTYPES, Target, load_target, set_up_torch
@@ -63,17 +62,16 @@ def export(cfg: Config) -> Path:
 def chosen_checkpoint(cfg: Config) -> Checkpoint:
     """The checkpoint that export.step names, the best, or the newest."""
     run = paths.run_dir(cfg)
-    over = ["trainer.resume=false"] if (run / "run.json").exists() else []
+    command = f"python train.py run_name={cfg.run_name} (with the same options)"
     step = best_step(run) if cfg.export.best and cfg.export.step is None else cfg.export.step
     if step is not None:
-        over += ["trainer.keep_best=true"] if cfg.export.best else []
-        train = command("train", *over, away=False)
-        return read_checkpoint(require(run / f"step-{step:06d}", train))
+        if cfg.export.best:
+            command += " trainer.keep_best=true"
+        return read_checkpoint(require(run / f"step-{step:06d}", command))
     checkpoint = newest_checkpoint(run)
     if checkpoint is None:
-        raise InputError(
-            f"{run} holds no checkpoint; make one with: {command('train', *over, away=False)}"
-        )
+        over = " trainer.resume=false" * (run / "run.json").exists()  # else it is complete
+        raise InputError(f"{run} holds no checkpoint; make one with: {command}{over}")
     return checkpoint
 
 

@@ -25,7 +25,6 @@ from specforge_exp.artifacts import (
     sha256,
 )
 from specforge_exp.config import Config, locate
-from specforge_exp.config.machine import command
 from specforge_exp.config.settings import training_settings
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
@@ -53,7 +52,9 @@ def train(cfg: Config) -> float | tuple[float, ...]:
     """
     check_gpus(cfg, "train", 1 if started() else cfg.trainer.gpus)
     folder = paths.run_dir(cfg)
-    tokens = require(paths.tokens_dir(cfg) / "index.json", command("preprocess", away=False)).parent
+    tokens = require(
+        paths.tokens_dir(cfg) / "index.json", "python preprocess.py (same options)"
+    ).parent
     fingerprint = fingerprint_of(cfg, tokens)
     if not started():
         if not cfg.trainer.resume:
