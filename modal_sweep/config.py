@@ -78,6 +78,8 @@ class JobSettings:
     progress_file: str | None = None
     """JSON lines with `step` and `loss`, relative to the output directory or absolute; shown in the
     table, and brought here with the outputs."""
+    outputs: list[str] = field(default_factory=list)
+    """Small files that lie elsewhere, absolute, and are brought here with the outputs."""
     progress_keys: list[str] = field(default_factory=list)
     """Keys of its lines that a search gets, with the step, while the job runs: to stop it early."""
     validate: str | None = None

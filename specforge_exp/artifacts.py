@@ -48,6 +48,12 @@ class Fingerprint:
     settings: dict[str, Any]
     """The options that matter, by their key in the configuration."""
 
+    def apart(self, record: dict[str, Any]) -> str:
+        """What tells this from the artifact of `record` when it is added to a name."""
+        held, plain = record.get("settings", {}), (str, int, float)
+        new = {k: v for k, v in self.settings.items() if held.get(k) != v and isinstance(v, plain)}
+        return "".join(f"_{key.rpartition('.')[-1]}{new[key]}" for key in [*new][:3]) or "_2"
+
     def changes(self, record: dict[str, Any]) -> list[str]:
         """What differs from the fingerprint that `record` (a run.json) holds, one line each."""
         changes = []
@@ -100,12 +106,14 @@ def reusable(
     again, folder = again or f"{stage}.force=true", record_file.parent
     if not completed(folder, fingerprint) and (force or not record_file.exists()):
         return False
-    changes = fingerprint.changes(read_record(record_file, f"make it again with {again}"))
+    record = read_record(record_file, f"make it again with {again}")
+    changes = fingerprint.changes(record)
     if changes:
+        name = f"run_name={record_file.parent.name}{fingerprint.apart(record)}"
+        both = name if stage == "train" else "another name (run_name, data.name or model.name)"
         raise InputError(
             f"{folder} is complete, but was made of something else: "
-            f"{'; '.join(changes)}. Make it again with {again}, or keep "
-            "both under another name (run_name, data.name or model.name)"
+            f"{'; '.join(changes)}. Make it again with {again}, or keep both under {both}"
         )
     if record_file.name == "run.json":
         check(folder, f"python {stage}.py {again} {SAME}")

@@ -70,7 +70,8 @@ class Job:
 
 # What a container does not depend on, and `function`'s.
 OWN = {
-    "hours", "requires", "unique", "progress_file", "progress_keys", "checkpoints", "single_use",
+    "hours", "requires", "unique", "progress_file", "progress_keys", "outputs", "checkpoints",
+    "single_use",
 }  # fmt: skip
 
 
@@ -179,7 +180,8 @@ def plan_event(job: Job, conf: ModalLauncherConf, sweep: dict[str, Any]) -> dict
             "cwd": os.getcwd(),
             "output_dir": job.output_dir,
             "mounts": settings.volumes,
-            **chosen(settings, "timeout", "progress_file", "progress_keys", "checkpoints"),
+            **chosen(settings, "timeout", "progress_file", "progress_keys", "outputs"),
+            **chosen(settings, "checkpoints"),
             "sync_cwd": conf.sync_cwd,
             "single_use": single_use(settings),
             "versions": versions(),

@@ -154,11 +154,12 @@ class Attempt:
             state["reports"] = list(tail.reports)
         self.cloud.status(state="running", started=self.started, **state)
 
-    def keep_progress(self) -> None:
-        """A progress file that lies elsewhere comes along with the outputs."""
-        if self.progress.is_file() and not self.progress.is_relative_to(self.output_dir):
-            place = progress.place(str(self.progress), self.output_dir)
-            outputs.copy(self.progress, self.output_dir / place)
+    def keep_files(self) -> None:
+        """A progress file, and `outputs`, that lie elsewhere come along with the outputs."""
+        for path in (self.progress, *map(Path, self.reference["outputs"])):
+            if path.is_file() and not path.is_relative_to(self.output_dir):
+                place = progress.place(str(path), self.output_dir)
+                outputs.copy(path, self.output_dir / place)
 
     def try_to_save(self) -> None:
         """Save in the middle of a job: a Volume that refuses is the job's end only at its end."""
@@ -170,7 +171,7 @@ class Attempt:
 
     def copy_outputs(self) -> None:
         """Outputs, their manifest and the log to the Volume."""
-        self.keep_progress()
+        self.keep_files()
         self.manifest = outputs.save(self.output_dir, self.folder / "outputs", self.manifest)
         if self.log.exists():
             outputs.copy(self.log, self.folder / "log.txt")
@@ -178,7 +179,7 @@ class Attempt:
 
     def finish(self, envelope: dict[str, Any]) -> bytes:
         """Save everything, then the result, commit, report; returns the result's bytes."""
-        self.keep_progress()
+        self.keep_files()
         envelope["attempt"] = self.cloud.attempt
         envelope["seconds"] = round(time.time() - self.started, 2)
         try:

@@ -4,7 +4,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
-NOT_OURS = ("hydra", "experiment", "hparams_search", "local", "draft")
+NOT_OURS = ("hydra", "experiment", "hparams_search", "naming", "local", "draft")
 """Groups without a node in the schema, and the draft, whose options are its own."""
 
 

@@ -12,8 +12,11 @@ from omegaconf import DictConfig
 
 from specforge_exp import paths
 from specforge_exp.config import Config, PathsConfig, from_omegaconf
-from specforge_exp.config.resolvers import MATTERS
+from specforge_exp.config.resolvers import MATTERS, STAGES
 
+CONFIG_FLAGS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
+HYDRAS = ("hydra/launcher=", "hydra.searchpath=")
+"""Options of Hydra's node that go with a command."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -32,8 +35,7 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
     def needs(folder: Callable[[Config], Path], maker: str) -> dict[str, Any]:
         """A folder on a Volume; what is here instead may be uploaded."""
         path = folder(there)
-        inside = path.is_relative_to(roots.datasets)
-        root = roots.datasets if inside else roots.checkpoints
+        root = roots.datasets if path.is_relative_to(roots.datasets) else roots.checkpoints
         place = {"volume": volumes[root], "path": path.relative_to(root).as_posix()}
         return {**place, "local": str(folder(here)), "remedy": command(maker)}
 
@@ -57,6 +59,7 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
         "train": {
             "unique": [str(run)],
             "progress_file": f"{run}/metrics.jsonl",
+            "outputs": [f"{run}/{name}" for name in ("evaluation.json", "run.json")],
             "progress_keys": ["eval/simulated_length"],  # what a study prunes by
             "checkpoints": f"{run}/step-*[0-9]",  # not .partial
             "requires": [model, tokens],
@@ -98,22 +101,26 @@ def prefetched(path: str) -> str | None:
     return "prefetched/models--" + path.replace("/", "--")
 
 
-def command(stage: str) -> str:
-    """The -m command of another stage with the options of this command line that matter to it."""
-    matters = MATTERS.get(stage)
+def command(stage: str, *more: str, away: bool = True) -> str:
+    """The command of another stage with the options of this command line that matter to it.
+
+    It works as it is printed: a list of values has -m before it, `--config-dir` comes along.
+
+    Args:
+        stage: the script.
+        more: options that it has besides.
+        away: with -m, so that a launcher runs it; else with -m where this command line has it.
+    """
+    script = Path(sys.argv[0]).stem in (*STAGES, "report")
+    words, matters = sys.argv[1:] if script else [], MATTERS.get(stage)
+    flags = ["-m"] if away or {"-m", "--multirun"} & {*words} else []
     options = []
-    for override in own_overrides():
-        option = re.split(r"[./@=]", override.lstrip("+~"))[0]
-        launcher = override.startswith("hydra/launcher=")
-        if launcher or (option != "hydra" and (matters is None or option in matters.split())):
-            options.append(shlex.quote(override))
-    return " ".join([f"python {stage}.py -m", *options])
-
-
-def own_overrides() -> list[str]:
-    """The options of this command line, without flags and without the launcher for here."""
-    return [
-        override
-        for override in sys.argv[1:]
-        if "=" in override and override[0] != "-" and override != "hydra/launcher=basic"
-    ]
+    for place, word in enumerate(words):
+        option = re.split(r"[./@=]", word.lstrip("+~"))[0]
+        if word.partition("=")[0] in CONFIG_FLAGS:
+            flags += words[place : place + 1 + ("=" not in word)]
+        elif "=" in word and word[0] != "-" and word != "hydra/launcher=basic" * away:
+            mattering = option != "hydra" and (matters is None or option in matters.split())
+            options += [word] * (mattering or word.startswith(HYDRAS))
+    line = shlex.join(["python", f"{stage}.py", *flags, *options, *more])
+    return line if script else f"{line} (with the same options)"

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import orjson
 
+from specforge_exp.artifacts import read_record
 from specforge_exp.bench.published import Beside, beside
 from specforge_exp.errors import InputError
 from specforge_exp.records import whole_lines
-from specforge_exp.report.record import FILE, read_sweep, run_folder
+from specforge_exp.report.origin import run_folder, strange_bench
+from specforge_exp.report.record import FILE, number, numbers, read_sweep, returned_values
 from specforge_exp.report.statistics import StratifiedSample, stratum
 
 SHOWN = re.compile(r"(eval/)?(loss|simulated_length|alpha/\d+)")
@@ -89,6 +91,8 @@ class SweepRun:
     datasets: dict[str, DataSet] = field(default_factory=dict)
     published: list[Beside] = field(default_factory=list)
     """Other people's figures of the setting that bench measured last."""
+    not_known: list[str] = field(default_factory=list)
+    """What lies under its name and is not shown, for it is not its own: where, and why."""
     tracker: dict[str, str] = field(default_factory=dict)
     """`url` of the run at W&B, or the command that uploads it as `sync`; else empty."""
 
@@ -167,13 +171,15 @@ def collect(sweep_dir: Path) -> Collected:
     runs = []
     for label, raw in zip(short, listed, strict=True):
         try:
-            run = listed_run(raw, label, list(directions), script)
-            run.folder = run_folder(sweep_dir, sweep, raw)
+            run = listed_run(raw, label, sweep, script)
+            run.folder, strange = run_folder(sweep_dir, sweep, raw)
         except (TypeError, ValueError, AttributeError) as error:
             problems.append(f"{sweep_dir / FILE}: {raw['name']} is damaged and left out: {error}")
             continue
+        run.not_known = strange
         if run.folder is not None:
             read_folder(run, run.folder, problems)
+        problems += [f"{run.name}: not known: {reason}" for reason in run.not_known]
         runs.append(run)
     resolved = sweep_dir.resolve()
     return Collected(
@@ -201,18 +207,7 @@ def labels(names: list[str]) -> list[str]:
     return short if all(short) else names
 
 
-def number(value: Any) -> float | None:
-    """A finite number, or None."""
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if numeric and math.isfinite(value) else None
-
-
-def numbers(values: dict[str, Any]) -> dict[str, float]:
-    """What is a finite number, by its key."""
-    return {key: finite for key, value in values.items() if (finite := number(value)) is not None}
-
-
-def listed_run(raw: dict[str, Any], label: str, objectives: list[str], script: str) -> SweepRun:
+def listed_run(raw: dict[str, Any], label: str, sweep: dict[str, Any], script: str) -> SweepRun:
     """A run as sweep.json lists it."""
     record = raw.get("record") or {}
     params = raw.get("params") or {}
@@ -222,8 +217,6 @@ def listed_run(raw: dict[str, Any], label: str, objectives: list[str], script: s
         key, _, text = override.lstrip("+~").partition("=")
         if not NOT_TRIED.fullmatch(key):
             choices.setdefault(key, parsed(text))
-    value = raw.get("value")
-    values = value if isinstance(value, list) else [value]
     command = shlex.join(["python", f"{script}.py", *overrides])
     return SweepRun(
         number=int(raw.get("number", 0)),
@@ -234,7 +227,7 @@ def listed_run(raw: dict[str, Any], label: str, objectives: list[str], script: s
         command=str(raw.get("command") or command),
         choices=choices | params,
         params=list(params),
-        returned=numbers(dict(zip(objectives, values, strict=False))),
+        returned=returned_values(sweep, raw),
         gpus=int(number(record.get("gpus")) or 1),
         usd_per_hour=number(record.get("usd_per_hour")),
     )
@@ -251,12 +244,11 @@ def parsed(text: str) -> Any:
 
 def read_folder(run: SweepRun, folder: Path, problems: list[str]) -> None:
     """Add what a run's folder holds; what cannot be read is named in `problems`."""
-    benches = sorted(folder.glob("bench*.json"), key=lambda file: file.stat().st_mtime)
     parts: list[tuple[str, Callable[[SweepRun, Any], None]]] = [
         ("metrics.jsonl", add_curves),
         ("run.json", add_record),
         ("evaluation.json", add_conversations),
-        *((file.name, add_bench) for file in benches[-1:]),
+        *((file.name, add_bench) for file in own_bench(run, folder)),
         ("tracker.json", add_tracker),
     ]
     for name, add in parts:
@@ -270,6 +262,20 @@ def read_folder(run: SweepRun, folder: Path, problems: list[str]) -> None:
             plain = isinstance(error, InputError | OSError | ValueError)
             reason = str(error).replace(f"{file}:", "line ") if plain else repr(error)
             problems.append(f"{file} is damaged and left out: {' '.join(reason.split())}")
+
+
+def own_bench(run: SweepRun, folder: Path) -> list[Path]:
+    """The newest measurement of the draft in a run's folder, or the one that the run returned."""
+    for file in sorted(folder.glob("bench*.json"), key=lambda file: -file.stat().st_mtime):
+        try:
+            reason = strange_bench(folder, read_record(file), run.returned.get(ACCEPTED))
+        except InputError:  # whoever reads it says so
+            reason = None
+        if reason is None:
+            run.not_known.clear()
+            return [file]
+        run.not_known.append(f"{file}: {reason}")
+    return []
 
 
 def metric_lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -310,8 +316,13 @@ def add_record(run: SweepRun, record: dict[str, Any]) -> None:
             run.choices.setdefault(key, value)
     gpus = record.get("processes") or (config.get("trainer") or {}).get("gpus")
     run.gpus = int(gpus or run.gpus)
-    if evaluation := record.get("evaluation"):
-        run.evaluation |= numbers(evaluation)
+    if evaluation := numbers(record.get("evaluation") or {}):
+        last, logged = evaluation.get("loss", 0.0), run.evaluation.get("loss")
+        if logged is not None and not math.isclose(last, logged, rel_tol=1e-3):
+            run.curves, run.evaluation, run.seconds = {}, {}, None
+            reason = f"it ends with a loss of {logged:.4f}, run.json has {last:.4f}"
+            run.not_known.append(f"{run.folder}/metrics.jsonl: {reason}")
+        run.evaluation |= evaluation
         run.final = True
     if run.seconds is None:
         run.seconds = number(record.get("seconds"))

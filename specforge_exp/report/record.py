@@ -1,7 +1,7 @@
 """A sweep's record, sweep.json: which runs it has and where their folders are."""
 
-import glob
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -67,30 +67,21 @@ def no_sweep(folder: Path, root: Path) -> str:
     return f"{folder} holds no {FILE}, which python train.py -m ... writes{there}"
 
 
-def run_folder(sweep_dir: Path, sweep: dict[str, Any], run: dict[str, Any]) -> Path | None:
-    """Folder of one run: the first place with its run.json, else with its metrics; None: not here.
+def returned_values(sweep: dict[str, Any], run: dict[str, Any]) -> dict[str, float]:
+    """The finite numbers that a run returned, by objective."""
+    value = run.get("value")
+    values = value if isinstance(value, list) else [value]
+    objectives = sweep.get("objectives") or []
+    names = [str(o["name"]) for o in objectives if isinstance(o, dict) and "name" in o]
+    return numbers(dict(zip(names, values, strict=False)))
 
-    Places: what the run recorded as run_dir, relative to where the sweep was started; beside
-    the folder `sweeps` in which the sweep lies; in the sweep itself; where `modal-sweep pull
-    --checkpoints` puts it.
 
-    Args:
-        sweep_dir: where sweep.json lies.
-        sweep: its content.
-        run: one of its runs.
-    """
-    record = run.get("record") or {}
-    name = str(record.get("run_name") or run["name"])
-    places: list[Path] = []
-    if record.get("run_dir"):
-        places.append(Path(sweep.get("cwd") or ".") / record["run_dir"])
-    resolved = sweep_dir.resolve()
-    if resolved.parent.parent.name == "sweeps":
-        places.append(resolved.parent.parent.parent / name)
-    places.append(sweep_dir / run["name"])
-    places += sorted((sweep_dir / "modal").rglob(glob.escape(Path(name).name)))
-    for file in ("run.json", "metrics.jsonl"):
-        for place in places:
-            if (place / file).is_file():
-                return place
-    return None
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if numeric and math.isfinite(value) else None
+
+
+def numbers(values: dict[str, Any]) -> dict[str, float]:
+    """What is a finite number, by its key."""
+    return {key: finite for key, value in values.items() if (finite := number(value)) is not None}

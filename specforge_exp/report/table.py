@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from specforge_exp.records import replacing
-from specforge_exp.report.collect import ACCEPTED, Collected, metric_lines, number
+from specforge_exp.report.collect import ACCEPTED, Collected, metric_lines
 from specforge_exp.report.ranking import Ranking, RankingRow, headline
+from specforge_exp.report.record import number
 from specforge_exp.report.text import interval_text, measure, shown, title_of
 
 BESIDE = ("simulated_length", ACCEPTED, "loss", "alpha/0")
@@ -210,6 +211,7 @@ def write_csv(path: Path, ranking: Ranking, by_seed: Ranking) -> None:
             row |= {f"tau/{name}": data.value, f"tau/{name}/low": low, f"tau/{name}/high": high}
         row |= {"gpu_hours": run.gpu_hours, "usd": run.usd, "seconds": run.seconds}
         row |= {"wandb": run.tracker.get("url") or run.tracker.get("sync")}
+        row |= {"not_known": "; ".join(run.not_known)}
         rows.append(row | {"folder": run.folder, "command": run.command, "error": run.error})
     with written(path) as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))

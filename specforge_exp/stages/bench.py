@@ -29,12 +29,14 @@ from specforge_exp.bench.published import same_setting
 from specforge_exp.bench.sets import BenchSets, bench_sets
 from specforge_exp.bench.table import table
 from specforge_exp.config import Config
+from specforge_exp.config.machine import command
 from specforge_exp.data.conversations import asks_of
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
 from specforge_exp.lease import lease
 from specforge_exp.records import write_record
 from specforge_exp.target import check_gpus, load_tokenizer
+from specforge_exp.training.checkpoint import step_folders
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ def bench(cfg: Config) -> float:
         "the target": model_digest(cfg.model.path),
     }
     settings = settings_of(cfg)
+    inputs["the draft"] = exported_draft(cfg)
     fingerprint = Fingerprint(inputs, settings)
     if reusable(file, fingerprint, cfg.bench.force, "bench"):
         result = read_record(file)
@@ -58,6 +61,23 @@ def bench(cfg: Config) -> float:
             write_record(file, result)
     print(table(result, same_setting(result)))
     return float(result["average"])
+
+
+def exported_draft(cfg: Config) -> str:
+    """Digest of the checkpoint that the export was made of.
+
+    Raises:
+        InputError: the run's checkpoints are others by now.
+    """
+    folder = paths.export_dir(cfg)
+    digest = read_record(folder / "run.json")["inputs"].get("the checkpoint")
+    steps = step_folders(paths.run_dir(cfg))
+    if steps and digest not in [sha256(step / "draft.safetensors") for step in steps]:
+        raise InputError(
+            f"{folder} is of a checkpoint that is gone or has changed since; export the one that "
+            f"is there: {command('export', 'export.force=true', away=False)}"
+        )
+    return str(digest)
 
 
 def settings_of(cfg: Config) -> dict[str, Any]:

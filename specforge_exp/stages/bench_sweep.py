@@ -16,7 +16,8 @@ from specforge_exp import paths
 from specforge_exp.artifacts import read_record
 from specforge_exp.config import Config, from_omegaconf
 from specforge_exp.errors import InputError, first_line
-from specforge_exp.report.record import find_sweep, read_sweep, run_folder
+from specforge_exp.report.origin import run_folder
+from specforge_exp.report.record import find_sweep, read_sweep
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.export import export
 
@@ -76,13 +77,18 @@ def config_of(cfg: Config, sweep_dir: Path, sweep: dict[str, Any], run: dict[str
     """The configuration a run was made with, for the stages after it and with `cfg`'s options.
 
     Raises:
-        InputError: the run is not here, or was made with options that this version does not have.
+        InputError: the run is not here, or what is here is another's, or was made with options that
+            this version does not have.
     """
-    folder = run_folder(sweep_dir, sweep, run)
-    if folder is None or not (folder / "run.json").exists():
+    folder, strange = run_folder(sweep_dir, sweep, run)
+    made_of = folder and [*folder.glob("step-*[0-9]"), *folder.glob("export/run.json")]
+    if folder is None or not (made_of and (folder / "run.json").exists()):
+        missing = f"{folder} holds no checkpoint" if folder else "its folder is not here"
         raise InputError(
-            f"its folder is not here; if it ran on Modal: modal-sweep pull --checkpoints "
+            f"{'; '.join(strange) or missing}; if it ran on Modal: modal-sweep pull --checkpoints "
             f"{shlex.quote(str(sweep_dir))}; if not, make it with: {run.get('command')}"
+            + " trainer.resume=false"
+            * bool(folder or strange)
         )
     made = read_record(folder / "run.json").get("config")
     if not isinstance(made, dict):

@@ -1,7 +1,8 @@
 """export: a checkpoint -> the folder that SGLang and vLLM load.
 
 Reads checkpoints/<run_name>/step-*/; writes checkpoints/<run_name>/export/, which is reloaded and
-compared with the trained draft before it says done.
+compared with the trained draft before it says done. It is of one checkpoint, by its digest: after
+another training under the same name it is refused, not reused.
 """
 
 import logging
@@ -12,7 +13,14 @@ from typing import Any
 import torch
 
 from specforge_exp import paths
-from specforge_exp.artifacts import Fingerprint, commands, model_digest, reusable, writing
+from specforge_exp.artifacts import (
+    Fingerprint,
+    commands,
+    model_digest,
+    reusable,
+    sha256,
+    writing,
+)
 from specforge_exp.config import Config, locate
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
@@ -35,8 +43,9 @@ def export(cfg: Config) -> Path:
             f"{paths.run_dir(cfg)} holds a checkpoint of another target than "
             f"model.path={cfg.model.path}; name the model it was trained with"
         )
+    step = paths.run_dir(cfg) / f"step-{checkpoint.step:06d}"
     fingerprint = Fingerprint(
-        checkpoint.record["inputs"],
+        {**checkpoint.record["inputs"], "the checkpoint": sha256(step / "draft.safetensors")},
         {"export.dtype": cfg.export.dtype, "step": checkpoint.step, "layout": LAYOUT},
     )
     if reusable(folder / "run.json", fingerprint, cfg.export.force, "export"):
@@ -69,7 +78,8 @@ def chosen_checkpoint(cfg: Config) -> Checkpoint:
         return read_checkpoint(folder)
     checkpoint = newest_checkpoint(run)
     if checkpoint is None:
-        raise InputError(f"{run} holds no checkpoint; make one with: {command}")
+        over = " trainer.resume=false" * (run / "run.json").exists()  # else it is complete
+        raise InputError(f"{run} holds no checkpoint; make one with: {command}{over}")
     return checkpoint
 
 

@@ -10,7 +10,7 @@ trains: by the process that starts the others, or by torchrun's first one for al
 import logging
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from specforge_exp.artifacts import (
 )
 from specforge_exp.config import Config, locate
 from specforge_exp.config.checks import shared_evenly
+from specforge_exp.config.settings import training_settings
 from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
@@ -288,17 +289,4 @@ def fingerprint_of(cfg: Config, tokens: Path) -> Fingerprint:
         tokens.name: sha256(tokens / "run.json"),
         "the target": model_digest(cfg.model.path),
     }
-    settings: dict[str, Any] = {
-        name: vars(cfg)[name] for name in ("lr", "seed", "epochs", "max_steps")
-    }
-    quiet = (  # change no number
-        "log_every", "eval_every", "save_every", "keep_last", "keep_best", "resume",
-        "gpus", "shard", "pack_tokens", "gradient_checkpointing",
-    )  # fmt: skip
-    groups = {"loss": asdict(cfg.loss), "trainer": asdict(cfg.trainer)}
-    for group, node in {"draft": cfg.draft.matters(), **groups}.items():
-        for key, value in node.items():
-            if not (key in quiet or key == "lrs"):
-                settings[f"{group}.{key}"] = value
-    settings["model.aux_layers"] = cfg.model.aux_layers
-    return Fingerprint(inputs, settings)
+    return Fingerprint(inputs, training_settings(cfg))

@@ -1,13 +1,12 @@
 """The device and the machine that a target needs."""
 
 import os
-import shlex
 from dataclasses import replace
 
 import torch
 
 from specforge_exp.config import Config
-from specforge_exp.config.machine import own_overrides
+from specforge_exp.config.machine import command
 from specforge_exp.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -57,12 +56,10 @@ def check_gpus(cfg: Config, stage: str, processes: int = 1) -> None:
     """
     here = torch.cuda.device_count() if cfg.device != "cpu" else processes
     if not here and cfg.model.gpu:
-        options = own_overrides()
-        away = shlex.join(["python", f"{stage}.py", "-m", *options])
-        local = shlex.join(["python", f"{stage}.py", *options, "device=cpu"])
         raise InputError(
             f"model={cfg.model.name} is for a GPU (model.gpu={cfg.model.gpu}) and torch sees none; "
-            f"on Modal: {away}; or here, very slowly: {local}"
+            f"on Modal: {command(stage)}; or here, very slowly: "
+            f"{command(stage, 'device=cpu', away=False)}"
         )
     if 0 < here < processes:
         even = most_even(cfg.trainer.batch_size, here)

@@ -21,6 +21,7 @@ from specforge_exp.artifacts import (
     contents,
     disk_errors,
     read_record,
+    sha256,
 )
 from specforge_exp.errors import InputError
 from specforge_exp.records import sync, sync_tree, write_record
@@ -108,9 +109,10 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, fingerprint: Fingerprint)
         save_file(weights, partial / "draft.safetensors")
         save_file(snapshot.optimizer, partial / "optimizer.safetensors")
         save_file(snapshot.partial | random, partial / "loop.safetensors")
-        record = {"inputs": fingerprint.inputs, "settings": fingerprint.settings}
-        files = contents(partial, FILES)
-        write_record(partial / "state.json", {"step": snapshot.step, **record, "files": files})
+        record: dict[str, Any] = {"inputs": fingerprint.inputs, "settings": fingerprint.settings}
+        record["draft"] = sha256(partial / "draft.safetensors")  # what is made of it says this
+        record |= {"step": snapshot.step, "files": contents(partial, FILES)}
+        write_record(partial / "state.json", record)
         sync_tree(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

@@ -284,10 +284,11 @@ def resume(
 
     def step() -> int:
         changes = run.fingerprint.changes(checkpoint.record) if checkpoint else []
-        if changes:
+        if checkpoint and changes:
+            name = run.folder.name + run.fingerprint.apart(checkpoint.record)
             raise InputError(
                 f"{run.folder} holds a run that was made of something else: {'; '.join(changes)}. "
-                "Give this one another run_name, or start it over with trainer.resume=false"
+                f"Keep both under run_name={name}, or start this one over with trainer.resume=false"
             )
         return checkpoint.step if checkpoint else 0
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from specforge_exp.config import Config, InputError, Source
-from specforge_exp.report.record import find_sweep, read_sweep, run_folder
+from specforge_exp.report.record import find_sweep, read_sweep
 from specforge_exp.stages import bench_sweep as module
 from specforge_exp.stages.bench_sweep import bench_sweep
 from specforge_exp.stages.export import export
@@ -26,7 +26,7 @@ def entry(number: int, name: str, status: str = "completed", **record: Any) -> d
     return {
         "number": number, "name": name, "overrides": [],
         "command": f"python train.py run_name={name}",
-        "status": status, "value": 1.5, "error": None, "started": None, "seconds": 1.0,
+        "status": status, "value": None, "error": None, "started": None, "seconds": 1.0,
         "digest": "d", "record": {"run_name": name, **record}, "params": {},
     }  # fmt: skip
 
@@ -179,23 +179,3 @@ def test_missing_and_strange_records_are_named(cfg: Config, tmp_path: Path) -> N
             read_sweep(there)
     with pytest.raises(InputError, match="there is none below"):
         find_sweep("x", str(tmp_path / "nothing"))
-
-
-def test_the_folder_with_the_record_wins(tmp_path: Path) -> None:
-    """The sweeper leaves a folder of logs under the run's name in the sweep."""
-    sweep_dir = write_sweep(tmp_path / "c" / "sweeps" / "s" / "train", [], tmp_path)
-    run = entry(0, "a", run_dir="c/a")
-    sweep = read_sweep(sweep_dir)
-    assert run_folder(sweep_dir, sweep, run) is None
-    (sweep_dir / "a").mkdir()
-    (sweep_dir / "a" / "train.log").write_text("")
-    assert run_folder(sweep_dir, sweep, run) is None
-    pulled = sweep_dir / "modal" / "0" / "checkpoints" / "a"
-    pulled.mkdir(parents=True)
-    (pulled / "metrics.jsonl").write_text("")
-    assert run_folder(sweep_dir, sweep, run) == pulled
-    (tmp_path / "c" / "a").mkdir()
-    (tmp_path / "c" / "a" / "run.json").write_text("{}")
-    assert run_folder(sweep_dir, sweep, run) == tmp_path / "c" / "a"
-    moved = sweep | {"cwd": "/nowhere"}
-    assert run_folder(sweep_dir, moved, run) == tmp_path / "c" / "a"

@@ -1,5 +1,6 @@
 """What each stage runs on, as the launcher reads it, and what is refused before it is rented."""
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -343,7 +344,29 @@ def test_refused_at_once_without_a_gpu(tmp_path: Path) -> None:
     error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
     options = f"loss=mixed paths.checkpoints={tmp_path} paths.datasets={tmp_path}"
     assert f"on Modal: python {stage}.py -m {options};" in error
-    assert error.endswith(f"python {stage}.py {options} device=cpu")
+    assert error.endswith(f"python {stage}.py hydra/launcher=basic {options} device=cpu")
+
+
+SINGLE = ["model=qwen3_8b", "hydra/launcher=basic", "loss=full-opd"]
+
+
+@pytest.mark.parametrize(
+    "words", [SINGLE, ["-m", "--config-dir", "conf", *SINGLE, "lr=3e-5,5e-5"]], ids=len
+)
+def test_remedies_compose(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command in a message is one that Hydra takes, for all the runs of the one that was typed;
+    what is for here keeps the launcher for here, what is for Modal does not."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    here = shlex.split(command("train", "device=cpu", away=False))[1:]
+    away = shlex.split(command("train"))[1:]
+    assert here == ["train.py", *words, "device=cpu"]
+    rest = [word for word in words if word not in ("-m", "hydra/launcher=basic")]
+    assert away == ["train.py", "-m", *rest]
+    for line in (here, away):
+        dry = ["hydra.sweeper.dry_run=true"] if "-m" in line else ["--cfg", "job"]
+        done = run(*line, *dry)
+        assert done.returncode == 0, done.stderr
+        assert ("2 runs" in done.stdout) == (len(words) > 3)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The pipeline on a local Modal: every stage in a container, artifacts on Volumes only."""
 
+import csv
+import json
 import os
 import subprocess
 import sys
@@ -64,6 +66,31 @@ def test_what_lies_here_is_uploaded(on_local_modal: LocalModal, tmp_path: Path) 
     done = launch("train", tmp_path, *away)
     assert done.returncode == 0, done.stderr
     assert "uploaded--tiny.tokens" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_report_shows_what_the_jobs_returned(on_local_modal: LocalModal, tmp_path: Path) -> None:
+    """A finished run here has the name of a job that trains less on Modal: the table has the
+    job's own value, with an interval from the evaluation that came back."""
+    options = ["experiment=smoke", "model=tiny", "data.name=both", "preprocess.source=prep"]
+    for stage, *more in (["prep"], ["preprocess"], ["train", "loss=mixed", "max_steps=6"]):
+        done = launch(stage, tmp_path, *options, *more)
+        assert done.returncode == 0, done.stderr
+    here = json.loads((tmp_path / "checkpoints/smoke_tiny_mixed/run.json").read_text())
+    away = [*options, "hydra/launcher=modal", "loss=mixed,baseline", "max_steps=2"]
+    done = launch("train", tmp_path, *away, "sweep_name=away")
+    assert done.returncode == 0, done.stderr
+    assert "No intervals are known" not in done.stdout and "95 %" in done.stdout
+    folder = tmp_path / "checkpoints/sweeps/away/train"
+    runs = json.loads((folder / "sweep.json").read_text())["runs"]
+    with (folder / "report.csv").open() as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    for run in runs:
+        row, value = rows[run["name"]], run["value"]
+        assert float(row["value"]) == pytest.approx(value, rel=1e-6)
+        assert abs(value - here["evaluation"]["simulated_length"]) > 1e-4
+        assert float(row["low"]) <= value <= float(row["high"]) and not row["not_known"]
+        assert row["folder"] == str(folder / run["name"])
 
 
 @pytest.mark.parametrize("models", ["qwen3_0_6b,qwen3_8b", "tiny,qwen3_8b"])

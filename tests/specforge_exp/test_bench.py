@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from specforge_exp import paths
+from specforge_exp.artifacts import sha256
 from specforge_exp.bench.acceptance import (
     PairedAnswer,
     bootstrap_interval,
@@ -165,6 +166,37 @@ def test_bench_in_bfloat16_sampled_and_without_tokens(
     assert figures["lossless"] is None
     assert figures["novel"]["prompts"] == 0
     assert "sampled" in capsys.readouterr().out
+
+
+def test_neither_is_reused_for_another_draft(exported: Path, cfg: Config) -> None:
+    """Trained again under the same name: the export and the figures of before are refused, and the
+    commands in the messages make them again; as they were they are reused."""
+    bench(cfg)
+    assert export(cfg) == exported
+    bench(cfg)
+    before = load_file(exported / "model.safetensors")["fc.weight"]
+    cfg.trainer.resume, cfg.seed, cfg.lr = False, 5, 1e-3
+    train(cfg)
+    with pytest.raises(InputError, match=r"the checkpoint has changed.*export\.force=true"):
+        export(cfg)
+    with pytest.raises(InputError, match=r"gone or has changed.*export\.py.*export\.force=true"):
+        bench(cfg)
+    cfg.export.force = True
+    export(cfg)
+    assert not torch.equal(load_file(exported / "model.safetensors")["fc.weight"], before)
+    with pytest.raises(InputError, match=r"the draft has changed.*bench\.force=true"):
+        bench(cfg)
+    cfg.bench.force = True
+    bench(cfg)
+    digest = sha256(paths.run_dir(cfg) / "step-000003" / "draft.safetensors")
+    assert json.loads(paths.bench_file(cfg).read_text())["inputs"]["the draft"] == digest
+    state = json.loads((paths.run_dir(cfg) / "step-000003" / "state.json").read_text())
+    assert state["draft"] == digest
+    shutil.rmtree(paths.run_dir(cfg) / "step-000003")  # an export stands without its checkpoint
+    cfg.bench.force = False
+    bench(cfg)
+    with pytest.raises(InputError, match=r"holds no checkpoint.*trainer\.resume=false"):
+        export(cfg)
 
 
 def test_missing_export_names_the_command(cfg: Config) -> None:

@@ -18,6 +18,8 @@ from specforge_exp.stages.report import make
 
 def test_a_sweep_that_moved_and_one_from_modal(tmp_path: Path) -> None:
     plans = grid(("baseline",))
+    for plan in plans:
+        plan.value = plan.tau
     sweep_dir = write_sweep(tmp_path / "here", plans)
     shutil.move(tmp_path / "here", tmp_path / "there")
     moved = tmp_path / "there" / sweep_dir.relative_to(tmp_path / "here")
