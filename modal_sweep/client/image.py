@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +16,14 @@ if TYPE_CHECKING:
     import modal
 
 
+CONSTRAINTS = "/constraints.txt"
+
+
 def image_spec(settings: ImageSettings, root: Path | None) -> dict[str, Any]:
     """Everything that decides what is installed, as plain values.
 
     Raises:
-        LaunchError: for another Python than this one, or a pyproject.toml that cannot be used.
+        LaunchError: for another Python than this one, or a file that cannot be used.
     """
     if settings.python not in (None, PYTHON):
         raise LaunchError(
@@ -26,13 +31,32 @@ def image_spec(settings: ImageSettings, root: Path | None) -> dict[str, Any]:
             f"pickled, so both must be the same; launch with Python {settings.python} or drop it"
         )
     pinned = [f"{name}=={number}" for name, number in versions().items() if name != "python"]
-    return {
+    spec = {
         "base": settings.base,
         "python": PYTHON,
         "apt": list(settings.apt),
         "packages": [*pinned, *settings.packages, *project_packages(settings, root)],
         "env": dict(settings.env),
     }
+    if settings.constraints is not None:
+        spec["constraints"] = constraints(settings, root, {*map(named, pinned)})
+    return spec
+
+
+def constraints(settings: ImageSettings, root: Path | None, pinned: set[str]) -> list[str]:
+    """The lines of a constraints.txt, without those that would contradict what is pinned."""
+    path = (root or Path()) / str(settings.constraints)
+    try:
+        lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise LaunchError(f"image.constraints: {path} cannot be read: {error!r}") from None
+    pinned |= {named(package) for package in settings.packages if re.search("[=@<>~]", package)}
+    return sorted(line for line in lines if line and named(line) not in pinned)
+
+
+def named(package: str) -> str:
+    """The name of a requirement, as packaging tools compare it."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", package, maxsplit=1)[0]).lower()
 
 
 def project_packages(settings: ImageSettings, root: Path | None) -> list[str]:
@@ -72,7 +96,11 @@ def build(spec: dict[str, Any], folder: Path) -> "modal.Image":
         image = modal.Image.from_registry(base, add_python=spec["python"])
     if spec["apt"]:
         image = image.apt_install(*spec["apt"])
-    image = image.uv_pip_install(*spec["packages"])
+    options = ""
+    if lines := spec.get("constraints"):
+        image = image.run_commands(f"printf '%s\\n' {shlex.join(lines)} > {CONSTRAINTS}")
+        options = f"--constraint {CONSTRAINTS}"
+    image = image.uv_pip_install(*spec["packages"], extra_options=options)
     if spec["env"]:
         image = image.env(spec["env"])
     return image.add_local_dir(folder, "/root")

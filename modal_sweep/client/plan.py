@@ -15,6 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from modal_sweep.client.code import Shipment, project_root, shipment
+from modal_sweep.client.environ import Values, environ
 from modal_sweep.client.image import digest, image_spec
 from modal_sweep.client.settings import gpu_list, job_settings, launcher_conf, single_use
 from modal_sweep.config import JobSettings, ModalLauncherConf
@@ -48,6 +49,8 @@ class Job:
     output_dir: str
     image: dict[str, Any]
     code: Shipment
+    environ: tuple[Values, Values]
+    """The variables that its task reads, and those that others read."""
     identity: str = ""
 
     @property
@@ -109,10 +112,16 @@ def plan_jobs(sweep: Sweep, job_overrides: Sequence[Sequence[str]], first: int) 
             files = shipment(root, settings.image.sources, sweep.folder)
             sweep.builds[key] = image_spec(settings.image, root), files
         image, code = sweep.builds[key]
+        number = config.hydra.job.num
+        try:
+            read = environ(config, settings, sweep.conf.resources)
+        except LaunchError as error:
+            raise LaunchError(f"job {number}: {error}") from None
         job = Job(
-            number=config.hydra.job.num,
+            number=number,
             overrides=list(filter_overrides(config.hydra.overrides.task)),
             config=config,
+            environ=read,
             settings=settings,
             output_dir=fix_output_dir(config),
             image=image,
@@ -145,13 +154,17 @@ def fix_output_dir(config: DictConfig) -> str:
 
 
 def identity(job: Job, resources: str) -> str:
-    """Hash of code, image, configuration and output directory; what a job runs on is not part."""
+    """Hash of code, image, configuration with the variables that it reads, and output directory.
+
+    What a job runs on is not part.
+    """
     content = {
         str(key): OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
         for key, node in job.config.items_ex(resolve=False)
         if key not in ("hydra", resources)
     }
     parts = [job.code.digest, job.image, content, job.config.hydra.job.name, job.output_dir]
+    parts += [own] if (own := job.environ[0]) else []
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
@@ -183,6 +196,7 @@ def plan_event(job: Job, conf: ModalLauncherConf, sweep: dict[str, Any]) -> dict
             "sync_cwd": conf.sync_cwd,
             "single_use": single_use(settings),
             "versions": versions(),
+            "environ": {**job.environ[1], **job.environ[0]},
         },
         "payload": base64.b64encode(packed).decode(),
     }

@@ -156,10 +156,18 @@ def check(settings: JobSettings, where: str) -> None:
                 "other than /root and /tmp themselves"
             )
     for entry in settings.requires:
-        if not isinstance(entry, Mapping) or not {"volume", "path"} <= set(entry):
-            raise LaunchError(
-                f"{where}.requires: {entry} must have volume and path (and may have remedy, local)"
-            )
+        refuse_incomplete(entry, where)
+
+
+def refuse_incomplete(entry: Any, where: str) -> None:
+    """What a job needs has a place, and so has what that is made of."""
+    if not isinstance(entry, Mapping) or not {"volume", "path"} <= set(entry):
+        raise LaunchError(
+            f"{where}.requires: {entry} must have volume and path (and may have remedy, local, "
+            "requires)"
+        )
+    for need in entry.get("requires") or []:
+        refuse_incomplete(need, where)
 
 
 def gpu_list(gpu: Any) -> list[str]:

@@ -11,7 +11,8 @@ from modal_sweep.client.calls import Ended
 from modal_sweep.client.table import Table
 from modal_sweep.errors import LaunchError, ResultGone
 from modal_sweep.protocol.journal import JobRecord, Journal
-from modal_sweep.protocol.outage import Outage, transient
+from modal_sweep.protocol.outage import Outage, away
+from modal_sweep.protocol.records import first_line
 
 SLOW_LOOK = 20.0
 OUTAGE = 900.0
@@ -49,13 +50,16 @@ class Watch:
         return Outage(OUTAGE, too_long, self.table.note)
 
     def collect(self, records: Sequence[JobRecord]) -> dict[str, Ended]:
-        """Collect every job's end; by identity.
+        """Collect every job's end, by identity, and outputs that were left on Modal earlier.
 
         Raises:
             LaunchError: when Modal does not answer for 15 minutes; the jobs go on.
         """
         while pending := [record for record in records if record.end is None]:
             self.turn(records, pending, self.poll)
+        for record in records:
+            if record.unpulled and record.identity not in self.ended:
+                self.pull(record)
         self.table.show(records, self.statuses.latest, self.ended, last=True)
         return self.ended
 
@@ -87,7 +91,9 @@ class Watch:
         """Look at one job's call; True when it has come to its end."""
         try:
             return self.look(record, seconds)
-        except transient() as error:
+        except Exception as error:
+            if not away(error):
+                raise
             self.outage.lasts(error)
             return False
 
@@ -107,20 +113,31 @@ class Watch:
         return self.bring(record, ended)
 
     def bring(self, record: JobRecord, ended: Ended) -> bool:
-        """Collect an end; after a few failures the job counts as failed."""
+        """Collect an end. Outputs that cannot be brought stay on Modal: the end counts without."""
         try:
-            collect.collect(self.journal, record, ended)
+            collect.collect(self.journal, record, ended.envelope)
         except (OSError, ValueError) as error:
+            if away(error):
+                raise
             self.trouble[record.identity] += 1
-            if self.trouble[record.identity] < TRIES:
+            local = getattr(error, "errno", None) is not None  # waiting mends nothing there
+            if not local and self.trouble[record.identity] < TRIES:
                 self.table.note(f"job {record.number}: outputs not here yet ({error}); again soon")
                 time.sleep(self.poll)
                 return False
-            ended = calls.failed("NotPulled", f"its outputs could not be brought here: {error}")
-            collect.collect(self.journal, record, ended)
+            collect.note_end(self.journal, record, ended.envelope, first_line(error))
         self.ended[record.identity] = ended
         self.table.ended(record, ended)
         return True
+
+    def pull(self, record: JobRecord) -> None:
+        """Try once more to bring the outputs of a job that has ended."""
+        try:
+            collect.pull(self.journal, record)
+        except Exception as error:
+            if not (isinstance(error, OSError | ValueError) or away(error)):
+                raise
+            self.table.note(f"job {record.number}: outputs not here yet ({first_line(error)})")
 
     def follow_owner(self, record: JobRecord, owner: str) -> None:
         """Another call, spawned before a kill, owns the job: wait for that one."""

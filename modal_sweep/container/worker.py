@@ -79,6 +79,7 @@ class Attempt:
             config=checked(payload, reference["sha256"]),
             cwd=reference["cwd"],
             versions=reference["versions"],
+            environ=reference.get("environ", {}),
             log=self.log,
             result=self.result,
         )
