@@ -35,7 +35,7 @@ FLOORS = {
     "modal_sweep": ["errors config", "protocol", "container", "client", "cli __main__"],
     "hydra_sweeps": [
         "errors records overrides",
-        "jobs processes record runner table command",
+        "jobs processes record runner table command choices",
         "grid study",
     ],
     "hydra_plugins": ["modal_launcher experiment_sweeper"],
