@@ -8,6 +8,7 @@ does not travel: the container resolves those that a Modal secret gives, as it d
 import os
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,12 +20,8 @@ SECRET_NAME = re.compile(r"TOKEN(?!S)|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.I
 VARIABLE = re.compile(r"(?<!\\)\$\{oc\.env:\s*([^,}]*?)\s*([,}])")
 
 
-Values = dict[str, str | None]
-"""By variable; None: not set, so that the default counts."""
-
-
-def environ(job: DictConfig, settings: JobSettings, where: str) -> tuple[Values, Values]:
-    """The variables that a job's configuration reads: what its task gets, and all others.
+def environ(job: DictConfig, settings: JobSettings, where: str) -> dict[str, str | None]:
+    """The variables that a job's configuration reads; None: not set, so that the default counts.
 
     Args:
         where: the node of its settings.
@@ -32,46 +29,38 @@ def environ(job: DictConfig, settings: JobSettings, where: str) -> tuple[Values,
     Raises:
         LaunchError: a variable that is not set, or that is something else over there; a secret.
     """
-    given = {**settings.image.env, **settings.env}
-    there = {*settings.resolve_there, *job.hydra.job.env_set}
-    there.update(key for keys in settings.secrets.values() for key in keys)
-    own, others = Values(), Values()
-    for key, name, default in variables(job):
+    given = settings.image.env | settings.env
+    there = {*settings.resolve_there, *job.hydra.job.env_set, *chain(*settings.secrets.values())}
+    values: dict[str, str | None] = {}
+    for key, name, default in variables("", OmegaConf.to_container(job)):
+        here = os.environ.get(name)
+        value = given.get(name, here)
         if name in there:
             continue
-        root = key.partition(".")[0]
-        here, text = os.environ.get(name), f"{key} reads the environment variable {name}, "
-        is_secret = here is not None and name not in given and SECRET_NAME.search(name)
-        problem, remedy = "", f"list it in {where}.resolve_there to take the job's"
         if not name.isidentifier():
-            problem, remedy = "which is not known before the job runs", "write its name out"
-        elif is_secret:
-            problem = "a secret by its name, which is written into no job's configuration"
-            remedy = f"give it with {where}.secrets={{<name>: [{name}]}}"
-        elif name in given and given[name] != here and (here is not None or default):
-            problem = f"which is {here or 'not set'} here and {given[name]} in {where}.env"
-        elif name not in given and here is None and not default:
-            problem = "which is not set here"
-            remedy = (
-                f"set it, or give it with {where}.env={{{name}: ...}}; if the container has "
-                f"it by itself, list it in {where}.resolve_there"
-            )
-        if not problem:
-            (others if root in ("hydra", where) else own)[name] = given.get(name, here)
-        elif root != "hydra":  # of that node a job reads next to nothing
-            raise LaunchError(f"{text}{problem}; {remedy}")
-    return own, others
+            problem = "which is not known before the job runs: write its name out"
+        elif value != here and (here is not None or default):
+            problem = f"which is {here or 'not set'} here and {value} in {where}.env: list it in "
+            problem += f"{where}.resolve_there to take the job's"
+        elif value is None and not default:
+            problem = f"which is not set here: set it, or {where}.env={{{name}: ...}}; if the "
+            problem += f"container has it by itself, list it in {where}.resolve_there"
+        elif value is not None and name not in given and SECRET_NAME.search(name):
+            problem = "a secret by its name, which is written into no configuration: give it with "
+            problem += f"{where}.secrets={{<name>: [{name}]}}"
+        else:
+            values[name] = value
+            continue
+        if not key.startswith(".hydra."):  # of that node a job reads next to nothing
+            raise LaunchError(f"{key[1:]} reads the environment variable {name}, {problem}")
+    return values
 
 
-def variables(job: DictConfig) -> Iterator[tuple[str, str, bool]]:
+def variables(key: str, node: Any) -> Iterator[tuple[str, str, bool]]:
     """Key, variable and whether it has a default, of every `${oc.env:...}` as it is written."""
-
-    def walk(key: str, node: Any) -> Iterator[tuple[str, str, bool]]:
-        if isinstance(node, dict | list):
-            for name, item in node.items() if isinstance(node, dict) else enumerate(node):
-                yield from walk(f"{key}.{name}" if key else str(name), item)
-        elif isinstance(node, str):
-            for match in VARIABLE.finditer(node):
-                yield key, match[1].strip("'\""), match[2] == ","
-
-    return walk("", OmegaConf.to_container(job))
+    if isinstance(node, dict | list):
+        for name, item in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from variables(f"{key}.{name}", item)
+    elif isinstance(node, str):
+        for name, end in VARIABLE.findall(node):
+            yield key, name.strip("'\""), end == ","

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     import modal
 
 
-CONSTRAINTS = "/constraints.txt"
-
-
 def image_spec(settings: ImageSettings, root: Path | None) -> dict[str, Any]:
     """Everything that decides what is installed, as plain values.
 
@@ -31,32 +28,34 @@ def image_spec(settings: ImageSettings, root: Path | None) -> dict[str, Any]:
             f"pickled, so both must be the same; launch with Python {settings.python} or drop it"
         )
     pinned = [f"{name}=={number}" for name, number in versions().items() if name != "python"]
-    spec = {
+    return {
         "base": settings.base,
         "python": PYTHON,
         "apt": list(settings.apt),
         "packages": [*pinned, *settings.packages, *project_packages(settings, root)],
         "env": dict(settings.env),
+        **constraints(settings, root, pinned),
     }
-    if settings.constraints is not None:
-        spec["constraints"] = constraints(settings, root, {*map(named, pinned)})
-    return spec
 
 
-def constraints(settings: ImageSettings, root: Path | None, pinned: set[str]) -> list[str]:
-    """The lines of a constraints.txt, without those that would contradict what is pinned."""
-    path = (root or Path()) / str(settings.constraints)
+def constraints(
+    settings: ImageSettings, root: Path | None, pinned: list[str]
+) -> dict[str, list[str]]:
+    """The lines of a constraints.txt, without those that would contradict what is asked for."""
+    if settings.constraints is None:
+        return {}
+    path = (root or Path()) / settings.constraints
     try:
         lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
     except OSError as error:
         raise LaunchError(f"image.constraints: {path} cannot be read: {error!r}") from None
-    pinned |= {named(package) for package in settings.packages if re.search("[=@<>~]", package)}
-    return sorted(line for line in lines if line and named(line) not in pinned)
+    asked = {named(one) for one in [*pinned, *settings.packages] if re.search("[=@<>~]", one)}
+    return {"constraints": [line for line in lines if line and named(line) not in asked]}
 
 
 def named(package: str) -> str:
     """The name of a requirement, as packaging tools compare it."""
-    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", package, maxsplit=1)[0]).lower()
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", package)[0]).lower()
 
 
 def project_packages(settings: ImageSettings, root: Path | None) -> list[str]:
@@ -98,8 +97,8 @@ def build(spec: dict[str, Any], folder: Path) -> "modal.Image":
         image = image.apt_install(*spec["apt"])
     options = ""
     if lines := spec.get("constraints"):
-        image = image.run_commands(f"printf '%s\\n' {shlex.join(lines)} > {CONSTRAINTS}")
-        options = f"--constraint {CONSTRAINTS}"
+        options = "--constraint /constraints.txt"
+        image = image.run_commands(f"printf '%s\\n' {shlex.join(lines)} > /constraints.txt")
     image = image.uv_pip_install(*spec["packages"], extra_options=options)
     if spec["env"]:
         image = image.env(spec["env"])

@@ -16,11 +16,10 @@ CHOICES = {
 
 def here() -> dict[str, str]:
     """The workspace and the environment that this process uses."""
-    import modal
+    from modal import Environment, Workspace
 
-    workspace, environment = modal.Workspace.from_context(), modal.Environment.from_context()
-    names = {"workspace": workspace.hydrate().name, "environment": environment.hydrate().name}
-    return {kind: name or "" for kind, name in names.items()}
+    names = Workspace.from_context().hydrate().name, Environment.from_context().hydrate().name
+    return {"workspace": names[0] or "", "environment": names[1] or ""}
 
 
 def refuse_elsewhere(journal: Journal, **own: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from modal_sweep.client.code import Shipment, project_root, shipment
-from modal_sweep.client.environ import Values, environ
+from modal_sweep.client.environ import environ
 from modal_sweep.client.image import digest, image_spec
 from modal_sweep.client.settings import gpu_list, job_settings, launcher_conf, single_use
 from modal_sweep.config import JobSettings, ModalLauncherConf
@@ -49,8 +49,8 @@ class Job:
     output_dir: str
     image: dict[str, Any]
     code: Shipment
-    environ: tuple[Values, Values]
-    """The variables that its task reads, and those that others read."""
+    environ: dict[str, str | None]
+    """The variables that its configuration reads."""
     identity: str = ""
 
     @property
@@ -112,16 +112,11 @@ def plan_jobs(sweep: Sweep, job_overrides: Sequence[Sequence[str]], first: int) 
             files = shipment(root, settings.image.sources, sweep.folder)
             sweep.builds[key] = image_spec(settings.image, root), files
         image, code = sweep.builds[key]
-        number = config.hydra.job.num
-        try:
-            read = environ(config, settings, sweep.conf.resources)
-        except LaunchError as error:
-            raise LaunchError(f"job {number}: {error}") from None
         job = Job(
-            number=number,
+            number=config.hydra.job.num,
+            environ=environ(config, settings, sweep.conf.resources),  # before it is resolved
             overrides=list(filter_overrides(config.hydra.overrides.task)),
             config=config,
-            environ=read,
             settings=settings,
             output_dir=fix_output_dir(config),
             image=image,
@@ -164,8 +159,10 @@ def identity(job: Job, resources: str) -> str:
         if key not in ("hydra", resources)
     }
     parts = [job.code.digest, job.image, content, job.config.hydra.job.name, job.output_dir]
-    parts += [own] if (own := job.environ[0]) else []
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    if read := {name: value for name, value in job.environ.items() if name in text}:
+        text += json.dumps(read, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def plan_event(job: Job, conf: ModalLauncherConf, sweep: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +193,7 @@ def plan_event(job: Job, conf: ModalLauncherConf, sweep: dict[str, Any]) -> dict
             "sync_cwd": conf.sync_cwd,
             "single_use": single_use(settings),
             "versions": versions(),
-            "environ": {**job.environ[1], **job.environ[0]},
+            "environ": job.environ,
         },
         "payload": base64.b64encode(packed).decode(),
     }

@@ -16,11 +16,8 @@ from modal_sweep.errors import Unreachable
 
 T = TypeVar("T")
 # A connection that is not there, or that this process has no descriptor or memory for just now.
-AWAY = {
-    errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH,
-    errno.EADDRNOTAVAIL, errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.EPIPE,
-    errno.ENOBUFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE,
-}  # fmt: skip
+NO_LINK = "ENETDOWN ENETUNREACH ENETRESET EHOSTDOWN EHOSTUNREACH EADDRNOTAVAIL ENOTCONN"
+AWAY = {getattr(errno, name) for name in f"{NO_LINK} ENOBUFS ENOMEM EMFILE ENFILE".split()}
 
 
 def away(error: BaseException) -> bool:
@@ -30,8 +27,8 @@ def away(error: BaseException) -> bool:
     if isinstance(error, OSError):
         connection = ConnectionError | TimeoutError | socket.gaierror | ssl.SSLError
         return isinstance(error, connection) or error.errno in AWAY
-    answers = exception.ConnectionError, exception.ServiceError, exception.InternalError
-    return isinstance(error, (Unreachable, *answers))
+    kinds = Unreachable, exception.ConnectionError, exception.ServiceError, exception.InternalError
+    return isinstance(error, kinds)
 
 
 @dataclass

@@ -89,10 +89,8 @@ def freeze_environment(values: dict[str, str | None]) -> None:
     """
 
     def env(name: str, *default: Any) -> str | None:
-        value = values[name] if name in values else oc.env(name, *default)
-        if value is None and default and default[0] is not None:
-            return str(default[0])
-        return value
+        value = values.get(name)
+        return oc.env("" if name in values else name, *default) if value is None else value
 
     OmegaConf.register_new_resolver("oc.env", env, replace=True)
 

@@ -92,9 +92,7 @@ def without_library(value: Any) -> Any:
         return type(value)(map(without_library, value))
     if type(value) is dict:
         return {key: without_library(item) for key, item in value.items()}
-    if getattr(value, "shape", None) == () and callable(item := getattr(value, "item", None)):
-        return item()
-    return value
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def is_plain(value: Any) -> bool:
