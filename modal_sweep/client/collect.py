@@ -29,30 +29,22 @@ def saved_at(journal: Journal, record: JobRecord) -> tuple["modal.Volume", str]:
     return volume(journal.sweep["volume"]), f"{journal.sweep['id']}/{record.key}"
 
 
-def collect(journal: Journal, record: JobRecord, envelope: dict[str, Any]) -> None:
-    """Bring a job's outputs here, then note its end.
-
-    Raises:
-        OSError, ValueError: a file could not be brought; nothing is noted.
-    """
-    bring(journal, record, envelope)
-    note_end(journal, record, envelope)
-
-
 def note_end(
-    journal: Journal, record: JobRecord, envelope: dict[str, Any], unpulled: str | None = None
+    journal: Journal, record: JobRecord, envelope: dict[str, Any], unpulled: str | None
 ) -> None:
     """Note how a job ended, and why its outputs are not here: that is no failure of it."""
     end = {"call": record.call, "status": envelope["status"], "value": shown_value(envelope)}
     for name in ("error", "tail", "seconds", "attempt", "task_name", "working_dir"):
         end[name] = envelope.get(name)
-    if unpulled:
-        end["unpulled"] = unpulled
-    journal.write([record.event("end", **end)])
+    journal.write([record.event("end", unpulled=unpulled, **end)])
 
 
 def bring(journal: Journal, record: JobRecord, envelope: dict[str, Any]) -> int:
-    """Bring the outputs that an envelope holds or lists; number of files fetched."""
+    """Bring the outputs that an envelope holds or lists; number of files fetched.
+
+    Raises:
+        OSError, ValueError: a file could not be brought.
+    """
     source, base = saved_at(journal, record)
     folder, fetched = output_dir(journal, record), 0
     if "files" in envelope:
@@ -96,8 +88,7 @@ def pull(journal: Journal, record: JobRecord) -> int:
     envelope = saved_result(journal, record) or {"manifest": None}
     fetched = bring(journal, record, envelope)
     if record.end and record.unpulled:
-        here = {name: value for name, value in record.end.items() if name != "unpulled"}
-        journal.write([here])
+        journal.write([record.end | {"unpulled": None}])
     return fetched
 
 

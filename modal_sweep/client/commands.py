@@ -11,11 +11,10 @@ from modal_sweep.client.failures import modal_errors
 from modal_sweep.client.preflight import confirmed
 from modal_sweep.client.table import Table, rich_table, row
 from modal_sweep.client.volumes import volume
-from modal_sweep.client.watch import OUTAGE, Watch
+from modal_sweep.client.watch import Watch
 from modal_sweep.errors import LaunchError
 from modal_sweep.protocol.journal import FOLDER, JobRecord, Journal, open_journal
 from modal_sweep.protocol.names import status_dict
-from modal_sweep.protocol.outage import Outage, patiently
 from modal_sweep.protocol.records import write_whole
 
 
@@ -32,17 +31,10 @@ def list_sweeps(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def opened(sweep: Path, patience: float = 0.0) -> Journal:
-    """A sweep's journal, where its files can be reached.
-
-    Args:
-        patience: seconds for which Modal may be away.
-
-    Raises:
-        LaunchError: there is none, or the sweep lives elsewhere on Modal.
-    """
+def opened(sweep: Path) -> Journal:
+    """A sweep's journal; raises LaunchError: there is none, or it lives elsewhere on Modal."""
     journal = open_journal(sweep)
-    patiently(lambda: place.refuse_elsewhere(journal), Outage(patience, note=messages.say))
+    place.refuse_elsewhere(journal)
     return journal
 
 
@@ -58,8 +50,7 @@ def status(arguments: argparse.Namespace) -> int:
     watch = Watch(journal, Table(), poll=1.0)
     for record in records:
         if record.call is not None and record.end is None:
-            with modal_errors(journal):
-                watch.settle(record, seconds=0.0)
+            watch.settle(record, seconds=0.0)
     statuses = calls.Statuses(journal.sweep["dict"]).read()
     rows = [row(record, statuses.get(record.key, {}), None, {}) for record in records]
     messages.console_print(rich_table(rows))
@@ -73,7 +64,7 @@ def exit_code(records: Sequence[JobRecord]) -> int:
 
 def attach(arguments: argparse.Namespace) -> int:
     """Spawn what a kill left unspawned, wait for all, bring the results."""
-    journal = opened(arguments.sweep, OUTAGE)
+    journal = opened(arguments.sweep)
     with journal.locked():
         records = journal.ordered()
         for record in records:
@@ -131,9 +122,7 @@ def pull(arguments: argparse.Namespace) -> int:
     for record in records:
         try:
             fetched += collect.pull(journal, record)
-        except FileNotFoundError as error:
-            if error.errno is not None:
-                raise
+        except FileNotFoundError:
             messages.say(f"job {record.number}: nothing was saved yet")
             continue
         if arguments.checkpoints:

@@ -32,27 +32,26 @@ def environ(job: DictConfig, settings: JobSettings, where: str) -> dict[str, str
     given = settings.image.env | settings.env
     there = {*settings.resolve_there, *job.hydra.job.env_set, *chain(*settings.secrets.values())}
     values: dict[str, str | None] = {}
+    listed = f"{where}.resolve_there"
     for key, name, default in variables("", OmegaConf.to_container(job)):
         here = os.environ.get(name)
         value = given.get(name, here)
         if name in there:
             continue
-        if not name.isidentifier():
-            problem = "which is not known before the job runs: write its name out"
-        elif value != here and (here is not None or default):
-            problem = f"which is {here or 'not set'} here and {value} in {where}.env: list it in "
-            problem += f"{where}.resolve_there to take the job's"
-        elif value is None and not default:
-            problem = f"which is not set here: set it, or {where}.env={{{name}: ...}}; if the "
-            problem += f"container has it by itself, list it in {where}.resolve_there"
+        if value != here and (here is not None or default):
+            problem = f"{here or 'not set'} here and {value} in {where}.env: list it in {listed}"
+        elif value is None and not default:  # or a name that only the job can know
+            problem = f"not set here: set it, or {where}.env, or list what the container has in "
+            problem += listed
         elif value is not None and name not in given and SECRET_NAME.search(name):
-            problem = "a secret by its name, which is written into no configuration: give it with "
-            problem += f"{where}.secrets={{<name>: [{name}]}}"
+            problem = f"a secret by its name, for no configuration: {where}.secrets gives it"
         else:
             values[name] = value
             continue
         if not key.startswith(".hydra."):  # of that node a job reads next to nothing
-            raise LaunchError(f"{key[1:]} reads the environment variable {name}, {problem}")
+            raise LaunchError(
+                f"{key[1:]} reads the environment variable {name}, which is {problem}"
+            )
     return values
 
 

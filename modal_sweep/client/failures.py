@@ -30,18 +30,12 @@ def refusal(error: Exception, without: str = WITHOUT) -> str:
         return f"Modal refuses the token of this machine ({reason}): {LOGIN} anew"
     if isinstance(error, exception.ImageBuildError):
         why = " ".join(str(error).partition("View the build logs")[0].split())[:500]
-        log = f"modal image logs {error.image_id}"
-        text = f"the image cannot be built, so this command has spawned nothing: {why} (`{log}` "
-        return text + f"shows it all); mend what is installed, then {again}"
+        why += f" (`modal image logs {error.image_id}` shows it all)"
+        return f"the image cannot be built, so nothing was spawned: {why}; mended, {again}"
     if away(error):
-        text = f"Modal does not answer ({reason}); {again}"
-    elif isinstance(error, exception.ResourceExhaustedError):
-        text = f"Modal refuses more ({reason}); {again}"
-    elif isinstance(error, OSError):
-        text = f"this machine refuses: {reason}; mend that, then {again}"
-    else:
-        text = f"Modal refuses: {reason}"
-    return text
+        return f"Modal does not answer ({reason}); {again}"
+    who = "this machine" if isinstance(error, OSError) else "Modal"
+    return f"{who} refuses: {reason}; mended, {again}"
 
 
 @contextmanager
@@ -64,9 +58,5 @@ def modal_errors(journal: Journal | None = None) -> Iterator[None]:
 def going_on(journal: Journal) -> str:
     """The jobs that this process leaves to themselves, and how to come back to them."""
     count = sum(job.call is not None and job.end is None for job in journal.ordered())
-    if not count:
-        return ""
-    return (
-        f"; {count} jobs in flight go on and are paid for: "
-        f"`modal-sweep attach {journal.sweep_dir}` brings their results"
-    )
+    back = f"`modal-sweep attach {journal.sweep_dir}` brings their results"
+    return f"; {count} jobs in flight go on and are paid for: {back}" if count else ""

@@ -53,10 +53,6 @@ def rehearse(jobs: Sequence[Job], conf: ModalLauncherConf, sweep_dir: Path) -> N
 def problems(jobs: Sequence[Job], conf: ModalLauncherConf, journal: Journal) -> list[str]:
     """What would keep these jobs from being spawned now; says what would be uploaded."""
 
-    def elsewhere() -> None:
-        if journal.sweep:
-            place.refuse_elsewhere(journal, app=conf.app, volume=volume_name(conf))
-
     def inputs() -> None:
         lacking, uploads = preflight.inputs(jobs)
         for entry in uploads:
@@ -65,7 +61,11 @@ def problems(jobs: Sequence[Job], conf: ModalLauncherConf, journal: Journal) -> 
             raise LaunchError("\n".join(lacking))
 
     refusals = []
-    for check in (elsewhere, inputs, lambda: preflight.check_cost(jobs, conf, ask=False)):
+    for check in (
+        lambda: journal.sweep and place.refuse_elsewhere(journal, conf),
+        inputs,
+        lambda: preflight.check_cost(jobs, conf, ask=False),
+    ):
         try:
             with modal_errors():
                 check()
@@ -134,10 +134,8 @@ def summary(journal: Journal, records: Sequence[JobRecord]) -> None:
     if broken:
         say(f"run those again: modal-sweep rerun --failed {journal.sweep_dir}")
     if away := [record for record in records if record.unpulled]:
-        say(
-            f"the outputs of {len(away)} jobs are not here, though on Modal "
-            f"({away[0].unpulled}): modal-sweep pull {journal.sweep_dir}"
-        )
+        why = f"the outputs of {len(away)} jobs are not here ({away[0].unpulled})"
+        say(f"{why}: modal-sweep pull {journal.sweep_dir}")
 
 
 def failure_text(journal: Journal, record: JobRecord) -> str:

@@ -69,9 +69,9 @@ def refuse_env_copy(job: Job) -> None:
     for name in job.config.hydra.job.env_copy or []:
         if SECRET_NAME.search(name):
             raise LaunchError(
-                f"hydra.job.env_copy={name} would write its value into .hydra/hydra.yaml; "
-                f"give it to the job as a secret: `modal secret create my-secret {name}=...` "
-                f"and resources.secrets={{my-secret: [{name}]}}"
+                f"hydra.job.env_copy={name} would write its value into .hydra/hydra.yaml; give it "
+                f"as a secret: `modal secret create one {name}=...`, "
+                f"resources.secrets={{one: [{name}]}}"
             )
 
 
@@ -107,29 +107,27 @@ def inputs(jobs: Sequence[Job]) -> tuple[list[str], list[dict[str, Any]]]:
     """What jobs lack: all of it, in the order in which it is made; and what is to be uploaded."""
     problems: list[str] = []
     if commands := missing_secrets(required_secrets(jobs)):
-        problems.append(
-            "secrets are missing or lack a key (the values stay on Modal); make them with:\n  "
-            + "\n  ".join(commands)
-        )
+        text = "secrets are missing or lack a key (the values stay on Modal); make them with:"
+        problems.append("\n  ".join([text, *commands]))
     uploads: list[dict[str, Any]] = []
-    lacking: dict[tuple[str, str], str] = {}
     seen: set[tuple[str, str]] = set()
+    hints: dict[str, str] = {}
 
     def look(entry: Mapping[str, Any]) -> None:
         name, path, local = entry["volume"], entry["path"], entry.get("local")
-        if not path or (name, path) in seen:
+        if not path or (name, path) in seen or exists(volume(name), path):
             return
         seen.add((name, path))
-        if exists(volume(name), path):
-            return
         if not local or not Path(local).exists():
             for need in entry.get("requires") or []:
                 look(need)
             remedy = f"; make it with:\n  {entry['remedy']}" if entry.get("remedy") else ""
-            lacking[name, path] = f"{name}:{path} is missing, and a job needs it{remedy}"
+            problems.append(f"{name}:{path} is missing, and a job needs it{remedy}")
+            hints[name] = f"`modal volume ls {name}` shows what is there"
             return
-        if (size := sum(file.stat().st_size for file in files_of(local))) > MOST_UPLOADED:
-            lacking[name, path] = (
+        files = [file for file in [Path(local), *Path(local).rglob("*")] if file.is_file()]
+        if (size := sum(file.stat().st_size for file in files)) > MOST_UPLOADED:
+            problems.append(
                 f"{local} ({size / 1e9:.1f} GB) is not on the Volume {name}; "
                 f"upload it with `modal volume put {name} {local} {path}`"
             )
@@ -138,13 +136,7 @@ def inputs(jobs: Sequence[Job]) -> tuple[list[str], list[dict[str, Any]]]:
     for job in jobs:
         for entry in job.settings.requires:
             look(entry)
-    shown = [f"`modal volume ls {name}` shows what is there" for name in {n: 0 for n, _ in lacking}]
-    return [*problems, *lacking.values(), *shown], uploads
-
-
-def files_of(local: str) -> list[Path]:
-    """A file, or the files below a folder."""
-    return [file for file in [Path(local), *Path(local).rglob("*")] if file.is_file()]
+    return [*problems, *hints.values()], uploads
 
 
 def bring_inputs(jobs: Sequence[Job]) -> list[str]:

@@ -88,7 +88,7 @@ def prepare(
     key = digest(needs)
     if key in spawner.prepared:
         return spawner.prepared[key]
-    lives = place.refuse_elsewhere(journal, app=conf.app, volume=volume_name(conf))
+    lives = place.refuse_elsewhere(journal, conf)
     for line in preflight.bring_inputs(fresh):
         log.info(f"\tuploaded {line}")
     preflight.check_cost([*fresh] * times, conf, ask=True)

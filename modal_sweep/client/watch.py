@@ -1,7 +1,6 @@
 """Waiting for the jobs of a sweep: every end is collected as it comes, whatever the others do."""
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,6 @@ from modal_sweep.protocol.records import first_line
 
 SLOW_LOOK = 20.0
 OUTAGE = 900.0
-TRIES = 5
 
 
 @dataclass
@@ -28,8 +26,6 @@ class Watch:
     poll: float
     ended: dict[str, Ended] = field(default_factory=dict)
     looked: dict[str, float] = field(default_factory=dict)
-    trouble: Counter[str] = field(default_factory=Counter)
-    """By identity: how often an end could not be brought."""
     pause: float = 0.05
 
     @cached_property
@@ -58,7 +54,7 @@ class Watch:
         while pending := [record for record in records if record.end is None]:
             self.turn(records, pending, self.poll)
         for record in records:
-            if record.unpulled and record.identity not in self.ended:
+            if record.unpulled:
                 self.pull(record)
         self.table.show(records, self.statuses.latest, self.ended, last=True)
         return self.ended
@@ -114,18 +110,14 @@ class Watch:
 
     def bring(self, record: JobRecord, ended: Ended) -> bool:
         """Collect an end. Outputs that cannot be brought stay on Modal: the end counts without."""
+        left = None
         try:
-            collect.collect(self.journal, record, ended.envelope)
+            collect.bring(self.journal, record, ended.envelope)
         except (OSError, ValueError) as error:
             if away(error):
                 raise
-            self.trouble[record.identity] += 1
-            local = getattr(error, "errno", None) is not None  # waiting mends nothing there
-            if not local and self.trouble[record.identity] < TRIES:
-                self.table.note(f"job {record.number}: outputs not here yet ({error}); again soon")
-                time.sleep(self.poll)
-                return False
-            collect.note_end(self.journal, record, ended.envelope, first_line(error))
+            left = first_line(error)
+        collect.note_end(self.journal, record, ended.envelope, left)
         self.ended[record.identity] = ended
         self.table.ended(record, ended)
         return True

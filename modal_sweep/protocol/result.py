@@ -92,7 +92,8 @@ def without_library(value: Any) -> Any:
         return type(value)(map(without_library, value))
     if type(value) is dict:
         return {key: without_library(item) for key, item in value.items()}
-    return value.item() if getattr(value, "shape", None) == () else value
+    scalar = getattr(value, "shape", None) == () and hasattr(value, "item")
+    return value.item() if scalar else value
 
 
 def is_plain(value: Any) -> bool:

@@ -48,11 +48,15 @@ def test_what_is_read_here(
 @pytest.mark.parametrize(
     ("text", "settings", "words"),
     [
-        ("${oc.env:NOT_HERE}", {}, ["x reads", "NOT_HERE", "not set here", "resources.env="]),
+        (
+            "${oc.env:NOT_HERE}",
+            {},
+            ["x reads", "NOT_HERE", "which is not set here", "resources.env"],
+        ),
         ("${oc.env:HERE}", {"env": {"HERE": "6"}}, ["5 here and 6", "resources.resolve_there"]),
         ("${oc.env:NOT_HERE,1}", {"env": {"NOT_HERE": "6"}}, ["not set here and 6"]),
         ("${oc.env:A_TOKEN,null}", {}, ["a secret by its name", "resources.secrets"]),
-        ("${oc.env:${y}}", {}, ["not known before the job runs"]),
+        ("${oc.env:${y}}", {}, ["x reads", "not set here"]),
     ],
 )
 def test_what_is_refused(

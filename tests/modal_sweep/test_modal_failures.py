@@ -67,7 +67,7 @@ def test_an_image_that_cannot_be_built(
     command = values(sweep, "hydra/sweeper=experiment", "x=1,2")
     control_plane.break_build("broken-package-xyz")
     printed = driver.run([*command, bad], expect=1)
-    assert "the image cannot be built, so this command has spawned nothing" in printed
+    assert "the image cannot be built, so nothing was spawned" in printed
     assert "modal image logs im-" in printed and "the same command continues" in printed
     assert "Traceback" not in printed and "failed" not in printed.replace("im-", "").split("(`")[1]
     assert '"failed"' not in (sweep / "sweep.json").read_text()
