@@ -39,7 +39,7 @@ def environ(job: DictConfig, settings: JobSettings, where: str) -> dict[str, str
         if name in there:
             continue
         if value != here and (here is not None or default):
-            problem = f"{here or 'not set'} here and {value} in {where}.env: list it in {listed}"
+            problem = f"something else in {where}.env than here: list it in {listed}"
         elif value is None and not default:  # or a name that only the job can know
             problem = f"not set here: set it, or {where}.env, or list what the container has in "
             problem += listed

@@ -115,9 +115,11 @@ def inputs(jobs: Sequence[Job]) -> tuple[list[str], list[dict[str, Any]]]:
 
     def look(entry: Mapping[str, Any]) -> None:
         name, path, local = entry["volume"], entry["path"], entry.get("local")
-        if not path or (name, path) in seen or exists(volume(name), path):
+        if not path or (name, path) in seen:
             return
         seen.add((name, path))
+        if exists(volume(name), path):
+            return
         if not local or not Path(local).exists():
             for need in entry.get("requires") or []:
                 look(need)
