@@ -17,7 +17,7 @@ from modal_sweep.protocol import payload
 def read(text: str, **settings: object) -> object:
     """What a configuration with `x` reads."""
     config = OmegaConf.create({"x": text, "hydra": {"job": {"env_set": {"SET": "1"}}}})
-    return environ(config, JobSettings(**settings), "resources")[0]  # type: ignore[arg-type]
+    return environ(config, JobSettings(**settings), "resources")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,14 @@ def test_what_is_read_here(
         (
             "${oc.env:NOT_HERE}",
             {},
-            ["x reads", "NOT_HERE", "which is not set here", "resources.env"],
+            ["x reads", "NOT_HERE", "is not set here", "resources.env"],
         ),
-        ("${oc.env:HERE}", {"env": {"HERE": "6"}}, ["5 here and 6", "resources.resolve_there"]),
-        ("${oc.env:NOT_HERE,1}", {"env": {"NOT_HERE": "6"}}, ["not set here and 6"]),
+        (
+            "${oc.env:HERE}",
+            {"env": {"HERE": "6"}},
+            ["something else in resources.env", "resolve_there"],
+        ),
+        ("${oc.env:NOT_HERE,1}", {"env": {"NOT_HERE": "6"}}, ["something else in resources.env"]),
         ("${oc.env:A_TOKEN,null}", {}, ["a secret by its name", "resources.secrets"]),
         ("${oc.env:${y}}", {}, ["x reads", "not set here"]),
     ],
