@@ -56,7 +56,7 @@ def test_what_is_read_here(
         (
             "${oc.env:HERE}",
             {"env": {"HERE": "6"}},
-            ["something else in resources.env", "resolve_there"],
+            ["else in resources.env", "resolve_there"],
         ),
         ("${oc.env:NOT_HERE,1}", {"env": {"NOT_HERE": "6"}}, ["something else in resources.env"]),
         ("${oc.env:A_TOKEN,null}", {}, ["a secret by its name", "resources.secrets"]),
