@@ -26,7 +26,7 @@ def refusal(error: Exception, without: str = WITHOUT) -> str:
     reason, again = first_line(error), "the same command continues"
     if isinstance(error, exception.AuthError):
         if reason.startswith("Token missing"):
-            return f"Modal does not know this machine. {LOGIN}; {without}\n({reason})"
+            return f"Modal does not know this machine. {LOGIN}; {without}"
         return f"Modal refuses the token of this machine ({reason}): {LOGIN} anew"
     if isinstance(error, exception.ImageBuildError):
         why = " ".join(str(error).partition("View the build logs")[0].split())[:500]

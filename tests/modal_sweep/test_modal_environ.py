@@ -1,5 +1,7 @@
 """`${oc.env:...}` is in the job what it was for the launching machine, and part of its identity."""
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -8,7 +10,9 @@ from modal_app import driver
 from omegaconf import OmegaConf
 from test_modal_place import values
 
+from modal_sweep.client.code import Shipment
 from modal_sweep.client.environ import environ
+from modal_sweep.client.plan import Job, identity
 from modal_sweep.config import ImageSettings, JobSettings
 from modal_sweep.errors import LaunchError
 from modal_sweep.protocol import payload
@@ -87,6 +91,16 @@ def test_a_frozen_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         payload.freeze_environment({})
     assert resolved == ["5", "9", None, os.environ["PATH"]]
+
+
+def test_a_configuration_without_variables_has_the_identity_that_it_had() -> None:
+    config = OmegaConf.create({"x": 1, "y": "${x}", "hydra": {"job": {"name": "app"}}})
+    job = Job(0, [], config, JobSettings(), "/out", {"base": "b"}, Shipment({}, "code"), {})
+    parts = ["code", {"base": "b"}, {"x": 1, "y": "${x}"}, "app", "/out"]
+    text = json.dumps(parts, sort_keys=True)
+    assert identity(job, "resources") == hashlib.sha256(text.encode()).hexdigest()[:20]
+    job.environ = {"x": "5"}
+    assert identity(job, "resources") != hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 @pytest.mark.usefixtures("on_local_modal")

@@ -59,6 +59,17 @@ def test_a_long_name_is_refused_before_anything_is_spawned(tmp_path: Path) -> No
     assert driver.events(tmp_path / "sweep", "spawn") == []
 
 
+def test_what_a_container_cannot_write_is_tried_once(
+    tmp_path: Path, on_local_modal: LocalModal, control_plane: LocalModal
+) -> None:
+    sweep = tmp_path / "sweep"
+    name = "+resources.progress_file=/tmp/" + "abcdefghij" * 30
+    printed = driver.run(values(sweep, name), expect=1)
+    assert "File name too long" in printed and "does not answer" not in printed
+    [spawn] = driver.events(sweep, "spawn")
+    assert control_plane.state()["calls"][spawn["call"]]["starts"] == [1]
+
+
 def test_an_image_that_cannot_be_built(
     tmp_path: Path, on_local_modal: LocalModal, control_plane: LocalModal
 ) -> None:
