@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,7 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
     roots = PathsConfig(env["SPECFORGE_DATASETS"], env["SPECFORGE_CHECKPOINTS"])
     there = replace(here, paths=roots)
     run = paths.run_dir(there)
-
-    def needs(
-        folder: Callable[[Config], Path], maker: str, *requires: dict[str, Any]
-    ) -> dict[str, Any]:
-        """A folder on a Volume, and what makes it; what is here instead may be uploaded."""
-        path = folder(there)
-        inside = path.is_relative_to(roots.datasets)
-        root = roots.datasets if inside else roots.checkpoints
-        place = {"volume": volumes[root], "path": path.relative_to(root).as_posix()}
-        made = {"remedy": command(maker), "requires": [*requires]}
-        return {**place, "local": str(folder(here)), **made}
-
+    needs = partial(need, here, there)
     path = prefetched(here.model.path)
     model = {"volume": volumes[env["HF_HOME"]], "path": path, "remedy": command("prefetch")}
     answers = prompts = needs(paths.prompts_dir, "prep")
@@ -83,6 +73,17 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
         },
     }
     return stages.get(stage, {})
+
+
+def need(
+    here: Config, there: Config, folder: Callable[[Config], Path], maker: str, *requires: Any
+) -> dict[str, Any]:
+    """A folder on a Volume, and what makes it; what is here instead may be uploaded."""
+    path, roots = folder(there), there.paths
+    root = roots.datasets if path.is_relative_to(roots.datasets) else roots.checkpoints
+    place = {"volume": here.resources["volumes"][root], "path": path.relative_to(root).as_posix()}
+    made = {"remedy": command(maker), "requires": [*requires]}
+    return {**place, "local": str(folder(here)), **made}
 
 
 def cores(count: int, gib: int, gpu: Any = None) -> dict[str, Any]:
