@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from modal_sweep.client import commands, messages
+from modal_sweep.client import commands
+from modal_sweep.client.failures import modal_errors
 from modal_sweep.errors import LaunchError
 
 
@@ -14,7 +15,7 @@ def main() -> None:
     """Run a command; exit code 1 when a job failed or something has to be mended."""
     arguments = parser().parse_args()
     try:
-        with messages.modal_errors():
+        with modal_errors():
             sys.exit(arguments.run(arguments))
     except LaunchError as error:
         sys.exit(f"modal-sweep: {error}")

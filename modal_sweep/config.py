@@ -29,6 +29,9 @@ class ImageSettings:
     """A pyproject.toml whose dependencies are installed, relative to the script's folder."""
     extras: list[str] = field(default_factory=list)
     """Its optional-dependencies to install as well."""
+    constraints: str | None = None
+    """A constraints.txt with the versions that everything installed must have, relative to the
+    script's folder; what `packages` pins, and what comes from here, wins over it."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables, no secrets."""
     sources: list[str] | None = None
@@ -67,11 +70,15 @@ class JobSettings:
     """Name of the Modal secret: keys it must have."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables of the container, no secrets."""
+    resolve_there: list[str] = field(default_factory=list)
+    """Variables whose `${oc.env:...}` the container resolves, such as the places of its folders; of
+    all others a job has what they are here, and one that is not set here is refused."""
     hours: float | None = None
     """Expected hours, for the estimate of the cost; null: unknown."""
     requires: list[Any] = field(default_factory=list)
-    """What must exist before a job may start: {volume, path, remedy, local}. `remedy` is the
-    command that makes it; where the Volume lacks it and `local` exists here, that is uploaded."""
+    """What must exist before a job may start: {volume, path, remedy, local, requires}. `remedy` is
+    the command that makes it, `requires` what that needs in turn; where the Volume lacks it and
+    `local` exists here, that is uploaded."""
     unique: list[str] = field(default_factory=list)
     """Places the job writes; two jobs with the same one are refused. pull --checkpoints brings
     those that lie on a mounted Volume."""

@@ -35,15 +35,15 @@ FLOORS = {
     "modal_sweep": ["errors config", "protocol", "container", "client", "cli __main__"],
     "hydra_sweeps": [
         "errors records overrides",
-        "jobs processes record runner table command",
+        "jobs processes record runner table command choices",
         "grid study",
     ],
     "hydra_plugins": ["modal_launcher experiment_sweeper"],
 }
 """Every house from its floor upwards; the longer name of a file counts."""
 BUDGETS = {
-    "modal_sweep": 30_000,
-    "hydra_sweeps": 21_500,
+    "modal_sweep": 32_300,
+    "hydra_sweeps": 22_000,
     "hydra_plugins": 1_050,
     "specforge_exp": 137_000,
     "specforge_exp/data": 15_500,

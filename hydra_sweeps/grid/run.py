@@ -13,6 +13,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_sweeps import record
+from hydra_sweeps.choices import refuse_other_choices
 from hydra_sweeps.command import (
     raising_sigterm,
     report,
@@ -91,6 +92,7 @@ def run_grid(
     check(options, launcher, master)
     choices = points(loader, arguments, options.params or {}, options.cases)
     jobs = named_jobs(source, choices, options)
+    refuse_other_choices(master, jobs, arguments)
     sweep_dir = Path(str(master.hydra.sweep.dir))
     folder = sweep_dir.absolute()
     grid = Grid(options, launcher, master, folder, fresh(options, master), jobs)

@@ -7,7 +7,7 @@ from typing import Any
 from modal_sweep.errors import CallError, Cancelled, Died, Raised, ResultGone, Unreachable
 from modal_sweep.protocol import result
 from modal_sweep.protocol.names import status_dict
-from modal_sweep.protocol.outage import transient
+from modal_sweep.protocol.outage import away
 
 
 @dataclass
@@ -37,7 +37,7 @@ def call_error(error: BaseException) -> CallError | Unreachable | None:
         return Cancelled(error)
     if isinstance(error, TimeoutError):
         return None
-    return Unreachable(str(error)) if isinstance(error, (*transient(), OSError)) else Raised(error)
+    return Unreachable(str(error)) if away(error) else Raised(error)
 
 
 def look(call: str, seconds: float = 0.0) -> Ended | None:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modal_sweep.client.calls import Ended
 from modal_sweep.client.volumes import read_if_there, volume
 from modal_sweep.protocol import outputs, result
 from modal_sweep.protocol.journal import JobRecord, Journal
@@ -30,31 +29,37 @@ def saved_at(journal: Journal, record: JobRecord) -> tuple["modal.Volume", str]:
     return volume(journal.sweep["volume"]), f"{journal.sweep['id']}/{record.key}"
 
 
-def collect(journal: Journal, record: JobRecord, ended: Ended) -> None:
-    """Bring a job's outputs here, then note its end.
+def note_end(
+    journal: Journal, record: JobRecord, envelope: dict[str, Any], unpulled: str | None
+) -> None:
+    """Note how a job ended, and why its outputs are not here: that is no failure of it."""
+    end = {"call": record.call, "status": envelope["status"], "value": shown_value(envelope)}
+    for name in ("error", "tail", "seconds", "attempt", "task_name", "working_dir"):
+        end[name] = envelope.get(name)
+    journal.write([record.event("end", unpulled=unpulled, **end)])
+
+
+def bring(journal: Journal, record: JobRecord, envelope: dict[str, Any]) -> int:
+    """Bring the outputs that an envelope holds or lists; number of files fetched.
 
     Raises:
-        OSError: when a file could not be brought; nothing is noted, so it is tried again.
+        OSError, ValueError: a file could not be brought.
     """
-    envelope = ended.envelope
     source, base = saved_at(journal, record)
-    folder = output_dir(journal, record)
+    folder, fetched = output_dir(journal, record), 0
     if "files" in envelope:
-        unpack_files(envelope["files"], folder)
+        fetched = unpack_files(envelope["files"], folder)
     elif "manifest" in envelope:
         manifest = envelope["manifest"]
         if manifest is None:  # too long for the result
             manifest = read_manifest(source, base)
-        outputs.pull(manifest, folder, reader(source, f"{base}/outputs"))
+        fetched = outputs.pull(manifest, folder, reader(source, f"{base}/outputs"))
         content = json.dumps(manifest, indent=1).encode()
         write_whole(job_folder(journal, record) / "manifest.json", [content])
     if envelope.get("cwd_files"):
         cwd = Path(record.plan["ref"]["cwd"])
-        outputs.pull(envelope["cwd_files"], cwd, reader(source, f"{base}/cwd"))
-    end = {"call": record.call, "status": envelope["status"], "value": shown_value(envelope)}
-    for name in ("error", "tail", "seconds", "attempt", "task_name", "working_dir"):
-        end[name] = envelope.get(name)
-    journal.write([record.event("end", **end)])
+        fetched += outputs.pull(envelope["cwd_files"], cwd, reader(source, f"{base}/cwd"))
+    return fetched
 
 
 def shown_value(envelope: dict[str, Any]) -> Any:
@@ -78,13 +83,13 @@ def pull(journal: Journal, record: JobRecord) -> int:
 
     Raises:
         FileNotFoundError: nothing was saved yet.
+        OSError, ValueError: a file could not be brought.
     """
-    folder, envelope = output_dir(journal, record), saved_result(journal, record)
-    if "files" in envelope:
-        return unpack_files(envelope["files"], folder)
-    source, base = saved_at(journal, record)
-    manifest = read_manifest(source, base)
-    return outputs.pull(manifest, folder, reader(source, f"{base}/outputs"))
+    envelope = saved_result(journal, record) or {"manifest": None}
+    fetched = bring(journal, record, envelope)
+    if record.end and record.unpulled:
+        journal.write([record.end | {"unpulled": None}])
+    return fetched
 
 
 def read_manifest(source: "modal.Volume", base: str) -> dict[str, Any]:

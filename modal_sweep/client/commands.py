@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modal_sweep.client import calls, collect, messages, spawn
+from modal_sweep.client import calls, collect, messages, place, spawn
+from modal_sweep.client.failures import modal_errors
 from modal_sweep.client.preflight import confirmed
 from modal_sweep.client.table import Table, rich_table, row
 from modal_sweep.client.volumes import volume
@@ -30,6 +31,13 @@ def list_sweeps(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def opened(sweep: Path) -> Journal:
+    """A sweep's journal; raises LaunchError: there is none, or it lives elsewhere on Modal."""
+    journal = open_journal(sweep)
+    place.refuse_elsewhere(journal)
+    return journal
+
+
 def state_of(record: JobRecord) -> str:
     """What the journal says of a job."""
     return record.status or ("not spawned" if record.call is None else "in flight")
@@ -37,7 +45,7 @@ def state_of(record: JobRecord) -> str:
 
 def status(arguments: argparse.Namespace) -> int:
     """One look, without waiting; results that are ready are brought."""
-    journal = open_journal(arguments.sweep)
+    journal = opened(arguments.sweep)
     records = journal.ordered()
     watch = Watch(journal, Table(), poll=1.0)
     for record in records:
@@ -50,13 +58,13 @@ def status(arguments: argparse.Namespace) -> int:
 
 
 def exit_code(records: Sequence[JobRecord]) -> int:
-    """1 when a job ended without a result."""
-    return int(any(record.broken for record in records))
+    """1 when a job ended without a result, or its outputs are not here."""
+    return int(any(record.broken or record.unpulled for record in records))
 
 
 def attach(arguments: argparse.Namespace) -> int:
     """Spawn what a kill left unspawned, wait for all, bring the results."""
-    journal = open_journal(arguments.sweep)
+    journal = opened(arguments.sweep)
     with journal.locked():
         records = journal.ordered()
         for record in records:
@@ -68,7 +76,7 @@ def attach(arguments: argparse.Namespace) -> int:
 def finish(journal: Journal, records: Sequence[JobRecord]) -> int:
     """Wait with a table, then say how the sweep ended."""
     try:
-        with Table() as table:
+        with modal_errors(journal), Table() as table:
             Watch(journal, table, poll=1.0).collect(records)
     except KeyboardInterrupt:
         messages.detached(journal)
@@ -92,7 +100,7 @@ def by_number(journal: Journal, numbers: Sequence[int]) -> list[JobRecord]:
 
 def logs(arguments: argparse.Namespace) -> int:
     """Print what a job has printed: from the Volume when it was saved, else from Modal's log."""
-    journal = open_journal(arguments.sweep)
+    journal = opened(arguments.sweep)
     [record] = by_number(journal, [arguments.job])
     saved = collect.log_text(journal, record)
     if saved is not None and record.end is not None:
@@ -109,9 +117,9 @@ def logs(arguments: argparse.Namespace) -> int:
 
 def pull(arguments: argparse.Namespace) -> int:
     """Bring the outputs of all jobs; files that are here already cost nothing."""
-    journal = open_journal(arguments.sweep)
-    fetched = 0
-    for record in journal.ordered():
+    journal = opened(arguments.sweep)
+    fetched, records = 0, journal.ordered()
+    for record in records:
         try:
             fetched += collect.pull(journal, record)
         except FileNotFoundError:
@@ -121,16 +129,16 @@ def pull(arguments: argparse.Namespace) -> int:
             target = arguments.to or collect.job_folder(journal, record) / "checkpoints"
             fetched += pull_places(record, target)
     print(f"{fetched} files fetched into {journal.sweep_dir}")
-    return 0
+    return int(any(record.unpulled for record in records))
 
 
 def pull_places(record: JobRecord, target: Path) -> int:
     """Bring what a job wrote to mounted Volumes; number of files fetched."""
     fetched = 0
-    for place in record.plan["unique"]:
+    for folder in record.plan["unique"]:
         for mount, name in record.plan["options"]["volumes"].items():
-            if place == mount or place.startswith(mount.rstrip("/") + "/"):
-                path = place[len(mount.rstrip("/")) :].strip("/")
+            if folder == mount or folder.startswith(mount.rstrip("/") + "/"):
+                path = folder[len(mount.rstrip("/")) :].strip("/")
                 fetched += pull_folder(name, path, target / path)
     return fetched
 
@@ -153,7 +161,7 @@ def pull_folder(name: str, path: str, target: Path) -> int:
 
 def cancel(arguments: argparse.Namespace) -> int:
     """Cancel calls that have no result yet."""
-    journal = open_journal(arguments.sweep)
+    journal = opened(arguments.sweep)
     records = by_number(journal, arguments.job) if arguments.job else journal.ordered()
     count = sum(spawn.cancel(journal, record) for record in records)
     print(f"{count} jobs cancelled; what they saved stays, the launching command runs them again")
@@ -162,7 +170,7 @@ def cancel(arguments: argparse.Namespace) -> int:
 
 def rerun(arguments: argparse.Namespace) -> int:
     """Open the next generation of jobs and wait for them."""
-    journal = open_journal(arguments.sweep)
+    journal = opened(arguments.sweep)
     with journal.locked():
         records = by_number(journal, arguments.job)
         if arguments.failed:
@@ -184,7 +192,7 @@ def clean(arguments: argparse.Namespace) -> int:
     """Delete the sweep's folder on its Volume and its Dict."""
     import modal
 
-    journal = open_journal(arguments.sweep)
+    journal = opened(arguments.sweep)
     if any(spawn.still_runs(record) for record in journal.ordered()):
         raise LaunchError(f"jobs are running: modal-sweep cancel {journal.sweep_dir} first")
     place = f"{journal.sweep['volume']}:{journal.sweep['id']}"

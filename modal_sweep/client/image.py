@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ def image_spec(settings: ImageSettings, root: Path | None) -> dict[str, Any]:
     """Everything that decides what is installed, as plain values.
 
     Raises:
-        LaunchError: for another Python than this one, or a pyproject.toml that cannot be used.
+        LaunchError: for another Python than this one, or a file that cannot be used.
     """
     if settings.python not in (None, PYTHON):
         raise LaunchError(
@@ -32,7 +34,28 @@ def image_spec(settings: ImageSettings, root: Path | None) -> dict[str, Any]:
         "apt": list(settings.apt),
         "packages": [*pinned, *settings.packages, *project_packages(settings, root)],
         "env": dict(settings.env),
+        **constraints(settings, root, pinned),
     }
+
+
+def constraints(
+    settings: ImageSettings, root: Path | None, pinned: list[str]
+) -> dict[str, list[str]]:
+    """The lines of a constraints.txt, without those that would contradict what is asked for."""
+    if settings.constraints is None:
+        return {}
+    path = (root or Path()) / settings.constraints
+    try:
+        lines = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise LaunchError(f"image.constraints: {path} cannot be read: {error!r}") from None
+    asked = {named(one) for one in [*pinned, *settings.packages] if re.search("[=@<>~]", one)}
+    return {"constraints": [line for line in lines if line and named(line) not in asked]}
+
+
+def named(package: str) -> str:
+    """The name of a requirement, as packaging tools compare it."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", package)[0]).lower()
 
 
 def project_packages(settings: ImageSettings, root: Path | None) -> list[str]:
@@ -72,7 +95,11 @@ def build(spec: dict[str, Any], folder: Path) -> "modal.Image":
         image = modal.Image.from_registry(base, add_python=spec["python"])
     if spec["apt"]:
         image = image.apt_install(*spec["apt"])
-    image = image.uv_pip_install(*spec["packages"])
+    options = ""
+    if lines := spec.get("constraints"):
+        options = "--constraint /constraints.txt"
+        image = image.run_commands(f"printf '%s\\n' {shlex.join(lines)} > /constraints.txt")
+    image = image.uv_pip_install(*spec["packages"], extra_options=options)
     if spec["env"]:
         image = image.env(spec["env"])
     return image.add_local_dir(folder, "/root")

@@ -8,6 +8,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from modal_sweep.client import messages, plan, preflight
+from modal_sweep.client.failures import modal_errors
 from modal_sweep.client.returns import job_return
 from modal_sweep.client.spawn import Spawner, spawn_jobs
 from modal_sweep.client.table import Table
@@ -44,8 +45,8 @@ def launch(
     if conf.dry_run or conf.setup:
         messages.rehearse(jobs, conf, sweep.folder)
         raise SystemExit(0)
-    with messages.modal_errors():
-        journal = Journal(sweep.folder)
+    journal = Journal(sweep.folder)
+    with modal_errors(journal):
         spawner = Spawner(journal, conf, payload.pack(context, task))
         try:
             states = spawn_jobs(spawner, jobs)

@@ -1,12 +1,13 @@
 """What the user reads: the dry run, how a sweep ended, how to come back to it."""
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modal_sweep.client import cost, preflight
+from modal_sweep.client import cost, place, preflight
+from modal_sweep.client.failures import LOGIN, modal_errors
+from modal_sweep.client.image import digest
 from modal_sweep.client.plan import Job
 from modal_sweep.client.settings import gpu_list, volume_name
 from modal_sweep.client.table import rich_table
@@ -14,36 +15,8 @@ from modal_sweep.client.volumes import volume
 from modal_sweep.config import ModalLauncherConf
 from modal_sweep.errors import LaunchError
 from modal_sweep.protocol.journal import JobRecord, Journal
-from modal_sweep.protocol.records import first_line
 
 COLUMNS = ("job", "overrides", "gpu", "timeout", "hours", "USD expected", "USD at most")
-NO_TOKEN = (
-    "Modal does not know this machine. `modal setup` logs in (a free account is enough to start); "
-    "without an account, hydra/launcher=basic runs the jobs here, one after the other"
-)
-
-
-@contextmanager
-def modal_errors() -> Iterator[None]:
-    """Turn what a user can mend about Modal into one message."""
-    try:
-        from modal import exception
-    except ImportError:
-        text = "hydra/launcher=modal needs the modal package: pip install modal"
-        raise LaunchError(text) from None
-    try:
-        yield
-    except exception.AuthError as error:
-        text = f"{NO_TOKEN}\n({first_line(error)})"
-    except (exception.ConnectionError, exception.ServiceError) as error:
-        text = f"Modal does not answer ({first_line(error)}); the same command continues"
-    except exception.ResourceExhaustedError as error:
-        text = f"Modal refuses more ({first_line(error)}); the same command continues"
-    except (exception.PermissionDeniedError, exception.InvalidError) as error:
-        text = f"Modal refuses: {first_line(error)}"
-    else:
-        return
-    raise LaunchError(text)
 
 
 def say(text: str) -> None:
@@ -61,7 +34,9 @@ def rehearse(jobs: Sequence[Job], conf: ModalLauncherConf, sweep_dir: Path) -> N
     )
     for job in {job.code.digest + str(job.image): job for job in jobs}.values():
         packages = " ".join(job.image["packages"])
-        say(f"image {job.image['base']}, Python {job.image['python']}: {packages}")
+        pins = job.image.get("constraints", [])
+        tested = f"; in the versions of {len(pins)} constraints, {digest(pins)}" if pins else ""
+        say(f"image {job.image['base']}, Python {job.image['python']}: {packages}{tested}")
         say(f"ships {len(job.code.files)} files, code {job.code.digest[:12]}")
     volumes = preflight.volume_names(jobs, volume_name(conf))
     secrets = preflight.required_secrets(jobs)
@@ -70,22 +45,25 @@ def rehearse(jobs: Sequence[Job], conf: ModalLauncherConf, sweep_dir: Path) -> N
         with modal_errors():
             set_up(volumes, secrets)
         return
-    for problem in problems(jobs, conf):
+    for problem in problems(jobs, conf, Journal(sweep_dir)):
         say(f"a launch would be refused: {problem}")
     say(f"dry run: nothing was spawned; outputs would come to {sweep_dir}")
 
 
-def problems(jobs: Sequence[Job], conf: ModalLauncherConf) -> list[str]:
+def problems(jobs: Sequence[Job], conf: ModalLauncherConf, journal: Journal) -> list[str]:
     """What would keep these jobs from being spawned now; says what would be uploaded."""
 
-    def uploads() -> None:
-        for line in preflight.check_requires(jobs, send=False):
-            say(f"would upload {line}")
+    def inputs() -> None:
+        lacking, uploads = preflight.inputs(jobs)
+        for entry in uploads:
+            say(f"would upload {entry['text']}")
+        if lacking:
+            raise LaunchError("\n".join(lacking))
 
     refusals = []
     for check in (
-        lambda: preflight.check_secrets(jobs),
-        uploads,
+        lambda: journal.sweep and place.refuse_elsewhere(journal, conf),
+        inputs,
         lambda: preflight.check_cost(jobs, conf, ask=False),
     ):
         try:
@@ -93,7 +71,7 @@ def problems(jobs: Sequence[Job], conf: ModalLauncherConf) -> list[str]:
                 check()
         except LaunchError as error:
             refusals.append(str(error))
-            if str(error).startswith(NO_TOKEN):
+            if LOGIN in str(error):
                 break
     return refusals
 
@@ -155,6 +133,9 @@ def summary(journal: Journal, records: Sequence[JobRecord]) -> None:
     say(f"{completed}; outputs in {journal.sweep_dir}")
     if broken:
         say(f"run those again: modal-sweep rerun --failed {journal.sweep_dir}")
+    if away := [record for record in records if record.unpulled]:
+        why = f"the outputs of {len(away)} jobs are not here ({away[0].unpulled})"
+        say(f"{why}: modal-sweep pull {journal.sweep_dir}")
 
 
 def failure_text(journal: Journal, record: JobRecord) -> str:

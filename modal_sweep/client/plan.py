@@ -15,6 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from modal_sweep.client.code import Shipment, project_root, shipment
+from modal_sweep.client.environ import environ
 from modal_sweep.client.image import digest, image_spec
 from modal_sweep.client.settings import gpu_list, job_settings, launcher_conf, single_use
 from modal_sweep.config import JobSettings, ModalLauncherConf
@@ -48,6 +49,8 @@ class Job:
     output_dir: str
     image: dict[str, Any]
     code: Shipment
+    environ: dict[str, str | None]
+    """The variables that its configuration reads."""
     identity: str = ""
 
     @property
@@ -112,6 +115,7 @@ def plan_jobs(sweep: Sweep, job_overrides: Sequence[Sequence[str]], first: int) 
         image, code = sweep.builds[key]
         job = Job(
             number=config.hydra.job.num,
+            environ=environ(config, settings, sweep.conf.resources),  # before it is resolved
             overrides=list(filter_overrides(config.hydra.overrides.task)),
             config=config,
             settings=settings,
@@ -146,14 +150,20 @@ def fix_output_dir(config: DictConfig) -> str:
 
 
 def identity(job: Job, resources: str) -> str:
-    """Hash of code, image, configuration and output directory; what a job runs on is not part."""
+    """Hash of code, image, configuration with the variables that it reads, and output directory.
+
+    What a job runs on is not part.
+    """
     content = {
         str(key): OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
         for key, node in job.config.items_ex(resolve=False)
         if key not in ("hydra", resources)
     }
     parts = [job.code.digest, job.image, content, job.config.hydra.job.name, job.output_dir]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    if read := {name: value for name, value in job.environ.items() if name in text}:
+        text += json.dumps(read, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def plan_event(job: Job, conf: ModalLauncherConf, sweep: dict[str, Any]) -> dict[str, Any]:
@@ -185,6 +195,7 @@ def plan_event(job: Job, conf: ModalLauncherConf, sweep: dict[str, Any]) -> dict
             "sync_cwd": conf.sync_cwd,
             "single_use": single_use(settings),
             "versions": versions(),
+            "environ": job.environ,
         },
         "payload": base64.b64encode(packed).decode(),
     }

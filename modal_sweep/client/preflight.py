@@ -1,20 +1,21 @@
 """Checks before the first spawn, on the launching machine; nothing here costs money."""
 
-import re
+import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from modal_sweep.client import cost
+from modal_sweep.client.environ import SECRET_NAME
 from modal_sweep.client.plan import Job
 from modal_sweep.client.settings import imported, without_hydra
 from modal_sweep.client.volumes import exists, upload, volume
 from modal_sweep.config import ModalLauncherConf
 from modal_sweep.errors import LaunchError
 
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+MOST_NAME = 255
 MOST_UPLOADED = 2_000_000_000
 
 
@@ -23,7 +24,19 @@ def check_jobs(jobs: Sequence[Job]) -> None:
     for job in jobs:
         validate(job)
         refuse_env_copy(job)
+        refuse_long_names(job)
     refuse_same_places(jobs)
+
+
+def refuse_long_names(job: Job) -> None:
+    """A folder that no file system takes is found out here, not in a container that is paid for."""
+    for name in Path(job.output_dir).parts:
+        if (size := len(os.fsencode(name))) > MOST_NAME:
+            raise LaunchError(
+                f"job {job.number} would write to a folder whose name has {size} bytes, and file "
+                f"systems take {MOST_NAME}: {name[:60]}...; give it a shorter one: "
+                "hydra.sweep.subdir='${hydra.job.num}'"
+            )
 
 
 def refuse_same_places(jobs: Sequence[Job]) -> None:
@@ -56,9 +69,9 @@ def refuse_env_copy(job: Job) -> None:
     for name in job.config.hydra.job.env_copy or []:
         if SECRET_NAME.search(name):
             raise LaunchError(
-                f"hydra.job.env_copy={name} would write its value into .hydra/hydra.yaml; "
-                f"give it to the job as a secret: `modal secret create my-secret {name}=...` "
-                f"and resources.secrets={{my-secret: [{name}]}}"
+                f"hydra.job.env_copy={name} would write its value into .hydra/hydra.yaml; give it "
+                f"as a secret: `modal secret create one {name}=...`, "
+                f"resources.secrets={{one: [{name}]}}"
             )
 
 
@@ -90,60 +103,52 @@ def volume_names(jobs: Iterable[Job], outputs: str) -> list[str]:
     return sorted({outputs} | {name for job in jobs for name in job.settings.volumes.values()})
 
 
-def check_secrets(jobs: Sequence[Job]) -> None:
-    """Refuse when a secret is missing."""
-    commands = missing_secrets(required_secrets(jobs))
-    if commands:
-        raise LaunchError(
-            "secrets are missing or lack a key (the values stay on Modal); make them with:\n  "
-            + "\n  ".join(commands)
-        )
+def inputs(jobs: Sequence[Job]) -> tuple[list[str], list[dict[str, Any]]]:
+    """What jobs lack: all of it, in the order in which it is made; and what is to be uploaded."""
+    problems: list[str] = []
+    if commands := missing_secrets(required_secrets(jobs)):
+        text = "secrets are missing or lack a key (the values stay on Modal); make them with:"
+        problems.append("\n  ".join([text, *commands]))
+    uploads: list[dict[str, Any]] = []
+    seen: set[tuple[str, str]] = set()
+    hints: dict[str, str] = {}
 
-
-def check_requires(jobs: Sequence[Job], send: bool) -> list[str]:
-    """Refuse when something that a job reads is missing; upload what lies here.
-
-    Args:
-        send: upload; False only says what would be uploaded.
-
-    Returns:
-        What was, or would be, uploaded.
-    """
-    uploads = []
-    for entry in unique_requires(jobs):
+    def look(entry: Mapping[str, Any]) -> None:
         name, path, local = entry["volume"], entry["path"], entry.get("local")
-        target = volume(name)
-        if exists(target, path):
-            continue
+        if not path or (name, path) in seen:
+            return
+        seen.add((name, path))
+        if exists(volume(name), path):
+            return
         if not local or not Path(local).exists():
-            remedy = entry.get("remedy")
-            raise LaunchError(
-                f"{name}:{path} is missing, and a job needs it"
-                + (f"; make it with:\n  {remedy}" if remedy else "")
-                + f"\n`modal volume ls {name}` shows what is there"
+            for need in entry.get("requires") or []:
+                look(need)
+            remedy = f"; make it with:\n  {entry['remedy']}" if entry.get("remedy") else ""
+            problems.append(f"{name}:{path} is missing, and a job needs it{remedy}")
+            hints[name] = f"`modal volume ls {name}` shows what is there"
+            return
+        files = [file for file in [Path(local), *Path(local).rglob("*")] if file.is_file()]
+        if (size := sum(file.stat().st_size for file in files)) > MOST_UPLOADED:
+            problems.append(
+                f"{local} ({size / 1e9:.1f} GB) is not on the Volume {name}; "
+                f"upload it with `modal volume put {name} {local} {path}`"
             )
-        source = Path(local)
-        files = [file for file in [source, *source.rglob("*")] if file.is_file()]
-        size = sum(file.stat().st_size for file in files)
-        if size > MOST_UPLOADED:
-            raise LaunchError(
-                f"{source} ({size / 1e9:.1f} GB) is not on the Volume {name}; "
-                f"upload it with `modal volume put {name} {source} {path}`"
-            )
-        uploads.append(f"{source} -> {name}:{path} ({size / 1e6:.1f} MB)")
-        if send:
-            upload(target, source, path)
-    return uploads
+        uploads.append({**entry, "text": f"{local} -> {name}:{path} ({size / 1e6:.1f} MB)"})
 
-
-def unique_requires(jobs: Iterable[Job]) -> list[dict[str, Any]]:
-    """What all jobs need, every place once."""
-    entries: dict[tuple[str, str], dict[str, Any]] = {}
     for job in jobs:
         for entry in job.settings.requires:
-            if entry["path"]:
-                entries.setdefault((entry["volume"], entry["path"]), dict(entry))
-    return list(entries.values())
+            look(entry)
+    return [*problems, *hints.values()], uploads
+
+
+def bring_inputs(jobs: Sequence[Job]) -> list[str]:
+    """Refuse when something that jobs need is missing; upload what lies here, and say what."""
+    problems, uploads = inputs(jobs)
+    if problems:
+        raise LaunchError("\n".join(problems))
+    for entry in uploads:
+        upload(volume(entry["volume"]), Path(entry["local"]), entry["path"])
+    return [entry["text"] for entry in uploads]
 
 
 def check_cost(jobs: Sequence[Job], conf: ModalLauncherConf, ask: bool) -> None:

@@ -12,6 +12,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from modal_sweep.client import collect, messages, plan, preflight
+from modal_sweep.client.failures import modal_errors
 from modal_sweep.client.returns import job_return
 from modal_sweep.client.spawn import Spawner, cancel, spawn_jobs
 from modal_sweep.client.table import Table
@@ -72,7 +73,7 @@ class Session:
         if self.conf.setup:
             messages.rehearse([job], self.conf, self.sweep.folder)
             raise SystemExit(0)
-        with messages.modal_errors():
+        with modal_errors(self.journal):
             state = self.spawn(job)
         self.jobs[number] = job
         self.left -= 1
@@ -91,6 +92,8 @@ class Session:
         if state == "spawned":
             self.watch.ended.pop(job.identity, None)
             self.stopped.pop(job.identity, None)
+        elif job.identity not in self.watch.ended and self.journal.jobs[job.identity].unpulled:
+            self.watch.pull(self.journal.jobs[job.identity])
         return state
 
     def ended(self, seconds: float) -> list[tuple[int, JobReturn]]:
@@ -102,7 +105,7 @@ class Session:
         until = time.monotonic() + seconds
         self.tell()
         unmade, self.unmade = self.unmade, []
-        with messages.modal_errors():
+        with modal_errors(self.journal):
             over = self.over()
             while self.jobs and not over and not unmade:
                 most = max(0.0, until - time.monotonic())
@@ -193,7 +196,7 @@ class Session:
         if number not in self.jobs:
             return
         record = self.record(number)
-        with messages.modal_errors():
+        with modal_errors(self.journal):
             if patiently(lambda: cancel(self.journal, record), self.watch.outage):
                 self.stopped[record.identity] = time.monotonic() + SAVING
                 self.watch.looked[record.identity] = 0.0

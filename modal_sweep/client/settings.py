@@ -155,11 +155,14 @@ def check(settings: JobSettings, where: str) -> None:
                 f"{where}.volumes: {mount} cannot hold a Volume; use an absolute path below / "
                 "other than /root and /tmp themselves"
             )
-    for entry in settings.requires:
+    entries = list(settings.requires)
+    for entry in entries:  # and what that needs in turn
         if not isinstance(entry, Mapping) or not {"volume", "path"} <= set(entry):
             raise LaunchError(
-                f"{where}.requires: {entry} must have volume and path (and may have remedy, local)"
+                f"{where}.requires: {entry} must have volume and path (and may have remedy, local, "
+                "requires)"
             )
+        entries += entry.get("requires") or []
 
 
 def gpu_list(gpu: Any) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from modal_sweep.client import calls, preflight
+from modal_sweep.client import calls, place, preflight
 from modal_sweep.client.deploy import app_name, deploy, spawn_call
 from modal_sweep.client.image import digest
 from modal_sweep.client.plan import Job, job_kind, plan_event
@@ -88,13 +88,13 @@ def prepare(
     key = digest(needs)
     if key in spawner.prepared:
         return spawner.prepared[key]
-    preflight.check_secrets(fresh)
-    for line in preflight.check_requires(fresh, send=True):
+    lives = place.refuse_elsewhere(journal, conf)
+    for line in preflight.bring_inputs(fresh):
         log.info(f"\tuploaded {line}")
     preflight.check_cost([*fresh] * times, conf, ask=True)
     for name in preflight.volume_names(fresh, volume_name(conf)):
         volume(name).hydrate()
-    sweep = begin(journal, jobs, conf, spawner.common)
+    sweep = begin(spawner, jobs, lives)
     if fresh and deploy(sweep["app"], jobs, {**conf.tags, "sweep": sweep["id"]}):
         log.info(f"\tdeployed {sweep['app']}")
     stage_common(journal, spawner.common, sweep["common"])
@@ -102,17 +102,20 @@ def prepare(
     return sweep
 
 
-def begin(
-    journal: Journal, jobs: Sequence[Job], conf: ModalLauncherConf, common: bytes
-) -> dict[str, Any]:
-    """The sweep's own line in the journal, written once; with this launch's app and common part."""
+def begin(spawner: Spawner, jobs: Sequence[Job], lives: dict[str, str]) -> dict[str, Any]:
+    """The sweep's own line in the journal, written once; with this launch's app and common part.
+
+    Args:
+        lives: where the sweep is, as `place` says it.
+    """
+    journal, conf = spawner.journal, spawner.conf
     if not journal.sweep:
         name = secrets.token_hex(6)
         event = {
             "event": "sweep",
             "id": name,
             "dict": f"{conf.app}-sweep-{name}",
-            "volume": volume_name(conf),
+            **lives,
             "argv": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
             "cwd": os.getcwd(),
         }
@@ -120,7 +123,7 @@ def begin(
     return {
         **journal.sweep,
         "app": app_name(conf.app, jobs),
-        "common": hashlib.sha256(common).hexdigest(),
+        "common": hashlib.sha256(spawner.common).hexdigest(),
         "max_containers": share_parallel(jobs, conf.max_parallel),
     }
 

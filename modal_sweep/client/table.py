@@ -26,6 +26,7 @@ def row(
     state = state_of(record, status)
     if end := ended.envelope if ended else record.end:
         state, seconds = end["status"], end.get("seconds")
+        state += " (outputs not here)" if record.unpulled else ""
     attempt = status.get("attempt", 1)
     if attempt > 1:
         state += f" (attempt {attempt})"

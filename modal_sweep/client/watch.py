@@ -1,7 +1,6 @@
 """Waiting for the jobs of a sweep: every end is collected as it comes, whatever the others do."""
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,11 +10,11 @@ from modal_sweep.client.calls import Ended
 from modal_sweep.client.table import Table
 from modal_sweep.errors import LaunchError, ResultGone
 from modal_sweep.protocol.journal import JobRecord, Journal
-from modal_sweep.protocol.outage import Outage, transient
+from modal_sweep.protocol.outage import Outage, away
+from modal_sweep.protocol.records import first_line
 
 SLOW_LOOK = 20.0
 OUTAGE = 900.0
-TRIES = 5
 
 
 @dataclass
@@ -27,8 +26,6 @@ class Watch:
     poll: float
     ended: dict[str, Ended] = field(default_factory=dict)
     looked: dict[str, float] = field(default_factory=dict)
-    trouble: Counter[str] = field(default_factory=Counter)
-    """By identity: how often an end could not be brought."""
     pause: float = 0.05
 
     @cached_property
@@ -49,13 +46,16 @@ class Watch:
         return Outage(OUTAGE, too_long, self.table.note)
 
     def collect(self, records: Sequence[JobRecord]) -> dict[str, Ended]:
-        """Collect every job's end; by identity.
+        """Collect every job's end, by identity, and outputs that were left on Modal earlier.
 
         Raises:
             LaunchError: when Modal does not answer for 15 minutes; the jobs go on.
         """
         while pending := [record for record in records if record.end is None]:
             self.turn(records, pending, self.poll)
+        for record in records:
+            if record.unpulled:
+                self.pull(record)
         self.table.show(records, self.statuses.latest, self.ended, last=True)
         return self.ended
 
@@ -87,7 +87,9 @@ class Watch:
         """Look at one job's call; True when it has come to its end."""
         try:
             return self.look(record, seconds)
-        except transient() as error:
+        except Exception as error:
+            if not away(error):
+                raise
             self.outage.lasts(error)
             return False
 
@@ -107,20 +109,27 @@ class Watch:
         return self.bring(record, ended)
 
     def bring(self, record: JobRecord, ended: Ended) -> bool:
-        """Collect an end; after a few failures the job counts as failed."""
+        """Collect an end. Outputs that cannot be brought stay on Modal: the end counts without."""
+        left = None
         try:
-            collect.collect(self.journal, record, ended)
+            collect.bring(self.journal, record, ended.envelope)
         except (OSError, ValueError) as error:
-            self.trouble[record.identity] += 1
-            if self.trouble[record.identity] < TRIES:
-                self.table.note(f"job {record.number}: outputs not here yet ({error}); again soon")
-                time.sleep(self.poll)
-                return False
-            ended = calls.failed("NotPulled", f"its outputs could not be brought here: {error}")
-            collect.collect(self.journal, record, ended)
+            if away(error):
+                raise
+            left = first_line(error)
+        collect.note_end(self.journal, record, ended.envelope, left)
         self.ended[record.identity] = ended
         self.table.ended(record, ended)
         return True
+
+    def pull(self, record: JobRecord) -> None:
+        """Try once more to bring the outputs of a job that has ended."""
+        try:
+            collect.pull(self.journal, record)
+        except Exception as error:
+            if not (isinstance(error, OSError | ValueError) or away(error)):
+                raise
+            self.table.note(f"job {record.number}: outputs not here yet ({first_line(error)})")
 
     def follow_owner(self, record: JobRecord, owner: str) -> None:
         """Another call, spawned before a kill, owns the job: wait for that one."""

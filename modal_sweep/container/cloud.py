@@ -22,7 +22,7 @@ class CommitFailed(OSError):
 
 def patiently(step: Callable[[], T]) -> T:
     """Do a step again while the control plane cannot be reached."""
-    return outage.patiently(step, outage.Outage(OUTAGE), also=(OSError,))
+    return outage.patiently(step, outage.Outage(OUTAGE))
 
 
 @cache

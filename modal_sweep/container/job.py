@@ -8,6 +8,7 @@ import traceback
 from typing import Any
 
 from modal_sweep.container.request import Request
+from modal_sweep.errors import JobFailed
 from modal_sweep.protocol import payload, result
 from modal_sweep.protocol.names import versions
 from modal_sweep.protocol.records import write_whole
@@ -41,6 +42,7 @@ def outcome(request: Request) -> dict[str, Any]:
     os.makedirs(request.cwd, exist_ok=True)
     os.chdir(request.cwd)
     context, task_function = payload.unpack(request.common)
+    payload.freeze_environment(request.environ)
     config = payload.unpack_config(request.config)
     try:
         return run_hydra_job(context, task_function, config)
@@ -78,9 +80,12 @@ def run_hydra_job(context: Any, task_function: Any, config: Any) -> dict[str, An
         "task_name": returned.task_name,
         "output_dir": config.hydra.runtime.output_dir,
     }
-    if returned.status == JobStatus.COMPLETED:
-        return {"status": "completed", "value": result.pack_value(returned.return_value), **place}
     error = returned._return_value
+    if returned.status == JobStatus.COMPLETED:
+        try:
+            return {"status": "completed", "value": result.pack_value(error), **place}
+        except JobFailed as unsent:
+            error = unsent
     # Hydra 1.3 keeps a job's traceback out of its log; a compact error is meant to have none.
     compact = isinstance(error, CompactHydraException)
     lines = [str(error)] if compact else traceback.format_exception(error)

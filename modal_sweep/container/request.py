@@ -14,6 +14,8 @@ class Request:
     cwd: str
     versions: dict[str, str]
     """Of the launching Python."""
+    environ: dict[str, str | None]
+    """What `${oc.env:...}` was there; None: not set."""
     log: Path
     """What it prints."""
     result: Path

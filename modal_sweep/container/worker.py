@@ -19,6 +19,7 @@ from modal_sweep.container.request import Request, checked
 from modal_sweep.container.signals import Signals, send_group
 from modal_sweep.protocol import outputs, progress, result
 from modal_sweep.protocol.names import MOUNT
+from modal_sweep.protocol.outage import away
 from modal_sweep.protocol.records import write_whole
 
 SCRATCH = Path("/tmp/modal-launcher")
@@ -51,10 +52,16 @@ def run_job(reference: dict[str, Any], payload: bytes) -> bytes:
         finished = folder / "result.bin"
         if finished.exists():  # killed between its last commit and its return
             return finished.read_bytes()
-    attempt = Attempt(reference, payload, folder, cloud)
-    with Signals() as signals:
-        envelope = attempt.run(signals)
-    return attempt.finish(envelope)
+    try:
+        attempt = Attempt(reference, payload, folder, cloud)
+        with Signals() as signals:
+            envelope = attempt.run(signals)
+        return attempt.finish(envelope)
+    except OSError as error:
+        if away(error):
+            raise
+        # A name that is too long, no right, no space: another attempt is paid for in vain.
+        return result.compress(result.failed(type(error).__name__, str(error)))
 
 
 class Attempt:
@@ -79,6 +86,7 @@ class Attempt:
             config=checked(payload, reference["sha256"]),
             cwd=reference["cwd"],
             versions=reference["versions"],
+            environ=reference.get("environ", {}),
             log=self.log,
             result=self.result,
         )

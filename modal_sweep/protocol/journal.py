@@ -1,9 +1,9 @@
 """jobs.jsonl: what was asked for and what was spawned, on disk before anything else happens.
 
-sweep  id, app prefix, Volume, Dict: written once
+sweep  id, Dict, and where it lives: workspace, environment, app prefix, Volume; written once
 plan   a job: everything that is needed to spawn it, also by a process that never saw its config
 spawn  generation and call id; flushed to the disk before the next call is spawned
-end    how a generation ended, once its result and outputs are here
+end    how a generation ended; `unpulled` says why its outputs are not here yet
 cancel asked for by modal-sweep cancel, or by a search
 told   a search has heard of a failure
 """
@@ -66,6 +66,11 @@ class JobRecord:
         return str(self.end["status"]) if self.end else None
 
     @property
+    def unpulled(self) -> str | None:
+        """Why the outputs of the newest generation, which has ended, are not here."""
+        return (self.end or {}).get("unpulled")
+
+    @property
     def broken(self) -> bool:
         """Whether the newest generation ended without a result."""
         return self.status not in (None, "completed")
@@ -120,8 +125,8 @@ class Journal:
         elif kind == "spawn":
             job.generation = max(job.generation, generation)
             job.calls[generation] = event["call"]
-        elif kind == "end":
-            job.ends[generation] = event
+        elif kind == "end" and (event.get("error") or {}).get("type") != "NotPulled":
+            job.ends[generation] = event  # earlier versions took outputs that stay for a failure
 
     def write(self, events: Iterable[dict[str, Any]]) -> None:
         """Append events and wait until they are on the disk."""

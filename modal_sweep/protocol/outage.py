@@ -1,5 +1,12 @@
-"""Waiting out times in which Modal does not answer."""
+"""Waiting out times in which Modal does not answer.
 
+Only what is about a connection is waited out: no space, no right, a name that is too long are no
+better a minute later, here or there.
+"""
+
+import errno
+import socket
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,13 +15,20 @@ from typing import TypeVar
 from modal_sweep.errors import Unreachable
 
 T = TypeVar("T")
+# A connection that is not there, or that this process has no descriptor or memory for just now.
+NO_LINK = "ENETDOWN ENETUNREACH ENETRESET EHOSTDOWN EHOSTUNREACH EADDRNOTAVAIL ENOTCONN"
+AWAY = {getattr(errno, name) for name in f"{NO_LINK} ENOBUFS ENOMEM EMFILE ENFILE".split()}
 
 
-def transient() -> tuple[type[Exception], ...]:
-    """What is raised while Modal does not answer."""
+def away(error: BaseException) -> bool:
+    """Whether an exception says that Modal does not answer at the moment."""
     from modal import exception
 
-    return Unreachable, exception.ConnectionError, exception.ServiceError, exception.InternalError
+    if isinstance(error, OSError):
+        connection = ConnectionError | TimeoutError | socket.gaierror | ssl.SSLError
+        return isinstance(error, connection) or error.errno in AWAY
+    kinds = Unreachable, exception.ConnectionError, exception.ServiceError, exception.InternalError
+    return isinstance(error, kinds)
 
 
 @dataclass
@@ -45,13 +59,15 @@ class Outage:
             raise self.too_long(error) from None
 
 
-def patiently(step: Callable[[], T], outage: Outage, also: tuple[type[Exception], ...] = ()) -> T:
-    """Do a step again while Modal does not answer, or raises one of `also`."""
+def patiently(step: Callable[[], T], outage: Outage) -> T:
+    """Do a step again while Modal does not answer."""
     pause = 0.5
     while True:
         try:
             answer = step()
-        except (*transient(), *also) as error:
+        except Exception as error:
+            if not away(error):
+                raise
             outage.lasts(error)
         else:
             outage.over()

@@ -18,7 +18,8 @@ from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import setup_globals
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers import oc
 
 COMPRESSION = 6
 
@@ -78,6 +79,20 @@ def unpack(packed: bytes) -> tuple[HydraContext, TaskFunction]:
     )
     context, task_function = pickle.loads(main_part)
     return context, task_function
+
+
+def freeze_environment(values: dict[str, str | None]) -> None:
+    """Let `${oc.env:...}` of these variables be what it was when the job was launched.
+
+    Args:
+        values: by variable; None: it was not set, so the default counts.
+    """
+
+    def env(name: str, *default: Any) -> str | None:
+        value = values.get(name)
+        return oc.env("" if name in values else name, *default) if value is None else value
+
+    OmegaConf.register_new_resolver("oc.env", env, replace=True)
 
 
 def loaded(instances: dict[Any, bytes]) -> dict[Any, Any]:

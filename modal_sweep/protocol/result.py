@@ -62,14 +62,38 @@ def unpack(data: bytes) -> dict[str, Any]:
 
 
 def pack_value(value: Any) -> dict[str, Any]:
-    """A return value: as JSON where that says it exactly, else pickled."""
-    if is_plain(value):
-        return {"json": value}
-    if type(value) is tuple and is_plain(list(value)):
-        return {"json": list(value), "tuple": True}
-    import cloudpickle
+    """A return value: as JSON where that says it exactly, else pickled.
 
-    return {"pickle": base64.b64encode(cloudpickle.dumps(value)).decode()}
+    A number is a plain number, whatever library it came from: it outlives its call, and NaN is NaN.
+
+    Raises:
+        JobFailed: it cannot be pickled.
+    """
+    try:
+        value = without_library(value)
+        if is_plain(value):
+            return {"json": value}
+        if type(value) is tuple and is_plain(list(value)):
+            return {"json": list(value), "tuple": True}
+        import cloudpickle
+
+        return {"pickle": base64.b64encode(cloudpickle.dumps(value)).decode()}
+    except Exception as error:
+        kind = type(value).__name__
+        raise JobFailed(f"the return value, a {kind}, cannot be sent: {error}") from None
+
+
+def without_library(value: Any) -> Any:
+    """Scalars and zero-dimensional arrays of NumPy, torch and their like as Python's own values.
+
+    Also inside lists, tuples and dicts. They are known by an empty `shape`, so nothing is imported.
+    """
+    if type(value) in (list, tuple):
+        return type(value)(map(without_library, value))
+    if type(value) is dict:
+        return {key: without_library(item) for key, item in value.items()}
+    scalar = getattr(value, "shape", None) == () and hasattr(value, "item")
+    return value.item() if scalar else value
 
 
 def is_plain(value: Any) -> bool:
@@ -91,7 +115,7 @@ def unpack_value(packed: dict[str, Any], trusted: bool) -> Any:
         trusted: it came from the call itself; nothing that lay on a disk is unpickled.
 
     Raises:
-        JobFailed: it was pickled and is not trusted.
+        JobFailed: it was pickled and is not trusted, or is of something that is not here.
     """
     if "json" in packed:
         return tuple(packed["json"]) if packed.get("tuple") else packed["json"]
@@ -99,10 +123,14 @@ def unpack_value(packed: dict[str, Any], trusted: bool) -> Any:
         raise JobFailed("its return value was kept in its call, which has expired")
     import pickle
 
-    return pickle.loads(base64.b64decode(packed["pickle"]))
+    try:
+        return pickle.loads(base64.b64decode(packed["pickle"]))
+    except Exception as error:
+        raise JobFailed(f"its return value cannot be read here: {error!r}") from None
 
 
 def is_nan(packed: dict[str, Any] | None) -> bool:
-    """Whether a job returned NaN: as a number to minimise it is no result."""
+    """Whether a job returned NaN, alone or among several: that is no number to minimise."""
     value = (packed or {}).get("json")
-    return isinstance(value, float) and math.isnan(value)
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(item, float) and math.isnan(item) for item in values)

@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,15 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
     roots = PathsConfig(env["SPECFORGE_DATASETS"], env["SPECFORGE_CHECKPOINTS"])
     there = replace(here, paths=roots)
     run = paths.run_dir(there)
-
-    def needs(folder: Callable[[Config], Path], maker: str) -> dict[str, Any]:
-        """A folder on a Volume; what is here instead may be uploaded."""
-        path = folder(there)
-        root = roots.datasets if path.is_relative_to(roots.datasets) else roots.checkpoints
-        place = {"volume": volumes[root], "path": path.relative_to(root).as_posix()}
-        return {**place, "local": str(folder(here)), "remedy": command(maker)}
-
+    needs = partial(need, here, there)
     path = prefetched(here.model.path)
     model = {"volume": volumes[env["HF_HOME"]], "path": path, "remedy": command("prefetch")}
-    prompts, tokens = needs(paths.prompts_dir, "prep"), needs(paths.tokens_dir, "preprocess")
-    answers = needs(paths.regen_dir, "regen") if here.preprocess.source == "regen" else prompts
+    answers = prompts = needs(paths.prompts_dir, "prep")
+    if here.preprocess.source == "regen":
+        answers = needs(paths.regen_dir, "regen", model, prompts)
+    tokens = needs(paths.tokens_dir, "preprocess", model, answers)
+    # Never uploaded: here the run's folder may hold no more than a log.
+    trained = {**needs(paths.run_dir, "train", model, tokens), "local": None}
     stages: dict[str, dict[str, Any]] = {
         "prefetch": cores(4, 16),
         "prep": {**cores(2, 16), "unique": [str(paths.prompts_dir(there))]},
@@ -68,18 +66,28 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
             **cores(4, 64),
             "timeout": 14400,
             "unique": [str(paths.export_dir(there))],
-            # Never uploaded: here the run's folder may hold no more than a log.
-            "requires": [model, tokens, {**needs(paths.run_dir, "train"), "local": None}],
+            "requires": [model, tokens, trained],
         },
         "bench": {  # not resumed: an attempt has to be long enough
             **cores(4, 64, one_gpu(gpu)),
             "timeout": 28800,
             "hours": 4,
             "unique": [f"{run}/bench-{here.bench.name}-{here.engine.name}"],
-            "requires": [model, prompts, needs(paths.export_dir, "export")],
+            "requires": [model, prompts, needs(paths.export_dir, "export", tokens, trained)],
         },
     }
     return stages.get(stage, {})
+
+
+def need(
+    here: Config, there: Config, folder: Callable[[Config], Path], maker: str, *requires: Any
+) -> dict[str, Any]:
+    """A folder on a Volume, and what makes it; what is here instead may be uploaded."""
+    path, roots = folder(there), there.paths
+    root = roots.datasets if path.is_relative_to(roots.datasets) else roots.checkpoints
+    place = {"volume": here.resources["volumes"][root], "path": path.relative_to(root).as_posix()}
+    made = {"remedy": command(maker), "requires": [*requires]}
+    return {**place, "local": str(folder(here)), **made}
 
 
 def cores(count: int, gib: int, gpu: Any = None) -> dict[str, Any]:

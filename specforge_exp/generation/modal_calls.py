@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import modal
 
 from modal_sweep.client.calls import call_error
-from modal_sweep.protocol.outage import Outage, transient
+from modal_sweep.protocol.outage import Outage, away
 from modal_sweep.protocol.records import append_lines
 from specforge_exp.errors import InputError
 from specforge_exp.records import whole_lines
@@ -81,11 +81,12 @@ def new_outage() -> Outage:
 
 async def patiently(step: Callable[[], Awaitable[T]], outage: Outage) -> T:
     """Do a step again while Modal cannot be reached."""
-    away: tuple[type[Exception], ...] = (*transient(), OSError)
     while True:
         try:
             answer = await step()
-        except away as error:
+        except Exception as error:
+            if not away(error):
+                raise
             outage.lasts(error)
         else:
             outage.over()

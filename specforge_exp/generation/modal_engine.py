@@ -22,6 +22,7 @@ except ImportError:
     needed = "engine=modal needs Modal's client: pip install 'specforge-exp[modal]'"
     raise InputError(needed) from None
 
+from modal_sweep.client.failures import refusal
 from modal_sweep.client.volumes import volume
 from modal_sweep.errors import Cancelled, Died, Raised, ResultGone, Unreachable
 from specforge_exp.config import Config
@@ -40,6 +41,10 @@ from specforge_exp.serving.sglang import tp_size_of
 log = logging.getLogger(__name__)
 
 JOURNAL = "calls.jsonl"
+WITHOUT = (
+    "without an account, regen.dry_run=true shows the work and its cost, and engine=sglang, openai "
+    "or transformers answers without Modal"
+)
 POLL = 1.0
 """Seconds between two looks at a call."""
 TOGETHER = 8
@@ -61,7 +66,8 @@ async def answer_on_modal(cfg: Config, store: Store, interrupt: Interrupt) -> No
     try:
         await fan_out(Client(cfg, store, await deployed(cfg)), chunks, interrupt)
     except modal.exception.Error as error:
-        raise InputError(f"engine=modal: {error}; what is done is kept") from None
+        refused = refusal(error, WITHOUT)
+        raise InputError(f"engine=modal: {refused}; what is done is kept") from None
 
 
 async def fan_out(client: "Client", chunks: list[Chunk], interrupt: Interrupt) -> None:

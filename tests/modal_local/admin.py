@@ -217,6 +217,10 @@ def fault_routes(plane: ControlPlane) -> list[web.RouteDef]:
         plane.spawn(go_down(plane, float(request.query["seconds"])))
         return web.Response()
 
+    async def post_break(request: web.Request) -> web.Response:
+        plane.broken_builds = {request.query["text"]} - {""}
+        return web.Response()
+
     async def post_full(request: web.Request) -> web.Response:
         named = [v for v in plane.volumes.values() if v.name == request.match_info["id"]]
         if not named:
@@ -233,4 +237,5 @@ def fault_routes(plane: ControlPlane) -> list[web.RouteDef]:
         web.post("/admin/fail", post_fail),
         web.post("/admin/down", post_down),
         web.post("/admin/full_volume/{id}", post_full),
+        web.post("/admin/break_build", post_break),
     ]

@@ -78,6 +78,10 @@ class LocalModal:
         """Make a volume refuse more data, or take it again."""
         self.post(f"/admin/full_volume/{name}", full=int(full))
 
+    def break_build(self, text: str) -> None:
+        """Let builds fail whose commands have this text in them; "": let all succeed."""
+        self.post("/admin/break_build", text=text)
+
     def wait_for(self, condition: Callable[[State], Any], timeout: float = 30.0) -> State:
         """Return the first state that fulfils a condition."""
         end = time.monotonic() + timeout

@@ -13,7 +13,7 @@ from modal_proto import api_pb2 as pb
 
 from . import naming
 from .rpc import Empty, Peer, not_found, streaming, unary
-from .state import SUCCESS, ControlPlane, Result, Secret, new_id
+from .state import FAILURE, SUCCESS, ControlPlane, Result, Secret, new_id
 
 WORKDIR = "__WORKDIR__"
 
@@ -46,6 +46,9 @@ def image_environment(plane: ControlPlane, identity: str) -> dict[str, str]:
 async def _image(peer: Peer, request: Any) -> Any:
     content = request.image.SerializeToString(deterministic=True)
     identity = f"im-{hashlib.sha256(content).hexdigest()[:22]}"
+    lines = "\n".join(request.image.dockerfile_commands)
+    if any(text in lines for text in peer.plane.broken_builds):
+        return pb.ImageGetOrCreateResponse(image_id=identity, result=Result(status=FAILURE))
     peer.plane.images[identity] = request.image
     return pb.ImageGetOrCreateResponse(
         image_id=identity, result=Result(status=SUCCESS), metadata=image_metadata()

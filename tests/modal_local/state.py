@@ -293,6 +293,7 @@ class ControlPlane:
         self.blobs_created = 0
         self.containers_started = 0
         self.faults: list[Fault] = []
+        self.broken_builds: set[str] = set()  # images that install what has this text fail
         self.answered: collections.OrderedDict[tuple[str, str], Any] = collections.OrderedDict()
         self.background: set[asyncio.Task[Any]] = set()
         self.stopping = False

@@ -228,3 +228,21 @@ def test_a_model_that_is_not_on_the_volume_yet(
     asyncio.run(modal_worker.write(volume("hf"), marker, b""))
     asyncio.run(modal_app.warn_of_downloads(cfg))
     assert not caplog.text
+
+
+@pytest.mark.slow
+def test_without_a_token_it_names_what_runs_without_modal(tmp_path: Path) -> None:
+    """The client's own text asks for a command that is not the one to run."""
+    environment = {**os.environ, "MODAL_CONFIG_PATH": str(tmp_path / "none")}
+    for name in ("MODAL_TOKEN_ID", "MODAL_TOKEN_SECRET", "MODAL_SERVER_URL"):
+        environment.pop(name, None)
+    options = ["experiment=quickstart", "data.sample_size=20"]
+    options += [f"paths.datasets={tmp_path}", f"paths.checkpoints={tmp_path / 'runs'}"]
+    for stage, more in (("prep", []), ("regen", ["engine=modal", "engine.tp_size=1"])):
+        command = [sys.executable, str(REPOSITORY / f"{stage}.py"), *options, *more]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, text=True, capture_output=True, check=False
+        )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "`modal setup` logs in" in done.stderr and "regen.dry_run=true" in done.stderr
+    assert "modal token new" not in done.stderr

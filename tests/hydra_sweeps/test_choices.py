@@ -1,0 +1,78 @@
+"""A swept choice that would have chosen another launcher or sweeper is refused before it runs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+APP = """
+import hydra
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg):
+    return float(cfg.x)
+
+main()
+"""
+MODAL = "# @package _global_\ndefaults: [{override /hydra/launcher: modal}]\n"
+PARAMS = "# @package _global_\nhydra: {sweeper: {params: {x: 'VALUES'}}}\n"
+FILES = {
+    "config.yaml": "defaults: [multirun, _self_, {m: a}, {e: null}]\nx: 0\n",
+    "multirun.yaml": "defaults: [{override /hydra/sweeper: experiment}]\n",
+    "m/a.yaml": "name: a\n",
+    "m/b.yaml": MODAL + "m: {name: b}\n",
+    "m/c.yaml": MODAL + "m: {name: c}\n",
+    "e/one.yaml": PARAMS.replace("VALUES", "1,2"),
+    "e/two.yaml": PARAMS.replace("VALUES", "3,4"),
+}
+
+
+def run(folder: Path, *overrides: str) -> tuple[int, str]:
+    """The app with -m, as a dry run; its exit code and what it prints."""
+    (folder / "app.py").write_text(APP)
+    for name, text in FILES.items():
+        path = folder / "conf" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    command = [sys.executable, "app.py", "-m", *overrides, "hydra.sweeper.dry_run=true"]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        check=False,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert "Traceback" not in done.stdout
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["m=a,b,c", "x=1,2"], ["hydra/launcher=modal", "m=a x=1,2", "m=b,c x=1,2"]),
+        (["x=1", "e=one,two"], ["hydra.sweeper", "x=1 e=one ", "x=1 e=two "]),
+        (["m=b,c"], ["m=b,c hydra.sweeper.dry_run=true hydra/launcher=modal"]),
+        (["m=glob(*)"], ["hydra/launcher=basic", "python app.py -m m=a ", "m=b,c "]),
+    ],
+)
+def test_what_was_meant_is_said(overrides: list[str], words: list[str], tmp_path: Path) -> None:
+    code, printed = run(tmp_path, *overrides)
+    assert code == 1
+    assert all(word in printed for word in words)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "m=a x=1,2",
+        "m=b,c hydra/launcher=modal",
+        "m=a,b hydra/launcher=basic",
+        "e=one",
+        "e=one m=a,a",
+    ],
+)
+def test_choices_that_agree(overrides: str, tmp_path: Path) -> None:
+    code, printed = run(tmp_path, *overrides.split())
+    assert code == 0, printed

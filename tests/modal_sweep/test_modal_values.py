@@ -1,0 +1,68 @@
+"""What a task returns is a plain value wherever that says it, and NaN of any kind is no result."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from modal_app import driver
+from modal_local.client import LocalModal
+from test_modal_place import values
+
+from modal_sweep.errors import JobFailed
+from modal_sweep.protocol.result import is_nan, pack_value, unpack_value
+
+KINDS = [np.float64, np.float32, np.array, lambda x: torch.tensor(x, dtype=torch.float64), float]
+
+
+@settings(deadline=None)
+@given(st.floats(allow_nan=True, width=32), st.sampled_from(KINDS), st.sampled_from([list, tuple]))
+def test_numbers_of_any_library_are_plain(number: float, kind: Any, several: Any) -> None:
+    for value, plain in ((kind(number), number), (several([kind(number), 1]), None)):
+        packed = json.loads(json.dumps(pack_value(value)))
+        assert is_nan(packed) == math.isnan(number)
+        back = unpack_value(packed, trusted=False)
+        if plain is None:
+            assert type(back) is several and back[1] == 1
+            back = back[0]
+        assert type(back) is float and (back == number or math.isnan(number))
+
+
+@pytest.mark.parametrize("value", [np.int64(3), np.bool_(True), torch.tensor(3), np.str_("a")])
+def test_other_scalars_too(value: Any) -> None:
+    back = unpack_value(pack_value({"a": [value]}), trusted=False)["a"][0]
+    assert type(back) in (int, bool, str) and back == value.item()
+
+
+def test_what_cannot_be_sent_says_so() -> None:
+    with pytest.raises(JobFailed, match="the return value, a generator, cannot be sent"):
+        pack_value(number for number in range(3))
+    packed = pack_value(np.zeros(3))
+    assert (unpack_value(packed, trusted=True) == np.zeros(3)).all()
+    with pytest.raises(JobFailed, match="has expired"):
+        unpack_value(packed, trusted=False)
+
+
+@pytest.mark.usefixtures("on_local_modal")
+def test_a_value_outlives_its_call(tmp_path: Path, control_plane: LocalModal) -> None:
+    sweep = tmp_path / "sweep"
+    command = values(sweep, "ret=float64,tensor,pair,not,generator")
+    driver.run([*command, "hydra.launcher.detach=true"])
+    calls = {event["call"] for event in driver.events(sweep, "spawn")}
+    state = control_plane.wait_for(
+        lambda state: all(state["calls"][call]["done"] for call in calls), timeout=120
+    )
+    assert state
+    for call in calls:
+        control_plane.expire(call)
+    printed = driver.run(command, expect=1)
+    ends = driver.ends(sweep)
+    assert [ends[job]["value"]["json"] for job in range(3)] == [1.5, 1.5, [1.5, 2]]
+    assert [ends[job]["status"] for job in (0, 3, 4)] == ["completed", "failed", "failed"]
+    assert "the return value, a generator, cannot be sent" in printed
+    assert "NaN" in ends[3]["error"]["message"] and "3 of 5 jobs completed" in printed
