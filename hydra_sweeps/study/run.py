@@ -30,7 +30,7 @@ from hydra_sweeps.record import Outcome, Run, Sweep
 from hydra_sweeps.records import reason, write_whole
 from hydra_sweeps.runner import Runner, is_basic, open_runner
 from hydra_sweeps.study.config import OptunaAsyncConf
-from hydra_sweeps.study.space import Space, first_point, override_texts, read_space
+from hydra_sweeps.study.space import Space, first_point, read_space
 from hydra_sweeps.study.trials import (
     ERROR,
     OVERRIDES,
@@ -184,7 +184,7 @@ def fresh_record(options: OptunaAsyncConf, master: DictConfig, place: Place) -> 
 def check_jobs(source: Source, options: OptunaAsyncConf, space: Space) -> list[Job]:
     """Compose jobs that together have every key; SweepError where one cannot be, or shares a folder
     with another."""
-    points = [[*space.overrides, *override_texts(values)] for values in space.examples()]
+    points = [[*space.overrides, *space.texts_of(values)] for values in space.examples()]
     jobs = [named_job(source, options, point, number) for number, point in enumerate(points)]
     subdir = named_job(source, options, points[0], len(jobs)).subdir
     if subdir == jobs[0].subdir:
@@ -358,7 +358,7 @@ def suggested(study: Study, trial: Any) -> list[str]:
                 f"{', '.join(sorted(twice))} is fixed and suggested by custom_search_space={custom}"
             )
         values |= {key: value for key, value in trial.params.items() if key not in values}
-    return [*space.overrides, *override_texts(values)]
+    return [*space.overrides, *space.texts_of(values)]
 
 
 def follow(study: Study, running: RunningTrial, lines: Sequence[dict[str, Any]]) -> None:

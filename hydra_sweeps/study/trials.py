@@ -22,7 +22,7 @@ from hydra_sweeps.errors import SweepError
 from hydra_sweeps.record import Outcome
 from hydra_sweeps.records import write_whole
 from hydra_sweeps.study.config import OptunaAsyncConf
-from hydra_sweeps.study.space import Space, override_texts
+from hydra_sweeps.study.space import Space
 
 FIRST = "hydra.first"
 """Attribute of a study: the points it tries first."""
@@ -257,7 +257,7 @@ def plan(
     lines = [
         *(f"{param.key}: {param.described()}" for param in space.params),
         f"all jobs: {' '.join(space.overrides) or 'no overrides'}",
-        *(f"first: {' '.join(override_texts(point))}" for point in first),
+        *(f"first: {' '.join(space.texts_of(point))}" for point in first),
         f"study: {place}",
         f"objectives: {', '.join(map(' '.join, objectives))}",
         f"sampler: {options.sampler_class}, pruner: {options.pruner_class}, "
