@@ -55,10 +55,10 @@ def without(overrides: Sequence[str], key: str | None) -> list[str]:
 
 
 def refuse_twice(overrides: Sequence[Override]) -> None:
-    """SweepError for a key that is swept, or gets a dictionary, and is given once more.
+    """SweepError for a key that is swept, or gets a dictionary, twice.
 
-    Of two sweeps of a key one would be lost without a word. A plain value may be given again: the
-    last one counts, as in a run without -m.
+    One of the two would be lost without a word. Beside a plain value the last one counts, as in a
+    run without -m.
     """
     places: dict[str, Override] = {}
     for override in overrides:
@@ -66,7 +66,7 @@ def refuse_twice(overrides: Sequence[Override]) -> None:
             continue
         other = places.setdefault(key_of(override), override)
         kinds = [o.is_sweep_override() or isinstance(o.value(), dict) for o in (other, override)]
-        if other is not override and any(kinds):
+        if other is not override and all(kinds):
             raise SweepError(
                 f"{key_of(override)} is given twice, as {other.input_line} and as "
                 f"{override.input_line}; leave it in one place"

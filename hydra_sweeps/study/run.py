@@ -4,7 +4,7 @@ import logging
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from hydra_sweeps.command import (
     stopping,
 )
 from hydra_sweeps.errors import SweepError
-from hydra_sweeps.jobs import Job, Source, compose
-from hydra_sweeps.overrides import key_of, safe, without
+from hydra_sweeps.jobs import Job, Source, check_environment, compose, resolved_sweep_dir
+from hydra_sweeps.overrides import LONGEST, bounded, key_of, safe, without
 from hydra_sweeps.record import Outcome, Run, Sweep
 from hydra_sweeps.records import reason, write_whole
 from hydra_sweeps.runner import Runner, is_basic, open_runner
@@ -84,8 +84,8 @@ class Study:
     """Optuna's study."""
     runner: Runner
     sweep: Sweep
-    hydra: list[str] | None
-    """Overrides of Hydra's node that a run's command needs."""
+    multi: bool
+    """Whether a run's own command has -m."""
     running: dict[int, RunningTrial] = field(default_factory=dict)
     returned: dict[int, JobReturn] = field(default_factory=dict)
 
@@ -107,10 +107,8 @@ class Study:
     def table(self) -> str:
         """The study's trials, best first."""
         names = {trial.user_attrs.get(RUN) for trial in self.trials}
-        key = self.options.name_key
         runs = [run for run in self.sweep.runs.values() if run.name in names]
-        runs = [replace(run, overrides=without(run.overrides, key)) for run in runs]
-        return table(self.sweep, runs)
+        return table(self.sweep, runs, self.options.name_key)
 
     def write(self) -> None:
         """Write sweep.json."""
@@ -135,8 +133,9 @@ def run_study(
     options.check()
     space = read_space(loader, master, options.params or {}, options.conditional, arguments)
     first = first_points(options, source, space)
+    sweep_dir = resolved_sweep_dir(master).absolute()
     examples = check_jobs(source, options, space)
-    sweep_dir = Path(str(master.hydra.sweep.dir)).absolute()
+    check_environment(examples, launcher)
     place = place_of(options, sweep_dir)
     if options.dry_run:
         print(plan(options, space, first, known_trials(place), place), flush=True)
@@ -149,11 +148,12 @@ def run_study(
         enqueue(optuna, options, space, first)
         trials = optuna.get_trials(deepcopy=False)
         count = count_missing(options, space, trials) + len(in_state(trials, "RUNNING"))
-        hydra = None if is_basic(launcher) else run_overrides(master)
         write_whole(sweep_dir / "multirun.yaml", OmegaConf.to_yaml(master))
         runner = open_runner(launcher, options.n_jobs > 1, count)
         sweep = record.begin(sweep_dir, fresh)
-        study = Study(options, source, sweep_dir, space, optuna, runner, sweep, hydra)
+        study = Study(
+            options, source, sweep_dir, space, optuna, runner, sweep, not is_basic(launcher)
+        )
         return carry_out(study)
 
 
@@ -206,7 +206,9 @@ def named_job(
     label = re.sub(
         r"\d+\.\d{3,}(e[-+]?\d+)?", lambda match: f"{float(match[0]):.3g}", str(job.required(key))
     )
-    name = "_".join(safe(part) for part in (label, options.study_name, f"trial{number}") if part)
+    trial = f"_trial{number}"
+    name = "_".join(safe(part) for part in (label, options.study_name) if part)
+    name = bounded(name, LONGEST - len(trial)) + trial
     OmegaConf.update(job.config, key, name)  # as composing it once more would
     job.overrides = [*without(overrides, key), f"{key}={name}"]
     return job
@@ -254,8 +256,9 @@ def catch_up(study: Study) -> None:
 
 def run_of(study: Study, job: Job, params: dict[str, Any]) -> Run:
     """A trial's entry in sweep.json."""
-    group = study.options.search_group if study.hydra is not None else None
-    command = run_command(without(job.overrides, group), study.hydra)
+    group = study.options.search_group if study.multi else None
+    hydra = run_overrides(study.source.master, study.multi)
+    command = run_command(without(job.overrides, group), hydra, study.multi)
     run = Run(job.number, job.subdir, job.overrides, command)
     run.digest, run.record, run.params = job.digest(), job.record, dict(params)
     return run

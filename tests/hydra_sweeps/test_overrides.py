@@ -150,8 +150,7 @@ def test_float_ranges_keep_their_last_value(app: tuple[ConfigLoaderImpl, DictCon
     "arguments",
     [
         ["x=1,2", "x=3,4"],
-        ["x=1,2", "x=3"],
-        ["x=3", "++x=1,2"],
+        ["x=1,2", "++x=3,4"],
         ["+a={x:1}", "+a={y:10}"],
         ["+a={x:1},{x:2}", "+a={y:10},{y:20}"],
     ],
@@ -173,6 +172,7 @@ def test_the_last_plain_value_counts(app: tuple[ConfigLoaderImpl, DictConfig]) -
     assert points(app[0], ["x=1", "x=2", "y=3,4"], {"++y": "5,6"}, []) == [
         ["x=2", "y=3"], ["x=2", "y=4"]
     ]  # fmt: skip
+    assert points(app[0], ["x=1,2", "x=3"], {}, []) == [["x=3"]]
 
 
 def test_points_that_are_tried_first_are_read_alike(
