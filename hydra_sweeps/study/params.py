@@ -55,7 +55,10 @@ class Param:
         if self.kind == "int":
             low, high, step = int(self.low), int(self.high), int(self.step or 1)
             return trial.suggest_int(self.key, low, high, step=step, log=self.log)
-        return trial.suggest_float(self.key, self.low, self.high, step=self.step, log=self.log)
+        value = trial.suggest_float(self.key, self.low, self.high, step=self.step, log=self.log)
+        if self.step is None:
+            return value
+        return min(self.values(), key=lambda stepped: abs(stepped - value))  # as Hydra writes it
 
     def values(self) -> list[Any]:
         """All values; SweepError where they have no end."""
