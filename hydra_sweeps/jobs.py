@@ -154,21 +154,24 @@ class Job:
         Raises:
             SweepError: one cannot be resolved; names the variable and the key.
         """
-        resolvers = "|".join(map(re.escape, ["oc.env", *outside]))
-        values = {}
-        with job_config(self.config), env_override(self.config.hydra.job.env_set):
-            for path, text in leaves(self.written(ignore)):
-                if not isinstance(text, str) or not re.search(rf"\${{({resolvers}):", text):
-                    continue
-                key = ".".join(map(str, path))
-                try:
+        resolver = re.compile(rf"\${{({'|'.join(map(re.escape, ['oc.env', *outside]))}):")
+        texts = {path: text for path, text in leaves(self.written(ignore))
+                 if isinstance(text, str) and resolver.search(text)}  # fmt: skip
+        values, key = {}, "hydra.job.env_set"
+        try:
+            with (
+                job_config(self.config),
+                env_override(self.config.hydra.job.env_set if texts else {}),
+            ):
+                for path, text in texts.items():
+                    key = ".".join(map(str, path)) + f"={text}"
                     value = reduce(lambda node, part: node[part], path, self.config)
-                except OmegaConfBaseException as error:
-                    reason = f"{key}={text} of run {self.number} ({self.text}): {first_line(error)}"
-                    raise SweepError(reason) from None
-                names = [name.strip("'\" ") for name in VARIABLE.findall(text)]
-                if not names or any(not name or name in os.environ for name in names):
-                    values[key] = value
+                    names = [name.strip("'\" ") for name in VARIABLE.findall(text)]
+                    if not names or any(not name or name in os.environ for name in names):
+                        values[key] = value
+        except OmegaConfBaseException as error:
+            reason = f"{key} of run {self.number} ({self.text}): {first_line(error)}"
+            raise SweepError(reason) from None
         return values
 
 

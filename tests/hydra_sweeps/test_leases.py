@@ -55,6 +55,7 @@ def starts(folder: Path, *names: str) -> list[str]:
     return [line[1] for name in names for line in journal(folder / name) if line[0] == "start"]
 
 
+@pytest.mark.slow
 def test_three_processes_and_one_is_killed(tmp_path: Path) -> None:
     """Every trial ends once; those of the killed one are continued, no other is."""
     options = ["x=interval(0.0,6.0)", "steps=1", "hydra.sweeper.n_trials=8"]
@@ -83,6 +84,7 @@ def test_three_processes_and_one_is_killed(tmp_path: Path) -> None:
         assert (Path(folder) / trial.user_attrs["hydra.run"] / "progress.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_second_process_leaves_what_runs_alone(tmp_path: Path) -> None:
     """It ends when nothing is left to ask for, and says who is still at work."""
     options = ["x=interval(0.0,6.0)", "steps=1", "hydra.sweeper.n_trials=3"]
@@ -100,6 +102,7 @@ def test_a_second_process_leaves_what_runs_alone(tmp_path: Path) -> None:
     assert [trial.state.name for trial in trials_of(tmp_path)] == ["COMPLETE"] * 3
 
 
+@pytest.mark.slow
 def test_points_are_queued_once(tmp_path: Path) -> None:
     """By two processes that start at once."""
     options = ["x=1,2,3", "kind=a,b", "hydra/sweeper/sampler=grid"]
