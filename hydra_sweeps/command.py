@@ -15,10 +15,14 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from hydra_sweeps.overrides import key_of
 from hydra_sweeps.records import reason
 
 CONFIG_FLAGS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
-RUN_FLAGS = ("hydra/launcher=", "hydra.launcher.", "hydra.sweep.")
+SWEEP_ONLY = ("hydra/sweeper", "hydra.sweeper", "hydra.mode", "hydra.run.")
+"""Overrides of Hydra's node that make no difference to a job of a sweep."""
+MULTIRUN_ONLY = ("hydra/launcher", "hydra.launcher", "hydra.sweep.")
+"""Those that say where it runs and writes."""
 log = logging.getLogger(__name__)
 
 
@@ -31,12 +35,13 @@ def command_line(argv: Sequence[str] | None = None) -> str:
     return shlex.join(["python", *(argv or sys.argv)])
 
 
-def run_command(overrides: Sequence[str], hydra: Sequence[str] | None = None) -> str:
+def run_command(overrides: Sequence[str], hydra: Sequence[str] = (), multi: bool = False) -> str:
     """The command that reproduces one run alone.
 
     Args:
         overrides: the job's own.
-        hydra: with -m, and these overrides of Hydra's node; None: without -m.
+        hydra: overrides of Hydra's node.
+        multi: with -m.
     """
     flags, words = [], sys.argv[1:]
     for index, word in enumerate(words):
@@ -44,8 +49,8 @@ def run_command(overrides: Sequence[str], hydra: Sequence[str] | None = None) ->
             flags += words[index : index + 2]
         elif word.partition("=")[0] in CONFIG_FLAGS:
             flags.append(word)
-    multirun = [] if hydra is None else ["-m"]
-    return command_line([sys.argv[0], *flags, *multirun, *overrides, *(hydra or [])])
+    multirun = ["-m"] if multi else []
+    return command_line([sys.argv[0], *flags, *multirun, *overrides, *hydra])
 
 
 def hydra_overrides(master: DictConfig) -> list[str]:
@@ -53,9 +58,10 @@ def hydra_overrides(master: DictConfig) -> list[str]:
     return cast(list[str], OmegaConf.to_container(master.hydra.overrides.hydra))
 
 
-def run_overrides(master: DictConfig) -> list[str]:
-    """Those of them that say where a job runs and writes."""
-    return [override for override in hydra_overrides(master) if override.startswith(RUN_FLAGS)]
+def run_overrides(master: DictConfig, multi: bool) -> list[str]:
+    """Those of them without which a run alone would be another one, or not be found."""
+    without = SWEEP_ONLY if multi else (*SWEEP_ONLY, *MULTIRUN_ONLY)
+    return [text for text in hydra_overrides(master) if not key_of(text).startswith(without)]
 
 
 @contextmanager

@@ -2,15 +2,20 @@
 
 import copy
 import hashlib
+import os
+import posixpath
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn, JobStatus, env_override
 from hydra.errors import CompactHydraException, HydraException
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -18,6 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.records import first_line
+
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+VARIABLE = re.compile(r"\$\{oc\.env:\s*([^,${}]*)")
+"""Its name; nothing where that is an interpolation."""
+LONGEST = 255
+"""Bytes of a name that file systems take."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +54,19 @@ class Job:
 
     @property
     def subdir(self) -> str:
-        """Where it writes, below hydra.sweep.dir."""
-        return str(self.required("hydra.sweep.subdir"))
+        """Where it writes, below hydra.sweep.dir; `a//b` and `a/./b` are a/b.
+
+        Raises:
+            SweepError: that is elsewhere, or no name for a file system.
+        """
+        text = str(self.required("hydra.sweep.subdir"))
+        path = posixpath.normpath(text)
+        where = f"hydra.sweep.subdir={text} of run {self.number} ({self.text})"
+        if path.startswith("/") or path.split("/")[0] == "..":
+            raise SweepError(f"{where} lies outside the sweep's folder, hydra.sweep.dir")
+        if any(len(part.encode()) > LONGEST for part in path.split("/")):
+            raise SweepError(f"{where} has a name of more than {LONGEST} bytes; shorten it")
+        return path
 
     @property
     def record(self) -> dict[str, Any]:
@@ -91,8 +113,26 @@ class Job:
             self.config.hydra.job.id = number
             self.config.hydra.job.num = number
 
-    def digest(self, ignore: Sequence[str] = ()) -> str:
-        """Hash of the configuration as written, without Hydra's node and the keys to ignore."""
+    def digest(self, ignore: Sequence[str] = (), outside: Sequence[str] = ()) -> str:
+        """Hash of the configuration as written, without Hydra's node and the keys to ignore, and of
+        what it reads from outside.
+
+        `${now:...}` and `${hydra:...}`, which another start changes, count as written; so does any
+        resolver that `outside` does not name.
+        """
+        try:
+            values = self.environment(ignore, outside)
+        except SweepError:  # they are resolved where the job runs
+            values = {}
+        return self.hashed(ignore, "".join(f"{key}={value!r}\n" for key, value in values.items()))
+
+    def hashed(self, ignore: Sequence[str], more: str = "") -> str:
+        """Hash of the configuration as written, and of `more`."""
+        text = OmegaConf.to_yaml(OmegaConf.create(self.written(ignore)), sort_keys=True) + more
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    def written(self, ignore: Sequence[str]) -> Any:
+        """The configuration unresolved, without Hydra's node and the keys to ignore."""
         content: Any = OmegaConf.to_container(self.config, resolve=False)
         for key in ("hydra", *ignore):
             *above, last = key.split(".")
@@ -101,8 +141,85 @@ class Job:
                 node = node.get(part, {}) if isinstance(node, dict) else {}
             if isinstance(node, dict):
                 node.pop(last, None)
-        text = OmegaConf.to_yaml(OmegaConf.create(content), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:20]
+        return content
+
+    def environment(
+        self, ignore: Sequence[str] = (), outside: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """By key: the values that are made of environment variables that are set, or by resolvers
+        named in `outside`; in the environment that hydra.job.env_set gives the job.
+
+        Where no variable is set the written default is the value.
+
+        Raises:
+            SweepError: one cannot be resolved; names the variable and the key.
+        """
+        resolver = re.compile(rf"\${{({'|'.join(map(re.escape, ['oc.env', *outside]))}):")
+        texts = {path: text for path, text in leaves(self.written(ignore))
+                 if isinstance(text, str) and resolver.search(text)}  # fmt: skip
+        values, key = {}, "hydra.job.env_set"
+        try:
+            with (
+                job_config(self.config),
+                env_override(self.config.hydra.job.env_set if texts else {}),
+            ):
+                for path, text in texts.items():
+                    key = ".".join(map(str, path)) + f"={text}"
+                    value = reduce(lambda node, part: node[part], path, self.config)
+                    names = [name.strip("'\" ") for name in VARIABLE.findall(text)]
+                    if not names or any(not name or name in os.environ for name in names):
+                        values[key] = value
+        except OmegaConfBaseException as error:
+            reason = f"{key} of run {self.number} ({self.text}): {first_line(error)}"
+            raise SweepError(reason) from None
+        return values
+
+
+def leaves(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The values of a container and where they stand."""
+    if isinstance(content, dict | list):
+        for part, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from leaves(value, (*path, part))
+    else:
+        yield path, content
+
+
+def check_environment(
+    jobs: Sequence[Job], launcher: Any, ignore: Sequence[str] = (), outside: Sequence[str] = ()
+) -> None:
+    """Refuse, before one starts, jobs that lack an environment variable, or would write a secret.
+
+    A launcher that sends jobs to other machines has rules of its own.
+    """
+    if hasattr(launcher, "session"):
+        return
+    for job in jobs:
+        job.environment(ignore, outside)
+        for name in job.config.hydra.job.env_copy or []:
+            if SECRET_NAME.search(name):
+                raise SweepError(
+                    f"hydra.job.env_copy={name} would write its value into multirun.yaml and "
+                    ".hydra/hydra.yaml; leave it out: jobs on this machine have the environment of "
+                    "this command"
+                )
+
+
+def resolved_sweep_dir(master: DictConfig) -> Path:
+    """hydra.sweep.dir; where it needs `${hydra:...}`, it is resolved for all that look later.
+
+    Raises:
+        SweepError: it cannot be resolved.
+    """
+    try:
+        with job_config(master):
+            text = str(master.hydra.sweep.dir)
+    except OmegaConfBaseException as error:
+        raise SweepError(f"hydra.sweep.dir cannot be resolved: {first_line(error)}") from None
+    written = OmegaConf.to_container(master.hydra.sweep)
+    if isinstance(written, dict) and "${hydra:" in str(written["dir"]):
+        with read_write(master.hydra.sweep):
+            master.hydra.sweep.dir = text
+    return Path(text)
 
 
 def compose(source: Source, overrides: Sequence[str], number: int) -> Job:

@@ -261,10 +261,24 @@ def packed(returned: JobReturn) -> bytes:
         pickle.loads(raw)  # exceptions with arguments of their own fail only here
         return raw
     except Exception as error:
-        value = returned._return_value
-        kind = type(value).__name__
-        why = f"{kind}: {value}"
-        if returned.status != JobStatus.FAILED:
-            why = f"the return value, a {kind}, cannot be sent: {error}"
-        returned.status, returned.return_value = JobStatus.FAILED, JobFailed(why)
+        refuse_value(returned, error)
         return pickle.dumps(returned)
+
+
+def check_value(returned: JobReturn) -> None:
+    """A value that could not be sent is a failure also where nothing is sent."""
+    if returned.status == JobStatus.COMPLETED:
+        try:
+            pickle.dumps(returned._return_value)
+        except Exception as error:
+            refuse_value(returned, error)
+
+
+def refuse_value(returned: JobReturn, error: Exception) -> None:
+    """The job failed: what it returned, or raised, is not for pickle."""
+    value = returned._return_value
+    kind = type(value).__name__
+    why = f"{kind}: {value}"
+    if returned.status != JobStatus.FAILED:
+        why = f"the return value, a {kind}, cannot be sent: {error}"
+    returned.status, returned.return_value = JobStatus.FAILED, JobFailed(why)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hydra_sweeps.jobs import Job
+from hydra_sweeps.overrides import without
 from hydra_sweeps.record import Run, Sweep, Value
 
 
@@ -23,10 +24,10 @@ def plan(jobs: Sequence[Job], done: Mapping[int, Run], sweep_dir: Path) -> str:
     return "\n".join([*columns(rows), f"{len(jobs)} runs"])
 
 
-def table(sweep: Sweep, runs: Sequence[Run]) -> str:
+def table(sweep: Sweep, runs: Sequence[Run], name_key: str | None = None) -> str:
     """Runs as a table, best first by the first objective, and why some have failed."""
     names = [objective["name"] for objective in sweep.objectives]
-    choices_by_name = choices(runs)
+    choices_by_name = choices(runs, name_key)
     rows = [("rank", "run", "overrides", *names, "status", "time")]
     numbers = [False, False, False, *(True for _ in names), False, True]
     for rank, run in enumerate(ranked(sweep, runs), 1):
@@ -71,21 +72,12 @@ def shown(value: Value) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def choices(runs: Sequence[Run]) -> dict[str, str]:
-    """By name of the run: the overrides in which the runs differ; of a run alone all.
-
-    One that only names the run is left out.
-    """
-    every = {override for run in runs for override in run.overrides}
-    common = {o for o in every if len(runs) > 1 and all(o in run.overrides for run in runs)}
-    return {
-        run.name: " ".join(
-            override
-            for override in run.overrides
-            if override not in common and override.partition("=")[2] != run.name
-        )
-        for run in runs
-    }
+def choices(runs: Sequence[Run], name_key: str | None) -> dict[str, str]:
+    """By name of the run: every override in which the runs differ, but for the one that only names
+    it; of a run alone all."""
+    own = {run.name: without(run.overrides, name_key) for run in runs}
+    common = set.intersection(*map(set, own.values())) if len(own) > 1 else set()
+    return {name: " ".join(o for o in own[name] if o not in common) for name in own}
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[bool] | None = None) -> list[str]:

@@ -43,7 +43,7 @@ FLOORS = {
 """Every house from its floor upwards; the longer name of a file counts."""
 BUDGETS = {
     "modal_sweep": 32_300,
-    "hydra_sweeps": 22_000,
+    "hydra_sweeps": 27_300,
     "hydra_plugins": 1_050,
     "specforge_exp": 137_000,
     "specforge_exp/data": 15_500,
@@ -53,7 +53,7 @@ BUDGETS = {
     "specforge_exp/generation": 24_100,
     "specforge_exp/bench": 9_700,
     "specforge_exp/report": 17_200,
-    "": 184_900,
+    "": 200_000,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
 written."""

@@ -1,8 +1,14 @@
-"""Names of runs: made of the choices, the same on every start, never the same for two runs."""
+"""Names of runs: made of the choices, the same on every start, never the same for two runs.
+
+Two names are the same where one file system takes them for one: `a//b` and a/b, a and A. Names are
+short enough for every file system, and lie in the sweep's folder.
+"""
 
 import hashlib
 import logging
+import posixpath
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +16,7 @@ from dataclasses import dataclass
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.grid.config import ExperimentSweeperConf
 from hydra_sweeps.jobs import Job, Source, compose
-from hydra_sweeps.overrides import key_of, safe, without
+from hydra_sweeps.overrides import bounded, key_of, quoted, safe, without
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +101,7 @@ def name_points(runs: list[NamedJob]) -> None:
     groups: dict[str, list[NamedJob]] = defaultdict(list)
     for run in runs:
         if run.repeat == 0:
-            groups[run.label].append(run)
+            groups[place(run.label)].append(run)
     for group in groups.values():
         choices = [choices_of(run.job) for run in group]
         keys = dict.fromkeys(key for choice in choices for key in choice)
@@ -128,12 +134,18 @@ def short(key: str) -> str:
 
 
 def tell_apart(runs: list[NamedJob]) -> None:
-    """Where names still meet, add a hash of the overrides."""
-    count = Counter(run.name for run in runs)
+    """Where names still meet, add a hash of the overrides; cut names that are too long."""
+    count = Counter(place(run.name) for run in runs)
     for run in runs:
-        if count[run.name] > 1:
+        if count[place(run.name)] > 1:
             text = " ".join(sorted(run.job.overrides))
             run.name += f"_{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+        run.name = bounded(run.name)
+
+
+def place(name: str) -> str:
+    """The same for all names that can be one folder."""
+    return unicodedata.normalize("NFC", posixpath.normpath(name)).casefold()
 
 
 def renamed(source: Source, run: NamedJob, options: ExperimentSweeperConf) -> Job:
@@ -146,8 +158,7 @@ def renamed(source: Source, run: NamedJob, options: ExperimentSweeperConf) -> Jo
         )
     name = run.name
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9._+-]*", name):
-        quoted = name.replace("\\", "\\\\").replace("'", "\\'")
-        name = f"'{quoted}'"
+        name = quoted(name.replace("${", "\\${"))
     return compose(source, [*without(job.overrides, key), f"{key}={name}"], job.number)
 
 
@@ -155,7 +166,7 @@ def check_folders(jobs: Sequence[Job], source: Source) -> None:
     """No two jobs write to one folder."""
     writers: dict[str, Job] = {}
     for job in jobs:
-        other = writers.setdefault(job.subdir, job)
+        other = writers.setdefault(place(job.subdir), job)
         if other is not job:
             raise SweepError(
                 f"runs {other.number} ({other.text}) and {job.number} ({job.text}) would both "

@@ -1,13 +1,13 @@
 """From options to lists of overrides: the product of what is swept, and the cases."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product as every
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.types import Override
 
 from hydra_sweeps.errors import SweepError
-from hydra_sweeps.overrides import key_of, nothing, parse, parse_words
+from hydra_sweeps.overrides import key_of, nothing, parse, parse_words, refuse_twice, texts
 
 
 def points(
@@ -37,7 +37,8 @@ def points(
                 f"{key} stands on the command line ({override.input_line}) and in "
                 f"hydra.sweeper.cases ({case_of_key[key]!r}); leave it in one place"
             )
-    swept = [f"{key}={value}" for key, value in params.items() if key_of(key) not in case_of_key]
+    elsewhere = {*case_of_key, *map(key_of, typed)}
+    swept = [f"{key}={value}" for key, value in params.items() if key_of(key) not in elsewhere]
     combinations = product(loader, [*parse(loader, swept), *typed])
     if not cases:
         return combinations
@@ -46,17 +47,18 @@ def points(
 
 def product(loader: ConfigLoader, overrides: list[Override]) -> list[list[str]]:
     """Every combination, the last key first to change."""
+    refuse_twice(overrides)
+    values = dict[str, list[str]]()
     for override in overrides:
-        if not override.is_sweep_override():
-            continue
-        if not override.is_discrete_sweep():
+        if override.is_sweep_override() and not override.is_discrete_sweep():
             raise SweepError(
                 f"{override.input_line} has no end: a grid takes lists, range() and glob(); "
                 "hydra/sweeper=optuna_async searches intervals"
             )
-        if not list(override.sweep_string_iterator()):
+        values[override.get_key_element()] = texts(override)
+        if not values[override.get_key_element()]:
             raise SweepError(nothing(loader, override))
-    return BasicSweeper.split_arguments(overrides, None)[0]
+    return [list(combination) for combination in every(*values.values())]
 
 
 def expand(loader: ConfigLoader, index: int, case: str) -> list[list[str]]:

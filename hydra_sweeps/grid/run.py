@@ -25,7 +25,15 @@ from hydra_sweeps.errors import JobFailed, SweepError
 from hydra_sweeps.grid.config import ExperimentSweeperConf
 from hydra_sweeps.grid.names import named_jobs
 from hydra_sweeps.grid.points import points
-from hydra_sweeps.jobs import Job, Source, failure, show_failure
+from hydra_sweeps.jobs import (
+    Job,
+    Source,
+    check_environment,
+    failure,
+    resolved_sweep_dir,
+    show_failure,
+)
+from hydra_sweeps.processes import check_value
 from hydra_sweeps.record import Run, Sweep
 from hydra_sweeps.records import write_whole
 from hydra_sweeps.runner import is_basic, launch, neighbours, open_runner
@@ -55,11 +63,15 @@ class Grid:
 
     def table(self) -> str:
         """What is printed at the end."""
-        return table(self.sweep, list(self.runs.values()))
+        return table(self.sweep, list(self.runs.values()), self.options.name_key)
 
     def write(self) -> None:
         """Write sweep.json."""
         record.write(self.sweep_dir, self.sweep)
+
+    def digest(self, job: Job) -> str:
+        """What has to be the same for a run to count as done."""
+        return job.digest(self.options.ignore, self.options.outside)
 
     def begin(self, jobs: Sequence[Job]) -> None:
         """These are about to run."""
@@ -90,10 +102,11 @@ def run_grid(
     """What `ExperimentSweeper.sweep` does; `launcher` is set up, `arguments` as Hydra got them."""
     master, loader = source.master, source.context.config_loader
     check(options, launcher, master)
+    sweep_dir = resolved_sweep_dir(master)
     choices = points(loader, arguments, options.params or {}, options.cases)
     jobs = named_jobs(source, choices, options)
     refuse_other_choices(master, jobs, arguments)
-    sweep_dir = Path(str(master.hydra.sweep.dir))
+    check_environment(jobs, launcher, options.ignore, options.outside)
     folder = sweep_dir.absolute()
     grid = Grid(options, launcher, master, folder, fresh(options, master), jobs)
     if options.dry_run:
@@ -152,8 +165,12 @@ def finished(grid: Grid, earlier: Sweep) -> dict[int, Run]:
             continue
         evidence = job.value("hydra.sweeper.exists")
         exists = not evidence or Path(str(evidence)).exists()
-        if exists and run.digest == job.digest(grid.options.ignore):
+        if exists and run.digest == grid.digest(job):
             done[job.number] = run
+        elif exists and run.digest == job.hashed(grid.options.ignore):
+            log.info(
+                f"\t#{job.number} runs again: environment variables were no part of its record"
+            )
     return done
 
 
@@ -179,25 +196,26 @@ def carry_out(grid: Grid) -> list[Sequence[JobReturn]]:
 def set_up(grid: Grid) -> None:
     """Put the runs of this command into the record."""
     done = finished(grid, grid.sweep)
-    hydra = None if is_basic(grid.launcher) else needed_overrides(grid)
+    multi = not is_basic(grid.launcher)
+    hydra = needed_overrides(grid, multi)
     for job in grid.jobs:
         run = done.get(job.number) or Run(job.number, job.subdir, [])
         run.number, run.overrides = job.number, job.overrides
         if job.number in done:
             overrides = " ".join(filter_overrides(job.overrides))
             log.info(f"\t#{job.number} : {overrides} (done: {shown(run.value)})")
-        run.command = run_command(job.overrides, hydra)
-        run.digest, run.record = job.digest(grid.options.ignore), job.record
+        run.command = run_command(job.overrides, hydra, multi)
+        run.digest, run.record = grid.digest(job), job.record
         grid.runs[job.number] = run
         grid.sweep.runs[run.name] = run
 
 
-def needed_overrides(grid: Grid) -> list[str]:
+def needed_overrides(grid: Grid, multi: bool) -> list[str]:
     """The overrides of Hydra's node without which a run alone would be another one."""
-    overrides = run_overrides(grid.master)
-    if grid.options.repeats > 1:
+    overrides = run_overrides(grid.master, multi)
+    if multi and grid.options.repeats > 1:
         overrides.append("hydra.sweeper.repeats=1")
-    if grid.options.cases:
+    if multi and grid.options.cases:
         overrides.append("hydra.sweeper.cases=[]")
     return overrides
 
@@ -241,6 +259,7 @@ def run_here(grid: Grid, job: Job) -> None:
     started = time.monotonic()
     try:
         [returned] = grid.launcher.launch([job.overrides], initial_job_idx=job.number)
+        check_value(returned)
     except SystemExit as stop:
         returned = failure(job.overrides, JobFailed(f"the job called sys.exit({stop.code!r})"))
     except Exception as error:

@@ -1,105 +1,22 @@
 """What a study searches: from Hydra's overrides to suggestions, conditions and first points."""
 
-import math
-import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.override_parser.types import (
-    Override,
-    RangeSweep,
-    Transformer,
-)
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_sweeps.errors import SweepError
-from hydra_sweeps.overrides import key_of, nothing, parse, parse_words
+from hydra_sweeps.overrides import key_of, parse, parse_words, quoted, refuse_twice, value_text
+from hydra_sweeps.study.params import Condition, Param, encoded, labelled, param_of
 
-PLAIN = re.compile(r"[\w.+/$%*@?|-]+")
 CONDITIONAL = "hydra.sweeper.conditional"
-
-
-@dataclass(frozen=True)
-class Condition:
-    """An earlier key has one of these values."""
-
-    key: str
-    values: tuple[Any, ...]
-    text: str
-    """As it was written."""
-
-
-@dataclass(frozen=True)
-class Param:
-    """One key that is searched."""
-
-    key: str
-    """As in an override: may begin with +."""
-    text: str
-    """As it was written."""
-    kind: str
-    """choice, int or float."""
-    choices: tuple[Any, ...] = ()
-    low: float = 0.0
-    high: float = 0.0
-    """Included."""
-    step: float | None = None
-    log: bool = False
-    when: Condition | None = None
-
-    @property
-    def name(self) -> str:
-        """The key alone."""
-        return key_of(self.key)
-
-    def suggest(self, trial: Any) -> Any:
-        """Ask an Optuna trial for a value."""
-        if self.kind == "choice":
-            return trial.suggest_categorical(self.key, self.choices)
-        if self.kind == "int":
-            low, high, step = int(self.low), int(self.high), int(self.step or 1)
-            return trial.suggest_int(self.key, low, high, step=step, log=self.log)
-        return trial.suggest_float(self.key, self.low, self.high, step=self.step, log=self.log)
-
-    def values(self) -> list[Any]:
-        """All values; SweepError where they have no end."""
-        if self.kind == "choice":
-            return list(self.choices)
-        if self.step is None or self.log:
-            raise SweepError(
-                f"hydra/sweeper/sampler=grid needs lists or ranges, but {self.text} has no end; "
-                "take another sampler or write its values"
-            )
-        count = round((self.high - self.low) / self.step) + 1
-        return [self.typed(self.low + index * self.step) for index in range(count)]
-
-    def holds(self, value: Any) -> bool:
-        """Whether it can have this value."""
-        if self.kind == "choice":
-            return value in self.choices
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and self.low <= value <= self.high and self.typed(value) == value
-
-    def typed(self, value: Any) -> Any:
-        """A value that it holds, as Optuna would give it."""
-        if self.kind == "choice":
-            return self.choices[self.choices.index(value)]
-        return int(value) if self.kind == "int" else float(value)
-
-    def described(self) -> str:
-        """For people."""
-        if self.kind == "choice":
-            text = ", ".join(map(str, self.choices))
-        else:
-            text = f"{self.kind} {self.low} to {self.high}"
-            text += f" by {self.step}" if self.step not in (None, 1) else ""
-            text += ", log" if self.log else ""
-        return text + (f" (when {self.when.text})" if self.when else "")
 
 
 @dataclass
@@ -162,24 +79,37 @@ class Space:
 
         return below(0, self.constants, {})
 
+    def texts_of(self, values: Mapping[str, Any]) -> list[str]:
+        """Values by Param.key as overrides; what custom_search_space added is quoted."""
+        params = {param.key: param for param in self.params}
+        return [
+            params[key].override(value)
+            if key in params
+            else f"{key}={quoted(value) if isinstance(value, str) else value_text(value)}"
+            for key, value in values.items()
+        ]
+
+    def read(self, override: Override) -> Any:
+        """An override's value, as the key that has it stores it."""
+        text = value_text(override._value)
+        for param in self.named(key_of(override)):
+            if text in param.texts:
+                return param.choices[param.texts.index(text)]
+        return encoded(override)
+
+    def few(self, most: int) -> list[dict[str, Any]] | None:
+        """All points, where there are `most` of them at most."""
+        try:
+            points = list(islice(self.points(), most + 1))
+        except SweepError:
+            return None
+        return points if len(points) <= most else None
+
 
 def active(param: Param, values: Mapping[str, Any]) -> bool:
     """Whether a key exists beside these values."""
     when = param.when
     return when is None or (when.key in values and values[when.key] in when.values)
-
-
-def override_texts(values: Mapping[str, Any]) -> list[str]:
-    """Values as overrides; what Hydra would read otherwise is quoted."""
-
-    def quoted(value: Any) -> str:
-        text = str(value)
-        if not isinstance(value, str) or text[:1] in ("[", "{") or PLAIN.fullmatch(text):
-            return text
-        escaped = re.sub(r"(\\*)(?='|$)", r"\1\1", text).replace("'", "\\'")
-        return f"'{escaped}'"
-
-    return [f"{key}={quoted(value)}" for key, value in values.items()]
 
 
 def read_space(
@@ -203,6 +133,8 @@ def read_space(
     """
     typed = parse(loader, arguments)
     of_params = parse(loader, [f"{key}={value}" for key, value in params.items()])
+    for together in (typed, of_params):
+        refuse_twice(together)
     given = {key_of(override): override for override in [*of_params, *typed]}
     fixed = {key: override for key, override in given.items() if not override.is_sweep_override()}
     searched = [param_of(loader, given[key]) for key in given if key not in fixed]
@@ -218,53 +150,12 @@ def read_space(
     return space
 
 
-def encoded(override: Override) -> Any:
-    """An override's value as sweeps give theirs: numbers and booleans, else text."""
-    value = override.value()
-    plain = isinstance(value, bool | int | float | str)
-    return value if plain else override.get_value_element_as_str()
-
-
-def param_of(loader: ConfigLoader, override: Override, when: Condition | None = None) -> Param:
-    """What a sweep searches; a single value is a choice of one."""
-    key, text = override.get_key_element(), str(override.input_line)
-    value: Any = override.value()
-    if not override.is_sweep_override():
-        return Param(key, text, "choice", (encoded(override),), when=when)
-    shuffled = bool(getattr(value, "shuffle", False))
-    if override.is_discrete_sweep() and (shuffled or not isinstance(value, RangeSweep)):
-        choices = encoded_values(override)
-        if not choices:
-            raise SweepError(nothing(loader, override))
-        if shuffled:  # the order is part of what a study stores
-            choices.sort(key=str)
-        return Param(key, text, "choice", tuple(choices), when=when)
-    if isinstance(value, RangeSweep):
-        low, high, step, log = value.start, value.stop, value.step, False
-    else:
-        low, high, step, log = value.start, value.end, None, "log" in value.tags
-    assert low is not None and high is not None
-    kind = "int" if all(isinstance(n, int) for n in (low, high, step or 0)) else "float"
-    if low > high or (log and low <= 0) or (step is not None and step <= 0):
-        raise SweepError(f"{text}: the bounds must grow" + (" and be positive" if log else ""))
-    step = step or (1 if kind == "int" and not log else None)
-    if step is not None:  # as Optuna would, with a warning
-        high = low + math.floor((high - low) / step + 1e-9) * step
-    return Param(key, text, kind, (), low, high, step, log, when)
-
-
-def encoded_values(override: Override) -> list[Any]:
-    """The values of a list, as Optuna stores them; a single value alone."""
-    if not override.is_discrete_sweep():
-        return [encoded(override)]
-    return list(override.sweep_iterator(transformer=Transformer.encode))
-
-
 def condition(loader: ConfigLoader, master: DictConfig, space: Space, text: str) -> Condition:
     """Read `loss=full-opd,mixed`; a key that is not searched has the value it has in `master`."""
     try:
         [override] = parse(loader, shlex.split(text))
-        values = tuple(encoded_values(override))
+        discrete = override.is_discrete_sweep()
+        labels = labelled(list(override.sweep_iterator()) if discrete else [override._value])
     except (ValueError, TypeError, HydraException) as error:
         raise SweepError(
             f"{CONDITIONAL}: {text!r} cannot be read ({error}); a condition is e.g. loss=full-opd"
@@ -280,6 +171,9 @@ def condition(loader: ConfigLoader, master: DictConfig, space: Space, text: str)
                 f"that is searched before ({listed(space)}), or one of the configuration"
             )
         space.constants[key] = value
+    stored = {text: label for param in params
+              for text, label in zip(param.texts, param.choices, strict=True)}  # fmt: skip
+    values = tuple(stored.get(text, label) for text, label in labels.items())
     for value in values:
         narrowed = not params or key in space.typed  # then it may never hold
         if not narrowed and not any(param.holds(value) for param in params):
@@ -306,7 +200,8 @@ def add(space: Space, given: Mapping[str, Any], param: Param) -> None:
             "leave it in one place"
         )
     for other in space.named(param.name):
-        if (other.kind, other.log, other.choices) != (param.kind, param.log, param.choices):
+        kinds = [(p.kind, p.log, p.choices, p.texts) for p in (other, param)]
+        if kinds[0] != kinds[1]:
             raise SweepError(
                 f"{CONDITIONAL}: {other.text!r} and {param.text!r} must be of one kind, choices "
                 "the same: to Optuna they are one parameter"
@@ -332,7 +227,7 @@ def first_point(
     overrides = parse_words(loader, where, text)
     if any(override.is_sweep_override() for override in overrides):
         raise SweepError(f"{where}: a point has one value for each key")
-    values = {key_of(override): encoded(override) for override in overrides}
+    values = {key_of(override): space.read(override) for override in overrides}
     beside, point = {**space.constants, **values}, dict[str, Any]()
     for key, value in values.items():
         param = next((param for param in space.named(key) if active(param, beside)), None)

@@ -6,10 +6,13 @@ Only calls that Optuna 2.10 and 5 both have.
 import importlib.metadata
 import logging
 import math
+import time
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import cache
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +25,19 @@ from hydra_sweeps.errors import SweepError
 from hydra_sweeps.record import Outcome
 from hydra_sweeps.records import write_whole
 from hydra_sweeps.study.config import OptunaAsyncConf
-from hydra_sweeps.study.space import Space, override_texts
+from hydra_sweeps.study.leases import ENDED, LEASE, SETTLED, Leases
+from hydra_sweeps.study.space import Space
 
 FIRST = "hydra.first"
 """Attribute of a study: the points it tries first."""
 RUN, OVERRIDES, ERROR, STOPPED = "hydra.run", "hydra.overrides", "hydra.error", "hydra.stopped"
 """Attributes of a trial: name of its run, overrides, why it failed, whether it is being pruned."""
+POINT, TWIN = "hydra.point", "hydra.twin"
+"""Digest of its configuration but for the name; the number of the trial whose result it has."""
 STATUS = {"COMPLETE": "completed", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "planned"}
 """State of a trial: status of its run."""
+OPENINGS = 6
+"""Tries to open a storage."""
 INSTALL = "pip install -c constraints.txt 'specforge-exp[optuna]'"
 
 
@@ -40,6 +48,9 @@ class Place:
     storage: Any
     """A URL, or what a node made."""
     name: str
+    sweep_dir: Path
+    alone: bool
+    """The storage is the sweep's own, which one process at a time has."""
 
     def __str__(self) -> str:
         return f"{self.name} in {self.storage}"
@@ -65,12 +76,26 @@ class Place:
 
 def place_of(options: OptunaAsyncConf, sweep_dir: Path) -> Place:
     """Where the study of a sweep's folder is kept."""
-    storage = options.storage
-    if storage is None:
+    storage, alone = options.storage, options.storage is None
+    if alone:
         storage = f"sqlite:///{sweep_dir / 'study.db'}"
     elif isinstance(storage, DictConfig):
         storage = instantiate(storage)
-    return Place(storage, options.study_name or "/".join(sweep_dir.parts[-2:]))
+    return Place(storage, options.study_name or "/".join(sweep_dir.parts[-2:]), sweep_dir, alone)
+
+
+@cache
+def connection(storage: Any) -> Any:
+    """What Optuna takes as a storage: of a URL one connection, which waits for other writers."""
+    if not isinstance(storage, str) or "://" not in storage or storage.startswith("redis"):
+        return storage
+    waits = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else None
+    return quiet_optuna().storages.RDBStorage(storage, engine_kwargs=waits)
+
+
+def look(place: Place) -> Any:
+    """The study as the storage has it now, also what other processes wrote."""
+    return quiet_optuna().load_study(study_name=place.name, storage=connection(place.storage))
 
 
 def quiet_optuna() -> Any:
@@ -94,31 +119,39 @@ def open_study(options: OptunaAsyncConf, place: Place) -> Any:
     """
     optuna, directions = quiet_optuna(), options.directions
     place.check()
-    try:
-        study = optuna.create_study(
-            storage=place.storage,
-            study_name=place.name,
-            directions=directions,
-            load_if_exists=True,
-        )
-        stored = [direction.name.lower() for direction in study.directions]
-    except ValueError as error:
-        stored = [str(error)]
-    except Exception as error:
-        raise SweepError(f"the storage {place.storage} cannot be opened: {error}") from None
+    for attempt in range(OPENINGS, 0, -1):  # two that make one storage at once disturb each other
+        try:
+            study = optuna.create_study(
+                storage=connection(place.storage),
+                study_name=place.name,
+                directions=directions,
+                load_if_exists=True,
+            )
+            stored = [direction.name.lower() for direction in study.directions]
+            break
+        except ValueError as error:
+            stored = [str(error)]
+            break
+        except Exception as error:
+            if attempt == 1 or place.alone:
+                text = f"the storage {place.storage} cannot be opened: {error}"
+                raise SweepError(text) from None
+            time.sleep(0.5)
     if stored != directions:
         raise SweepError(
             f"the study {place} has other directions ({', '.join(stored)}) than "
             f"hydra.sweeper.direction={options.direction}; give another hydra.sweeper.study_name"
         )
-    study.sampler = new_sampler(options, len(study.get_trials(deepcopy=False)))
+    trials = len(study.get_trials(deepcopy=False))
+    apart = 0 if place.alone else zlib.crc32(str(place.sweep_dir).encode()) % 10**6
+    study.sampler = new_sampler(options, trials + apart)
     if options.pruner:
         study.pruner = made("pruner", options.pruner)
     return study
 
 
 def new_sampler(options: OptunaAsyncConf, count: int) -> Any:
-    """The sampler of a study that has `count` trials."""
+    """The sampler of a study; a `seed` in its options grows by `count`."""
     if options.is_grid:  # its points are enqueued
         return quiet_optuna().samplers.RandomSampler()
     if not options.sampler:
@@ -127,7 +160,7 @@ def new_sampler(options: OptunaAsyncConf, count: int) -> Any:
     with open_dict(node):
         if options.sampler_class == "TPESampler" and node.get("constant_liar") is None:
             node.constant_liar = options.n_jobs > 1
-        if node.get("seed") is not None:  # a second start must not draw the first one's points
+        if node.get("seed") is not None:  # no other start or process may draw the same points
             node.seed += count
     return made("sampler", node)
 
@@ -143,15 +176,14 @@ def made(name: str, node: Any) -> Any:
 
 def known_trials(place: Place) -> list[Any]:
     """The trials of a study; nothing is made."""
-    optuna = quiet_optuna()
+    quiet_optuna()
     if not place.exists:
         return []
     place.check()
     try:
-        study = optuna.load_study(study_name=place.name, storage=place.storage)
+        return list(look(place).get_trials(deepcopy=False))
     except KeyError:
         return []
-    return list(study.get_trials(deepcopy=False))
 
 
 def in_state(trials: Sequence[Any], *names: str) -> list[Any]:
@@ -159,20 +191,23 @@ def in_state(trials: Sequence[Any], *names: str) -> list[Any]:
     return [trial for trial in trials if trial.state.name in names]
 
 
+def total_of(options: OptunaAsyncConf, space: Space) -> int:
+    """How many trials the study has in the end."""
+    return len(list(islice(space.points() if options.is_grid else count(), options.n_trials)))
+
+
 def count_missing(options: OptunaAsyncConf, space: Space, trials: Sequence[Any]) -> int:
     """How many trials have to be asked for, beside those that run."""
-    total = options.n_trials
-    if options.is_grid:
-        total = sum(1 for _ in islice(space.points(), total))
-    return max(0, total - len(in_state(trials, *STATUS)))
+    return max(0, total_of(options, space) - len(in_state(trials, *STATUS)))
 
 
 def enqueue(
-    study: Any, options: OptunaAsyncConf, space: Space, first: list[dict[str, Any]]
+    study: Any, options: OptunaAsyncConf, space: Space, first: list[dict[str, Any]], place: Place
 ) -> None:
     """Put the points that are tried first into the queue, each once also when this is killed.
 
-    They are the first trials of a study, so their number says how many of them are there.
+    They are the first trials of a study, so their number says how many of them are there. Of
+    several processes the one that signs last does it.
     """
     trials = study.get_trials(deepcopy=False)
     if options.is_grid:
@@ -181,6 +216,16 @@ def enqueue(
         if not trials:
             study.set_user_attr(FIRST, first)
         points = study.user_attrs.get(FIRST, [])
+    if not place.alone and len(trials) < len(points):
+        leases = Leases(place.alone, str(place.sweep_dir))
+        leases.write(study)
+        time.sleep(SETTLED)
+        patience = time.monotonic() + ENDED
+        while len(trials) < len(points) and not leases.is_own(look(place)):
+            if time.monotonic() > patience:  # that process is gone
+                leases.write(study)
+            time.sleep(SETTLED)
+            trials = look(place).get_trials(deepcopy=False)
     for point in points[len(trials) :]:
         study.enqueue_trial(point)
 
@@ -206,20 +251,30 @@ def stored_outcome(trial: Any) -> Outcome:
 
 
 def best_trials(study: Any) -> list[Any]:
-    """The best trial, or the Pareto front; [] when none completed."""
-    if not in_state(study.get_trials(deepcopy=False), "COMPLETE"):
-        return []
-    return [study.best_trial] if len(study.directions) == 1 else list(study.best_trials)
+    """The best trial, or the Pareto front, without those that have another's result; [] when none
+    completed."""
+    trials = in_state(study.get_trials(deepcopy=False), "COMPLETE")
+    trials = [trial for trial in trials if TWIN not in trial.user_attrs]
+    if len(study.directions) > 1:
+        front = {trial.number for trial in study.best_trials} if trials else set()
+        return [trial for trial in trials if trial.number in front]
+    sign = -1 if study.direction.name == "MAXIMIZE" else 1
+    return sorted(trials, key=lambda trial: (sign * trial.value, trial.number))[:1]
 
 
 def write_results(study: Any, sweep_dir: Path) -> None:
     """optimization_results.yaml as hydra-optuna-sweeper has it, with number and folder."""
+
+    def folder(trial: Any) -> str:
+        lease = trial.user_attrs.get(LEASE) or {}
+        return str(Path(lease.get("folder", sweep_dir), trial.user_attrs.get(RUN, "")))
+
     solutions: list[dict[str, Any]] = [
         {
             "params": trial.params,
             "values": list(trial.values),
             "trial": trial.number,
-            "directory": str(sweep_dir / trial.user_attrs.get(RUN, "")),
+            "directory": folder(trial),
         }
         for trial in best_trials(study)
     ]
@@ -257,7 +312,7 @@ def plan(
     lines = [
         *(f"{param.key}: {param.described()}" for param in space.params),
         f"all jobs: {' '.join(space.overrides) or 'no overrides'}",
-        *(f"first: {' '.join(override_texts(point))}" for point in first),
+        *(f"first: {' '.join(space.texts_of(point))}" for point in first),
         f"study: {place}",
         f"objectives: {', '.join(map(' '.join, objectives))}",
         f"sampler: {options.sampler_class}, pruner: {options.pruner_class}, "

@@ -1,68 +1,18 @@
 """hydra/sweeper=experiment on small jobs of every kind, in processes of their own."""
 
-import json
-import os
 import shlex
 import signal
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import REPOSITORY
 from hydra.core.singleton import Singleton
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite
 from hydra.version import VersionBase
 
-APP = REPOSITORY / "tests" / "sweep_app"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{APP}"}
-SCRIPT = str(APP / "app.py")
-
-
-def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    """A sweep in `folder`, which is running."""
-    return subprocess.Popen(
-        [sys.executable, SCRIPT, "-m", f"folder={folder}", *overrides],
-        env=ENVIRONMENT, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def sweep(folder: Path, *overrides: str, code: int = 0) -> tuple[str, str]:
-    """Run a sweep to its end; returns what it printed and its errors."""
-    process = start(folder, *overrides)
-    printed, errors = process.communicate(timeout=120)
-    assert process.returncode == code, printed + errors
-    return printed, errors
-
-
-def content(folder: Path) -> dict[str, Any]:
-    """sweep.json."""
-    read: dict[str, Any] = json.loads((folder / "sweep" / "sweep.json").read_text())
-    return read
-
-
-def runs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Its runs by name."""
-    return {run["name"]: run for run in content(folder)["runs"]}
-
-
-def started(folder: Path) -> list[str]:
-    """The jobs that were started, in order."""
-    file = folder / "starts.txt"
-    return file.read_text().splitlines() if file.exists() else []
-
-
-def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Until something is so; fails when the process ends before."""
-    deadline = time.monotonic() + 60
-    while not what():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+from tests.sweep_app.here import ENVIRONMENT, content, runs, start, started, sweep, wait_for
 
 
 @pytest.fixture(autouse=True)

@@ -356,3 +356,35 @@ def test_pruners_run(tmp_path: Path, name: str) -> None:
           "hydra.sweeper.n_trials=2")  # fmt: skip
     assert set(states(tmp_path)) <= {"COMPLETE", "PRUNED"}
     assert record(tmp_path)["study"]["pruner"].lower().startswith(name.replace("_", ""))
+
+
+def test_a_point_is_trained_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A small space ends when all of it is measured, whatever n_trials says."""
+    options = ["x=1,2", "kind=a,b", "hydra/sweeper/sampler=random", "hydra.sweeper.n_trials=40"]
+    returned = study(tmp_path, *options)
+    starts = [tuple(line[3:5]) for line in journal(tmp_path) if line[0] == "start"]
+    assert len(starts) == len(set(starts)) == len(returned) == 4
+    trials = trials_of(tmp_path)
+    assert 4 <= len(trials) < 40 and {trial.state.name for trial in trials} == {"COMPLETE"}
+    printed = capsys.readouterr().out
+    assert f"all 4 points are measured: {len(trials)} trials, not 40" in printed
+    for trial in trials:  # what was asked for twice has the result of its point
+        assert trial.value == -((trial.params["x"] - 3) ** 2) - 0.25
+    assert len(record(tmp_path)["runs"]) == 4
+    [best] = record(tmp_path)["study"]["best"]
+    assert "hydra.twin" not in trials[best].user_attrs and trials[best].params["x"] == 2
+    assert study(tmp_path, *options) == []
+    study(tmp_path, *options, "gamma=1", f"hydra.sweeper.n_trials={len(trials) + 1}")
+    assert len(journal(tmp_path)) == 10  # another configuration is another point
+
+
+def test_a_point_in_flight_is_waited_for(tmp_path: Path) -> None:
+    """Also when it fails: then the next one runs."""
+    options = ["kind=a,b", first("kind=a", "kind=a", "kind=a"), "hydra.sweeper.n_jobs=3"]
+    study(tmp_path / "one", *options, "hydra.sweeper.n_trials=3")
+    starts = [line[1] for line in journal(tmp_path / "one") if line[0] == "start"]
+    assert starts == ["0"] and states(tmp_path / "one") == ["COMPLETE"] * 3
+    bad = ["act=raise", "bad=0", "hydra.sweeper.n_trials=3"]
+    study(tmp_path / "two", *options, *bad)
+    starts = [line[1] for line in journal(tmp_path / "two") if line[0] == "start"]
+    assert starts == ["0", "1"] and states(tmp_path / "two") == ["FAIL", "COMPLETE", "COMPLETE"]

@@ -1,0 +1,153 @@
+"""A study while it runs, and the jobs of its trials."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from omegaconf import OmegaConf
+
+from hydra_sweeps import record
+from hydra_sweeps.command import run_command, run_overrides
+from hydra_sweeps.jobs import Job, Source, compose
+from hydra_sweeps.overrides import LONGEST, bounded, safe, without
+from hydra_sweeps.record import Run, Sweep
+from hydra_sweeps.runner import Runner
+from hydra_sweeps.study.config import OptunaAsyncConf
+from hydra_sweeps.study.leases import Leases
+from hydra_sweeps.study.space import Space
+from hydra_sweeps.study.trials import (
+    POINT,
+    RUN,
+    Place,
+    best_trials,
+    in_state,
+    look,
+)
+from hydra_sweeps.table import table
+
+
+@dataclass
+class RunningTrial:
+    """A trial whose job runs."""
+
+    trial: Any
+    run: Run
+    started: float
+    steps: set[int] = field(default_factory=set)
+    """Those that were reported."""
+    stopped: bool = False
+
+
+@dataclass
+class Study:
+    """A study while it runs."""
+
+    options: OptunaAsyncConf
+    source: Source
+    place: Place
+    space: Space
+    optuna: Any
+    """Optuna's study."""
+    runner: Runner
+    sweep: Sweep
+    leases: Leases
+    multi: bool
+    """Whether a run's own command has -m."""
+    running: dict[int, RunningTrial] = field(default_factory=dict)
+    waiting: dict[int, tuple[Any, int]] = field(default_factory=dict)
+    """By number: trials of a point that runs, and the number of that trial."""
+    points: list[str] = field(default_factory=list)
+    """Digests of all points, once there may be no others."""
+    returned: dict[int, JobReturn] = field(default_factory=dict)
+
+    @property
+    def stored(self) -> Any:
+        """Optuna's study as the storage has it, with what other processes wrote."""
+        return self.optuna if self.leases.alone else look(self.place)
+
+    @property
+    def trials(self) -> list[Any]:
+        """As the storage has them."""
+        return list(self.stored.get_trials(deepcopy=False))
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every point has been measured, or is being measured."""
+        if self.options.custom_search_space or self.options.is_grid:
+            return False
+        space = self.space.few(self.options.n_trials)
+        begun = in_state(self.trials, "COMPLETE", "PRUNED", "RUNNING")
+        known = {trial.user_attrs.get(POINT) for trial in begun} - {None}
+        if space is None or len(known) < len(space):
+            return False
+        if not self.points:
+            texts = [[*self.space.overrides, *self.space.texts_of(point)] for point in space]
+            jobs = [compose(self.source, overrides, 0) for overrides in texts]
+            self.points = [point_of(self.options, job) for job in jobs]
+        return {*self.points} <= known
+
+    @property
+    def failed(self) -> list[Any]:
+        """The trials that failed."""
+        return in_state(self.trials, "FAIL")
+
+    @property
+    def too_many_failed(self) -> bool:
+        """Whether the study has failed."""
+        return len(self.failed) > self.options.max_failure_rate * self.options.n_trials
+
+    def table(self) -> str:
+        """The study's trials, best first."""
+        names = {trial.user_attrs.get(RUN) for trial in self.trials}
+        runs = [run for run in self.sweep.runs.values() if run.name in names]
+        return table(self.sweep, runs, self.options.name_key)
+
+    def write(self) -> None:
+        """Write sweep.json."""
+        assert self.sweep.study is not None
+        self.sweep.study["best"] = [trial.number for trial in best_trials(self.stored)]
+        record.write(self.place.sweep_dir, self.sweep)
+
+    def interrupt(self) -> None:
+        """Stop the jobs; what has not ended is continued by the next start."""
+        self.sweep.state = "interrupted"
+        for running in self.running.values():
+            running.run.interrupt()
+        self.write()
+        self.runner.close()
+
+
+def point_of(options: OptunaAsyncConf, job: Job) -> str:
+    """What two trials of one point have in common: all but the name."""
+    return job.digest([options.name_key] if options.name_key else [])
+
+
+def named_job(
+    source: Source, options: OptunaAsyncConf, overrides: Sequence[str], number: int
+) -> Job:
+    """The job of a trial: with its number in its name, and the study's where that has one."""
+    job = compose(source, overrides, number)
+    key = options.name_key
+    if key is None:
+        return job
+    label = re.sub(
+        r"\d+\.\d{3,}(e[-+]?\d+)?", lambda match: f"{float(match[0]):.3g}", str(job.required(key))
+    )
+    trial = f"_trial{number}"
+    name = "_".join(safe(part) for part in (label, options.study_name) if part)
+    name = bounded(name, LONGEST - len(trial)) + trial
+    OmegaConf.update(job.config, key, name)  # as composing it once more would
+    job.overrides = [*without(overrides, key), f"{key}={name}"]
+    return job
+
+
+def run_of(study: Study, job: Job, params: dict[str, Any]) -> Run:
+    """A trial's entry in sweep.json."""
+    group = study.options.search_group if study.multi else None
+    hydra = run_overrides(study.source.master, study.multi)
+    command = run_command(without(job.overrides, group), hydra, study.multi)
+    run = Run(job.number, job.subdir, job.overrides, command)
+    run.digest, run.record, run.params = job.digest(), job.record, dict(params)
+    return run

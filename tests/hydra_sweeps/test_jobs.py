@@ -1,0 +1,158 @@
+"""Jobs before they run: names, folders, environment, commands; and how they end alike."""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from hydra_sweeps.errors import SweepError
+from hydra_sweeps.grid.config import ExperimentSweeperConf
+from hydra_sweeps.grid.names import named_jobs, place
+from hydra_sweeps.jobs import Job, Source, check_environment, compose
+from tests.study_app.here import composed, study
+from tests.sweep_app.here import ENVIRONMENT, content, runs, started, sweep
+
+
+@pytest.fixture(autouse=True)
+def fresh_hydra(hydra_restore_singletons: Any) -> Iterator[None]:
+    yield
+    GlobalHydra.instance().clear()
+
+
+def source(*overrides: str) -> Source:
+    context, master = composed(Path("/nowhere"), *overrides)
+    return Source(master, context)
+
+
+def job(*overrides: str) -> Job:
+    return compose(source(), overrides, 0)
+
+
+def names(*points: str, key: str | None = "run_name") -> list[str]:
+    options = ExperimentSweeperConf(name_key=key)
+    return [j.subdir for j in named_jobs(source(), [point.split() for point in points], options)]
+
+
+def test_names_that_one_file_system_takes_for_one() -> None:
+    """They are told apart where a key names runs, else refused."""
+    same = [f"run_name={name} x={number}" for number, name in enumerate(["a/b", "a//b", "A/./B"])]
+    folders = names(*same)
+    assert len({place(folder) for folder in folders}) == 3
+    assert all(folder.lower().startswith("a/b_") for folder in folders)
+    for number in (1, 2):
+        with pytest.raises(SweepError, match=r"would both write to|folder of another run"):
+            names(same[0], same[number], key=None)
+
+
+def test_names_are_short_enough_and_the_same_on_every_start() -> None:
+    long = [f"run_name={'n' * 300}{end}" for end in "xy"]
+    folders = names(*long, f"run_name={'k' * 100}")
+    assert [len(folder) for folder in folders] == [200, 200, 100]
+    assert len({*folders}) == 3 and names(*long[1:]) == folders[1:2]
+    with pytest.raises(SweepError, match="more than 255 bytes"):
+        names(*long, key=None)
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil", ".."])
+def test_no_run_lies_outside_the_sweep(name: str) -> None:
+    with pytest.raises(SweepError, match="outside the sweep's folder"):
+        names(f"run_name={name}")
+
+
+def test_names_of_trials_are_bounded_too(tmp_path: Path) -> None:
+    long = f"run_name={'n' * 300}_\\${{x}}"
+    study(tmp_path, "x=1,2", "hydra/sweeper/sampler=grid", long)
+    folders = sorted(path.name for path in tmp_path.glob("nnn*"))
+    assert [len(name) for name in folders] == [200, 200]
+    assert {name[-7:] for name in folders} == {"_trial0", "_trial1"}
+
+
+def test_what_identifies_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values that it reads from the environment; without any, what is written."""
+    plain = job("x=1")
+    assert plain.digest() == plain.hashed([]) == job("x=1").digest()
+    default = job("kind=${oc.env:LR_OF_MINE,9}")
+    assert default.digest() == default.hashed([])  # as written
+    written = "${oc.decode:${oc.env:LR_OF_MINE}}"
+    nested = "gamma='${oc.decode:${oc.env:LR_OF_MINE}}'"
+    with pytest.raises(SweepError, match=r"gamma=.* of run 0 .*'LR_OF_MINE' not found"):
+        check_environment([job(nested)], None)
+    check_environment([job(nested)], None, ignore=["gamma"])
+    given = job(nested, "+hydra.job.env_set.LR_OF_MINE='3'")
+    assert given.environment() == {f"gamma={written}": 3.0}
+    digests = set()
+    for value in ("1", "7", "1"):
+        monkeypatch.setenv("LR_OF_MINE", value)
+        digests.add(job(nested).digest())
+        assert job(nested).environment() == {f"gamma={written}": float(value)}
+        assert default.digest() != default.hashed([])
+        assert job(nested).digest(["gamma"]) == job("x=1").digest(["gamma"])
+    assert len(digests) == 2
+
+
+def test_resolvers_that_read_something_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("of_a_file", lambda: text[0], replace=True)
+    text, reading = ["a"], job("kind=${of_a_file:}")
+    before = reading.digest(outside=["of_a_file"])
+    assert reading.digest() == reading.hashed([])
+    text[0] = "b"
+    assert reading.digest(outside=["of_a_file"]) != before
+
+
+@pytest.mark.parametrize("name", ["SOME_TOKEN", "my_secret", "OPENAI_API_KEY", "AWS_CREDENTIALS"])
+def test_secrets_are_not_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "s3cr3t")
+    with pytest.raises(SweepError, match=f"env_copy={name} would write its value"):
+        check_environment([compose(source(f"hydra.job.env_copy=[{name}]"), [], 0)], None)
+
+
+def test_an_environment_counts(tmp_path: Path) -> None:
+    """Another value runs again, the same is done, a missing variable starts nothing."""
+    read = ['note="${oc.env:NOTE}"', "hydra.sweeper.ignore=[]", "x=1,2"]
+    _, errors = sweep(tmp_path, *read, code=1)
+    assert "'NOTE' not found" in errors and "Traceback" not in errors and not started(tmp_path)
+    for note, count in [("a", 2), ("a", 2), ("b", 4)]:
+        sweep(tmp_path, *read, environment={"NOTE": note})
+        assert len(started(tmp_path)) == count
+    secret = ["hydra.job.env_copy=[A_TOKEN]", "x=3"]
+    _, errors = sweep(tmp_path, *secret, code=1, environment={"A_TOKEN": "s3cr3t"})
+    assert "env_copy=A_TOKEN" in errors and "s3cr3t" not in errors
+    assert not any(b"s3cr3t" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_commands_and_tables_are_whole(tmp_path: Path) -> None:
+    """Hydra's own overrides are in a row's command; a row shows whatever differs."""
+    extra = tmp_path / "extra" / "kind"
+    extra.mkdir(parents=True)
+    (extra / "found.yaml").write_text("name: value\n")
+    options = [f"hydra.searchpath=[file://{tmp_path}/extra]", "hydra.job.chdir=true",
+               "hydra.sweeper.name_key=null", "hydra.sweep.subdir=${hydra:job.num}",
+               "hydra.sweep.dir=${hydra:runtime.cwd}/sweep"]  # fmt: skip
+    printed, _ = sweep(tmp_path, "kind=found", "x=1,2", "seed=0,1", "note='a b'", *options)
+    rows = [line.split()[1:4] for line in printed[printed.index("rank") :].splitlines()[1:]]
+    assert sorted(rows) == [
+        ["0", "x=1", "seed=0"], ["1", "x=1", "seed=1"], ["2", "x=2", "seed=0"],
+        ["3", "x=2", "seed=1"],
+    ]  # fmt: skip
+    words = shlex.split(runs(tmp_path)["3"]["command"])
+    assert words[-2:] == options[:2] and "-m" not in words and "note='a b'" in words
+    alone = [sys.executable, *words[1:], f"hydra.run.dir={tmp_path}/alone"]
+    subprocess.run(alone, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
+    assert len(started(tmp_path)) == 5 and (tmp_path / "alone").is_dir()
+    assert content(tmp_path)["state"] == "complete"
+
+
+@pytest.mark.parametrize("n_jobs", ["null", "2"])
+def test_a_value_that_cannot_be_sent(tmp_path: Path, n_jobs: str) -> None:
+    """Is a failure with the same reason one by one and in processes."""
+    sweep(tmp_path, "kind=generates", f"hydra.sweeper.n_jobs={n_jobs}", code=1)
+    [run] = runs(tmp_path).values()
+    assert run["status"] == "failed"
+    assert run["error"].startswith("the return value, a generator, cannot be sent: cannot pickle")

@@ -1,0 +1,167 @@
+"""Several processes, one study: each trial is run by one of them."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from hydra_sweeps.study import leases
+from hydra_sweeps.study.leases import LEASE, Leases, born, machine
+from tests.study_app.here import STUDY, journal, study, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fresh_hydra(hydra_restore_singletons: Any) -> Iterator[None]:
+    yield
+    GlobalHydra.instance().clear()
+
+
+def shared(folder: Path) -> list[str]:
+    """The options that make studies in different folders one study."""
+    return [f"hydra.sweeper.storage=sqlite:///{folder / 'shared.db'}", "hydra.sweeper.study_name=s"]
+
+
+def trials_of(folder: Path) -> list[Any]:
+    try:
+        return optuna.load_study(
+            study_name="s", storage=f"sqlite:///{folder / 'shared.db'}"
+        ).get_trials()
+    except Exception:  # another process is just making it
+        return []
+
+
+def process(folder: Path, name: str, *overrides: str) -> "subprocess.Popen[str]":
+    """One of several."""
+    own = [f"hydra.sweep.dir={folder / name}", "hydra.sweep.subdir=${run_name}"]
+    options = [*own, *STUDY, *shared(folder), *overrides]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/study_app/toy.py"), "-m", *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=folder, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def starts(folder: Path, *names: str) -> list[str]:
+    return [line[1] for name in names for line in journal(folder / name) if line[0] == "start"]
+
+
+@pytest.mark.slow
+def test_three_processes_and_one_is_killed(tmp_path: Path) -> None:
+    """Every trial ends once; those of the killed one are continued, no other is."""
+    options = ["x=interval(0.0,6.0)", "steps=1", "hydra.sweeper.n_trials=8"]
+    names = ["a", "b", "c"]
+    running = {name: process(tmp_path, name, *options) for name in names}
+    for name in names:
+        wait_for(lambda name=name: len(starts(tmp_path, name)) == 2, running[name])  # type: ignore[misc]
+    lost = starts(tmp_path, "c")
+    assert len({*starts(tmp_path, *names)}) == 6
+    running["c"].send_signal(signal.SIGKILL)
+    running["c"].communicate()
+    for name in names:
+        (tmp_path / name / "go").touch()
+    for name in ("a", "b"):
+        printed, errors = running[name].communicate(timeout=120)
+        assert running[name].returncode == 0, printed + errors
+        assert "Traceback" not in printed + errors
+    trials = trials_of(tmp_path)
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 8
+    assert len({trial.params["x"] for trial in trials}) == 8
+    counts = {str(n): starts(tmp_path, *names).count(str(n)) for n in range(8)}
+    assert counts == {str(n): 2 if str(n) in lost else 1 for n in range(8)}
+    folders = [trial.user_attrs[LEASE]["folder"] for trial in trials]
+    assert {*folders} == {str(tmp_path / "a"), str(tmp_path / "b")}
+    for trial, folder in zip(trials, folders, strict=True):
+        assert (Path(folder) / trial.user_attrs["hydra.run"] / "progress.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_second_process_leaves_what_runs_alone(tmp_path: Path) -> None:
+    """It ends when nothing is left to ask for, and says who is still at work."""
+    options = ["x=interval(0.0,6.0)", "steps=1", "hydra.sweeper.n_trials=3"]
+    first = process(tmp_path, "a", *options)
+    wait_for(lambda: len(starts(tmp_path, "a")) == 2, first)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "go").touch()
+    second = process(tmp_path, "b", *options)
+    printed, errors = second.communicate(timeout=60)
+    assert second.returncode == 0, printed + errors
+    assert "#0, #1 run elsewhere" in printed and starts(tmp_path, "b") == ["2"]
+    (tmp_path / "a" / "go").touch()
+    printed, errors = first.communicate(timeout=60)
+    assert first.returncode == 0, printed + errors
+    assert [trial.state.name for trial in trials_of(tmp_path)] == ["COMPLETE"] * 3
+
+
+@pytest.mark.slow
+def test_points_are_queued_once(tmp_path: Path) -> None:
+    """By two processes that start at once."""
+    options = ["x=1,2,3", "kind=a,b", "hydra/sweeper/sampler=grid"]
+    both = [process(tmp_path, name, *options) for name in ("a", "b")]
+    for one in both:
+        printed, errors = one.communicate(timeout=120)
+        assert one.returncode == 0, printed + errors
+    points = [(t.params["x"], t.params["kind"]) for t in trials_of(tmp_path)]
+    assert len(points) == len({*points}) == 6 and len(starts(tmp_path, "a", "b")) == 6
+
+
+def elsewhere(folder: Path, **lease: Any) -> optuna.Study:
+    """A study with a trial that another machine runs."""
+    storage = f"sqlite:///{folder / 'shared.db'}"
+    other = optuna.create_study(storage=storage, study_name="s", direction="maximize")
+    other.enqueue_trial({"x": 2.0})
+    trial = other.ask()
+    holder = {"host": "elsewhere", "pid": 1, "born": "1", "folder": "/there", "sign": 1}
+    trial.set_user_attr(LEASE, {**holder, **lease})
+    return other
+
+
+def test_another_machine_that_gives_no_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere(tmp_path)
+    monkeypatch.setattr(leases, "ENDED", 1.5)
+    study(tmp_path / "a", "x=interval(0.0,6.0)", *shared(tmp_path), "hydra.sweeper.n_trials=2")
+    assert [trial.state.name for trial in trials_of(tmp_path)] == ["COMPLETE", "COMPLETE"]
+    assert trials_of(tmp_path)[0].params["x"] == 2.0
+    assert "#0 is of elsewhere" in capsys.readouterr().out
+
+
+def test_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose process is gone, and by which clock."""
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    trial = optuna.create_study().ask()
+    own = Leases(False, "/here")
+    own.write(trial)
+    assert own.is_own(trial) and own.state(trial) == "live"
+    assert machine().startswith(socket.gethostname())
+    child = subprocess.Popen(["sleep", "60"])
+    here = {**own.holder, "pid": child.pid, "born": born(child.pid)}
+    trial.set_user_attr(LEASE, here)
+    assert own.state(trial) == "live" and not own.is_own(trial)
+    trial.set_user_attr(LEASE, {**here, "born": "another process had this number"})
+    assert own.state(trial) == "gone"
+    trial.set_user_attr(LEASE, here)
+    child.kill()
+    child.wait()
+    assert own.state(trial) == "gone"
+    trial.set_user_attr(LEASE, {**here, "host": "elsewhere", "sign": 1})
+    assert own.state(trial) == "unclear"
+    now[0] += leases.ENDED - 1
+    trial.set_user_attr(LEASE, {**here, "host": "elsewhere", "sign": 2})
+    assert own.state(trial) == "live"
+    now[0] += leases.ENDED + 1
+    assert own.state(trial) == "gone"
+    assert Leases(True, "/here").state(trial) == "gone"
+    trial.set_user_attr(LEASE, {})
+    assert Leases(False, "/here").state(trial) == "gone"
