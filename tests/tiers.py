@@ -41,6 +41,7 @@ TIERS = {
     "sweeps": Tier("grids and studies, killed again and again", ("hydra_sweeps",), 250),
     "end": Tier("whole pipelines as commands, here and on a local Modal", ("end_to_end",), 600),
     "local-modal": Tier("the local Modal itself", ("modal_local",), 300, "slow or not slow"),
+    "chaos": Tier("random faults; `python tests/chaos/chaos.py` makes any number", ("chaos",), 200),
     "bench": Tier("the benchmarks' own halves", ("benchmarks",), 150, "slow or not slow"),
 }
 
