@@ -80,10 +80,9 @@ def build_draft(weights: dict[str, Tensor], meta: dict[str, Any]) -> Eagle3:
 
 
 def run(
-    arrays: Any, meta: dict[str, Any], speculators: bool, where: argparse.Namespace
+    arrays: Any, meta: dict[str, Any], speculators: bool, device: str, dtype: torch.dtype
 ) -> tuple[Eagle3, Outcome]:
     """One forward and backward of the peer's preset on the file's weights and inputs."""
-    device, dtype = where.device, getattr(torch, where.dtype)
     tensors = {k: torch.from_numpy(arrays[k]).to(device) for k in arrays.files if "/" in k}
     weights = {k[2:]: value for k, value in tensors.items() if k.startswith("w/")}
     inputs = {k[3:]: value for k, value in tensors.items() if k.startswith("in/")}
@@ -112,7 +111,9 @@ def run(
     return draft, outcome
 
 
-def compare(path: Path, where: argparse.Namespace) -> dict[str, float]:
+def compare(
+    path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, float]:
     """loss_rel and grad_rel of one file; InputError when it is not a file we can reproduce."""
     try:
         arrays = np.load(path, allow_pickle=False)
@@ -123,7 +124,7 @@ def compare(path: Path, where: argparse.Namespace) -> dict[str, float]:
         if meta.get(name):
             raise InputError(f"{path}: {name} is not part of this draft, so it cannot be compared")
     speculators = "step_loss" in arrays.files
-    draft, outcome = run(arrays, meta, speculators, where)
+    draft, outcome = run(arrays, meta, speculators, device, dtype)
     steps = np.arange(int(meta["ttt"]))
     mine = outcome.step_loss_K.double().cpu().numpy()
     reference = arrays["step_loss" if speculators else "ploss"]
@@ -158,7 +159,7 @@ def main() -> int:
     results = {}
     try:
         for path in args.files:
-            results[path.name] = compare(path, args)
+            results[path.name] = compare(path, args.device, getattr(torch, args.dtype))
             print(path.name, *(f"{k} {v:.2e}" for k, v in results[path.name].items()))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
