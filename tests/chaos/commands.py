@@ -70,7 +70,10 @@ class Command:
         """SIGKILL for all of its session; whether it was still running."""
         if self.ended():
             return False
-        os.killpg(self.pid, signal.SIGKILL)
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has no session of its own yet
+            os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         self.code = -signal.SIGKILL
         return True
