@@ -205,13 +205,21 @@ def check(folder: Path, command: str, record: str = "run.json") -> None:
         CHECKED.add(key)
 
 
+def disk_is_full(error: Exception) -> bool:
+    """Whether a write failed for want of room; safetensors says the number in words only."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    return any(f"(os error {number})" in str(error) for number in numbers)
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk into an InputError that says what to do; nothing complete is lost."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not disk_is_full(error):
             raise
         raise InputError(
             f"the disk is full while writing {path}; free some space and run the same command "
