@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-packages=(hydra-core omegaconf antlr4-python3-runtime safetensors tqdm aiohttp orjson bokeh pytest)
+packages=(hydra-core omegaconf antlr4-python3-runtime safetensors tqdm aiohttp orjson bokeh pytest hypothesis)
 
 if [ "${1:-}" = --collect ]; then
     # The one sdist (antlr4's) is built into a wheel; everything else is taken as it is offered.
