@@ -146,7 +146,9 @@ def write_run(folder: Path, plan: Plan, known: Units, number: int) -> None:
     config = {"lr": plan.record.get("lr"), "loss": {"name": plan.record.get("loss")},
               "trainer": {"gpus": 1}, "tracker": {"name": "none"}}  # fmt: skip
     last = evaluation(plan.tau, loss)
-    (folder / "run.json").write_text(json.dumps({"config": config, "evaluation": last}))
+    (folder / "run.json").write_text(
+        json.dumps({"config": config, "inputs": {}, "evaluation": last})
+    )
     if plan.bench:
         write_bench(folder, plan, generator)
 

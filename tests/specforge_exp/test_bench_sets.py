@@ -25,6 +25,7 @@ from specforge_exp.data.sources import load, spelt_out
 from specforge_exp.errors import InputError
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.export import export
+from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.stages.train import train
 from specforge_exp.target import load_tokenizer
 
@@ -223,8 +224,9 @@ def test_samples_stand_in_for_all_of_the_hub_or_for_none(
 @pytest.fixture
 def exported(cfg: Config, tokens: Path) -> Config:
     """A configuration whose draft is trained for a moment and exported."""
-    cfg.max_steps, cfg.max_length = 3, 512
+    cfg.max_steps, cfg.max_length, cfg.preprocess.force = 3, 512, True
     cfg.bench.max_tokens, cfg.bench.bootstrap = 6, 50
+    preprocess(cfg)
     train(cfg)
     export(cfg)
     return cfg

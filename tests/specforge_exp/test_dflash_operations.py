@@ -34,6 +34,7 @@ from specforge_exp import paths
 from specforge_exp.config import STAGES, Config, TrainerConfig
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.errors import InputError
+from specforge_exp.records import write_record
 from specforge_exp.serving.server import Server
 from specforge_exp.stages import train as stage
 from specforge_exp.stages.train import train
@@ -221,9 +222,11 @@ def test_one_number_says_when_it_is_evaluated(run: Config) -> None:
         cfg.trainer = replace(run.trainer, eval_every=every)
         train(cfg)
         assert [line["step"] for line in metrics(cfg) if "eval/loss" in line] == expected
-    (paths.tokens_dir(run) / "index.json").write_text(
-        json.dumps({**json.loads((paths.tokens_dir(run) / "index.json").read_text()), "eval": []})
-    )
+    index = paths.tokens_dir(run) / "index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "eval": []}))
+    record = index.parent / "run.json"  # else the index is not what was written
+    content = json.loads(record.read_text())
+    write_record(record, {name: content[name] for name in ("inputs", "settings")})
     with pytest.raises(InputError, match="no held-out conversation to evaluate on"):
         train(replace(run, run_name="none"))
 

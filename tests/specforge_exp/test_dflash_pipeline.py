@@ -150,7 +150,7 @@ def test_one_conversation_by_heart(random_target: Target) -> None:
     answer = generate(random_target, prompt, Decoding(max_tokens=60)).tokens
     ids, turns = prompt + answer, [0] * len(prompt) + [1] * len(answer)
     tokens = conversation_set([turns])
-    tokens.ids[0] = torch.tensor(ids)
+    tokens.shards[0].ids[:] = torch.tensor(ids)
     cfg = replace(CFG, num_anchors=99, num_layers=2)
     draft = DFlash.new(random_target, cfg, {}, 0)
     aux, last = random_target.features(torch.tensor([ids]))

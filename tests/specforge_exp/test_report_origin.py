@@ -185,7 +185,7 @@ def test_a_measurement_of_another_draft_is_left_out(tmp_path: Path) -> None:
         inputs = {"the export": sha256(record), "the draft": measured}
         change(here / "bench.json", inputs={k: v for k, v in inputs.items() if v})
         record.write_text(json.dumps({"export": "same"}))
-        state = {"draft": "a" if draft == "same" else "b"}
+        state = {"draft": "a" if draft == "same" else "b", "inputs": {}}
         (here / "step-000002" / "state.json").write_text(json.dumps(state))
         row, own = shown(sweep_dir), (export, draft, measured) == ("same", "same", "a")
         assert ("tau/stories" in row) == own, (export, draft, measured)

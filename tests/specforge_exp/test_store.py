@@ -36,7 +36,8 @@ def test_results_come_in_the_order_of_the_source(tmp_path: Path, source: Path) -
     names = sorted(path.name for path in store.shards.iterdir())
     assert len(names) == 3 and all(name.endswith(".jsonl") for name in names)
     store.remove()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["shards"]
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert left == ["done.jsonl", "failed.jsonl", "shards"]
 
 
 def test_samples_follow_one_another(tmp_path: Path, source: Path) -> None:

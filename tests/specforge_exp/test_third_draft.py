@@ -72,7 +72,7 @@ def test_the_command_line_finds_it_in_a_folder_of_ones_own() -> None:
 
 
 def test_every_stage_takes_it(cfg: Config, tokens: Path) -> None:
-    cfg.draft, cfg.max_steps = toy(), 2
+    cfg.draft, cfg.max_steps = toy("draft.draft_vocab_size=512"), 2
     cfg.trainer = TrainerConfig(batch_size=6, log_every=1, eval_every=99, save_every=99)
     cfg.bench = replace(cfg.bench, max_tokens=6, bootstrap=20)
     train(cfg)
