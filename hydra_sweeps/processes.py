@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -256,29 +257,36 @@ def lock_or_wait(lock: int, folder: Path) -> None:
 
 def packed(returned: JobReturn) -> bytes:
     """A job's record for the pipe; what pickle cannot take becomes a failure that says so."""
+    check_value(returned)
     try:
-        raw = pickle.dumps(returned)
+        raw = pickled(returned)
         pickle.loads(raw)  # exceptions with arguments of their own fail only here
         return raw
-    except Exception as error:
-        refuse_value(returned, error)
+    except Exception:
+        value = returned._return_value
+        text = f"{type(value).__name__}: {value}"
+        returned.status, returned.return_value = JobStatus.FAILED, JobFailed(text)
         return pickle.dumps(returned)
 
 
 def check_value(returned: JobReturn) -> None:
     """A value that could not be sent is a failure also where nothing is sent."""
     if returned.status == JobStatus.COMPLETED:
+        value = returned._return_value
         try:
-            pickle.dumps(returned._return_value)
+            pickled(value)
         except Exception as error:
-            refuse_value(returned, error)
+            text = f"the return value, a {type(value).__name__}, cannot be sent: {error}"
+            returned.status, returned.return_value = JobStatus.FAILED, JobFailed(text)
 
 
-def refuse_value(returned: JobReturn, error: Exception) -> None:
-    """The job failed: what it returned, or raised, is not for pickle."""
-    value = returned._return_value
-    kind = type(value).__name__
-    why = f"{kind}: {value}"
-    if returned.status != JobStatus.FAILED:
-        why = f"the return value, a {kind}, cannot be sent: {error}"
-    returned.status, returned.return_value = JobStatus.FAILED, JobFailed(why)
+def pickled(value: Any) -> bytes:
+    """As pickle takes it, else as cloudpickle does, which calls on Modal use too."""
+    try:
+        return pickle.dumps(value)
+    except Exception:
+        if find_spec("cloudpickle") is None:
+            raise
+        import cloudpickle
+
+        return bytes(cloudpickle.dumps(value))

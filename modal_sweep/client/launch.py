@@ -42,12 +42,13 @@ def launch(
         plan.refuse_search(sweep)
     jobs = plan.plan_jobs(sweep, overrides, first)
     preflight.check_jobs(jobs)
+    common = payload.pack(context, task)
     if conf.dry_run or conf.setup:
         messages.rehearse(jobs, conf, sweep.folder)
         raise SystemExit(0)
     journal = Journal(sweep.folder)
     with modal_errors(journal):
-        spawner = Spawner(journal, conf, payload.pack(context, task))
+        spawner = Spawner(journal, conf, common)
         try:
             states = spawn_jobs(spawner, jobs)
             for job in jobs:

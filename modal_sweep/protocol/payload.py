@@ -2,13 +2,15 @@
 
 Hydra's ConfigStore holds every schema that anything in the launching process has registered, and
 most objects lead to it. It is pickled by itself, and so is every singleton and resolver: one that
-is made of modules that are not in the image must not keep a job from starting.
+is made of modules that are not in the image must not keep a job from starting. What pickle cannot
+take is named before anything is rented: it is something of the app's, not of the launcher's.
 """
 
 import contextlib
 import io
 import pickle
 import zlib
+from types import CodeType, FunctionType
 from typing import Any
 
 import cloudpickle
@@ -20,6 +22,8 @@ from hydra.core.utils import setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers import oc
+
+from modal_sweep.errors import LaunchError
 
 COMPRESSION = 6
 
@@ -52,15 +56,67 @@ def unpack_config(packed: bytes) -> DictConfig:
     return config
 
 
+def sendable(what: str, function: Any, content: Any) -> bytes:
+    """`dumps` of what a function of the app belongs to.
+
+    Raises:
+        LaunchError: pickle cannot take it; says `what` it is, and which global the function reads.
+    """
+    try:
+        return dumps(content)
+    except Exception as error:
+        name = culprit(function, set())
+        remedy = "; make it inside the function, or keep it in a module that is imported"
+        raise LaunchError(
+            f"{what}{f' reads {name}, which' * bool(name)} cannot be sent to Modal ({error})"
+            + remedy * bool(name)
+        ) from None
+
+
+def culprit(function: Any, known: set[str]) -> str:
+    """The global, or the variable of an enclosing function, that pickle cannot take.
+
+    Looked for in what a function reads, and in what the functions read that it calls; "" when it is
+    none of these.
+    """
+    if not isinstance(function, FunctionType):
+        return ""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    values = function.__globals__ | {name: cell.cell_contents for name, cell in cells}
+    for name in names_in(function.__code__):
+        if name in values and name not in known:
+            known.add(name)
+            try:
+                dumps(values[name])
+            except Exception:
+                return culprit(values[name], known) or f"{function.__module__}.{name}"
+    return ""
+
+
+def names_in(code: CodeType) -> list[str]:
+    """Names that a function, and what is defined in it, reads."""
+    parts = [part for part in code.co_consts if isinstance(part, CodeType)]
+    return [*code.co_freevars, *code.co_names, *(n for part in parts for n in names_in(part))]
+
+
 def pack(context: HydraContext, task_function: TaskFunction) -> bytes:
-    """The common part of a launch, compressed."""
+    """The common part of a launch, compressed.
+
+    Raises:
+        LaunchError: pickle cannot take the task, or a resolver; names the global that it holds.
+    """
     state = Singleton.get_state()
     state["instances"].pop(HydraConfig, None)  # every job sets its own
     store = state["instances"].pop(ConfigStore, None)
     instances = {kind: dumps(instance) for kind, instance in state["instances"].items()}
     instances[ConfigStore] = cloudpickle.dumps(store)
-    resolvers = {name: dumps(resolve) for name, resolve in state["omegaconf_resolvers"].items()}
-    shared = (instances, resolvers, dumps((context, task_function)))
+    resolvers = {
+        name: sendable(f"the resolver {name}", resolve, resolve)
+        for name, resolve in state["omegaconf_resolvers"].items()
+    }
+    name = f"{task_function.__module__}.{getattr(task_function, '__qualname__', '')}"
+    main_part = sendable(f"the task {name}", task_function, (context, task_function))
+    shared = (instances, resolvers, main_part)
     return zlib.compress(cloudpickle.dumps(shared), COMPRESSION)
 
 

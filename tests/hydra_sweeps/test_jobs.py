@@ -3,17 +3,22 @@
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobReturn, JobStatus
 
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.grid.config import ExperimentSweeperConf
 from hydra_sweeps.grid.names import named_jobs, place
 from hydra_sweeps.jobs import Job, Source, check_environment, compose
+from hydra_sweeps.processes import check_value
+from modal_sweep.errors import JobFailed
+from modal_sweep.protocol.result import pack_value
 from tests.study_app.here import composed, study
 from tests.sweep_app.here import ENVIRONMENT, content, runs, started, sweep
 
@@ -156,3 +161,24 @@ def test_a_value_that_cannot_be_sent(tmp_path: Path, n_jobs: str) -> None:
     [run] = runs(tmp_path).values()
     assert run["status"] == "failed"
     assert run["error"].startswith("the return value, a generator, cannot be sent: cannot pickle")
+
+
+def values_of_any_kind() -> list[Any]:
+    """What a task may return, in a function, so that some can be sent by cloudpickle alone."""
+    return [1.0, None, {"a": [1, (2,)]}, threading.Lock(), {"held": threading.Lock()},
+            (n for n in range(3)), lambda x: x, [lambda x: [x]], sys]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(values_of_any_kind())))
+def test_one_law_of_values_here_and_on_modal(number: int) -> None:
+    """What a launcher's container could send is a result here too, and the rest fails alike."""
+    value = values_of_any_kind()[number]
+    returned = JobReturn([], status=JobStatus.COMPLETED, _return_value=value)
+    check_value(returned)
+    try:
+        pack_value(value)
+    except JobFailed as error:
+        assert returned.status == JobStatus.FAILED
+        assert str(returned._return_value) == str(error)
+    else:
+        assert returned.status == JobStatus.COMPLETED and returned.return_value is value

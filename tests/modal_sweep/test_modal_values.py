@@ -14,7 +14,8 @@ from modal_app import driver
 from modal_local.client import LocalModal
 from test_modal_place import values
 
-from modal_sweep.errors import JobFailed
+from modal_sweep.errors import JobFailed, LaunchError
+from modal_sweep.protocol.payload import sendable
 from modal_sweep.protocol.result import is_nan, pack_value, unpack_value
 
 KINDS = [np.float64, np.float32, np.array, lambda x: torch.tensor(x, dtype=torch.float64), float]
@@ -46,6 +47,77 @@ def test_what_cannot_be_sent_says_so() -> None:
     assert (unpack_value(packed, trusted=True) == np.zeros(3)).all()
     with pytest.raises(JobFailed, match="has expired"):
         unpack_value(packed, trusted=False)
+
+
+TASKS = """
+import threading
+
+LOCK, HELD = threading.Lock(), {"it": threading.Lock()}
+
+def reads(x):
+    with LOCK:
+        return x
+
+def calls(x):
+    return [reads(y) for y in [x]]
+
+def around(lock):
+    return lambda x: lock and x
+
+wrapped = around(threading.Lock())
+
+def inner(x):
+    def below():
+        return HELD["it"]
+    return below()
+
+def recurses(x):
+    return recurses(x - 1) or HELD
+
+def plain(x):
+    return threading.Lock()
+"""
+
+
+def test_what_keeps_a_task_from_being_sent_is_named() -> None:
+    """A global that pickle cannot take, wherever the task reads it: the fault is the app's."""
+    module = {"__name__": "__main__"}
+    exec(TASKS, module)
+    culprits = {"reads": "LOCK", "calls": "LOCK", "wrapped": "lock", "inner": "HELD",
+                "recurses": "HELD"}  # fmt: skip
+    for name, culprit in culprits.items():
+        with pytest.raises(LaunchError) as refusal:
+            sendable("the task", module[name], ("context", module[name]))
+        assert f"the task reads __main__.{culprit}, which cannot be sent" in str(refusal.value)
+        assert "make it inside the function, or keep it in a module" in str(refusal.value)
+    assert sendable("the task", module["plain"], module["plain"])
+    with pytest.raises(LaunchError, match=r"the task cannot be sent to Modal \(.*lock"):
+        sendable("the task", None, module["LOCK"])
+
+
+LOCKED = """
+import threading
+import hydra
+
+LOCK = threading.Lock()
+
+@hydra.main(version_base="1.3", config_path=None)
+def main(cfg):
+    with LOCK:
+        return 1.0
+
+main()
+"""
+
+
+@pytest.mark.usefixtures("on_local_modal")
+def test_a_launch_and_its_rehearsal_name_the_global(tmp_path: Path) -> None:
+    (tmp_path / "locked.py").write_text(LOCKED)
+    for more in ([], ["hydra.launcher.dry_run=true"]):
+        command = [str(tmp_path / "locked.py"), "-m", "hydra/launcher=modal", "+x=1", *more]
+        printed = driver.run([*command, f"hydra.sweep.dir={tmp_path}/sweep"], expect=1)
+        assert "the task __main__.main reads __main__.LOCK, which cannot be sent" in printed
+        assert "Traceback" not in printed
 
 
 @pytest.mark.usefixtures("on_local_modal")
