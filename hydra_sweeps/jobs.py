@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -27,6 +27,7 @@ from hydra_sweeps.records import first_line
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 VARIABLE = re.compile(r"\$\{oc\.env:\s*([^,${}]*)")
 """Its name; nothing where that is an interpolation."""
+INTERPOLATION = re.compile(r"(?<!\\)\$\{")
 LONGEST = 255
 """Bytes of a name that file systems take."""
 
@@ -67,6 +68,25 @@ class Job:
         if any(len(part.encode()) > LONGEST for part in path.split("/")):
             raise SweepError(f"{where} has a name of more than {LONGEST} bytes; shorten it")
         return path
+
+    @property
+    def resolved(self) -> list[str]:
+        """Its overrides, interpolations replaced by their values here; [] where there are none.
+
+        A secret of the environment, and what cannot be resolved here, stays as it was typed.
+        """
+        task, texts = self.config.hydra.overrides.task, list(self.overrides)
+        written = OmegaConf.to_container(task)
+        assert isinstance(written, list)
+        with job_config(self.config), env_override(self.config.hydra.job.env_set):
+            secrets = [value for name, value in os.environ.items() if SECRET_NAME.search(name)]
+            for index, text in enumerate(self.overrides):
+                if text in written and INTERPOLATION.search(text):
+                    with suppress(OmegaConfBaseException):
+                        value = str(task[written.index(text)])
+                        hidden = any(secret and secret in value for secret in secrets)
+                        texts[index] = text if hidden else value
+        return texts if texts != self.overrides else []
 
     @property
     def record(self) -> dict[str, Any]:

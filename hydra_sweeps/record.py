@@ -50,6 +50,7 @@ class Run:
     name: str
     """The resolved hydra.sweep.subdir."""
     overrides: list[str]
+    """As they were typed."""
     command: str = ""
     """Reproduces this run alone."""
     status: str = "planned"
@@ -65,6 +66,8 @@ class Run:
     """hydra.sweeper.record in this run's configuration."""
     params: dict[str, Any] = field(default_factory=dict)
     """What a study sampled, by key."""
+    resolved: list[str] = field(default_factory=list)
+    """Overrides with the values that their interpolations had; [] where that is no other text."""
 
     def begin(self) -> None:
         """It starts."""

@@ -74,8 +74,8 @@ def shown(value: Value) -> str:
 
 def choices(runs: Sequence[Run], name_key: str | None) -> dict[str, str]:
     """By name of the run: every override in which the runs differ, but for the one that only names
-    it; of a run alone all."""
-    own = {run.name: without(run.overrides, name_key) for run in runs}
+    it; of a run alone all. The values are those that the jobs got."""
+    own = {run.name: without(run.resolved or run.overrides, name_key) for run in runs}
     common = set.intersection(*map(set, own.values())) if len(own) > 1 else set()
     return {name: " ".join(o for o in own[name] if o not in common) for name in own}
 

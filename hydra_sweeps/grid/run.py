@@ -205,7 +205,7 @@ def set_up(grid: Grid) -> None:
             overrides = " ".join(filter_overrides(job.overrides))
             log.info(f"\t#{job.number} : {overrides} (done: {shown(run.value)})")
         run.command = run_command(job.overrides, hydra, multi)
-        run.digest, run.record = grid.digest(job), job.record
+        run.digest, run.record, run.resolved = grid.digest(job), job.record, job.resolved
         grid.runs[job.number] = run
         grid.sweep.runs[run.name] = run
 

@@ -213,7 +213,7 @@ def listed_run(raw: dict[str, Any], label: str, sweep: dict[str, Any], script: s
     params = raw.get("params") or {}
     overrides = [str(override) for override in raw.get("overrides") or []]
     choices = {key: value for key, value in record.items() if key not in NOT_CHOSEN}
-    for override in overrides:
+    for override in map(str, raw.get("resolved") or overrides):
         key, _, text = override.lstrip("+~").partition("=")
         if not NOT_TRIED.fullmatch(key):
             choices.setdefault(key, parsed(text))

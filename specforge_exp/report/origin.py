@@ -106,10 +106,11 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 def job_options(kept: Path, run: dict[str, Any]) -> dict[str, Any] | None:
     """Settings of a training by the configuration that Hydra kept; None: of another job, not here,
-    or with options that this version does not have."""
+    with options that this version does not have, or that the job's environment may have given."""
     own = [text for text in run.get("overrides") or [] if not text.startswith("hydra")]
     try:
-        if sorted(map(str, OmegaConf.load(kept / "overrides.yaml"))) != sorted(own):
+        typed = cast(list[str], OmegaConf.to_container(OmegaConf.load(kept / "overrides.yaml")))
+        if sorted(typed) != sorted(own) or any("${oc.env:" in text for text in typed):
             return None
         cfg = from_omegaconf(cast(DictConfig, OmegaConf.load(kept / "config.yaml")))
     except (OSError, ValueError, InputError):

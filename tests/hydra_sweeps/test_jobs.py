@@ -100,6 +100,26 @@ def test_what_identifies_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(digests) == 2
 
 
+def test_values_of_interpolations_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In tables a value is what the job got; but for secrets, which are not written down."""
+    monkeypatch.setenv("A_TOKEN", "s3cr3t")
+    typed = ["kind=${oc.env:LR_OF_MINE,9}", "x=3", "gamma=${x}", "run_name=${oc.env:A_TOKEN}"]
+    assert job(*typed).resolved == ["kind=9", "x=3", "gamma=3.0", "run_name=${oc.env:A_TOKEN}"]
+    given = job(*typed, "+hydra.job.env_set.LR_OF_MINE='3'")
+    assert "s3cr3t" not in str(job("kind=${run_name}", typed[-1]).resolved)
+    assert given.resolved[0] == "kind=3" and job("x=3", "kind=\\${x}").resolved == []
+    notes = 'note="${oc.env:NOTE,9}",b'
+    printed, _ = sweep(tmp_path, notes, "seed=${x}", environment={"NOTE": "5"})
+    table = printed[printed.index("rank") :]
+    assert 'note="5"' in table and "${oc.env" not in table and "seed" not in table
+    first, second = content(tmp_path)["runs"]
+    assert first["overrides"][:2] == ['note="${oc.env:NOTE,9}"', "seed=${x}"]
+    assert first["resolved"][:2] == ['note="5"', "seed=1.0"] and second["resolved"]
+    assert "oc.env:NOTE,9" in first["command"]
+
+
 def test_resolvers_that_read_something_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     from omegaconf import OmegaConf
 
