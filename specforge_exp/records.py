@@ -105,6 +105,23 @@ def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def metric_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl, as `whole_lines`: objects of numbers with an integer `step`.
+
+    Raises:
+        InputError: one is something else; names file, line and remedy.
+    """
+    try:
+        for number, line in enumerate(whole_lines(path), 1):
+            plain = all(isinstance(value, int | float | None) for value in line.values())
+            if not (plain and isinstance(line.get("step"), int)):
+                raise InputError(f"{path}:{number}: no object of numbers with a step")
+            yield line
+    except InputError as error:
+        remedy = "remove that line, or train again with trainer.resume=false"
+        raise InputError(f"{error}; {remedy}") from None
+
+
 def parse(line: bytes) -> dict[str, Any]:
     """One JSON object; ValueError for anything else."""
     try:

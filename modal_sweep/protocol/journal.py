@@ -103,8 +103,11 @@ class Journal:
         for number, line in enumerate(whole_lines(self.path), 1):
             try:
                 self.apply(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                raise LaunchError(f"{self.path}:{number} cannot be read ({error!r})") from None
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise LaunchError(
+                    f"{self.path}:{number} cannot be read ({error!r}); without that line the job "
+                    "that it was of is spawned again"
+                ) from None
 
     def apply(self, event: dict[str, Any]) -> None:
         """Take one line into account."""

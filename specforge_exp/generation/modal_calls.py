@@ -34,8 +34,15 @@ class Journal:
         """By chunk, the places of its first part."""
         self.left: dict[str, dict[str, Any]] = {}
         self.seconds: dict[str, float] = {}
-        for entry in whole_lines(path):
-            self.take(entry)
+        number = 0
+        try:
+            for number, entry in enumerate(whole_lines(path), 1):
+                self.take(entry)
+        except (InputError, KeyError, TypeError) as error:
+            what = (
+                error if isinstance(error, InputError) else f"{path}:{number}: no call ({error!r})"
+            )
+            raise InputError(f"{what}; remove that line: what it was of is asked again") from None
 
     def take(self, entry: dict[str, Any]) -> None:
         """Take one line into account."""

@@ -112,15 +112,17 @@ class Store:
         """Names of the complete shards; counts those that a kill left out of the manifest."""
         manifest = self.folder / "manifest.jsonl"
         cut_tail(manifest)
-        entries = {entry.pop("shard"): entry for entry in whole_lines(manifest)}
         complete = {p.stem for p in self.shards.glob("*.jsonl")}
+        try:
+            entries = {entry.pop("shard"): Counts(**entry) for entry in whole_lines(manifest)}
+        except (InputError, KeyError, TypeError):  # it is made again of the shards
+            entries = {}
+            manifest.unlink()
         for name in sorted(complete):
-            counts = Counts(**entries.get(name, {}))
             if name not in entries:
-                for result in whole_lines(self.shards / f"{name}.jsonl"):
-                    counts.take(result)
-                self.note(name, counts)
-            self.counts.add(counts)
+                entries[name] = counted(self.shards / f"{name}.jsonl")
+                self.note(name, entries[name])
+            self.counts.add(entries[name])
         return complete
 
     def note(self, name: str, counts: Counts) -> None:
@@ -220,21 +222,39 @@ class Store:
                 os.close(descriptor)
 
 
+def counted(shard: Path) -> Counts:
+    """Of a complete shard; InputError, with the remedy, where it is damaged."""
+    counts = Counts()
+    try:
+        for result in whole_lines(shard):
+            counts.take(result)
+    except (InputError, KeyError, TypeError) as error:
+        raise damaged(shard, error) from None
+    return counts
+
+
 def journal_entries(path: Path) -> Iterator[tuple[int, bytes, Record]]:
     """Place, line and result of what an unfinished shard's journal holds.
 
     Raises:
-        InputError: a line before the last is damaged; names file and line.
+        InputError: a line before the last is damaged; names file, line and remedy.
     """
     for number, entry in enumerate(cut_tail(path), 1):
         place, _, line = entry.partition(b" ")
         try:
-            yield int(place), line, orjson.loads(line)
-        except ValueError as error:
-            raise InputError(
-                f"{path}:{number}: {error}; remove the file: only its conversations are answered "
-                "again"
-            ) from None
+            position, result = int(place), orjson.loads(line)
+            Counts().take(result)
+        except (ValueError, KeyError, TypeError) as error:
+            raise damaged(f"{path}:{number}", error) from None
+        yield position, line, result
+
+
+def damaged(where: Path | str, error: Exception) -> InputError:
+    """What to say of results that cannot be read."""
+    what = error if isinstance(error, InputError | ValueError) else f"no result ({error!r})"
+    return InputError(
+        f"{where}: {what}; remove the file: only its conversations are answered again"
+    )
 
 
 def append(file: BinaryIO, content: bytes) -> None:

@@ -1,7 +1,8 @@
 """What the runs of a sweep left: settings, evaluations, curves, benchmarks, cost.
 
 Nothing here needs to be whole: a sweep may still run, a file may be cut off or damaged. What cannot
-be read is named in `Collected.problems` and left out.
+be read, or is not what was written, is left out; `Collected.problems` and the run's `not_known` say
+why.
 """
 
 import json
@@ -17,11 +18,11 @@ from typing import Any
 import numpy as np
 import orjson
 
-from specforge_exp.artifacts import read_record
+from specforge_exp.artifacts import content_of, read_object
 from specforge_exp.bench.published import Beside, beside
 from specforge_exp.errors import InputError
-from specforge_exp.records import whole_lines
-from specforge_exp.report.origin import run_folder, strange_bench
+from specforge_exp.records import metric_lines, unsealed
+from specforge_exp.report.origin import record_of, run_folder, strange_bench
 from specforge_exp.report.record import FILE, number, numbers, read_sweep, returned_values
 from specforge_exp.report.statistics import StratifiedSample, stratum
 
@@ -178,7 +179,7 @@ def collect(sweep_dir: Path) -> Collected:
             continue
         run.not_known = strange
         if run.folder is not None:
-            read_folder(run, run.folder, problems)
+            read_folder(run, run.folder)
         problems += [f"{run.name}: not known: {reason}" for reason in run.not_known]
         runs.append(run)
     resolved = sweep_dir.resolve()
@@ -242,8 +243,8 @@ def parsed(text: str) -> Any:
         return float(text) if scientific else text
 
 
-def read_folder(run: SweepRun, folder: Path, problems: list[str]) -> None:
-    """Add what a run's folder holds; what cannot be read is named in `problems`."""
+def read_folder(run: SweepRun, folder: Path) -> None:
+    """Add what a run's folder holds; what is left out stands in `not_known`, with the reason."""
     parts: list[tuple[str, Callable[[SweepRun, Any], None]]] = [
         ("metrics.jsonl", add_curves),
         ("run.json", add_record),
@@ -251,39 +252,36 @@ def read_folder(run: SweepRun, folder: Path, problems: list[str]) -> None:
         *((file.name, add_bench) for file in own_bench(run, folder)),
         ("tracker.json", add_tracker),
     ]
+    written = record_of(folder).get("files", {})
     for name, add in parts:
         file = folder / name
         if not file.is_file():
             continue
         try:
+            if name in written and content_of(file) != written[name]:
+                raise ValueError("it is not what run.json says was written")
             lines = file.suffix == ".jsonl"
-            add(run, metric_lines(file) if lines else json.loads(file.read_text()))
+            add(run, metric_lines(file) if lines else unsealed(json.loads(file.read_bytes())))
         except (InputError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             plain = isinstance(error, InputError | OSError | ValueError)
             reason = str(error).replace(f"{file}:", "line ") if plain else repr(error)
-            problems.append(f"{file} is damaged and left out: {' '.join(reason.split())}")
+            run.not_known.append(f"{file} is damaged and left out: {' '.join(reason.split())}")
 
 
 def own_bench(run: SweepRun, folder: Path) -> list[Path]:
     """The newest measurement of the draft in a run's folder, or the one that the run returned."""
+    others = []
     for file in sorted(folder.glob("bench*.json"), key=lambda file: -file.stat().st_mtime):
         try:
-            reason = strange_bench(folder, read_record(file), run.returned.get(ACCEPTED))
-        except InputError:  # whoever reads it says so
-            reason = None
+            reason = strange_bench(folder, read_object(file), run.returned.get(ACCEPTED))
+        except InputError as error:
+            run.not_known.append(f"{file} is left out: {error}")
+            continue
         if reason is None:
-            run.not_known.clear()
             return [file]
-        run.not_known.append(f"{file}: {reason}")
+        others.append(f"{file}: {reason}")
+    run.not_known += others
     return []
-
-
-def metric_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl, as `whole_lines`; ValueError for one without a step."""
-    for count, line in enumerate(whole_lines(file), 1):
-        if not isinstance(line.get("step"), int):
-            raise ValueError(f"line {count}: no object with a step")
-        yield line
 
 
 def add_curves(run: SweepRun, lines: Iterator[dict[str, Any]]) -> None:

@@ -87,11 +87,23 @@ def stranger(
         evaluation = made.get("evaluation") or {}
         for name in returned.keys() - {"gpu_hours"}:
             there = evaluation.get(name)
+            if there is None and (problem := damage_of(folder / "run.json")):
+                return problem
             if there is None or not math.isclose(there, returned[name], rel_tol=1e-9):
                 return f"its {name} is {there}, the job returned {returned[name]}"
     if not (returned or options) and (kept.is_dir() or (sweep_dir / "modal").is_dir() > own):
         return "nothing in it says that it is of this job"
     return None
+
+
+def damage_of(file: Path) -> str:
+    """Why a record cannot be used; "" where it can, or is not there."""
+    try:
+        if file.exists():
+            read_record(file)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def record_of(folder: Path) -> dict[str, Any]:

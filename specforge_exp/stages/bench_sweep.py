@@ -90,7 +90,8 @@ def config_of(cfg: Config, sweep_dir: Path, sweep: dict[str, Any], run: dict[str
             + " trainer.resume=false"
             * bool(folder or strange)
         )
-    made = read_record(folder / "run.json").get("config")
+    record = read_record(folder / "run.json")
+    made = record.get("config")
     if not isinstance(made, dict):
         raise InputError(f"{folder / 'run.json'} has no configuration; train the run again")
     try:
@@ -98,7 +99,8 @@ def config_of(cfg: Config, sweep_dir: Path, sweep: dict[str, Any], run: dict[str
     except InputError as error:
         raise InputError(
             f"{folder / 'run.json'} was written by another version, whose options do not fit "
-            f"({error}); bench it with the commit it names, or train it again"
+            f"({error}); bench it with the commit that made it ({record.get('git')}), or train it "
+            f"again with: {run.get('command')} trainer.resume=false"
         ) from None
     own.bench, own.export, own.device, own.threads = cfg.bench, cfg.export, cfg.device, cfg.threads
     own.run_name, own.paths.checkpoints = folder.name, str(folder.parent)

@@ -38,7 +38,7 @@ from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.lease import lease
 from specforge_exp.losses import Loss
-from specforge_exp.records import whole_lines, write_record
+from specforge_exp.records import metric_lines, write_record
 from specforge_exp.sharding import shard_draft, without_numbers
 from specforge_exp.target import (
     Target,
@@ -239,8 +239,8 @@ def states_of(cfg: Config, target: Target, splits: Splits, run: TrainingRun) -> 
 
 def logged_seconds(folder: Path) -> float:
     """Seconds of training by metrics.jsonl, over all attempts; 0 where another machine wrote it."""
-    lines = whole_lines(folder / "metrics.jsonl")
-    return float(sum(line.get("seconds", 0.0) for line in lines))
+    lines = metric_lines(folder / "metrics.jsonl")
+    return float(sum(line.get("seconds") or 0.0 for line in lines))
 
 
 def make_objective(cfg: Config, draft: Any, target: Target, states: Features) -> Objective:

@@ -13,7 +13,7 @@ from typing import Any
 from specforge_exp.artifacts import disk_errors
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
-from specforge_exp.records import whole_lines, write_whole
+from specforge_exp.records import metric_lines, write_whole
 from specforge_exp.training.mirror import read_tracker
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Tracker:
 def open_tracker(cfg: Config, run_dir: Path, start_step: int) -> Tracker:
     """Open metrics.jsonl at `start_step`: what a killed run logged after its checkpoint goes."""
     file = run_dir / "metrics.jsonl"
-    lines = whole_lines(file) if start_step > 0 else iter(())
+    lines = metric_lines(file) if start_step > 0 else iter(())
     logged = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start_step)
     with disk_errors(file):
         write_whole(file, logged.encode())
@@ -127,7 +127,7 @@ def start_mirror(cfg: Config, run_dir: Path) -> "subprocess.Popen[bytes] | None"
 
 def best_step(folder: Path) -> int | None:
     """The evaluated step with the longest simulated accepted length, from metrics.jsonl."""
-    lines = whole_lines(folder / "metrics.jsonl")
+    lines = metric_lines(folder / "metrics.jsonl")
     evaluated = [line for line in lines if "eval/simulated_length" in line]
     best = max(evaluated, key=lambda line: line["eval/simulated_length"], default=None)
     return int(best["step"]) if best else None

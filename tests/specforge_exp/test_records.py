@@ -20,8 +20,7 @@ from specforge_exp.errors import InputError, first_line
 from specforge_exp.generation.modal_calls import Journal
 from specforge_exp.generation.plan import load_plan, make_plan, save_plan
 from specforge_exp.generation.store import journal_entries
-from specforge_exp.records import cut_tail, replacing, whole_lines, write_json
-from specforge_exp.report.collect import metric_lines
+from specforge_exp.records import cut_tail, metric_lines, replacing, whole_lines, write_json
 from specforge_exp.report.table import written
 from specforge_exp.stages.train import logged_seconds
 from specforge_exp.training import mirror
@@ -84,6 +83,38 @@ def test_a_cut_line_before_the_last_is_named(tmp_path: Path, name: str) -> None:
     file.write_bytes(lines[0][:14] + b"\n" + lines[1])
     with pytest.raises(InputError, match=r"metrics\.jsonl:1: "):
         reader(file)
+
+
+PARTS = [name for name in READERS if name not in ("mirror", "whole_lines")]
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("line", ["{}", '{"step": "x", "part": "a", "id": "a"}', "[]", "3"])
+def test_a_whole_line_of_something_else_is_named(tmp_path: Path, name: str, line: str) -> None:
+    """As the lines that it stands between: file, line and what helps."""
+    lines, reader, _ = READERS[name]
+    file = tmp_path / "metrics.jsonl"
+    place = b"1 " if name == "results" else b""
+    file.write_bytes(lines[0] + place + line.encode() + b"\n" + lines[1])
+    with pytest.raises(InputError, match=r"metrics\.jsonl:2: .*remove (that line|the file)"):
+        reader(file)
+
+
+def test_a_damaged_manifest_is_made_again_and_a_damaged_shard_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "train.jsonl", "a", "b", "c")
+    store = make_store(tmp_path / "out", source)
+    answer_all(store, Instant())
+    done, manifest = vars(store.counts), tmp_path / "out" / "manifest.jsonl"
+    whole = manifest.read_bytes()
+    for line in (b"{}\n", b"[]\n", b'{"shard": "x", "more": 1}\n', b"x\n"):
+        manifest.write_bytes(line + whole)
+        again = make_store(tmp_path / "out", source)
+        assert vars(again.counts) == done and sorted(manifest.read_bytes()) == sorted(whole)
+    shard = next((tmp_path / "out" / "shards").glob("*.jsonl"))
+    shard.write_bytes(b"{}\n" + shard.read_bytes())
+    manifest.unlink()
+    with pytest.raises(InputError, match=rf"{shard.name}: .*remove the file: only its"):
+        make_store(tmp_path / "out", source)
 
 
 def test_what_follows_a_cut_line_is_a_line_of_its_own(tmp_path: Path) -> None:

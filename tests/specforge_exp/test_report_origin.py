@@ -17,9 +17,10 @@ from omegaconf import OmegaConf
 from sweep_folders import Plan, units, write_run, write_sweep
 from test_report import change
 
-from specforge_exp.artifacts import sha256
+from specforge_exp.artifacts import contents, sha256
 from specforge_exp.config import REPOSITORY, Config, ReportConfig, from_omegaconf
 from specforge_exp.config.settings import training_settings
+from specforge_exp.records import write_record
 from specforge_exp.report.collect import collect
 from specforge_exp.report.origin import run_folder
 from specforge_exp.report.record import read_sweep
@@ -190,3 +191,45 @@ def test_a_measurement_of_another_draft_is_left_out(tmp_path: Path) -> None:
         row, own = shown(sweep_dir), (export, draft, measured) == ("same", "same", "a")
         assert ("tau/stories" in row) == own, (export, draft, measured)
         assert ("it measured a" in row["not_known"]) != own
+
+
+@pytest.mark.parametrize("name", ["run.json", "bench.json", "evaluation.json", "metrics.jsonl"])
+def test_a_record_that_was_changed_is_left_out(tmp_path: Path, name: str) -> None:
+    """Records are compared with their own digest, the rest with what run.json says was written."""
+    sweep_dir = sweep_of(tmp_path, 4.186)
+    here = tmp_path / "checkpoints" / RUN
+    write_run(here, Plan(RUN, [], {"loss": "a"}, 4.186, bench=("stories",)), units(), 1)
+    record = json.loads((here / "run.json").read_text())
+    record |= {"files": contents(here, ["evaluation.json", "metrics.jsonl"]), "processes": 1}
+    write_record(here / "run.json", record)
+    bench = json.loads((here / "bench.json").read_text())
+    write_record(here / "bench.json", bench)
+    row = shown(sweep_dir)
+    assert not row["not_known"] and row["tau/stories"]
+    old, new = {
+        "run.json": ('"processes": 1', '"processes": 8'),
+        "bench.json": ('"target": "tiny"', '"target": "huge"'),
+        "evaluation.json": ('"step": ', '"step":  '),
+        "metrics.jsonl": ('"epoch": 0', '"epoch": 1'),
+    }[name]
+    text = (here / name).read_text()
+    (here / name).write_text(text.replace(old, new, 1))
+    assert (here / name).read_text() != text
+    row = shown(sweep_dir)
+    if name == "run.json":  # nothing else says what is in the folder
+        assert f"{here / name} cannot be read (it was changed" in row["not_known"]
+    else:
+        assert f"{here / name} is " in row["not_known"] and "left out" in row["not_known"]
+    assert bool(row.get("tau/stories")) == (name not in ("bench.json", "run.json"))
+    assert bool(row["low"]) == (name not in ("evaluation.json", "run.json"))
+
+
+def test_a_measurement_beside_a_damaged_checkpoint_is_left_out(tmp_path: Path) -> None:
+    """What it measured cannot be compared."""
+    sweep_dir = sweep_of(tmp_path, 4.186)
+    here = tmp_path / "checkpoints" / RUN
+    write_run(here, Plan(RUN, [], {"loss": "a"}, 4.186, bench=("stories",)), units(), 1)
+    (here / "step-000002").mkdir()
+    (here / "step-000002" / "state.json").write_text("{")
+    row = shown(sweep_dir)
+    assert "state.json cannot be read" in row["not_known"] and not row.get("tau/stories")
