@@ -1,7 +1,9 @@
 """One command has one launcher and one sweeper: the jobs must have been able to choose no other.
 
 Hydra chooses both before it splits the command into jobs, so what a swept option says about
-`hydra.launcher` or `hydra.sweeper` comes too late and would be dropped.
+`hydra.launcher` or `hydra.sweeper` comes too late and would be dropped. A grid is seen whole before
+it begins. Of a study that is every choice of a config group; a point that would choose otherwise
+all the same, say by custom_search_space, is a failed trial.
 """
 
 import json

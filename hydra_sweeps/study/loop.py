@@ -14,6 +14,7 @@ from hydra.core.utils import JobReturn
 from hydra.errors import CompactHydraException
 from hydra.utils import get_method
 
+from hydra_sweeps.choices import refuse_other_choices
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.jobs import compose
 from hydra_sweeps.overrides import key_of
@@ -176,6 +177,7 @@ def start(study: Study, trial: Any, overrides: Sequence[str] | None = None) -> N
             job = compose(source, overrides, number)
         else:
             job = named_job(source, study.options, suggested(study, trial), number)
+            refuse_other_choices(source.master, [job], [])
         run = run_of(study, job, trial.params)
     except SweepError as error:
         tell(study.optuna, trial, Outcome("failed", None, reason(error)))

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -9,6 +10,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_sweeps import record
+from hydra_sweeps.choices import refuse_other_choices
 from hydra_sweeps.command import hydra_overrides, raising_sigterm, report, stopping
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.jobs import Job, Source, check_environment, compose, resolved_sweep_dir
@@ -51,6 +53,7 @@ def run_study(
     sweep_dir = resolved_sweep_dir(master).absolute()
     examples = check_jobs(source, options, space)
     check_environment(examples, launcher)
+    refuse_other_choices(master, choices(source, options, space), arguments)
     place = place_of(options, sweep_dir)
     if options.dry_run:
         print(plan(options, space, first, known_trials(place), place), flush=True)
@@ -108,6 +111,16 @@ def check_jobs(source: Source, options: OptunaAsyncConf, space: Space) -> list[J
             f"all trials would write to {source.master.hydra.sweep.dir}/{subdir}; put "
             "${hydra.job.num} into hydra.sweep.subdir, or name its key in hydra.sweeper.name_key"
         )
+    return jobs
+
+
+def choices(source: Source, options: OptunaAsyncConf, space: Space) -> list[Job]:
+    """Jobs that together have every choice; one that cannot be composed is for its trial."""
+    jobs = list[Job]()
+    for point in space.choices():
+        with suppress(SweepError):
+            texts = [*space.overrides, *space.texts_of(point)]
+            jobs.append(named_job(source, options, texts, len(jobs)))
     return jobs
 
 

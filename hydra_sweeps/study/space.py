@@ -3,7 +3,6 @@
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -47,14 +46,27 @@ class Space:
 
     def examples(self) -> list[dict[str, Any]]:
         """Points that together have every key once."""
+        conditions = dict.fromkeys([None, *(param.when for param in self.params)])
+        return [self.example(*((when.key, when.values[0]) if when else ())) for when in conditions]
 
-        def example(param: Param, when: Condition | None) -> Any:
-            if when is not None and param.name == when.key:
-                return when.values[0]
+    def choices(self) -> list[dict[str, Any]]:
+        """Points that together have every choice of the keys without a dot: of config groups."""
+        return [
+            self.example(param.name, value)
+            for param in self.params
+            if param.kind == "choice" and "." not in param.name
+            for value in param.choices
+        ]
+
+    def example(self, key: str = "", value: Any = None) -> dict[str, Any]:
+        """A point, with this value where there is such a key in it."""
+
+        def choose(param: Param) -> Any:
+            if param.name == key and param.holds(value):
+                return value
             return param.choices[0] if param.kind == "choice" else param.typed(param.low)
 
-        conditions = dict.fromkeys([None, *(param.when for param in self.params)])
-        return [self.fill(partial(example, when=when)) for when in conditions]
+        return self.fill(choose)
 
     def points(self) -> Iterator[dict[str, Any]]:
         """Every combination; SweepError where there is no end of them."""

@@ -131,6 +131,12 @@ def plan_jobs(sweep: Sweep, job_overrides: Sequence[Sequence[str]], first: int) 
 def compose(sweep: Sweep, number: int, overrides: Sequence[str]) -> DictConfig:
     """The configuration of a job, as Hydra's own launchers compose it."""
     config = sweep.context.config_loader.load_sweep_config(sweep.config, list(overrides))
+    ours, chosen = (OmegaConf.to_container(c.hydra.launcher) for c in (sweep.config, config))
+    if ours != chosen:
+        raise LaunchError(
+            f"job {number} [{' '.join(overrides)}] chooses another hydra.launcher than this "
+            "command, which has one for all jobs; launch what differs by commands of their own"
+        )
     with open_dict(config):
         config.hydra.job.id = f"job_id_for_{number}"
         config.hydra.job.num = number

@@ -36,12 +36,11 @@ class Journal:
         self.seconds: dict[str, float] = {}
         number = 0
         try:
-            for number, entry in enumerate(whole_lines(path), 1):
+            for entry in whole_lines(path):
+                number += 1
                 self.take(entry)
         except (InputError, KeyError, TypeError) as error:
-            what = (
-                error if isinstance(error, InputError) else f"{path}:{number}: no call ({error!r})"
-            )
+            what = f"{path}:{number}: no call" if isinstance(error, LookupError) else error
             raise InputError(f"{what}; remove that line: what it was of is asked again") from None
 
     def take(self, entry: dict[str, Any]) -> None:
