@@ -133,22 +133,19 @@ class Job:
             self.config.hydra.job.id = number
             self.config.hydra.job.num = number
 
-    def digest(self, ignore: Sequence[str] = (), outside: Sequence[str] = ()) -> str:
+    def digest(self, ignore: Sequence[str] = ()) -> str:
         """Hash of the configuration as written, without Hydra's node and the keys to ignore, and of
-        what it reads from outside.
+        what it reads from the environment.
 
         `${now:...}` and `${hydra:...}`, which another start changes, count as written; so does any
-        resolver that `outside` does not name.
+        other resolver.
         """
         try:
-            values = self.environment(ignore, outside)
+            values = self.environment(ignore)
         except SweepError:  # they are resolved where the job runs
             values = {}
-        return self.hashed(ignore, "".join(f"{key}={value!r}\n" for key, value in values.items()))
-
-    def hashed(self, ignore: Sequence[str], more: str = "") -> str:
-        """Hash of the configuration as written, and of `more`."""
-        text = OmegaConf.to_yaml(OmegaConf.create(self.written(ignore)), sort_keys=True) + more
+        text = OmegaConf.to_yaml(OmegaConf.create(self.written(ignore)), sort_keys=True)
+        text += "".join(f"{key}={value!r}\n" for key, value in values.items())
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     def written(self, ignore: Sequence[str]) -> Any:
@@ -163,21 +160,18 @@ class Job:
                 node.pop(last, None)
         return content
 
-    def environment(
-        self, ignore: Sequence[str] = (), outside: Sequence[str] = ()
-    ) -> dict[str, Any]:
-        """By key: the values that are made of environment variables that are set, or by resolvers
-        named in `outside`; in the environment that hydra.job.env_set gives the job.
+    def environment(self, ignore: Sequence[str] = ()) -> dict[str, Any]:
+        """By key: the values that are made of environment variables that are set, in the
+        environment that hydra.job.env_set gives the job.
 
         Where no variable is set the written default is the value.
 
         Raises:
             SweepError: one cannot be resolved; names the variable and the key.
         """
-        resolver = re.compile(rf"\${{({'|'.join(map(re.escape, ['oc.env', *outside]))}):")
-        texts = {path: text for path, text in leaves(self.written(ignore))
-                 if isinstance(text, str) and resolver.search(text)}  # fmt: skip
         values, key = {}, "hydra.job.env_set"
+        texts = {path: text for path, text in leaves(self.written(ignore))
+                 if isinstance(text, str) and VARIABLE.search(text)}  # fmt: skip
         try:
             with (
                 job_config(self.config),
@@ -187,7 +181,7 @@ class Job:
                     key = ".".join(map(str, path)) + f"={text}"
                     value = reduce(lambda node, part: node[part], path, self.config)
                     names = [name.strip("'\" ") for name in VARIABLE.findall(text)]
-                    if not names or any(not name or name in os.environ for name in names):
+                    if any(not name or name in os.environ for name in names):
                         values[key] = value
         except OmegaConfBaseException as error:
             reason = f"{key} of run {self.number} ({self.text}): {first_line(error)}"
@@ -204,9 +198,7 @@ def leaves(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
         yield path, content
 
 
-def check_environment(
-    jobs: Sequence[Job], launcher: Any, ignore: Sequence[str] = (), outside: Sequence[str] = ()
-) -> None:
+def check_environment(jobs: Sequence[Job], launcher: Any, ignore: Sequence[str] = ()) -> None:
     """Refuse, before one starts, jobs that lack an environment variable, or would write a secret.
 
     A launcher that sends jobs to other machines has rules of its own.
@@ -214,7 +206,7 @@ def check_environment(
     if hasattr(launcher, "session"):
         return
     for job in jobs:
-        job.environment(ignore, outside)
+        job.environment(ignore)
         for name in job.config.hydra.job.env_copy or []:
             if SECRET_NAME.search(name):
                 raise SweepError(

@@ -37,9 +37,6 @@ class ExperimentSweeperConf:
     null: the record is enough."""
     ignore: list[str] = field(default_factory=list)
     """Keys of a job's configuration that do not make it another run."""
-    outside: list[str] = field(default_factory=list)
-    """Resolvers of the app that read something outside the configuration, e.g. a file: another
-    value makes another run. oc.env always is one."""
     names: list[str] = field(default_factory=lambda: ["value"])
     """What the values that a job returns are called; [] when it returns none."""
     direction: Any = "maximize"

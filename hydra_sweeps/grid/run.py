@@ -69,10 +69,6 @@ class Grid:
         """Write sweep.json."""
         record.write(self.sweep_dir, self.sweep)
 
-    def digest(self, job: Job) -> str:
-        """What has to be the same for a run to count as done."""
-        return job.digest(self.options.ignore, self.options.outside)
-
     def begin(self, jobs: Sequence[Job]) -> None:
         """These are about to run."""
         for job in jobs:
@@ -106,7 +102,7 @@ def run_grid(
     choices = points(loader, arguments, options.params or {}, options.cases)
     jobs = named_jobs(source, choices, options)
     refuse_other_choices(master, jobs, arguments)
-    check_environment(jobs, launcher, options.ignore, options.outside)
+    check_environment(jobs, launcher, options.ignore)
     folder = sweep_dir.absolute()
     grid = Grid(options, launcher, master, folder, fresh(options, master), jobs)
     if options.dry_run:
@@ -165,12 +161,8 @@ def finished(grid: Grid, earlier: Sweep) -> dict[int, Run]:
             continue
         evidence = job.value("hydra.sweeper.exists")
         exists = not evidence or Path(str(evidence)).exists()
-        if exists and run.digest == grid.digest(job):
+        if exists and run.digest == job.digest(grid.options.ignore):
             done[job.number] = run
-        elif exists and run.digest == job.hashed(grid.options.ignore):
-            log.info(
-                f"\t#{job.number} runs again: environment variables were no part of its record"
-            )
     return done
 
 
@@ -205,7 +197,11 @@ def set_up(grid: Grid) -> None:
             overrides = " ".join(filter_overrides(job.overrides))
             log.info(f"\t#{job.number} : {overrides} (done: {shown(run.value)})")
         run.command = run_command(job.overrides, hydra, multi)
-        run.digest, run.record, run.resolved = grid.digest(job), job.record, job.resolved
+        run.digest, run.record, run.resolved = (
+            job.digest(grid.options.ignore),
+            job.record,
+            job.resolved,
+        )
         grid.runs[job.number] = run
         grid.sweep.runs[run.name] = run
 
