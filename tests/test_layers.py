@@ -42,18 +42,18 @@ FLOORS = {
 }
 """Every house from its floor upwards; the longer name of a file counts."""
 BUDGETS = {
-    "modal_sweep": 32_400,
+    "modal_sweep": 32_800,
     "hydra_sweeps": 27_300,
     "hydra_plugins": 1_050,
-    "specforge_exp": 139_600,
+    "specforge_exp": 139_900,
     "specforge_exp/data": 15_600,
     "specforge_exp/target": 6_300,
     "specforge_exp/drafts": 22_200,
     "specforge_exp/training": 13_000,
-    "specforge_exp/generation": 24_100,
+    "specforge_exp/generation": 24_150,
     "specforge_exp/bench": 9_700,
-    "specforge_exp/report": 17_200,
-    "": 200_600,
+    "specforge_exp/report": 17_300,
+    "": 201_800,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
 written."""

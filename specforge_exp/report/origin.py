@@ -58,7 +58,10 @@ def run_folder(
             if not any(place.glob(mark)):
                 continue
             if place not in strange:
-                strange[place] = stranger(sweep_dir, sweep, run, place)
+                try:
+                    strange[place] = stranger(sweep_dir, sweep, run, place)
+                except InputError as error:
+                    strange[place] = str(error)
             if strange[place] is None:
                 return place, []
     return None, [f"{place} is not of this run: {reason}" for place, reason in strange.items()]
@@ -70,6 +73,9 @@ def stranger(
     """Why what a folder holds is not of a run; None: nothing speaks against it.
 
     The options of the job are those that Hydra kept in its folder, unless another command did.
+
+    Raises:
+        InputError: nothing in it says so, for its record is damaged.
     """
     script = str(sweep.get("script") or "train")
     if script != "train":  # it names the run that it reads, and has no options of a training
@@ -87,23 +93,13 @@ def stranger(
         evaluation = made.get("evaluation") or {}
         for name in returned.keys() - {"gpu_hours"}:
             there = evaluation.get(name)
-            if there is None and (problem := damage_of(folder / "run.json")):
-                return problem
+            if there is None and (folder / "run.json").exists():
+                read_record(folder / "run.json")
             if there is None or not math.isclose(there, returned[name], rel_tol=1e-9):
                 return f"its {name} is {there}, the job returned {returned[name]}"
     if not (returned or options) and (kept.is_dir() or (sweep_dir / "modal").is_dir() > own):
         return "nothing in it says that it is of this job"
     return None
-
-
-def damage_of(file: Path) -> str:
-    """Why a record cannot be used; "" where it can, or is not there."""
-    try:
-        if file.exists():
-            read_record(file)
-    except InputError as error:
-        return str(error)
-    return ""
 
 
 def record_of(folder: Path) -> dict[str, Any]:
