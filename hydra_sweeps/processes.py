@@ -26,7 +26,7 @@ from hydra.core.utils import (
     run_job,
     setup_globals,
 )
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from hydra_sweeps.errors import JobFailed
 from hydra_sweeps.jobs import Source, compose, failure, show_failure
@@ -44,7 +44,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class JobProcess:
     """A job that runs."""
 
-    overrides: Sequence[str]
+    config: DictConfig
+    folder: Path
     process: BaseProcess
     result: Connection
     output: Path | None
@@ -100,7 +101,7 @@ class Processes:
             )
             process.start()
             send.close()  # so that the pipe ends with the job
-            self.jobs[number] = JobProcess(overrides, process, result, output, tail)
+            self.jobs[number] = JobProcess(config, folder, process, result, output, tail)
 
     def child(
         self, config: DictConfig, folder: Path, output: Path | None, send: Connection, parent: int
@@ -178,7 +179,7 @@ def result_of(job: JobProcess) -> JobReturn:
     if returned is not None:
         return returned
     output = f"; its output: {job.output}" if job.output else ""
-    return failure(job.overrides, JobFailed(f"{how_it_ended(job.process.exitcode)}{output}"))
+    return unfinished(job, JobFailed(f"{how_it_ended(job.process.exitcode)}{output}"))
 
 
 def how_it_ended(code: int | None) -> str:
@@ -188,6 +189,16 @@ def how_it_ended(code: int | None) -> str:
     name = signal.Signals(-code).name
     guess = " (out of memory?)" if name == "SIGKILL" else ""
     return f"the job's process was ended by {name}{guess}"
+
+
+def unfinished(job: JobProcess, error: Exception) -> JobReturn:
+    """The record of a job whose process did not make one."""
+    config = job.config
+    overrides, name = list(config.hydra.overrides.task), str(config.hydra.job.name)
+    with read_write(config), open_dict(config), read_write(config.hydra), open_dict(config.hydra):
+        config.hydra.runtime.output_dir = str(job.folder.resolve())
+        hydra = OmegaConf.create({"hydra": config.pop("hydra")})
+    return JobReturn(overrides, config, hydra, os.getcwd(), name, JobStatus.FAILED, error)
 
 
 def kill(process: BaseProcess) -> None:
