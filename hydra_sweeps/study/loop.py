@@ -196,6 +196,7 @@ def start(study: Study, trial: Any, overrides: Sequence[str] | None = None) -> N
     earlier = study.sweep.runs.get(run.name)
     if earlier is not None and earlier.number == number:
         run.seconds = earlier.seconds
+    run.resolved = job.resolved  # here: elsewhere the environment may be another one
     run.begin()
     study.sweep.runs[run.name] = run
     study.write()

@@ -150,5 +150,4 @@ def run_of(study: Study, job: Job, params: dict[str, Any]) -> Run:
     command = run_command(without(job.overrides, group), hydra, study.multi)
     run = Run(job.number, job.subdir, job.overrides, command)
     run.digest, run.record, run.params = job.digest(), job.record, dict(params)
-    run.resolved = job.resolved
     return run
