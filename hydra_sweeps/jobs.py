@@ -27,7 +27,7 @@ from hydra_sweeps.records import first_line
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 VARIABLE = re.compile(r"\$\{oc\.env:\s*([^,${}]*)")
 """Its name; nothing where that is an interpolation."""
-INTERPOLATION = re.compile(r"(?<!\\)\$\{")
+INTERPOLATION = re.compile(r"(?<!\\)\$\\?\{")
 LONGEST = 255
 """Bytes of a name that file systems take."""
 
@@ -75,17 +75,16 @@ class Job:
 
         A secret of the environment, and what cannot be resolved here, stays as it was typed.
         """
-        task, texts = self.config.hydra.overrides.task, list(self.overrides)
-        written = OmegaConf.to_container(task)
-        assert isinstance(written, list)
-        with job_config(self.config), env_override(self.config.hydra.job.env_set):
+        texts = list(self.overrides)
+        with env_override(self.config.hydra.job.env_set):
             secrets = [value for name, value in os.environ.items() if SECRET_NAME.search(name)]
             for index, text in enumerate(self.overrides):
-                if text in written and INTERPOLATION.search(text):
-                    with suppress(OmegaConfBaseException):
-                        value = str(task[written.index(text)])
+                key = text.partition("=")[0]
+                if INTERPOLATION.search(text):
+                    with suppress(SweepError):
+                        value = str(self.value(key.lstrip("+")))
                         hidden = any(secret and secret in value for secret in secrets)
-                        texts[index] = text if hidden else value
+                        texts[index] = text if hidden else f"{key}={value}"
         return texts if texts != self.overrides else []
 
     @property

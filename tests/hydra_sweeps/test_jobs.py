@@ -114,10 +114,10 @@ def test_values_of_interpolations_are_shown(
     notes = 'note="${oc.env:NOTE,9}",b'
     printed, _ = sweep(tmp_path, notes, "seed=${x}", environment={"NOTE": "5"})
     table = printed[printed.index("rank") :]
-    assert 'note="5"' in table and "${oc.env" not in table and "seed" not in table
+    assert "note=5" in table and "${oc.env" not in table and "seed" not in table
     first, second = content(tmp_path)["runs"]
-    assert {'note="${oc.env:NOTE,9}"', "seed=${x}"} <= {*first["overrides"]}
-    assert {'note="5"', "seed=1.0"} <= {*first["resolved"]} and second["resolved"]
+    assert 'note="${oc.env:NOTE,9}"' in first["overrides"]
+    assert {"note=5", "seed=1.0"} <= {*first["resolved"]} and second["resolved"]
     assert "oc.env:NOTE,9" in first["command"]
 
 
