@@ -43,7 +43,7 @@ FLOORS = {
 """Every house from its floor upwards; the longer name of a file counts."""
 BUDGETS = {
     "modal_sweep": 32_800,
-    "hydra_sweeps": 27_600,
+    "hydra_sweeps": 27_700,
     "hydra_plugins": 1_050,
     "specforge_exp": 140_050,
     "specforge_exp/data": 15_600,
@@ -53,7 +53,7 @@ BUDGETS = {
     "specforge_exp/generation": 24_150,
     "specforge_exp/bench": 9_700,
     "specforge_exp/report": 17_300,
-    "": 201_800,
+    "": 202_000,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
 written."""
