@@ -19,16 +19,22 @@ from hydra_sweeps.jobs import Job
 NODES = ("launcher", "sweeper")
 
 
-def refuse_other_choices(master: DictConfig, jobs: Sequence[Job], arguments: Sequence[str]) -> None:
+def refuse_other_choices(
+    master: DictConfig,
+    jobs: Sequence[Job],
+    arguments: Sequence[str],
+    nodes: Sequence[str] = NODES,
+) -> None:
     """Refuse jobs whose own choices set Hydra's launcher or sweeper otherwise than this command.
 
     Args:
         arguments: the command's overrides as they were typed.
+        nodes: of Hydra's node, that are compared.
 
     Raises:
         SweepError: names the job, what it would have chosen, and the commands to do so.
     """
-    for node in NODES:
+    for node in nodes:
         ours = written(master, node)
         kinds = [written(job.config, node) for job in jobs]
         other = next((job for job, kind in zip(jobs, kinds, strict=True) if kind != ours), None)

@@ -177,7 +177,7 @@ def start(study: Study, trial: Any, overrides: Sequence[str] | None = None) -> N
             job = compose(source, overrides, number)
         else:
             job = named_job(source, study.options, suggested(study, trial), number)
-            refuse_other_choices(source.master, [job], [])
+            refuse_other_choices(source.master, [job], [], ["launcher"])
         run = run_of(study, job, trial.params)
     except SweepError as error:
         tell(study.optuna, trial, Outcome("failed", None, reason(error)))

@@ -53,7 +53,7 @@ def run_study(
     sweep_dir = resolved_sweep_dir(master).absolute()
     examples = check_jobs(source, options, space)
     check_environment(examples, launcher)
-    refuse_other_choices(master, choices(source, options, space), arguments)
+    refuse_other_choices(master, choices(source, options, space), arguments, ["launcher"])
     place = place_of(options, sweep_dir)
     if options.dry_run:
         print(plan(options, space, first, known_trials(place), place), flush=True)
