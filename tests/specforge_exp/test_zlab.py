@@ -57,9 +57,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Config:
     cfg = make_config(tmp_path_factory.mktemp("dflash"))
     cfg.data.train[0].limit = 240
     cfg.preprocess.source, cfg.target.cache, cfg.export.dtype = "prep", "memory", "float32"
-    cfg.draft = replace(DRAFT, start="target", num_layers=5, num_anchors=16)
-    cfg.epochs, cfg.lr, cfg.trainer.batch_size = 4, 6e-3, 4
-    stories = Source(path="synthetic:bench/stories", limit=6)
+    cfg.draft = replace(DRAFT, start="target", num_anchors=16)
+    cfg.epochs, cfg.lr, cfg.trainer.batch_size = 2, 6e-3, 4
+    stories = Source(path="synthetic:bench/stories", limit=4)
     cfg.bench = replace(
         cfg.bench, chain_length=5, max_tokens=120, bootstrap=50, datasets={"stories": stories}
     )
