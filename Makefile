@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install quickstart smollm2 test lint format clean
+.PHONY: help install quickstart smollm2 test engines lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,9 @@ test: .venv/.ready  ## the fast tier: every module, one launch and one kill of e
 
 test-%: .venv/.ready  ## one tier more: trainer modal sweeps end local-modal bench; all of them: test-all
 	$(BIN)/python tests/tiers.py $*
+
+engines: .venv/.ready  ## a real vLLM on this CPU with our drafts; asks for ENGINES=1 and says why
+	PYTHON=$(BIN)/python bash runs/engines.sh
 
 lint: .venv/.ready  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -48,7 +48,7 @@ TIERS = {
 
 def pytest(tier: Tier, marker: str, *options: str) -> int:
     """Run those tests of a tier that have the marker; its exit code, 0 when there are none."""
-    expression = f"({tier.marker}) and ({marker}) and not gpu and not live"
+    expression = f"({tier.marker}) and ({marker}) and not gpu and not live and not engines"
     folders = [str(ROOT / "tests" / name) for name in tier.folders]
     command = [sys.executable, "-m", "pytest", "-m", expression, *options, *folders]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode

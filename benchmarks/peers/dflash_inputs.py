@@ -60,7 +60,7 @@ class Shape(inputs.Shape):
 
 
 def make_weights(shape: Shape, seed: int) -> dict[str, Tensor]:
-    """The draft's weights by the names that SGLang loads, the target's embeddings and head."""
+    """The draft's weights by the names that engines load, the target's embeddings and head."""
     g = torch.Generator().manual_seed(seed)
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     H, inter, E = shape.hidden, shape.inter, shape.head_dim

@@ -45,7 +45,7 @@ class Chats:
 
 
 def make_weights(shape: Shape, seed: int) -> dict[str, Tensor]:
-    """Everything but the vocabulary map, by the names that SGLang loads."""
+    """Everything but the vocabulary map, by the names that engines load."""
     g = torch.Generator().manual_seed(seed)
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     H, inter = shape.hidden, shape.inter

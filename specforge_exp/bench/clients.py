@@ -61,18 +61,37 @@ class AnswerStream:
         self.tokens = tokens if whole else [*self.tokens, *tokens]
 
     def end(self, verified: int, accepted: list[int] | None) -> ServedAnswer:
-        """The answer, with the server's counts; pieces that held several steps are left out."""
+        """The answer, with the server's counts.
+
+        What the verifications gained adds up to the tokens after the first one. A piece of the
+        stream may hold several verifications, so the pieces count only where the server does not
+        say how many drafted tokens each kept, and there are as many pieces as verifications.
+        """
         seconds = time.perf_counter() - self.began
-        exact = len(self.steps) == verified
         if accepted is None:
-            accepted = [step - 1 for step in self.steps] if exact else []
-        gained = self.steps if exact else [number + 1 for number in accepted]
+            accepted = [step - 1 for step in self.steps] if len(self.steps) == verified else []
+        gained = cut([number + 1 for number in accepted], len(self.tokens) - 1, self.steps)
         forwards = 1 + verified if verified else len(self.tokens)
         generation = Generation(
             self.tokens, seconds, forwards, gained if verified else [], [],
             accepted if verified else [], self.first,
         )  # fmt: skip
         return ServedAnswer(generation, verified)
+
+
+def cut(yielded: list[int], total: int, steps: list[int]) -> list[int]:
+    """What verifications that yielded so many tokens added to an answer of `total` after its first.
+
+    The answer ended within one of them: the one that the last piece of the stream shows, where it
+    held nothing else, or else the longest. Counts that no such end explains stay as they are.
+    """
+    excess = sum(yielded) - total
+    if not 0 < excess < max(yielded, default=0):
+        return yielded
+    last = steps[-1] + excess if steps else 0
+    gained = list(yielded)
+    gained.remove(last if last in gained else max(gained))
+    return [*gained, total - sum(gained)]
 
 
 def session(timeout: float, key: str | None) -> aiohttp.ClientSession:

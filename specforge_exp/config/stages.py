@@ -318,8 +318,8 @@ class BenchConfig:
     answer to the one before."""
     average: str = "conversations"
     """tau of a data set: conversations: the mean over them of tokens per verification; responses:
-    as z-lab counts, the mean over answers, where the last verification counts in full although the
-    answer ended in it."""
+    as z-lab's script counted for the DFlash paper, the mean over answers, where the last
+    verification counts in full although the answer ended in it."""
     thinking: str = "model"
     """off, on, or model: as model.chat_template_kwargs says."""
     max_length: int | None = None

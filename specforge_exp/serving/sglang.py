@@ -19,9 +19,9 @@ def check_installed(options: EngineConfig) -> None:
     own = not options.command and options.python is None
     if own and importlib.util.find_spec("sglang") is None:
         raise InputError(
-            "engine=sglang needs SGLang in this environment: pip install sglang; or name the "
-            "Python that has it with engine.python=..., or another server with "
-            "engine.command=[...]"
+            "engine=sglang needs SGLang, whose versions are not ours: pip install sglang in an "
+            "environment of its own and name its Python with engine.python=..., or another "
+            "server with engine.command=[...]"
         )
 
 

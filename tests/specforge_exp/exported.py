@@ -128,3 +128,10 @@ def dflash_logits(folder: Path, ends: tuple[Tensor, Tensor], last: int, aux_SA: 
         inner = normed(config, state_BH, tensors[f"{name}.post_attention_layernorm.weight"])
         state_BH = state_BH + feed_forward(tensors, f"{name}.mlp", inner)
     return F.linear(normed(config, state_BH[1:], tensors["norm.weight"]), ends[1])
+
+
+def missing_code(folder: Path) -> set[str]:
+    """Python files that config.json sends its reader to and that the folder does not hold."""
+    config = json.loads((folder / "config.json").read_text())
+    files = {f"{name.rpartition('.')[0]}.py" for name in config.get("auto_map", {}).values()}
+    return {name for name in files if not (folder / name).exists()}

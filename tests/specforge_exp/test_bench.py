@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from exported import missing_code
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -71,6 +72,7 @@ def test_export_is_what_engines_load(exported: Path, tiny_target: Target) -> Non
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
     assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
     assert (exported / "run.json").exists()
+    assert missing_code(exported) == set()
 
 
 def test_export_round_trip(exported: Path, tiny_target: Target) -> None:

@@ -17,6 +17,8 @@ from urllib.request import urlopen
 
 import pytest
 from conftest import REPOSITORY, make_config
+from hypothesis import given
+from hypothesis import strategies as st
 from test_sglang_engine import free_port, gone
 
 from specforge_exp import paths
@@ -240,6 +242,40 @@ def test_pieces_of_an_answer() -> None:
     assert once.end(2, None).generation.gained == []
     single = once.end(0, None).generation
     assert single.gained == [] and single.forwards == 6
+
+
+@given(st.data())
+def test_what_was_gained_adds_up_to_the_answer(data: st.DataObject) -> None:
+    """However a stream joins its pieces: as many gains as verifications, and their sum; only the
+    last verification is cut, and exactly where its piece came alone."""
+    yielded = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=8))
+    over = data.draw(st.integers(0, yielded[-1] - 1))
+    gained = [*yielded[:-1], yielded[-1] - over]
+    joined = [data.draw(st.booleans()) for _ in gained]
+    pieces: list[int] = []
+    for size, join in zip(gained, joined, strict=True):
+        if join and pieces:
+            pieces[-1] += size
+        else:
+            pieces.append(size)
+    stream = AnswerStream()
+    for size in (1, *pieces):
+        stream.add([7] * size, whole=False)
+    found = stream.end(len(yielded), sorted(number - 1 for number in yielded)).generation
+    assert len(found.gained) == len(yielded) and sum(found.gained) == len(found.tokens) - 1
+    assert min(found.gained) >= 1
+    assert sorted(number + 1 for number in found.accepted) == sorted(yielded)
+    if not joined[-1] or not over:
+        assert sorted(found.gained) == sorted(gained)
+
+
+def test_counts_that_do_not_fit_stay_as_they_are() -> None:
+    """A server that counts other requests' verifications, or fewer than there were."""
+    stream = AnswerStream()
+    stream.add([7, 8], whole=False)
+    assert stream.end(3, [2, 2, 2]).generation.gained == [3, 3, 3]
+    stream.add([9, 1, 2], whole=False)
+    assert stream.end(1, [2]).generation.gained == [3]
 
 
 def test_counts_by_position() -> None:

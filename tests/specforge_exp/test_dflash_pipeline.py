@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import conversation_set
+from exported import missing_code
 from safetensors.torch import load_file
 from scipy.stats import chisquare
 from test_dflash import CFG, LOSS, outcome, small_draft
@@ -67,6 +68,7 @@ def test_train_export_bench(run: Config, tiny_target: Target) -> None:
     assert config["model_type"] == "qwen3" and config["architectures"] == ["DFlashDraftModel"]
     assert config["num_hidden_layers"] == 5 and config["num_target_layers"] == 8
     assert config["dflash_config"] == {"mask_token_id": 1023, "target_layer_ids": [1, 3, 5]}
+    assert missing_code(folder) == set()
     H = config["hidden_size"]
     expected = {"fc.weight": [H, 3 * H], "hidden_norm.weight": [H], "norm.weight": [H]}
     for layer in range(5):

@@ -1,9 +1,11 @@
 """The eight scripts: one shape, quick answers, and what the command line adds to Hydra's own."""
 
 import ast
+import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
@@ -103,3 +105,12 @@ def test_specforge_is_the_script() -> None:
         run("prep.py", "--cfg", "all"),
     )
     assert ours.stdout == theirs.stdout and "name: prep" in ours.stdout
+
+
+def test_engines_asks_before_it_installs(tmp_path: Path) -> None:
+    """The package is a private person's: said, and nothing is made, unless ENGINES=1."""
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "SPECFORGE_CACHE": f"{tmp_path}/c"}
+    script = ["bash", str(REPOSITORY / "runs" / "engines.sh")]
+    done = subprocess.run(script, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and not list(tmp_path.iterdir())
+    assert "private person" in done.stdout and "make engines ENGINES=1" in done.stdout

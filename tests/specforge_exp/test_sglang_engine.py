@@ -182,18 +182,6 @@ def test_the_command_line() -> None:
     ]  # fmt: skip
 
 
-def test_sglang_knows_the_options() -> None:
-    arguments = pytest.importorskip("sglang.srt.server_args")
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    arguments.ServerArgs.add_cli_args(parser)
-    command = server_command(EngineConfig(name="sglang", args=ARGS), "Qwen/Qwen3-8B", 2, 30001)
-    said = parser.parse_args(command[3:])
-    assert (said.model_path, said.tp_size, said.port) == ("Qwen/Qwen3-8B", 2, 30001)
-    assert (said.host, said.mem_fraction_static) == ("127.0.0.1", 0.85)
-
-
 def test_without_sglang_the_way_out_is_named(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -88,7 +88,7 @@ class DFlash(DFlashModel):
         return draft
 
     def write(self, folder: Path, target: Target, target_path: str, dtype: torch.dtype) -> None:
-        """Write the folder that SGLang loads."""
+        """Write the folder that SGLang, vLLM and z-lab's code load."""
         config = export_config(self, target, target_path)
         write_export(folder, config, self.state_dict(), dtype)
 

@@ -1,8 +1,9 @@
-"""The folder that SGLang loads for DFlash: config.json and model.safetensors.
+"""The folder that SGLang, vLLM and z-lab's code load for DFlash: config.json, model.safetensors.
 
 Tensor names and configuration are those of published DFlash drafts: model_type qwen3, a nested
 dflash_config, `num_target_layers` the target's depth; embeddings and head are the target's and not
-saved. Layers are numbered from 0 by their outputs.
+saved. Layers are numbered from 0 by their outputs. There is no `auto_map`, which may name only code
+that lies in the folder: engines have the draft's.
 """
 
 from pathlib import Path
@@ -30,7 +31,6 @@ def export_config(draft: DFlashModel, target: Target, target_path: str) -> dict[
     layers = config.num_hidden_layers
     return {
         "architectures": ["DFlashDraftModel"],
-        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
         "model_type": "qwen3",
         **{name: getattr(config, name) for name in SHAPES},
         **rope_spellings(config),

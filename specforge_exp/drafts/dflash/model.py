@@ -82,7 +82,7 @@ class DFlashLayer(nn.Module):
 
 
 class DFlashModel(Draft[DFlashConfig]):
-    """A DFlash draft. Parameter names are those of the files that SGLang loads.
+    """A DFlash draft. Parameter names are those of the files that SGLang and vLLM load.
 
     Args:
         config: shapes; `block_size`, `mask_token_id` and `target_layers` are on it, too.
