@@ -1,4 +1,5 @@
-"""Checkpoints: `step-000100/` holds draft, optimizer and loop .safetensors and state.json.
+"""Checkpoints: `step-000100/` holds draft, optimizer and loop .safetensors, state.json, and what
+metrics.jsonl held: what a training continues from is one folder, whole or refused.
 
 Written under another name and renamed; nothing is pickled.
 """
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 
 OVER = "trainer.resume=false"
+METRICS = "metrics.jsonl"
 FILES = ("draft.safetensors", "optimizer.safetensors", "loop.safetensors")
 
 
@@ -116,9 +118,10 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, fingerprint: Fingerprint)
         save_file(weights, partial / "draft.safetensors")
         save_file(snapshot.optimizer, partial / "optimizer.safetensors")
         save_file(snapshot.partial | random, partial / "loop.safetensors")
+        shutil.copyfile(run_dir / METRICS, partial / METRICS)
         record: dict[str, Any] = {"inputs": fingerprint.inputs, "settings": fingerprint.settings}
         record["draft"] = sha256(partial / "draft.safetensors")  # what is made of it says this
-        record |= {"step": snapshot.step, "files": contents(partial, FILES)}
+        record |= {"step": snapshot.step, "files": contents(partial, [*FILES, METRICS])}
         write_record(partial / "state.json", record)
         sync_tree(partial)
         shutil.rmtree(folder, ignore_errors=True)

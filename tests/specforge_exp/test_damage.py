@@ -14,10 +14,11 @@ from damage import DAMAGES, damaged
 from instant_engine import Instant
 
 from specforge_exp import paths
-from specforge_exp.config import Config, Source, TargetConfig
+from specforge_exp.config import Config, PathsConfig, Source, TargetConfig
 from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
+from specforge_exp.stages import preprocess as preprocess_stage
 from specforge_exp.stages import regen as regen_stage
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.export import chosen_checkpoint, export
@@ -37,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Config:
     cfg.max_steps, cfg.target = 2, TargetConfig(cache="disk")
     cfg.bench.max_tokens, cfg.bench.bootstrap = 4, 10
     cfg.bench.datasets = {"stories": Source(path="synthetic:bench/stories", limit=1)}
-    cfg.trainer.save_every = 1
+    cfg.trainer.save_every = cfg.trainer.log_every = 1
     prep(cfg)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(regen_stage, "make_engine", lambda _: Instant())
@@ -132,6 +133,24 @@ def test_a_run_goes_on_from_the_checkpoint_before(
     assert newest is not None
     assert newest.step == 1
     assert "optimizer.safetensors is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("how", [*DAMAGES, "removed"])
+def test_metrics_of_an_interrupted_run_are_not_lost(made: Config, how: str) -> None:
+    """They come from the checkpoint with which the run goes on."""
+    run = run_of(made, f"metrics-{[*DAMAGES, 'removed'].index(how)}")
+    folder, metrics = paths.run_dir(run), paths.run_dir(run) / "metrics.jsonl"
+    (folder / "run.json").unlink()
+    shutil.rmtree(folder / "step-000002")
+    lines = [json.loads(line) for line in metrics.read_bytes().splitlines()]
+    metrics.write_bytes(damaged(metrics.read_bytes(), how))
+    if how == "removed":
+        metrics.unlink()
+    train(run)
+    again = [json.loads(line) for line in metrics.read_bytes().splitlines()]
+    for name in ("step", "loss", "eval/loss"):
+        assert [line.get(name) for line in again] == [line.get(name) for line in lines]
+    assert lines[0]["step"] == 1
 
 
 @pytest.mark.parametrize("how", [how for how in DAMAGES if how != "flipped"])
@@ -268,3 +287,38 @@ def test_the_best_step_is_exported_or_none(made: Config) -> None:
     again = chosen_checkpoint(run)
     assert again.step == best.step
     assert all(torch.equal(again.draft[name], best.draft[name]) for name in best.draft)
+
+
+@pytest.mark.parametrize("how", [*DAMAGES, "removed"])
+def test_a_damaged_block_is_encoded_again(
+    made: Config, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an interrupted preprocess goes on with is what it wrote, to the byte."""
+    run = replace(made, paths=PathsConfig(str(tmp_path), made.paths.checkpoints))
+    shutil.copytree(paths.regen_dir(made), paths.regen_dir(run))
+    source = paths.regen_dir(run) / "train.jsonl"
+    two = [{"role": "user", "content": "Hi"}] * 2  # no answer: set aside
+    bad = json.dumps({"id": "bad", "conversations": two})
+    source.write_text(source.read_text() + bad + "\n")
+    record = json.loads((source.parent / "run.json").read_text())
+    del record["files"], record["sha256"]
+    (source.parent / "run.json").write_text(json.dumps(record))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(preprocess_stage, "merge", interrupt)
+        preprocess(run)
+    folder = paths.tokens_dir(run)
+    blocks = folder.with_name(folder.name + ".partial") / "blocks"
+    for name in ("train-000000.safetensors", "train-000000.rejected.jsonl"):
+        content = (blocks / name).read_bytes()
+        (blocks / name).write_bytes(damaged(content, how))
+        if how == "removed":
+            (blocks / name).unlink()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(preprocess_stage, "merge", interrupt)
+            preprocess(run)
+        assert (blocks / name).read_bytes() == content
+    assert len(read_split(preprocess(run), "train")) == 12
+
+
+def interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
