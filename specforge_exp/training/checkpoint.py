@@ -141,7 +141,7 @@ def last_step(run_dir: Path) -> int | None:
     """
     newest = max((int(path.name[5:]) for path in step_folders(run_dir)), default=None)
     record, file = run_dir / "run.json", "evaluation.json"
-    again = f"name a step with export.step=, or make it again with: python train.py {OVER} {SAME}"
+    again = f"name export.step=, or train again: python train.py {OVER} {SAME}"
     if record.exists() and file in read_record(record, again).get("files", {}):
         return int(read_object(run_dir / file, again).get("step", newest))
     return newest
