@@ -143,7 +143,7 @@ def last_step(run_dir: Path) -> int | None:
     record, file = run_dir / "run.json", "evaluation.json"
     again = f"name export.step=, or train again: python train.py {OVER} {SAME}"
     if record.exists() and file in read_record(record, again).get("files", {}):
-        return int(read_object(run_dir / file, again).get("step", newest))
+        newest = read_object(run_dir / file, again).get("step", newest)
     return newest
 
 
