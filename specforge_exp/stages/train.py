@@ -51,7 +51,7 @@ from specforge_exp.target import (
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.checkpoint import (
     OVER,
-    check_checkpoint,
+    check_step,
     last_step,
     step_folder,
     step_folders,
@@ -153,7 +153,7 @@ def torn(folder: Path) -> bool:
     if step is None or not step_folders(folder):
         return False
     try:
-        check_checkpoint(step_folder(folder, step))
+        check_step(step_folder(folder, step))
     except InputError as error:
         log.warning("train: %s, as is done now", error)
         with lease(folder):

@@ -147,7 +147,7 @@ def last_step(run_dir: Path) -> int | None:
     return newest
 
 
-def check_checkpoint(folder: Path, over: str = "") -> dict[str, Any]:
+def check_step(folder: Path, over: str = "") -> dict[str, Any]:
     """The record of a checkpoint.
 
     Raises:
@@ -163,12 +163,12 @@ def check_checkpoint(folder: Path, over: str = "") -> dict[str, Any]:
 
 
 def read_checkpoint(folder: Path, over: str = "") -> Checkpoint:
-    """Load a checkpoint on the CPU; InputError as `check_checkpoint`."""
-    record = check_checkpoint(folder, over)
+    """Load a checkpoint on the CPU; InputError as `check_step`."""
+    record = check_step(folder, over)
     try:
         draft, optimizer, loop = (load_file(folder / name) for name in FILES)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"the checkpoint {folder} cannot be read: {error}") from None
+        raise InputError(f"{folder} cannot be read: {error}") from None
     random = {name: loop.pop(name) for name in list(loop) if name.startswith("random:")}
     return Checkpoint(record["step"], draft, optimizer, loop, random, record)
 
