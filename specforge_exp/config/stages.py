@@ -284,7 +284,7 @@ class ExportConfig:
     """python export.py"""
 
     step: int | None = None
-    """The checkpoint to export; null: the newest, or the best (see `best`)."""
+    """The checkpoint to export; null: the last of the run, or the best (see `best`)."""
     best: bool = False
     """Export the checkpoint that trainer.keep_best kept."""
     dtype: str = "bfloat16"

@@ -1,9 +1,11 @@
 """A file of conversations, encoded block by block, by this process or by several.
 
 A block is a run of lines of a fixed size, so the blocks, and what becomes of each, do not depend on
-who encodes it. A finished block is a file under its own name: an interrupted run keeps it.
+who encodes it. A finished block is a file under its own name: an interrupted run keeps it, if it is
+what was written.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -16,7 +18,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from specforge_exp.config import Config
@@ -124,11 +126,21 @@ def encode_block(block: LineBlock, chat: Chat, cfg: Config, folder: Path) -> Non
     for encoded in conversations:
         account["turns"] += len(encoded.spans)
         account["closed"] += sum(encoded.ids[last - 1] in chat.eos for _, last in encoded.spans)
+    lines = "".join(json.dumps(record) + "\n" for record in rejected).encode()
     if rejected:
-        lines = "".join(json.dumps(record) + "\n" for record in rejected)
-        write_whole(folder / f"{block.name}.rejected.jsonl", lines.encode())
+        write_whole(folder / f"{block.name}.rejected.jsonl", lines)
+    arrays, metadata = arrays_of(conversations), {"account": json.dumps(account)}
+    metadata["sha256"] = digest_of(arrays, metadata["account"], lines)
     with replacing(folder / f"{block.name}.safetensors") as partial:
-        save_file(arrays_of(conversations), partial, {"account": json.dumps(account)})
+        save_file(arrays, partial, metadata)
+
+
+def digest_of(arrays: dict[str, Ints], account: str, rejected: bytes) -> str:
+    """Digest of all that became of a block."""
+    digest = hashlib.sha256(account.encode() + rejected)
+    for name in sorted(arrays):
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
 
 
 def sequences_of(
@@ -189,10 +201,25 @@ def check(record: dict[str, Any], encoded: Encoded, chat: Chat, account: Counter
 
 
 def read_encoded(folder: Path, block: LineBlock) -> tuple[dict[str, Ints], Counter[str]]:
-    """What `encode_block` wrote."""
+    """What `encode_block` wrote; ValueError when it was changed since."""
     with safe_open(folder / f"{block.name}.safetensors", "numpy") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return arrays, Counter(json.loads(file.metadata()["account"]))
+        metadata = file.metadata() or {}
+    rejected = folder / f"{block.name}.rejected.jsonl"
+    lines = rejected.read_bytes() if rejected.exists() else b""
+    digest = digest_of(arrays, metadata["account"], lines)
+    if metadata.get("sha256", digest) != digest:
+        raise ValueError(f"{block.name} was changed after it was written")
+    return arrays, Counter(json.loads(metadata["account"]))
+
+
+def intact(folder: Path, block: LineBlock) -> bool:
+    """Whether an interrupted run has left a block whole."""
+    try:
+        read_encoded(folder, block)
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return False
+    return True
 
 
 def encode_blocks(blocks: list[LineBlock], cfg: Config, folder: Path) -> Iterator[LineBlock]:

@@ -36,7 +36,8 @@ from specforge_exp.errors import InputError
 from specforge_exp.lease import lease
 from specforge_exp.records import write_record
 from specforge_exp.target import check_gpus, load_tokenizer
-from specforge_exp.training.checkpoint import step_folders
+from specforge_exp.training.checkpoint import last_step, step_folders
+from specforge_exp.training.tracking import best_step
 
 log = logging.getLogger(__name__)
 
@@ -67,16 +68,22 @@ def exported_draft(cfg: Config) -> str:
     """Digest of the checkpoint that the export was made of.
 
     Raises:
-        InputError: the run's checkpoints are others by now.
+        InputError: the run's checkpoints are others by now, or it has ended since with another
+            last (or best) step than the one that was exported as such.
     """
-    folder = paths.export_dir(cfg)
-    digest = read_record(folder / "run.json")["inputs"].get("the checkpoint")
-    steps = step_folders(paths.run_dir(cfg))
-    if steps and digest not in [sha256(step / "draft.safetensors") for step in steps]:
-        raise InputError(
-            f"{folder} is of a checkpoint that is gone or has changed since; export the one that "
-            f"is there: {command('export', 'export.force=true', away=False)}"
-        )
+    folder, run = paths.export_dir(cfg), paths.run_dir(cfg)
+    record = read_record(folder / "run.json")
+    digest, step = record["inputs"].get("the checkpoint"), record["settings"].get("step")
+    asked = record.get("config", {}).get("export", {})
+    more = ["export.best=true"] * bool(asked.get("best"))
+    again = f"export again: {command('export', 'export.force=true', *more, away=False)}"
+    files = [path / "draft.safetensors" for path in step_folders(run)]
+    if files and digest not in [sha256(file) for file in files if file.exists()]:
+        raise InputError(f"{folder} is of a checkpoint that is gone or has changed since; {again}")
+    if (run / "run.json").exists():
+        wanted = asked.get("step") or (best_step if more else last_step)(run)
+        if step != wanted and None not in (step, wanted):
+            raise InputError(f"{folder} is of step {step}, but {run} has {wanted} by now; {again}")
     return str(digest)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from specforge_exp import paths
-from specforge_exp.artifacts import read_record
+from specforge_exp.artifacts import SAME, read_record
 from specforge_exp.config import Config, from_omegaconf
 from specforge_exp.errors import InputError, first_line
 from specforge_exp.report.origin import run_folder
@@ -59,7 +59,7 @@ def bench_sweep(cfg: Config) -> float:
             bench(own)
             results[name] = read_record(paths.bench_file(own))
         except InputError as error:
-            failed[name] = str(error)
+            failed[name] = str(error).replace(SAME, f"(with the options of: {run.get('command')})")
         except Exception as error:  # the other runs are worth their time all the same
             log.exception("%s", name)
             failed[name] = first_line(error)

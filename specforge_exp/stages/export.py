@@ -14,7 +14,9 @@ import torch
 
 from specforge_exp import paths
 from specforge_exp.artifacts import (
+    SAME,
     Fingerprint,
+    check,
     commands,
     model_digest,
     reusable,
@@ -25,7 +27,14 @@ from specforge_exp.config import Config, locate
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
 from specforge_exp.target import DTYPES, Target, load_target, set_up_torch
-from specforge_exp.training.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from specforge_exp.training.checkpoint import (
+    OVER,
+    Checkpoint,
+    last_step,
+    read_checkpoint,
+    step_folder,
+    step_folders,
+)
 from specforge_exp.training.tracking import best_step
 
 log = logging.getLogger(__name__)
@@ -43,7 +52,7 @@ def export(cfg: Config) -> Path:
             f"{paths.run_dir(cfg)} holds a checkpoint of another target than "
             f"model.path={cfg.model.path}; name the model it was trained with"
         )
-    step = paths.run_dir(cfg) / f"step-{checkpoint.step:06d}"
+    step = step_folder(paths.run_dir(cfg), checkpoint.step)
     fingerprint = Fingerprint(
         {**checkpoint.record["inputs"], "the checkpoint": sha256(step / "draft.safetensors")},
         {"export.dtype": cfg.export.dtype, "step": checkpoint.step, "layout": LAYOUT},
@@ -67,20 +76,32 @@ def export(cfg: Config) -> Path:
 
 
 def chosen_checkpoint(cfg: Config) -> Checkpoint:
-    """The checkpoint that export.step names, the best, or the newest."""
-    run = paths.run_dir(cfg)
-    command = commands(cfg, "train")
-    step = best_step(run) if cfg.export.best and cfg.export.step is None else cfg.export.step
-    if step is not None:
-        folder, more = run / f"step-{step:06d}", " trainer.keep_best=true" * cfg.export.best
-        if not folder.exists():
-            raise InputError(f"{folder} does not exist; make it with: {command}{more}")
-        return read_checkpoint(folder)
-    checkpoint = newest_checkpoint(run)
-    if checkpoint is None:
-        over = " trainer.resume=false" * (run / "run.json").exists()  # else it is complete
-        raise InputError(f"{run} holds no checkpoint; make one with: {command}{over}")
-    return checkpoint
+    """The checkpoint that export.step names, the best, or the last: never another in its place.
+
+    Raises:
+        InputError: it is gone or damaged; names it, the others that are there and the command that
+            makes it again.
+    """
+    run, options, over = paths.run_dir(cfg), cfg.export, f"python train.py {OVER} {SAME}"
+    steps = [int(folder.name[5:]) for folder in step_folders(run)]
+    if not steps:
+        command = over if (run / "run.json").exists() else commands(cfg, "train")
+        raise InputError(f"{run} holds no checkpoint; make one with: {command}")
+    if options.step and options.step not in steps:
+        raise InputError(f"{step_folder(run, options.step)} does not exist; steps there: {steps}")
+    if options.best:
+        check(run, over)
+    last = None if options.step else last_step(run)
+    step = options.step or (best_step(run) if options.best else last)
+    if step is None:
+        raise InputError(f"export.best=true: {run} holds no evaluation; go on with: {over}")
+    more = "" if step == last else "trainer.keep_best=true " * options.best + f"{OVER} "
+    try:
+        return read_checkpoint(step_folder(run, step), more)
+    except InputError as error:
+        others = [other for other in steps if other != step]
+        hint = f". Steps {others} are there too (export.step=)" if others else ""
+        raise InputError(f"export of step {step}: {error}{hint}") from None
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from specforge_exp.artifacts import (
     writing,
 )
 from specforge_exp.config import Config
-from specforge_exp.data.blocks import LineBlock, cut, encode_blocks, read_encoded
+from specforge_exp.data.blocks import LineBlock, cut, encode_blocks, intact, read_encoded
 from specforge_exp.data.tokens import Ints, ShardWriter, packing
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
@@ -108,7 +108,7 @@ def preprocess(cfg: Config) -> Path:
 def encode_files(cfg: Config, blocks: list[LineBlock], folder: Path) -> None:
     """Encode the blocks that an interrupted run has not left in `folder`."""
     folder.mkdir(exist_ok=True)
-    missing = [b for b in blocks if not (folder / f"{b.name}.safetensors").exists()]
+    missing = [block for block in blocks if not intact(folder, block)]
     if len(missing) < len(blocks):
         log.info("preprocess: %d of %d blocks are there", len(blocks) - len(missing), len(blocks))
     total = sum(block.stop for block in blocks) - sum(block.start for block in blocks)

@@ -49,7 +49,13 @@ from specforge_exp.target import (
     take_what_is_there,
 )
 from specforge_exp.training.batches import Batch
-from specforge_exp.training.checkpoint import step_folders
+from specforge_exp.training.checkpoint import (
+    OVER,
+    check_step,
+    last_step,
+    step_folder,
+    step_folders,
+)
 from specforge_exp.training.feature_cache import from_disk, make_cache
 from specforge_exp.training.features import Features, computed, computed_together, remembered
 from specforge_exp.training.learnable import listed, nothing_to_learn, refuse_nothing
@@ -130,11 +136,30 @@ def begin(cfg: Config, world: int) -> dict[str, Any] | None:
         with lease(folder):
             start_over(folder)
     record, made_of = folder / "run.json", fingerprint_of(cfg, tokens)
-    if reusable(record, made_of, False, "train", "trainer.resume=false"):
+    if reusable(record, made_of, False, "train", OVER) and not torn(folder):
         return read_record(record)
     if warning := check_length(cfg.model, cfg.max_length):
         log.warning("train: warning: %s", warning)
     return None
+
+
+def torn(folder: Path) -> bool:
+    """Whether a complete run has checkpoints, but its last one is damaged or gone: then it is
+    complete no more, and continues from the one before.
+
+    One without any stays complete: it was pulled without them, or they were removed.
+    """
+    step = last_step(folder)
+    if step is None or not step_folders(folder):
+        return False
+    try:
+        check_step(step_folder(folder, step))
+    except InputError as error:
+        log.warning("train: %s, as is done now", error)
+        with lease(folder):
+            (folder / "run.json").unlink()
+        return True
+    return False
 
 
 def target_and_draft(

@@ -1,4 +1,5 @@
-"""Checkpoints: `step-000100/` holds draft, optimizer and loop .safetensors and state.json.
+"""Checkpoints: `step-000100/` holds draft, optimizer and loop .safetensors, state.json, and what
+metrics.jsonl held: what a training continues from is one folder, whole or refused.
 
 Written under another name and renamed; nothing is pickled.
 """
@@ -20,6 +21,7 @@ from specforge_exp.artifacts import (
     check,
     contents,
     disk_errors,
+    read_object,
     read_record,
     sha256,
 )
@@ -30,6 +32,8 @@ from specforge_exp.sharding import as_in, whole
 log = logging.getLogger(__name__)
 
 
+OVER = "trainer.resume=false"
+METRICS = "metrics.jsonl"
 FILES = ("draft.safetensors", "optimizer.safetensors", "loop.safetensors")
 
 
@@ -95,9 +99,14 @@ def step_folders(run_dir: Path) -> list[Path]:
     return sorted(whole, key=lambda path: whole[path])
 
 
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Where a step's checkpoint lies."""
+    return run_dir / f"step-{step:06d}"
+
+
 def save_checkpoint(run_dir: Path, snapshot: Snapshot, fingerprint: Fingerprint) -> Path:
     """Write a checkpoint and return its folder; InputError when the disk is full."""
-    folder = run_dir / f"step-{snapshot.step:06d}"
+    folder = step_folder(run_dir, snapshot.step)
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     with disk_errors(partial):
@@ -109,9 +118,10 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, fingerprint: Fingerprint)
         save_file(weights, partial / "draft.safetensors")
         save_file(snapshot.optimizer, partial / "optimizer.safetensors")
         save_file(snapshot.partial | random, partial / "loop.safetensors")
+        shutil.copyfile(run_dir / METRICS, partial / METRICS)
         record: dict[str, Any] = {"inputs": fingerprint.inputs, "settings": fingerprint.settings}
         record["draft"] = sha256(partial / "draft.safetensors")  # what is made of it says this
-        record |= {"step": snapshot.step, "files": contents(partial, FILES)}
+        record |= {"step": snapshot.step, "files": contents(partial, [*FILES, METRICS])}
         write_record(partial / "state.json", record)
         sync_tree(partial)
         shutil.rmtree(folder, ignore_errors=True)
@@ -120,21 +130,55 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, fingerprint: Fingerprint)
     return folder
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Load a checkpoint on the CPU; InputError when a file is missing or not what was written."""
-    remedy = f"python train.py {SAME}, after rm -r {folder}"
-    check(folder, remedy, "state.json")
-    record = read_record(folder / "state.json", f"make it again with: {remedy}")
+def last_step(run_dir: Path) -> int | None:
+    """The step with which a run ended, as evaluation.json says, whatever checkpoints are left.
+
+    Of a run that has not ended, or of an older version: its newest checkpoint's; None: there is
+    none.
+
+    Raises:
+        InputError: a record of a complete run cannot be read.
+    """
+    newest = max((int(path.name[5:]) for path in step_folders(run_dir)), default=None)
+    record, file = run_dir / "run.json", "evaluation.json"
+    again = f"name export.step=, or train again: python train.py {OVER} {SAME}"
+    if record.exists() and file in read_record(record, again).get("files", {}):
+        newest = read_object(run_dir / file, again).get("step", newest)
+    return newest
+
+
+def check_step(folder: Path, over: str = "") -> dict[str, Any]:
+    """The record of a checkpoint.
+
+    Raises:
+        InputError: a file is missing or not what was written; names the command that helps, with
+            the options `over`.
+    """
+    command = f"python train.py {over}{SAME}"
+    remedy = f"make it again with: {command}"
+    if not folder.exists():
+        raise InputError(f"{folder} does not exist; {remedy}")
+    check(folder, command, "state.json")
+    return read_record(folder / "state.json", remedy)
+
+
+def read_checkpoint(folder: Path, over: str = "") -> Checkpoint:
+    """Load a checkpoint on the CPU; InputError as `check_step`."""
+    record = check_step(folder, over)
     try:
         draft, optimizer, loop = (load_file(folder / name) for name in FILES)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"the checkpoint {folder} cannot be read: {error}") from None
+        raise InputError(f"{folder} cannot be read: {error}") from None
     random = {name: loop.pop(name) for name in list(loop) if name.startswith("random:")}
     return Checkpoint(record["step"], draft, optimizer, loop, random, record)
 
 
 def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint that can be read; a broken one is reported and passed over."""
+    """Where a training goes on: the newest checkpoint that can be read.
+
+    A broken one is reported and passed over, for its steps are done again. Who does not train takes
+    `last_step`.
+    """
     for folder in reversed(step_folders(run_dir)):
         try:
             return read_checkpoint(folder)
@@ -163,5 +207,5 @@ def restore(checkpoint: Checkpoint, draft: nn.Module, optimizer: torch.optim.Opt
 def forget_old(run_dir: Path, keep_last: int, spared: int | None = None) -> None:
     """Remove all but the newest `keep_last` checkpoints and that of step `spared`."""
     for folder in step_folders(run_dir)[:-keep_last]:
-        if folder.name != f"step-{spared or 0:06d}":
+        if folder != step_folder(run_dir, spared or 0):
             shutil.rmtree(folder)

@@ -50,6 +50,7 @@ from specforge_exp.training.checkpoint import (
     newest_checkpoint,
     restore,
     save_checkpoint,
+    step_folders,
     take_snapshot,
 )
 from specforge_exp.training.objective import Objective, Sample
@@ -310,10 +311,8 @@ def not_finite(cfg: Config, run: TrainingRun, loss: float, window: Window) -> st
     """What to do about a loss that is not a number."""
     names = ", ".join(map(str, window.numbers[:20]))
     rest = f" and {len(window.numbers) - 20} more" if len(window.numbers) > 20 else ""
-    newest = newest_checkpoint(run.folder)
-    saved = (
-        f"{run.folder / f'step-{newest.step:06d}'} is kept" if newest else "nothing was saved yet"
-    )
+    steps = step_folders(run.folder)
+    saved = f"{steps[-1]} is kept" if steps else "nothing was saved yet"
     return (
         f"the loss is {loss} at step {window.step + 1}, on training conversations {names}{rest} "
         f"(counted from 0); {saved}. Lower lr={cfg.lr} or trainer.clip={cfg.trainer.clip}, or look "

@@ -14,6 +14,7 @@ from specforge_exp.artifacts import disk_errors
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
 from specforge_exp.records import metric_lines, write_whole
+from specforge_exp.training.checkpoint import METRICS, step_folder
 from specforge_exp.training.mirror import read_tracker
 
 log = logging.getLogger(__name__)
@@ -71,9 +72,12 @@ class Tracker:
 
 
 def open_tracker(cfg: Config, run_dir: Path, start_step: int) -> Tracker:
-    """Open metrics.jsonl at `start_step`: what a killed run logged after its checkpoint goes."""
-    file = run_dir / "metrics.jsonl"
-    lines = metric_lines(file) if start_step > 0 else iter(())
+    """Open metrics.jsonl at `start_step`, with the lines that its checkpoint holds.
+
+    What a killed run logged afterwards goes; a checkpoint of an older version holds none.
+    """
+    file, kept = run_dir / METRICS, step_folder(run_dir, start_step) / METRICS
+    lines = metric_lines(kept if kept.exists() else file) if start_step > 0 else iter(())
     logged = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start_step)
     with disk_errors(file):
         write_whole(file, logged.encode())
@@ -127,7 +131,7 @@ def start_mirror(cfg: Config, run_dir: Path) -> "subprocess.Popen[bytes] | None"
 
 def best_step(folder: Path) -> int | None:
     """The evaluated step with the longest simulated accepted length, from metrics.jsonl."""
-    lines = metric_lines(folder / "metrics.jsonl")
+    lines = metric_lines(folder / METRICS)
     evaluated = [line for line in lines if "eval/simulated_length" in line]
     best = max(evaluated, key=lambda line: line["eval/simulated_length"], default=None)
     return int(best["step"]) if best else None

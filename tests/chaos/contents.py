@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 LOGS = {".log", ".lock", ".lease"}
-CIRCUMSTANCES = re.compile(r"(run|bench)\.json:/(command|config|finished|git|packages|seconds)\b")
+CIRCUMSTANCES = re.compile(
+    r"(run|bench)\.json:/(command|config|finished|git|packages|seconds)\b"
+    r"|/files/metrics\.jsonl/"  # it has times
+)
 Leaves = dict[str, object]
 
 

@@ -24,11 +24,19 @@ def values(world: World, place: str) -> dict[str, Any]:
 
 
 def words(world: World, sweep: str, *more: str) -> list[str]:
-    """Two trainings of one sweep, side by side."""
+    """Two trainings of one sweep, side by side.
+
+    On Modal the folders here are named by the environment: an option would be the jobs' too.
+    """
+    own = world.words("train")[1:]
+    if "hydra/launcher=modal" in more:
+        own = [word for word in own if not word.startswith("paths.")]
+        places = ("datasets", "checkpoints")
+        os.environ.update({f"SPECFORGE_{name.upper()}": str(world.work / name) for name in places})
     name = f"run_name={sweep}_${{loss.name}}"
     losses = "loss=" + ",".join(LOSSES)
     return [
-        "train", "-m", *world.words("train")[1:], f"sweep_name={sweep}", name, losses, *more
+        "train", "-m", *own, f"sweep_name={sweep}", name, losses, *more
     ]  # fmt: skip
 
 

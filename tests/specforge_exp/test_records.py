@@ -127,6 +127,7 @@ def test_what_follows_a_cut_line_is_a_line_of_its_own(tmp_path: Path) -> None:
 
 def save_a_checkpoint(folder: Path, cfg: Config) -> None:
     tensors = {"weight": torch.zeros(2)}
+    (folder / "metrics.jsonl").touch()
     save_checkpoint(folder, Snapshot(1, tensors, tensors, {}), Fingerprint({}, {}))
 
 

@@ -169,7 +169,7 @@ def test_no_pickle_is_read(run: Config) -> None:
     run.max_steps = 2
     train(run)
     suffixes = {p.suffix for p in (paths.run_dir(run) / "step-000002").iterdir()}
-    assert suffixes == {".safetensors", ".json"}
+    assert suffixes == {".safetensors", ".json", ".jsonl"}
     assert read_checkpoint(paths.run_dir(run) / "step-000002").step == 2
 
 
