@@ -1,5 +1,6 @@
 """What differs between families is read from the model, and what cannot be read is refused."""
 
+import ast
 import json
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from conftest import small_target
 from families import BASE, FAMILIES, HEADS, YARN, longrope, save, tokens
 from safetensors.torch import load_file, save_file
 
+import specforge_exp
 from specforge_exp.bench.speculative import Choice
 from specforge_exp.config import Config, DraftConfig, ModelConfig
 from specforge_exp.drafts.dflash.config import DFlashConfig
@@ -335,3 +337,13 @@ def test_a_head_dimension_may_differ_from_the_width() -> None:
 def test_a_size_that_the_configuration_lacks_is_named() -> None:
     with pytest.raises(InputError, match=r"the target \(bloom\) has no max_position_embeddings"):
         draft_shape(tf.BloomConfig(vocab_size=64, hidden_size=16, n_head=2, n_layer=8))
+
+
+def test_no_family_is_named_in_a_comparison() -> None:
+    """What differs between families is read from the model: no test for a name anywhere."""
+    kinds = {make().get_text_config().model_type for make in FAMILIES.values()}
+    for path in Path(specforge_exp.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare | ast.Match):
+                texts = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+                assert not texts & kinds, f"{path}:{node.lineno}"
