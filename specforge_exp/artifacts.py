@@ -229,7 +229,12 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(
-    folder: Path, fingerprint: Fingerprint, cfg: Config, stage: str, work: str = ""
+    folder: Path,
+    fingerprint: Fingerprint,
+    cfg: Config,
+    stage: str,
+    work: str = "",
+    counts: dict[str, Any] | None = None,
 ) -> Iterator[Path]:
     """Give a folder to write into; when the block ends well it becomes `folder`, with run.json.
 
@@ -240,6 +245,7 @@ def writing(
         stage: whose artifact it is; its `force` gives up the work of other options.
         work: patterns of files, with spaces, from which an interrupted run of the same fingerprint
             continues: hours of work. Nothing is kept where there are none.
+        counts: more of run.json, by key; the block fills it.
 
     Raises:
         InputError: another process writes the folder, or its unfinished work is of another
@@ -251,7 +257,7 @@ def writing(
         begin(partial, fingerprint, vars(vars(cfg)[stage])["force"], stage, work)
         yield partial
         record = describe(cfg, fingerprint.inputs, fingerprint.settings)
-        record["seconds"] = round(time.monotonic() - started, 1)
+        record |= {"seconds": round(time.monotonic() - started, 1), **(counts or {})}
         files = {path for path in partial.rglob("*") if path.is_file()}
         files -= {partial / "begun.json", *unfinished(partial, work)}
         record["files"] = contents(

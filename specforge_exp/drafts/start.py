@@ -23,6 +23,11 @@ def copy_matching(weight: Tensor, weights: dict[str, Tensor], name: str) -> bool
     return matches
 
 
+def biases(weights: dict[str, Tensor]) -> list[str]:
+    """Names of the biases of a target's layer: a draft has none to copy them to."""
+    return [name for name in weights if name.endswith(".bias")]
+
+
 @torch.no_grad()
 def start_at_the_end(fc: nn.Linear, norm: Tensor, target: Target) -> list[str]:
     """Feed a draft the highest of the target's states alone, and end with the target's norm;

@@ -2,7 +2,8 @@
 
 Reads datasets/<data>--<model>/ (or datasets/<data>/ with preprocess.source=prep); writes
 datasets/<data>--<model>.tokens/. Loss masks come from the target's own chat template; report.json
-says what they look like, what was set aside and how much the draft's vocabulary covers.
+says what they look like, what was set aside and how much the draft's vocabulary covers; run.json
+repeats what trains nothing (`left_out`), by split and reason, as does the last line.
 """
 
 import logging
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 OPTIONS = ("source", "overlong", "last_turn_only", "changed_turns", "thinking")
 """Options of this stage that change its result."""
+UNUSED = ("read", "set_aside", "truncated", "answers_left_out", "nothing_to_learn")
+"""Entries of report.json that say how much of a split trains nothing; run.json has them too."""
 ENOUGH = 0.95
 """Coverage below this is worth a warning."""
 
@@ -74,7 +77,8 @@ def preprocess(cfg: Config) -> Path:
     if reusable(folder / "run.json", fingerprint, cfg.preprocess.force, "preprocess"):
         return folder
     too_long = check_length(cfg.model, cfg.max_length)
-    with writing(folder, fingerprint, cfg, "preprocess", "blocks/*") as partial:
+    counts: dict[str, Any] = {}
+    with writing(folder, fingerprint, cfg, "preprocess", "blocks/*", counts) as partial:
         vocabulary = text_config(cfg.model).vocab_size
         blocks = {name: cut(path) for name, path in files.items()}
         encode_files(cfg, [block for part in blocks.values() for block in part], partial / "blocks")
@@ -90,6 +94,7 @@ def preprocess(cfg: Config) -> Path:
         row = cfg.trainer.pack_tokens or cfg.max_length
         in_draft_V = mapping["t2d"].numpy()
         report = {name: describe(split, in_draft_V, row) for name, split in splits.items()}
+        counts["left_out"] = {n: {key: entry[key] for key in UNUSED} for n, entry in report.items()}
         warnings = [text for name in splits for text in doubts(name, report[name])]
         warnings += [too_long] if too_long else []
         write_json(
@@ -184,6 +189,7 @@ def left_out(report: dict[str, Any]) -> str:
     for name in ("train", "eval"):
         entry = report[name]
         counts = {f"set aside ({why})": n for why, n in entry["set_aside"].items()}
+        counts |= {"cut at max_length": entry["truncated"]} if entry["truncated"] else {}
         counts |= {f"answers ({why})": n for why, n in entry["answers_left_out"].items()}
         counts |= {f"of no use ({why})": n for why, n in entry["nothing_to_learn"].items()}
         if counts:

@@ -185,8 +185,8 @@ def target_and_draft(
     draft.to(device)
     if draft.not_copied:
         log.info(
-            "train: draft.start=target: not copied, for the target has nothing that means the "
-            "same: %s", ", ".join(draft.not_copied),
+            "train: draft.start=target: not copied, as target and draft do not both have it in "
+            "the same sense: %s", ", ".join(draft.not_copied),
         )  # fmt: skip
     draft.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     draft.gradient_checkpointing = cfg.trainer.gradient_checkpointing

@@ -132,7 +132,8 @@ def layer_weights(model: Any, decoder: Any, layer: Any) -> dict[str, Tensor]:
 
     The part that runs first is the attention, the one that runs last the feed-forward block.
     Input_layernorm is the norm whose output the first reads, post_attention_layernorm the one of
-    the second; norms behind a part have no name there. Projections of queries and keys that the
+    the second, as an RMS norm multiplies by them; norms behind a part have no name there, nor have
+    those that subtract a mean or add a bias. Projections of queries and keys that the
     target rotates otherwise than a draft are left out.
     """
     children = dict(layer.named_children())
@@ -166,7 +167,7 @@ def layer_weights(model: Any, decoder: Any, layer: Any) -> dict[str, Tensor]:
         weights |= {f"{part}.{key}": value for key, value in part_weights(children[name]).items()}
         before = [key for key, output in outputs.items() if any(output is x for x in fed[name])]
         measured = norm_weight(children[before[-1]], size) if before else None
-        if measured is not None:
+        if measured is not None and measured[1]:
             weights[f"{norm}.weight"] = measured[0]
     if not rotates_halves(model, children[next(iter(fed))]):
         for name in ("q_proj", "k_proj", "q_norm", "k_norm"):

@@ -168,10 +168,16 @@ checks are tests (`tests/specforge_exp/test_target_matrix.py`). Real weights are
 A draft rotates whole heads by the target's embedding for layers that see everything; one that
 changes with the length (dynamic, longrope) becomes the plain one, and `max_length` may not pass the
 length where the target's changes. Its token embeddings are the target's weights, as engines hand
-them to a draft: not multiplied by what a family scales them with. Quantised targets (GPTQ, AWQ,
-compressed-tensors, FP8, MXFP4, bitsandbytes) load where their package is installed, and are refused
-with its name elsewhere; head and embeddings must be plain numbers. A model that needs its own
-Python code is refused: `trust_remote_code` stays off.
+them to a draft: not multiplied by what a family scales them with. Quantised targets: FP8 and MXFP4
+load everywhere and are unpacked where nothing runs them as they are (without a GPU; MXFP4 also
+without its kernels); GPTQ, AWQ, compressed-tensors and bitsandbytes are refused with the name of
+their package where it is not installed, and were not tried with it. The head must be plain numbers.
+A model that needs its own Python code is refused: `trust_remote_code` stays off.
+
+`draft.start=target` copies of the last layer what a draft has too: projections, and norms that
+multiply as an RMS norm does (by w or 1 + w). Queries and keys of targets that norm or rotate heads
+otherwise, biases, experts, fused projections, and norms that stand behind a part or subtract the
+mean are not copied; train names them.
 
 """
 

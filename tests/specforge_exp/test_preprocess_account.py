@@ -111,5 +111,38 @@ def test_a_part_without_anything_to_learn_is_counted(
     reasons = {"with fewer than 32 supervised tokens (draft.min_loss_tokens)": 1}
     report = json.loads((folder / "report.json").read_text())
     assert report["train"]["nothing_to_learn"] == reasons
+    record = json.loads((folder / "run.json").read_text())
+    assert record["left_out"]["train"]["nothing_to_learn"] == reasons
     assert "of no use (with fewer than 32" in caplog.messages[-1]
     assert "set aside (no assistant token)" in caplog.messages[-1]
+
+
+def test_the_record_says_what_trains_nothing(
+    cfg: Config, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """run.json, report.json and the last line, by reason: also what max_length cuts away."""
+    put(
+        source,
+        [
+            say("Hi", "Yes.", "Go on", "word " * 500, "More", "No.", "And", "No.", name="cut"),
+            say("word " * 500, "Yes.", name="all cut"),
+            say("?"),
+            say("Hi", "Yes.", name="whole"),
+        ],
+    )
+    caplog.set_level("INFO")
+    folder = preprocess(cfg)
+    left_out = json.loads((folder / "run.json").read_text())["left_out"]
+    assert left_out["train"] == {
+        "read": 4,
+        "set_aside": {"no assistant token within max_length": 1, "no assistant token": 1},
+        "truncated": 1,
+        "answers_left_out": {"behind max_length": 2},
+        "nothing_to_learn": {},
+    }
+    report = json.loads((folder / "report.json").read_text())
+    for name, counts in left_out.items():
+        assert counts.items() <= report[name].items()
+    last = caplog.messages[-1]
+    assert "1 set aside (no assistant token within max_length)" in last
+    assert "1 cut at max_length, 2 answers (behind max_length)" in last

@@ -1,5 +1,6 @@
 """What differs between families is read from the model, and what cannot be read is refused."""
 
+import ast
 import json
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from conftest import small_target
 from families import BASE, FAMILIES, HEADS, YARN, longrope, save, tokens
 from safetensors.torch import load_file, save_file
 
+import specforge_exp
 from specforge_exp.bench.speculative import Choice
 from specforge_exp.config import Config, DraftConfig, ModelConfig
 from specforge_exp.drafts.dflash.config import DFlashConfig
@@ -158,11 +160,58 @@ def test_the_start_says_what_the_target_says(saved: Saved, family: str) -> None:
     assert agreement == 1.0 if family != "Nemotron" else agreement > 0.5  # subtracts the mean
 
 
+NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+
+
 def test_the_start_names_what_it_leaves_out(saved: Saved) -> None:
     """OLMo 2's norms stand behind attention and feed-forward block."""
     draft = DFlash.new(loaded(saved("OLMo 2"), DFlash, DFLASH), DFLASH, {}, 0)
-    norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
-    assert set(draft.not_copied) == {f"{name}.weight" for name in norms}
+    heads = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+    assert set(draft.not_copied) == {*NORMS, *heads}
+
+
+def test_the_start_names_the_biases_it_leaves_out(saved: Saved) -> None:
+    """Qwen2.5 adds biases to queries, keys and values; engines load a draft without any."""
+    biases = {f"self_attn.{name}_proj.bias" for name in "qkv"}
+    draft = Eagle3.new(loaded(saved("Qwen2.5")), EAGLE3, full_map(320), 0)
+    assert set(draft.not_copied) == biases
+    draft = DFlash.new(loaded(saved("Qwen2.5"), DFlash, DFLASH), DFLASH, {}, 0)
+    assert biases < set(draft.not_copied)
+
+
+@pytest.mark.parametrize(
+    ("family", "added", "names"),
+    [
+        ("Llama 2", 0, NORMS),
+        ("GLM-4", 0, NORMS),
+        ("Qwen3-MoE", 0, NORMS),
+        ("Gemma 2", 1, (NORMS[0], "pre_feedforward_layernorm.weight")),
+    ],
+)
+def test_eagle3_starts_with_the_norms_of_the_last_layer(
+    saved: Saved, family: str, added: int, names: tuple[str, str]
+) -> None:
+    """The state's norm is that before attention; each as an RMS norm multiplies by it."""
+    target = loaded(saved(family))
+    draft, theirs = Eagle3.new(target, EAGLE3, full_map(320), 0), target.layers[-1]
+    for ours, name in zip(("hidden_norm", "post_attention_layernorm"), names, strict=True):
+        weight = draft.midlayer.get_parameter(f"{ours}.weight").data
+        torch.testing.assert_close(weight, added + theirs.get_parameter(name).data)
+        assert float(weight.std()) > 0.01
+        assert f"{ours}.weight" not in draft.not_copied
+    assert bool((draft.midlayer.input_layernorm.weight == 1).all())
+
+
+@pytest.mark.parametrize("family", ["OLMo 2", "Nemotron", "GPT-NeoX", "Cohere 2"])
+def test_norms_of_another_kind_stay_1_and_are_named(saved: Saved, family: str) -> None:
+    """Norms behind the parts; those that subtract the mean, with a bias or without."""
+    draft = Eagle3.new(loaded(saved(family)), EAGLE3, full_map(320), 0)
+    for ours in ("hidden_norm", "post_attention_layernorm"):
+        assert bool((draft.midlayer.get_parameter(f"{ours}.weight") == 1).all())
+        assert f"{ours}.weight" in draft.not_copied
+    if family != "OLMo 2":
+        draft = DFlash.new(loaded(saved(family), DFlash, DFLASH), DFLASH, {}, 0)
+        assert set(NORMS) < set(draft.not_copied)
 
 
 def test_norms_are_copied_where_they_mean_the_same(saved: Saved) -> None:
@@ -256,8 +305,11 @@ def test_the_stages_say_that_the_context_is_shorter(
     report = json.loads((preprocess(cfg) / "report.json").read_text())
     assert any("above the 128 positions" in text for text in report["warnings"])
     caplog.clear()
+    caplog.set_level("INFO")
     train(cfg)
     assert "above the 128 positions" in caplog.text
+    (said,) = [text for text in caplog.messages if "not copied" in text]  # Qwen3 norms its heads
+    assert said.endswith("same sense: self_attn.q_proj.weight, self_attn.k_proj.weight")
     model = copied(Path(cfg.model.path), tmp_path / "switch", rope_parameters=longrope(32))
     cfg.model.path, cfg.run_name = str(model), "switch"
     with pytest.raises(InputError, match="rotary embedding"):
@@ -285,3 +337,13 @@ def test_a_head_dimension_may_differ_from_the_width() -> None:
 def test_a_size_that_the_configuration_lacks_is_named() -> None:
     with pytest.raises(InputError, match=r"the target \(bloom\) has no max_position_embeddings"):
         draft_shape(tf.BloomConfig(vocab_size=64, hidden_size=16, n_head=2, n_layer=8))
+
+
+def test_no_family_is_named_in_a_comparison() -> None:
+    """What differs between families is read from the model: no test for a name anywhere."""
+    kinds = {make().get_text_config().model_type for make in FAMILIES.values()}
+    for path in Path(specforge_exp.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare | ast.Match):
+                texts = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+                assert not texts & kinds, f"{path}:{node.lineno}"

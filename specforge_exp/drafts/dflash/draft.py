@@ -22,11 +22,7 @@ from specforge_exp.drafts.dflash.model import DFlashModel
 from specforge_exp.drafts.dflash.training import as_chains, needed_flops, weighting
 from specforge_exp.drafts.folder import check_tensors, read_export, write_export
 from specforge_exp.drafts.head_loss import Heads, head_and_loss
-from specforge_exp.drafts.start import (
-    copy_matching,
-    start_at_the_end,
-    start_random,
-)
+from specforge_exp.drafts.start import biases, copy_matching, start_at_the_end, start_random
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
 from specforge_exp.target import Head, Target, draft_shape
@@ -160,12 +156,13 @@ def draft_config(target: Target, cfg: DFlashConfig) -> Qwen3Config:
 
 def start_from_target(draft: DFlash, target: Target) -> list[str]:
     """Begin with the target's last layers and last norm, fed its highest captured state; returns
-    what was not to be had: matrices that stay random, norms that stay 1.
+    what was not to be had: matrices that stay random, norms that stay 1, biases.
 
     What scales the target's logits is multiplied into the last norm: the head is the target's own.
     """
     missing = set()
     for layer, weights in zip(draft.layers, target.last_layers(len(draft.layers)), strict=True):
+        missing.update(biases(weights))
         for name, weight in layer.named_parameters():
             if not copy_matching(weight, weights, name):
                 missing.add(name)

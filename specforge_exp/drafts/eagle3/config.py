@@ -21,8 +21,8 @@ class Eagle3Config(DraftConfig):
     ttt_decay: float = 0.8
     """Step k weighs ttt_decay**k in the loss."""
     start: str = "target"
-    """target: a copy of the target's last norm and head and of the projections of its last layer,
-    as far as they mean the same there; random: nothing but noise."""
+    """target: a copy of the target's last norm and head and of the projections and norms of its
+    last layer, as far as they mean the same there; random: nothing but noise."""
     supervision: str = "inference"
     """Which (slot, step) pairs train and how they are averaged: inference (the states that exist
     when serving; the mean per step), or a peer's way: specforge, speculators."""

@@ -21,11 +21,7 @@ from specforge_exp.drafts.eagle3.model import Eagle3Model
 from specforge_exp.drafts.eagle3.unroll import unroll
 from specforge_exp.drafts.folder import check_tensors, read_export, write_export
 from specforge_exp.drafts.head_loss import Heads, head_and_loss
-from specforge_exp.drafts.start import (
-    copy_matching,
-    start_at_the_end,
-    start_random,
-)
+from specforge_exp.drafts.start import biases, copy_matching, start_at_the_end, start_random
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
 from specforge_exp.target import Head, Target, draft_shape
@@ -174,23 +170,26 @@ def draft_config(target_config: Any, draft: Eagle3Config) -> LlamaConfig:
 
 @torch.no_grad()
 def start_from_target(draft: Eagle3, target: Target) -> list[str]:
-    """Begin where the target ends: the projections of its last layer, its last norm and head, fed
-    its highest state; returns what was not to be had.
+    """Begin where the target ends: the projections and norms of its last layer, its last norm and
+    head, fed its highest captured state; returns what was not to be had: matrices whose half for
+    the state stays random, norms that stay 1, biases.
 
-    The layer's embedding half stays random and is what the first steps teach, its norms stay 1.
-    Queries and keys are left out where the target norms or rotates heads in another way. What
-    scales the target's logits is multiplied into the head.
+    The embedding's half of the layer stays random, its norm 1: the first steps teach them. The
+    state's norm is the target's before attention. Queries and keys are left out where the target
+    norms or rotates heads in another way. What scales the target's logits is multiplied into the
+    head.
     """
     H = draft.config.hidden_size
     (weights,) = target.last_layers(1)
-    missing = []
+    state_norm = {"hidden_norm.weight": "input_layernorm.weight"}
+    missing = biases(weights)
     for name, weight in draft.midlayer.named_parameters():
-        if weight.dim() == 1:
+        if name == "input_layernorm.weight":
             continue
         wide = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
         own = weight[:, H:] if wide else weight
-        normed_heads = name.replace("_proj", "_norm") in weights
-        if normed_heads or not copy_matching(own, weights, name):
+        normed_heads = wide and name.replace("_proj", "_norm") in weights
+        if normed_heads or not copy_matching(own, weights, state_norm.get(name, name)):
             missing.append(name)
     missing += start_at_the_end(draft.fc, draft.norm.weight, target)
     rows_DH = target.head.weight_VH[draft.draft_ids_D.to(target.device)]
