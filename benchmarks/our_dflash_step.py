@@ -47,9 +47,8 @@ def build(shape: Shape, weights: dict[str, Tensor]) -> DFlash:
 
 def given_blocks(shape: Shape, chats: Chats, sample: Sample) -> Blocks:
     """The blocks that start at the file's anchors."""
-    device = sample.ids_T.device
-    start_T, end_T = document_bounds(sample.lengths, device)
-    anchor_R = packed_anchors(chats).to(device)
+    start_T, end_T = document_bounds(sample.lengths, torch.device("cpu"))
+    anchor_R = packed_anchors(chats).cpu()
     return Blocks(anchor_R, start_T, end_T, labels(sample, end_T, anchor_R, shape.block_size - 1))
 
 

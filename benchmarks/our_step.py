@@ -26,11 +26,12 @@ from specforge_exp.training.objective import Outcome, Sample
 def packed(chats: Chats, device: str, dtype: torch.dtype) -> Sample:
     """The conversations one after the other, without padding."""
     ids, mask, aux, last = (
-        torch.cat([value[row, :length] for row, length in enumerate(chats.lengths)]).to(device)
+        torch.cat([value[row, :length] for row, length in enumerate(chats.lengths)])
         for value in (chats.ids_BT, chats.mask_BT, chats.aux_BTA, chats.last_BTH)
     )
     numbers = list(range(len(chats.lengths)))
-    return Sample(ids, mask, numbers, chats.lengths, 0, aux.to(dtype), last.to(dtype))
+    aux, last = aux.to(device, dtype), last.to(device, dtype)
+    return Sample(ids.to(device), mask, numbers, chats.lengths, 0, aux, last)
 
 
 def report(

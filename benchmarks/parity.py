@@ -99,7 +99,7 @@ def run(
     )
     # Padding on the right stays: it is never seen, and SpecForge divides by it too.
     lengths = [inputs["input_ids"].shape[1]] * len(inputs["input_ids"])
-    turns = (inputs["loss_mask"] > 0).long().flatten()
+    turns = (inputs["loss_mask"] > 0).long().flatten().cpu()
     aux = inputs["aux_hidden_states"].to(dtype).flatten(0, 1)
     ids, numbers = inputs["input_ids"].flatten(), list(range(len(lengths)))
     sample = Sample(ids, turns, numbers, lengths, 0, aux, last.to(dtype).flatten(0, 1))

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-BLOCK_ROWS = 128
-"""Rows whose scores exist together."""
+BLOCK_ROWS = {"cpu": 128, "cuda": 2**20}
+"""The most rows whose scores exist together."""
+CELLS = 2**22
+"""The most scores of a head that exist together, where a block has more than 128 rows."""
 
 
 class RowBlock(NamedTuple):
@@ -39,18 +41,21 @@ class Visible(NamedTuple):
     """Consecutive rows of one document each."""
 
 
-def visible(slot_R: Tensor, start_R: Tensor) -> Visible:
-    """Cut rows into blocks of one document and at most BLOCK_ROWS rows.
+def visible(slot_R: Tensor, start_R: Tensor, device: torch.device) -> Visible:
+    """Cut rows into blocks of one document that are small enough for the device.
 
     Args:
-        slot_R: slot of every row.
+        slot_R: slot of every row, on the CPU like all of the result.
         start_R: where its document starts.
+        device: where the scores will be.
     """
     order_R = torch.argsort(slot_R)
     slots, starts = slot_R[order_R].tolist(), start_R[order_R].tolist()
-    blocks, first = [], 0
+    most, blocks, first = BLOCK_ROWS[device.type], [], 0
     for row in range(1, len(slots) + 1):
-        if row == len(slots) or starts[row] != starts[first] or row - first == BLOCK_ROWS:
+        rows = row - first
+        full = rows == most or (rows >= 128 and rows * (slots[row - 1] - starts[first]) >= CELLS)
+        if row == len(slots) or starts[row] != starts[first] or full:
             blocks.append(RowBlock(first, row, starts[first], slots[row - 1] + 1))
             first = row
     return Visible(order_R, slot_R[order_R], blocks)

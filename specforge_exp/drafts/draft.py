@@ -3,6 +3,7 @@
 Shape suffixes: T packed tokens, B conversations, H hidden, K divisors, V target vocabulary.
 """
 
+from functools import cached_property
 from typing import Generic, Self, TypeVar
 
 import torch
@@ -28,6 +29,12 @@ class Draft(nn.Module, Generic[Options]):
         self.not_copied: list[str] = []  # of the target by a start that copies, by name
         self.gradient_checkpointing = False
         self.compute_dtype = torch.float32  # of training; weights and their gradients stay fp32
+
+    @cached_property
+    def host_ids_D(self) -> Tensor:
+        """`draft_ids_D` on the CPU; a draft's vocabulary does not change."""
+        ids_D: Tensor = self.draft_ids_D.cpu()
+        return ids_D
 
     @property
     def units(self) -> list[nn.Module]:

@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from specforge_exp.drafts.layers import RMSNorm
 from specforge_exp.drafts.outcome import RowSums, by_conversation, reported
-from specforge_exp.drafts.rows import Chains
+from specforge_exp.drafts.rows import Chains, Rows
 from specforge_exp.drafts.teacher import Teacher, make_teacher
 from specforge_exp.drafts.weighting import Weighting
 from specforge_exp.losses import TeacherRows, acceptance_rate, opd_closed
@@ -26,9 +26,9 @@ from specforge_exp.sharding import gradient_of
 from specforge_exp.target import Head
 from specforge_exp.training.objective import Outcome
 
-POSITIONS = 512
+POSITIONS = {"cpu": 512, "cuda": 2048}
 """Positions of the target whose distribution is held together."""
-LOGITS = 2**25
+LOGITS = {"cpu": 2**25, "cuda": 2**27}
 """Logits of the draft held together."""
 BLOCK = {"cpu": 2**19, "cuda": 2**28}
 """Logits that one round of element-wise operations visits; on a CPU they should fit its cache."""
@@ -48,39 +48,8 @@ class Heads:
     """The target's post-norm last hidden states."""
     next_T: Tensor
     """The token after each position, in the draft's vocabulary (any where it has none)."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Supervised rows of all steps, sorted by the position that teaches them."""
-
-    flat_Q: Tensor
-    """Index among the states of all steps, one step after the other."""
-    step_Q: Tensor
-    row_Q: Tensor
-    at_Q: Tensor
-    """Which of the needed positions."""
-    position_P: Tensor
-    """The needed positions, rising."""
-    before_P: Tensor
-    """How many rows stand before each position's; one entry more than positions."""
-
-
-def supervised_rows(chains: Chains) -> Rows:
-    """List the rows whose loss counts."""
-    device = chains.slot_R.device
-    rows = [mask.nonzero()[:, 0] for mask in chains.supervised]
-    steps = [torch.full_like(row, step) for step, row in enumerate(rows)]
-    position_Q = torch.cat([chains.reads(step)[row] for step, row in enumerate(rows)])
-    row_Q, step_Q = torch.cat(rows), torch.cat(steps)
-    offset_K = torch.tensor([0, *chains.counts[:-1]], device=device).cumsum(0)
-    order_Q = torch.argsort(position_Q, stable=True)
-    row_Q, step_Q = row_Q[order_Q], step_Q[order_Q]
-    position_P, at_Q, count_P = position_Q[order_Q].unique_consecutive(
-        return_inverse=True, return_counts=True
-    )
-    before_P = torch.cat([count_P.new_zeros(1), count_P.cumsum(0)])
-    return Rows(row_Q + offset_K[step_Q], step_Q, row_Q, at_Q, position_P, before_P)
+    host_ids_D: Tensor | None = None
+    """`draft_ids_D` on the CPU; None: to be fetched."""
 
 
 @dataclass(frozen=True)
@@ -132,23 +101,24 @@ def visit_rows(
     chains: Chains, states: list[Tensor], heads: Heads, weighting: Weighting, gradient: bool
 ) -> Pass:
     """Visit every supervised row once, by the positions that teach them; as `head_and_loss`."""
-    rows, state_QH = supervised_rows(chains), torch.cat(states)
-    alpha_KR = torch.zeros(len(states), chains.counts[0], device=state_QH.device)
+    state_QH = torch.cat(states)
+    device = state_QH.device
+    rows, positions = chains.rows.on(device), POSITIONS[device.type]
+    alpha_KR = torch.zeros(len(states), chains.counts[0], device=device)
     sums = RowSums(alpha_KR, torch.zeros_like(alpha_KR, dtype=torch.bool))
-    size = max(1, LOGITS // len(heads.weight_DH))
-    buffer_ND = torch.empty(
-        min(size, len(rows.flat_Q)), len(heads.weight_DH), device=state_QH.device
-    )
+    size = max(1, LOGITS[device.type] // len(heads.weight_DH))
+    buffer_ND = torch.empty(min(size, len(rows.flat_Q)), len(heads.weight_DH), device=device)
     gradient_QH = torch.zeros_like(state_QH) if gradient else None
     work = Pass(rows, state_QH, heads, weighting, sums, gradient_QH, buffer_ND)
     last_TH = torch.cat([heads.last_TH, torch.zeros_like(heads.last_TH[:1])])
-    before_P = [*rows.before_P[::POSITIONS].tolist(), len(rows.flat_Q)]
-    for index, position_P in enumerate(rows.position_P.split(POSITIONS)):
+    before = [*rows.before[::positions], len(rows.flat_Q)]
+    for index, position_P in enumerate(rows.position_P.split(positions)):
         teacher = make_teacher(
-            heads.target, last_TH[position_P], heads.draft_ids_D, weighting.temperature
-        )
-        listed_N = torch.arange(before_P[index], before_P[index + 1], device=state_QH.device)
-        at_N = rows.at_Q[listed_N] - index * POSITIONS
+            heads.target, last_TH[position_P], heads.draft_ids_D, weighting.temperature,
+            heads.host_ids_D,
+        )  # fmt: skip
+        listed_N = torch.arange(before[index], before[index + 1], device=device)
+        at_N = rows.at_Q[listed_N] - index * positions
         if weighting.drop_unknown:
             sayable_N = teacher.sayable_P[at_N]
             listed_N, at_N = listed_N[sayable_N], at_N[sayable_N]
@@ -260,7 +230,9 @@ class _Attach(Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_QH,) = ctx.saved_tensors
-        if float(outer[0]) != 1:
+        if outer[0].device.type != "cpu":  # to look at the number would be to wait for the GPU
+            gradient_QH = gradient_QH.masked_fill(outer[0] != 1, float("nan"))
+        elif float(outer[0]) != 1:
             raise RuntimeError(
                 f"the loss of a draft was multiplied by {float(outer[0]):g} before backward(): its "
                 "head's gradient exists already and cannot be scaled; scale the loss's weights"
@@ -274,7 +246,8 @@ def attach(value: Tensor, gradient_QH: Tensor, states: list[Tensor]) -> Tensor:
     The head's gradient exists already, so `backward()` is called on it as it is.
 
     Raises:
-        RuntimeError: in the backward pass, when it was scaled.
+        RuntimeError: in the backward pass, when it was scaled; on a GPU the gradient becomes NaN,
+            which the training loop refuses.
     """
     out: Tensor = _Attach.apply(value, gradient_QH, *states)
     return out

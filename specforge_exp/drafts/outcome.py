@@ -55,8 +55,9 @@ def simulated_lengths(sums: RowSums) -> tuple[Tensor, Tensor]:
 def by_conversation(sums: RowSums, chains: Chains) -> Tensor:
     """What `simulated_length` is the quotient of, summed over each conversation; [B, 2] float64."""
     length_R, everywhere_R = simulated_lengths(sums)
-    end_B = torch.tensor(chains.lengths, device=length_R.device).cumsum(0)
+    end_B = torch.tensor(chains.lengths).cumsum(0)
     conversation_R = torch.bucketize(chains.slot_R[: len(length_R)], end_B, right=True)
+    conversation_R = conversation_R.to(length_R.device)
     both_R2 = torch.stack([length_R, torch.ones_like(length_R)], 1) * everywhere_R[:, None]
     sums_B2 = torch.zeros(len(end_B), 2, dtype=torch.float64, device=length_R.device)
     return sums_B2.index_add_(0, conversation_R, both_R2.double())

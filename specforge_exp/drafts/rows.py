@@ -1,15 +1,20 @@
 """The rows that a draft's forward pass works on, over packed conversations.
 
-Shape suffixes: T packed tokens, B conversations, R rows, K steps.
+They follow from turns and lengths alone, so all of it is made on the CPU; what the draft reads of
+it goes to its device in one copy.
+
+Shape suffixes: T packed tokens, B conversations, R rows, K steps, Q supervised rows of all steps,
+P positions.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specforge_exp.drafts.chain_attention import Visible
+from specforge_exp.training.batches import moved_together
 
 
 def document_bounds(lengths: list[int] | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -23,6 +28,27 @@ def number_in_each(mask_T: Tensor, lengths_B: Tensor) -> Tensor:
     """How many entries of a mask each of the packed conversations has, [B]."""
     total_T = F.pad(mask_T.cumsum(0), (1, 0))
     return total_T[F.pad(lengths_B.cumsum(0), (1, 0))].diff()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Supervised rows of all steps, sorted by the position that teaches them."""
+
+    flat_Q: Tensor
+    """Index among the states of all steps, one step after the other."""
+    step_Q: Tensor
+    row_Q: Tensor
+    at_Q: Tensor
+    """Which of the needed positions."""
+    position_P: Tensor
+    """The needed positions, rising."""
+    before: list[int]
+    """How many rows stand before each position's; one entry more than positions."""
+
+    def on(self, device: torch.device) -> "Rows":
+        """The same on another device."""
+        tensors = (self.flat_Q, self.step_Q, self.row_Q, self.at_Q, self.position_P)
+        return Rows(*moved_together(tensors, device), self.before)
 
 
 @dataclass(frozen=True)
@@ -41,8 +67,6 @@ class Chains:
     """Rows carried at every step; never rising."""
     supervised: list[Tensor]
     """Per step, bool [R_k]: whether the row's loss counts."""
-    seen: list[Visible]
-    """Per step, which step-0 keys its rows see."""
 
     def reads(self, step: int) -> Tensor:
         """Position of the token that the rows of a step read, which is where the teacher stands.
@@ -52,3 +76,19 @@ class Chains:
         rows = self.counts[step]
         at_R = self.slot_R[:rows] + 1 + step
         return torch.where(at_R < self.end_T[self.slot_R[:rows]], at_R, len(self.start_T))
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows whose loss counts."""
+        rows = [mask.nonzero()[:, 0] for mask in self.supervised]
+        steps = [torch.full_like(row, step) for step, row in enumerate(rows)]
+        position_Q = torch.cat([self.reads(step)[row] for step, row in enumerate(rows)])
+        row_Q, step_Q = torch.cat(rows), torch.cat(steps)
+        offset_K = torch.tensor([0, *self.counts[:-1]]).cumsum(0)
+        order_Q = torch.argsort(position_Q, stable=True)
+        row_Q, step_Q = row_Q[order_Q], step_Q[order_Q]
+        position_P, at_Q, count_P = position_Q[order_Q].unique_consecutive(
+            return_inverse=True, return_counts=True
+        )
+        before = [0, *count_P.cumsum(0).tolist()]
+        return Rows(row_Q + offset_K[step_Q], step_Q, row_Q, at_Q, position_P, before)

@@ -54,7 +54,11 @@ class Teacher:
 
 @torch.no_grad()
 def make_teacher(
-    head: Head, states_PH: Tensor, draft_ids_D: Tensor, temperature: float = 1.0
+    head: Head,
+    states_PH: Tensor,
+    draft_ids_D: Tensor,
+    temperature: float = 1.0,
+    host_ids_D: Tensor | None = None,
 ) -> Teacher:
     """One pass over the target's vocabulary.
 
@@ -63,12 +67,15 @@ def make_teacher(
         states_PH: its post-norm last hidden states.
         draft_ids_D: target id of every draft id, rising.
         temperature: of the loss.
+        host_ids_D: the ids on the CPU, where they are there already.
     """
     P, V, device = len(states_PH), len(head.weight_VH), states_PH.device
     states_PH = states_PH.to(head.weight_VH.dtype)
+    if host_ids_D is None:
+        host_ids_D = draft_ids_D.cpu()
     width = max(1, TILE_ELEMENTS[device.type] // max(1, P))
-    firsts = torch.arange(0, V + width, width, device=device)
-    columns = torch.searchsorted(draft_ids_D, firsts).tolist()
+    firsts = torch.arange(0, V + width, width)
+    columns = torch.searchsorted(host_ids_D, firsts).tolist()
     logits_PD = torch.empty(P, len(draft_ids_D), device=device)
     top_P = torch.full((P,), float("-inf"), device=device)
     every_P, every_loss_P = top_P.clone(), top_P.clone()

@@ -24,7 +24,8 @@ class Batch:
 
     ids_T: Tensor
     turns_T: Tensor
-    """The number of the assistant turn a token belongs to, from 1; 0 elsewhere."""
+    """The number of the assistant turn a token belongs to, from 1; 0 elsewhere. On the CPU, where
+    all that follows from it is made: a GPU is never waited for to know which rows there are."""
     numbers: list[int]
     """Which conversations these are, over both splits: held-out ones count down from -1."""
     lengths: list[int]
@@ -96,8 +97,8 @@ def make_batch(
     """Put the numbered conversations one after the other; held-out ones are not drawn anew."""
     ids, turns = zip(*(tokens[n] for n in numbers), strict=True)
     names = [-1 - n for n in numbers] if draw is None else numbers
-    ids_T, turns_T = (moved(torch.cat(column), device) for column in (ids, turns))
-    return Batch(ids_T, turns_T, names, list(map(len, ids)), draw or 0)
+    ids_T = moved(torch.cat(ids), device)
+    return Batch(ids_T, torch.cat(turns), names, list(map(len, ids)), draw or 0)
 
 
 def moved(x: Tensor, device: torch.device) -> Tensor:
@@ -105,3 +106,12 @@ def moved(x: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
+
+
+def moved_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Whole numbers on the device, of any shapes: to a GPU in one copy."""
+    if device.type == "cpu":
+        return list(tensors)
+    flat = moved(torch.cat([x.flatten() for x in tensors]), device)
+    parts = flat.split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]

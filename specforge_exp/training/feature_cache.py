@@ -225,7 +225,7 @@ def from_disk(folder: Path, layers: int, hidden: int) -> Features:
 
     def read(batch: Batch) -> tuple[Tensor, Tensor]:
         aux, last = [], []
-        turns = batch.turns_T.cpu().split(batch.lengths)
+        turns = batch.turns_T.split(batch.lengths)
         for number, length, turns_T in zip(batch.numbers, batch.lengths, turns, strict=True):
             compared_T = compared(turns_T)
             if number in index:

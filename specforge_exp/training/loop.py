@@ -41,6 +41,7 @@ from specforge_exp.training.batches import (
     draw_of,
     lay_out,
     make_batch,
+    moved,
     share,
     window_of,
 )
@@ -127,19 +128,19 @@ def fit(
         for window in bar:
             window_log.waited += time.monotonic() - fetching
             loss = add_gradients(draft, objective, window, ranks, window_log)
-            totals = torch.tensor([loss, interrupt.number], dtype=torch.float64, device=device)
+            totals = torch.stack([loss, torch.full_like(loss, interrupt.number)])
             ranks.add_up(totals)
-            loss, stop = totals.tolist()
+            window_loss, stop = totals.tolist()  # the one time that a window waits for a GPU
             done = window.step + 1
-            if not math.isfinite(loss):  # before it reaches the weights or a checkpoint
-                raise InputError(not_finite(cfg, run, loss, window))
-            window_log.end_window(loss)
+            if not math.isfinite(window_loss):  # before it reaches the weights or a checkpoint
+                raise InputError(not_finite(cfg, run, window_loss, window))
+            window_log.end_window(window_loss)
             rate = learning_rate(window.step, total, cfg.lr, options)
             norm = take_step(optimizer, rate, options.clip)
             last, best = done == total, False
             if done % options.log_every == 0 or last:
                 metrics = {"step": done, "epoch": window.epoch, "lr": rate}
-                metrics |= {"grad_norm": norm, **window_log.metrics(ranks)}
+                metrics |= {"grad_norm": float(norm), **window_log.metrics(ranks)}
                 window_log = window_log.next()
                 shown = {"loss": metrics["loss"], "tau": metrics["simulated_length"]}
                 bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
@@ -209,22 +210,22 @@ def windows(
 
 def add_gradients(
     draft: nn.Module, objective: Objective, window: Window, ranks: Ranks, window_log: WindowLog
-) -> float:
+) -> Tensor:
     """Forward and backward of a window; gradients end up summed over all processes.
 
     Returns:
-        This process's share of the window's loss.
+        This process's share of the window's loss, on the draft's device; [] float64.
     """
     parameters = [weight for weight in draft.parameters() if weight.requires_grad]
     window_K = divisors(objective, window.batches, ranks, parameters[0].device)
-    loss = 0.0
+    loss = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
     samples = [*window.samples, *idle(draft, objective, window.samples, ranks)]
     for number, sample in enumerate(samples, 1):
         share_again(draft, number == len(samples))
         outcome = objective.forward(sample, window_K)
         outcome.loss.backward()
         window_log.add(outcome, sum(sample.lengths))
-        loss += float(outcome.loss.detach())
+        loss += outcome.loss.detach()
     if not is_sharded(draft):
         ranks.add_up(*(gradient_of(weight) for weight in parameters))
     return loss
@@ -247,10 +248,10 @@ def share_again(draft: nn.Module, last: bool) -> None:
         draft.set_reshard_after_backward(last)
 
 
-def take_step(optimizer: torch.optim.Optimizer, rate: float, clip: float) -> float:
-    """Clip, update the weights and clear the gradients; returns the norm before clipping."""
+def take_step(optimizer: torch.optim.Optimizer, rate: float, clip: float) -> Tensor:
+    """Clip, update the weights and clear the gradients; returns the norm before clipping, []."""
     (group,) = optimizer.param_groups
-    norm = float(whole(torch.nn.utils.clip_grad_norm_(group["params"], clip)))
+    norm = whole(torch.nn.utils.clip_grad_norm_(group["params"], clip))
     group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
@@ -261,9 +262,10 @@ def divisors(
     objective: Objective, batches: list[Batch], ranks: Ranks, device: torch.device
 ) -> Tensor:
     """What the sums of each step are divided by, over all processes; [K] float64."""
-    window_K = torch.zeros(objective.steps, dtype=torch.float64, device=device)
+    window_K = torch.zeros(objective.steps, dtype=torch.float64)
     for batch in batches:
         window_K += objective.denominators(batch)
+    window_K = moved(window_K, device)
     ranks.add_up(window_K)
     return window_K
 

@@ -54,7 +54,7 @@ class Toy(Draft[ToyConfig]):
             torch.arange(len(end_T)),
             turn_masks("inference", batch.turns_T, end_T, cfg.steps),
         )
-        return Chains(start_T, end_T, batch.lengths, slot_R, [len(end_T)] * cfg.steps, masks, [])
+        return Chains(start_T, end_T, batch.lengths, slot_R, [len(end_T)] * cfg.steps, masks)
 
     def denominators(self, cfg, batch):
         return torch.stack([mask.sum() for mask in self.chains(cfg, batch).supervised]).double()

@@ -20,7 +20,7 @@ from specforge_exp.training.batches import Batch
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of packed conversations, in the order of their anchors."""
+    """The blocks of packed conversations, in the order of their anchors; on the CPU."""
 
     anchor_R: Tensor
     """Position of each block's anchor."""
@@ -38,8 +38,8 @@ def make_blocks(cfg: DFlashConfig, batch: Batch) -> Blocks:
     Conversations with fewer supervised tokens than `min_loss_tokens` have none.
     """
     start_T, end_T = document_bounds(batch.lengths, batch.turns_T.device)
-    turns, first, anchors = batch.turns_T.cpu(), 0, []
-    possible_T = possible_anchors(turns, start_T.cpu(), end_T.cpu())
+    turns, first, anchors = batch.turns_T, 0, []
+    possible_T = possible_anchors(turns, start_T, end_T)
     for number, length in zip(batch.numbers, batch.lengths, strict=True):
         turn_T = turns[first : first + length]
         where = possible_T[first : first + length].nonzero()[:, 0]
@@ -50,7 +50,7 @@ def make_blocks(cfg: DFlashConfig, batch: Batch) -> Blocks:
             anchors.append(first + where[order].sort().values)
         first += length
     empty = torch.zeros(0, dtype=torch.long)
-    anchor_R = torch.cat([empty, *anchors]).to(batch.turns_T.device)
+    anchor_R = torch.cat([empty, *anchors])
     return Blocks(anchor_R, start_T, end_T, labels(batch, end_T, anchor_R, cfg.block_size - 1))
 
 
@@ -89,4 +89,4 @@ def labels(batch: Batch, end_T: Tensor, anchor_R: Tensor, steps: int) -> Tensor:
 
 def denominators(cfg: DFlashConfig, batch: Batch) -> Tensor:
     """How many labels count at each place after the anchor; [K] float64."""
-    return make_blocks(cfg, batch).counts_RK.sum(0).double().cpu()
+    return make_blocks(cfg, batch).counts_RK.sum(0).double()

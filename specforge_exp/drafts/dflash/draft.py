@@ -120,8 +120,9 @@ class DFlash(DFlashModel):
         states = [state_RSH[:, place] for place in range(1, cfg.steps + 1)]
         next_T = torch.cat([sample.ids_T[1:], sample.ids_T[:1]])
         heads = Heads(
-            self.norm, self.head_VH, self.draft_ids_D, target_head, sample.last_TH, next_T
-        )
+            self.norm, self.head_VH, self.draft_ids_D, target_head, sample.last_TH, next_T,
+            self.host_ids_D,
+        )  # fmt: skip
         weights = weighting(loss, cfg, window_K.to(sample.ids_T.device))
         flops = needed_flops(self, drawn, len(sample.ids_T))
         outcome = head_and_loss(as_chains(drawn, sample.lengths), states, heads, weights)
@@ -130,8 +131,8 @@ class DFlash(DFlashModel):
     @torch.no_grad()
     def all_logits(self, cfg: DFlashConfig, ids_1T: Tensor, aux_1TA: Tensor) -> Tensor:
         """Logits of one block at every position of a conversation but the first, fp32."""
-        anchor_R = torch.arange(1, ids_1T.shape[1], device=ids_1T.device)
-        start_T = torch.zeros_like(ids_1T[0])
+        anchor_R = torch.arange(1, ids_1T.shape[1])
+        start_T = torch.zeros(ids_1T.shape[1], dtype=torch.long)
         everywhere = Blocks(anchor_R, start_T, start_T + len(start_T), anchor_R[:, None] > 0)
         state_QH = self.states(ids_1T[0], aux_1TA[0], everywhere, cfg.steps + 1)
         return F.linear(self.norm(state_QH), self.head_VH.to(state_QH.dtype)).float()

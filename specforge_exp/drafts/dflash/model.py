@@ -27,6 +27,7 @@ from specforge_exp.drafts.dflash.flex import flex_block_attention, hide, useful
 from specforge_exp.drafts.dflash.heads import Angles, BlockLayout, Hidden
 from specforge_exp.drafts.draft import MLP, Draft
 from specforge_exp.drafts.layers import RMSNorm, linear, norm_linear, swiglu_down
+from specforge_exp.training.batches import moved_together
 
 
 class DFlashAttention(nn.Module):
@@ -135,19 +136,21 @@ class DFlashModel(Draft[DFlashConfig]):
         pass; no number changes.
         """
         context_TH = self.context(aux_TA.to(self.compute_dtype))
-        slot_S = torch.arange(slots, device=ids_T.device)
+        device = ids_T.device
         anchor_Q = blocks.anchor_R.repeat_interleave(slots)
         first_Q = blocks.start_T[anchor_Q]
-        seen: Visible | Hidden
-        if useful(self.attention, ids_T.device, self.config.head_dim):
+        at_T = torch.arange(len(ids_T)) - blocks.start_T
+        at_Q = at_T[anchor_Q] + torch.arange(slots).repeat(len(blocks.anchor_R))
+        rows = visible(anchor_Q - 1, first_Q, device)
+        anchor_R, anchor_Q, first_Q, at_T, at_Q, *order = moved_together(
+            (blocks.anchor_R, anchor_Q, first_Q, at_T, at_Q, rows.order_R, rows.slot_R), device
+        )
+        seen: Visible | Hidden = Visible(order[0], order[1], rows.blocks)
+        if useful(self.attention, device, self.config.head_dim):
             seen = hide(anchor_Q, first_Q, slots, len(ids_T))
-        else:
-            seen = visible(anchor_Q - 1, first_Q)
-        at_T = torch.arange(len(ids_T), device=ids_T.device) - blocks.start_T
-        at_Q = at_T[anchor_Q] + slot_S.repeat(len(blocks.anchor_R))
         angles_T, angles_Q = self.angles(at_T, context_TH), self.angles(at_Q, context_TH)
         layout = BlockLayout(seen, slots, angles_T, angles_Q)
-        ids_U = F.pad(ids_T[blocks.anchor_R], (0, 1), value=self.config.mask_token_id)
+        ids_U = F.pad(ids_T[anchor_R], (0, 1), value=self.config.mask_token_id)
         state_QH = F.embedding(ids_U, self.embed_VH).to(context_TH.dtype)
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -27,7 +27,7 @@ def as_chains(blocks: Blocks, lengths: list[int]) -> Chains:
     """
     counted = list(blocks.counts_RK.T)
     rows = [len(blocks.anchor_R)] * len(counted)
-    return Chains(blocks.start_T, blocks.end_T, lengths, blocks.anchor_R - 1, rows, counted, [])
+    return Chains(blocks.start_T, blocks.end_T, lengths, blocks.anchor_R - 1, rows, counted)
 
 
 def decays(cfg: DFlashConfig) -> Tensor:

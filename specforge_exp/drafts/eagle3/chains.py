@@ -19,7 +19,6 @@ Shape suffixes: T packed tokens, B conversations, R rows, K steps.
 import torch
 from torch import Tensor
 
-from specforge_exp.drafts.chain_attention import visible
 from specforge_exp.drafts.rows import Chains, document_bounds, number_in_each
 
 
@@ -75,5 +74,4 @@ def make_chains(supervision: str, turns_T: Tensor, lengths: list[int], steps: in
         slot_R,
         counts,
         [mask_T[slot_R[:rows]] for mask_T, rows in zip(masks, counts, strict=True)],
-        [visible(slot_R[:rows], start_T[slot_R[:rows]]) for rows in counts],
     )

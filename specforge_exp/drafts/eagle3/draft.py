@@ -125,8 +125,9 @@ class Eagle3(Eagle3Model):
         draft_id_V = self.t2d.cumsum(0) - 1
         next_T = draft_id_V[torch.cat([sample.ids_T[1:], sample.ids_T[:1]])].clamp(min=0)
         heads = Heads(
-            self.norm, self.lm_head.weight, self.draft_ids_D, target_head, sample.last_TH, next_T
-        )
+            self.norm, self.lm_head.weight, self.draft_ids_D, target_head, sample.last_TH, next_T,
+            self.host_ids_D,
+        )  # fmt: skip
         window_K = window_K.to(sample.ids_T.device)
         weights = training.weighting(loss, cfg, window_K, None)
         if cfg.supervision == "specforge" and (loss.cfg.lambda_lk or loss.cfg.lambda_lk_alpha):
@@ -139,7 +140,7 @@ class Eagle3(Eagle3Model):
     @torch.no_grad()
     def all_logits(self, cfg: Eagle3Config, ids_1T: Tensor, aux_1TA: Tensor) -> Tensor:
         """Logits of every slot and step of one conversation, fp32, for comparisons."""
-        everywhere_T = torch.ones_like(ids_1T[0])
+        everywhere_T = torch.ones(ids_1T.shape[1], dtype=torch.long)
         chains = make_chains("speculators", everywhere_T, [len(everywhere_T)], cfg.ttt_length)
         states = unroll(self, chains, ids_1T[0], aux_1TA[0])
         return torch.cat([self.lm_head(self.norm(state)) for state in states])

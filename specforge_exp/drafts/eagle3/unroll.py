@@ -16,10 +16,32 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from specforge_exp.drafts.chain_attention import chain_attention, rotate
+from specforge_exp.drafts.chain_attention import Visible, chain_attention, rotate, visible
 from specforge_exp.drafts.eagle3.model import Eagle3Model
 from specforge_exp.drafts.layers import linear, norm_linear, swiglu_down
 from specforge_exp.drafts.rows import Chains
+from specforge_exp.training.batches import moved_together
+
+
+class StepRows(NamedTuple):
+    """The rows of a step, on the draft's device."""
+
+    reads_R: Tensor
+    """Position of the token that each reads, T for token 0."""
+    at_R: Tensor
+    """Its place in the conversation, for the rotation."""
+    seen: Visible
+
+
+class Carried(NamedTuple):
+    """Where all rows stand, on the draft's device."""
+
+    slot_R: Tensor
+    reads_T: Tensor
+    """Position of the token after each, T for token 0."""
+    at_T: Tensor
+    """Place in its conversation."""
+    steps: list[StepRows]
 
 
 class Shared(NamedTuple):
@@ -40,15 +62,17 @@ def unroll(draft: Eagle3Model, chains: Chains, ids_T: Tensor, aux_TA: Tensor) ->
     computed again in the backward pass; no number changes.
     """
     state_TH = linear(aux_TA.to(draft.compute_dtype), draft.fc.weight)
-    shared = make_shared(draft, chains, ids_T, state_TH)
-    state_RH = state_TH[chains.slot_R]
+    carried = carry(chains, ids_T.device)
+    reach = max(chains.lengths) + len(chains.counts)
+    shared = make_shared(draft, carried, ids_T, state_TH, reach)
+    state_RH = state_TH[carried.slot_R]
     states: list[Tensor] = []
     own: list[tuple[Tensor, Tensor]] = []
     for index, rows in enumerate(chains.counts):
         state_RH = state_RH[:rows]
         if rows:
             earlier = [(k_RME[:rows], v_RME[:rows]) for k_RME, v_RME in own]
-            arguments = (draft, chains, index, shared, state_RH, earlier)
+            arguments = (draft, carried.steps[index], index > 0, shared, state_RH, earlier)
             if draft.gradient_checkpointing and torch.is_grad_enabled():
                 state_RH, *pair = checkpoint(step, *arguments, use_reentrant=False)
             else:
@@ -59,19 +83,42 @@ def unroll(draft: Eagle3Model, chains: Chains, ids_T: Tensor, aux_TA: Tensor) ->
     return states
 
 
-def make_shared(draft: Eagle3Model, chains: Chains, ids_T: Tensor, state_TH: Tensor) -> Shared:
-    """The embedding's half of the projections, the rotary angles, the step-0 keys and values."""
+def carry(chains: Chains, device: torch.device) -> Carried:
+    """What the draft reads of its rows, in one copy."""
+    slot_T = torch.arange(len(chains.start_T))
+    at_T = slot_T - chains.start_T
+    reads_T = torch.where(slot_T + 1 < chains.end_T, slot_T + 1, len(slot_T))
+    slots = [chains.slot_R[:rows] for rows in chains.counts]
+    seen = [visible(slot_R, chains.start_T[slot_R], device) for slot_R in slots]
+    by_step = [
+        (chains.reads(step), at_T[slot_R] + step, seen[step].order_R, seen[step].slot_R)
+        for step, slot_R in enumerate(slots)
+    ]
+    numbers = (chains.slot_R, reads_T, at_T, *(x for numbers in by_step for x in numbers))
+    slot_R, reads_T, at_T, *rest = moved_together(numbers, device)
+    steps = [
+        StepRows(reads_R, at_R, Visible(order_R, slot_R, visible.blocks))
+        for visible, reads_R, at_R, order_R, slot_R in zip(
+            seen, rest[::4], rest[1::4], rest[2::4], rest[3::4], strict=True
+        )
+    ]
+    return Carried(slot_R, reads_T, at_T, steps)
+
+
+def make_shared(
+    draft: Eagle3Model, carried: Carried, ids_T: Tensor, state_TH: Tensor, reach: int
+) -> Shared:
+    """The embedding's half of the projections, the rotary angles of the first `reach` places, the
+    step-0 keys and values."""
     attn, layer = draft.midlayer.self_attn, draft.midlayer
     embedded = F.embedding(F.pad(ids_T, (0, 1)), draft.embed_VH).to(state_TH.dtype)
     weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
     H = embedded.shape[-1]
     by_token = norm_linear(embedded, layer.input_layernorm, slice(0, H), *weights)
-    reach_P = torch.arange(max(chains.lengths) + len(chains.counts), device=ids_T.device)
+    reach_P = torch.arange(reach, device=ids_T.device)
     cos_1PE, sin_1PE = draft.rotary(embedded.float(), reach_P[None])
     k_TX, v_TX = norm_linear(state_TH, layer.hidden_norm, slice(H, None), *weights[1:])
-    slot_T = torch.arange(len(ids_T), device=ids_T.device)
-    reads_T = torch.where(slot_T + 1 < chains.end_T, slot_T + 1, len(ids_T))
-    shape, at_T = (-1, draft.config.head_dim), slot_T - chains.start_T
+    shape, reads_T, at_T = (-1, draft.config.head_dim), carried.reads_T, carried.at_T
     k_TME = (k_TX + by_token[1][reads_T]).unflatten(-1, shape)
     v_TME = (v_TX + by_token[2][reads_T]).unflatten(-1, shape)
     return Shared(
@@ -84,8 +131,8 @@ def make_shared(draft: Eagle3Model, chains: Chains, ids_T: Tensor, state_TH: Ten
 
 def step(
     draft: Eagle3Model,
-    chains: Chains,
-    index: int,
+    rows: StepRows,
+    own: bool,
     shared: Shared,
     state_RH: Tensor,
     earlier: list[tuple[Tensor, Tensor]],
@@ -96,28 +143,26 @@ def step(
 
     Args:
         draft: the weights.
-        chains: the rows.
-        index: which step.
+        rows: the rows.
+        own: whether they have keys of their own: not at step 0.
         shared: see `Shared`.
         state_RH: the states that the rows are fed.
-        earlier: the rows' own keys and values of steps 1..index - 1.
+        earlier: the rows' own keys and values of the steps from 1 to the one before.
     """
     attn, layer = draft.midlayer.self_attn, draft.midlayer
-    rows, reads_R = len(state_RH), chains.reads(index)
     weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
-    used = weights if index else weights[:1]
+    used = weights if own else weights[:1]
     halves = norm_linear(state_RH, layer.hidden_norm, slice(state_RH.shape[-1], None), *used)
-    at_R = chains.slot_R[:rows] - chains.start_T[chains.slot_R[:rows]] + index
-    cos_RE, sin_RE = shared.cos_PE[at_R], shared.sin_PE[at_R]
+    cos_RE, sin_RE = shared.cos_PE[rows.at_R], shared.sin_PE[rows.at_R]
     q_RNE, *pair = (
-        (half_RX + token_TX[reads_R]).unflatten(-1, (-1, draft.config.head_dim))
+        (half_RX + token_TX[rows.reads_R]).unflatten(-1, (-1, draft.config.head_dim))
         for half_RX, token_TX in zip(halves, shared.by_token, strict=False)
     )
     if pair:
         pair = [rotate(pair[0], cos_RE, sin_RE), pair[1]]
         earlier = [*earlier, (pair[0], pair[1])]
     attended_RNE = chain_attention(
-        chains.seen[index],
+        rows.seen,
         rotate(q_RNE, cos_RE, sin_RE),
         shared.keys,
         [k_RME for k_RME, _ in earlier],
