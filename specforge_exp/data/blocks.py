@@ -169,19 +169,19 @@ def sequences_of(
 def fit(encoded: Encoded, cfg: Config, account: Counter[str], name: str) -> Encoded:
     """The sequence within max_length; raises Unrenderable when it is to be left out."""
     most = cfg.max_length
-    longer = len(encoded.ids) > most
-    if longer and cfg.preprocess.overlong == "error":
+    overlong = cfg.preprocess.overlong if len(encoded.ids) > most else ""
+    if overlong == "error":
         raise InputError(
             f"conversation {name} has {len(encoded.ids)} tokens, above max_length={most}; "
             "raise it, or set preprocess.overlong=truncate or drop"
         )
-    if longer and cfg.preprocess.overlong == "drop":
+    if overlong == "drop":
         raise Unrenderable("longer than max_length")
     spans = [(a, min(b, most)) for a, b in encoded.spans if a < min(b, most)]
     behind = sum(first >= most for first, _ in encoded.spans)
     if not spans:
         raise Unrenderable("no assistant token" + (" within max_length" if behind else ""))
-    account["truncated"] += longer
+    account["truncated"] += overlong == "truncate"
     if behind:
         account["turns left out: behind max_length"] += behind
     return Encoded(encoded.ids[:most], spans)

@@ -4,7 +4,7 @@ Shape suffixes: T packed tokens, B conversations, H hidden, K divisors, V target
 """
 
 from functools import cached_property
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,9 @@ class Draft(nn.Module, Generic[Options]):
     @cached_property
     def host_ids_D(self) -> Tensor:
         """`draft_ids_D` on the CPU; a draft's vocabulary does not change."""
-        ids_D: Tensor = self.draft_ids_D.cpu()
-        return ids_D
+        ids_D: Any = self.draft_ids_D
+        host_D: Tensor = ids_D.cpu()
+        return host_D
 
     @property
     def units(self) -> list[nn.Module]:

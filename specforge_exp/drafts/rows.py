@@ -48,7 +48,8 @@ class Rows:
     def on(self, device: torch.device) -> "Rows":
         """The same on another device."""
         tensors = (self.flat_Q, self.step_Q, self.row_Q, self.at_Q, self.position_P)
-        return Rows(*moved_together(tensors, device), self.before)
+        flat_Q, step_Q, row_Q, at_Q, position_P = moved_together(tensors, device)
+        return Rows(flat_Q, step_Q, row_Q, at_Q, position_P, self.before)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """What a draft takes over from its target: weights to start from."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,18 +25,13 @@ def copy_matching(weight: Tensor, weights: dict[str, Tensor], name: str) -> bool
     return matches
 
 
-def biases(weights: dict[str, Tensor]) -> list[str]:
-    """Names of the biases of a target's layer: a draft has none to copy them to."""
-    return [name for name in weights if name.endswith(".bias")]
-
-
 @torch.no_grad()
-def start_at_the_end(fc: nn.Linear, norm: Tensor, target: Target) -> list[str]:
+def start_at_the_end(draft: Any, target: Target, weights: dict[str, Tensor]) -> list[str]:
     """Feed a draft the highest of the target's states alone, and end with the target's norm;
-    returns what of it an RMS norm lacks."""
-    H = len(norm)
-    fc.weight.zero_()
-    fc.weight[:, -H:] = torch.eye(H)
+    returns what it lacks of them: the biases of a layer's weights, all but the scale of a norm."""
     weight_H, same = target.final_norm()
-    norm.copy_(weight_H)
-    return [] if same else ["the mean and bias of the last norm"]
+    draft.norm.weight.copy_(weight_H)
+    H = len(weight_H)
+    draft.fc.weight.zero_()[:, -H:] = torch.eye(H)
+    missing = [name for name in weights if name.endswith(".bias")]
+    return missing if same else [*missing, "the mean and bias of the last norm"]

@@ -22,7 +22,7 @@ from specforge_exp.drafts.dflash.model import DFlashModel
 from specforge_exp.drafts.dflash.training import as_chains, needed_flops, weighting
 from specforge_exp.drafts.folder import check_tensors, read_export, write_export
 from specforge_exp.drafts.head_loss import Heads, head_and_loss
-from specforge_exp.drafts.start import biases, copy_matching, start_at_the_end, start_random
+from specforge_exp.drafts.start import copy_matching, start_at_the_end, start_random
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
 from specforge_exp.target import Head, Target, draft_shape
@@ -163,10 +163,9 @@ def start_from_target(draft: DFlash, target: Target) -> list[str]:
     """
     missing = set()
     for layer, weights in zip(draft.layers, target.last_layers(len(draft.layers)), strict=True):
-        missing.update(biases(weights))
         for name, weight in layer.named_parameters():
             if not copy_matching(weight, weights, name):
                 missing.add(name)
-    ending = start_at_the_end(draft.fc, draft.norm.weight, target)
+    ending = start_at_the_end(draft, target, weights)
     draft.norm.weight.data.mul_(target.head.scale)
     return [*sorted(missing), *ending]

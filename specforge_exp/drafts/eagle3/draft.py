@@ -21,7 +21,7 @@ from specforge_exp.drafts.eagle3.model import Eagle3Model
 from specforge_exp.drafts.eagle3.unroll import unroll
 from specforge_exp.drafts.folder import check_tensors, read_export, write_export
 from specforge_exp.drafts.head_loss import Heads, head_and_loss
-from specforge_exp.drafts.start import biases, copy_matching, start_at_the_end, start_random
+from specforge_exp.drafts.start import copy_matching, start_at_the_end, start_random
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
 from specforge_exp.target import Head, Target, draft_shape
@@ -183,16 +183,16 @@ def start_from_target(draft: Eagle3, target: Target) -> list[str]:
     H = draft.config.hidden_size
     (weights,) = target.last_layers(1)
     state_norm = {"hidden_norm.weight": "input_layernorm.weight"}
-    missing = biases(weights)
+    missing = []
     for name, weight in draft.midlayer.named_parameters():
         if name == "input_layernorm.weight":
             continue
-        wide = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+        wide = name[10:16] in ("q_proj", "k_proj", "v_proj")
         own = weight[:, H:] if wide else weight
         normed_heads = wide and name.replace("_proj", "_norm") in weights
         if normed_heads or not copy_matching(own, weights, state_norm.get(name, name)):
             missing.append(name)
-    missing += start_at_the_end(draft.fc, draft.norm.weight, target)
+    missing += start_at_the_end(draft, target, weights)
     rows_DH = target.head.weight_VH[draft.draft_ids_D.to(target.device)]
     draft.lm_head.weight.copy_(rows_DH).mul_(target.head.scale)
     return missing
