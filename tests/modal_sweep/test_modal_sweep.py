@@ -34,8 +34,9 @@ def test_a_sweep_from_its_submission_to_its_end(tmp_path: Path, control_plane: L
     steps = driver.steps_by_call({"whole0"}, control_plane)["whole0"]
     assert len(steps) == 2
     first, second = steps.values()
-    # From what was committed when the job was cancelled: how far back depends on the machine.
-    assert second[-1] == 29 and 0 < min(second) <= max(first) + 1
+    # From what was committed when the job was cancelled, which may be nothing: it depends on the
+    # machine. That a job continues from its last commit is test_modal_durable's.
+    assert second[-1] == 29 and min(second) <= max(first) + 1
 
     (sweep / "0" / "weights.txt").unlink()
     driver.modal_sweep("pull", sweep, "--checkpoints", "--to", tmp_path / "checkpoints")
