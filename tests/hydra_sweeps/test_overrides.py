@@ -100,7 +100,7 @@ ARGUMENTS = st.builds(
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(arguments=ARGUMENTS)
 @example(arguments=["x='1','a b'", "y='null',null,'[1,2]',[1,2],1,true,1.0"])
