@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from specforge_exp.data.conversations import BadRecord, normalise
@@ -156,14 +156,31 @@ def cut(groups: np.ndarray, sizes: np.ndarray, chunk_size: int) -> np.ndarray:
 def save_plan(plan: Plan, path: Path) -> None:
     """Write a plan so that a reader sees all of it or nothing."""
     arrays = {name: value for name, value in vars(plan).items() if isinstance(value, np.ndarray)}
-    about = {"digest": plan.digest, "total": str(plan.total)}
+    about = {"digest": plan.digest, "total": str(plan.total), "sha256": digest_of(arrays)}
     with replacing(path) as partial:
         save_file(arrays, partial, about)
 
 
-def load_plan(path: Path, source: Path) -> Plan:
-    """The plan that `save_plan` wrote for this source."""
-    with safe_open(path, "numpy") as file:
-        about = file.metadata()
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return Plan(source, about["digest"], int(about["total"]), **arrays)
+def digest_of(arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 of a plan's numbers."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
+
+
+def load_plan(path: Path, source: Path, digest: str) -> Plan | None:
+    """The plan that `save_plan` wrote for this source; None where it is not what was written: it
+    is made again of the source then."""
+    try:
+        with safe_open(path, "numpy") as file:
+            about = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+    if (about.get("digest"), about.get("sha256")) != (digest, digest_of(arrays)):
+        return None
+    try:
+        return Plan(source, digest, int(about["total"]), **arrays)
+    except (KeyError, TypeError, ValueError):
+        return None

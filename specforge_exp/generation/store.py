@@ -94,9 +94,11 @@ class Store:
         self.plans: list[Plan] = []
         for source, digest in sources.items():
             saved = folder / f"{source.stem}.plan.safetensors"
-            if not saved.exists():
-                save_plan(make_plan(source, digest, chunk_size, most), saved)
-            self.plans.append(load_plan(saved, source))
+            plan = load_plan(saved, source, digest)
+            if plan is None:
+                plan = make_plan(source, digest, chunk_size, most)
+                save_plan(plan, saved)
+            self.plans.append(plan)
         self.files: dict[Path, BinaryIO] = {}
         self.journals: dict[str, BinaryIO] = {}
         self.counts = Counts()

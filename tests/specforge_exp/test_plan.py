@@ -85,12 +85,28 @@ def test_a_plan_comes_back_as_it_was(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", *("x" * 300 + str(n % 2) for n in range(9)))
     plan = make_plan(path, "d", 4, 7)
     save_plan(plan, tmp_path / "a.plan")
-    again = load_plan(tmp_path / "a.plan", path)
+    again = load_plan(tmp_path / "a.plan", path, "d")
+    assert again is not None
     assert (again.total, again.digest) == (9, "d")
     assert [again.name(c) for c in range(len(again))] == [plan.name(c) for c in range(len(plan))]
     assert len(again.order) == 7
     other = make_plan(path, "other content", 4, 7)
     assert other.name(0) != plan.name(0)
+
+
+def test_a_plan_that_is_not_what_was_written_is_made_again(tmp_path: Path) -> None:
+    path, saved = write(tmp_path / "a.jsonl", *"abc"), tmp_path / "a.plan"
+    save_plan(make_plan(path, "d", 2, None), saved)
+    whole = saved.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-3] ^= 1
+    for damaged in (b"", whole[: len(whole) // 2], bytes(len(whole)), b"{}", bytes(flipped)):
+        saved.write_bytes(damaged)
+        assert load_plan(saved, path, "d") is None
+    saved.write_bytes(whole)
+    assert load_plan(saved, path, "d") is not None and load_plan(saved, path, "other") is None
+    saved.unlink()
+    assert load_plan(saved, path, "d") is None
 
 
 def test_bad_lines_are_named_when_they_are_read(tmp_path: Path) -> None:

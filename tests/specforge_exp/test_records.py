@@ -141,7 +141,8 @@ def make_an_artifact(folder: Path, cfg: Config) -> None:
 def write_a_plan(folder: Path, cfg: Config) -> None:
     source = write(folder / "train.jsonl", "a", "b")
     save_plan(make_plan(source, "", 1, None), folder / "plan")
-    assert len(load_plan(folder / "plan", source)) == 2
+    plan = load_plan(folder / "plan", source, "")
+    assert plan is not None and len(plan) == 2
 
 
 def answer_some(folder: Path, cfg: Config) -> None:
