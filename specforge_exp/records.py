@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from numpy.typing import NDArray
 
 from specforge_exp.errors import InputError
 
@@ -103,6 +104,14 @@ def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
                     return
                 raise InputError(f"{path}:{number}: {error}") from None
             yield record
+
+
+def digest_of(arrays: dict[str, NDArray[Any]], *more: bytes) -> str:
+    """SHA-256 of arrays, by name, and of what else belongs to them."""
+    digest = hashlib.sha256(b"".join(more))
+    for name in sorted(arrays):
+        digest.update(name.encode() + arrays[name].tobytes())
+    return digest.hexdigest()
 
 
 def metric_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,6 @@ who encodes it. A finished block is a file under its own name: an interrupted ru
 what was written.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -33,7 +32,7 @@ from specforge_exp.data.conversations import normalise
 from specforge_exp.data.messages import reasoning_of, split_thoughts
 from specforge_exp.data.tokens import Ints, arrays_of
 from specforge_exp.errors import InputError
-from specforge_exp.records import replacing, write_whole
+from specforge_exp.records import digest_of, replacing, write_whole
 from specforge_exp.target import load_tokenizer
 
 LINES, BYTES = 512, 8 * 2**20
@@ -130,17 +129,9 @@ def encode_block(block: LineBlock, chat: Chat, cfg: Config, folder: Path) -> Non
     if rejected:
         write_whole(folder / f"{block.name}.rejected.jsonl", lines)
     arrays, metadata = arrays_of(conversations), {"account": json.dumps(account)}
-    metadata["sha256"] = digest_of(arrays, metadata["account"], lines)
+    metadata["sha256"] = digest_of(arrays, metadata["account"].encode(), lines)
     with replacing(folder / f"{block.name}.safetensors") as partial:
         save_file(arrays, partial, metadata)
-
-
-def digest_of(arrays: dict[str, Ints], account: str, rejected: bytes) -> str:
-    """Digest of all that became of a block."""
-    digest = hashlib.sha256(account.encode() + rejected)
-    for name in sorted(arrays):
-        digest.update(arrays[name].tobytes())
-    return digest.hexdigest()
 
 
 def sequences_of(
@@ -208,7 +199,7 @@ def read_encoded(folder: Path, block: LineBlock) -> tuple[dict[str, Ints], Count
         metadata = file.metadata() or {}
     rejected = folder / f"{block.name}.rejected.jsonl"
     lines = rejected.read_bytes() if rejected.exists() else b""
-    digest = digest_of(arrays, metadata["account"], lines)
+    digest = digest_of(arrays, metadata["account"].encode(), lines)
     if metadata.get("sha256", digest) != digest:
         raise ValueError(f"{block.name} was changed after it was written")
     return arrays, Counter(json.loads(metadata["account"]))

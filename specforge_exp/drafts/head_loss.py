@@ -247,7 +247,7 @@ def attach(value: Tensor, gradient_QH: Tensor, states: list[Tensor]) -> Tensor:
 
     Raises:
         RuntimeError: in the backward pass, when it was scaled; on a GPU the gradient becomes NaN,
-            which the training loop refuses.
+            and the training loop refuses its norm.
     """
     out: Tensor = _Attach.apply(value, gradient_QH, *states)
     return out

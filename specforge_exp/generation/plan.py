@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from specforge_exp.data.conversations import BadRecord, normalise
-from specforge_exp.records import replacing
+from specforge_exp.records import digest_of, replacing
 
 LEVELS = (128, 512, 2048, 8192)
 CHUNK_BYTES = 8 * 2**20
@@ -159,14 +159,6 @@ def save_plan(plan: Plan, path: Path) -> None:
     about = {"digest": plan.digest, "total": str(plan.total), "sha256": digest_of(arrays)}
     with replacing(path) as partial:
         save_file(arrays, partial, about)
-
-
-def digest_of(arrays: dict[str, np.ndarray]) -> str:
-    """SHA-256 of a plan's numbers."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
-    return digest.hexdigest()
 
 
 def load_plan(path: Path, source: Path, digest: str) -> Plan | None:

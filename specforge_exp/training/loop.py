@@ -130,17 +130,20 @@ def fit(
             loss = add_gradients(draft, objective, window, ranks, window_log)
             totals = torch.stack([loss, torch.full_like(loss, interrupt.number)])
             ranks.add_up(totals)
-            window_loss, stop = totals.tolist()  # the one time that a window waits for a GPU
+            norm = whole(torch.nn.utils.clip_grad_norm_(draft.parameters(), options.clip))
+            # The one time that a window waits for a GPU.
+            window_loss, stop, grad_norm = torch.cat([totals, norm.double()[None]]).tolist()
             done = window.step + 1
-            if not math.isfinite(window_loss):  # before it reaches the weights or a checkpoint
-                raise InputError(not_finite(cfg, run, window_loss, window))
+            for name, value in (("loss", window_loss), ("norm of the gradient", grad_norm)):
+                if not math.isfinite(value):  # before it reaches the weights or a checkpoint
+                    raise InputError(not_finite(cfg, run, f"{name} is {value}", window))
             window_log.end_window(window_loss)
             rate = learning_rate(window.step, total, cfg.lr, options)
-            norm = take_step(optimizer, rate, options.clip)
+            take_step(optimizer, rate)
             last, best = done == total, False
             if done % options.log_every == 0 or last:
                 metrics = {"step": done, "epoch": window.epoch, "lr": rate}
-                metrics |= {"grad_norm": float(norm), **window_log.metrics(ranks)}
+                metrics |= {"grad_norm": grad_norm, **window_log.metrics(ranks)}
                 window_log = window_log.next()
                 shown = {"loss": metrics["loss"], "tau": metrics["simulated_length"]}
                 bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
@@ -248,14 +251,12 @@ def share_again(draft: nn.Module, last: bool) -> None:
         draft.set_reshard_after_backward(last)
 
 
-def take_step(optimizer: torch.optim.Optimizer, rate: float, clip: float) -> Tensor:
-    """Clip, update the weights and clear the gradients; returns the norm before clipping, []."""
+def take_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Update the weights and clear the gradients."""
     (group,) = optimizer.param_groups
-    norm = whole(torch.nn.utils.clip_grad_norm_(group["params"], clip))
     group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
-    return norm
 
 
 def divisors(
@@ -309,14 +310,14 @@ def resume(
     return checkpoint.step
 
 
-def not_finite(cfg: Config, run: TrainingRun, loss: float, window: Window) -> str:
-    """What to do about a loss that is not a number."""
+def not_finite(cfg: Config, run: TrainingRun, what: str, window: Window) -> str:
+    """What to do about a loss or a gradient that is not a number."""
     names = ", ".join(map(str, window.numbers[:20]))
     rest = f" and {len(window.numbers) - 20} more" if len(window.numbers) > 20 else ""
     steps = step_folders(run.folder)
     saved = f"{steps[-1]} is kept" if steps else "nothing was saved yet"
     return (
-        f"the loss is {loss} at step {window.step + 1}, on training conversations {names}{rest} "
+        f"the {what} at step {window.step + 1}, on training conversations {names}{rest} "
         f"(counted from 0); {saved}. Lower lr={cfg.lr} or trainer.clip={cfg.trainer.clip}, or look "
         "at these conversations"
     )

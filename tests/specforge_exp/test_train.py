@@ -13,6 +13,7 @@ from specforge_exp.config import Config, TrainerConfig
 from specforge_exp.errors import InputError
 from specforge_exp.stages.export import chosen_checkpoint
 from specforge_exp.stages.train import train
+from specforge_exp.training import loop
 from specforge_exp.training.checkpoint import newest_checkpoint, read_checkpoint, step_folders
 
 
@@ -178,13 +179,33 @@ def test_loss_is_finite_or_training_stops(run: Config) -> None:
     run.lr = 1e30
     run.trainer = replace(run.trainer, clip=1e30, save_every=1)
     with pytest.raises(
-        InputError, match=r"the loss is (nan|inf) at step \d, on training conv"
+        InputError,
+        match=r"the (loss|norm[ a-z]*) is (nan|inf) at step \d, on training conv",
     ) as e:
         train(run)
     assert "step-000001 is kept" in str(e.value)
     found = newest_checkpoint(paths.run_dir(run))
     assert found is not None
     assert all(torch.isfinite(value).all() for value in found.draft.values())
+
+
+def test_a_gradient_that_is_no_number_reaches_no_weight(
+    run: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As bfloat16 can give one while the loss is fine."""
+    add_gradients = loop.add_gradients
+
+    def spoil(draft: Any, objective: Any, window: Any, *more: Any) -> Any:
+        loss = add_gradients(draft, objective, window, *more)
+        if window.step == 1:
+            draft.fc.weight.grad[0, 0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(loop, "add_gradients", spoil)
+    run.trainer = replace(run.trainer, save_every=1)
+    with pytest.raises(InputError, match=r"the norm of the gradient is nan at step 2, on training"):
+        train(run)
+    assert [folder.name for folder in step_folders(paths.run_dir(run))] == ["step-000001"]
 
 
 def test_the_best_checkpoint_is_kept(run: Config) -> None:

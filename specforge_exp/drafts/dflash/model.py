@@ -141,13 +141,16 @@ class DFlashModel(Draft[DFlashConfig]):
         first_Q = blocks.start_T[anchor_Q]
         at_T = torch.arange(len(ids_T)) - blocks.start_T
         at_Q = at_T[anchor_Q] + torch.arange(slots).repeat(len(blocks.anchor_R))
-        rows = visible(anchor_Q - 1, first_Q, device)
-        anchor_R, anchor_Q, first_Q, at_T, at_Q, *order = moved_together(
-            (blocks.anchor_R, anchor_Q, first_Q, at_T, at_Q, rows.order_R, rows.slot_R), device
-        )
-        seen: Visible | Hidden = Visible(order[0], order[1], rows.blocks)
+        numbers = [blocks.anchor_R, anchor_Q, first_Q, at_T, at_Q]
+        seen: Visible | Hidden
         if useful(self.attention, device, self.config.head_dim):
+            anchor_R, anchor_Q, first_Q, at_T, at_Q = moved_together(numbers, device)
             seen = hide(anchor_Q, first_Q, slots, len(ids_T))
+        else:
+            rows = visible(anchor_Q - 1, first_Q, device)
+            numbers += [rows.order_R, rows.slot_R]
+            anchor_R, _, _, at_T, at_Q, order_Q, slot_Q = moved_together(numbers, device)
+            seen = Visible(order_Q, slot_Q, rows.blocks)
         angles_T, angles_Q = self.angles(at_T, context_TH), self.angles(at_Q, context_TH)
         layout = BlockLayout(seen, slots, angles_T, angles_Q)
         ids_U = F.pad(ids_T[anchor_R], (0, 1), value=self.config.mask_token_id)

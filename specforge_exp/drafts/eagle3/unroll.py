@@ -90,17 +90,14 @@ def carry(chains: Chains, device: torch.device) -> Carried:
     reads_T = torch.where(slot_T + 1 < chains.end_T, slot_T + 1, len(slot_T))
     slots = [chains.slot_R[:rows] for rows in chains.counts]
     seen = [visible(slot_R, chains.start_T[slot_R], device) for slot_R in slots]
-    by_step = [
-        (chains.reads(step), at_T[slot_R] + step, seen[step].order_R, seen[step].slot_R)
-        for step, slot_R in enumerate(slots)
-    ]
-    numbers = (chains.slot_R, reads_T, at_T, *(x for numbers in by_step for x in numbers))
+    numbers = [chains.slot_R, reads_T, at_T]
+    for index, slot_R in enumerate(slots):
+        order_R, ordered_R, _ = seen[index]
+        numbers += [chains.reads(index), at_T[slot_R] + index, order_R, ordered_R]
     slot_R, reads_T, at_T, *rest = moved_together(numbers, device)
     steps = [
-        StepRows(reads_R, at_R, Visible(order_R, slot_R, visible.blocks))
-        for visible, reads_R, at_R, order_R, slot_R in zip(
-            seen, rest[::4], rest[1::4], rest[2::4], rest[3::4], strict=True
-        )
+        StepRows(rest[i], rest[i + 1], Visible(rest[i + 2], rest[i + 3], seen[i // 4].blocks))
+        for i in range(0, len(rest), 4)
     ]
     return Carried(slot_R, reads_T, at_T, steps)
 
