@@ -32,12 +32,12 @@ def shared(folder: Path) -> list[str]:
 
 
 def trials_of(folder: Path) -> list[Any]:
+    """Without those that a process asked for and gave back, for another had taken the last one."""
     try:
-        return optuna.load_study(
-            study_name="s", storage=f"sqlite:///{folder / 'shared.db'}"
-        ).get_trials()
+        study = optuna.load_study(study_name="s", storage=f"sqlite:///{folder / 'shared.db'}")
     except Exception:  # another process is just making it
         return []
+    return [trial for trial in study.get_trials() if trial.user_attrs.get(LEASE) != {}]
 
 
 def process(folder: Path, name: str, *overrides: str) -> "subprocess.Popen[str]":
