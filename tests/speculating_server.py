@@ -2,6 +2,7 @@
 
     python tests/speculating_server.py --model M --draft FOLDER --port P [--speaks sglang|vllm]
         [--draft-class specforge_exp.drafts.eagle3.Eagle3] [--chain 5] [--fails never|at-once|later]
+        [--tells nothing|summary|detailed]
 
 An empty --draft answers with the target alone.
 """
@@ -135,15 +136,23 @@ class Server:
         await response.prepare(http)
         async for piece in self.stream(http, body["prompt"], decoding):
             choice: dict[str, Any] = {"index": 0, "text": "", "token_ids": []}
+            more: dict[str, Any] = {}
             if isinstance(piece, Generation):
                 choice["finish_reason"] = "stop"
                 self.drafts += len(piece.accepted)
                 for accepted in piece.accepted:
                     for position in range(accepted):
                         self.kept[position] += 1
+                if self.draft is not None and self.args.tells != "nothing":
+                    counts = [piece.accepted.count(n) for n in range(self.args.chain + 1)]
+                    told = {"acceptance_histogram": counts, "num_spec_steps": len(piece.accepted)}
+                    if self.args.tells == "detailed":
+                        told["per_step_accepted"] = piece.accepted
+                    more = {"metrics": {"speculative_decoding": told}}
             else:
                 choice |= {"token_ids": piece, "text": "x"}
-            await response.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+            event = {"choices": [choice], **more}
+            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
         return response
 
@@ -178,6 +187,7 @@ def main() -> None:
     parser.add_argument("--draft-class", default="specforge_exp.drafts.eagle3.Eagle3")
     parser.add_argument("--chain", type=int, default=5)
     parser.add_argument("--fails", default="never")
+    parser.add_argument("--tells", default="nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
     escaped = subprocess.Popen(["sleep", "1000"], start_new_session=True)

@@ -1,8 +1,11 @@
 """One prompt, asked of a server that speculates, with the counts of its verifications.
 
 SGLang is asked through its own /generate, which counts for every request. Others through
-/v1/completions; vLLM counts in /metrics, for all requests together, so only one may be under way.
-Both take token ids and give them back, so that answers can be compared token for token.
+/v1/completions; vLLM counts for every request where it was started with
+--per-request-spec-decode-metrics, else in /metrics, for all together, so only one may be under way.
+Both take token ids and give them back, so that answers can be compared token for token. What a
+model's generation config says of sampling is told off: the answers are to be those of bench's own
+options, on every engine.
 """
 
 import re
@@ -21,6 +24,11 @@ from specforge_exp.errors import InputError
 JSON = {"Content-Type": "application/json"}
 READ = 2**24
 """Bytes of one line of a stream, at most: SGLang repeats the whole answer with every token."""
+PLAIN: dict[str, Any] = {
+    "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}  # fmt: skip
+"""Nothing but the temperature: a server would add what the model's generation config says."""
 COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+?)(?:_total)?\{(.*)\} (\S+)$", re.MULTILINE)
 
 
@@ -60,8 +68,15 @@ class AnswerStream:
             self.steps += [new - 1] if new > 1 else []
         self.tokens = tokens if whole else [*self.tokens, *tokens]
 
-    def end(self, verified: int, accepted: list[int] | None) -> ServedAnswer:
+    def end(
+        self, verified: int, accepted: list[int] | None, in_order: bool = False
+    ) -> ServedAnswer:
         """The answer, with the server's counts.
+
+        Args:
+            verified: verifications.
+            accepted: drafted tokens that each of them kept; None: not known.
+            in_order: whether `accepted` is in the order of the verifications.
 
         What the verifications gained adds up to the tokens after the first one. A piece of the
         stream may hold several verifications, so the pieces count only where the server does not
@@ -70,7 +85,8 @@ class AnswerStream:
         seconds = time.perf_counter() - self.began
         if accepted is None:
             accepted = [step - 1 for step in self.steps] if len(self.steps) == verified else []
-        gained = cut([number + 1 for number in accepted], len(self.tokens) - 1, self.steps)
+        yielded, total = [number + 1 for number in accepted], len(self.tokens) - 1
+        gained = cut(yielded, total, self.steps, in_order)
         forwards = 1 + verified if verified else len(self.tokens)
         generation = Generation(
             self.tokens, seconds, forwards, gained if verified else [], [],
@@ -79,12 +95,15 @@ class AnswerStream:
         return ServedAnswer(generation, verified)
 
 
-def cut(yielded: list[int], total: int, steps: list[int]) -> list[int]:
+def cut(yielded: list[int], total: int, steps: list[int], in_order: bool) -> list[int]:
     """What verifications that yielded so many tokens added to an answer of `total` after its first.
 
-    The answer ended within one of them: the one that the last piece of the stream shows, where it
-    held nothing else, or else the longest. Counts that no such end explains stay as they are.
+    The answer ended within one of them: the last one where their order is known; else the one that
+    the last piece of the stream shows, where it held nothing else, or else the longest. Counts that
+    no such end explains stay as they are.
     """
+    if in_order and 0 < sum(yielded) - total < yielded[-1]:
+        return [*yielded[:-1], total - sum(yielded[:-1])]
     excess = sum(yielded) - total
     if not 0 < excess < max(yielded, default=0):
         return yielded
@@ -136,6 +155,7 @@ def sglang(http: aiohttp.ClientSession, root: str) -> Client:
                 "temperature": decoding.temperature,
                 "max_new_tokens": decoding.max_tokens,
                 "stop_token_ids": sorted(decoding.eos),
+                **PLAIN,
             },
             "stream": True,
         }
@@ -156,18 +176,27 @@ def sglang(http: aiohttp.ClientSession, root: str) -> Client:
     return ask
 
 
-def openai(http: aiohttp.ClientSession, root: str, model: str) -> Client:
-    """A client of OpenAI's completions; counts come from vLLM's /metrics where it has them."""
+def openai(http: aiohttp.ClientSession, root: str, model: str, several: bool) -> Client:
+    """A client of OpenAI's completions; counts are vLLM's, where it has them.
+
+    Args:
+        http: the connections.
+        root: where it listens.
+        model: its name there.
+        several: whether several prompts are under way, so that /metrics tells nothing of one.
+    """
 
     async def ask(prompt: list[int], decoding: Decoding) -> ServedAnswer:
         body = {
             "model": model, "prompt": prompt, "stream": True, "return_token_ids": True,
             "temperature": decoding.temperature, "max_tokens": decoding.max_tokens,
-            "stop_token_ids": sorted(decoding.eos),
+            "stop_token_ids": sorted(decoding.eos), "stream_options": {"include_usage": True},
+            **PLAIN,
         }  # fmt: skip
         before = await counters(http, root)
-        progress = AnswerStream()
+        progress, speculation = AnswerStream(), None
         async for event in pieces(http, f"{root}/v1/completions", body):
+            speculation = (event.get("metrics") or {}).get("speculative_decoding") or speculation
             for choice in event.get("choices", []):
                 tokens = choice.get("token_ids")
                 if tokens is None and choice.get("text"):
@@ -176,8 +205,18 @@ def openai(http: aiohttp.ClientSession, root: str, model: str) -> Client:
                         "came at once; vLLM 0.10.2 and later do, and SGLang through its /generate"
                     )
                 progress.add(tokens or [], whole=False)
+        if speculation:
+            in_order = speculation.get("per_step_accepted")
+            accepted = in_order or spelled_out(speculation["acceptance_histogram"])
+            return progress.end(int(speculation["num_spec_steps"]), accepted, bool(in_order))
         after = await counters(http, root)
         grown = {name: after[name] - before.get(name, 0.0) for name in after}
+        if several and grown.get("drafts"):
+            raise InputError(
+                f"{root} counts the verifications of all requests together: start it with "
+                "--per-request-spec-decode-metrics detailed (vLLM 0.32 and later), or give "
+                "bench.concurrency=1"
+            )
         return progress.end(int(grown.get("drafts", 0)), accepted_of(grown))
 
     return ask
@@ -225,8 +264,7 @@ async def client_of(
         several: whether several prompts will be under way.
 
     Raises:
-        InputError: it cannot be reached, serves several models and `model` names none, or cannot
-            tell several prompts' counts apart.
+        InputError: it cannot be reached, or serves several models and `model` names none.
     """
     root = url.rstrip("/").removesuffix("/v1")
     for page in ("model_info", "get_model_info"):
@@ -238,12 +276,7 @@ async def client_of(
     names = [str(model_record.get("id")) for model_record in listed.get("data", [])]
     if model is None and len(names) != 1:
         raise InputError(f"{root} serves {names}; choose one with engine.served_name")
-    if several:
-        raise InputError(
-            f"{root} is not SGLang and counts verifications of all requests together; with it only "
-            "bench.concurrency=1 is possible"
-        )
-    return openai(http, root, model or names[0])
+    return openai(http, root, model or names[0], several)
 
 
 async def fetch(http: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:

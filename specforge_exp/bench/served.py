@@ -1,7 +1,7 @@
 """Answers by servers: one with the draft, then one of the target alone, on the same prompts.
 
-engine=sglang starts them one after the other on the same GPUs and ends them with everything that
-they have started. engine=openai asks servers that run already.
+engine=sglang and engine=vllm start them one after the other on the same GPUs and end them with
+everything that they have started. engine=openai asks servers that run already.
 """
 
 import asyncio
@@ -26,15 +26,10 @@ from specforge_exp.bench.clients import Client
 from specforge_exp.config import Config, locate
 from specforge_exp.data.chat import Message
 from specforge_exp.errors import InputError
+from specforge_exp.serving.command import Speculation, check_installed, server_command
 from specforge_exp.serving.downloads import download
+from specforge_exp.serving.gpus import count_servers, tp_size_of, visible_gpus
 from specforge_exp.serving.server import Server
-from specforge_exp.serving.sglang import (
-    check_installed,
-    count_servers,
-    server_command,
-    tp_size_of,
-    visible_gpus,
-)
 
 log = logging.getLogger(__name__)
 
@@ -124,11 +119,11 @@ def server_of(cfg: Config, alone: bool, folder: Path) -> Server:
         download(cfg.model.path)
     tp_size, gpus = tp_size_of(cfg), visible_gpus()
     count_servers(cfg.engine, tp_size, len(gpus))
-    draft = {}
+    draft = None
     if not alone:
-        kind = locate(cfg.draft._target_)
-        draft = kind.sglang_options(cfg.chain_length)
-        draft["speculative_draft_model_path"] = str(paths.export_dir(cfg).resolve())
+        kind, length = locate(cfg.draft._target_), cfg.chain_length
+        of_kind = kind.vllm_options if cfg.engine.name == "vllm" else kind.sglang_options
+        draft = Speculation(str(paths.export_dir(cfg).resolve()), of_kind(length))
     command = server_command(cfg.engine, cfg.model.path, tp_size, cfg.engine.port, draft)
     own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[:tp_size])} if gpus else {}
     return Server(command, cfg.engine.port, folder / "server.log", own)
@@ -185,8 +180,7 @@ def check_speculated(cfg: Config, name: str, conversations: list[list[Exchange]]
     where = cfg.engine.urls[0] if cfg.engine.name == "openai" else "the server"
     raise InputError(
         f"bench {name}: {where} never speculated, or does not count it: neither spec_verify_ct in "
-        "/generate nor vllm:spec_decode_num_drafts in /metrics has grown; is it started with the "
-        "draft?"
+        "/generate nor vLLM's counts of speculation have grown; is it started with the draft?"
     )
 
 

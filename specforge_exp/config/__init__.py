@@ -131,7 +131,7 @@ class Config:
         allow(self, "", lr_point="low mid high", device="auto cpu cuda")
         if self.bench_engine == "transformers" and self.bench.concurrency > 1:
             raise InputError(
-                f"bench.concurrency={self.bench.concurrency} needs engine=sglang or engine=openai; "
+                f"bench.concurrency={self.bench.concurrency} needs engine=sglang, vllm or openai; "
                 f"with engine.name={self.engine.name} bench answers one prompt at a time"
             )
         above_zero("lr", self.lr)
@@ -159,7 +159,8 @@ class Config:
     @property
     def bench_engine(self) -> str:
         """What answers bench: the engine where that is a server here, else transformers."""
-        return self.engine.name if self.engine.name in ("sglang", "openai") else "transformers"
+        served = self.engine.name in ("sglang", "vllm", "openai")
+        return self.engine.name if served else "transformers"
 
     @property
     def bench_alone(self) -> bool:

@@ -41,11 +41,12 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
     tokens = needs(paths.tokens_dir, "preprocess", model, answers)
     # Never uploaded: here the run's folder may hold no more than a log.
     trained = {**needs(paths.run_dir, "train", model, tokens), "local": None}
+    gpus = {"sglang": gpu, "vllm": gpu, "transformers": one_gpu(gpu)}
     stages: dict[str, dict[str, Any]] = {
         "prefetch": cores(4, 16),
         "prep": {**cores(2, 16), "unique": [str(paths.prompts_dir(there))]},
         "regen": {  # with engine=modal it only waits for containers that have the GPUs
-            **cores(4, 64, {"sglang": gpu, "transformers": one_gpu(gpu)}.get(here.engine.name)),
+            **cores(4, 64, gpus.get(here.engine.name)),
             "unique": [str(paths.regen_dir(there))],
             "requires": [model, prompts],
         },

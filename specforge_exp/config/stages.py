@@ -20,8 +20,10 @@ class EngineConfig:
     """What serves the target while it answers the prompts."""
 
     name: str = "transformers"
-    """transformers: in this process; openai: servers that run already; sglang: servers started on
-    this machine's GPUs; modal: servers in containers that Modal starts as needed."""
+    """transformers: in this process; openai: servers that run already; sglang, vllm: servers that
+    are started on this machine's GPUs; modal: in containers that Modal starts as needed."""
+    server: str = "sglang"
+    """modal: what its containers start, sglang or vllm."""
     concurrency: int = 64
     """Conversations under way at a time, per server."""
     urls: list[str] = field(default_factory=list)
@@ -31,28 +33,28 @@ class EngineConfig:
     api_key: str = "OPENAI_API_KEY"
     """openai: the environment variable with the key; it may be unset."""
     tp_size: int | None = None
-    """sglang, modal: GPUs of one server; null: 1 for targets up to 8B, 2 up to 32B, 4 up to 80B,
-    8 above."""
+    """sglang, vllm, modal: GPUs of one server; null: 1 for targets up to 8B, 2 up to 32B, 4 up to
+    80B, 8 above."""
     num_servers: int | None = None
-    """sglang: servers on this machine; null: as many as its GPUs carry. modal: containers at a
-    time, at most; null: as many as Modal gives."""
+    """sglang, vllm: servers on this machine; null: as many as its GPUs carry. modal: containers at
+    a time, at most; null: as many as Modal gives."""
     command: list[str] = field(default_factory=list)
-    """sglang, modal: starts another server than SGLang; {model}, {port} and {tp_size} are filled
-    in, for bench also {draft} (empty for the target alone). It needs /health and
+    """sglang, vllm, modal: starts another server than those; {model}, {port} and {tp_size} are
+    filled in, for bench also {draft} (empty for the target alone). It needs /health and
     /v1/chat/completions; for bench SGLang's /generate."""
     python: str | None = None
-    """sglang: the Python that has SGLang, whose versions differ from those of training; null: this
-    one."""
+    """sglang, vllm: the Python that has the server, whose versions differ from those of training;
+    null: this one."""
     args: dict[str, Any] = field(default_factory=dict)
-    """sglang, modal: more of SGLang's options, e.g. mem_fraction_static: 0.85."""
+    """sglang, vllm, modal: more of the server's options, e.g. mem_fraction_static: 0.85."""
     port: int = 30000
-    """sglang: the first server's port; the others follow."""
+    """sglang, vllm: the first server's port; the others follow."""
     gpu: str = "H100"
     """modal: the kind of GPU."""
     usd_per_gpu_hour: float = 0.0
     """modal: price, for the account of the cost."""
     image: str = "lmsysorg/sglang:v0.5.21"
-    """modal: the containers' image; `debian_slim` with `command` is one without SGLang."""
+    """modal: the containers' image; `debian_slim` with `command` is one without any server."""
     startup_timeout: float = 1200.0
     """Seconds until a server must be healthy."""
     timeout: float = 1800.0
@@ -65,7 +67,8 @@ class EngineConfig:
     """Conversations (modal: chunks) begun per second, at most; null: no limit."""
 
     def __post_init__(self) -> None:
-        allow(self, "engine.", name="transformers openai sglang modal")
+        allow(self, "engine.", name="transformers openai sglang vllm modal")
+        allow(self, "engine.", server="sglang vllm")
         minimums(self, "engine.", concurrency=1, retries=0, tp_size=1, num_servers=1, port=1)
         minimums(self, "engine.", usd_per_gpu_hour=0)
         for name in ("startup_timeout", "timeout", "patience", "rate_limit"):
@@ -76,6 +79,11 @@ class EngineConfig:
             )
         if self.urls and self.name != "openai":
             raise InputError(f"engine.urls is for engine=openai, not for engine.name={self.name}")
+
+    @property
+    def server_name(self) -> str:
+        """The server that this engine starts."""
+        return self.server if self.name == "modal" else self.name
 
 
 @dataclass
@@ -127,6 +135,9 @@ class RegenConfig:
     """Nucleus sampling; 1: off; null: what the model's generation config says."""
     top_k: int | None = None
     """Only the so many most likely tokens; 0: off; null: as the generation config says."""
+    repetition_penalty: float | None = None
+    """Above 1: what has been said becomes less likely; 1: off; null: as the generation config
+    says."""
     max_tokens: int = 4096
     """Most new tokens of one answer."""
     thinking: str = "model"
@@ -335,9 +346,9 @@ class BenchConfig:
     bootstrap: int = 2000
     """Resamples behind the 95 % interval."""
     concurrency: int = 1
-    """engine=sglang, openai: conversations under way at a time."""
+    """engine=sglang, vllm, openai: conversations under way at a time."""
     alone: bool = True
-    """engine=sglang: also answer with the target alone, for speed-ups and a comparison."""
+    """engine=sglang, vllm: also answer with the target alone, for speed-ups and a comparison."""
     alone_url: str | None = None
     """engine=openai: a server of the target alone, for the same; null: none."""
     force: bool = False

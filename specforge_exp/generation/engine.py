@@ -24,6 +24,11 @@ class Sampling:
     """Most new tokens of one answer."""
     ignore_eos: bool = False
     """Go on to max_tokens whatever is said: for measurements."""
+    repetition_penalty: float = 1.0
+    """What the logit of a token of prompt or answer is divided by, or multiplied with where it is
+    negative; 1: off."""
+    off: tuple[str, ...] = ()
+    """Which of these the model's generation config would switch on: a server must be told."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def server_settings(cfg: Config) -> dict[str, Any]:
     options = {k: v for k, v in asdict(cfg.engine).items() if k not in OF_CLIENT}
     path = MODEL if shipped(cfg) else cfg.model.path
     return {
-        "engine": {**options, "name": "sglang", "num_servers": 1},
+        "engine": {**options, "name": cfg.engine.server, "num_servers": 1},
         "model": {"name": cfg.model.name, "path": path},
     }
 

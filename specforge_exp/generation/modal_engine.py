@@ -36,7 +36,7 @@ from specforge_exp.generation.rules import rules_of
 from specforge_exp.generation.run import RateLimit
 from specforge_exp.generation.store import Chunk, Store
 from specforge_exp.interrupt import Interrupt
-from specforge_exp.serving.sglang import tp_size_of
+from specforge_exp.serving.gpus import tp_size_of
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import orjson
 from specforge_exp.config import Config, EngineConfig, LossConfig, ModelConfig
 from specforge_exp.generation.engine import Sampling, ServerDied
 from specforge_exp.generation.regenerate import Item, Record, Rules, regenerate
-from specforge_exp.generation.sglang_engine import SGLangEngine
+from specforge_exp.generation.server_engine import ServerEngine
 
 SERVER = "SPECFORGE_REGEN"
 """The environment variable that says which model is served how."""
@@ -39,7 +39,7 @@ class Worker:
             engine = EngineConfig(**settings["engine"], port=free.getsockname()[1])
         loss = LossConfig(lambda_ce=1.0)  # there is no Config without one
         self.cfg = Config(model=ModelConfig(**settings["model"]), engine=engine, loss=loss)
-        self.engine = SGLangEngine(self.cfg)
+        self.engine = ServerEngine(self.cfg)
         self.room = asyncio.Semaphore(engine.concurrency)
         self.accounted = time.monotonic()
         await self.engine.start(0)

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+OFF = {"top_k": 0, "min_p": 0.0, "ignore_eos": False, "repetition_penalty": 1.0}
+"""Settings that are not sent with this value: OpenAI's own servers know none of them."""
 BUSY = (429, 502, 503, 504)
 SETTINGS = (401, 403, 404)
 FIRST_CONTACT = 10.0
@@ -186,8 +188,10 @@ class OpenAIEngine:
             "seed": request.seed,
         }
         for name, value in vars(request.sampling).items():
-            if value or name in ("temperature", "top_p", "max_tokens"):
+            if name != "off" and (value != OFF.get(name) or name in request.sampling.off):
                 body[name] = value
+        if body.get("top_k") == 0:
+            body["top_k"] = -1  # what servers call off
         if request.tools:
             body["tools"] = request.tools
         if request.template_kwargs:

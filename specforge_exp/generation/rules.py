@@ -27,14 +27,20 @@ def sampling_of(cfg: Config) -> Sampling:
     def first(*values: Any) -> Any:
         return next(value for value in values if value is not None)
 
+    penalty = first(own.repetition_penalty, model.repetition_penalty, 1.0)
+    top_k = first(own.top_k, model.top_k, 0)
+    switched_on = {"top_k": model.top_k, "repetition_penalty": model.repetition_penalty}
+    unwanted = {"top_k": top_k == 0, "repetition_penalty": penalty == 1}
     return Sampling(
         temperature=first(
             own.temperature, 0.0 if model.do_sample is False else model.temperature, 1.0
         ),
         top_p=first(own.top_p, model.top_p, 1.0),
-        top_k=first(own.top_k, model.top_k, 0),
+        top_k=top_k,
         min_p=first(model.min_p, 0.0),
         max_tokens=own.max_tokens,
+        repetition_penalty=penalty,
+        off=tuple(name for name, value in switched_on.items() if value and unwanted[name]),
     )
 
 
@@ -50,9 +56,14 @@ def rules_of(cfg: Config) -> Rules:
         "revision": revision(cfg.model.path),
         "engine": cfg.engine.name,
         **{name: vars(sampling)[name] for name in "temperature top_p top_k max_tokens".split()},
+        **(
+            {"repetition_penalty": penalty} if (penalty := sampling.repetition_penalty) != 1 else {}
+        ),
         "thinking": thinking,
         "seed": cfg.seed,
     }
+    if sampling.repetition_penalty != 1:
+        made_by["repetition_penalty"] = sampling.repetition_penalty
     attempts = cfg.engine.retries + 1 if sampling.temperature else 1
     return Rules(
         sampling, cfg.max_length, counter(cfg.model, kwargs), kwargs, thinking,

@@ -31,7 +31,7 @@ from specforge_exp.generation.plan import make_plan
 from specforge_exp.generation.progress import Progress
 from specforge_exp.generation.rules import rules_of, sampling_of
 from specforge_exp.generation.run import RateLimit, Regeneration, answer_missing
-from specforge_exp.generation.sglang_engine import SGLangEngine, layout
+from specforge_exp.generation.server_engine import ServerEngine, layout
 from specforge_exp.generation.store import Store
 from specforge_exp.interrupt import Interrupt
 from specforge_exp.target import check_gpus
@@ -48,7 +48,7 @@ def regen(cfg: Config) -> Path:
     if cfg.regen.status:
         log.info("regen: %s: %s", folder.name, status(folder))
         return folder
-    if cfg.engine.name in ("transformers", "sglang"):
+    if cfg.engine.name in ("transformers", "sglang", "vllm"):
         check_gpus(cfg, "regen")
     names = ("train.jsonl", "eval.jsonl")
     source = require(cfg, "prep", *names)
@@ -63,6 +63,8 @@ def regen(cfg: Config) -> Path:
         "max_length": cfg.max_length,
         "model.chat_template_kwargs": cfg.model.chat_template_kwargs,
     }
+    if (penalty := sampling_of(cfg).repetition_penalty) != 1:
+        settings["regen.repetition_penalty"] = penalty
     fingerprint = Fingerprint(inputs, settings)
     if reusable(folder / "run.json", fingerprint, cfg.regen.force, "regen"):
         return folder
@@ -89,8 +91,8 @@ def make_engine(cfg: Config) -> Engine:
     """An engine whose servers this process asks itself."""
     if cfg.engine.name == "openai":
         return OpenAIEngine(cfg, cfg.engine.urls)
-    if cfg.engine.name == "sglang":
-        return SGLangEngine(cfg)
+    if cfg.engine.name in ("sglang", "vllm"):
+        return ServerEngine(cfg)
     from specforge_exp.generation.local.transformers_engine import TransformersEngine  # loads torch
 
     return TransformersEngine(cfg)
@@ -166,8 +168,8 @@ def describe(cfg: Config, files: list[Path]) -> str:
         lines.append(
             f"{file}: {len(plan.order)} of {plan.total} conversations in {len(plan)} chunks"
         )
-    lines.append(
-        f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, top_k {sampling.top_k}, "
-        f"at most {sampling.max_tokens} tokens, {cfg.regen.samples_per_prompt} answers each"
-    )
+    names = "temperature top_p top_k repetition_penalty".split()
+    chosen = ", ".join(f"{name} {vars(sampling)[name]:g}" for name in names)
+    answers = f"{cfg.regen.samples_per_prompt} answers each"
+    lines.append(f"{chosen}, at most {sampling.max_tokens} tokens, {answers}")
     return "\n  ".join([*lines, layout(cfg)])

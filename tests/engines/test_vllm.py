@@ -4,36 +4,58 @@ Nothing here is of our making but the draft: the server loads the export as it i
 and its own counts have to be those of bench in this process.
 """
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
 from conftest import TINY
+from scipy.stats import chi2_contingency
 from test_bench_served import EXACT, figures, trained  # noqa: F401
-from test_sglang_engine import free_port
+from test_server_engine import free_port
 from test_zlab import exported as dflash  # noqa: F401
 
 from specforge_exp import paths
+from specforge_exp.bench import clients
+from specforge_exp.bench.asking import asking_of
+from specforge_exp.bench.sets import bench_sets
+from specforge_exp.bench.speculative import Decoding
 from specforge_exp.config import Config, EngineConfig
+from specforge_exp.data.conversations import asks_of
+from specforge_exp.errors import InputError
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.prep import prep
 from specforge_exp.stages.regen import regen
+from specforge_exp.target import load_tokenizer
 
 pytestmark = pytest.mark.engines
 
 PYTHON = os.environ.get("SPECFORGE_VLLM_PYTHON", "")
 """The interpreter that has vLLM; runs/engines.sh names it."""
-Serve = Callable[..., tuple[str, Path]]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that runs."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+
+Serve = Callable[..., Served]
 STARTS = 900
 """Seconds for a server to be healthy: it compiles nothing, but it loads much."""
 OPTIONS = (
@@ -55,16 +77,17 @@ def healthy(url: str) -> bool:
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """Starts a server, waits until it is healthy; its address and its log."""
+    """Starts a server and waits until it is healthy."""
     assert PYTHON, "SPECFORGE_VLLM_PYTHON is not set: run this with `make engines ENGINES=1`"
     started: list[subprocess.Popen[bytes]] = []
     folder = tmp_path_factory.mktemp("vllm")
 
-    def start(*more: str) -> tuple[str, Path]:
+    def start(*more: str, **environment: str) -> Served:
         port, log = free_port(), folder / f"vllm-{len(started)}.log"
         command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", TINY.path]
         command += [*OPTIONS, "--served-model-name", "tiny", "--port", str(port), *more]
         clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ENVIRONMENT
+        clean |= environment
         with log.open("wb") as file:
             process = subprocess.Popen(
                 command, stdout=file, stderr=file, env=clean, start_new_session=True, cwd=folder
@@ -74,12 +97,13 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
         while not healthy(url):
             assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
             time.sleep(1)
-        return url, log
+        return Served(url, log, process)
 
     yield start
-    for process in started:
+    running = [process for process in started if process.poll() is None]
+    for process in running:
         os.killpg(process.pid, signal.SIGTERM)
-    for process in started:
+    for process in running:
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
@@ -88,24 +112,24 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
 
 
 @pytest.fixture(scope="module")
-def alone(serve: Serve) -> str:
-    """The address of a server of the target alone."""
-    return serve()[0]
+def alone(serve: Serve) -> Served:
+    """A server of the target alone."""
+    return serve()
 
 
-def speculating(serve: Serve, method: str, cfg: Config) -> tuple[str, Path]:
+def speculating(serve: Serve, method: str, cfg: Config, **environment: str) -> Served:
     """A server with the export as it is."""
     speculation = {
         "method": method, "model": str(paths.export_dir(cfg)),
         "num_speculative_tokens": cfg.chain_length,
     }  # fmt: skip
-    return serve("--speculative-config", json.dumps(speculation))
+    return serve("--speculative-config", json.dumps(speculation), **environment)
 
 
-def measured(cfg: Config, url: str, alone: str) -> dict[str, Any]:
+def measured(cfg: Config, served: Served, alone: Served) -> dict[str, Any]:
     """What `bench.py engine=openai` says of both servers; every answer is the target's own."""
-    engine = EngineConfig(name="openai", urls=[f"{url}/v1"], served_name="tiny")
-    asked = replace(cfg, engine=engine, bench=replace(cfg.bench, alone_url=alone))
+    engine = EngineConfig(name="openai", urls=[f"{served.url}/v1"], served_name="tiny")
+    asked = replace(cfg, engine=engine, bench=replace(cfg.bench, alone_url=alone.url))
     bench(asked)
     found = figures(asked)
     assert all(data_set["lossless"] is True for data_set in found.values())
@@ -120,22 +144,21 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def eagle3(trained: Config, serve: Serve) -> tuple[str, Path]:  # noqa: F811
+def eagle3(trained: Config, serve: Serve) -> Served:  # noqa: F811
     return speculating(serve, "eagle3", trained)
 
 
 def test_eagle3_on_vllm(
     trained: Config,  # noqa: F811
-    eagle3: tuple[str, Path],
-    alone: str,
+    eagle3: Served,
+    alone: Served,
 ) -> None:
     """Loaded unedited, lossless, and tau and every count of each prompt as in this process."""
     bench(trained)
     expected = figures(trained)
     assert expected["stories"]["accepted_length"] > 1.2
-    url, log = eagle3
-    same(measured(trained, url, alone), expected)
-    said = log.read_text()
+    same(measured(trained, eagle3, alone), expected)
+    said = eagle3.log.read_text()
     assert "LlamaForCausalLMEagle3" in said
     assert "auxiliary layers from speculative config: (2, 4, 5)" in said
 
@@ -152,16 +175,114 @@ def regenerated(cfg: Config, folder: Path, engine: EngineConfig) -> list[Any]:
 
 def test_regen_on_vllm(
     trained: Config,  # noqa: F811
-    eagle3: tuple[str, Path],
-    alone: str,
+    eagle3: Served,
+    alone: Served,
     tmp_path: Path,
 ) -> None:
     """Two servers, several conversations at a time: the answers of engine=transformers."""
     ours = regenerated(trained, tmp_path / "here", EngineConfig(name="transformers"))
-    urls = [f"{eagle3[0]}/v1", f"{alone}/v1"]
+    urls = [f"{eagle3.url}/v1", f"{alone.url}/v1"]
     engine = EngineConfig(name="openai", urls=urls, served_name="tiny", concurrency=4)
     assert regenerated(trained, tmp_path / "there", engine) == ours
     assert len(ours) == 24
+
+
+def killed_after_an_answer(process: subprocess.Popen[bytes], log: Path, told: list[int]) -> None:
+    """Kill a server as soon as it has answered once."""
+    while log.read_text().count("/v1/chat/completions") < 1 and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    told.append(process.wait())
+
+
+def test_one_of_two_servers_is_killed(
+    trained: Config,  # noqa: F811
+    serve: Serve,
+    alone: Served,
+    tmp_path: Path,
+) -> None:
+    """regen stops in one line that names the server, keeps what is done, and goes on with the
+    other: the conversations of an undisturbed one."""
+    ours = regenerated(trained, tmp_path / "here", EngineConfig(name="transformers"))
+    doomed = serve()
+    engine = EngineConfig(
+        name="openai", urls=[f"{doomed.url}/v1", f"{alone.url}/v1"], served_name="tiny",
+        concurrency=1, patience=2.0,
+    )  # fmt: skip
+    told: list[int] = []
+    killer = Thread(target=killed_after_an_answer, args=(doomed.process, doomed.log, told))
+    killer.start()
+    with pytest.raises(InputError, match=f"{doomed.url}.*what is done is kept"):
+        regenerated(trained, tmp_path / "there", engine)
+    killer.join()
+    assert told == [-signal.SIGKILL]
+    engine.urls = engine.urls[1:]
+    assert regenerated(trained, tmp_path / "there", engine) == ours
+
+
+@pytest.fixture
+def by_itself(
+    trained: Config,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Config:
+    """engine=vllm: servers that the product starts and ends. What their generation config says
+    would change every answer, greedy ones too."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    harmful = {"do_sample": True, "top_k": 1, "repetition_penalty": 1.8, "eos_token_id": 2}
+    (tmp_path / "generation_config.json").write_text(json.dumps(harmful))
+    args = {
+        "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 8, "enforce_eager": True,
+        "generation_config": str(tmp_path),
+    }  # fmt: skip
+    engine = EngineConfig(
+        name="vllm", python=PYTHON, num_servers=1, args=args, port=free_port(),
+        startup_timeout=STARTS, concurrency=4,
+    )  # fmt: skip
+    return replace(trained, engine=engine, bench=replace(trained.bench, concurrency=4))
+
+
+def test_bench_starts_vllm(trained: Config, by_itself: Config) -> None:  # noqa: F811
+    """Four conversations at a time: every count of every prompt is that of this process."""
+    bench(trained)
+    bench(by_itself)
+    assert paths.bench_file(by_itself).name == "bench-vllm.json"
+    same(figures(by_itself), figures(trained))
+    assert all(data_set["lossless"] is True for data_set in figures(by_itself).values())
+
+
+def test_regen_starts_vllm(trained: Config, by_itself: Config, tmp_path: Path) -> None:  # noqa: F811
+    ours = regenerated(trained, tmp_path / "here", EngineConfig(name="transformers"))
+    assert regenerated(trained, tmp_path / "there", by_itself.engine) == ours
+
+
+SAMPLES = 400
+
+
+def test_sampled_answers_are_the_targets_own(
+    trained: Config,  # noqa: F811
+    eagle3: Served,
+    alone: Served,
+) -> None:
+    """At temperature 1, with the draft, tokens are distributed as those of the target alone."""
+    asking = asking_of(trained, load_tokenizer(trained.model), None)
+    prompt = asking.encode(asks_of(bench_sets(trained).records["stories"][0])[0])
+    decoding = Decoding(3, trained.chain_length, 1.0, frozenset())
+
+    async def answers(url: str) -> Counter[tuple[int, ...]]:
+        async with clients.session(60.0, None) as http:
+            client = clients.openai(http, url, "tiny", several=False)
+            drawn = [await client(prompt, decoding) for _ in range(SAMPLES)]
+        return Counter(tuple(answer.generation.tokens) for answer in drawn)
+
+    counts = [asyncio.run(answers(served.url)) for served in (eagle3, alone)]
+    often = [tokens for tokens, count in (counts[0] + counts[1]).items() if count >= 16]
+    rows = [[count[tokens] for tokens in often] for count in counts]
+    table = [[*row, SAMPLES - sum(row)] for row in rows]
+    assert len(often) > 2
+    assert chi2_contingency(table).pvalue > 1e-3
 
 
 NORM = """
@@ -180,19 +301,62 @@ print("differs" if (found - right).abs().max() > 1e-3 else "right")
 """A norm of several layers' keys at once, each with its own weight: what vLLM's DFlash asks for."""
 
 
-def test_dflash_on_vllm(dflash: Config, serve: Serve, alone: str) -> None:  # noqa: F811
-    """Loaded unedited and lossless. vLLM 0.32's norm on a CPU takes the first layer's weight for
-    all layers, so its drafts and tau are others; where the norm is right, tau has to be ours."""
-    expected = figures(dflash)
-    url, log = speculating(serve, "dflash", dflash)
-    found = measured(dflash, url, alone)
-    assert "DFlash" in log.read_text()
+OVERLAY = """
+import importlib.abc, importlib.util, sys
+
+class Mended(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "vllm._custom_ops":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            whole = module.rms_norm
+
+            def rms_norm(out, input, weight, epsilon):
+                if weight is None or weight.dim() < 2:
+                    return whole(out, input, weight, epsilon)
+                for layer in range(len(weight)):
+                    whole(out[layer], input[layer], weight[layer], epsilon)
+
+            module.rms_norm = rms_norm
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Mended())
+"""
+"""In every process of a server that finds it as sitecustomize: one norm for each layer's weight."""
+
+
+def norm(**environment: str) -> str:
+    """Whether vLLM's norm of several layers at once is right, in its own process."""
     done = subprocess.run(
-        [PYTHON, "-c", NORM], env=os.environ | ENVIRONMENT, capture_output=True, text=True,
-        check=True,
+        [PYTHON, "-c", NORM], env=os.environ | ENVIRONMENT | environment, capture_output=True,
+        text=True, check=True,
     )  # fmt: skip
-    if done.stdout.split()[-1] == "right":
-        same(found, expected)
-    for name, whole in expected.items():
-        assert found[name]["tokens"] == whole["tokens"]
-        assert found[name]["accepted_length"] > 1
+    return done.stdout.split()[-1]
+
+
+def test_dflash_on_vllm(dflash: Config, serve: Serve, alone: Served) -> None:  # noqa: F811
+    """Loaded unedited, lossless, tau and every count as in this process; where vLLM's norm on a
+    CPU takes the first layer's weight for all layers, this is so once that is mended."""
+    expected = figures(dflash)
+    environment: dict[str, str] = {}
+    if norm() == "differs":
+        served = speculating(serve, "dflash", dflash)
+        wrong = measured(dflash, served, alone)
+        assert all(wrong[name]["tokens"] == whole["tokens"] for name, whole in expected.items())
+        served.process.terminate()
+        overlay = served.log.parent / "overlay"
+        overlay.mkdir()
+        (overlay / "sitecustomize.py").write_text(OVERLAY)
+        environment = {"PYTHONPATH": str(overlay)}
+    assert norm(**environment) == "right"
+    served = speculating(serve, "dflash", dflash, **environment)
+    dflash.bench.force = True
+    same(measured(dflash, served, alone), expected)
+    assert "DFlash" in served.log.read_text()

@@ -54,11 +54,11 @@ async def everything(
     )
 
 
-def generate(model: Any, prompt: list[int], tokens: int, eos: int = 1) -> list[int]:
+def generate(model: Any, prompt: list[int], tokens: int, eos: int = 1, **more: Any) -> list[int]:
     """transformers' own greedy answer, the end token included."""
     out = model.generate(
         torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        do_sample=False, max_new_tokens=tokens, eos_token_id=eos, pad_token_id=0,
+        do_sample=False, max_new_tokens=tokens, eos_token_id=eos, pad_token_id=0, **more,
     )  # fmt: skip
     ids: list[int] = out[0, len(prompt) :].tolist()
     return ids
@@ -80,6 +80,18 @@ def test_greedy_is_generate_for_ragged_prompts(random_target: Target) -> None:
         assert answer.ids == generate(random_target.model, prompt, most, eos)
         assert answer.finish_reason == ("stop" if answer.ids[-1] == eos else "length")
     assert {a.finish_reason for a in answers} == {"stop", "length"}
+
+
+def test_a_repetition_penalty_is_that_of_generate(random_target: Target) -> None:
+    """Over prompt and answer, for its own row alone."""
+    prompts = ragged(64, [12, 30, 7])
+    penalties = [1.0, 1.7, 1.2]
+    asked = [Sampling(max_tokens=20, repetition_penalty=penalty) for penalty in penalties]
+    with batcher(random_target.model) as made:
+        answers = asyncio.run(everything(made, prompts, asked))
+    for prompt, penalty, answer in zip(prompts, penalties, answers, strict=True):
+        expected = generate(random_target.model, prompt, 20, repetition_penalty=penalty)
+        assert answer.ids == expected
 
 
 def test_long_prompts_in_chunks(tiny_target: Target) -> None:

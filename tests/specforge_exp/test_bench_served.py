@@ -19,7 +19,7 @@ import pytest
 from conftest import REPOSITORY, make_config
 from hypothesis import given
 from hypothesis import strategies as st
-from test_sglang_engine import free_port, gone
+from test_server_engine import free_port, gone
 
 from specforge_exp import paths
 from specforge_exp.bench.clients import AnswerStream, accepted_of
@@ -77,9 +77,10 @@ def exported(trained: Config, tmp_path: Path) -> Config:
     return cfg
 
 
-def served(cfg: Config, *more: str, **bench_options: Any) -> Config:
+def served(cfg: Config, *more: str, name: str = "sglang", **bench_options: Any) -> Config:
     """With a server that bench starts."""
-    engine = EngineConfig(name="sglang", command=[*SERVER, *PLACES, *more], port=free_port())
+    command = [*SERVER, *PLACES, "--speaks", name, *more]
+    engine = EngineConfig(name=name, command=command, port=free_port())
     return replace(cfg, engine=engine, bench=replace(cfg.bench, **bench_options))
 
 
@@ -140,23 +141,26 @@ def test_a_server_gives_the_figures_of_this_process(
             assert 0 < each["first_token_seconds"] < 5
     said = capsys.readouterr().out
     assert "engine=sglang, 1 at a time" in said and "engine=openai" in said
+    together = replace(asked, bench=replace(asked.bench, force=True, concurrency=2))
+    with pytest.raises(InputError, match=r"per-request-spec-decode-metrics.*concurrency=1"):
+        bench(together)
     engine.urls = [alone]
     refused = replace(asked, bench=replace(asked.bench, force=True))
     with pytest.raises(InputError, match=r"never speculated.*started with the draft"):
         bench(refused)
-    refused.bench.concurrency = 2
-    with pytest.raises(InputError, match=r"only bench\.concurrency=1"):
-        bench(refused)
 
 
 def test_several_at_a_time_change_no_count(exported: Config) -> None:
-    cfg = served(exported, concurrency=3, alone=False)
-    bench(cfg)
-    found = figures(cfg)
-    bench(exported)
+    """SGLang's histogram, and each step of vLLM's, that come with every answer."""
+    sglang = served(exported, concurrency=3, alone=False)
+    vllm = served(exported, "--tells", "detailed", name="vllm", concurrency=3, alone=False)
+    for asked in (sglang, vllm, exported):
+        bench(asked)
     for name, whole in figures(exported).items():
-        assert found[name]["lengths"] == pytest.approx(whole["lengths"])
-        assert found[name]["speedup"] is None and found[name]["lossless"] is None
+        for told in (figures(sglang)[name], figures(vllm)[name]):
+            assert told["lengths"] == pytest.approx(whole["lengths"])
+            assert told["speedup"] is None and told["lossless"] is None
+        assert figures(vllm)[name]["gained"] == whole["gained"]
 
 
 @pytest.mark.slow
@@ -224,6 +228,30 @@ def test_the_command_line_of_sglang(cfg: Config, tmp_path: Path) -> None:
     assert alone.command == [*start, "--speculative-num-steps", "3"]
 
 
+def test_the_command_line_of_vllm(cfg: Config, tmp_path: Path) -> None:
+    """Its own words for the same; parts of a mapping are the user's, and no flag is lost."""
+    python = "/opt/vllm/bin/python"
+    args = {"enforce_eager": True, "enable_prefix_caching": False, "max_model_len": None}
+    args |= {"speculative_config": {"draft_tensor_parallel_size": 1}}
+    cfg.engine = EngineConfig(name="vllm", python=python, tp_size=1, num_servers=1, args=args)
+    cfg.model.path = str(tmp_path)
+    for draft, method, length in ((cfg.draft, "eagle3", 5), (DFlashConfig(), "dflash", 15)):
+        cfg.draft = draft
+        command = server_of(cfg, False, tmp_path).command
+        start = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path)]
+        where = ["--tensor-parallel-size", "1", "--host", "127.0.0.1", "--port", "30000"]
+        assert command[:11] == [*start, *where]
+        assert command[11] == "--speculative-config"
+        assert json.loads(command[12]) == {
+            "method": method, "num_speculative_tokens": length, "draft_tensor_parallel_size": 1,
+            "model": str(paths.export_dir(cfg).resolve()),
+        }  # fmt: skip
+        told = ["--per-request-spec-decode-metrics", "detailed"]
+        assert command[13:] == [*told, "--enforce-eager", "--no-enable-prefix-caching"]
+    alone = server_of(cfg, True, tmp_path).command
+    assert "--per-request-spec-decode-metrics" not in alone
+
+
 def test_pieces_of_an_answer() -> None:
     """Whole answers so far or new tokens; several steps at once; a first piece of two steps."""
     whole = AnswerStream()
@@ -267,6 +295,8 @@ def test_what_was_gained_adds_up_to_the_answer(data: st.DataObject) -> None:
     assert sorted(number + 1 for number in found.accepted) == sorted(yielded)
     if not joined[-1] or not over:
         assert sorted(found.gained) == sorted(gained)
+    ordered = stream.end(len(yielded), [number - 1 for number in yielded], in_order=True)
+    assert ordered.generation.gained == gained
 
 
 def test_counts_that_do_not_fit_stay_as_they_are() -> None:

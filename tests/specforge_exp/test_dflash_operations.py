@@ -25,7 +25,7 @@ from test_conf import composed
 from test_dflash_pipeline import DRAFT
 from test_prefetch import FILES, SHA, Hub, prefetch
 from test_resources import settings
-from test_sglang_engine import alive, free_port, gone
+from test_server_engine import alive, free_port, gone
 from test_train import metrics
 from torch import nn
 from torch.distributed.fsdp import FSDPModule

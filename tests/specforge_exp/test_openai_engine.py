@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,6 +111,16 @@ def test_what_is_asked_and_what_comes_back(cfg: Config, monkeypatch: pytest.Monk
         "max_tokens": 4096, "temperature": 0.0, "top_p": 1.0, "seed": 5,
         "tools": [{"type": "function"}], "chat_template_kwargs": {"enable_thinking": False},
     }  # fmt: skip
+
+
+def test_a_server_is_told_what_its_generation_config_would_do(cfg: Config) -> None:
+    """What is off for us and on for the model is sent, in the words that servers have for off."""
+    sampling = Sampling(off=("top_k", "repetition_penalty"))
+    _, [seen] = ask(cfg, [GOOD], replace(simple(), sampling=sampling))
+    assert seen["body"]["top_k"] == -1 and seen["body"]["repetition_penalty"] == 1.0
+    assert "min_p" not in seen["body"] and "off" not in seen["body"]
+    _, [seen] = ask(cfg, [GOOD], replace(simple(), sampling=Sampling(repetition_penalty=1.1)))
+    assert seen["body"]["repetition_penalty"] == 1.1 and "top_k" not in seen["body"]
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])

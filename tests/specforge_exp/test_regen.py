@@ -239,11 +239,15 @@ def test_the_models_own_sampling(cfg: Config, tmp_path: Path) -> None:
     """Null means the generation config of the model; what is given wins."""
     cfg.regen.temperature = None
     own = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    own["repetition_penalty"] = 1.05
     cfg.model.path = str(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps(own))
-    assert sampling_of(cfg) == Sampling(0.6, 0.95, 20, 0.0, cfg.regen.max_tokens)
+    most = cfg.regen.max_tokens
+    assert sampling_of(cfg) == Sampling(0.6, 0.95, 20, 0.0, most, repetition_penalty=1.05)
     cfg.regen.temperature, cfg.regen.top_k, cfg.regen.top_p = 0.0, 0, 1.0
-    assert sampling_of(cfg) == Sampling(0.0, 1.0, 0, 0.0, cfg.regen.max_tokens)
+    cfg.regen.repetition_penalty = 1.0
+    off = ("top_k", "repetition_penalty")
+    assert sampling_of(cfg) == Sampling(0.0, 1.0, 0, 0.0, most, off=off)
     cfg.regen.temperature = None
     (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": False}))
     assert sampling_of(cfg).temperature == 0.0

@@ -22,7 +22,7 @@ import torch
 from conftest import REPOSITORY, TINY
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
-from test_sglang_engine import ARGS
+from test_server_engine import ARGS
 from transformers import AutoConfig
 from wheels import wheel
 
@@ -32,7 +32,7 @@ from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.eagle3.draft import Eagle3
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
-from specforge_exp.serving.sglang import server_command
+from specforge_exp.serving.command import Speculation, server_command
 from specforge_exp.target import Target
 
 pytestmark = pytest.mark.slow
@@ -125,9 +125,9 @@ def test_the_server_has_our_options(sources: Sources) -> None:
     engine = EngineConfig(name="sglang", args=ARGS)
     algorithms = attributes_of_enum(sources)
     for kind in (Eagle3, DFlash):
-        draft = kind.sglang_options(5) | {"speculative_draft_model_path": "draft"}
+        draft = Speculation("draft", kind.sglang_options(5))
         used = dict(flags(server_command(engine, "Qwen/Qwen3-8B", 2, 30001, draft)[3:]))
-        assert {*draft} <= {*used}
+        assert {*draft.options, "speculative_draft_model_path"} <= {*used}
         assert {*used} <= {*sources.options}
         assert used["speculative_algorithm"] in algorithms
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specforge_exp.generation.engine import Failed, Refused, Sampling
 from specforge_exp.generation.local.prefixes import BLOCK, Prefixes
-from specforge_exp.generation.local.sampling import choose
+from specforge_exp.generation.local.sampling import choose, penalise
 from specforge_exp.generation.local.slots import Slots
 
 CHUNK = 512
@@ -223,6 +223,8 @@ class Batcher:
         uniforms = [
             row.random.random() if row.sampling.temperature > 0 else 0.0 for row in rows.values()
         ]
+        for place, row in enumerate(rows.values()):
+            penalise(logits_BV[place], row.prompt + row.new, row.sampling.repetition_penalty)
         tokens = choose(logits_BV, samplings, uniforms)
         self.counts["generated_tokens"] += len(tokens)
         for (slot, row), token in zip(rows.items(), tokens, strict=True):

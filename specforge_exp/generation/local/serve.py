@@ -29,6 +29,7 @@ NUMBERS: dict[str, tuple[Any, float, float]] = {
     "top_p": ((int, float), 1e-9, 1),
     "top_k": (int, -1, 1 << 31),
     "min_p": ((int, float), 0, 1),
+    "repetition_penalty": ((int, float), 1e-9, 100),
     "max_tokens": (int, 1, 1 << 31),
     "max_completion_tokens": (int, 1, 1 << 31),
     "seed": (int, -(1 << 63), 1 << 64),
@@ -76,6 +77,7 @@ def parse(body: Any) -> Request:
         numbers.get("min_p", 0.0),
         numbers.get("max_completion_tokens", numbers.get("max_tokens", 1 << 31)),
         bool(body.get("ignore_eos")),
+        numbers.get("repetition_penalty", 1.0),
     )
     return Request(
         messages,

@@ -20,8 +20,9 @@ from modal_app.regen_driver import COMMAND, POISON, REFUSED, write_prompts
 from specforge_exp.config import Config, EngineConfig
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Request, Sampling, ServerDied
-from specforge_exp.generation.sglang_engine import SGLangEngine, layout
-from specforge_exp.serving.sglang import count_servers, parameters, server_command, tp_size_for
+from specforge_exp.generation.server_engine import ServerEngine, layout
+from specforge_exp.serving.command import server_command
+from specforge_exp.serving.gpus import count_servers, parameters, tp_size_for
 from specforge_exp.stages.regen import describe, regen
 
 QWEN3_8B = {
@@ -87,11 +88,11 @@ def asking(text: str, server: int = 0) -> Request:
     return Request([{"role": "user", "content": text}], Sampling(), server=server)
 
 
-def using(cfg: Config, use: Callable[[SGLangEngine], Coroutine[Any, Any, Any]]) -> Any:
+def using(cfg: Config, use: Callable[[ServerEngine], Coroutine[Any, Any, Any]]) -> Any:
     """What `use` returns of an engine that is closed afterwards."""
 
     async def main() -> Any:
-        engine = SGLangEngine(cfg)
+        engine = ServerEngine(cfg)
         try:
             return await use(engine)
         finally:
@@ -161,7 +162,7 @@ def test_every_server_has_its_own_gpus(stub: Config, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     stub.engine.tp_size = 2
 
-    async def ask_both(engine: SGLangEngine) -> list[str]:
+    async def ask_both(engine: ServerEngine) -> list[str]:
         assert engine.servers == 2
         answers = await asyncio.gather(*(engine.answer(asking("?", n)) for n in range(2)))
         return [answer.message["content"] for answer in answers]
@@ -187,11 +188,11 @@ def test_without_sglang_the_way_out_is_named(cfg: Config, monkeypatch: pytest.Mo
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     cfg.engine = EngineConfig(name="sglang")
     with pytest.raises(InputError, match=r"pip install sglang.*engine\.command"):
-        SGLangEngine(cfg)
+        ServerEngine(cfg)
 
 
 def test_nothing_is_left_at_the_end(stub: Config) -> None:
-    async def ask(engine: SGLangEngine) -> list[int]:
+    async def ask(engine: ServerEngine) -> list[int]:
         await engine.answer(asking("?"))
         pids = pids_in(engine.processes[0].log)
         assert len(alive(pids)) == 2
@@ -228,7 +229,7 @@ def test_nothing_is_left_when_the_client_is_killed(stub: Config, tmp_path: Path)
 
 
 def test_a_server_that_dies_is_started_again(stub: Config) -> None:
-    async def die_once(engine: SGLangEngine) -> None:
+    async def die_once(engine: ServerEngine) -> None:
         await engine.answer(asking("?"))
         first = pids_in(engine.processes[0].log)
         asked = [engine.answer(asking(text)) for text in ("wait", "die", "wait")]
@@ -245,7 +246,7 @@ def test_a_server_that_dies_is_started_again(stub: Config) -> None:
 def test_a_server_that_does_not_start(stub: Config) -> None:
     stub.engine.command = ["python", "-c", "print('no room for the model'); raise SystemExit(4)"]
 
-    async def ask_thrice(engine: SGLangEngine) -> list[Any]:
+    async def ask_thrice(engine: ServerEngine) -> list[Any]:
         asked = [engine.answer(asking("?")) for _ in range(3)]
         ends = await asyncio.gather(*asked, return_exceptions=True)
         assert engine.processes[0].log.read_text().count("no room") == 1

@@ -1,4 +1,4 @@
-"""SGLang on this machine: one server for every tp_size GPUs, started, watched and ended here."""
+"""SGLang or vLLM here: one server for every tp_size GPUs, started, watched and ended."""
 
 import asyncio
 import logging
@@ -10,23 +10,18 @@ from specforge_exp.config import Config
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Answer, Request, ServerDied
 from specforge_exp.generation.openai_engine import OpenAIEngine
+from specforge_exp.serving.command import check_installed, server_command
+from specforge_exp.serving.gpus import count_servers, tp_size_of, visible_gpus
 from specforge_exp.serving.server import Server
-from specforge_exp.serving.sglang import (
-    check_installed,
-    count_servers,
-    server_command,
-    tp_size_of,
-    visible_gpus,
-)
 
 log = logging.getLogger(__name__)
 
 
-class SGLangEngine:
+class ServerEngine:
     """Asks servers that it starts when they are first needed, and again after they have died.
 
     Raises:
-        InputError: the GPUs do not suffice, or SGLang is not installed.
+        InputError: the GPUs do not suffice, or the server is not installed.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -112,12 +107,14 @@ def layout(cfg: Config) -> str:
     if options.name == "modal":
         most = f"at most {options.num_servers}" if options.num_servers else "as many as Modal gives"
         price = f", ${dollars:.2f} per container and hour" if dollars else ""
-        return f"engine modal: {most} containers of {options.gpu}:{tp_size}, {many} each{price}"
+        server = "" if options.server == "sglang" else f" {options.server} in"
+        kind = f"containers of {options.gpu}:{tp_size}"
+        return f"engine modal:{server} {most} {kind}, {many} each{price}"
     gpus = visible_gpus()
     count = count_servers(options, tp_size, len(gpus))
     ports = f"{options.port}..{options.port + count - 1}"
     price = f", ${dollars * count:.2f} per hour" if dollars else ""
     return (
-        f"engine sglang: {count} servers on ports {ports}, tp_size {tp_size}, "
+        f"engine {options.name}: {count} servers on ports {ports}, tp_size {tp_size}, "
         f"{count * tp_size if gpus else 0} of {len(gpus)} GPUs, {many} each{price}"
     )

@@ -1,0 +1,73 @@
+"""How many servers a machine's GPUs carry, and how many GPUs one of them needs."""
+
+import os
+
+from specforge_exp.config import Config, EngineConfig
+from specforge_exp.errors import InputError, first_line
+
+SIZES = ((9e9, 1), (35e9, 2), (80e9, 4))
+"""Most parameters, GPUs: 80 GB hold so many in 16 bits and leave room for keys and values."""
+LARGEST = 8
+
+
+def visible_gpus() -> list[str]:
+    """This machine's GPUs, by the names that CUDA_VISIBLE_DEVICES takes."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+
+
+def count_servers(options: EngineConfig, tp_size: int, gpus: int) -> int:
+    """Number of servers on a machine; raises InputError when it has too few GPUs.
+
+    Without any, another server's command is believed to need none, and so is vLLM when the number
+    of servers is given: there are builds of it for CPUs.
+    """
+    if not gpus and (options.command or (options.name == "vllm" and options.num_servers)):
+        return options.num_servers or 1
+    most = gpus // tp_size
+    if not most:
+        raise InputError(
+            f"engine.tp_size={tp_size}, but this machine has {gpus} GPUs; engine=modal rents them, "
+            "engine=transformers works without, and so does engine=vllm engine.num_servers=1 with "
+            "a vLLM that was built for CPUs"
+        )
+    count = options.num_servers or most
+    if count > most:
+        raise InputError(
+            f"engine.tp_size={tp_size} x engine.num_servers={count} are {tp_size * count} GPUs, "
+            f"but this machine has {gpus}; with this tp_size at most engine.num_servers={most}"
+        )
+    return count
+
+
+def tp_size_of(cfg: Config) -> int:
+    """engine.tp_size, or what the target's size asks for."""
+    if cfg.engine.tp_size:
+        return cfg.engine.tp_size
+    if cfg.engine.command:
+        return 1
+    return tp_size_for(parameters(cfg.model.path))
+
+
+def tp_size_for(count: int) -> int:
+    """GPUs for a model of so many parameters."""
+    return next((gpus for most, gpus in SIZES if count <= most), LARGEST)
+
+
+def parameters(path: str) -> int:
+    """Parameters of a model, read off its configuration; raises InputError."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model.path={path} does not say how large it is ({first_line(error)}); set "
+            "engine.tp_size"
+        ) from None
+    return int(model.num_parameters())
