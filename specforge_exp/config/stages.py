@@ -165,6 +165,7 @@ class RegenConfig:
         # YAML reads off and on as truth values.
         self.thinking = {"False": "off", "True": "on"}.get(self.thinking, self.thinking)
         allow(self, "regen.", thinking="model off on kept", truncated="keep drop retry")
+        above_zero("regen.repetition_penalty", self.repetition_penalty)
         minimums(self, "regen.", temperature=0, top_k=0, max_tokens=1, num_samples=1)
         minimums(self, "regen.", samples_per_prompt=1, chunk_size=1, drain=0)
         if self.top_p is not None and not 0 < self.top_p <= 1:
