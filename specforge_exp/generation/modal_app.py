@@ -25,6 +25,8 @@ CODE = Path(specforge_exp.__file__).parent
 MODEL = "/root/model"
 """Where a container has a target that is a folder of this machine."""
 MOST_BYTES = 2e9
+PYTHON = "RUN command -v python || ln -s $(command -v python3) /usr/local/bin/python"
+"""Modal starts `python`, which vLLM's image has as python3 alone."""
 NEEDED = ("omegaconf>=2.3", "aiohttp>=3.11", "orjson>=3.10")
 """What our code needs beside SGLang; what its image has already stays as it is."""
 WHOLE = (
@@ -88,7 +90,9 @@ def image(cfg: Config) -> modal.Image:
     if cfg.engine.image == "debian_slim":
         base = modal.Image.debian_slim()
     else:
-        base = modal.Image.from_registry(cfg.engine.image).entrypoint([])
+        base = modal.Image.from_registry(
+            cfg.engine.image, setup_dockerfile_commands=[PYTHON]
+        ).entrypoint([])
     installed = base.uv_pip_install(*packages(cfg))
     if shipped(cfg):
         folder = Path(cfg.model.path)
