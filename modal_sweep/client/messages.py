@@ -67,7 +67,7 @@ def problems(jobs: Sequence[Job], conf: ModalLauncherConf, journal: Journal) -> 
         lambda: preflight.check_cost(jobs, conf, ask=False),
     ):
         try:
-            with modal_errors():
+            with modal_errors(without=str):
                 check()
         except LaunchError as error:
             refusals.append(str(error))

@@ -31,8 +31,7 @@ class EngineConfig:
     api_key: str = "OPENAI_API_KEY"
     """openai: the environment variable with the key; it may be unset."""
     tp_size: int | None = None
-    """sglang, modal: GPUs of one server; null: 1 for targets up to 8B, 2 up to 32B, 4 up to 80B,
-    8 above."""
+    """sglang, modal: GPUs of one server; null: 1 for targets up to 8B, 2 up to 32B, 8 above."""
     num_servers: int | None = None
     """sglang: servers on this machine; null: as many as its GPUs carry. modal: containers at a
     time, at most; null: as many as Modal gives."""
@@ -55,7 +54,7 @@ class EngineConfig:
     """modal: the containers' image; `debian_slim` with `command` is one without SGLang."""
     startup_timeout: float = 1200.0
     """Seconds until a server must be healthy."""
-    timeout: float = 1800.0
+    timeout: float = 600.0
     """Seconds for one answer."""
     retries: int = 4
     """Further attempts at an answer that failed or timed out."""

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from specforge_exp.errors import InputError, first_line
+from specforge_exp.offline import offline
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,8 @@ def problem(name: str, error: Exception) -> str:
         return f"model.path={name} is neither a folder nor a hub id: {first}"
     if isinstance(error, RepositoryNotFoundError):
         return f"model.path={name}: there is no {page}, or it is private and HF_TOKEN cannot see it"
-    if constants.HF_HUB_OFFLINE:
-        return f"{name} is not in {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE forbids to fetch it"
+    if why := offline():
+        return f"{why}, and {name} is not in {constants.HF_HUB_CACHE}"
     if isinstance(error, LocalEntryNotFoundError) and not isinstance(error, HfHubHTTPError):
         return f"{constants.ENDPOINT} cannot be reached, and {name} is not here yet"
     return (
