@@ -131,6 +131,10 @@ def summary(journal: Journal, records: Sequence[JobRecord]) -> None:
     broken = sum(record.broken for record in records)
     completed = f"{len(records) - broken} of {len(records)} jobs completed"
     say(f"{completed}; outputs in {journal.sweep_dir}")
+    if broken < len(records) and any(record.plan["unique"] for record in records):
+        say(
+            f"what else they wrote is on Volumes: modal-sweep pull --checkpoints {journal.sweep_dir}"
+        )
     if broken:
         say(f"run those again: modal-sweep rerun --failed {journal.sweep_dir}")
     if away := [record for record in records if record.unpulled]:

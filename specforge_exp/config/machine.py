@@ -51,7 +51,7 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
             "requires": [model, prompts],
         },
         "preprocess": {
-            **cores(2, 32),
+            **cores(8, 32),
             "unique": [str(paths.tokens_dir(there))],
             "requires": [model, answers],
         },

@@ -28,10 +28,14 @@ def without_account(stage: str, job: DictConfig) -> str:
         stage: the script.
         job: the configuration of its first job.
     """
-    study = any(word.startswith(("hparams_search=", "hydra/sweeper=optuna")) for word in sys.argv)
-    own = "hydra.sweeper.dry_run=true" if study else "hydra.launcher.dry_run=true"
-    shows = "what is searched, and where first" if study else "the jobs, their machines, the cost"
-    return offers(stage, own, shows)
+    if study():
+        return offers(stage, "hydra.sweeper.dry_run=true", "what is searched, and where first")
+    return offers(stage, "hydra.launcher.dry_run=true", "the jobs, their machines, the cost")
+
+
+def study() -> bool:
+    """Whether this command searches."""
+    return any(word.startswith(("hparams_search=", "hydra/sweeper=optuna")) for word in sys.argv)
 
 
 def offers(stage: str, own: str = "", shows: str = "") -> str:
@@ -52,7 +56,8 @@ def offers(stage: str, own: str = "", shows: str = "") -> str:
         if earlier != "regen" or "preprocess.source=prep" not in words:
             lines.append((shlex.join([*program(earlier), QUICKSTART, *options]), ""))
     flags = ["-m"] * bool({"-m", "--multirun"} & {*sys.argv})
-    here = [*script, *flags, QUICKSTART, *words]
+    few = study() and "hydra.sweeper.n_trials=" not in " ".join(words)
+    here = [*script, *flags, QUICKSTART, *words, *["hydra.sweeper.n_trials=4"] * few]
     lines.append((shlex.join(here), "the same with a tiny target, in minutes"))
     if Path.cwd() == REPOSITORY and (REPOSITORY / "tests" / "modal_local").is_dir():
         place = ["hydra/launcher=modal"] if flags else SERVER * (stage == "regen")
