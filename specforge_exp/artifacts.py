@@ -143,11 +143,8 @@ def commands(cfg: Config, stage: str) -> str:
     hint = "preprocess.source=prep does without regen.py" if "regen" in names else ""
     lines = [command(name, away=False) for name in names]
     if SAME in lines[0]:
-        return (
-            " "
-            + ", ".join(line.replace(f" {SAME}", "") for line in lines)
-            + f" {SAME}{hint and '; ' + hint}"
-        )
+        short = ", ".join(line.replace(f" {SAME}", "") for line in lines)
+        return f" {short} {SAME}{hint and f'; {hint}'}"
     return "".join(f"\n  {line}" for line in lines) + (hint and f"\n  # {hint}")
 
 

@@ -19,7 +19,7 @@ def settle(cfg: Config) -> None:
 
     The hub's client reads the environment when it is imported. Behind a proxy nothing is tried.
     """
-    wanted = on_the_hub(cfg.model.path) or "hub:" in str([cfg.data, cfg.bench])
+    wanted = on_the_hub(cfg.model.path) or cfg.export.push or "hub:" in str([cfg.data, cfg.bench])
     if not wanted or os.environ.get("HF_HUB_OFFLINE") or getproxies():
         return
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"

@@ -132,9 +132,8 @@ def summary(journal: Journal, records: Sequence[JobRecord]) -> None:
     completed = f"{len(records) - broken} of {len(records)} jobs completed"
     say(f"{completed}; outputs in {journal.sweep_dir}")
     if broken < len(records) and any(record.plan["unique"] for record in records):
-        say(
-            f"what else they wrote is on Volumes: modal-sweep pull --checkpoints {journal.sweep_dir}"
-        )
+        pull = f"modal-sweep pull --checkpoints {journal.sweep_dir}"
+        say(f"checkpoints and what else they wrote are on the Volumes; here with: {pull}")
     if broken:
         say(f"run those again: modal-sweep rerun --failed {journal.sweep_dir}")
     if away := [record for record in records if record.unpulled]:

@@ -80,8 +80,8 @@ class Config:
     """Folder of the run under paths.checkpoints."""
     output_prefix: str = ""
     """Before every run_name and sweep_name that conf/ makes, e.g. eagle3-opd_."""
-    run: list[str] = field(default_factory=list)
-    """report: the runs, by name or folder, instead of a sweep; their pages stand side by side."""
+    run: Any = None
+    """report: a run by its name or folder, or several ([one,other]), instead of a sweep."""
     sweep_name: str = "sweep"
     """Folder of multiruns' records under paths.checkpoints/sweeps, one below it per script."""
     sweep: str | None = None

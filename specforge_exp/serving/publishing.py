@@ -129,9 +129,8 @@ def measured(run: Path, record: dict[str, Any]) -> str:
             tau = f"{figures['accepted_length']:.2f}"
             lines.append(f"| {name} | {figures['prompts']} | {tau} | {interval} |")
         setting = ", ".join(f"{key} {value}" for key, value in said.items() if value is not None)
-        lines.append(
-            f"\nMean {bench['average']:.3f}. Tau is tokens gained per verification; {setting}."
-        )
+        mean = f"Mean {bench['average']:.3f}. Tau is the tokens gained per verification"
+        lines.append(f"\n{mean}; {setting}.")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) or "Not measured."
 
