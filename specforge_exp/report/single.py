@@ -60,7 +60,7 @@ def listed(number: int, folder: Path, label: str) -> SweepRun:
     record = record_of(folder)
     config: dict[str, Any] = record.get("config") or {}
     named = {key: (config.get(key) or {}).get("name") for key in ("model", "data", "draft", "loss")}
-    choices = {**named, "lr": config.get("lr"), "seed": config.get("seed")}
+    choices = {**named, "lr": config.get("lr"), "run_name": folder.name}  # no two are one row
     run = SweepRun(
         number=number,
         name=folder.name,

@@ -71,10 +71,16 @@ def model_card(cfg: Config, run: Path, options: dict[str, Any]) -> str:
     return CARD.format(
         front=f"base_model: {target}" if hub else "license: other",
         draft=cfg.draft.name, title=folder, target=f"[{name}](https://huggingface.co/{name})"
-        if hub else name, training=rows(trained(own, record)), command=own["command"],
+        if hub else name, training=rows(trained(own, record)), command=typed(own["command"]),
         measured=measured(run, record), serve=shlex.join(words), folder=folder,
         vllm=f'{{{method}"model": "{folder}", "num_speculative_tokens": {cfg.chain_length}}}',
     )  # fmt: skip
+
+
+def typed(command: str) -> str:
+    """A record's command without the folder that the script lies in."""
+    script, _, options = command.partition(" ")
+    return f"python {Path(script).name} {options}".strip()
 
 
 def read_trained(run: Path) -> dict[str, Any]:

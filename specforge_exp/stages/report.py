@@ -39,14 +39,14 @@ def report(cfg: Config) -> None:
     """Write the report of what `run` or `sweep` names, and print its table."""
     if cfg.run:
         names = [cfg.run] if isinstance(cfg.run, str) else [*map(str, cfg.run)]
-        make(collect_runs(names, cfg.paths.checkpoints), cfg.report)
+        write(collect_runs(names, cfg.paths.checkpoints), cfg.report)
         return
     if cfg.sweep is None:
         root = Path(cfg.paths.checkpoints) / "sweeps"
         raise InputError(
             f"sweep=<dir> is missing: {no_sweep(root, root)}; run=<name> shows one run"
         )
-    make(collect(find_sweep(cfg.sweep, cfg.paths.checkpoints)), cfg.report)
+    make(find_sweep(cfg.sweep, cfg.paths.checkpoints), cfg.report)
 
 
 def at_end(cfg: DictConfig, sweep_dir: str | Path) -> None:
@@ -57,10 +57,15 @@ def at_end(cfg: DictConfig, sweep_dir: str | Path) -> None:
     """
     options = OmegaConf.to_object(OmegaConf.merge(ReportConfig, cfg.get("report") or {}))
     assert isinstance(options, ReportConfig)
-    make(collect(Path(sweep_dir)), options)
+    make(Path(sweep_dir), options)
 
 
-def make(sweep: Collected, options: ReportConfig) -> None:
+def make(sweep_dir: Path, options: ReportConfig) -> None:
+    """Report on a sweep."""
+    write(collect(sweep_dir), options)
+
+
+def write(sweep: Collected, options: ReportConfig) -> None:
     """Write the four files and print the table."""
     sweep_dir = sweep.folder
     sweep_dir.mkdir(parents=True, exist_ok=True)
@@ -80,7 +85,7 @@ def make(sweep: Collected, options: ReportConfig) -> None:
     shown = ranking.entries[:PRINTED]
     print(markdown_table(columns(sweep, ranking, seeds=False), shown))
     if spread and len(sweep.runs) <= SPREAD:
-        print(f"\n{spread}")
+        print(f"\n{spread}", end="")
     if len(shown) < len(ranking.entries):
         print(f"... and {len(ranking.entries) - len(shown)} more in {sweep_dir / 'report.md'}")
     print(f"\n{' '.join(headline(ranking))}\n{html}")
