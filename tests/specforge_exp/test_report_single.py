@@ -60,7 +60,6 @@ def test_a_sweep_shows_the_distributions_of_its_runs(checkpoints: Path) -> None:
 
 
 def test_a_run_that_is_not_there_is_named_with_those_that_are(checkpoints: Path) -> None:
-    with pytest.raises(
-        InputError, match=f"run=nope is no folder of a run.*{names(checkpoints)[0]}"
-    ):
+    there = names(checkpoints)[0]
+    with pytest.raises(InputError, match=f"run=nope is no folder of a run.*{there}"):
         collect_runs(["nope"], str(checkpoints))
