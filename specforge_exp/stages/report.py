@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from specforge_exp.artifacts import disk_errors
 from specforge_exp.config import Config, ReportConfig
 from specforge_exp.errors import InputError
-from specforge_exp.report.collect import Collected, collect
+from specforge_exp.report.collect import ACCEPTED, Collected, collect
 from specforge_exp.report.page import page
 from specforge_exp.report.ranking import headline, rank
 from specforge_exp.report.record import find_sweep, no_sweep
@@ -69,8 +69,11 @@ def write(sweep: Collected, options: ReportConfig) -> None:
     """Write the four files and print the table."""
     sweep_dir = sweep.folder
     sweep_dir.mkdir(parents=True, exist_ok=True)
-    ranking = rank(sweep, options.metric, options.resamples)
-    by_seed = rank(sweep, options.metric, options.resamples, by_seed=True)
+    metric = options.metric
+    if sweep.script == "bench" and metric == ReportConfig.metric:
+        metric = ACCEPTED  # what its jobs return
+    ranking = rank(sweep, metric, options.resamples)
+    by_seed = rank(sweep, metric, options.resamples, by_seed=True)
     html = sweep_dir / "report.html"
     with disk_errors(html):
         with written(html) as file:

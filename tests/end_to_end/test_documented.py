@@ -38,10 +38,10 @@ def commands() -> Iterator[tuple[str, str]]:
         if page.name == HISTORY:
             continue
         fenced = False
-        for line in page.read_text().splitlines():
+        for line in page.read_text().replace("\\\n", " ").splitlines():
             fenced ^= line.startswith("```")
             if (fenced or line.startswith("    ")) and line.strip().startswith(PROGRAMS):
-                yield page.name, re.split(r" {2,}(?=[#a-z])|\s#\s", line.strip())[0]
+                yield page.name, re.split(r" {2,}(?=#|[a-z]+[ ;,])|\s#\s", line.strip())[0]
 
 
 COMMANDS = sorted(set(commands()))
@@ -69,9 +69,11 @@ def check_stage(stage: str, words: list[str]) -> None:
         if override.is_sweep_override() and not text.startswith("hydra.sweeper"):
             studied = any(word.startswith("hparams_search=") for word in words)  # an interval
             assert "-m" in flags, f"{text} is a list and there is no -m"
+            if studied:
+                continue
             values = ["baseline"] if "glob" in text else override.sweep_string_iterator()
-            text = "" if studied else f"{override.get_key_element()}={next(iter(values))}"
-        single += [text] if text else []
+            text = f"{override.get_key_element()}={next(iter(values))}"
+        single.append(text)
     ConfigStore.instance().store(name="schema", node=Config)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config: Any = compose("config", single, return_hydra_config=True)
