@@ -63,7 +63,7 @@ def offers(stage: str, own: str = "", shows: str = "") -> str:
         place = ["hydra/launcher=modal"] if flags else SERVER * (stage == "regen")
         local = shlex.join(["python", "-m", "tests.modal_local", "--", *here, *place])
         lines += [(local, "on a Modal of this machine")] if place else []
-    wide = max(len(line) for line, _ in lines if len(line) < 90)
+    wide = max((len(line) for line, _ in lines if len(line) < 90), default=0)
     return "".join(
         f"\n  {line:{wide}}  # {what}" if what else f"\n  {line}" for line, what in lines
     )

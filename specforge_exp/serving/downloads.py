@@ -61,7 +61,7 @@ def problem(name: str, error: Exception) -> str:
         return (
             f"{name} is gated: accept its licence at {page} and give a token of that account, here "
             "as HF_TOKEN=..., on Modal with `modal secret create huggingface-secret HF_TOKEN=...` "
-            "and model.secrets={huggingface-secret: [HF_TOKEN]}"
+            "and +model.secrets.huggingface-secret=[HF_TOKEN]"
         )
     if isinstance(error, HFValidationError):
         return f"model.path={name} is neither a folder nor a hub id: {first}"

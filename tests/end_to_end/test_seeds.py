@@ -17,7 +17,9 @@ def cells() -> list[list[str]]:
 
 def test_every_row_stands_there_once() -> None:
     named = [row for ids, *_ in cells() for row in ids.split()]
-    assert sorted(named) == sorted(f"{g}{n}" for g, most in ROWS.items() for n in range(1, most + 1))
+    assert sorted(named) == sorted(
+        f"{g}{n}" for g, most in ROWS.items() for n in range(1, most + 1)
+    )
 
 
 def test_every_row_has_a_place_and_a_proof() -> None:

@@ -320,3 +320,26 @@ def test_every_field_has_a_docstring() -> None:
                     continue
                 said = isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
                 assert said, f"{path.name}: {node.name}.{ast.unparse(field.target)}"
+
+
+def test_the_limits_of_regeneration_on_modal() -> None:
+    cfg = composed("model=qwen3_8b")
+    assert (cfg.engine.name, cfg.engine.rate_limit, cfg.engine.timeout) == ("modal", 200, 600)
+    assert composed("model=tiny").engine.rate_limit is None
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["experiment=quickstart"], ["experiment=dflash_qwen3_8b_wsd"],
+              ["hparams_search=opd"], ["naming=searched"]]
+)  # fmt: skip
+def test_a_prefix_stands_before_every_name(words: list[str]) -> None:
+    plain, cfg = composed(*words), composed(*words, "output_prefix=eagle3-opd_")
+    assert cfg.run_name == f"eagle3-opd_{plain.run_name}"
+    assert cfg.sweep_name == f"eagle3-opd_{plain.sweep_name}"
+
+
+def test_large_models_say_their_size() -> None:
+    """So that a dry run needs no network."""
+    for file in (CONF / "model").glob("*.yaml"):
+        if "hydra/launcher: modal" in file.read_text():
+            assert composed(f"model={file.stem}").model.billions, file
