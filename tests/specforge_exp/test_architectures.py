@@ -14,7 +14,7 @@ def count(module: nn.Module) -> int:
 
 
 def test_parameters_beside_each_other() -> None:
-    """EAGLE-3 is one layer of twice the width, a projection and a small head; DFlash five layers."""
+    """EAGLE-3 is one layer of twice the width, a projection and a head; DFlash five layers."""
     H, F, heads, kv, D = 4096, 12288, 32 * 128, 8 * 128, 32000
     mlp, attention = 3 * H * F, 2 * H * heads + 2 * H * kv
     own, other = eagle3()[0], dflash()[0]
