@@ -28,19 +28,22 @@ from specforge_exp.errors import InputError
 Task = Callable[[DictConfig], object]
 
 
-def reported(call: Callable[[], Any], report: Callable[..., Any] = utils.run_and_report) -> Any:
+OF_HYDRA = utils.run_and_report
+
+
+def reported(func: Any) -> Any:
     """As Hydra reports what a call raises, but of what a user can mend the message alone."""
 
     def quiet() -> Any:
         try:
-            return call()
+            return func()
         except CompactHydraException as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else ""
             sys.exit("\n".join(filter(None, [str(error), str(cause)])))
 
-    return report(quiet)
+    return OF_HYDRA(quiet)
 
 
 def command(task: Task) -> Callable[[], None]:
@@ -57,7 +60,8 @@ def command(task: Task) -> Callable[[], None]:
             words[0] = "regen.status=true"
         parser = utils.get_args_parser()
         arguments = parser.parse_intermixed_args(words)  # flags may stand anywhere
-        if problem := unknown_key(arguments.overrides, Config):
+        options = [] if arguments.shell_completion else arguments.overrides
+        if problem := unknown_key(options, Config):
             sys.exit(f"error: {problem}")
         if arguments.experimental_rerun:
             sys.exit("error: --experimental-rerun reads a pickle; run the command again instead")

@@ -267,10 +267,10 @@ def test_bad_input_is_one_clear_error(
     ("script", "arguments", "words"),
     [
         ("train.py", ["run_name=../../out/x"], "run_name='../../out/x' may only hold"),
-        ("train.py", ["experiment=quickstart"], "prep.py, python regen.py, python preprocess.py ("),
+        ("train.py", ["experiment=quickstart"], "/preprocess.py experiment=quickstart\n"),
         ("prep.py", ["data=ultrachat", "prep.check=true"], "make it with: python prep.py"),
         ("report.py", ["sweep=."], "holds no sweep.json"),
-        ("bench.py", ["experiment=quickstart"], "python train.py, python export.py ("),
+        ("bench.py", ["experiment=quickstart"], "/train.py experiment=quickstart\n"),
     ],
 )
 def test_a_refused_call_leaves_nothing(
@@ -285,7 +285,7 @@ def test_a_refused_call_leaves_nothing(
     )  # fmt: skip
     assert done.returncode == 1
     assert words in done.stderr
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "in", "out"]
     assert list(tmp_path.glob("deep/in/runs/*")) + list(tmp_path.glob("out/*")) == []
 
 
