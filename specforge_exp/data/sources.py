@@ -173,8 +173,8 @@ def read_hub(rest: str, source: Source) -> Iterator[Raw | Rejected]:
     except Exception as error:  # the hub client raises dozens of types, also in mid-stream
         if why := offline():
             raise InputError(
-                f"{why}, and {source.path} is not in its cache; without a network: data=synthetic, "
-                "or data=local data.path=<file>"
+                f"{why}, and {source.path} cannot be read from its cache ({first_line(error)}); "
+                "without a network: data=synthetic, or data=local data.path=<file>"
             ) from None
         raise InputError(
             f"{source.path} cannot be read: {first_line(error)} (check the id, the configuration "

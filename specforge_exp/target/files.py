@@ -43,6 +43,6 @@ def not_loadable(cfg: ModelConfig, error: Exception) -> str:
             "never run here (trust_remote_code stays off); use a checkpoint of an architecture "
             "that the installed transformers has itself"
         )
-    if why := offline() if kind != "folder" else None:
+    if (why := offline()) and kind != "folder" and isinstance(error, OSError):
         return f"{why}, and model.path={cfg.path} is not in the cache; a folder of it works too"
     return f"model.path={cfg.path} cannot be loaded as a {kind}: {first_line(error)}"

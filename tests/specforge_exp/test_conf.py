@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_origin
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -141,7 +141,9 @@ def numbers(kind: type) -> list[tuple[str, str]]:
         (draft, key)
         for draft in ("eagle3", "dflash")
         for key, type_, _ in options(composed(f"draft={draft}"))
-        if kind in (type_, *get_args(type_)) and (draft == "eagle3" or key.startswith("draft."))
+        if kind in (type_, *get_args(type_))
+        and get_origin(type_) is not list
+        and (draft == "eagle3" or key.startswith("draft."))
     ]
 
 

@@ -50,6 +50,9 @@ class Hub(BaseHTTPRequestHandler):
             return self.send(200, {"commitUrl": url, "commitOid": "b" * 40, "success": True})
         return self.send(200, {"errors": [], "warnings": []})  # validate-yaml
 
+    def do_GET(self) -> None:
+        self.send(404, {"error": "not here"})
+
     def send(self, code: int, content: dict[str, Any]) -> None:
         data = json.dumps(content).encode()
         self.send_response(code)
@@ -108,18 +111,20 @@ def files(tmp_path: Path) -> Path:
 def test_draft_and_card_are_one_commit(hub: str, files: Path) -> None:
     done = push(hub, files)
     assert done.returncode == 0, done.stderr
-    assert [(made["name"], made["private"]) for made in Hub.created] == [("draft", True)]
+    whose = {"name": "draft", "organization": "me"}
+    assert Hub.created == [{**whose, "visibility": "private"}]
     assert Hub.files == {
         "config.json": b"{}", "model.safetensors": b"weights", "README.md": b"# a card",
     }  # fmt: skip
     assert f"README.md: {hub}/me/draft/commit/" in done.stderr
-    assert push(hub, files, "public").returncode == 0 and not Hub.created[-1].get("private")
+    assert push(hub, files, "public").returncode == 0
+    assert Hub.created[-1] == {**whose, "visibility": "public"}
 
 
 def test_a_hub_that_refuses_is_one_line(hub: str, files: Path) -> None:
     refused = push(hub, files, token="reader")
     assert refused.returncode == 1 and not Hub.files
-    assert refused.stderr.startswith("error: export.push=me/draft: ")
+    assert refused.stderr.splitlines()[-1].startswith("error: export.push=me/draft: ")
     assert "HF_TOKEN" in refused.stderr and "Traceback" not in refused.stderr
 
 
