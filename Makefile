@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install quickstart smollm2 test engines lint format clean
+.PHONY: help install quickstart modal-smoke smollm2 test engines lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -16,6 +16,9 @@ install: .venv/.ready  ## set up .venv with the tested versions
 
 quickstart: .venv/.ready  ## prompts to tau in minutes, on a CPU, without any account
 	PYTHON=$(BIN)/python bash runs/quickstart.sh
+
+modal-smoke: .venv/.ready  ## every stage small on Modal; without an account on a Modal of this machine
+	PYTHON=$(BIN)/python bash runs/modal_smoke.sh
 
 smollm2: .venv/.ready  ## the same six stages with SmolLM2-135M and real prompts, about an hour
 	PYTHON=$(BIN)/python bash runs/smollm2.sh

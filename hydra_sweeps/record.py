@@ -8,14 +8,16 @@ import fcntl
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
 from hydra_sweeps.command import command_line
@@ -176,11 +178,13 @@ def write(sweep_dir: Path, sweep: Sweep) -> None:
 def locked(sweep_dir: Path) -> Iterator[None]:
     """Only one process runs a sweep's folder; its end opens the lock, whatever ended it.
 
-    A record lock, since processes that jobs leave behind would inherit a flock.
+    A record lock, since processes that jobs leave behind would inherit a flock. What is refused
+    before any job leaves no folder that was not there.
 
     Raises:
         SweepError: another one does.
     """
+    made = [folder for folder in (sweep_dir, *sweep_dir.parents) if not folder.exists()]
     sweep_dir.mkdir(parents=True, exist_ok=True)
     with (sweep_dir / LOCK).open("a+") as file:
         try:
@@ -193,7 +197,25 @@ def locked(sweep_dir: Path) -> Iterator[None]:
             ) from None
         file.truncate(0)
         print(f"pid {os.getpid()}", file=file, flush=True)
-        yield
+        try:
+            yield
+        except CompactHydraException:
+            if made and not begun(sweep_dir):
+                shutil.rmtree(sweep_dir)
+                for folder in made[1:]:
+                    with suppress(OSError):
+                        folder.rmdir()
+            raise
+
+
+def begun(sweep_dir: Path) -> bool:
+    """Whether a job has come so far that it left something: in the record, or in files."""
+    sweep = read(sweep_dir)
+    if sweep and any(run.status != "planned" for run in sweep.runs.values()):
+        return True
+    ours = (FILE, LOCK, "multirun.yaml", "study.db")
+    files = [path for path in sweep_dir.rglob("*") if path.is_file() and path.stat().st_size]
+    return any(not path.name.startswith(ours) for path in files)
 
 
 def outcome(returned: JobReturn) -> Outcome:

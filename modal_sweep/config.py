@@ -95,6 +95,9 @@ class JobSettings:
     machine: str | None = None
     """Dotted path of a function of a script's name and a job's configuration, called here: what it
     returns is laid over the node's settings, and `tasks` over that."""
+    without: str | None = None
+    """Dotted path of a function of a script's name and a job's configuration, called here where
+    Modal does not know the machine: what can be done without an account."""
     checkpoints: str | None = None
     """Glob; the Volumes are committed whenever a new match appears."""
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from specforge_exp import paths
 from specforge_exp.config import REPOSITORY, Config
+from specforge_exp.config.machine import SAME, command
 from specforge_exp.errors import InputError
 from specforge_exp.lease import lease
 from specforge_exp.records import sync, sync_tree, unsealed, write_record
@@ -35,7 +36,6 @@ WHOLE = 64 * 2**20
 """Bytes of the largest file whose digest is of all of it."""
 BLOCKS, BLOCK = 16, 2**16
 """The digest of a larger file is of so many blocks of so many bytes, evenly spread."""
-SAME = "(with the same options)"
 PACKAGES = "torch transformers tokenizers safetensors hydra-core omegaconf numpy".split()
 
 
@@ -116,7 +116,7 @@ def reusable(
             f"{'; '.join(changes)}. Make it again with {again}, or keep both under {both}"
         )
     if record_file.name == "run.json":
-        check(folder, f"python {stage}.py {again} {SAME}")
+        check(folder, command(stage, again, away=False))
     log.info("%s: complete, reused: %s", stage, folder)
     return True
 
@@ -140,8 +140,12 @@ def commands(cfg: Config, stage: str) -> str:
         names = [] if product.exists() and name != stage else [*names, name]
         if name == stage:
             break
-    hint = "; preprocess.source=prep does without regen.py" if "regen" in names else ""
-    return ", ".join(f"python {name}.py" for name in names) + f" {SAME}{hint}"
+    hint = "preprocess.source=prep does without regen.py" if "regen" in names else ""
+    lines = [command(name, away=False) for name in names]
+    if SAME in lines[0]:
+        short = ", ".join(line.replace(f" {SAME}", "") for line in lines)
+        return f" {short} {SAME}{hint and f'; {hint}'}"
+    return "".join(f"\n  {line}" for line in lines) + (hint and f"\n  # {hint}")
 
 
 def require(cfg: Config, stage: str, *names: str) -> Path:
@@ -151,12 +155,10 @@ def require(cfg: Config, stage: str, *names: str) -> Path:
         InputError: a file is missing or damaged; names the commands that make it, in order.
     """
     folder = products(cfg)[stage].parent
-    check(folder, f"python {stage}.py {stage}.force=true {SAME}")
+    check(folder, command(stage, f"{stage}.force=true", away=False))
     for name in names:
         if not (folder / name).exists():
-            raise InputError(
-                f"{folder / name} does not exist; make it with: {commands(cfg, stage)}"
-            )
+            raise InputError(f"{folder / name} does not exist; make it with:{commands(cfg, stage)}")
     return folder
 
 
@@ -255,7 +257,12 @@ def writing(
     partial = partial_of(folder)
     with disk_errors(partial), lease(folder):
         begin(partial, fingerprint, vars(vars(cfg)[stage])["force"], stage, work)
-        yield partial
+        try:
+            yield partial
+        except InputError:
+            if not unfinished(partial, work):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         record = describe(cfg, fingerprint.inputs, fingerprint.settings)
         record |= {"seconds": round(time.monotonic() - started, 1), **(counts or {})}
         files = {path for path in partial.rglob("*") if path.is_file()}

@@ -6,25 +6,44 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 from hydra import version
-from hydra._internal.utils import _run_hydra, get_args_parser
+from hydra._internal import utils
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from specforge_exp import paths
+from specforge_exp import offline, paths
 from specforge_exp.config import Config, from_omegaconf, repository
 from specforge_exp.config.keys import unknown_key
 from specforge_exp.errors import InputError
 
 Task = Callable[[DictConfig], object]
+
+
+OF_HYDRA = utils.run_and_report
+
+
+def reported(func: Any) -> Any:
+    """As Hydra reports what a call raises, but of what a user can mend the message alone."""
+
+    def quiet() -> Any:
+        try:
+            return func()
+        except CompactHydraException as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else ""
+            sys.exit("\n".join(filter(None, [str(error), str(cause)])))
+
+    return OF_HYDRA(quiet)
 
 
 def command(task: Task) -> Callable[[], None]:
@@ -39,15 +58,17 @@ def command(task: Task) -> Callable[[], None]:
         words = sys.argv[1:]
         if words[:1] == ["status"]:
             words[0] = "regen.status=true"
-        parser = get_args_parser()
+        parser = utils.get_args_parser()
         arguments = parser.parse_intermixed_args(words)  # flags may stand anywhere
-        if problem := unknown_key(arguments.overrides, Config):
+        options = [] if arguments.shell_completion else arguments.overrides
+        if problem := unknown_key(options, Config):
             sys.exit(f"error: {problem}")
         if arguments.experimental_rerun:
             sys.exit("error: --experimental-rerun reads a pickle; run the command again instead")
         if arguments.help:  # Hydra copies the store for every group; there is one per process
             vars(store)["__deepcopy__"] = lambda memo: store
-        _run_hydra(arguments, parser, task, repository("conf"), "config")
+        utils.run_and_report = reported
+        utils._run_hydra(arguments, parser, task, repository("conf"), "config")
 
     return main
 
@@ -62,7 +83,7 @@ def recorded(cfg: DictConfig, config: Config) -> Iterator[None]:
     hydra, folder = HydraConfig.get(), paths.run_dir(config)
     stage, new = hydra.job.name, not folder.exists()
     stages = ("train",) if new else ("train", "export", "bench")
-    if hydra.mode != RunMode.RUN or stage not in stages or config.sweep:
+    if stage not in stages or config.sweep:
         yield
         return
     record = folder / ".hydra" / stage
@@ -87,17 +108,35 @@ def recorded(cfg: DictConfig, config: Config) -> Iterator[None]:
         handler.close()
 
 
+@contextmanager
+def leaving_nothing(config: Config) -> Iterator[None]:
+    """Remove the empty folders above artifacts that a refused call has made."""
+    roots = [Path(root).absolute() for root in vars(config.paths).values()]
+    above = {folder for root in roots for folder in (root, *root.parents) if not folder.exists()}
+    try:
+        yield
+    except InputError:
+        for folder in sorted(above, reverse=True):  # what is inside comes first
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
 def run(stage: str, cfg: DictConfig) -> object:
     """Call a stage, named as `package.module:function`, with the typed configuration.
 
-    What a user can mend ends the process with one line.
+    What a user can mend ends the process with one line; a job of -m with an exception.
     """
-    launched = HydraConfig.get().runtime.cwd
-    if Path(launched).is_dir():  # paths are relative to it, whatever hydra.job.chdir says
-        os.chdir(launched)
+    hydra = HydraConfig.get()
+    if Path(hydra.runtime.cwd).is_dir():  # paths are relative to it, whatever hydra.job.chdir says
+        os.chdir(hydra.runtime.cwd)
+    single = hydra.mode == RunMode.RUN
     try:
         config = from_omegaconf(cfg)
-        with recorded(cfg, config):
+        offline.settle(config)
+        with leaving_nothing(config), recorded(cfg, config) if single else nullcontext():
             return resolve_name(stage)(config)  # loads torch
     except InputError as error:
+        if single and os.environ.get("HYDRA_FULL_ERROR") != "1":
+            sys.exit(f"error: {error}")
         raise CompactHydraException(f"error: {error}") from None

@@ -25,8 +25,8 @@ NAMES = {path: path.relative_to(ROOT).as_posix() for path in SOURCES}
 FLOORS = {
     "specforge_exp": [
         # Records: what torch is not needed for.
-        "config errors records paths lease artifacts data.conversations data.files data.formats "
-        "data.sources data.synthetic",
+        "config errors offline records paths lease artifacts data.conversations data.files "
+        "data.formats data.sources data.synthetic",
         # Rooms, and what stands on the square.
         "losses target sharding interrupt data drafts training serving generation bench report",
         "stages",
@@ -42,18 +42,18 @@ FLOORS = {
 }
 """Every house from its floor upwards; the longer name of a file counts."""
 BUDGETS = {
-    "modal_sweep": 32_800,
-    "hydra_sweeps": 27_700,
+    "modal_sweep": 33_000,
+    "hydra_sweeps": 28_050,
     "hydra_plugins": 1_050,
-    "specforge_exp": 142_000,
+    "specforge_exp": 148_100,
     "specforge_exp/data": 15_800,
     "specforge_exp/target": 6_300,
     "specforge_exp/drafts": 22_800,
-    "specforge_exp/training": 13_300,
+    "specforge_exp/training": 14_050,
     "specforge_exp/generation": 24_350,
     "specforge_exp/bench": 9_700,
-    "specforge_exp/report": 17_300,
-    "": 203_900,
+    "specforge_exp/report": 18_550,
+    "": 210_600,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
 written."""

@@ -24,6 +24,9 @@ class ExperimentSweeperConf:
     """Runs of each choice, with this many values of `repeat_key`."""
     repeat_key: str | None = None
     """An integer that repeats count up, beginning with the configured one, e.g. seed."""
+    only: list[str] = field(default_factory=list)
+    """Of all runs those whose name, as the dry run prints it, fits one of these patterns, e.g.
+    ["*full-opd*"]; []: all."""
     dry_run: bool = False
     """Print what would run, start and write nothing."""
     n_jobs: int | None = None

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def run_grid(
     check(options, launcher, master)
     sweep_dir = resolved_sweep_dir(master)
     choices = points(loader, arguments, options.params or {}, options.cases)
-    jobs = named_jobs(source, choices, options)
+    jobs = chosen(named_jobs(source, choices, options), options.only)
     refuse_other_choices(master, jobs, arguments)
     check_environment(jobs, launcher, options.ignore)
     folder = sweep_dir.absolute()
@@ -113,6 +114,21 @@ def run_grid(
         return [launcher.launch([job.overrides for job in jobs], initial_job_idx=0)]
     with record.locked(folder), raising_sigterm():
         return carry_out(grid)
+
+
+def chosen(jobs: list[Job], patterns: Sequence[str]) -> list[Job]:
+    """The jobs whose names fit one of hydra.sweeper.only, numbered anew; all without patterns."""
+    if not patterns:
+        return jobs
+    names = ", ".join(job.subdir for job in jobs[:12])
+    if jobs[0].depends_on_number():
+        raise SweepError("hydra.sweeper.only needs runs with names; hydra.sweep.subdir is a number")
+    jobs = [job for job in jobs if any(fnmatchcase(job.subdir, pattern) for pattern in patterns)]
+    if not jobs:
+        raise SweepError(f"no run fits hydra.sweeper.only={[*patterns]}; there are: {names}")
+    for number, job in enumerate(jobs):
+        job.renumber(number)
+    return jobs
 
 
 def check(options: ExperimentSweeperConf, launcher: Launcher, master: DictConfig) -> None:

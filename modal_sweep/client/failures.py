@@ -1,8 +1,10 @@
 """What is said when Modal or this machine refuses: one line, with what helps and what goes on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from modal_sweep.client.plan import Job
+from modal_sweep.client.settings import imported, without_hydra
 from modal_sweep.errors import LaunchError
 from modal_sweep.protocol.journal import Journal
 from modal_sweep.protocol.outage import away
@@ -10,9 +12,17 @@ from modal_sweep.protocol.records import first_line
 
 LOGIN = "`modal setup` logs in (a free account is enough to start)"
 WITHOUT = (
-    "without an account, hydra.launcher.dry_run=true shows the jobs, their machines and the cost, "
-    "and Hydra's own hydra/launcher=basic runs what this machine can run"
+    " hydra.launcher.dry_run=true shows the jobs, their machines and the cost, and Hydra's own "
+    "hydra/launcher=basic runs what this machine can run"
 )
+
+
+def advice(job: Job) -> str:
+    """What the application says to do without an account."""
+    if job.settings.without is None:
+        return WITHOUT
+    said = imported("without", job.settings.without)
+    return str(said(job.config.hydra.job.name, without_hydra(job.config)))
 
 
 def refusal(error: Exception, without: str = WITHOUT) -> str:
@@ -26,7 +36,8 @@ def refusal(error: Exception, without: str = WITHOUT) -> str:
     reason, again = first_line(error), "the same command continues"
     if isinstance(error, exception.AuthError):
         if reason.startswith("Token missing"):
-            return f"Modal does not know this machine. {LOGIN}; {without}"
+            more = f". Without an account:{without}" if without else ""
+            return f"Modal does not know this machine; {LOGIN}{more}"
         return f"Modal refuses the token of this machine ({reason}): {LOGIN} anew"
     if isinstance(error, exception.ImageBuildError):
         why = " ".join(str(error).partition("View the build logs")[0].split())[:500]
@@ -39,8 +50,15 @@ def refusal(error: Exception, without: str = WITHOUT) -> str:
 
 
 @contextmanager
-def modal_errors(journal: Journal | None = None) -> Iterator[None]:
-    """Turn what a user can mend into one message; with the jobs of a journal that go on."""
+def modal_errors(
+    journal: Journal | None = None, without: Callable[[], str] = lambda: WITHOUT
+) -> Iterator[None]:
+    """Turn what a user can mend into one message; with the jobs of a journal that go on.
+
+    Args:
+        journal: of the sweep that is being worked on.
+        without: says what can be done without an account.
+    """
     try:
         from modal import exception
     except ImportError:
@@ -49,7 +67,7 @@ def modal_errors(journal: Journal | None = None) -> Iterator[None]:
     try:
         yield
     except (exception.Error, OSError) as error:
-        text = refusal(error) + (going_on(journal) if journal else "")
+        text = refusal(error, without()) + (going_on(journal) if journal else "")
     else:
         return
     raise LaunchError(text)

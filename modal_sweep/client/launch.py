@@ -8,7 +8,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from modal_sweep.client import messages, plan, preflight
-from modal_sweep.client.failures import modal_errors
+from modal_sweep.client.failures import advice, modal_errors
 from modal_sweep.client.returns import job_return
 from modal_sweep.client.spawn import Spawner, spawn_jobs
 from modal_sweep.client.table import Table
@@ -47,7 +47,7 @@ def launch(
         messages.rehearse(jobs, conf, sweep.folder)
         raise SystemExit(0)
     journal = Journal(sweep.folder)
-    with modal_errors(journal):
+    with modal_errors(journal, lambda: advice(jobs[0])):
         spawner = Spawner(journal, conf, common)
         try:
             states = spawn_jobs(spawner, jobs)

@@ -67,7 +67,7 @@ def problems(jobs: Sequence[Job], conf: ModalLauncherConf, journal: Journal) -> 
         lambda: preflight.check_cost(jobs, conf, ask=False),
     ):
         try:
-            with modal_errors():
+            with modal_errors(without=str):
                 check()
         except LaunchError as error:
             refusals.append(str(error))
@@ -131,6 +131,9 @@ def summary(journal: Journal, records: Sequence[JobRecord]) -> None:
     broken = sum(record.broken for record in records)
     completed = f"{len(records) - broken} of {len(records)} jobs completed"
     say(f"{completed}; outputs in {journal.sweep_dir}")
+    if broken < len(records) and any(record.plan["unique"] for record in records):
+        pull = f"modal-sweep pull --checkpoints {journal.sweep_dir}"
+        say(f"checkpoints and what else they wrote are on the Volumes; here with: {pull}")
     if broken:
         say(f"run those again: modal-sweep rerun --failed {journal.sweep_dir}")
     if away := [record for record in records if record.unpulled]:

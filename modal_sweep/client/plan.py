@@ -74,18 +74,16 @@ class Job:
 # What a container does not depend on, and `function`'s.
 OWN = {
     "hours", "requires", "unique", "progress_file", "progress_keys", "outputs", "checkpoints",
-    "single_use",
+    "single_use", "without",
 }  # fmt: skip
 
 
 def open_sweep(config: DictConfig, context: HydraContext, task: TaskFunction) -> Sweep:
-    """Take over what Hydra has set up; makes the sweep's folder."""
+    """Take over what Hydra has set up."""
     setup_globals()
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
     folder = Path(str(config.hydra.sweep.dir))
-    sweep = Sweep(config, context, task, launcher_conf(config), folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return sweep
+    return Sweep(config, context, task, launcher_conf(config), folder)
 
 
 def refuse_search(sweep: Sweep) -> None:

@@ -12,7 +12,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from modal_sweep.client import collect, messages, plan, preflight
-from modal_sweep.client.failures import modal_errors
+from modal_sweep.client.failures import advice, modal_errors
 from modal_sweep.client.returns import job_return
 from modal_sweep.client.spawn import Spawner, cancel, spawn_jobs
 from modal_sweep.client.table import Table
@@ -73,7 +73,7 @@ class Session:
         if self.conf.setup:
             messages.rehearse([job], self.conf, self.sweep.folder)
             raise SystemExit(0)
-        with modal_errors(self.journal):
+        with modal_errors(self.journal, lambda: advice(job)):
             state = self.spawn(job)
         self.jobs[number] = job
         self.left -= 1

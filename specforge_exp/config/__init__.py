@@ -78,6 +78,10 @@ class Config:
 
     run_name: str = MISSING
     """Folder of the run under paths.checkpoints."""
+    output_prefix: str = ""
+    """Before every run_name and sweep_name that conf/ makes, e.g. eagle3-opd_."""
+    run: Any = None
+    """report: a run by its name or folder, or several ([one,other]), instead of a sweep."""
     sweep_name: str = "sweep"
     """Folder of multiruns' records under paths.checkpoints/sweeps, one below it per script."""
     sweep: str | None = None

@@ -35,6 +35,8 @@ class ModelConfig:
     unused_weights: bool = False
     """Load a model whose files have weights that its architecture does not use (heads for other
     tasks); false: they are an error."""
+    billions: float | None = None
+    """Billions of parameters, for engine.tp_size; null: its configuration says it."""
     gpu: Any = None
     """What the model needs to be trained on, e.g. H100:8; null: this machine's CPU will do."""
     secrets: dict[str, list[str]] = field(default_factory=dict)
@@ -45,6 +47,7 @@ class ModelConfig:
             raise InputError("model=local needs model.path=<folder or hub id>")
         safe_name("model.name", self.name)
         allow(self, "model.", dtype="auto float32 bfloat16")
+        above_zero("model.billions", self.billions)
         for layer in self.aux_layers or ():
             at_least("model.aux_layers", layer, 0)
 

@@ -13,11 +13,12 @@ from omegaconf import DictConfig
 
 from specforge_exp import paths
 from specforge_exp.config import Config, PathsConfig, from_omegaconf
-from specforge_exp.config.resolvers import MATTERS, STAGES
+from specforge_exp.config.resolvers import MATTERS, PACKAGE, REPOSITORY, STAGES
 
 CONFIG_FLAGS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
 HYDRAS = ("hydra/launcher=", "hydra.searchpath=")
 """Options of Hydra's node that go with a command."""
+SAME = "(with the same options)"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -51,7 +52,7 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
             "requires": [model, prompts],
         },
         "preprocess": {
-            **cores(2, 32),
+            **cores(8, 32),
             "unique": [str(paths.tokens_dir(there))],
             "requires": [model, answers],
         },
@@ -103,11 +104,24 @@ def one_gpu(gpu: Any) -> Any:
     return gpu.partition(":")[0] if gpu else None
 
 
+def on_the_hub(path: str) -> bool:
+    """Whether model.path is a hub id and no folder of this machine."""
+    return HUB_ID.fullmatch(path) is not None and not Path(path).exists()
+
+
 def prefetched(path: str) -> str | None:
     """What prefetch leaves below HF_HOME when a model is whole; None for a local folder."""
-    if not HUB_ID.fullmatch(path) or Path(path).exists():
-        return None
-    return "prefetched/models--" + path.replace("/", "--")
+    return "prefetched/models--" + path.replace("/", "--") if on_the_hub(path) else None
+
+
+def program(stage: str) -> list[str]:
+    """What is typed before a stage's options: its script beside the one that runs, or `specforge`
+    where that is the installed package's."""
+    script = Path(sys.argv[0])
+    if script.is_absolute() and script.parent == REPOSITORY != PACKAGE.parent:
+        return ["specforge", stage]
+    beside = script.stem in (*STAGES, "report")
+    return ["python", str(script.with_name(f"{stage}.py")) if beside else f"{stage}.py"]
 
 
 def command(stage: str, *more: str, away: bool = True) -> str:
@@ -131,5 +145,5 @@ def command(stage: str, *more: str, away: bool = True) -> str:
         elif "=" in word and word[0] != "-" and word != "hydra/launcher=basic" * away:
             mattering = option != "hydra" and (matters is None or option in matters.split())
             options += [word] * (mattering or word.startswith(HYDRAS))
-    line = shlex.join(["python", f"{stage}.py", *flags, *options, *more])
-    return line if script else f"{line} (with the same options)"
+    line = shlex.join([*program(stage), *flags, *options, *more])
+    return line if script else f"{line} {SAME}"

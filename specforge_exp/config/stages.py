@@ -1,11 +1,13 @@
 """How the stages work: engine, tracker, paths and one node per stage."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from specforge_exp.config.checks import (
     above_zero,
     allow,
+    at_least,
     minimums,
     one_of,
     safe_name,
@@ -33,8 +35,8 @@ class EngineConfig:
     api_key: str = "OPENAI_API_KEY"
     """openai: the environment variable with the key; it may be unset."""
     tp_size: int | None = None
-    """sglang, vllm, modal: GPUs of one server; null: 1 for targets up to 8B, 2 up to 32B, 4 up to
-    80B, 8 above."""
+    """sglang, vllm, modal: GPUs of one server; null: 1 for targets up to 8B, 2 up to 32B, 8
+    above."""
     num_servers: int | None = None
     """sglang, vllm: servers on this machine; null: as many as its GPUs carry. modal: containers at
     a time, at most; null: as many as Modal gives."""
@@ -57,14 +59,15 @@ class EngineConfig:
     """modal: the containers' image; `debian_slim` with `command` is one without any server."""
     startup_timeout: float = 1200.0
     """Seconds until a server must be healthy."""
-    timeout: float = 1800.0
+    timeout: float = 600.0
     """Seconds for one answer."""
     retries: int = 4
     """Further attempts at an answer that failed or timed out."""
     patience: float = 600.0
     """Seconds to wait for servers that refuse connections or are too busy (429, 503)."""
     rate_limit: float | None = None
-    """Conversations (modal: chunks) begun per second, at most; null: no limit."""
+    """Conversations (modal: inputs, which are chunks of them) begun per second, at most; null: no
+    limit."""
 
     def __post_init__(self) -> None:
         allow(self, "engine.", name="transformers openai sglang vllm modal")
@@ -94,8 +97,12 @@ class TrackerConfig:
     """none, wandb (offline when no key is found) or trackio (on this machine)."""
     project: str = "specforge-eagle3-opd"
     """Project of the tracker."""
+    entity: str | None = None
+    """wandb: the user or team; null: the account's own."""
     group: str | None = None
     """Group of the runs; null: none."""
+    run_name: str | None = None
+    """Name of the run there; null: `prefix` and the run's own."""
     prefix: str = ""
     """Put before run_name to name the run there."""
     secrets: dict[str, list[str]] = field(default_factory=dict)
@@ -103,6 +110,8 @@ class TrackerConfig:
 
     def __post_init__(self) -> None:
         allow(self, "tracker.", name="none wandb trackio")
+        if self.entity and self.name == "trackio":
+            raise InputError("tracker.entity is for tracker=wandb; trackio stays on this machine")
 
 
 @dataclass
@@ -265,6 +274,12 @@ class TrainerConfig:
     """Steps between checkpoints; there is always one at the end."""
     keep_last: int = 2
     """Newest checkpoints kept."""
+    profile: list[int] = field(default_factory=list)
+    """[start, steps]: torch.profiler over so many steps after the start-th, for each process a
+    trace in the run's folder, profile/; []: none."""
+    dump: list[int] = field(default_factory=list)
+    """Steps before which weights and all that they are trained on go to the run's folder, dump/,
+    for each process; []: none."""
     keep_best: bool = False
     """Also save and keep the evaluation with the longest simulated accepted length."""
     resume: bool = True
@@ -284,6 +299,10 @@ class TrainerConfig:
                 f"{self.decay_ratio} leave no step between them; their sum must be at most 1"
             )
         above_zero("trainer.clip", self.clip)
+        if self.profile and (len(self.profile) != 2 or self.profile[0] < 0 or self.profile[1] < 1):
+            raise InputError(f"trainer.profile={self.profile} is not [start, steps], e.g. [10,3]")
+        for step in self.dump:
+            at_least("trainer.dump", step, 1)
         if isinstance(self.gpus, int):
             minimums(self, "trainer.", gpus=1)
             shared_evenly(self.batch_size, self.gpus, "trainer.gpus")
@@ -301,11 +320,21 @@ class ExportConfig:
     """Export the checkpoint that trainer.keep_best kept."""
     dtype: str = "bfloat16"
     """Weights in the exported file: bfloat16 or float32."""
+    push: str | None = None
+    """owner/name: also upload the draft, with a model card, to this repository of the hub."""
+    private: bool = True
+    """export.push: only its owner sees a repository that this makes."""
+    dry_run: bool = False
+    """export.push: print the card and what would be uploaded; upload nothing."""
     force: bool = False
     """Make it again even if it is complete."""
 
     def __post_init__(self) -> None:
         allow(self, "export.", dtype="bfloat16 float32")
+        if self.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
+            raise InputError(f"export.push={self.push} is not the owner/name of a repository")
+        if self.dry_run and not self.push:
+            raise InputError("export.dry_run=true needs export.push=<owner>/<name>")
         minimums(self, "export.", step=1)
 
 

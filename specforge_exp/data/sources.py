@@ -14,6 +14,7 @@ from specforge_exp.data import synthetic
 from specforge_exp.data.files import INSTALL_DATA, SUFFIXES, Raw, Rejected, parse, without_nulls
 from specforge_exp.data.formats import FORMATS, Record, convert
 from specforge_exp.errors import InputError, first_line
+from specforge_exp.offline import offline
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +171,11 @@ def read_hub(rest: str, source: Source) -> Iterator[Raw | Rejected]:
     except ImportError:
         raise InputError(f"{source.path} needs: {INSTALL_DATA}") from None
     except Exception as error:  # the hub client raises dozens of types, also in mid-stream
+        if why := offline():
+            raise InputError(
+                f"{why}, and {source.path} cannot be read from its cache ({first_line(error)}); "
+                "without a network: data=synthetic, or data=local data.path=<file>"
+            ) from None
         raise InputError(
             f"{source.path} cannot be read: {first_line(error)} (check the id, the configuration "
             "and the split; a gated data set needs `hf auth login`; a file downloaded by hand "

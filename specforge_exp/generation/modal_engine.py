@@ -26,6 +26,7 @@ from modal_sweep.client.failures import refusal
 from modal_sweep.client.volumes import volume
 from modal_sweep.errors import Cancelled, Died, Raised, ResultGone, Unreachable
 from specforge_exp.config import Config
+from specforge_exp.config.rehearsal import offers
 from specforge_exp.data.conversations import BadRecord
 from specforge_exp.errors import InputError
 from specforge_exp.generation.modal_app import deployed, pools
@@ -41,16 +42,25 @@ from specforge_exp.serving.gpus import tp_size_of
 log = logging.getLogger(__name__)
 
 JOURNAL = "calls.jsonl"
-WITHOUT = (
-    "without an account, regen.dry_run=true shows the work and its cost, and engine=sglang, openai "
-    "or transformers answers without Modal"
-)
 POLL = 1.0
 """Seconds between two looks at a call."""
 TOGETHER = 8
 """Calls that are looked at together."""
 ATTEMPTS = 5
 """Calls for one part: results are lost only with the call and the Volume."""
+
+
+def unknown_machine() -> str | None:
+    """What to do where Modal's client has no token; None where it has one."""
+    if modal.config.config.get("token_id") or not modal.is_local():
+        return None
+    return f"engine=modal: {refused(modal.exception.AuthError('Token missing'))}"
+
+
+def refused(error: Exception) -> str:
+    """What an exception of Modal's client means to the user."""
+    lines = offers("regen", "regen.dry_run=true", "the work, the servers, the price")
+    return refusal(error, f"{lines}\n  engine=sglang, openai or transformers: other servers")
 
 
 async def answer_on_modal(cfg: Config, store: Store, interrupt: Interrupt) -> None:
@@ -66,8 +76,7 @@ async def answer_on_modal(cfg: Config, store: Store, interrupt: Interrupt) -> No
     try:
         await fan_out(Client(cfg, store, await deployed(cfg)), chunks, interrupt)
     except modal.exception.Error as error:
-        refused = refusal(error, WITHOUT)
-        raise InputError(f"engine=modal: {refused}; what is done is kept") from None
+        raise InputError(f"engine=modal: {refused(error)}; what is done is kept") from None
 
 
 async def fan_out(client: "Client", chunks: list[Chunk], interrupt: Interrupt) -> None:

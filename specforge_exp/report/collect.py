@@ -55,6 +55,8 @@ class DataSet:
     interval: tuple[float, float] | None
     """Its 95 % interval; None: not known."""
     prompts: int
+    gained: tuple[int, ...] = ()
+    """How many verifications gained 1, 2, ... tokens."""
 
 
 @dataclass
@@ -350,7 +352,9 @@ def add_bench(run: SweepRun, bench: dict[str, Any]) -> None:
         low, high = figures.get("accepted_length_ci95") or (None, None)
         interval = None if low is None or high is None else (low, high)
         value, prompts = float(figures["accepted_length"]), int(figures.get("prompts") or 0)
-        run.datasets[str(name)] = DataSet(value, interval, prompts)
+        run.datasets[str(name)] = DataSet(
+            value, interval, prompts, tuple(figures.get("gained") or ())
+        )
         lengths = figures.get("lengths")
         if lengths and any(length is not None for length in lengths):
             gained = [length or 0.0 for length in lengths]

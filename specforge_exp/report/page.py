@@ -16,6 +16,7 @@ from specforge_exp.report.charts import charts
 from specforge_exp.report.collect import ACCEPTED, Collected, SweepRun
 from specforge_exp.report.drawing import Chart, colours
 from specforge_exp.report.ranking import Ranking, RankingRow, headline
+from specforge_exp.report.single import distribution_chart
 from specforge_exp.report.study_charts import study_charts
 from specforge_exp.report.table import Column, columns, status_counts, total
 from specforge_exp.report.text import measure, shown, title_of
@@ -33,6 +34,8 @@ def page(sweep: Collected, ranking: Ranking, by_seed: Ranking) -> str:
         by_seed: its runs, ranked each by itself; shown where the two differ.
     """
     drawn = charts(sweep, ranking) + study_charts(sweep, ranking.metric)
+    if spread := distribution_chart(sweep.runs):
+        drawn.append(spread)
     tables = [table("Ranking", sweep, ranking, False)]
     if ranking.several_seeds:
         tables = [
@@ -166,7 +169,7 @@ def sections(drawn: list[Chart]) -> list[tuple[str, list[Chart]]]:
         "Study": ["pareto", "history"],
         "Slices": [key for key in by_key if key.startswith("slice-")],
         "Curves": ["loss", "simulated_length", "alpha", "unroll"],
-        "Data sets": ["datasets"],
+        "Data sets": ["datasets", "distribution"],
         "Cost": ["cost"],
     }
     filled = [(title, [by_key[k] for k in listed if k in by_key]) for title, listed in keys.items()]

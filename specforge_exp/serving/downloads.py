@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from specforge_exp.errors import InputError, first_line
+from specforge_exp.offline import offline
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +61,14 @@ def problem(name: str, error: Exception) -> str:
         return (
             f"{name} is gated: accept its licence at {page} and give a token of that account, here "
             "as HF_TOKEN=..., on Modal with `modal secret create huggingface-secret HF_TOKEN=...` "
-            "and model.secrets={huggingface-secret: [HF_TOKEN]}"
+            "and +model.secrets.huggingface-secret=[HF_TOKEN]"
         )
     if isinstance(error, HFValidationError):
         return f"model.path={name} is neither a folder nor a hub id: {first}"
     if isinstance(error, RepositoryNotFoundError):
         return f"model.path={name}: there is no {page}, or it is private and HF_TOKEN cannot see it"
-    if constants.HF_HUB_OFFLINE:
-        return f"{name} is not in {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE forbids to fetch it"
+    if why := offline():
+        return f"{why}, and {name} is not in {constants.HF_HUB_CACHE}"
     if isinstance(error, LocalEntryNotFoundError) and not isinstance(error, HfHubHTTPError):
         return f"{constants.ENDPOINT} cannot be reached, and {name} is not here yet"
     return (

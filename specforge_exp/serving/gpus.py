@@ -3,9 +3,11 @@
 import os
 
 from specforge_exp.config import Config, EngineConfig
+from specforge_exp.config.machine import on_the_hub
 from specforge_exp.errors import InputError, first_line
+from specforge_exp.offline import offline
 
-SIZES = ((9e9, 1), (35e9, 2), (80e9, 4))
+SIZES = ((9e9, 1), (35e9, 2))
 """Most parameters, GPUs: 80 GB hold so many in 16 bits and leave room for keys and values."""
 LARGEST = 8
 
@@ -49,6 +51,8 @@ def tp_size_of(cfg: Config) -> int:
         return cfg.engine.tp_size
     if cfg.engine.command:
         return 1
+    if cfg.model.billions:
+        return tp_size_for(int(cfg.model.billions * 1e9))
     return tp_size_for(parameters(cfg.model.path))
 
 
@@ -66,8 +70,9 @@ def parameters(path: str) -> int:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     except (OSError, ValueError) as error:
+        why = offline() if on_the_hub(path) else None
         raise InputError(
-            f"model.path={path} does not say how large it is ({first_line(error)}); set "
-            "engine.tp_size"
+            f"model.path={path} does not say how large it is ({why or first_line(error)}); say it "
+            "with model.billions=8, or set engine.tp_size"
         ) from None
     return int(model.num_parameters())

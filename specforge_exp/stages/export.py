@@ -26,6 +26,7 @@ from specforge_exp.artifacts import (
 from specforge_exp.config import Config, locate
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
+from specforge_exp.serving.publishing import model_card, publish
 from specforge_exp.target import DTYPES, Target, load_target, set_up_torch
 from specforge_exp.training.checkpoint import (
     OVER,
@@ -44,7 +45,19 @@ LAYOUT = 2
 
 
 def export(cfg: Config) -> Path:
-    """Export the run's draft; returns the folder."""
+    """Export the run's draft, and upload it with export.push; returns the folder."""
+    folder = exported(cfg)
+    if cfg.export.push:
+        kind, length = locate(cfg.draft._target_), cfg.chain_length
+        served = kind.sglang_options(length), kind.vllm_options(length)
+        card = model_card(cfg, paths.run_dir(cfg), *served)
+        files = [folder / "config.json", folder / "model.safetensors"]
+        publish(cfg.export, files, card)
+    return folder
+
+
+def exported(cfg: Config) -> Path:
+    """Export the run's draft, unless it is there."""
     folder = paths.export_dir(cfg)
     checkpoint = chosen_checkpoint(cfg)
     if checkpoint.record["inputs"]["the target"] != model_digest(cfg.model.path):

@@ -10,6 +10,7 @@ import json
 import logging
 import signal
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from specforge_exp.generation.run import RateLimit, Regeneration, answer_missing
 from specforge_exp.generation.server_engine import ServerEngine, layout
 from specforge_exp.generation.store import Store
 from specforge_exp.interrupt import Interrupt
+from specforge_exp.serving.gpus import tp_size_of
 from specforge_exp.target import check_gpus
 
 log = logging.getLogger(__name__)
@@ -50,10 +52,11 @@ def regen(cfg: Config) -> Path:
         return folder
     if cfg.engine.name in ("transformers", "sglang", "vllm"):
         check_gpus(cfg, "regen")
-    names = ("train.jsonl", "eval.jsonl")
-    source = require(cfg, "prep", *names)
-    files = [source / name for name in names]
-    digests = {path: sha256(path) for path in files}
+    files = [paths.prompts_dir(cfg) / name for name in ("train.jsonl", "eval.jsonl")]
+    lacking = unmet(lambda: require(cfg, "prep", *(path.name for path in files)))
+    if lacking:
+        return hindered(cfg, files, lacking + unmet(lambda: check_engine(cfg)))
+    source, digests = files[0].parent, {path: sha256(path) for path in files}
     inputs = {f"{source.name}/{path.name}": digest for path, digest in digests.items()}
     inputs["the target"] = model_digest(cfg.model.path)
     options = "temperature top_p top_k max_tokens thinking truncated num_samples samples_per_prompt"
@@ -63,14 +66,14 @@ def regen(cfg: Config) -> Path:
         "max_length": cfg.max_length,
         "model.chat_template_kwargs": cfg.model.chat_template_kwargs,
     }
-    if (penalty := sampling_of(cfg).repetition_penalty) != 1:
-        settings["regen.repetition_penalty"] = penalty
+    if cfg.regen.repetition_penalty is not None:  # null is the target's own
+        settings["regen.repetition_penalty"] = cfg.regen.repetition_penalty
     fingerprint = Fingerprint(inputs, settings)
     if reusable(folder / "run.json", fingerprint, cfg.regen.force, "regen"):
         return folder
-    if cfg.regen.dry_run:
-        log.info("regen: %s", describe(cfg, files))
-        return folder
+    lacking = unmet(lambda: check_engine(cfg))
+    if cfg.regen.dry_run or lacking:
+        return hindered(cfg, files, lacking)
     opened = writing(folder, fingerprint, cfg, "regen", "shards/* calls.jsonl")
     with opened as partial, Interrupt() as interrupt:
         own = cfg.regen
@@ -85,6 +88,36 @@ def regen(cfg: Config) -> Path:
             interrupt.reraise(signal.SIGTERM)
         finish(store, partial)
     return folder
+
+
+def unmet(check: Callable[[], object]) -> list[str]:
+    """What a check says against a run; [] when it says nothing."""
+    try:
+        check()
+    except InputError as error:
+        return [str(error)]
+    return []
+
+
+def check_engine(cfg: Config) -> None:
+    """Refuse what a run would find out late: the servers' size, an account; InputError."""
+    if cfg.engine.name not in ("modal", "sglang"):
+        return
+    tp_size_of(cfg)
+    if cfg.engine.name == "modal":
+        from specforge_exp.generation.modal_engine import unknown_machine
+
+        if why := unknown_machine():
+            raise InputError(why)
+
+
+def hindered(cfg: Config, files: list[Path], lacking: list[str]) -> Path:
+    """Refuse a run with everything that it lacks, in order; a dry run only says so."""
+    if not cfg.regen.dry_run:
+        raise InputError("\n".join(lacking))
+    why = [f"a run would be refused: {text.partition('. Without')[0]}" for text in lacking]
+    log.info("regen: %s", "\n".join([describe(cfg, files), *why]))
+    return paths.regen_dir(cfg)
 
 
 def make_engine(cfg: Config) -> Engine:
@@ -164,6 +197,9 @@ def describe(cfg: Config, files: list[Path]) -> str:
     sampling = sampling_of(cfg)
     lines = []
     for file in files:
+        if not file.exists():
+            lines.append(f"{file}: not there yet")
+            continue
         plan = make_plan(file, "", cfg.regen.chunk_size, cfg.regen.num_samples)
         lines.append(
             f"{file}: {len(plan.order)} of {plan.total} conversations in {len(plan)} chunks"

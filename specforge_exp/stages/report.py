@@ -1,7 +1,8 @@
-"""report: what a sweep found, as a page, a table and CSV files.
+"""report: what a sweep or some runs found, as a page, a table and CSV files.
 
 Reads <sweep>/sweep.json and the folders of its runs, also while they run; writes report.html,
-report.md, report.csv and curves.csv into <sweep>.
+report.md, report.csv and curves.csv into <sweep>; with run= into the run's folder, or below
+<checkpoints>/sweeps/compared/ for several.
 """
 
 import logging
@@ -12,10 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from specforge_exp.artifacts import disk_errors
 from specforge_exp.config import Config, ReportConfig
 from specforge_exp.errors import InputError
-from specforge_exp.report.collect import collect
+from specforge_exp.report.collect import ACCEPTED, Collected, collect
 from specforge_exp.report.page import page
 from specforge_exp.report.ranking import headline, rank
 from specforge_exp.report.record import find_sweep, no_sweep
+from specforge_exp.report.single import collect_runs, distribution_table
 from specforge_exp.report.table import (
     columns,
     markdown,
@@ -29,13 +31,21 @@ log = logging.getLogger(__name__)
 
 PRINTED = 40
 """Rows of the printed table, at most."""
+SPREAD = 2
+"""Runs whose distributions are printed beside each other, at most."""
 
 
 def report(cfg: Config) -> None:
-    """Write the report of the sweep that `sweep` names, and print its table."""
+    """Write the report of what `run` or `sweep` names, and print its table."""
+    if cfg.run:
+        names = [cfg.run] if isinstance(cfg.run, str) else [*map(str, cfg.run)]
+        write(collect_runs(names, cfg.paths.checkpoints), cfg.report)
+        return
     if cfg.sweep is None:
         root = Path(cfg.paths.checkpoints) / "sweeps"
-        raise InputError(f"sweep=<dir> is missing: {no_sweep(root, root)}")
+        raise InputError(
+            f"sweep=<dir> is missing: {no_sweep(root, root)}; run=<name> shows one run"
+        )
     make(find_sweep(cfg.sweep, cfg.paths.checkpoints), cfg.report)
 
 
@@ -51,22 +61,34 @@ def at_end(cfg: DictConfig, sweep_dir: str | Path) -> None:
 
 
 def make(sweep_dir: Path, options: ReportConfig) -> None:
+    """Report on a sweep."""
+    write(collect(sweep_dir), options)
+
+
+def write(sweep: Collected, options: ReportConfig) -> None:
     """Write the four files and print the table."""
-    sweep = collect(sweep_dir)
-    ranking = rank(sweep, options.metric, options.resamples)
-    by_seed = rank(sweep, options.metric, options.resamples, by_seed=True)
+    sweep_dir = sweep.folder
+    sweep_dir.mkdir(parents=True, exist_ok=True)
+    metric = options.metric
+    if sweep.script == "bench" and metric == ReportConfig.metric:
+        metric = ACCEPTED  # what its jobs return
+    ranking = rank(sweep, metric, options.resamples)
+    by_seed = rank(sweep, metric, options.resamples, by_seed=True)
     html = sweep_dir / "report.html"
     with disk_errors(html):
         with written(html) as file:
             file.write(page(sweep, ranking, by_seed))
         with written(sweep_dir / "report.md") as file:
-            file.write(markdown(sweep, ranking, by_seed))
+            spread = distribution_table(sweep.runs)
+            file.write(markdown(sweep, ranking, by_seed) + (spread and f"\n{spread}"))
         write_csv(sweep_dir / "report.csv", ranking, by_seed)
         write_curves(sweep_dir / "curves.csv", sweep)
     for problem in sweep.problems:
         log.warning("report: %s", problem)
     shown = ranking.entries[:PRINTED]
     print(markdown_table(columns(sweep, ranking, seeds=False), shown))
+    if spread and len(sweep.runs) <= SPREAD:
+        print(f"\n{spread}", end="")
     if len(shown) < len(ranking.entries):
         print(f"... and {len(ranking.entries) - len(shown)} more in {sweep_dir / 'report.md'}")
     print(f"\n{' '.join(headline(ranking))}\n{html}")

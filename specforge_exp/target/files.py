@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from specforge_exp.config import ModelConfig
 from specforge_exp.errors import InputError, first_line
+from specforge_exp.offline import offline
 
 
 def text_config(cfg: ModelConfig) -> Any:
@@ -42,4 +43,6 @@ def not_loadable(cfg: ModelConfig, error: Exception) -> str:
             "never run here (trust_remote_code stays off); use a checkpoint of an architecture "
             "that the installed transformers has itself"
         )
+    if (why := offline()) and kind != "folder" and isinstance(error, OSError):
+        return f"{why}, and model.path={cfg.path} is not in the cache; a folder of it works too"
     return f"model.path={cfg.path} cannot be loaded as a {kind}: {first_line(error)}"

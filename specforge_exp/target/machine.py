@@ -7,6 +7,7 @@ import torch
 
 from specforge_exp.config import Config
 from specforge_exp.config.machine import command
+from specforge_exp.config.rehearsal import offers
 from specforge_exp.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,8 +59,8 @@ def check_gpus(cfg: Config, stage: str, processes: int = 1) -> None:
     if not here and cfg.model.gpu:
         raise InputError(
             f"model={cfg.model.name} is for a GPU (model.gpu={cfg.model.gpu}) and torch sees none; "
-            f"on Modal: {command(stage)}; or here, very slowly: "
-            f"{command(stage, 'device=cpu', away=False)}"
+            f"on Modal: {command(stage)}; here, very slowly: "
+            f"{command(stage, 'device=cpu', away=False)}; or with a tiny target:{offers(stage)}"
         )
     if 0 < here < processes:
         even = most_even(cfg.trainer.batch_size, here)

@@ -22,14 +22,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from specforge_exp.artifacts import Fingerprint
 from specforge_exp.config import Config
 from specforge_exp.data.tokens import TokenSet
 from specforge_exp.errors import InputError
@@ -60,6 +58,7 @@ from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.schedule import learning_rate
 from specforge_exp.training.speed import peak_flops
 from specforge_exp.training.tracking import best_step, open_tracker
+from specforge_exp.training.watching import TrainingRun, Window, watched
 
 log = logging.getLogger(__name__)
 
@@ -73,27 +72,6 @@ class Splits:
 
     train: TokenSet
     eval: TokenSet
-
-
-@dataclass(frozen=True)
-class TrainingRun:
-    """Where a run lives, what it is made of, and who takes part."""
-
-    folder: Path
-    fingerprint: Fingerprint
-    ranks: Ranks
-
-
-@dataclass(frozen=True)
-class Window:
-    """This process's part of one optimiser step."""
-
-    step: int
-    epoch: int
-    numbers: list[int]
-    """The conversations of all processes."""
-    batches: list[Batch]
-    samples: list[Sample]
 
 
 def fit(
@@ -116,10 +94,11 @@ def fit(
     window_log = WindowLog(device, peak_flops(device) * ranks.world)
     start = resume(run, draft, optimizer, window_log) if options.resume else 0
     total = total_steps(cfg, splits.train)
+    steps = range(start, total)
     tracker = open_tracker(cfg, run.folder, start) if ranks.rank == 0 else None
     evaluation: dict[str, float] = {}
     bar = tqdm(
-        windows(cfg, splits.train, objective, range(start, total), ranks, device),
+        watched(cfg, run, draft, windows(cfg, splits.train, objective, steps, ranks, device)),
         initial=start, total=total, desc="train", unit="step",
         disable=None if ranks.rank == 0 else True,
     )  # fmt: skip

@@ -102,8 +102,9 @@ def start_mirror(cfg: Config, run_dir: Path) -> "subprocess.Popen[bytes] | None"
         "run": {
             "project": cfg.tracker.project,
             "group": cfg.tracker.group,
-            "name": cfg.tracker.prefix + cfg.run_name,
+            "name": cfg.tracker.run_name or cfg.tracker.prefix + cfg.run_name,
             "config": asdict(cfg),
+            **({"entity": cfg.tracker.entity} if cfg.tracker.entity else {}),
         },
         "folder": str(run_dir.resolve()),
         "argv": sys.argv,

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,11 +35,20 @@ def test_the_pipeline(on_local_modal: LocalModal, tmp_path: Path) -> None:
     assert early.returncode == 1
     remedy = "python preprocess.py -m experiment=smoke model=tiny hydra/launcher=modal"
     assert remedy in early.stderr, early.stderr
-    for stage in STAGES:
-        done = launch(stage, tmp_path, *SMOKE)
+    roots = {f"SPECFORGE_{n.upper()}": str(tmp_path / n) for n in ("datasets", "checkpoints")}
+    smoke = subprocess.run(  # what `make modal-smoke` runs on a Modal of this machine
+        ["bash", "runs/modal_smoke.sh", "model=tiny"],
+        env={**os.environ, **roots, "OMP_NUM_THREADS": "1", "SPECFORGE_SMOKE_HERE": "1",
+             "PYTHON": sys.executable},
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    assert smoke.returncode == 0, smoke.stdout
+    parts = re.split(r"^== (\w+)$", smoke.stdout, flags=re.M)[1:]
+    assert parts[::2] == STAGES
+    for stage, said in zip(STAGES, parts[1::2], strict=True):
         count = 2 if stage in ("train", "export", "bench") else 1
-        assert done.returncode == 0, done.stderr
-        assert f"{count} of {count} jobs completed" in done.stderr
+        assert f"{count} of {count} jobs completed" in said
+        assert "here with: modal-sweep pull --checkpoints" in said or stage == "prefetch"
     server = "tests/speculating_server.py"
     served = launch(
         "bench", tmp_path, *SMOKE, "loss=baseline", "engine=sglang", "bench.alone=false",

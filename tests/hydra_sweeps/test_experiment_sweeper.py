@@ -276,6 +276,19 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert f"{tmp_path}/sweep/value_x2  (done: 2)" in printed
 
 
+def test_some_runs_by_name(tmp_path: Path) -> None:
+    """By patterns of their names; the others of the same sweep stay to be done."""
+    only = "hydra.sweeper.only=[*_x2,*_x4]"
+    printed, _ = sweep(tmp_path, "x=1,2,3,4", only, "hydra.sweeper.dry_run=true")
+    assert printed.splitlines()[-1] == "2 runs"
+    sweep(tmp_path, "x=1,2,3,4", only)
+    assert sorted(runs(tmp_path)) == ["value_x2", "value_x4"]
+    printed, _ = sweep(tmp_path, "x=1,2,3,4", "hydra.sweeper.dry_run=true")
+    assert printed.count("(done: ") == 2
+    _, errors = sweep(tmp_path, "x=1,2", "hydra.sweeper.only=[nothing]", code=1)
+    assert "no run fits hydra.sweeper.only=['nothing']; there are: value_x1, value_x2" in errors
+
+
 def test_the_report(tmp_path: Path) -> None:
     """Called at the end of every sweep; its failure is not the sweep's."""
     own = "hydra.sweeper.report=__main__.reported"

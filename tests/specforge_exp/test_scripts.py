@@ -114,3 +114,16 @@ def test_engines_asks_before_it_installs(tmp_path: Path) -> None:
     done = subprocess.run(script, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and not list(tmp_path.iterdir())
     assert "private person" in done.stdout and "make engines ENGINES=1" in done.stdout
+
+
+def test_tab_completes_options_in_a_shell() -> None:
+    """What `eval "$(python train.py -sc install=bash)"` makes of a half-typed option."""
+    installed = run("train.py", "-sc", "install=bash")
+    assert "complete -o nospace" in installed.stdout, installed.stderr
+    line = "python train.py loss=full"
+    environment = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    asked = subprocess.run(
+        [sys.executable, "train.py", "-sc", "query=bash"], cwd=REPOSITORY, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert asked.stdout.split() == ["loss=full-opd"], asked.stderr

@@ -119,7 +119,7 @@ def pids_in(log: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("config", "billions", "gpus"), [(QWEN3_8B, 8.2, 1), (QWEN3_32B, 32.8, 2), (LLAMA_70B, 70.6, 4)]
+    ("config", "billions", "gpus"), [(QWEN3_8B, 8.2, 1), (QWEN3_32B, 32.8, 2), (LLAMA_70B, 70.6, 8)]
 )
 def test_gpus_by_size(config: dict[str, Any], billions: float, gpus: int, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "head_dim": 128}))

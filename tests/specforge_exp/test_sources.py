@@ -193,7 +193,7 @@ def test_a_hub_that_cannot_be_reached_is_explained(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"hub:o/n/a.jsonl cannot be read: .*data.path=<file>"):
+    with pytest.raises(InputError, match=r"offline: .*hub:o/n/a.jsonl .*data.path=<file>"):
         list(read(Source("hub:o/n/a.jsonl")))
 
 

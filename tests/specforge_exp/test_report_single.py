@@ -1,0 +1,65 @@
+"""report.py run=: runs that are named themselves, one or several on a page."""
+
+import json
+from pathlib import Path
+
+import pytest
+from sweep_folders import grid, write_sweep
+
+from specforge_exp.config import ReportConfig
+from specforge_exp.errors import InputError
+from specforge_exp.report.collect import collect
+from specforge_exp.report.single import collect_runs, distribution_table, shares, tau
+from specforge_exp.stages.report import write
+
+DATA_SETS = ("stories", "arithmetic")
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Path:
+    """Twelve runs with measurements; of the first two a histogram, as bench writes it."""
+    write_sweep(tmp_path, grid(bench=DATA_SETS))
+    for number, folder in enumerate(sorted(path.parent for path in tmp_path.glob("*/bench.json"))):
+        bench = json.loads((folder / "bench.json").read_text())
+        for figures in bench["datasets"].values():
+            figures["gained"] = [10, 6, 3, 1] if number else [5, 5, 5, 5]
+        (folder / "bench.json").write_text(json.dumps(bench))
+    return tmp_path
+
+
+def names(checkpoints: Path) -> list[str]:
+    return sorted(path.parent.name for path in checkpoints.glob("*/bench.json"))
+
+
+def test_one_run_has_a_page_of_its_own(
+    checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = names(checkpoints)[0]
+    write(collect_runs([name], str(checkpoints)), ReportConfig(resamples=50))
+    page = (checkpoints / name / "report.html").read_text()
+    assert "Curves" in page and "Tokens gained by a verification" in page
+    assert "| at least 3 | 50.0 % |" in capsys.readouterr().out
+    assert (checkpoints / name / "curves.csv").stat().st_size
+
+
+def test_two_runs_side_by_side(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = names(checkpoints)[:2]
+    both = collect_runs([first, str(checkpoints / second)], str(checkpoints))
+    assert [len(run.curves) > 0 for run in both.runs] == [True, True]
+    assert [round(tau(run), 3) for run in both.runs] == [2.5, 1.75]
+    write(both, ReportConfig(resamples=50))
+    printed = capsys.readouterr().out
+    assert "| 1 | 25.0 % | 50.0 % |" in printed and "| at least 5 | 0.0 % | 0.0 % |" in printed
+    folder = checkpoints / "sweeps" / "compared" / f"{first}--{second}"
+    assert distribution_table(both.runs) in (folder / "report.md").read_text()
+
+
+def test_a_sweep_shows_the_distributions_of_its_runs(checkpoints: Path) -> None:
+    [sweep] = [path.parent for path in checkpoints.rglob("sweep.json")]
+    assert sum(bool(shares(run)) for run in collect(sweep).runs) == 12
+
+
+def test_a_run_that_is_not_there_is_named_with_those_that_are(checkpoints: Path) -> None:
+    there = names(checkpoints)[0]
+    with pytest.raises(InputError, match=f"run=nope is no folder of a run.*{there}"):
+        collect_runs(["nope"], str(checkpoints))
