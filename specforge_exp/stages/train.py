@@ -249,7 +249,7 @@ def states_of(cfg: Config, target: Target, splits: Splits, run: TrainingRun) -> 
     if cfg.target.cache == "none":
         return computed_together(features, run.ranks) if together else computed(features)
     if cfg.target.cache == "memory":
-        return remembered(features)
+        return remembered(computed(features))
     folder = paths.features_dir(cfg)
     made_of = Fingerprint(
         run.fingerprint.inputs,
@@ -274,12 +274,6 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
     head = target.head
     live = 2.0 * target.parameters if cfg.target.cache == "none" else 0.0
 
-    def prepare(batches: list[Batch]) -> list[Sample]:
-        return [
-            Sample(**vars(batch), aux_TA=aux_TA, last_TH=last_TH)
-            for batch, (aux_TA, last_TH) in zip(batches, states(batches), strict=True)
-        ]
-
     def denominators(batch: Batch) -> Tensor:
         counts_K: Tensor = draft.denominators(cfg.draft, batch)
         return counts_K
@@ -292,7 +286,7 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
     states_2H = torch.zeros(2, head.weight_VH.shape[1], device=target.device)
     aux_2A = torch.cat([states_2H] * len(target.aux_layers), -1)
     idle = Sample(nothing_2, nothing_2.cpu(), [0], [2], 0, aux_2A, states_2H)
-    return Objective(cfg.draft.steps, prepare, denominators, idle, forward)
+    return Objective(cfg.draft.steps, states, denominators, idle, forward)
 
 
 def start_over(folder: Path) -> None:
