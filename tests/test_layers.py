@@ -28,7 +28,8 @@ FLOORS = {
         "config errors records paths lease artifacts data.conversations data.files data.formats "
         "data.sources data.synthetic",
         # Rooms, and what stands on the square.
-        "losses target sharding interrupt data drafts training serving generation bench report",
+        "losses target sharding interrupt data drafts training inference serving generation bench "
+        "report",
         "stages",
         "cli __main__",
     ],
