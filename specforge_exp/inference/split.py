@@ -44,16 +44,16 @@ class Split:
 
     def lines(self, tokens_per_s: float | None = None) -> list[str]:
         """For people. How long a full buffer lasts is known when the workers' speed is."""
-        kind, numbers = ("GPUs" if self.gpus else "CPU processes"), ""
-        if self.gpus:
-            numbers = f" ({', '.join(self.gpus)})"
+        where = f"GPU {', '.join(self.gpus)}" if self.gpus else "on CPUs"
+        if joins():
+            where = f"in the cluster at {os.environ['RAY_ADDRESS']}"
         tokens, seconds = self.buffer // self.token_bytes, "; a dry run measures no speed"
         if tokens_per_s:
             rate = self.workers * tokens_per_s
             seconds = f" = {tokens / rate:.1f} s of the workers at {rate:,.0f} tokens/s"
         return [
-            f"target.placement=ray: {self.trainers} {kind} train, {self.workers} run the target"
-            f"{numbers}; {self.token_bytes:,} bytes per token",
+            f"target.placement=ray: {self.trainers} trainers, {self.workers} workers ({where}); "
+            f"{self.token_bytes:,} bytes per token",
             f"buffer: {self.buffer / 1e9:.2f} GB = {tokens:,} tokens{seconds}; the store has "
             f"{self.store / 1e9:.2f} GB of shared memory",
         ]
