@@ -12,7 +12,9 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 
 FLEET = "SPECFORGE_EXP_FLEET"
 """Environment variable: what a trainer joins."""
+FENCED = "SPECFORGE_EXP_RAY_FENCED"
+"""Environment variable: Ray has been told to stay on this machine, which it reads when imported."""
 PREFIX = "sf-ray-"
 """Of the folders of clusters; short, for it begins the names of sockets."""
 STARTS = 5
@@ -80,13 +84,19 @@ def fleet_of(cfg: Config, split: Split) -> Iterator[Fleet]:
     ray = import_ray()
     with ended_cleanly():
         try:
+            began = time.monotonic()
             fleet = start_or_join(ray, split)
+            there = time.monotonic()
             log.info(
                 "train: %s Ray at %s; %d workers load %s", "started" if fleet.node else "joined",
                 fleet.address, split.workers, cfg.model.name,
             )  # fmt: skip
             workers = make_workers(ray, cfg, split)  # they live as long as this name
             speeds = begin(ray, workers, fleet)
+            log.info(
+                "train: workers are ready: Ray took %.1f s, loading %.1f s",
+                there - began, time.monotonic() - there,
+            )  # fmt: skip
             for line in split.lines(sum(speeds) / len(speeds)):
                 log.info("train: %s", line)
             os.environ[FLEET] = json.dumps(asdict(fleet))
@@ -96,7 +106,7 @@ def fleet_of(cfg: Config, split: Split) -> Iterator[Fleet]:
             folder = started_folder(ray)
             ray.shutdown()
             if folder:
-                shutil.rmtree(folder, ignore_errors=True)
+                end_leftovers(folder)
 
 
 def start_or_join(ray: Any, split: Split) -> Fleet:
@@ -131,7 +141,7 @@ def start(ray: Any, split: Split, namespace: str) -> tuple[str, dict[str, int]]:
                 break
             except Exception as error:  # Ray raises many kinds, also plain ones
                 ray.shutdown()
-                shutil.rmtree(folder, ignore_errors=True)
+                end_leftovers(folder)
                 if attempt == STARTS:
                     raise InputError(f"Ray does not start: {first_line(error)}") from None
                 log.warning("train: Ray did not start (%s); again", first_line(error)[:200])
@@ -257,7 +267,10 @@ def import_ray() -> Any:
     Raises:
         InputError: it is not installed.
     """
+    if "ray" in sys.modules and FENCED not in os.environ and not joins():
+        raise InputError("Ray was imported before target.placement=ray could keep it on loopback")
     if not joins():
+        os.environ[FENCED] = "1"
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # its switch for loopback only
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # it reads this once
@@ -298,10 +311,22 @@ def forget_dead() -> None:
             os.close(file)
 
 
-def started_folder(ray: Any) -> str | None:
+def started_folder(ray: Any) -> Path | None:
     """The folder of a cluster that was started here."""
     node = ray._private.worker._global_node
-    return str(node.get_temp_dir_path()) if node and node.head else None
+    return Path(node.get_temp_dir_path()) if node and node.head else None
+
+
+def end_leftovers(folder: Path) -> None:
+    """End what a cluster, or one that did not come up, has left, and remove its folder."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = str(folder).encode() in (process / "cmdline").read_bytes()
+            if ours and int(process.name) != os.getpid():
+                os.kill(int(process.name), signal.SIGKILL)
+        except OSError:  # it has ended, or is somebody else's
+            continue
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class Terminated(BaseException):

@@ -67,12 +67,14 @@ def check_gpus(cfg: Config, stage: str, processes: int = 1) -> None:
             f"on Modal: {command(stage)}; or here, very slowly: "
             f"{command(stage, 'device=cpu', away=False)}"
         )
-    workers = lent(cfg) if processes and not os.environ.get("LOCAL_RANK") else 0
+    workers = lent(cfg) if stage == "train" and "LOCAL_RANK" not in os.environ else 0
     if workers and cfg.device != "cpu" and 0 < here < processes + workers:
+        fewer = min(workers, here - 1)
+        fit = f"trainer.gpus={most_even(cfg.trainer.batch_size, here - fewer)}"
+        remedy = f"{fit} target.workers={fewer}" if fewer else "target.placement=inprocess"
         raise InputError(
             f"trainer.gpus={processes} and target.workers={workers} need {processes + workers} "
-            f"GPUs, but this machine has {here}: trainer.gpus="
-            f"{most_even(cfg.trainer.batch_size, here - workers)} target.workers={workers}"
+            f"GPUs, but this machine has {here}: {remedy}"
         )
     if 0 < here < processes:
         even = most_even(cfg.trainer.batch_size, here)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,12 @@ from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.stages.train import train
 from specforge_exp.training.ranks import launch
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc"),
+    pytest.mark.skipif(
+        find_spec("ray") is None or sys.platform != "linux",
+        reason="Ray is not installed: pip install -e '.[ray]'",
+    ),
 ]
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from specforge_exp.training.streamed import Stream
 CPU = torch.device("cpu")
 WIDTH = 4 * 128 * 4
 """Bytes of one token's states."""
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+NEEDS_RAY = pytest.mark.skipif(
+    find_spec("ray") is None or sys.platform != "linux",
+    reason="Ray is not installed: pip install -e '.[ray]'",
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +47,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def stream(run: Config) -> Iterator[Stream]:
-    pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
     with fleet_of(run, split_of(run)) as fleet:
         yield Stream(fleet, CPU)
 
 
 @pytest.mark.ray
-@LINUX
+@NEEDS_RAY
 def test_order_bound_and_loss(run: Config, stream: Stream, tiny_target: Target) -> None:
     """What is taken is what a process with the target computes, in the order of asking; states
     that the store has lost are asked for again; a slow trainer leaves the worker idle."""
@@ -85,7 +88,7 @@ def test_order_bound_and_loss(run: Config, stream: Stream, tiny_target: Target) 
 
 
 @pytest.mark.ray
-@LINUX
+@NEEDS_RAY
 def test_a_conversation_that_always_fails_is_named(stream: Stream) -> None:
     stream.features({1: conversation_set([[1] * 4, [1] * 4])})
     stream.tokens[1].shards[0].ids[6] = 99_999  # the target has no such token
@@ -94,7 +97,7 @@ def test_a_conversation_that_always_fails_is_named(stream: Stream) -> None:
 
 
 @pytest.mark.ray
-@LINUX
+@NEEDS_RAY
 def test_one_trainer_and_one_worker(run: Config, capfd: pytest.CaptureFixture[str]) -> None:
     """A whole training: the losses of a process that has the target, to the bit."""
     from test_resume import losses
