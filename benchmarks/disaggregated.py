@@ -1,15 +1,14 @@
 """The target in the trainer's process, from a disk cache, and in a Ray worker: what each costs.
 
-    python benchmarks/disaggregated.py [--json] [--model tiny|smollm2] [--steps 12]
+    python benchmarks/disaggregated.py [--json] [--model tiny|smollm2] [--steps 60]
 
 One trainer and one worker train EAGLE-3 on the same conversations with the same order, one run
 after the other; the losses must be equal to the bit. `tiny` is the target that comes with the
 repository; `smollm2` has the shape of SmolLM2-135M with random numbers, which cost the same.
-Reported are CPU seconds of the trainer and of the worker (their start and the loading of the target
-left out: the longer of two runs less the shorter), of Ray's own processes, wall seconds, and the
-most bytes of states held. `store` is what one conversation costs in trainer, worker and Ray beyond
-the same run with the target in its process, as a share of the target's own CPU. The last line is
-JSON.
+Reported are CPU seconds of the trainer from the first step to the last, of the worker and of Ray's
+own processes from the worker's first conversation on, wall seconds of the whole command, and the
+most bytes of states held. `overhead` is what the split costs in trainer and worker beyond the
+trainer that has the target itself, as a share of the worker's CPU. The last line is JSON.
 """
 
 import argparse
@@ -21,7 +20,6 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +30,6 @@ NAMES = {
     "ray": ["target.placement=ray", "target.buffer_gb=0.2"],
 }
 TICKS = os.sysconf("SC_CLK_TCK")
-SHORT = 2
-"""Steps of the shorter run."""
-
-
-@dataclass
-class Run:
-    """What one training took."""
-
-    wall: float
-    text: str
-    cpu: dict[str, float] = field(default_factory=dict)
-    """Seconds by kind of process: trainer, worker, ray."""
 
 
 def smollm2(folder: Path) -> Path:
@@ -72,95 +58,90 @@ def smollm2(folder: Path) -> Path:
     return path
 
 
-def kind_of(pid: int) -> str | None:
-    """What a process is, by its command line; None when it has gone."""
+def kind_of(pid: int) -> str:
+    """What a process is, by its command line; "" when it has gone."""
     try:
         line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
-        return None
+        return ""
     if line.startswith("ray::Worker"):
         return "worker"
-    if "spawn_main" in line or "train.py" in line:
+    if "spawn_main" in line:
         return "trainer"
-    return "ray"
+    return "launcher" if "train.py" in line else "ray" if line else ""
 
 
-def children(parents: dict[int, int], pid: int) -> list[int]:
-    """A process and all below it."""
-    family = [pid]
+def used(pid: int) -> dict[str, float]:
+    """CPU seconds of a process and all below it, by kind."""
+    parents, ticks = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        number = int(stat.parent.name)
+        parents[number], ticks[number] = int(fields[1]), int(fields[11]) + int(fields[12])
+    family, seconds = [pid], dict.fromkeys(("launcher", "trainer", "worker", "ray"), 0.0)
     for member in family:
         family += [child for child, parent in parents.items() if parent == member]
-    return family
+        if kind := kind_of(member):
+            seconds[kind] += ticks.get(member, 0) / TICKS
+    return seconds
 
 
-def watch(pid: int, cpu: dict[int, tuple[str, float]], ended: threading.Event) -> None:
-    """Note the CPU seconds of a process and all below it until it has ended."""
-    while not ended.wait(0.2):
-        parents, used = {}, {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = stat.read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            number = int(stat.parent.name)
-            parents[number], used[number] = int(fields[1]), int(fields[11]) + int(fields[12])
-        for member in children(parents, pid):
-            kind = cpu.get(member, (None, 0))[0] or kind_of(member)
-            if kind in ("ray", "trainer"):  # a worker is one only once it has its name
-                kind = kind_of(member) or kind
-            if kind:
-                cpu[member] = kind, used.get(member, 0) / TICKS
-
-
-def train(words: list[str]) -> Run:
-    """Run one training, watched."""
-    began, cpu, ended = time.monotonic(), {}, threading.Event()
+def train(words: list[str], metrics: Path) -> dict[str, Any]:
+    """Run one training, and look at its processes until the last step."""
+    began = time.monotonic()
+    lines: list[str] = []
     process = subprocess.Popen(
         [sys.executable, str(HERE / "train.py"), *words],
         cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    watcher = threading.Thread(target=watch, args=(process.pid, cpu, ended))
-    watcher.start()
-    text, _ = process.communicate()
-    ended.set()
-    watcher.join()
+    assert process.stdout
+    reader = threading.Thread(target=lines.extend, args=(process.stdout,))
+    reader.start()
+    ready: dict[str, float] = {}
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    while process.poll() is None:
+        now = used(process.pid)
+        if not ready and any("workers are ready" in line for line in lines):
+            ready = now
+        if not first and metrics.exists() and metrics.stat().st_size:
+            first = now
+        if first and sum(now.values()) >= sum(last.values()):
+            last = now
+        time.sleep(0.1)
+    reader.join()
     if process.returncode:
-        sys.exit(text)
-    run = Run(time.monotonic() - began, text)
-    for kind, seconds in cpu.values():
-        run.cpu[kind] = run.cpu.get(kind, 0.0) + seconds
-    return run
+        sys.exit("".join(lines))
+    apart = first["trainer"] > 0
+    trainer = "trainer" if apart else "launcher"
+    account = re.findall(r"(\d+) taken, .* at most (\S+) MB held", "".join(lines))
+    return {
+        "trainer_cpu_s": round(last[trainer] - first[trainer], 2),
+        "worker_cpu_s": round(last["worker"] - ready["worker"], 2) if apart else 0.0,
+        "ray_cpu_s": round(last["ray"] - ready["ray"], 2) if apart else 0.0,
+        "wall_s": round(time.monotonic() - began, 1),
+        "peak_held_mb": float(account[0][1]) if account else 0.0,
+        "worker_conversations": int(account[0][0]) if account else 0,
+    }
 
 
 def measure(folder: Path, model: list[str], steps: int) -> dict[str, dict[str, Any]]:
     """All ways to train, by name."""
     results: dict[str, dict[str, Any]] = {}
     for name, options in NAMES.items():
-        runs = {}
-        for length in (SHORT, steps):
-            words = [
-                "experiment=quickstart", *model, "loss=baseline", "target.cache=none",
-                "preprocess.source=prep", f"paths.datasets={folder / 'datasets'}",
-                f"paths.checkpoints={folder / 'checkpoints'}", f"run_name={name}-{length}",
-                f"max_steps={length}", "epochs=9", "trainer.batch_size=8", "trainer.log_every=1",
-                "trainer.eval_every=9999", "bench=default", *options,
-            ]  # fmt: skip
-            runs[length] = train([word for word in words if word])
-        long, short = runs[steps], runs[SHORT]
-        held = re.findall(r"at most (\S+) MB held", long.text)
-        used = {
-            kind: round(long.cpu.get(kind, 0.0) - short.cpu.get(kind, 0.0), 2)
-            for kind in ("trainer", "worker", "ray")
-        }
-        results[name] = {
-            "trainer_cpu_s": used["trainer"],
-            "worker_cpu_s": used["worker"],
-            "ray_cpu_s": used["ray"],
-            "wall_s": round(long.wall, 1),
-            "peak_held_mb": float(held[-1]) if held else 0.0,
-            "losses": losses(folder / "checkpoints" / f"{name}-{steps}"),
-        }
+        run = folder / "checkpoints" / name
+        words = [
+            "experiment=quickstart", *model, "loss=baseline", "target.cache=none",
+            f"paths.datasets={folder / 'datasets'}", f"paths.checkpoints={run.parent}",
+            f"run_name={name}", f"max_steps={steps}", "epochs=9", "trainer.batch_size=8",
+            "trainer.log_every=1", "trainer.eval_every=9999", *options,
+        ]  # fmt: skip
+        results[name] = train(words, run / "metrics.jsonl")
+        results[name]["losses"] = losses(run)
     return results
 
 
@@ -175,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="only the last line")
     parser.add_argument("--model", choices=("tiny", "smollm2"), default="tiny")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -193,14 +174,16 @@ def main() -> None:
             )  # fmt: skip
         results = measure(folder, model, args.steps)
     equal = len({tuple(result.pop("losses")) for result in results.values()}) == 1
+    own, away = results["inprocess"], results["ray"]
+    share = (args.steps - 1) * 8 / away["worker_conversations"]  # of these the trainer's part has
+    both = away["trainer_cpu_s"] + share * away["worker_cpu_s"]
+    overhead = (both - own["trainer_cpu_s"]) / (share * away["worker_cpu_s"])
     if not args.json:
-        conversations = 8 * (args.steps - SHORT)
         for kind, result in results.items():
-            per = {k: 1000 * v / conversations for k, v in result.items() if k.endswith("cpu_s")}
-            line = ", ".join(f"{k.removesuffix('_cpu_s')} {v:.1f} ms" for k, v in per.items())
-            print(f"{kind:10} CPU of a conversation: {line}; {result['wall_s']} s in all")
+            print(kind, *(f"{name} {value}" for name, value in result.items()), sep="  ")
+        print(f"overhead of trainer and worker: {overhead:.1%} of the worker's CPU")
     print(json.dumps({"model": args.model, "load": os.getloadavg()[0], "runs": results,
-                      "equal": equal}))  # fmt: skip
+                      "overhead": round(overhead, 3), "equal": equal}))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -40,10 +40,10 @@ from specforge_exp.config.stages import (
     PreprocessConfig,
     RegenConfig,
     ReportConfig,
-    TargetConfig,
     TrackerConfig,
     TrainerConfig,
 )
+from specforge_exp.config.target import TargetConfig
 from specforge_exp.errors import InputError, first_line
 
 __all__ = [

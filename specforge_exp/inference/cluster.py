@@ -100,7 +100,11 @@ def fleet_of(cfg: Config, split: Split) -> Iterator[Fleet]:
             for line in split.lines(sum(speeds) / len(speeds)):
                 log.info("train: %s", line)
             os.environ[FLEET] = json.dumps(asdict(fleet))
-            yield fleet
+            try:
+                yield fleet
+            except InputError:
+                fleet.check()  # Ray ends a process without a word when its node has ended
+                raise
         finally:
             os.environ.pop(FLEET, None)
             folder = started_folder(ray)
@@ -255,6 +259,7 @@ def given() -> Fleet:
 def join_fleet(fleet: Fleet) -> tuple[Any, list[Any]]:
     """Become one of those that ask a fleet: Ray, and its workers."""
     ray = import_ray()
+    fleet.check()
     if not ray.is_initialized():
         connect(ray, fleet.address, fleet.namespace)
     names = [f"worker-{number}" for number in range(fleet.workers)]
@@ -276,6 +281,7 @@ def import_ray() -> Any:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # it reads this once
     os.environ.setdefault("RAY_worker_niceness", "0")  # it starts workers at 15
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it writes between our lines
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
