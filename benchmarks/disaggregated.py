@@ -64,7 +64,7 @@ def kind_of(pid: int) -> str:
         line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
         return ""
-    if line.startswith("ray::Worker"):
+    if line.startswith("ray::TargetWorker"):
         return "worker"
     if "spawn_main" in line:
         return "trainer"

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError, first_line
 from specforge_exp.inference.split import Split, check_shared_memory, joins
-from specforge_exp.inference.worker import Worker
+from specforge_exp.inference.worker import TargetWorker
 
 log = logging.getLogger(__name__)
 
@@ -174,14 +174,17 @@ def connect(ray: Any, address: str, namespace: str) -> str:
 def init(ray: Any, address: str, namespace: str, **options: Any) -> str:
     """`ray.init` without its output and its handler of SIGTERM, which would hide the training's;
     returns the cluster's address."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handler, stderr = signal.getsignal(signal.SIGTERM), os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     try:
         info = ray.init(
-            address, namespace=namespace, log_to_driver=False, logging_level="CRITICAL",
-            configure_logging=True, **options,
-        )  # fmt: skip
+            address, namespace=namespace, log_to_driver=False, logging_level="CRITICAL", **options
+        )
         return str(info.address_info["gcs_address"])
     finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
         signal.signal(signal.SIGTERM, handler)
 
 
@@ -202,7 +205,7 @@ def make_workers(ray: Any, cfg: Config, split: Split) -> list[Any]:
     actor = ray.remote(
         max_restarts=-1, max_task_retries=REPEATS, num_gpus=int(on_gpu), num_cpus=int(not on_gpu),
         scheduling_strategy="SPREAD",
-    )(Worker)  # fmt: skip
+    )(TargetWorker)  # fmt: skip
     return [
         actor.options(name=f"worker-{number}").remote(cfg, split.threads)
         for number in range(split.workers)

@@ -17,7 +17,7 @@ TRIAL_TOKENS = 512
 """Of the conversation that measures how fast a worker is."""
 
 
-class Worker:
+class TargetWorker:
     """One target. It loads with the first call, so that a refusal is an answer.
 
     Args:

@@ -92,7 +92,7 @@ def test_two_runs_at_once_and_a_worker_killed(folder: Path) -> None:
     cfg = composed(folder, "e-22")
     wait_for_step(eagle3, cfg, "e-22", 4)
     os.kill(eagle3.pid, signal.SIGSTOP)
-    workers = processes(eagle3.pid, "^ray::Worker")
+    workers = processes(eagle3.pid, "^ray::TargetWorker")
     kill(workers[0])
     addresses = listening(with_all_below(eagle3.pid))
     os.kill(eagle3.pid, signal.SIGCONT)
@@ -116,10 +116,10 @@ def test_a_trainer_is_killed(folder: Path) -> None:
     run = begin(folder, "d-21", *DFLASH, "trainer.gpus=2", "trainer.restarts=1")
     cfg = composed(folder, "d-21")
     wait_for_step(run, cfg, "d-21", 6)
-    worker = processes(run.pid, "^ray::Worker")
+    worker = processes(run.pid, "^ray::TargetWorker")
     kill(processes(run.pid, "spawn_main")[-1])
     wait_for_step(run, cfg, "d-21", 14)
-    assert processes(run.pid, "^ray::Worker") == worker
+    assert processes(run.pid, "^ray::TargetWorker") == worker
     with nothing_left(run.pid):
         assert run.wait(300) == 0, said(folder, "d-21")
     assert "start again from the newest checkpoint" in said(folder, "d-21")

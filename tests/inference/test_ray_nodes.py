@@ -72,11 +72,13 @@ def test_a_node_goes_and_another_comes(tmp_path: Path, monkeypatch: pytest.Monke
         words = options(tmp_path, "nodes", *RAY, "target.workers=2")
         run = start([sys.executable, str(REPOSITORY / "train.py"), *words], tmp_path / "nodes.log")
         wait_for_step(run, composed(tmp_path, "nodes"), "nodes", 4)
-        assert len(processes(nodes.pid, "^ray::Worker")) == 2
+        assert len(processes(nodes.pid, "^ray::TargetWorker")) == 2
         print("swap", file=nodes.stdin, flush=True)
         assert nodes.stdout.readline() == "changed\n"
         assert run.wait(300) == 0, said(tmp_path, "nodes")
-        assert processes(nodes.pid, "^ray::Worker") == []  # the cluster stays, its workers do not
+        assert (
+            processes(nodes.pid, "^ray::TargetWorker") == []
+        )  # the cluster stays, its workers do not
     assert f"joined Ray at {address}" in said(tmp_path, "nodes")
     assert_equal(composed(tmp_path, "nodes"), "nodes", "alone")
     assert counted(said(tmp_path, "nodes"))["taken"] == planned(0, STEPS)

@@ -125,13 +125,13 @@ def test_the_ends_of_a_target_are_enough_for_a_draft(run: Config) -> None:
     """A draft made of what a worker tells is the one that the whole target gives."""
     from specforge_exp.drafts.eagle3 import Eagle3
     from specforge_exp.inference.states import crossed
-    from specforge_exp.inference.worker import Worker
+    from specforge_exp.inference.worker import TargetWorker
     from specforge_exp.target import make_ends
 
     mapping, _ = read_tokens(Path(run.paths.datasets) / "small.tokens")
     for start in ("target", "random"):
         draft = replace(run.draft, start=start)
-        worker = Worker(replace(run, draft=draft), 1)
+        worker = TargetWorker(replace(run, draft=draft), 1)
         assert worker.begin()["tokens_per_s"] > 0
         parts = worker.ends()
         ends = make_ends(
