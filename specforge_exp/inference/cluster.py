@@ -175,7 +175,7 @@ def init(ray: Any, address: str, namespace: str, **options: Any) -> str:
     """`ray.init` without its output and its handler of SIGTERM, which would hide the training's;
     returns the cluster's address."""
     handler, stderr = signal.getsignal(signal.SIGTERM), os.dup(2)
-    with open(os.devnull, "w") as nowhere:
+    with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
         info = ray.init(
