@@ -160,14 +160,13 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model: list[str] = []
+        model = ["preprocess.source=prep", "data.name=bench"]
+        for split, number in (("train", 8 * args.steps), ("eval", 8)):
+            model.append(f"data.{split}=[{{path: 'synthetic:{split}', limit: {number}}}]")
         if args.model == "smollm2":
-            model = ["model=local", f"model.path={smollm2(folder)}", "model.name=smollm2"]
+            model += ["model=local", f"model.path={smollm2(folder)}", "model.name=smollm2"]
         for stage in ("prep", "preprocess"):
-            words = [
-                "experiment=quickstart", *model, "preprocess.source=prep",
-                f"paths.datasets={folder / 'datasets'}",
-            ]  # fmt: skip
+            words = ["experiment=quickstart", *model, f"paths.datasets={folder / 'datasets'}"]
             subprocess.run(
                 [sys.executable, str(HERE / f"{stage}.py"), *words],
                 cwd=HERE, check=True, capture_output=True,
