@@ -9,7 +9,7 @@ help:  ## list the targets
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,modal,optuna,data]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,modal,optuna,data,ray]'
 	@touch $@
 
 install: .venv/.ready  ## set up .venv with the tested versions
@@ -27,7 +27,7 @@ smollm2: .venv/.ready  ## the same six stages with SmolLM2-135M and real prompts
 test: .venv/.ready  ## the fast tier: every module, one launch and one kill of each kind
 	$(BIN)/python tests/tiers.py fast
 
-test-%: .venv/.ready  ## one tier more: trainer modal sweeps end local-modal bench; all of them: test-all
+test-%: .venv/.ready  ## one tier more: trainer modal sweeps end local-modal ray bench; all of them: test-all
 	$(BIN)/python tests/tiers.py $*
 
 engines: .venv/.ready  ## a real vLLM on this CPU with our drafts; asks for ENGINES=1 and says why

@@ -42,6 +42,12 @@ TIERS = {
     "end": Tier("whole pipelines as commands, here and on a local Modal", ("end_to_end",), 600),
     "local-modal": Tier("the local Modal itself", ("modal_local",), 300, "slow or not slow"),
     "chaos": Tier("random faults; `python tests/chaos/chaos.py` makes any number", ("chaos",), 200),
+    "ray": Tier(
+        "the target in workers of its own, killed everywhere",
+        ("inference",),
+        400,
+        "slow or not slow",
+    ),
     "bench": Tier("the benchmarks' own halves", ("benchmarks",), 150, "slow or not slow"),
 }
 

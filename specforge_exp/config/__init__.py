@@ -40,10 +40,10 @@ from specforge_exp.config.stages import (
     PreprocessConfig,
     RegenConfig,
     ReportConfig,
-    TargetConfig,
     TrackerConfig,
     TrainerConfig,
 )
+from specforge_exp.config.target import TargetConfig
 from specforge_exp.errors import InputError, first_line
 
 __all__ = [
@@ -227,7 +227,13 @@ def check_job(cfg: DictConfig) -> None:
     Besides `from_omegaconf`: a path that is written out means a place on the launching machine,
     and what a container writes outside its Volumes is lost.
     """
-    volumes = from_omegaconf(cfg).resources["volumes"]
+    config = from_omegaconf(cfg)
+    volumes, extras = config.resources["volumes"], config.resources["image"].get("extras", [])
+    if config.target.placement == "ray" and "ray" not in extras:
+        raise InputError(
+            "target.placement=ray needs Ray in the containers: resources.image.extras="
+            f"[{','.join([*extras, 'ray'])}]"
+        )
     written = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(written, dict)
     for root in ("datasets", "checkpoints"):

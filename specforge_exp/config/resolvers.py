@@ -34,11 +34,16 @@ def repository(path: str) -> str:
     return str(REPOSITORY / path)
 
 
-def gpu_count(gpu: Any, device: str = "auto") -> int:
-    """`H100:8` -> 8; a list counts as its first; without a GPU, or on device=cpu, 1."""
+def gpu_count(
+    gpu: Any, device: str = "auto", placement: str = "inprocess", workers: int = 0
+) -> int:
+    """`H100:8` -> 8, less the workers of placement=ray; a list counts as its first; without a GPU,
+    or on device=cpu, 1."""
     first = gpu[0] if isinstance(gpu, Sequence) and not isinstance(gpu, str) else gpu
     count = str(first).partition(":")[2]
-    return int(count) if count.isdigit() and device != "cpu" else 1
+    if not count.isdigit() or device == "cpu":
+        return 1
+    return max(1, int(count) - workers * (placement == "ray"))
 
 
 def both_secrets(one: Mapping[str, list[str]], other: Mapping[str, list[str]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 from specforge_exp.config import Config
 
 QUIET = {
-    "log_every", "eval_every", "save_every", "keep_last", "keep_best", "resume",
+    "log_every", "eval_every", "save_every", "keep_last", "keep_best", "resume", "restarts",
     "gpus", "shard", "profile", "dump", "pack_tokens", "gradient_checkpointing", "lrs",
 }  # fmt: skip
 """Options of the loss, the draft and the trainer that change no number."""

@@ -212,27 +212,6 @@ class PreprocessConfig:
 
 
 @dataclass
-class TargetConfig:
-    """How training gets the target's hidden states."""
-
-    cache: str = "none"
-    """none: run the target in every step; memory: keep its states, 4 hidden sizes of numbers per
-    token; disk: write them beside the tokens, once for all epochs and runs. Changes no number."""
-
-    shard: bool = False
-    """Share each of its layers among the processes of trainer.gpus, by transformers' tensor
-    parallelism: for a target that does not fit one GPU. All of them then run every conversation."""
-
-    def __post_init__(self) -> None:
-        allow(self, "target.", cache="none memory disk")
-        if self.shard and self.cache == "memory":
-            raise InputError(
-                "target.shard=true needs target.cache=none or disk: with memory each process would "
-                "keep, and ask for, other conversations"
-            )
-
-
-@dataclass
 class TrainerConfig:
     """python train.py"""
 
@@ -284,9 +263,14 @@ class TrainerConfig:
     """Also save and keep the evaluation with the longest simulated accepted length."""
     resume: bool = True
     """Continue from the newest checkpoint of this run; false: start over."""
+    restarts: int = 0
+    """Times that the processes of trainer.gpus are started again when one of them dies, from the
+    newest checkpoint; workers of target.placement=ray go on meanwhile."""
 
     def __post_init__(self) -> None:
-        minimums(self, "trainer.", batch_size=1, accumulate=1, pack_tokens=1, log_every=1)
+        minimums(
+            self, "trainer.", restarts=0, batch_size=1, accumulate=1, pack_tokens=1, log_every=1
+        )
         minimums(self, "trainer.", eval_every=1, save_every=1, keep_last=1, weight_decay=0)
         for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
             if not 0 <= vars(self)[name] <= 1:

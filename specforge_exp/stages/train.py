@@ -9,7 +9,7 @@ trains: by the process that starts the others, or by torchrun's first one for al
 
 import logging
 import shutil
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,8 @@ from specforge_exp.config.settings import training_settings
 from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
+from specforge_exp.inference.cluster import Fleet, fleet_of, given
+from specforge_exp.inference.split import Split, joins, make_split
 from specforge_exp.lease import lease
 from specforge_exp.losses import Loss
 from specforge_exp.records import metric_lines, write_record
@@ -59,7 +61,7 @@ from specforge_exp.training.checkpoint import (
 from specforge_exp.training.feature_cache import from_disk, make_cache
 from specforge_exp.training.features import Features, computed, computed_together, remembered
 from specforge_exp.training.learnable import listed, nothing_to_learn, refuse_nothing
-from specforge_exp.training.loop import Splits, TrainingRun, fit
+from specforge_exp.training.loop import EVAL_TOKENS, Splits, TrainingRun, fit
 from specforge_exp.training.objective import Objective, Outcome, Sample
 from specforge_exp.training.progress import summary
 from specforge_exp.training.ranks import (
@@ -70,6 +72,7 @@ from specforge_exp.training.ranks import (
     local_device,
     started,
 )
+from specforge_exp.training.streamed import Stream
 
 log = logging.getLogger(__name__)
 
@@ -83,33 +86,44 @@ def train(cfg: Config) -> float | tuple[float, ...]:
     check_gpus(cfg, "train", 1 if started() else int(cfg.trainer.gpus))
     if not started() and (record := begin(cfg, 1)):
         return objectives(cfg, record)
-    if not started() and int(cfg.trainer.gpus) > 1:
-        returned: float | tuple[float, ...] = launch(train, cfg)
+    streams = cfg.target.placement == "ray"
+    if not started() and cfg.target.dry_run:
+        return show_split(cfg)
+    if not started() and (streams or cfg.trainer.restarts or int(cfg.trainer.gpus) > 1):
+        with fleet_of(cfg, split_of(cfg)) if streams else nullcontext():
+            returned: float | tuple[float, ...] = launch(train, cfg)
         return returned
     device = local_device(set_up_torch(cfg))
     ranks = join(device)
     if by_torchrun() and (record := ranks.decided(partial(begin, cfg, ranks.world))):
         return objectives(cfg, record)
-    with nullcontext() if ranks.rank else lease(paths.run_dir(cfg)):
-        return train_here(cfg, device, ranks)
+    with ExitStack() as stack:
+        if not ranks.rank:
+            stack.enter_context(lease(paths.run_dir(cfg)))
+        stream = Stream(fleet_in(cfg, ranks, stack), device) if streams else None
+        return train_here(cfg, device, ranks, stream)
 
 
-def train_here(cfg: Config, device: torch.device, ranks: Ranks) -> float | tuple[float, ...]:
+def train_here(
+    cfg: Config, device: torch.device, ranks: Ranks, stream: Stream | None
+) -> float | tuple[float, ...]:
     """This process's part of a training that has not ended; as `train`."""
     folder, tokens = paths.run_dir(cfg), paths.tokens_dir(cfg)
     run = TrainingRun(folder, fingerprint_of(cfg, tokens), ranks)
-    mapping = read_mapping(tokens / "vocab_mapping.pt")
-    splits = Splits(*(read_split(tokens, name, len(mapping["t2d"])) for name in ("train", "eval")))
+    mapping, splits = read_tokens(tokens)
     reasons = ranks.decided(partial(check_learnable, cfg, splits))
-    target, draft = target_and_draft(cfg, device, ranks, mapping)
+    target = stream.ends if stream else whole_target(cfg, device, ranks)
+    draft = fresh_draft(cfg, target, device, ranks, mapping)
     log.info(
         "train: %s: %d conversations, %d held out, %.1fM trained parameters, on %d x %s",
         cfg.run_name, len(splits.train), len(splits.eval), count(draft) / 1e6,
         ranks.world, device,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    objective = make_objective(cfg, draft, target, states_of(cfg, target, splits, run))
-    evaluation = fit(cfg, draft, objective, splits, run)
+    states = states_of(cfg, target, splits, run, stream)
+    evaluation = fit(cfg, draft, make_objective(cfg, draft, target, states), splits, run)
+    if text := states.summary(ranks):
+        log.info("train: %s", text)
     ranks.wait()
     record = describe(cfg, run.fingerprint.inputs, run.fingerprint.settings)
     record |= {"seconds": round(logged_seconds(folder), 1), "processes": ranks.world}
@@ -162,22 +176,65 @@ def torn(folder: Path) -> bool:
     return False
 
 
-def target_and_draft(
-    cfg: Config, device: torch.device, ranks: Ranks, mapping: dict[str, Tensor]
-) -> tuple[Target, Any]:
-    """The target and a fresh draft for it, each whole or this process's share of it.
+def read_tokens(tokens: Path) -> tuple[dict[str, Tensor], Splits]:
+    """The draft's vocabulary and the conversations."""
+    mapping = read_mapping(tokens / "vocab_mapping.pt")
+    names = ("train", "eval")
+    return mapping, Splits(*(read_split(tokens, name, len(mapping["t2d"])) for name in names))
+
+
+def split_of(cfg: Config, trainers: int | None = None) -> Split:
+    """What trains and what runs the target, for the trainers of trainer.gpus or so many."""
+    _, splits = read_tokens(paths.tokens_dir(cfg))
+    forward = max(cfg.trainer.pack_tokens or EVAL_TOKENS, int(max(splits.eval.lengths, default=0)))
+    return make_split(cfg, trainers or int(cfg.trainer.gpus), splits.train.lengths, forward)
+
+
+def show_split(cfg: Config) -> float | tuple[float, ...]:
+    """What target.dry_run=true prints; there are no values to return."""
+    for line in split_of(cfg).lines():
+        log.info("train: %s", line)
+    return objectives(cfg, {"evaluation": dict.fromkeys(cfg.objectives, float("nan"))})
+
+
+def fleet_in(cfg: Config, ranks: Ranks, stack: ExitStack) -> Fleet:
+    """The workers: of the process that started this one, or torchrun's first one makes them."""
+    if not by_torchrun():
+        return given()
+
+    def make() -> Fleet:
+        if not joins():
+            raise InputError(
+                "target.placement=ray under torchrun needs RAY_ADDRESS: `ray start` on each "
+                "machine makes the cluster, see docs/ray.md. On one machine leave torchrun out"
+            )
+        return stack.enter_context(fleet_of(cfg, split_of(cfg, ranks.world)))
+
+    return ranks.decided(make)
+
+
+def whole_target(cfg: Config, device: torch.device, ranks: Ranks) -> Target:
+    """The target, or this process's share of it.
 
     Raises:
-        InputError: the target cannot be loaded or followed, or bench could not decode it.
+        InputError: it cannot be loaded or followed, or bench could not decode it.
     """
     kind = locate(cfg.draft._target_)
     processes = ranks.world if cfg.target.shard else 1
-    shared = cfg.trainer.shard and ranks.world > 1
     target = load_target(
         cfg.model, device, cfg.model.dtype, processes, partial(kind.target_layers, cfg.draft)
     )
     if cfg.bench_engine == "transformers":
         target.check_decoding()
+    return target
+
+
+def fresh_draft(
+    cfg: Config, target: Target, device: torch.device, ranks: Ranks, mapping: dict[str, Tensor]
+) -> Any:
+    """A draft for the target, whole or this process's share of it."""
+    kind = locate(cfg.draft._target_)
+    shared = cfg.trainer.shard and ranks.world > 1
     with without_numbers() if shared and ranks.rank else nullcontext():
         draft = kind.new(target, cfg.draft, mapping, cfg.seed)
     if shared:
@@ -190,7 +247,7 @@ def target_and_draft(
         )  # fmt: skip
     draft.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     draft.gradient_checkpointing = cfg.trainer.gradient_checkpointing
-    return target, draft
+    return draft
 
 
 def check_tokens(cfg: Config, tokens: Path) -> None:
@@ -239,8 +296,14 @@ def objectives(cfg: Config, record: dict[str, Any]) -> float | tuple[float, ...]
     return values if len(values) > 1 else values[0]
 
 
-def states_of(cfg: Config, target: Target, splits: Splits, run: TrainingRun) -> Features:
-    """How a batch gets the target's hidden states, as `target.cache` says."""
+def states_of(
+    cfg: Config, target: Target, splits: Splits, run: TrainingRun, stream: Stream | None = None
+) -> Features:
+    """How a batch gets the target's hidden states, as `target.placement` and `cache` say."""
+    splits_by_sign = {1: splits.train, -1: splits.eval}
+    if stream:
+        sent_for = stream.features(splits_by_sign)
+        return remembered(sent_for) if cfg.target.cache == "memory" else sent_for
 
     def features(ids_1T: Tensor) -> tuple[Tensor, Tensor]:
         return target.features(ids_1T.to(target.device))
@@ -249,14 +312,13 @@ def states_of(cfg: Config, target: Target, splits: Splits, run: TrainingRun) -> 
     if cfg.target.cache == "none":
         return computed_together(features, run.ranks) if together else computed(features)
     if cfg.target.cache == "memory":
-        return remembered(features)
+        return remembered(computed(features))
     folder = paths.features_dir(cfg)
     made_of = Fingerprint(
         run.fingerprint.inputs,
         {"model.path": cfg.model.path, "model.aux_layers": target.aux_layers,
          "model.dtype": str(target.model.dtype), "max_length": cfg.max_length},
     )  # fmt: skip
-    splits_by_sign = {1: splits.train, -1: splits.eval}
     make_cache(folder, features, splits_by_sign, made_of, run.ranks, together)
     target.forget_layers()
     return from_disk(folder, len(target.aux_layers), target.embed_VH.shape[1])
@@ -272,13 +334,8 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
     """The draft's objective on this target, as the training loop wants it."""
     loss = Loss(locate(cfg.loss._target_), cfg.loss)
     head = target.head
-    live = 2.0 * target.parameters if cfg.target.cache == "none" else 0.0
-
-    def prepare(batches: list[Batch]) -> list[Sample]:
-        return [
-            Sample(**vars(batch), aux_TA=aux_TA, last_TH=last_TH)
-            for batch, (aux_TA, last_TH) in zip(batches, states(batches), strict=True)
-        ]
+    runs_target = cfg.target.placement == "inprocess" and cfg.target.cache == "none"
+    live = 2.0 * target.parameters if runs_target else 0.0
 
     def denominators(batch: Batch) -> Tensor:
         counts_K: Tensor = draft.denominators(cfg.draft, batch)
@@ -292,7 +349,7 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
     states_2H = torch.zeros(2, head.weight_VH.shape[1], device=target.device)
     aux_2A = torch.cat([states_2H] * len(target.aux_layers), -1)
     idle = Sample(nothing_2, nothing_2.cpu(), [0], [2], 0, aux_2A, states_2H)
-    return Objective(cfg.draft.steps, prepare, denominators, idle, forward)
+    return Objective(cfg.draft.steps, states, denominators, idle, forward)
 
 
 def start_over(folder: Path) -> None:

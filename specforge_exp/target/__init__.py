@@ -1,5 +1,6 @@
 """The frozen target: its states and logits, and what differs between families, read from it."""
 
+from specforge_exp.target.ends import Ends, make_ends
 from specforge_exp.target.files import load_tokenizer, text_config
 from specforge_exp.target.head import Head
 from specforge_exp.target.loading import load_target
@@ -9,6 +10,7 @@ from specforge_exp.target.shape import check_length, draft_shape
 
 __all__ = [
     "DTYPES",
+    "Ends",
     "Head",
     "Target",
     "check_gpus",
@@ -16,6 +18,7 @@ __all__ = [
     "draft_shape",
     "load_target",
     "load_tokenizer",
+    "make_ends",
     "set_up_torch",
     "take_what_is_there",
     "text_config",

@@ -39,9 +39,15 @@ def take_what_is_there(cfg: Config) -> Config:
     """
     if cfg.trainer.gpus != "auto":
         return cfg
-    here = torch.cuda.device_count() if cfg.device != "cpu" else 0
+    here = torch.cuda.device_count() - lent(cfg) if cfg.device != "cpu" else 0
     gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or most_even(cfg.trainer.batch_size, here)
     return replace(cfg, trainer=replace(cfg.trainer, gpus=gpus))
+
+
+def lent(cfg: Config) -> int:
+    """GPUs of this machine that workers have and no trainer."""
+    here = cfg.target.placement == "ray" and not os.environ.get("RAY_ADDRESS")
+    return cfg.target.workers if here else 0
 
 
 def most_even(batch_size: int, gpus: int) -> int:
@@ -61,6 +67,15 @@ def check_gpus(cfg: Config, stage: str, processes: int = 1) -> None:
             f"model={cfg.model.name} is for a GPU (model.gpu={cfg.model.gpu}) and torch sees none; "
             f"on Modal: {command(stage)}; here, very slowly: "
             f"{command(stage, 'device=cpu', away=False)}; or with a tiny target:{offers(stage)}"
+        )
+    workers = lent(cfg) if stage == "train" and "LOCAL_RANK" not in os.environ else 0
+    if workers and cfg.device != "cpu" and 0 < here < processes + workers:
+        fewer = min(workers, here - 1)
+        fit = f"trainer.gpus={most_even(cfg.trainer.batch_size, here - fewer)}"
+        remedy = f"{fit} target.workers={fewer}" if fewer else "target.placement=inprocess"
+        raise InputError(
+            f"trainer.gpus={processes} and target.workers={workers} need {processes + workers} "
+            f"GPUs, but this machine has {here}: {remedy}"
         )
     if 0 < here < processes:
         even = most_even(cfg.trainer.batch_size, here)

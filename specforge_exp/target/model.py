@@ -81,6 +81,11 @@ class Target:
         return whole(self.model.get_output_embeddings().weight)
 
     @property
+    def tied(self) -> bool:
+        """Whether both are one tensor."""
+        return self.head_weight_VH.data_ptr() == self.embed_VH.data_ptr()
+
+    @property
     def parameters(self) -> int:
         """Weights that a token passes through, for FLOP counts: all but the embeddings."""
         embeddings: int = self.model.get_input_embeddings().weight.numel()

@@ -66,6 +66,12 @@ def share(
     return mine
 
 
+def largest_share(lengths: Sequence[int] | Ints, size: int, world: int) -> int:
+    """Tokens that a window of `size` conversations gives one of `world` processes, at most."""
+    longest = sorted((lengths[n] for n in range(len(lengths))), reverse=True)[:size]
+    return int(max(longest[0], -(-sum(longest) // world) + longest[0] * (world > 1)))
+
+
 def lay_out(
     numbers: list[int], lengths: Sequence[int] | Ints, cfg: TrainerConfig
 ) -> list[list[int]]:
@@ -99,6 +105,13 @@ def make_batch(
     names = [-1 - n for n in numbers] if draw is None else numbers
     ids_T = moved(torch.cat(ids), device)
     return Batch(ids_T, torch.cat(turns), names, list(map(len, ids)), draw or 0)
+
+
+def parts_of(batch: Batch) -> list[Batch]:
+    """Each conversation of a batch as a batch of its own."""
+    columns = (batch.ids_T.split(batch.lengths), batch.turns_T.split(batch.lengths))
+    rows = zip(*columns, batch.numbers, batch.lengths, strict=True)
+    return [Batch(ids_T, turns_T, [n], [size], batch.draw) for ids_T, turns_T, n, size in rows]
 
 
 def moved(x: Tensor, device: torch.device) -> Tensor:

@@ -203,7 +203,8 @@ def index_of(splits: dict[int, TokenSet], shards: list[Shard]) -> dict[str, Any]
 
 
 def from_disk(folder: Path, layers: int, hidden: int) -> Features:
-    """Read a batch's states from the shards; positions that no loss asks for are 0 in `last`.
+    """Read a batch's states from the shards, one window ahead; positions that no loss asks for are
+    0 in `last`.
 
     A conversation that is not in the cache has no supervised token: its states are zeros.
 
@@ -241,7 +242,7 @@ def from_disk(folder: Path, layers: int, hidden: int) -> Features:
         device = batch.ids_T.device
         return moved(torch.cat(aux), device), moved(torch.cat(last), device)
 
-    return lambda batches: [read(batch) for batch in batches]
+    return Features(lambda batches: lambda: [read(batch) for batch in batches], ahead=0)
 
 
 def rows_of(

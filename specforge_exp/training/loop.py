@@ -20,7 +20,6 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,7 +51,8 @@ from specforge_exp.training.checkpoint import (
     step_folders,
     take_snapshot,
 )
-from specforge_exp.training.objective import Objective, Sample
+from specforge_exp.training.features import in_order
+from specforge_exp.training.objective import Objective, Sample, samples_of
 from specforge_exp.training.progress import WindowLog, means, summary
 from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.schedule import learning_rate
@@ -123,6 +123,7 @@ def fit(
             if done % options.log_every == 0 or last:
                 metrics = {"step": done, "epoch": window.epoch, "lr": rate}
                 metrics |= {"grad_norm": grad_norm, **window_log.metrics(ranks)}
+                metrics |= objective.features.measured(metrics["seconds"], ranks)
                 window_log = window_log.next()
                 shown = {"loss": metrics["loss"], "tau": metrics["simulated_length"]}
                 bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
@@ -162,32 +163,23 @@ def windows(
     ranks: Ranks,
     device: torch.device,
 ) -> Iterator[Window]:
-    """This process's part of the windows of these steps.
-
-    States on disk are read one window ahead, in another thread.
-    """
+    """This process's part of the windows of these steps; states of later ones may be on their way
+    meanwhile, also over the end of an epoch and while held-out conversations are evaluated."""
     lengths = tokens.lengths
     size = cfg.trainer.batch_size * cfg.trainer.accumulate
     per_epoch = -(-len(lengths) // size)
 
-    def make(step: int) -> Window:
+    def plan(step: int) -> tuple[Window, list[Batch]]:
         epoch, index = divmod(step, per_epoch)
         numbers = window_of(len(lengths), size, cfg.seed, epoch, index)
         mine = share(numbers, lengths, ranks.rank, ranks.world)
         parts = lay_out(mine, lengths, cfg.trainer)
         draw = draw_of(cfg.seed, epoch)
         batches = [make_batch(tokens, part, device, draw) for part in parts]
-        return Window(step, epoch, numbers, batches, objective.prepare(batches))
+        return Window(step, epoch, numbers, batches, []), batches
 
-    if cfg.target.cache != "disk":
-        yield from map(make, steps)
-        return
-    with ThreadPoolExecutor(1) as reader:
-        ahead: Future[Window] | None = None
-        for step in steps:
-            window = (ahead or reader.submit(make, step)).result()
-            ahead = reader.submit(make, step + 1) if step + 1 in steps else None
-            yield window
+    for window, states in in_order(objective.features, map(plan, steps)):
+        yield replace(window, samples=samples_of(window.batches, states))
 
 
 def add_gradients(
@@ -327,8 +319,10 @@ def evaluate(
     by_number: dict[int, list[float]] = {}
     quiet = None if ranks.rank == 0 else True
     rounds = range(max(ranks.gather(len(batches))))
-    for index in tqdm(rounds, desc="evaluate", unit="batch", disable=quiet, leave=False):
-        samples = objective.prepare(batches[index : index + 1])
+    asked = in_order(objective.features, ((i, batches[i : i + 1]) for i in rounds))
+    bar = tqdm(asked, total=len(rounds), desc="evaluate", unit="batch", disable=quiet, leave=False)
+    for index, states in bar:
+        samples = samples_of(batches[index : index + 1], states)
         for sample in [*samples, *idle(draft, objective, samples, ranks)]:
             outcome = objective.forward(sample, window_K)
             total.add(outcome, sum(sample.lengths))

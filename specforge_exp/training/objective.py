@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from specforge_exp.training.batches import Batch
+from specforge_exp.training.features import Features, States
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,14 @@ class Sample(Batch):
     """Its hidden states at the layers that feed the draft, side by side."""
     last_TH: Tensor
     """Its post-norm last hidden states."""
+
+
+def samples_of(batches: list[Batch], states: States) -> list[Sample]:
+    """Batches with the target's states."""
+    return [
+        Sample(**vars(batch), aux_TA=aux_TA, last_TH=last_TH)
+        for batch, (aux_TA, last_TH) in zip(batches, states, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -44,9 +53,8 @@ class Objective:
 
     steps: int
     """How many divisors a window has."""
-    prepare: Callable[[list[Batch]], list[Sample]]
-    """Add the target's states to batches. Every process calls it once per window or round of an
-    evaluation, maybe in another thread."""
+    features: Features
+    """Where the target's states come from."""
     denominators: Callable[[Batch], Tensor]
     """What a batch adds to the divisors of the window, [K]; known before any forward."""
     idle: Sample

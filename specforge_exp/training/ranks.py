@@ -126,9 +126,30 @@ def local_device(device: torch.device) -> torch.device:
 def launch(stage: Callable[[Config], Any], cfg: Config) -> Any:
     """Run a stage in `trainer.gpus` processes and return what the first of them returns.
 
+    They are started again `trainer.restarts` times when one of them dies; a refusal is final.
+
     Raises:
         InputError: what a process refused, or that one of them died.
     """
+    for left in range(cfg.trainer.restarts, -1, -1):
+        try:
+            return attempt(stage, cfg)
+        except DeadProcess as death:
+            if not left:
+                raise InputError(
+                    f"{death}; what it printed is above. Run the same command to continue"
+                ) from None
+            log.warning("%s; all start again from the newest checkpoint, %d times more at most",
+                        death, left)  # fmt: skip
+    return None
+
+
+class DeadProcess(Exception):
+    """A process ended without a word that a user could act on."""
+
+
+def attempt(stage: Callable[[Config], Any], cfg: Config) -> Any:
+    """`launch`, once; raises DeadProcess when one of the processes dies."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -159,9 +180,9 @@ def launch(stage: Callable[[Config], Any], cfg: Config) -> Any:
             if refusal.exists():
                 raise InputError(refusal.read_text()) from None
             rank, failure = error.get_first_failure()
-            raise InputError(
+            raise DeadProcess(
                 f"process {rank} of trainer.gpus={cfg.trainer.gpus} ended with exit code "
-                f"{failure.exitcode}; what it printed is above. Run the same command to continue"
+                f"{failure.exitcode}"
             ) from None
         finally:
             for caught, handler in handlers.items():

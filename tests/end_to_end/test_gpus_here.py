@@ -72,8 +72,12 @@ def test_remedies_compose(words: list[str], monkeypatch: pytest.MonkeyPatch) -> 
         (3, [], "use trainer.gpus=2, the most that share trainer.batch_size=8 evenly"),
         (4, [], "use trainer.gpus=4"),
         (1, ["resources=h100"], None),
+        (8, ["target.placement=ray", "target.workers=4"], None),
+        (4, ["target.placement=ray", "target.workers=4"], "this machine has 4: trainer.gpus=1 "
+                                                           "target.workers=3"),
+        (1, ["target.placement=ray", "trainer.gpus=1"], "has 1: target.placement=inprocess"),
     ],
-)
+)  # fmt: skip
 def test_gpus_here(
     gpus: int, overrides: list[str], refused: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -260,6 +260,7 @@ def test_a_job_validates_without_hydras_node() -> None:
         ("paths.checkpoints=/data/runs", "SPECFORGE_CHECKPOINTS=/data/runs"),
         ("paths.datasets=here", "SPECFORGE_DATASETS=here"),
         ("model.path=assets/tiny_target", "a folder of this machine"),
+        ("target.placement=ray", "resources.image.extras=[data,wandb,modal,ray]"),
     ],
 )
 def test_jobs_that_a_container_cannot_run(

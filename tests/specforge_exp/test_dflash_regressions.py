@@ -81,7 +81,7 @@ from specforge_exp.training.feature_cache import (
     shard_states,
     write_shard,
 )
-from specforge_exp.training.features import remembered
+from specforge_exp.training.features import computed, remembered
 from specforge_exp.training.objective import Outcome
 
 CPU = torch.device("cpu")
@@ -258,18 +258,18 @@ def test_states_that_are_kept_are_nobodys_to_change(
     """R26: what a step does to its states, alone or beside others, is not in the next epoch's."""
     tokens = conversation_set([[0, 1, 1, 1], [1] * 6])
     batch = make_batch(tokens, together, CPU, draw=1)
-    lookup = remembered(target.features)
+    lookup = remembered(computed(target.features))
     if cache == "disk":
         splits = {1: tokens}
         [shard] = shards = plan(splits, 99)
         write_shard(tmp_path / "00000.safetensors", shard_states(target.features, splits, shard))
         (tmp_path / "index.json").write_text(json.dumps(index_of(splits, shards)))
         lookup = from_disk(tmp_path, 3, target.embed_VH.shape[1])
-    [first] = lookup([batch])
+    [first] = lookup.ask([batch])()
     kept = [states.clone() for states in first]
     for states in first:
         states.zero_()
-    [second] = lookup([batch])
+    [second] = lookup.ask([batch])()
     assert all(torch.equal(a, b) for a, b in zip(kept, second, strict=True))
     assert all(states.any() for states in second)
 

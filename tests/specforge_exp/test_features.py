@@ -22,9 +22,9 @@ from specforge_exp.lease import lease
 from specforge_exp.records import write_record
 from specforge_exp.stages.train import train
 from specforge_exp.target import Target
-from specforge_exp.training.batches import make_batch
+from specforge_exp.training.batches import Batch, make_batch
 from specforge_exp.training.feature_cache import compared, plan
-from specforge_exp.training.features import computed, remembered
+from specforge_exp.training.features import Features, Take, computed, in_order, remembered
 
 CPU = torch.device("cpu")
 
@@ -157,14 +157,39 @@ def test_the_target_sees_one_conversation_at_a_time(random_target: Target) -> No
 
     tokens = conversation_set([[1] * 5, [1] * 9, [1] * 7])
     together, alone = (make_batch(tokens, n, CPU, draw=1) for n in ([0, 1, 2], [1]))
-    ((aux, last),) = computed(features)([together])
-    assert torch.equal(aux[5:14], computed(features)([alone])[0][0])
+    ((aux, last),) = computed(features).ask([together])()
+    assert torch.equal(aux[5:14], computed(features).ask([alone])()[0][0])
     calls.clear()
-    lookup = remembered(features)
+    lookup = remembered(computed(features))
     for _ in range(2):
-        (found,) = lookup([together])
+        (found,) = lookup.ask([together])()
         assert torch.equal(found[0], aux)
         assert torch.equal(found[1], last)
     assert calls == [5, 9, 7]
-    lookup([make_batch(tokens, [1], CPU)])
+    lookup.ask([make_batch(tokens, [1], CPU)])()
     assert calls == [5, 9, 7, 9]
+
+
+@pytest.mark.parametrize("ahead", [None, 0, 10, 25])
+def test_states_come_in_order_and_no_more_are_asked_for_than_there_is_room(
+    ahead: int | None,
+) -> None:
+    """One window is always on its way while another is used; a second reader, an evaluation, comes
+    through when the first has filled the account."""
+    tokens = conversation_set([[1] * 5] * 8)
+    asked: list[int] = []
+
+    def ask(batches: list[Batch]) -> Take:
+        asked.extend(batch.numbers[0] for batch in batches)
+        return lambda: [(batch.ids_T, batch.ids_T) for batch in batches]
+
+    source = Features(ask, ahead)
+    first = in_order(source, ((n, [make_batch(tokens, [n], CPU, 1)]) for n in range(6)))
+    assert next(first)[0] == 0
+    after_one = {None: 1, 0: 2, 10: 3, 25: 6}[ahead]
+    assert asked == list(range(after_one)) and source.held == 5 * (after_one - 1)
+    for number in (6, 7):
+        [(_, [(states, _)])] = in_order(source, [(number, [make_batch(tokens, [number], CPU, 1)])])
+        assert len(states) == 5
+    assert [number for number, _ in first] == [1, 2, 3, 4, 5]
+    assert source.held == 0 and source.most <= max(5, ahead or 0) + 5

@@ -29,15 +29,13 @@ from specforge_exp.training.ranks import STORE, join, launch
 COMPARED = ("loss", "ce", "alpha/0", "top1/2", "simulated_length", "supervised")
 
 
-def listening(session: int) -> list[str]:
-    """Local addresses, in hexadecimal, on which processes of a session accept connections."""
-    pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]
+def listening(pids: list[int]) -> list[str]:
+    """Local addresses, in hexadecimal, on which processes accept connections."""
     inodes = set()
     for pid in pids:
         with suppress(OSError):
-            if os.getsid(pid) == session:
-                links = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
-                inodes |= {link[8:-1] for link in links if link.startswith("socket:[")}
+            links = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+            inodes |= {link[8:-1] for link in links if link.startswith("socket:[")}
     tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
     rows = [line.split() for table in tables for line in table]
     return [row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes]
@@ -159,7 +157,7 @@ def test_killed_and_continued_by_fewer(cfg: Config, tokens: Path, tmp_path: Path
     process = start([*layout, "trainer.gpus=2"], log)
     wait_for_step(process, cfg, "killed", 5)
     if sys.platform == "linux":
-        assert set(listening(process.pid)) == {"0100007F"}  # 127.0.0.1
+        assert set(listening(with_all_below(process.pid))) == {"0100007F"}  # 127.0.0.1
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert "continuing after step" in finish(layout, log)

@@ -1,0 +1,189 @@
+"""The target in the trainer's process, from a disk cache, and in a Ray worker: what each costs.
+
+    python benchmarks/disaggregated.py [--json] [--model tiny|smollm2] [--steps 60]
+
+One trainer and one worker train EAGLE-3 on the same conversations with the same order, one run
+after the other; the losses must be equal to the bit. `tiny` is the target that comes with the
+repository; `smollm2` has the shape of SmolLM2-135M with random numbers, which cost the same.
+Reported are CPU seconds of the trainer from the first step to the last, of the worker and of Ray's
+own processes from the worker's first conversation on, wall seconds of the whole command, and the
+most bytes of states held. `overhead` is what the split costs in trainer and worker beyond the
+trainer that has the target itself, as a share of the worker's CPU. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent.parent
+NAMES = {
+    "inprocess": [],
+    "disk": ["target.cache=disk"],
+    "ray": ["target.placement=ray", "target.buffer_gb=0.2"],
+}
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def smollm2(folder: Path) -> Path:
+    """A target of SmolLM2-135M's shape with random numbers and the tiny target's tokenizer."""
+    import shutil
+
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tiny = HERE / "assets" / "tiny_target"
+    path = folder / "smollm2"
+    config = LlamaConfig(
+        vocab_size=len(AutoTokenizer.from_pretrained(tiny)), hidden_size=576,
+        intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        max_position_embeddings=8192, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(path)
+    for file in tiny.iterdir():
+        if (
+            file.is_file()
+            and not (path / file.name).exists()
+            and file.suffix in (".json", ".jinja")
+        ):
+            shutil.copy(file, path / file.name)
+    return path
+
+
+def kind_of(pid: int) -> str:
+    """What a process is, by its command line; "" when it has gone."""
+    try:
+        line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+    if line.startswith("ray::TargetWorker"):
+        return "worker"
+    if "spawn_main" in line:
+        return "trainer"
+    return "launcher" if "train.py" in line else "ray" if line else ""
+
+
+def used(pid: int) -> dict[str, float]:
+    """CPU seconds of a process and all below it, by kind."""
+    parents, ticks = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        number = int(stat.parent.name)
+        parents[number], ticks[number] = int(fields[1]), int(fields[11]) + int(fields[12])
+    family, seconds = [pid], dict.fromkeys(("launcher", "trainer", "worker", "ray"), 0.0)
+    for member in family:
+        family += [child for child, parent in parents.items() if parent == member]
+        if kind := kind_of(member):
+            seconds[kind] += ticks.get(member, 0) / TICKS
+    return seconds
+
+
+def train(words: list[str], metrics: Path) -> dict[str, Any]:
+    """Run one training, and look at its processes until the last step."""
+    began = time.monotonic()
+    lines: list[str] = []
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "train.py"), *words],
+        cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout
+    reader = threading.Thread(target=lines.extend, args=(process.stdout,))
+    reader.start()
+    ready: dict[str, float] = {}
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    while process.poll() is None:
+        now = used(process.pid)
+        if not ready and any("workers are ready" in line for line in lines):
+            ready = now
+        if not first and metrics.exists() and metrics.stat().st_size:
+            first = now
+        if first and sum(now.values()) >= sum(last.values()):
+            last = now
+        time.sleep(0.1)
+    reader.join()
+    if process.returncode:
+        sys.exit("".join(lines))
+    apart = first["trainer"] > 0
+    trainer = "trainer" if apart else "launcher"
+    account = re.findall(r"(\d+) taken, .* at most (\S+) MB held", "".join(lines))
+    return {
+        "trainer_cpu_s": round(last[trainer] - first[trainer], 2),
+        "worker_cpu_s": round(last["worker"] - ready["worker"], 2) if apart else 0.0,
+        "ray_cpu_s": round(last["ray"] - ready["ray"], 2) if apart else 0.0,
+        "wall_s": round(time.monotonic() - began, 1),
+        "peak_held_mb": float(account[0][1]) if account else 0.0,
+        "worker_conversations": int(account[0][0]) if account else 0,
+    }
+
+
+def measure(folder: Path, model: list[str], steps: int) -> dict[str, dict[str, Any]]:
+    """All ways to train, by name."""
+    results: dict[str, dict[str, Any]] = {}
+    for name, options in NAMES.items():
+        run = folder / "checkpoints" / name
+        words = [
+            "experiment=quickstart", *model, "loss=baseline", "target.cache=none",
+            f"paths.datasets={folder / 'datasets'}", f"paths.checkpoints={run.parent}",
+            f"run_name={name}", f"max_steps={steps}", "epochs=9", "trainer.batch_size=8",
+            "trainer.log_every=1", "trainer.eval_every=9999", *options,
+        ]  # fmt: skip
+        results[name] = train(words, run / "metrics.jsonl")
+        results[name]["losses"] = losses(run)
+    return results
+
+
+def losses(run: Path) -> list[float]:
+    """Every loss of a training."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="only the last line")
+    parser.add_argument("--model", choices=("tiny", "smollm2"), default="tiny")
+    parser.add_argument("--steps", type=int, default=60)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = ["preprocess.source=prep", "data.name=bench"]
+        for split, number in (("train", 8 * args.steps), ("eval", 8)):
+            model.append(f"data.{split}=[{{path: 'synthetic:{split}', limit: {number}}}]")
+        if args.model == "smollm2":
+            model += ["model=local", f"model.path={smollm2(folder)}", "model.name=smollm2"]
+        for stage in ("prep", "preprocess"):
+            words = ["experiment=quickstart", *model, f"paths.datasets={folder / 'datasets'}"]
+            subprocess.run(
+                [sys.executable, str(HERE / f"{stage}.py"), *words],
+                cwd=HERE, check=True, capture_output=True,
+            )  # fmt: skip
+        results = measure(folder, model, args.steps)
+    equal = len({tuple(result.pop("losses")) for result in results.values()}) == 1
+    own, away = results["inprocess"], results["ray"]
+    share = (args.steps - 1) * 8 / away["worker_conversations"]  # of these the trainer's part has
+    both = away["trainer_cpu_s"] + share * away["worker_cpu_s"]
+    overhead = (both - own["trainer_cpu_s"]) / (share * away["worker_cpu_s"])
+    if not args.json:
+        for kind, result in results.items():
+            print(kind, *(f"{name} {value}" for name, value in result.items()), sep="  ")
+        print(f"overhead of trainer and worker: {overhead:.1%} of the worker's CPU")
+    print(json.dumps({"model": args.model, "load": os.getloadavg()[0], "runs": results,
+                      "overhead": round(overhead, 3), "equal": equal}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Where training runs the target, and what is kept of its states."""
+
+from dataclasses import dataclass
+
+from specforge_exp.config.checks import above_zero, allow, minimums
+from specforge_exp.errors import InputError
+
+
+@dataclass
+class TargetConfig:
+    """How training gets the target's hidden states."""
+
+    cache: str = "none"
+    """none: run the target in every step; memory: keep its states, 4 hidden sizes of numbers per
+    token; disk: write them beside the tokens, once for all epochs and runs. Changes no number."""
+
+    shard: bool = False
+    """Share each of its layers among the processes of trainer.gpus, by transformers' tensor
+    parallelism: for a target that does not fit one GPU. All of them then run every conversation."""
+
+    placement: str = "inprocess"
+    """inprocess: each trainer has the target; ray: it runs in workers of their own, on other GPUs,
+    and the trainers hold none of it (docs/ray.md). Changes no number."""
+    workers: int = 1
+    """ray: processes that run the target, on the last GPUs of the machine; trainer.gpus are the
+    first. With RAY_ADDRESS in the environment they live in that cluster."""
+    engine: str = "transformers"
+    """ray: what runs the target; transformers, whose states are those of inprocess to the bit."""
+    tp_size: int = 1
+    """ray: GPUs of one worker; only 1 yet."""
+    store: str = "ray"
+    """ray: what holds states between worker and trainer: ray, its shared memory."""
+    buffer_gb: float = 8.0
+    """ray: 1e9 bytes of states that may be asked for and not used yet, all trainers together."""
+    dry_run: bool = False
+    """ray: print which GPUs train and which run the target, and the buffer; start nothing."""
+
+    def __post_init__(self) -> None:
+        allow(self, "target.", cache="none memory disk", placement="inprocess ray")
+        allow(self, "target.", engine="transformers", store="ray")
+        minimums(self, "target.", workers=1, tp_size=1)
+        above_zero("target.buffer_gb", self.buffer_gb)
+        if self.shard and self.cache == "memory":
+            raise InputError(
+                "target.shard=true needs target.cache=none or disk: with memory each process would "
+                "keep, and ask for, other conversations"
+            )
+        if self.tp_size > 1:
+            raise InputError(
+                f"target.tp_size={self.tp_size}: a worker has one GPU yet; a target that does not "
+                "fit one is shared by the trainers with target.shard=true"
+            )
+        if self.placement == "ray" and self.cache == "disk":
+            raise InputError(
+                "target.placement=ray needs target.cache=none or memory: states on disk are made "
+                "by the trainers themselves, once, with target.placement=inprocess"
+            )
+        if self.placement == "ray" and self.shard:
+            raise InputError(
+                "target.placement=ray and target.shard=true exclude each other: with ray the "
+                "trainers hold none of the target"
+            )
+        if self.placement == "inprocess" and (self.workers > 1 or self.dry_run):
+            key = "workers" if self.workers > 1 else "dry_run"
+            raise InputError(f"target.{key} needs target.placement=ray")

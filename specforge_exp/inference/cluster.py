@@ -1,0 +1,361 @@
+"""The Ray that workers live in: started for one training and ended with it, or joined.
+
+A cluster that is started here holds nothing but workers, listens on loopback only, and lets nobody
+in without a secret that is made for it and handed on in the environment alone. Its processes are
+this one's children and end with it, however it ends.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from specforge_exp.config import Config
+from specforge_exp.errors import InputError, first_line
+from specforge_exp.inference.split import Split, check_shared_memory, joins
+from specforge_exp.inference.worker import TargetWorker
+
+log = logging.getLogger(__name__)
+
+FLEET = "SPECFORGE_EXP_FLEET"
+"""Environment variable: what a trainer joins."""
+FENCED = "SPECFORGE_EXP_RAY_FENCED"
+"""Environment variable: Ray has been told to stay on this machine, which it reads when imported."""
+PREFIX = "sf-ray-"
+"""Of the folders of clusters; short, for it begins the names of sockets."""
+STARTS = 5
+"""Attempts: a node must be up within 30 s, which a busy machine does not always reach."""
+REPEATS = 3
+"""Times that Ray repeats a call whose worker died."""
+RESUME = "run the same command to continue"
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Workers, and where a trainer finds them."""
+
+    address: str
+    namespace: str
+    workers: int
+    ahead: int
+    """Bytes that one trainer may have asked for and not used yet."""
+    node: dict[str, int]
+    """Processes of a cluster that was started here, by name: without them there is none."""
+
+    def check(self) -> None:
+        """Refuse to wait for a cluster that has ended.
+
+        Raises:
+            InputError: a process of it is gone.
+        """
+        for name, pid in self.node.items():
+            if not running(pid):
+                raise InputError(f"Ray's {name} (process {pid}) has ended; {RESUME}")
+
+
+def running(pid: int) -> bool:
+    """Whether a process of this machine lives."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@contextmanager
+def fleet_of(cfg: Config, split: Split) -> Iterator[Fleet]:
+    """Workers with the target loaded, for the trainers that this process starts.
+
+    Raises:
+        InputError: Ray is missing or does not start, or a worker cannot load the target.
+    """
+    ray = import_ray()
+    with ended_cleanly():
+        try:
+            began = time.monotonic()
+            fleet = start_or_join(ray, split)
+            there = time.monotonic()
+            log.info(
+                "train: %s Ray at %s; %d workers load %s", "started" if fleet.node else "joined",
+                fleet.address, split.workers, cfg.model.name,
+            )  # fmt: skip
+            workers = make_workers(ray, cfg, split)  # they live as long as this name
+            speeds = begin(ray, workers, fleet)
+            log.info(
+                "train: workers are ready: Ray took %.1f s, loading %.1f s",
+                there - began, time.monotonic() - there,
+            )  # fmt: skip
+            for line in split.lines(sum(speeds) / len(speeds)):
+                log.info("train: %s", line)
+            os.environ[FLEET] = json.dumps(asdict(fleet))
+            try:
+                yield fleet
+            except InputError:
+                fleet.check()  # Ray ends a process without a word when its node has ended
+                raise
+        finally:
+            os.environ.pop(FLEET, None)
+            folder = started_folder(ray)
+            ray.shutdown()
+            if folder:
+                end_leftovers(folder)
+
+
+def start_or_join(ray: Any, split: Split) -> Fleet:
+    """A cluster with nobody in it yet."""
+    namespace = f"specforge-{secrets.token_hex(8)}"
+    if joins():
+        address = connect(ray, os.environ["RAY_ADDRESS"], namespace)
+        return Fleet(address, namespace, split.workers, split.ahead, {})
+    check_shared_memory(split)
+    address, node = start(ray, split, namespace)
+    return Fleet(address, namespace, split.workers, split.ahead, node)
+
+
+def start(ray: Any, split: Split, namespace: str) -> tuple[str, dict[str, int]]:
+    """A cluster of this machine with the workers' GPUs in it: its address, and its processes by
+    name."""
+    forget_dead()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if split.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(split.gpus)
+    try:
+        for attempt in range(1, STARTS + 1):
+            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir="/tmp"))
+            lock(folder)
+            try:
+                address = init(
+                    ray, "local", namespace, num_cpus=split.workers, num_gpus=len(split.gpus),
+                    include_dashboard=False, object_store_memory=split.store,
+                    _temp_dir=str(folder),
+                    _system_config={"automatic_object_spilling_enabled": False},
+                )  # fmt: skip
+                break
+            except Exception as error:  # Ray raises many kinds, also plain ones
+                ray.shutdown()
+                end_leftovers(folder)
+                if attempt == STARTS:
+                    raise InputError(f"Ray does not start: {first_line(error)}") from None
+                log.warning("train: Ray did not start (%s); again", first_line(error)[:200])
+    finally:
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        elif split.gpus:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+    processes = ray._private.worker._global_node.all_processes
+    names = {"raylet": "raylet", "gcs_server": "server"}
+    return address, {name: processes[key][0].process.pid for key, name in names.items()}
+
+
+def connect(ray: Any, address: str, namespace: str) -> str:
+    """Join a cluster; returns its address.
+
+    Raises:
+        InputError: nothing answers there.
+    """
+    try:
+        return init(ray, address, namespace)
+    except Exception as error:
+        raise InputError(f"no Ray answers at {address}: {first_line(error)}; {RESUME}") from None
+
+
+def init(ray: Any, address: str, namespace: str, **options: Any) -> str:
+    """`ray.init` without its output and its handler of SIGTERM, which would hide the training's;
+    returns the cluster's address."""
+    handler, stderr = signal.getsignal(signal.SIGTERM), os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        info = ray.init(
+            address, namespace=namespace, log_to_driver=False, logging_level="CRITICAL", **options
+        )
+        return str(info.address_info["gcs_address"])
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        signal.signal(signal.SIGTERM, handler)
+
+
+def make_workers(ray: Any, cfg: Config, split: Split) -> list[Any]:
+    """Workers that load nothing yet.
+
+    Raises:
+        InputError: a joined cluster has fewer places.
+    """
+    there = ray.cluster_resources()
+    on_gpu = bool(split.gpus) or (joins() and cfg.device != "cpu" and "GPU" in there)
+    kind = "GPU" if on_gpu else "CPU"
+    if there.get(kind, 0) < split.workers:
+        raise InputError(
+            f"target.workers={split.workers}, but Ray has {there.get(kind, 0):g} {kind}s; "
+            f"ray start --num-{kind.lower()}s=... on more machines"
+        )
+    actor = ray.remote(
+        max_restarts=-1, max_task_retries=REPEATS, num_gpus=int(on_gpu), num_cpus=int(not on_gpu),
+        scheduling_strategy="SPREAD",
+    )(TargetWorker)  # fmt: skip
+    return [
+        actor.options(name=f"worker-{number}").remote(cfg, split.threads)
+        for number in range(split.workers)
+    ]
+
+
+def begin(ray: Any, workers: list[Any], fleet: Fleet) -> list[float]:
+    """Wait until each has loaded the target; tokens/s of each.
+
+    Raises:
+        InputError: one refuses the target or dies of it, or the cluster has ended.
+    """
+    waiting, speeds = [worker.begin.remote() for worker in workers], []
+    with tqdm(total=len(workers), desc="workers", unit="target", disable=None) as bar:
+        while waiting:
+            ready, waiting = ray.wait(waiting, timeout=1)
+            fleet.check()
+            for answer in ready:
+                speeds.append(answer_of(ray, answer)["tokens_per_s"])
+                bar.update()
+    return speeds
+
+
+def answer_of(ray: Any, answer: Any) -> Any:
+    """A worker's answer; InputError for what it refuses, or when it died."""
+    try:
+        return ray.get(answer)
+    except ray.exceptions.RayError as error:
+        raise refusal(error, "a worker could not load the target") from None
+
+
+def refusal(error: Any, what: str) -> InputError:
+    """What a worker refused; else that `what` happened and how Ray says why."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, InputError):
+        return InputError(str(cause))
+    return InputError(f"{what}: {reason(error)}; {RESUME}")
+
+
+def reason(error: Any) -> str:
+    """Why a call failed, in one line."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception):
+        return f"{type(cause).__name__}: {first_line(cause)}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)[:300]}"
+
+
+def given() -> Fleet:
+    """What the process that started this one wants it to join."""
+    return Fleet(**json.loads(os.environ[FLEET]))
+
+
+def join_fleet(fleet: Fleet) -> tuple[Any, list[Any]]:
+    """Become one of those that ask a fleet: Ray, and its workers."""
+    ray = import_ray()
+    fleet.check()
+    if not ray.is_initialized():
+        connect(ray, fleet.address, fleet.namespace)
+    names = [f"worker-{number}" for number in range(fleet.workers)]
+    return ray, [ray.get_actor(name, fleet.namespace) for name in names]
+
+
+def import_ray() -> Any:
+    """Ray, told to stay on this machine unless it is one of several.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    if "ray" in sys.modules and FENCED not in os.environ and not joins():
+        raise InputError("Ray was imported before target.placement=ray could keep it on loopback")
+    if not joins():
+        os.environ[FENCED] = "1"
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # its switch for loopback only
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # it reads this once
+    os.environ.setdefault("RAY_worker_niceness", "0")  # it starts workers at 15
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it writes between our lines
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+        import ray._private.worker as internals
+    except ImportError:
+        raise InputError(
+            "target.placement=ray needs Ray: pip install 'specforge-exp[ray]' (in a checkout: "
+            "pip install -e '.[ray]')"
+        ) from None
+    # Prints pages of a dead node's log; what a user needs to know is said in one line.
+    vars(internals)["listen_error_messages"] = lambda *_: None
+    return ray
+
+
+def lock(folder: Path) -> None:
+    """Hold a cluster's folder as long as this process lives."""
+    fcntl.flock(os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600), fcntl.LOCK_EX)
+
+
+def forget_dead() -> None:
+    """Remove the folders of clusters whose process was killed."""
+    for folder in Path("/tmp").glob(f"{PREFIX}*"):
+        try:
+            file = os.open(folder / "lock", os.O_RDWR)
+        except OSError:  # somebody else's
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # alive
+            pass
+        finally:
+            os.close(file)
+
+
+def started_folder(ray: Any) -> Path | None:
+    """The folder of a cluster that was started here."""
+    node = ray._private.worker._global_node
+    return Path(node.get_temp_dir_path()) if node and node.head else None
+
+
+def end_leftovers(folder: Path) -> None:
+    """End what a cluster, or one that did not come up, has left, and remove its folder."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = str(folder).encode() in (process / "cmdline").read_bytes()
+            if ours and int(process.name) != os.getpid():
+                os.kill(int(process.name), signal.SIGKILL)
+        except OSError:  # it has ended, or is somebody else's
+            continue
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextmanager
+def ended_cleanly() -> Iterator[None]:
+    """SIGTERM ends this block first, and then the process."""
+    terminated = False
+
+    def end(number: int, frame: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except Terminated:
+        terminated = True
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if terminated:
+        signal.raise_signal(signal.SIGTERM)

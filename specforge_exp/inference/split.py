@@ -1,0 +1,124 @@
+"""Which GPUs train and which run the target, and how far ahead states may be asked for."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specforge_exp.config import Config
+from specforge_exp.errors import InputError
+from specforge_exp.target import DTYPES, text_config
+from specforge_exp.training.batches import largest_share
+
+SHARED_MEMORY = Path("/dev/shm")
+SMALLEST_STORE = 80 * 2**20
+"""Bytes below which Ray refuses a store."""
+ROOM = 1.1
+"""Of a store: what its objects need beside their own bytes."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A machine dealt out to trainers and workers."""
+
+    trainers: int
+    workers: int
+    gpus: list[str]
+    """The workers', as CUDA_VISIBLE_DEVICES names them; none on a CPU."""
+    threads: int
+    """Of a worker on a CPU."""
+    token_bytes: int
+    """Of one token's states."""
+    buffer: int
+    """Bytes that all trainers together may have asked for and not used yet."""
+    store: int
+    """Bytes of the store that holds them."""
+
+    @property
+    def ahead(self) -> int:
+        """One trainer's part of the buffer."""
+        return self.buffer // self.trainers
+
+    def lines(self, tokens_per_s: float | None = None) -> list[str]:
+        """For people. How long a full buffer lasts is known when the workers' speed is."""
+        where = f"GPU {', '.join(self.gpus)}" if self.gpus else "on CPUs"
+        if joins():
+            where = f"in the cluster at {os.environ['RAY_ADDRESS']}"
+        tokens, seconds = self.buffer // self.token_bytes, "; a dry run measures no speed"
+        if tokens_per_s:
+            rate = self.workers * tokens_per_s
+            seconds = f" = {tokens / rate:.1f} s of the workers at {rate:,.0f} tokens/s"
+        return [
+            f"target.placement=ray: {self.trainers} trainers, {self.workers} workers ({where}); "
+            f"{self.token_bytes:,} bytes per token",
+            f"buffer: {self.buffer / 1e9:.2f} GB = {tokens:,} tokens{seconds}; the store has "
+            f"{self.store / 1e9:.2f} GB of shared memory",
+        ]
+
+
+def make_split(cfg: Config, trainers: int, lengths: Any, forward: int) -> Split:
+    """Deal out this machine, or count the trainers here and the workers of a cluster.
+
+    Args:
+        cfg: the training's.
+        trainers: its processes.
+        lengths: tokens of each training conversation.
+        forward: tokens of the largest forward of an evaluation, at most.
+
+    Raises:
+        InputError: the buffer is too small for a step, or shared memory for the buffer.
+    """
+    options, dtype = cfg.target, cfg.model.dtype
+    on_gpus = cfg.device != "cpu" and torch.cuda.is_available()
+    if dtype == "auto":
+        dtype = "bfloat16" if on_gpus else "float32"
+    text = text_config(cfg.model)
+    width = text.hidden_size * DTYPES[dtype].itemsize
+    fed_by = cfg.draft.features
+    token_bytes = (fed_by + 1) * width
+    size = cfg.trainer.batch_size * cfg.trainer.accumulate
+    share = token_bytes * largest_share(lengths, size, trainers)
+    everything = token_bytes * int(sum(lengths)) + 2 * trainers * share
+    buffer = min(int(options.buffer_gb * 1e9), everything)
+    if 2 * share > buffer // trainers:
+        raise InputError(
+            f"target.buffer_gb={options.buffer_gb:g}, but a step of trainer.batch_size * accumulate"
+            f" = {size} conversations has states of up to {share / 1e9:.3g} GB for each of "
+            f"{trainers} trainers, and two of them must fit: target.buffer_gb="
+            f"{2 * share * trainers / 1e9 + 0.0005:.3f} or more, or smaller steps"
+        )
+    ends = 2 * text.vocab_size * width
+    store = int(ROOM * (buffer + trainers * (token_bytes * forward + ends)))
+    gpus = visible_gpus()[-options.workers :] if on_gpus and not joins() else []
+    return Split(
+        trainers, options.workers, gpus, cfg.threads or max(1, torch.get_num_threads() // trainers),
+        token_bytes, buffer, max(store, SMALLEST_STORE),
+    )  # fmt: skip
+
+
+def check_shared_memory(split: Split) -> None:
+    """Refuse a store that shared memory has no room for: Ray would put it on a disk.
+
+    Raises:
+        InputError: there is less.
+    """
+    if SHARED_MEMORY.exists() and (free := shutil.disk_usage(SHARED_MEMORY).free) < split.store:
+        raise InputError(
+            f"{SHARED_MEMORY} has {free / 1e9:.2f} GB free, but the store of states needs "
+            f"{split.store / 1e9:.2f} GB: lower target.buffer_gb, or give the container more "
+            "(docker run --shm-size)"
+        )
+
+
+def joins() -> bool:
+    """Whether the workers are to live in a cluster that is there already."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def visible_gpus() -> list[str]:
+    """This machine's GPUs, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(n) for n in range(torch.cuda.device_count())]

@@ -1,0 +1,87 @@
+"""A worker: one target in a process of its own, which Ray starts again when it dies."""
+
+import os
+import time
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from numpy import int32
+from numpy.typing import NDArray
+
+from specforge_exp.config import Config, locate
+from specforge_exp.inference.states import Bytes, crossing, packed
+from specforge_exp.target import Target, load_target, set_up_torch
+
+TRIAL_TOKENS = 512
+"""Of the conversation that measures how fast a worker is."""
+
+
+class TargetWorker:
+    """One target. It loads with the first call, so that a refusal is an answer.
+
+    Args:
+        cfg: the training's.
+        threads: CPU threads, as many as a trainer that has the target itself would use.
+    """
+
+    def __init__(self, cfg: Config, threads: int) -> None:
+        self.cfg, self.threads = cfg, threads
+
+    @cached_property
+    def target(self) -> Target:
+        """The target, loaded; InputError when it cannot be."""
+        torch.set_num_threads(self.threads)
+        device = set_up_torch(self.cfg)
+        kind = locate(self.cfg.draft._target_)
+        feeds = partial(kind.target_layers, self.cfg.draft)
+        return load_target(self.cfg.model, device, self.cfg.model.dtype, 1, feeds)
+
+    def begin(self) -> dict[str, Any]:
+        """Load the target and try it: the process's id, tokens/s of one conversation.
+
+        Raises:
+            InputError: it cannot be loaded or followed, or bench could not decode it.
+        """
+        if self.cfg.bench_engine == "transformers":
+            self.target.check_decoding()
+        size = min(self.cfg.max_length, TRIAL_TOKENS)
+        ids_1T = torch.zeros(1, size, dtype=torch.long, device=self.target.device)
+        for _ in range(2):  # the first one warms up
+            began = time.monotonic()
+            packed(*(x_1T[0] for x_1T in self.target.features(ids_1T)))
+        return {"pid": os.getpid(), "tokens_per_s": size / (time.monotonic() - began)}
+
+    def ends(self) -> dict[str, Any]:
+        """What `Ends` is made of, its tensors as bytes."""
+        target = self.target
+        head = target.head
+        norm_H, same = target.final_norm()
+        weights = {"embed": target.embed_VH, "norm": norm_H}
+        if not target.tied:
+            weights["head"] = head.weight_VH
+        if head.bias_V is not None:
+            weights["bias"] = head.bias_V
+        numbers = {"scale": head.scale, "softcap": head.softcap, "tokens": head.tokens}
+        return {
+            "weights": crossing(weights),
+            "head": numbers,
+            "same_norm": same,
+            "model": {"config": target.model.config, "dtype": target.model.dtype},
+            "aux_layers": target.aux_layers,
+            "parameters": target.parameters,
+        }
+
+    def last_layers(self, number: int) -> list[dict[str, Any]]:
+        """`Target.last_layers`, as bytes."""
+        return [crossing(weights) for weights in self.target.last_layers(number)]
+
+    def states(self, conversations: list[NDArray[int32]]) -> list[Bytes | float]:
+        """The states of each conversation, run one by one, and then the seconds that it took."""
+        began, device = time.monotonic(), self.target.device
+        states: list[Bytes | float] = []
+        for ids in conversations:
+            ids_1T = torch.tensor(ids, dtype=torch.long, device=device)[None]
+            aux_1TA, last_1TH = self.target.features(ids_1T)
+            states.append(packed(aux_1TA[0], last_1TH[0]))
+        return [*states, time.monotonic() - began]

@@ -1,0 +1,155 @@
+"""The target in Ray workers: the numbers of one process, whoever dies, and nothing left behind."""
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from conftest import make_config
+from ray_runs import (
+    DFLASH,
+    STEPS,
+    alive,
+    assert_equal,
+    begin,
+    composed,
+    counted,
+    kill,
+    planned,
+    processes,
+    said,
+)
+from test_ranks import listening, with_all_below
+from test_resume import wait_for_step
+
+from specforge_exp.config import Config
+from specforge_exp.stages.prep import prep
+from specforge_exp.stages.preprocess import preprocess
+from specforge_exp.stages.train import train
+from specforge_exp.training.ranks import launch
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(
+        find_spec("ray") is None or sys.platform != "linux",
+        reason="Ray is not installed: pip install -e '.[ray]'",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokens, and below checkpoints what runs without workers give."""
+    folder = tmp_path_factory.mktemp("ray")
+    cfg = make_config(folder)
+    cfg.preprocess.source = "prep"
+    prep(cfg)
+    preprocess(cfg)
+    train(composed(folder, "eagle3-1"))
+    train(composed(folder, "dflash-1", *DFLASH))
+    launch(both, composed(folder, "eagle3-2", "trainer.gpus=2"))
+    return folder
+
+
+def both(cfg: Config) -> None:
+    """In each of two processes: EAGLE-3, then DFlash."""
+    train(cfg)
+    folder = Path(cfg.paths.checkpoints).parent
+    train(composed(folder, "dflash-2", *DFLASH, "trainer.gpus=2"))
+
+
+@contextmanager
+def nothing_left(pid: int) -> Iterator[None]:
+    """After this block nothing is left of a run that was going on before it."""
+    family = with_all_below(pid)
+    before = {path.name for path in Path("/dev/shm").iterdir()}
+    yield
+    deadline = time.monotonic() + 20  # processes that were asked to end do
+    while alive(family) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert alive(family) == []
+    new = {path.name for path in Path("/dev/shm").iterdir()} - before
+    assert [name for name in new if "plasma" in name or "ray" in name] == []
+    assert not [path for path in Path("/tmp").glob("sf-ray-*") if held_by(path, family)]
+
+
+def held_by(folder: Path, family: list[int]) -> bool:
+    """Whether a cluster's folder is one of these processes'."""
+    return any(str(pid) in path.name for path in folder.glob("session_*") for pid in family)
+
+
+def test_two_runs_at_once_and_a_worker_killed(folder: Path) -> None:
+    """Two trainers and two workers, one killed; beside it DFlash's one trainer with two workers.
+    Nothing listens beyond loopback, and none finds the other's cluster."""
+    eagle3 = begin(folder, "e-22", "trainer.gpus=2", "target.workers=2")
+    dflash = begin(folder, "d-12", *DFLASH, "target.workers=2")
+    cfg = composed(folder, "e-22")
+    wait_for_step(eagle3, cfg, "e-22", 4)
+    os.kill(eagle3.pid, signal.SIGSTOP)
+    workers = processes(eagle3.pid, "^ray::TargetWorker")
+    kill(workers[0])
+    addresses = listening(with_all_below(eagle3.pid))
+    os.kill(eagle3.pid, signal.SIGCONT)
+    assert len(workers) == 2 and len(addresses) > 4
+    assert {address[-8:] for address in addresses} == {"0100007F"}  # 127.0.0.1
+    assert eagle3.wait(300) == 0, said(folder, "e-22")
+    assert dflash.wait(300) == 0, said(folder, "d-12")
+    assert_equal(cfg, "e-22", "eagle3-2")
+    assert_equal(cfg, "d-12", "dflash-1")
+    places = {re.findall(r"started Ray at (\S+);", said(folder, n))[0] for n in ("e-22", "d-12")}
+    assert len(places) == 2
+    for name in ("e-22", "d-12"):
+        account = counted(said(folder, name))
+        assert account["taken"] == planned(0, STEPS)
+        assert account["asked"] - account["again"] == account["taken"]
+
+
+def test_a_trainer_is_killed(folder: Path) -> None:
+    """The two start again after the checkpoint; the worker goes on, and what the checkpoint has
+    used is not asked for again."""
+    run = begin(folder, "d-21", *DFLASH, "trainer.gpus=2", "trainer.restarts=1")
+    cfg = composed(folder, "d-21")
+    wait_for_step(run, cfg, "d-21", 6)
+    worker = processes(run.pid, "^ray::TargetWorker")
+    kill(processes(run.pid, "spawn_main")[-1])
+    wait_for_step(run, cfg, "d-21", 14)
+    assert processes(run.pid, "^ray::TargetWorker") == worker
+    with nothing_left(run.pid):
+        assert run.wait(300) == 0, said(folder, "d-21")
+    assert "start again from the newest checkpoint" in said(folder, "d-21")
+    [step] = re.findall(r"continuing after step (\d+)", said(folder, "d-21"))
+    assert counted(said(folder, "d-21"))["asked"] == planned(int(step), STEPS)
+    assert_equal(cfg, "d-21", "dflash-2")
+
+
+def test_the_node_is_killed_and_the_run_stopped(folder: Path) -> None:
+    """One line within a minute; the same command continues. It is stopped by SIGTERM, and then a
+    process that has the target itself ends the run."""
+    run = begin(folder, "e-11")
+    cfg = composed(folder, "e-11")
+    wait_for_step(run, cfg, "e-11", 6)
+    with nothing_left(run.pid):
+        kill(processes(run.pid, "raylet/raylet")[0])
+        assert run.wait(60) == 1
+    text = said(folder, "e-11")
+    [line] = re.findall(r"error: .*", text)
+    assert re.fullmatch(
+        r"error: Ray's raylet \(process \d+\) has ended; run the same command to continue", line
+    )
+    assert "Traceback" not in text and "state-dump" not in text
+    done = max(int(step) for step in re.findall(r"(\d+)/24", text) or ["6"])
+    again = begin(folder, "e-11")
+    wait_for_step(again, cfg, "e-11", min(done + 6, STEPS - 6))
+    with nothing_left(again.pid):
+        again.terminate()
+        assert again.wait(60) == -signal.SIGTERM, said(folder, "e-11")
+    assert "continuing after step" in said(folder, "e-11")
+    assert "run the same command to continue" in said(folder, "e-11")
+    train(composed(folder, "e-11"))
+    assert_equal(cfg, "e-11", "eagle3-1")
