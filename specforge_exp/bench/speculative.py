@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Protocol
 
 import torch
@@ -81,8 +82,8 @@ class Choice:
         return torch.zeros_like(chances).scatter(-1, order, ordered / ordered.sum())
 
     def pick(self, probabilities: Tensor) -> int:
-        """Sample an index."""
-        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+        """Sample an index, on the CPU, where the generator is."""
+        return int(torch.multinomial(probabilities.cpu(), 1, generator=self.generator))
 
     def uniform(self) -> float:
         """A number in [0, 1)."""
@@ -153,9 +154,8 @@ class Past:
         Returns:
             Post-norm states [1, T, H] of the tokens that were new, the last one in any case.
         """
-        pairs = enumerate(zip(self.ids, prompt[:-1], strict=False))
-        same = min(len(self.ids), len(prompt) - 1)
-        same = next((at for at, (old, new) in pairs if old != new), same)
+        pairs = zip(self.ids, prompt[:-1], strict=False)
+        same = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
         self.forget(len(self.ids) - same)
         return self.read(prompt[same:])
 
