@@ -33,6 +33,7 @@ from specforge_exp.config.keys import not_an_option
 from specforge_exp.config.resolvers import REPOSITORY, STAGES, register, repository
 from specforge_exp.config.stages import (
     BenchConfig,
+    ChatConfig,
     EngineConfig,
     ExportConfig,
     PathsConfig,
@@ -49,6 +50,7 @@ from specforge_exp.errors import InputError, first_line
 __all__ = [
     "REPOSITORY",
     "STAGES",
+    "ChatConfig",
     "DataConfig",
     "DraftConfig",
     "EngineConfig",
@@ -118,6 +120,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     resources: dict[str, Any] = field(default_factory=open_node)
     """What a job runs on when a launcher sends it elsewhere. The keys are the launcher's, which
     refuses those it does not have; `env` and `volumes` are read here too."""
