@@ -46,7 +46,7 @@ BUDGETS = {
     "modal_sweep": 32_800,
     "hydra_sweeps": 27_700,
     "hydra_plugins": 1_050,
-    "specforge_exp": 147_500,
+    "specforge_exp": 147_650,
     "specforge_exp/data": 15_900,
     "specforge_exp/target": 6_300,
     "specforge_exp/drafts": 22_800,
@@ -54,8 +54,8 @@ BUDGETS = {
     "specforge_exp/generation": 24_350,
     "specforge_exp/bench": 10_250,
     "specforge_exp/report": 17_300,
-    "specforge_exp/chat": 3_900,
-    "": 209_400,
+    "specforge_exp/chat": 4_000,
+    "": 209_550,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
 written."""

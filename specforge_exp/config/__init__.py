@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from specforge_exp.config.chat import ChatConfig
 from specforge_exp.config.checks import (
     above_zero,
     allow,
@@ -33,7 +34,6 @@ from specforge_exp.config.keys import not_an_option
 from specforge_exp.config.resolvers import REPOSITORY, STAGES, register, repository
 from specforge_exp.config.stages import (
     BenchConfig,
-    ChatConfig,
     EngineConfig,
     ExportConfig,
     PathsConfig,
