@@ -266,6 +266,7 @@ def test_piped_text_gets_one_plain_answer(
     assert "τ" in done.stderr and "tokens/s" in plain.stderr and "τ" not in plain.stderr
 
 
+@pytest.mark.slow
 def test_errors_before_a_word_are_one_line(tmp_path: Path) -> None:
     for words, text, reason in [
         (["model=local", "model.path=none/here"], "hi", "none/here cannot be loaded"),
