@@ -47,17 +47,20 @@ def reported(func: Any) -> Any:
 
 
 def command(task: Task) -> Callable[[], None]:
-    """As `hydra.main`, but for the first word `status`, which is short for regen.status=true, and
-    for an unknown key: Hydra names it, this also says what would be right.
+    """As `hydra.main`, but for the first word `status`, which is short for regen.status=true, for
+    chat's --no-draft, which is short for chat.draft=false, and for an unknown key: Hydra names it,
+    this also says what would be right.
     """
 
     def main() -> None:
         version.setbase("1.3")
         store = ConfigStore.instance()
         store.store(name="schema", node=Config)
-        words = sys.argv[1:]
+        words, chatting = sys.argv[1:], Path(sys.argv[0]).stem == "chat"
         if words[:1] == ["status"]:
             words[0] = "regen.status=true"
+        if chatting:
+            words = ["chat.draft=false" if word == "--no-draft" else word for word in words]
         parser = utils.get_args_parser()
         arguments = parser.parse_intermixed_args(words)  # flags may stand anywhere
         options = [] if arguments.shell_completion else arguments.overrides
@@ -65,6 +68,8 @@ def command(task: Task) -> Callable[[], None]:
             sys.exit(f"error: {problem}")
         if arguments.experimental_rerun:
             sys.exit("error: --experimental-rerun reads a pickle; run the command again instead")
+        if chatting and arguments.multirun:
+            sys.exit("error: a chat is one conversation, so chat takes no -m")
         if arguments.help:  # Hydra copies the store for every group; there is one per process
             vars(store)["__deepcopy__"] = lambda memo: store
         utils.run_and_report = reported

@@ -1,10 +1,10 @@
 """A server that speculates for real, one prompt at a time, and counts as SGLang or vLLM does.
 
     python tests/speculating_server.py --model M --draft FOLDER --port P [--speaks sglang|vllm]
-        [--draft-class specforge_exp.drafts.eagle3.Eagle3] [--chain 5] [--fails never|at-once|later]
-        [--tells nothing|summary|detailed]
+        [--draft-class specforge_exp.drafts.eagle3.Eagle3] [--chain 5]
+        [--fails never|at-once|later|midway] [--tells nothing|summary|detailed]
 
-An empty --draft answers with the target alone.
+An empty --draft answers with the target alone. /v1/chat/completions renders and spells for itself.
 """
 
 import argparse
@@ -26,9 +26,11 @@ sys.path.insert(
 
 import torch
 from aiohttp import web
+from transformers import AutoTokenizer
 
 from specforge_exp.bench.speculative import Decoding, Generation, generate, speculate
 from specforge_exp.config import ModelConfig, draft_config_class, locate
+from specforge_exp.data.rendering import Spelling, prompt_ids
 from specforge_exp.target import load_target
 
 
@@ -156,6 +158,35 @@ class Server:
         await response.write(b"data: [DONE]\n\n")
         return response
 
+    async def chat(self, http: web.Request) -> web.StreamResponse:
+        """OpenAI's chat, streamed."""
+        body = await http.json()
+        tokenizer = AutoTokenizer.from_pretrained(self.args.model)
+        ids, eos = prompt_ids(tokenizer, body["messages"], {}), tokenizer.eos_token_id
+        decoding = Decoding(
+            body["max_tokens"],
+            self.args.chain,
+            body["temperature"],
+            frozenset({eos}),
+            body["top_p"],
+        )
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(http)
+        spelling = Spelling(tokenizer)
+        async for piece in self.stream(http, ids, decoding):
+            choice: dict[str, Any] = {"index": 0, "delta": {}}
+            event: dict[str, Any] = {"choices": [choice]}
+            if isinstance(piece, Generation):
+                choice["finish_reason"] = "stop" if piece.tokens[-1] == eos else "length"
+                event["usage"] = {"completion_tokens": len(piece.tokens)}
+            else:
+                choice["delta"] = {"content": "".join(map(spelling.add, piece))}
+            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            if self.args.fails == "midway" and body["messages"][-1]["content"] == "die":
+                os._exit(9)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
     async def metrics(self, _: web.Request) -> web.Response:
         labels = 'engine="0",model_name="tiny"'
         lines = [f"vllm:num_requests_running{{{labels}}} 0.0"]
@@ -200,6 +231,7 @@ def main() -> None:
         app.router.add_post("/generate", server.generate)
         app.router.add_get("/model_info", server.info)
     app.router.add_post("/v1/completions", server.completions)
+    app.router.add_post("/v1/chat/completions", server.chat)
     app.router.add_get("/v1/models", server.models)
     app.router.add_get("/metrics", server.metrics)
     app.router.add_get("/health", server.health)

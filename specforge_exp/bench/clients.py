@@ -270,13 +270,23 @@ async def client_of(
     for page in ("model_info", "get_model_info"):
         if await fetch(http, f"{root}/{page}") is not None:
             return sglang(http, root)
-    listed = await fetch(http, f"{root}/v1/models")
+    name = await served_model(http, f"{root}/v1", model)
+    return openai(http, root, name, several)
+
+
+async def served_model(http: aiohttp.ClientSession, url: str, model: str | None) -> str:
+    """`model`, or the only one that an OpenAI-compatible server lists.
+
+    Raises:
+        InputError: it cannot be reached, or `model` is None and it lists several or none.
+    """
+    listed = await fetch(http, f"{url}/models")
     if listed is None:
-        raise InputError(f"{root} has neither SGLang's /model_info nor OpenAI's /v1/models")
+        raise InputError(f"{url}/models is no list as OpenAI's and SGLang's servers have one")
     names = [str(model_record.get("id")) for model_record in listed.get("data", [])]
     if model is None and len(names) != 1:
-        raise InputError(f"{root} serves {names}; choose one with engine.served_name")
-    return openai(http, root, model or names[0], several)
+        raise InputError(f"{url} serves {names}; choose one with engine.served_name")
+    return model or names[0]
 
 
 async def fetch(http: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """Answers by this process, one at a time: with the draft and by the target alone in turn."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,6 @@ from specforge_exp.bench.speculative import generate, speculate
 from specforge_exp.config import Config, locate
 from specforge_exp.data.chat import Message
 from specforge_exp.target import (
-    DTYPES,
     Target,
     check_length,
     load_target,
@@ -23,7 +23,7 @@ from specforge_exp.target import (
 
 
 class Pair(NamedTuple):
-    """A target and its draft."""
+    """A target and its draft, if it has one."""
 
     target: Target
     draft: Any
@@ -33,20 +33,24 @@ def answer(
     cfg: Config, asking: Asking, sets: dict[str, list[Conversation]]
 ) -> dict[str, SetAnswers]:
     """As `asking.BenchEngine`."""
-    pair = load_pair(cfg)
+    pair = load_pair(cfg, paths.export_dir(cfg), cfg.bench.dtype)
     return {name: answer_all(name, asks, asking, pair) for name, asks in sets.items()}
 
 
-def load_pair(cfg: Config) -> Pair:
-    """Load target and draft; InputError when they do not fit each other."""
+def load_pair(cfg: Config, folder: Path | None, dtype: str) -> Pair:
+    """Load the target in this dtype and the draft exported to `folder`; None: no draft.
+
+    Raises:
+        InputError: they cannot be loaded, or do not fit each other.
+    """
     device = set_up_torch(cfg)
     kind = locate(cfg.draft._target_)
-    feeds = partial(kind.target_layers, cfg.draft)
+    feeds = partial(kind.target_layers, cfg.draft) if folder else None
     check_length(cfg.model, cfg.max_length)
-    target = load_target(cfg.model, device, cfg.bench.dtype, feeds=feeds)
+    target = load_target(cfg.model, device, dtype, feeds=feeds)
     target.tokens = max(load_tokenizer(cfg.model).get_vocab().values()) + 1
     target.check_decoding()
-    draft = kind.load(paths.export_dir(cfg), target).to(device, DTYPES[cfg.bench.dtype])
+    draft = kind.load(folder, target).to(device, target.model.dtype) if folder else None
     return Pair(target, draft)
 
 

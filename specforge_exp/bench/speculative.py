@@ -8,7 +8,10 @@ Shape suffixes: V target vocabulary, D draft vocabulary, T tokens.
 """
 
 import time
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Protocol
 
 import torch
@@ -39,6 +42,8 @@ class Decoding:
     """0: greedy."""
     eos: frozenset[int] = frozenset()
     """Tokens that end the answer; they are part of it."""
+    top_p: float = 1.0
+    """Sample among the most likely tokens that reach this probability together; 1: off."""
 
 
 @dataclass
@@ -65,14 +70,20 @@ class Choice:
 
     temperature: float
     generator: torch.Generator | None = None
+    top_p: float = 1.0
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """softmax(logits / temperature) in float64, so that p - q keeps its sign."""
-        return torch.softmax(logits.double() / self.temperature, -1)
+        """softmax(logits / temperature) in float64, so that p - q keeps its sign; cut at top_p."""
+        chances = torch.softmax(logits.double() / self.temperature, -1)
+        if self.top_p == 1:
+            return chances
+        ordered, order = chances.sort(descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= self.top_p] = 0
+        return torch.zeros_like(chances).scatter(-1, order, ordered / ordered.sum())
 
     def pick(self, probabilities: Tensor) -> int:
-        """Sample an index."""
-        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+        """Sample an index, on the CPU, where the generator is."""
+        return int(torch.multinomial(probabilities.cpu(), 1, generator=self.generator))
 
     def uniform(self) -> float:
         """A number in [0, 1)."""
@@ -125,7 +136,108 @@ def until_end(tokens: list[int], room: int, eos: frozenset[int]) -> tuple[list[i
     return tokens, len(tokens) == room
 
 
+class Past:
+    """What a target has read: its keys and values, and the states that feed a draft.
+
+    Between two calls of an iterator that reads with it, it is whole; after an error in one, not.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target, self.cache = target, target.new_cache()
+        self.ids: list[int] = []
+        self.aux: list[Tensor] = []
+        """Auxiliary states [1, T, A] of `ids`, one after the other."""
+
+    def begin(self, prompt: list[int]) -> Tensor:
+        """Read a prompt, but for what it has in common with the tokens that were read before.
+
+        Returns:
+            Post-norm states [1, T, H] of the tokens that were new, the last one in any case.
+        """
+        pairs = zip(self.ids, prompt[:-1], strict=False)
+        same = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
+        self.forget(len(self.ids) - same)
+        return self.read(prompt[same:])
+
+    def read(self, ids: list[int]) -> Tensor:
+        """Read more tokens; their post-norm states [1, T, H]."""
+        ids_1T = torch.tensor([ids], device=self.target.device)
+        aux_1TA, last_1TH = self.target.features(ids_1T, self.cache)
+        self.ids += ids
+        self.aux.append(aux_1TA)
+        return last_1TH
+
+    def forget(self, tokens: int) -> None:
+        """Take the last tokens out again."""
+        if tokens == 0:
+            return
+        self.cache.crop(-tokens)
+        del self.ids[-tokens:]
+        if tokens > self.aux[-1].shape[1]:
+            self.aux = [torch.cat(self.aux, 1)]
+        self.aux[-1] = self.aux[-1][:, :-tokens]
+
+
 @torch.no_grad()
+def speculating(
+    past: Past,
+    drafter: Drafter,
+    draft_ids_D: Tensor,
+    prompt: list[int],
+    decoding: Decoding,
+    generator: torch.Generator | None = None,
+) -> Iterator[Generation]:
+    """Answer a prompt with the target and a draft; the draft cannot change what is said.
+
+    Yields:
+        The answer, one object that grows: with its first token, then after each verification.
+    """
+    started = time.perf_counter()
+    choice = Choice(decoding.temperature, generator, decoding.top_p)
+    head = past.target.head
+    first = choice(head(past.begin(prompt)[0, -1:])[0])
+    drafter.commit(torch.cat(past.aux, 1), [*prompt[1:], first])
+    answer = Generation([first], first_seconds=time.perf_counter() - started)
+    answer.seconds = answer.first_seconds
+    yield answer
+    over = first in decoding.eos or decoding.max_tokens == 1
+    while not over:
+        drafted, draft_logits = drafter.propose(decoding.chain_length, choice)
+        last_1TH = past.read([answer.tokens[-1], *drafted])
+        yielded = verify(drafted, draft_logits, head(last_1TH[0]), draft_ids_D, choice)
+        past.forget(len(drafted) + 1 - len(yielded))
+        drafter.commit(past.aux[-1], yielded)
+        tokens, over = until_end(yielded, decoding.max_tokens - len(answer.tokens), decoding.eos)
+        answer.tokens += tokens
+        answer.forwards += 1
+        answer.gained.append(len(tokens))
+        answer.drafted.append(len(drafted))
+        answer.accepted.append(len(yielded) - 1)
+        answer.seconds = time.perf_counter() - started
+        yield answer
+
+
+@torch.no_grad()
+def generating(
+    past: Past, prompt: list[int], decoding: Decoding, generator: torch.Generator | None = None
+) -> Iterator[Generation]:
+    """Answer a prompt with the target alone, one token per forward; yields as `speculating`."""
+    started = time.perf_counter()
+    choice = Choice(decoding.temperature, generator, decoding.top_p)
+    answer = Generation([], forwards=0)
+    last_1TH, over = past.begin(prompt), False
+    while not over:
+        if answer.tokens:
+            last_1TH = past.read(answer.tokens[-1:])
+        token = choice(past.target.head(last_1TH[0, -1:])[0])
+        tokens, over = until_end([token], decoding.max_tokens - len(answer.tokens), decoding.eos)
+        answer.tokens += tokens
+        answer.forwards += 1
+        answer.seconds = time.perf_counter() - started
+        answer.first_seconds = answer.first_seconds or answer.seconds
+        yield answer
+
+
 def speculate(
     target: Target,
     drafter: Drafter,
@@ -134,50 +246,13 @@ def speculate(
     decoding: Decoding,
     generator: torch.Generator | None = None,
 ) -> Generation:
-    """Answer a prompt with the target and a draft; the draft cannot change what is said."""
-    started = time.perf_counter()
-    choice = Choice(decoding.temperature, generator)
-    cache = target.new_cache()
-    aux_1TA, last_1TH = target.features(torch.tensor([prompt], device=target.device), cache)
-    first = choice(target.head(last_1TH[0, -1:])[0])
-    drafter.commit(aux_1TA, [*prompt[1:], first])
-    answer = Generation([first], first_seconds=time.perf_counter() - started)
-    over = first in decoding.eos or decoding.max_tokens == 1
-    while not over:
-        drafted, draft_logits = drafter.propose(decoding.chain_length, choice)
-        ids_1T = torch.tensor([[answer.tokens[-1], *drafted]], device=target.device)
-        aux_1TA, last_1TH = target.features(ids_1T, cache)
-        yielded = verify(drafted, draft_logits, target.head(last_1TH[0]), draft_ids_D, choice)
-        rejected = len(drafted) + 1 - len(yielded)
-        if rejected:
-            cache.crop(-rejected)
-        drafter.commit(aux_1TA[:, : len(yielded)], yielded)
-        tokens, over = until_end(yielded, decoding.max_tokens - len(answer.tokens), decoding.eos)
-        answer.tokens += tokens
-        answer.forwards += 1
-        answer.gained.append(len(tokens))
-        answer.drafted.append(len(drafted))
-        answer.accepted.append(len(yielded) - 1)
-    answer.seconds = time.perf_counter() - started
-    return answer
+    """The whole answer of `speculating`."""
+    answers = speculating(Past(target), drafter, draft_ids_D, prompt, decoding, generator)
+    return deque(answers, maxlen=1)[0]
 
 
-@torch.no_grad()
 def generate(
     target: Target, prompt: list[int], decoding: Decoding, generator: torch.Generator | None = None
 ) -> Generation:
-    """Answer a prompt with the target alone, one token per forward."""
-    started = time.perf_counter()
-    choice = Choice(decoding.temperature, generator)
-    cache = target.new_cache()
-    answer = Generation([], forwards=0)
-    ids, over = prompt, False
-    while not over:
-        _, last_1TH = target.features(torch.tensor([ids], device=target.device), cache)
-        ids = [choice(target.head(last_1TH[0, -1:])[0])]
-        tokens, over = until_end(ids, decoding.max_tokens - len(answer.tokens), decoding.eos)
-        answer.tokens += tokens
-        answer.forwards += 1
-        answer.first_seconds = answer.first_seconds or time.perf_counter() - started
-    answer.seconds = time.perf_counter() - started
-    return answer
+    """The whole answer of `generating`."""
+    return deque(generating(Past(target), prompt, decoding, generator), maxlen=1)[0]

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from specforge_exp.config.chat import ChatConfig
 from specforge_exp.config.checks import (
     above_zero,
     allow,
@@ -49,6 +50,7 @@ from specforge_exp.errors import InputError, first_line
 __all__ = [
     "REPOSITORY",
     "STAGES",
+    "ChatConfig",
     "DataConfig",
     "DraftConfig",
     "EngineConfig",
@@ -122,6 +124,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     resources: dict[str, Any] = field(default_factory=open_node)
     """What a job runs on when a launcher sends it elsewhere. The keys are the launcher's, which
     refuses those it does not have; `env` and `volumes` are read here too."""

@@ -134,7 +134,7 @@ def command(stage: str, *more: str, away: bool = True) -> str:
         more: options that it has besides.
         away: with -m, so that a launcher runs it; else with -m where this command line has it.
     """
-    script = Path(sys.argv[0]).stem in (*STAGES, "report")
+    script = Path(sys.argv[0]).stem in (*STAGES, "report", "chat")
     words, matters = sys.argv[1:] if script else [], MATTERS.get(stage)
     flags = ["-m"] if away or {"-m", "--multirun"} & {*words} else []
     options = []

@@ -46,6 +46,38 @@ def prompt_ids(tokenizer: Any, messages: list[Message], kwargs: dict[str, Any]) 
     return ids
 
 
+class Spelling:
+    """The text of tokens as they come: what each adds, once its characters are whole."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.tokens: list[int] = []
+        self.start = self.told = 0
+        """Where the last tokens that were told begin and end: a tokenizer may spell the first token
+        of a text otherwise, so they are spelt again before the new ones."""
+
+    def add(self, token: int) -> str:
+        """What a token adds; "" within a character."""
+        self.tokens.append(token)
+        text = self.rest()
+        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self.start, self.told = self.told, len(self.tokens)
+        return text
+
+    def rest(self) -> str:
+        """What was not told yet."""
+        before, both = (
+            self.tokenizer.decode(
+                self.tokens[self.start : end],
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
+            )
+            for end in (self.told, None)
+        )
+        return str(both[len(before) :])
+
+
 def refusal(chat: "Chat", messages: list[Message], kwargs: dict[str, Any], complaint: str) -> str:
     """The template's complaint, with the way out where a system message is what it refuses."""
     together = joined(messages)

@@ -297,7 +297,7 @@ def test_the_second_turn_follows_the_own_answer(exported: Config) -> None:
             return super().encode(messages)
 
     setup = asking_of(exported, load_tokenizer(exported.model), None)
-    pair = load_pair(exported)
+    pair = load_pair(exported, paths.export_dir(exported), exported.bench.dtype)
     asks = [[{"role": "user", "content": text}] for text in ("Tell me a story.", "Go on.")]
     watched = Watched(**vars(setup))
     first, second = converse(asks, watched, pair, torch.Generator().manual_seed(0))

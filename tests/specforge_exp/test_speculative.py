@@ -1,5 +1,7 @@
 """Speculative decoding changes the speed of an answer and nothing else."""
 
+from collections import deque
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -8,7 +10,17 @@ from conftest import small_target
 from scipy.stats import chisquare
 from test_eagle3 import small_draft
 
-from specforge_exp.bench.speculative import Choice, Decoding, generate, speculate, until_end, verify
+from specforge_exp.bench.speculative import (
+    Choice,
+    Decoding,
+    Past,
+    generate,
+    generating,
+    speculate,
+    speculating,
+    until_end,
+    verify,
+)
 from specforge_exp.data import synthetic
 from specforge_exp.data.chat import prompt_ids
 from specforge_exp.data.conversations import prompt_of
@@ -71,17 +83,27 @@ def test_a_perfect_draft_is_accepted_whole() -> None:
     assert found.forwards == 4
 
 
-@pytest.mark.parametrize("size", [40, 64])
-def test_sampled_tokens_follow_the_target(size: int) -> None:
+def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The distribution cut to its most likely tokens that reach top_p together."""
+    kept, mass = torch.zeros_like(p), 0.0
+    for token in sorted(range(len(p)), key=lambda token: -float(p[token])):
+        if mass < top_p:
+            kept[token] = p[token]
+        mass += float(p[token])
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize(("size", "top_p"), [(40, 1.0), (64, 1.0), (40, 0.7)])
+def test_sampled_tokens_follow_the_target(size: int, top_p: float) -> None:
     """The first verified token, over many runs, has the target's distribution (chi-square)."""
     torch.manual_seed(0)
     target = small_target()
     draft = small_draft(target, size)
     generator = torch.Generator().manual_seed(1)
-    choice = Choice(1.0, generator)
+    choice = Choice(1.0, generator, top_p)
     prompt = torch.tensor([[5, 9, 2, 33, 17]])
     aux, last = target.features(prompt)
-    p = torch.softmax(target.head(last[0, -1:])[0].double(), -1)
+    p = nucleus(torch.softmax(target.head(last[0, -1:])[0].double(), -1), top_p)
     decoder = draft.decoder()
     decoder.commit(aux[:, :-1], prompt[0, 1:].tolist())
     two_rows = target.head(last[0, -1:]).repeat(2, 1)
@@ -89,6 +111,7 @@ def test_sampled_tokens_follow_the_target(size: int) -> None:
     for _ in range(runs):
         drafted, logits = decoder.propose(1, choice)
         counts[verify(drafted, logits, two_rows, draft.draft_ids_D, choice)[0]] += 1
+    assert counts[p == 0].sum() == 0
     order = p.argsort(descending=True)
     expected, observed = runs * p[order], counts[order].double()
     large = expected >= 5
@@ -99,6 +122,43 @@ def test_sampled_tokens_follow_the_target(size: int) -> None:
     assert test.pvalue > 1e-3
     wrong = chisquare(observed[keep][::-1], expected[keep] * observed.sum() / expected[keep].sum())
     assert wrong.pvalue < 1e-3  # the test can fail
+
+
+@pytest.mark.parametrize("drafts", [True, False])
+def test_what_was_read_is_not_read_again(drafts: bool) -> None:
+    """Turn after turn, also after one that was broken off, a past that stays changes no token."""
+    target = small_target()
+    draft = small_draft(target)
+    decoding = Decoding(max_tokens=20, chain_length=4)
+    read: list[int] = []
+    features = target.features
+
+    def counted(ids_BT: torch.Tensor, cache: Any = None) -> Any:
+        read.append(ids_BT.shape[1])
+        return features(ids_BT, cache)
+
+    target.features = counted  # type: ignore[method-assign]
+
+    def ask(past: Past, prompt: list[int], most: int = 99) -> list[int]:
+        read.clear()
+        answers = (
+            speculating(past, draft.decoder(), draft.draft_ids_D, prompt, decoding)
+            if drafts
+            else generating(past, prompt, decoding)
+        )
+        return list(deque(islice(answers, most), maxlen=1)[0].tokens)
+
+    past, prompt = Past(target), [5, 9, 2, 33, 17]
+    for turn, most in enumerate((99, 3, 99)):
+        said = ask(past, prompt, most)
+        first = read[0]
+        fresh = ask(Past(target), prompt, most)
+        assert said == fresh
+        assert read[0] == len(prompt) and first <= (4 if turn else 5)
+        prompt = [*prompt, *said, 11, 12, 13]
+    ask(past, prompt)
+    assert ask(past, prompt[:7]) == ask(Past(target), prompt[:7])  # the talk was cut short
+    assert ask(past, [3, 4]) == ask(Past(target), [3, 4])  # and forgotten
 
 
 def test_sampling_is_repeatable() -> None:
