@@ -12,7 +12,7 @@ Shape suffixes: T packed tokens, H hidden, A auxiliary states.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -154,6 +154,7 @@ def remembered(source: Features) -> Features:
     """
     states: dict[int, tuple[Tensor, Tensor]] = {}
     on_the_way: set[int] = set()
+    ask_source = source.ask
 
     def ask(batches: list[Batch]) -> Take:
         new = [
@@ -163,7 +164,7 @@ def remembered(source: Features) -> Features:
             if part.numbers[0] not in states and part.numbers[0] not in on_the_way
         ]
         on_the_way.update(part.numbers[0] for part in new)
-        take_new = source.ask(new)
+        take_new = ask_source(new)
 
         def take() -> States:
             for part, pair in zip(new, take_new(), strict=True):
@@ -173,4 +174,5 @@ def remembered(source: Features) -> Features:
 
         return take
 
-    return replace(source, ask=ask)
+    source.ask = ask  # its account stays the one of both
+    return source

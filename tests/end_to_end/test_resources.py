@@ -260,7 +260,7 @@ def test_a_job_validates_without_hydras_node() -> None:
         ("paths.checkpoints=/data/runs", "SPECFORGE_CHECKPOINTS=/data/runs"),
         ("paths.datasets=here", "SPECFORGE_DATASETS=here"),
         ("model.path=assets/tiny_target", "a folder of this machine"),
-        ("target.placement=ray", "resources.image.extras=[data,wandb,modal,ray]"),
+        ("target.placement=ray trainer.batch_size=14", "image.extras=[data,wandb,modal,ray]"),
     ],
 )
 def test_jobs_that_a_container_cannot_run(
@@ -269,7 +269,7 @@ def test_jobs_that_a_container_cannot_run(
     """R28: what would be written outside the Volumes, among others."""
     monkeypatch.chdir(ROOT)
     with pytest.raises(InputError) as caught:
-        check_job(for_validation(override))
+        check_job(for_validation(*override.split()))
     assert named in str(caught.value)
 
 
