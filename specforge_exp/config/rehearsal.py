@@ -15,10 +15,10 @@ CHOSEN = {"experiment", "model", "data", "engine", "resources", "hydra/launcher"
 WITHIN = ("model.", "engine.", "resources.", "hydra.launcher.")
 """Options of what was chosen before."""
 SERVER = [
-    "engine=modal", "engine.image=debian_slim", "regen.force=true",
+    "engine=modal", "engine.image=debian_slim", "model.name=tiny_on_modal",
     'engine.command=[python,-m,specforge_exp.generation.local.serve,--model,"{model}",--port,"{port}"]',
 ]  # fmt: skip
-"""Our own small server in regeneration's containers."""
+"""Our own small server in the containers; the answers made here stay as they are."""
 
 
 def without_account(stage: str, job: DictConfig) -> str:
