@@ -15,10 +15,10 @@ CHOSEN = {"experiment", "model", "data", "engine", "resources", "hydra/launcher"
 WITHIN = ("model.", "engine.", "resources.", "hydra.launcher.")
 """Options of what was chosen before."""
 SERVER = [
-    "engine=modal", "engine.image=debian_slim", "regen.force=true",
+    "engine=modal", "engine.image=debian_slim", "model.name=tiny_on_modal",
     'engine.command=[python,-m,specforge_exp.generation.local.serve,--model,"{model}",--port,"{port}"]',
 ]  # fmt: skip
-"""Our own small server in regeneration's containers."""
+"""Our own small server in the containers; the answers made here stay as they are."""
 
 
 def without_account(stage: str, job: DictConfig) -> str:
@@ -60,7 +60,8 @@ def offers(stage: str, own: str = "", shows: str = "") -> str:
     here = [*script, *flags, QUICKSTART, *words, *["hydra.sweeper.n_trials=4"] * few]
     lines.append((shlex.join(here), "the same with a tiny target, in minutes"))
     if Path.cwd() == REPOSITORY and (REPOSITORY / "tests" / "modal_local").is_dir():
-        place = ["hydra/launcher=modal"] if flags else SERVER * (stage == "regen")
+        away = ["hydra/launcher=modal", *["sweep_name=on_modal"] * study()]  # one is done by then
+        place = away if flags else SERVER * (stage == "regen")
         local = shlex.join(["python", "-m", "tests.modal_local", "--", *here, *place])
         lines += [(local, "on a Modal of this machine")] if place else []
     wide = max((len(line) for line, _ in lines if len(line) < 90), default=0)

@@ -166,6 +166,15 @@ def test_wandb_online_resumes_its_run(
     assert KEY not in "".join(server.bodies) + "".join(capfd.readouterr())
 
 
+def test_a_team_and_a_name_of_its_own(server: WandbServer, cfg: Config, tmp_path: Path) -> None:
+    cfg.tracker.name, cfg.tracker.entity, cfg.tracker.run_name = "wandb", "a-team", "mine"
+    tracker = open_tracker(cfg, tmp_path, 0)
+    write(tracker, [1])
+    tracker.close()
+    [made] = server.runs.values()
+    assert (made["entity"], made["displayName"]) == ("a-team", "mine")
+
+
 def test_wandb_offline_and_the_command_that_uploads_it(
     cfg: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
