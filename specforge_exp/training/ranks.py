@@ -22,8 +22,6 @@ from torch import Tensor
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
 
-log = logging.getLogger(__name__)
-
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 STORE = "SPECFORGE_EXP_STORE"
 """Environment variable: the file in which the processes that `launch` starts find each other."""

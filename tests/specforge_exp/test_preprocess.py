@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, write_jsonl
 
 from specforge_exp import paths
 from specforge_exp.config import Config
 from specforge_exp.data import blocks
-from specforge_exp.data.conversations import write_jsonl
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
 from specforge_exp.stages.preprocess import doubts, preprocess

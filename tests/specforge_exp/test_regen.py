@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, write_jsonl
 
 from specforge_exp import paths
 from specforge_exp.config import Config
 from specforge_exp.data.chat import prompt_ids
-from specforge_exp.data.conversations import write_jsonl
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Sampling
 from specforge_exp.generation.rules import sampling_of

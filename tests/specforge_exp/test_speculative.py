@@ -11,7 +11,7 @@ from test_eagle3 import small_draft
 from specforge_exp.bench.speculative import Choice, Decoding, generate, speculate, until_end, verify
 from specforge_exp.data import synthetic
 from specforge_exp.data.chat import prompt_ids
-from specforge_exp.data.conversations import prompt_of
+from specforge_exp.data.conversations import asks_of
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.eagle3.draft import Eagle3
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
@@ -31,7 +31,7 @@ def test_greedy_output_is_the_targets_own(tiny_target: Target, tiny_tokenizer: A
     eos = tiny_tokenizer.eos_token_id
     decoding = Decoding(max_tokens=24, chain_length=4, eos=frozenset({eos}))
     for record in synthetic.generate("bench", 50):
-        prompt = prompt_ids(tiny_tokenizer, prompt_of(record), {})
+        prompt = prompt_ids(tiny_tokenizer, asks_of(record)[0], {})
         ids = torch.tensor([prompt])
         reference = tiny_target.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
