@@ -71,11 +71,9 @@ class AnswerStream:
         if accepted is None:
             accepted = [step - 1 for step in self.steps] if len(self.steps) == verified else []
         gained = cut([number + 1 for number in accepted], len(self.tokens) - 1, self.steps)
-        forwards = 1 + verified if verified else len(self.tokens)
-        generation = Generation(
-            self.tokens, seconds, forwards, gained if verified else [], [],
-            accepted if verified else [], self.first,
-        )  # fmt: skip
+        if not verified:
+            gained = accepted = []
+        generation = Generation(self.tokens, seconds, gained, accepted, self.first)
         return ServedAnswer(generation, verified)
 
 

@@ -47,12 +47,8 @@ class Generation:
 
     tokens: list[int]
     seconds: float = 0.0
-    forwards: int = 1
-    """Forwards of the target, the prompt's included."""
     gained: list[int] = field(default_factory=list)
     """Tokens that each verification added to the answer."""
-    drafted: list[int] = field(default_factory=list)
-    """Tokens that each verification was given."""
     accepted: list[int] = field(default_factory=list)
     """Drafted tokens that each verification kept."""
     first_seconds: float = 0.0
@@ -154,9 +150,7 @@ def speculate(
         drafter.commit(aux_1TA[:, : len(yielded)], yielded)
         tokens, over = until_end(yielded, decoding.max_tokens - len(answer.tokens), decoding.eos)
         answer.tokens += tokens
-        answer.forwards += 1
         answer.gained.append(len(tokens))
-        answer.drafted.append(len(drafted))
         answer.accepted.append(len(yielded) - 1)
     answer.seconds = time.perf_counter() - started
     return answer
@@ -170,14 +164,13 @@ def generate(
     started = time.perf_counter()
     choice = Choice(decoding.temperature, generator)
     cache = target.new_cache()
-    answer = Generation([], forwards=0)
+    answer = Generation([])
     ids, over = prompt, False
     while not over:
         _, last_1TH = target.features(torch.tensor([ids], device=target.device), cache)
         ids = [choice(target.head(last_1TH[0, -1:])[0])]
         tokens, over = until_end(ids, decoding.max_tokens - len(answer.tokens), decoding.eos)
         answer.tokens += tokens
-        answer.forwards += 1
         answer.first_seconds = answer.first_seconds or time.perf_counter() - started
     answer.seconds = time.perf_counter() - started
     return answer

@@ -339,8 +339,8 @@ def test_the_thinking_switch_reaches_the_template(
 
 def response(gained: list[int], accepted: list[int], follows: bool = False) -> PairedAnswer:
     tokens = list(range(1 + sum(gained)))
-    with_draft = Generation(tokens, 1.0, 1 + len(gained), gained, [3] * len(gained), accepted)
-    return PairedAnswer(with_draft, Generation(tokens, 2.0, len(tokens)), 0.0, follows)
+    with_draft = Generation(tokens, 1.0, gained, accepted)
+    return PairedAnswer(with_draft, Generation(tokens, 2.0), 0.0, follows)
 
 
 def test_two_ways_to_average() -> None:

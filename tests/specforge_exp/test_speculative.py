@@ -41,7 +41,6 @@ def test_greedy_output_is_the_targets_own(tiny_target: Target, tiny_tokenizer: A
         assert found.tokens == reference
         assert generate(tiny_target, prompt, decoding).tokens == reference
         assert 1 + sum(found.gained) == len(found.tokens)
-        assert found.forwards == 1 + len(found.gained)
 
 
 class Oracle:
@@ -68,7 +67,6 @@ def test_a_perfect_draft_is_accepted_whole() -> None:
     assert found.tokens == alone.tokens
     assert found.gained == [7, 7, 7]
     assert found.accepted == [6, 6, 6]
-    assert found.forwards == 4
 
 
 @pytest.mark.parametrize("size", [40, 64])
