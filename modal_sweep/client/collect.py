@@ -101,10 +101,10 @@ def read_manifest(source: "modal.Volume", base: str) -> dict[str, Any]:
 
 
 def saved_result(journal: Journal, record: JobRecord) -> dict[str, Any]:
-    """The result on the Volume; empty when there is none."""
+    """The result on the Volume, without what is pickled; empty when there is none."""
     source, base = saved_at(journal, record)
     packed = read_if_there(source, f"{base}/result.bin")
-    return {} if packed is None else result.unpack(packed)
+    return {} if packed is None else result.without_pickle(result.unpack(packed))
 
 
 def log_text(journal: Journal, record: JobRecord) -> str | None:

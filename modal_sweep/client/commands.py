@@ -52,7 +52,7 @@ def status(arguments: argparse.Namespace) -> int:
         if record.call is not None and record.end is None:
             watch.settle(record, seconds=0.0)
     statuses = calls.Statuses(journal.sweep["dict"]).read()
-    rows = [row(record, statuses.get(record.key, {}), None, {}) for record in records]
+    rows = [row(record, statuses.get(record.key, {}), {}) for record in records]
     messages.console_print(rich_table(rows))
     return exit_code(records)
 

@@ -107,19 +107,22 @@ def is_plain(value: Any) -> bool:
     return False
 
 
-def unpack_value(packed: dict[str, Any], trusted: bool) -> Any:
-    """A return value.
+def without_pickle(envelope: dict[str, Any]) -> dict[str, Any]:
+    """An envelope that lay on a disk: nothing of it is ever unpickled."""
+    pickled = "pickle" in (envelope.get("value") or {})
+    return {**envelope, "value": {"other": True}} if pickled else envelope
 
-    Args:
-        packed: what `pack_value` made.
-        trusted: it came from the call itself; nothing that lay on a disk is unpickled.
+
+def unpack_value(packed: dict[str, Any]) -> Any:
+    """What `pack_value` was given.
 
     Raises:
-        JobFailed: it was pickled and is not trusted, or is of something that is not here.
+        JobFailed: it was pickled and has not come from the call itself, or is of something that is
+            not here.
     """
     if "json" in packed:
         return tuple(packed["json"]) if packed.get("tuple") else packed["json"]
-    if not trusted:
+    if "pickle" not in packed:
         raise JobFailed("its return value was kept in its call, which has expired")
     import pickle
 
