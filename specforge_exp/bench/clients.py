@@ -19,8 +19,6 @@ from specforge_exp.bench.speculative import Decoding, Generation
 from specforge_exp.errors import InputError
 
 JSON = {"Content-Type": "application/json"}
-READ = 2**24
-"""Bytes of one line of a stream, at most: SGLang repeats the whole answer with every token."""
 COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+?)(?:_total)?\{(.*)\} (\S+)$", re.MULTILINE)
 
 
@@ -90,16 +88,6 @@ def cut(yielded: list[int], total: int, steps: list[int]) -> list[int]:
     gained = list(yielded)
     gained.remove(last if last in gained else max(gained))
     return [*gained, total - sum(gained)]
-
-
-def session(timeout: float, key: str | None) -> aiohttp.ClientSession:
-    """Connections to a server; `timeout` in seconds for one answer."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
-        headers={"Authorization": f"Bearer {key}"} if key else {},
-        timeout=aiohttp.ClientTimeout(total=timeout, connect=30.0),
-        read_bufsize=READ,
-    )
 
 
 async def pieces(

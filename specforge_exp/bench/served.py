@@ -27,14 +27,8 @@ from specforge_exp.config import Config, locate
 from specforge_exp.data.chat import Message
 from specforge_exp.errors import InputError
 from specforge_exp.serving.downloads import download
-from specforge_exp.serving.server import Server
-from specforge_exp.serving.sglang import (
-    check_installed,
-    count_servers,
-    server_command,
-    tp_size_of,
-    visible_gpus,
-)
+from specforge_exp.serving.server import Server, connections
+from specforge_exp.serving.sglang import check_installed, make_servers
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +91,7 @@ async def serving(cfg: Config, alone: bool) -> AsyncIterator[Client]:
     """
     options, several = cfg.engine, cfg.bench.concurrency > 1
     key = os.environ.get(options.api_key) if options.name == "openai" else None
-    async with clients.session(options.timeout, key) as http:
+    async with connections(options.timeout, key) as http:
         if options.name == "openai":
             url = cfg.bench.alone_url if alone else options.urls[0]
             yield await clients.client_of(http, str(url), options.served_name, several)
@@ -122,16 +116,12 @@ def server_of(cfg: Config, alone: bool, folder: Path) -> Server:
     check_installed(cfg.engine)
     if not Path(cfg.model.path).is_dir() and not cfg.engine.command:
         download(cfg.model.path)
-    tp_size, gpus = tp_size_of(cfg), visible_gpus()
-    count_servers(cfg.engine, tp_size, len(gpus))
     draft = {}
     if not alone:
         kind = locate(cfg.draft._target_)
         draft = kind.sglang_options(cfg.chain_length)
         draft["speculative_draft_model_path"] = str(paths.export_dir(cfg).resolve())
-    command = server_command(cfg.engine, cfg.model.path, tp_size, cfg.engine.port, draft)
-    own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[:tp_size])} if gpus else {}
-    return Server(command, cfg.engine.port, folder / "server.log", own)
+    return make_servers(cfg, folder, draft)[0]
 
 
 async def converse(client: Client, asking: Asking, asks: Conversation) -> list[Exchange]:

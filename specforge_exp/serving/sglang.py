@@ -4,10 +4,12 @@ import importlib.util
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from specforge_exp.config import Config, EngineConfig
 from specforge_exp.errors import InputError, first_line
+from specforge_exp.serving.server import Server
 
 SIZES = ((9e9, 1), (35e9, 2), (80e9, 4))
 """Most parameters, GPUs: 80 GB hold so many in 16 bits and leave room for keys and values."""
@@ -84,6 +86,27 @@ def count_servers(options: EngineConfig, tp_size: int, gpus: int) -> int:
             f"but this machine has {gpus}; with this tp_size at most engine.num_servers={most}"
         )
     return count
+
+
+def make_servers(cfg: Config, folder: Path, draft: dict[str, Any] | None = None) -> list[Server]:
+    """This machine's servers, not yet started, with their logs in `folder`.
+
+    Args:
+        draft: as `server_command`.
+
+    Raises:
+        InputError: the GPUs do not suffice, or SGLang is not installed.
+    """
+    check_installed(cfg.engine)
+    tp_size, gpus = tp_size_of(cfg), visible_gpus()
+    servers = []
+    for number in range(count_servers(cfg.engine, tp_size, len(gpus))):
+        own = gpus[number * tp_size : (number + 1) * tp_size]
+        port = cfg.engine.port + number
+        command = server_command(cfg.engine, cfg.model.path, tp_size, port, draft)
+        environment = {"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {}
+        servers.append(Server(command, port, folder / f"server-{number}.log", environment))
+    return servers
 
 
 def tp_size_of(cfg: Config) -> int:

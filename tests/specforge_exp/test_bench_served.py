@@ -179,7 +179,7 @@ def test_a_server_that_fails_leaves_nothing_behind(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(InputError, match=words):
         bench(served(exported, "--fails", fails))
-    (log,) = tmp_path.glob("specforge-bench-*/server.log")
+    (log,) = tmp_path.glob("specforge-bench-*/server-0.log")
     pids = [int(p) for line in log.read_text().splitlines() if line.startswith("pids")
             for p in line.split()[1:]]  # fmt: skip
     assert len(pids) == 2 and gone(pids)
@@ -203,7 +203,7 @@ def test_the_command_line_of_sglang(cfg: Config, tmp_path: Path) -> None:
     )
     cfg.model.path = str(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specforge_exp.bench.served.visible_gpus", lambda: ["4", "5"])
+        patch.setattr("specforge_exp.serving.sglang.visible_gpus", lambda: ["4", "5"])
         eagle3 = server_of(cfg, False, tmp_path)
         alone = server_of(cfg, True, tmp_path)
         cfg.draft = DFlashConfig(name="dflash")
