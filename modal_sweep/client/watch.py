@@ -89,8 +89,6 @@ class Watch:
         try:
             return self.look(record, seconds)
         except Exception as error:
-            if not away(error):
-                raise
             self.outage.lasts(error)
             return False
 
