@@ -35,15 +35,18 @@ def pack(envelope: dict[str, Any], manifest: dict[str, Any]) -> bytes:
         envelope: status, value, error and so on.
         manifest: the files, as `outputs.save` returns it; left out when it is too large.
     """
-    listed = {
-        name: {key: entry[key] for key in ("size", "sha256")} for name, entry in manifest.items()
-    }
-    small = compress({**envelope, "manifest": listed})
+    small = compress({**envelope, "manifest": listed(manifest)})
     if len(small) <= MOST_BYTES:
         return small
     if error := envelope.get("error"):  # the whole text is in the job's log
         envelope = {**envelope, "error": {**error, "message": error["message"][-2000:]}}
     return compress({**envelope, "manifest": None})
+
+
+def listed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a result says of files."""
+    keys = ("size", "sha256")
+    return {name: {key: entry[key] for key in keys} for name, entry in manifest.items()}
 
 
 def failed(kind: str, message: str, status: str = "failed") -> dict[str, Any]:
