@@ -71,6 +71,15 @@ def inner(x):
         return HELD["it"]
     return below()
 
+def beside(held):
+    if held:
+        later = 1
+    def reads(x):
+        return later if x else HELD
+    return reads
+
+unassigned = beside(False)
+
 def recurses(x):
     return recurses(x - 1) or HELD
 
@@ -84,7 +93,7 @@ def test_what_keeps_a_task_from_being_sent_is_named() -> None:
     module = {"__name__": "__main__"}
     exec(TASKS, module)
     culprits = {"reads": "LOCK", "calls": "LOCK", "wrapped": "lock", "inner": "HELD",
-                "recurses": "HELD"}  # fmt: skip
+                "recurses": "HELD", "unassigned": "HELD"}  # fmt: skip
     for name, culprit in culprits.items():
         with pytest.raises(LaunchError) as refusal:
             sendable("the task", module[name], ("context", module[name]))
