@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Programs of the tests start as a user's do: what was compiled once is read.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 from modal_local import client as modal_local

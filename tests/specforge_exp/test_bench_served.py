@@ -45,7 +45,7 @@ EXACT = (
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """An exported draft whose chains are right now and then."""
     cfg = make_config(tmp_path_factory.mktemp("trained"))
-    cfg.data.train[0].limit = 60
+    cfg.data.train[0].limit = 40
     cfg.preprocess.source = "prep"
     cfg.epochs, cfg.lr, cfg.trainer.batch_size = 3, 8e-3, 2
     cfg.target.cache, cfg.export.dtype = "memory", "float32"
