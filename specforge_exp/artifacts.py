@@ -357,7 +357,7 @@ def model_digest(path: str) -> str:
         if file.suffix in (".json", ".jinja", ".safetensors"):
             size = file.stat().st_size
             digest.update(f"{file.name} {size} ".encode())
-            digest.update(sha256(file).encode() if size < 64 * 2**20 else b"")
+            digest.update(sha256(file).encode() if size < WHOLE else b"")
     return digest.hexdigest()
 
 

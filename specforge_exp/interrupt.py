@@ -1,7 +1,7 @@
 """SIGTERM and SIGINT ask for a checkpoint; the signal is raised again once it is written."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -24,12 +24,7 @@ class Interrupt:
                 self.before[number] = signal.signal(number, self.remember)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

@@ -67,19 +67,6 @@ class Loss:
     cfg: LossConfig
 
 
-def teacher_rows(logits_ND: Tensor, log_z_N: Tensor, temperature: float = 1.0) -> TeacherRows:
-    """Teacher rows from the target's logits.
-
-    Args:
-        logits_ND: the target's logits at the draft's tokens, not divided by the temperature.
-        log_z_N: logsumexp of the target's logits / temperature over its full vocabulary.
-        temperature: of the comparison.
-    """
-    scaled_ND = logits_ND.float() / temperature
-    log_z_draft_N = torch.logsumexp(scaled_ND, -1)
-    return TeacherRows(scaled_ND - log_z_draft_N[:, None], log_z_draft_N - log_z_N)
-
-
 def cross_entropy(logq_ND: Tensor, teacher: TeacherRows) -> Tensor:
     """-sum p~ log q per row: the forward KL up to the entropy of p~."""
     return -(teacher.logp_ND.exp() * logq_ND).sum(-1)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 from numpy.typing import NDArray
 
@@ -110,7 +111,8 @@ def digest_of(arrays: dict[str, NDArray[Any]], *more: bytes) -> str:
     """SHA-256 of arrays, by name, and of what else belongs to them."""
     digest = hashlib.sha256(b"".join(more))
     for name in sorted(arrays):
-        digest.update(name.encode() + arrays[name].tobytes())
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()
 
 

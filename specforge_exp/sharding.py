@@ -1,5 +1,7 @@
 """Weights that processes share: FSDP2 for the draft, and reading what any sharding has split.
 
+torch.distributed's tensors are loaded where they are used: a second of every start otherwise.
+
 Shape suffixes: none; these functions take tensors of any shape.
 """
 
@@ -10,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 
 def whole(weight: Tensor) -> Tensor:
     """A tensor without gradient, gathered when processes share it; then all of them must ask."""
+    from torch.distributed.tensor import DTensor
+
     full: Tensor = weight.full_tensor() if isinstance(weight, DTensor) else weight
     return full.detach()
 
@@ -31,6 +32,8 @@ def gradient_of(weight: Tensor) -> Tensor:
 
 def as_in(weight: Tensor, value: Tensor) -> Tensor:
     """A whole value, shared among the processes as `weight` is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if not isinstance(weight, DTensor):
         return value
     value = value.to(weight.device)
@@ -64,6 +67,10 @@ def shard_draft(
 
     Gradients are summed, not averaged: one normalisation over the window is in the loss already.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     mesh = init_device_mesh(device.type, (processes,))
     values = {name: weight.detach() for name, weight in draft.named_parameters()}
     for module in draft.modules():
@@ -98,4 +105,6 @@ def make_gradients(module: nn.Module, arguments: Any) -> None:
 
 def is_sharded(draft: nn.Module) -> bool:
     """Whether processes share the draft: then each of them must run as many forwards."""
+    from torch.distributed.fsdp import FSDPModule
+
     return isinstance(draft, FSDPModule)

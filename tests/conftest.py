@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Programs of the tests start as a user's do: what was compiled once is read.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 from modal_local import client as modal_local
@@ -115,6 +118,11 @@ def tokens(cfg: Config) -> Path:
     cfg.preprocess.source = "prep"
     prep(cfg)
     return preprocess(cfg)
+
+
+def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """One JSON object per line."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def conversation_set(turns: list[list[int]]) -> TokenSet:

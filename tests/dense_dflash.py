@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from reference import teacher_rows
 from torch import Tensor
 
 from specforge_exp.config import LossConfig
@@ -10,7 +11,7 @@ from specforge_exp.drafts.dflash.blocks import make_blocks
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.drafts.dflash.training import decays
-from specforge_exp.losses import acceptance_rate, opd, teacher_rows
+from specforge_exp.losses import acceptance_rate, opd
 from specforge_exp.training.objective import Sample
 
 

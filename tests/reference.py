@@ -13,8 +13,21 @@ from torch import Tensor
 from specforge_exp.config import LossConfig
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.eagle3.draft import Eagle3
-from specforge_exp.losses import acceptance_rate, opd, teacher_rows
+from specforge_exp.losses import TeacherRows, acceptance_rate, opd
 from specforge_exp.training.objective import Sample
+
+
+def teacher_rows(logits_ND: Tensor, log_z_N: Tensor, temperature: float = 1.0) -> TeacherRows:
+    """Teacher rows from the target's logits.
+
+    Args:
+        logits_ND: the target's logits at the draft's tokens, not divided by the temperature.
+        log_z_N: logsumexp of the target's logits / temperature over its full vocabulary.
+        temperature: of the comparison.
+    """
+    scaled_ND = logits_ND.float() / temperature
+    log_z_draft_N = torch.logsumexp(scaled_ND, -1)
+    return TeacherRows(scaled_ND - log_z_draft_N[:, None], log_z_draft_N - log_z_N)
 
 
 def dense_attention(q_SNE: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:

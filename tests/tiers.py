@@ -1,21 +1,29 @@
 """Runs the tests of one tier: `python tests/tiers.py fast`; without a name, lists the tiers.
 
 `all` is every tier, `rest` every one but `fast`. A tier is some folders and a marker. Its tests
-share two processes; those marked `timing`, which assert how long something takes, then run alone
-in one. Only they are tried a second time, and whatever was is named at the end.
+share two processes; of several tiers two run beside each other, in one process each, the longest
+first, so that one computes while the other waits. Tests marked `timing`, which assert how long
+something takes, then run alone in one. Only they are tried a second time, and whatever was is
+named at the end.
 """
 
+import ctypes
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT / ".pytest_cache" / "v" / "cache" / "lastfailed"
 NOTHING_COLLECTED = 5
+BESIDE = "--beside"
+TOGETHER = ("--dist", "loadfile", "--no-loadscope-reorder")
+SUBREAPER = 36
+"""PR_SET_CHILD_SUBREAPER: orphans become this process's, so that their CPU time is counted."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Tier:
 TIERS = {
     "fast": Tier(
         "every module, one launch and one kill of each kind",
-        ("test_layers.py", "specforge_exp", "modal_sweep", "hydra_sweeps", "end_to_end"),
+        ("modal_sweep", "end_to_end", "hydra_sweeps", "specforge_exp", "test_layers.py"),
         1100,
         "not slow",
     ),
@@ -52,18 +60,26 @@ TIERS = {
 }
 
 
-def pytest(tier: Tier, marker: str, *options: str) -> int:
+def cache(name: str) -> Path:
+    """Where pytest remembers what failed; of its own for a tier, as two may run."""
+    return ROOT / ".pytest_cache" / name
+
+
+def pytest(name: str, marker: str, *options: str) -> int:
     """Run those tests of a tier that have the marker; its exit code, 0 when there are none."""
+    tier = TIERS[name]
     expression = f"({tier.marker}) and ({marker}) and not gpu and not live and not engines"
-    folders = [str(ROOT / "tests" / name) for name in tier.folders]
-    command = [sys.executable, "-m", "pytest", "-m", expression, *options, *folders]
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
-    return 0 if code == NOTHING_COLLECTED else code
+    folders = [str(ROOT / "tests" / folder) for folder in tier.folders]
+    command = [sys.executable, "-m", "pytest", "-m", expression, "-o", f"cache_dir={cache(name)}"]
+    # What was compiled once is read, by the tests and by what they start, as with a user.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run([*command, *options, *folders], cwd=ROOT, env=environment, check=False)
+    return 0 if done.returncode == NOTHING_COLLECTED else done.returncode
 
 
-def timed(tier: Tier) -> bool:
+def timed(name: str) -> bool:
     """Whether a file of the tier has tests marked `timing`; collecting all to see none is slow."""
-    places = [ROOT / "tests" / name for name in tier.folders]
+    places = [ROOT / "tests" / folder for folder in TIERS[name].folders]
     files = [
         file for place in places for file in ([place] if place.is_file() else place.rglob("*.py"))
     ]
@@ -71,44 +87,72 @@ def timed(tier: Tier) -> bool:
 
 
 def cpu_seconds() -> float:
-    """CPU seconds of all child processes that have ended."""
+    """CPU seconds of all processes below this one that have ended."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:  # those whose parents have not waited for them
+            pass
+    except ChildProcessError:
+        pass
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
-def failed() -> list[str]:
-    """Tests that failed when they last ran."""
-    return sorted(json.loads(CACHE.read_text())) if CACHE.exists() else []
-
-
-def run(name: str) -> bool:
-    """Run a tier and say what it took; whether all of it passed."""
-    tier, began, before = TIERS[name], time.monotonic(), cpu_seconds()
-    CACHE.unlink(missing_ok=True)
-    together = pytest(tier, "not timing", "-n", "2", "--dist", "loadfile", "--durations=10")
-    CACHE.unlink(missing_ok=True)
-    alone, again = pytest(tier, "timing") if timed(tier) else 0, []
-    if alone == 1:
-        again = failed()
-        alone = pytest(tier, "timing", "--last-failed", "--last-failed-no-failures", "none")
-    seconds, cpu = time.monotonic() - began, cpu_seconds() - before
-    passed = not together and not alone
-    print(f"tier {name}: {'passed' if passed else 'FAILED'} in {seconds:.0f} s, ", end="")
-    print(f"{cpu:.0f} CPU s of a budget of {tier.budget}", flush=True)
+def alone(name: str) -> bool:
+    """Run the tests of a tier that assert a duration, those that fail twice; whether all passed."""
+    if not timed(name):
+        return True
+    last = cache(name) / "v" / "cache" / "lastfailed"
+    last.unlink(missing_ok=True)
+    if not (code := pytest(name, "timing")):
+        return True
+    again = sorted(json.loads(last.read_text())) if code == 1 and last.exists() else []
+    if again:
+        code = pytest(name, "timing", "--last-failed", "--last-failed-no-failures", "none")
     for test in again:
         print(f"tier {name}: tried a second time: {test}", flush=True)
+    return not code
+
+
+def run(name: str, *options: str, timing: bool = True) -> bool:
+    """Run a tier and say what it took; whether all of it passed."""
+    began, before = time.monotonic(), cpu_seconds()
+    passed = not pytest(name, "not timing", "--durations=10", *options)
+    passed &= alone(name) if timing else True
+    seconds, cpu = time.monotonic() - began, cpu_seconds() - before
+    print(f"tier {name}: {'passed' if passed else 'FAILED'} in {seconds:.0f} s, ", end="")
+    print(f"{cpu:.0f} CPU s of a budget of {TIERS[name].budget}", flush=True)
     return passed
 
 
+def beside(name: str) -> bool:
+    """Run a tier in a process of its own and show it whole when it has ended."""
+    print(f"tier {name}: begins", flush=True)
+    command = [sys.executable, __file__, BESIDE, name]
+    done = subprocess.run(
+        command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    print(done.stdout, flush=True)
+    return not done.returncode
+
+
 def main(names: list[str]) -> int:
-    """Run the named tiers one after the other, the rest also when one fails."""
+    """Run the named tiers, the others also when one fails."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SUBREAPER, 1)
+    if names[:1] == [BESIDE]:
+        return 0 if run(names[1], timing=False) else 1
     if not names or set(names) - {*TIERS, "all", "rest"}:
         for name, tier in TIERS.items():
             print(f"{name:12} {tier.about}")
         return 1 if names else 0
     several = {"all": list(TIERS), "rest": [name for name in TIERS if name != "fast"]}
     chosen = [tier for name in names for tier in several.get(name, [name])]
-    outcomes = [run(name) for name in chosen]
+    whole = [name for name in chosen if name == "fast" or len(chosen) == 1]
+    outcomes = [run(name, "-n", "2", *TOGETHER) for name in whole]
+    halves = sorted(set(chosen) - set(whole), key=lambda name: -TIERS[name].budget)
+    with ThreadPoolExecutor(2) as two:
+        outcomes += two.map(beside, halves)
+    outcomes += [alone(name) for name in halves]
     return 0 if all(outcomes) else 1
 
 

@@ -1,22 +1,12 @@
 """A sweep's calls, seen from here: looked at without waiting for long, kinds of ends told apart."""
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from modal_sweep.errors import CallError, Cancelled, Died, Raised, ResultGone, Unreachable
 from modal_sweep.protocol import result
 from modal_sweep.protocol.names import status_dict
 from modal_sweep.protocol.outage import away
-
-
-@dataclass
-class Ended:
-    """The result of a call."""
-
-    envelope: dict[str, Any]
-    trusted: bool
-    """It came from the call itself, not from a Volume."""
 
 
 def call_error(error: BaseException) -> CallError | Unreachable | None:
@@ -40,8 +30,8 @@ def call_error(error: BaseException) -> CallError | Unreachable | None:
     return Unreachable(str(error)) if away(error) else Raised(error)
 
 
-def look(call: str, seconds: float = 0.0) -> Ended | None:
-    """A call's result, or None while it runs.
+def look(call: str, seconds: float = 0.0) -> dict[str, Any] | None:
+    """The envelope of a call's result, or None while it runs.
 
     Raises:
         ResultGone: its result has expired.
@@ -54,17 +44,12 @@ def look(call: str, seconds: float = 0.0) -> Ended | None:
     except BaseException as error:
         problem = call_error(error)
     else:
-        return Ended(result.unpack(packed), trusted=True)
+        return result.unpack(packed)
     if isinstance(problem, ResultGone | Unreachable):
         raise problem
     if isinstance(problem, Cancelled):
-        return failed("Cancelled", str(problem) or "cancelled", status="cancelled")
-    return None if problem is None else failed(type(problem.error).__name__, str(problem))
-
-
-def failed(kind: str, message: str, status: str = "failed") -> Ended:
-    """An end that Modal reports, not the job."""
-    return Ended(result.failed(kind, message, status), trusted=True)
+        return result.failed("Cancelled", str(problem) or "cancelled", "cancelled")
+    return None if problem is None else result.failed(type(problem.error).__name__, str(problem))
 
 
 class Statuses:

@@ -48,11 +48,17 @@ def bring(journal: Journal, record: JobRecord, envelope: dict[str, Any]) -> int:
     source, base = saved_at(journal, record)
     folder, fetched = output_dir(journal, record), 0
     if "files" in envelope:
-        fetched = unpack_files(envelope["files"], folder)
+        for name, text in envelope["files"].items():
+            path = outputs.safe_target(folder, name)
+            write_whole(path, [text.encode("latin-1")], durable=False)
+        fetched = len(envelope["files"])
     elif "manifest" in envelope:
         manifest = envelope["manifest"]
         if manifest is None:  # too long for the result
-            manifest = read_manifest(source, base)
+            saved = read_if_there(source, f"{base}/manifest.json")
+            if saved is None:
+                raise FileNotFoundError(f"{base} has no manifest")
+            manifest = json.loads(saved)
         fetched = outputs.pull(manifest, folder, reader(source, f"{base}/outputs"))
         content = json.dumps(manifest, indent=1).encode()
         write_whole(job_folder(journal, record) / "manifest.json", [content])
@@ -70,14 +76,6 @@ def shown_value(envelope: dict[str, Any]) -> Any:
     return {"other": True} if packed else None
 
 
-def unpack_files(files: dict[str, str], folder: Path) -> int:
-    """Write the outputs that came inside a result; number of files."""
-    for name, text in files.items():
-        path = outputs.safe_target(folder, name)
-        write_whole(path, [text.encode("latin-1")], durable=False)
-    return len(files)
-
-
 def pull(journal: Journal, record: JobRecord) -> int:
     """Bring what a job has saved and what is not here yet; number of files fetched.
 
@@ -92,19 +90,11 @@ def pull(journal: Journal, record: JobRecord) -> int:
     return fetched
 
 
-def read_manifest(source: "modal.Volume", base: str) -> dict[str, Any]:
-    """The manifest of a job's outputs; raises FileNotFoundError when nothing was saved."""
-    raw = read_if_there(source, f"{base}/manifest.json")
-    if raw is None:
-        raise FileNotFoundError(f"{base} has no manifest")
-    return dict(json.loads(raw))
-
-
 def saved_result(journal: Journal, record: JobRecord) -> dict[str, Any]:
-    """The result on the Volume; empty when there is none."""
+    """The result on the Volume, without what is pickled; empty when there is none."""
     source, base = saved_at(journal, record)
     packed = read_if_there(source, f"{base}/result.bin")
-    return {} if packed is None else result.unpack(packed)
+    return {} if packed is None else result.without_pickle(result.unpack(packed))
 
 
 def log_text(journal: Journal, record: JobRecord) -> str | None:

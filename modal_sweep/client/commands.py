@@ -13,7 +13,7 @@ from modal_sweep.client.table import Table, rich_table, row
 from modal_sweep.client.volumes import volume
 from modal_sweep.client.watch import Watch
 from modal_sweep.errors import LaunchError
-from modal_sweep.protocol.journal import FOLDER, JobRecord, Journal, open_journal
+from modal_sweep.protocol.journal import FOLDER, JobRecord, Journal
 from modal_sweep.protocol.names import status_dict
 from modal_sweep.protocol.records import write_whole
 
@@ -33,7 +33,12 @@ def list_sweeps(arguments: argparse.Namespace) -> int:
 
 def opened(sweep: Path) -> Journal:
     """A sweep's journal; raises LaunchError: there is none, or it lives elsewhere on Modal."""
-    journal = open_journal(sweep)
+    journal = Journal(sweep)
+    if not journal.sweep:
+        raise LaunchError(
+            f"{sweep} is not a sweep on Modal (no {FOLDER}/jobs.jsonl); "
+            "`modal-sweep list <folder>` finds them"
+        )
     place.refuse_elsewhere(journal)
     return journal
 
@@ -52,7 +57,7 @@ def status(arguments: argparse.Namespace) -> int:
         if record.call is not None and record.end is None:
             watch.settle(record, seconds=0.0)
     statuses = calls.Statuses(journal.sweep["dict"]).read()
-    rows = [row(record, statuses.get(record.key, {}), None, {}) for record in records]
+    rows = [row(record, statuses.get(record.key, {}), {}) for record in records]
     messages.console_print(rich_table(rows))
     return exit_code(records)
 

@@ -7,7 +7,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf, open_dict, read_write
 
-from modal_sweep.client.calls import Ended, look
+from modal_sweep.client.calls import look
 from modal_sweep.client.collect import output_dir
 from modal_sweep.client.messages import failure_text
 from modal_sweep.client.plan import Job
@@ -16,8 +16,14 @@ from modal_sweep.protocol import result
 from modal_sweep.protocol.journal import JobRecord, Journal
 
 
-def job_return(job: Job, record: JobRecord, ended: Ended | None, journal: Journal) -> JobReturn:
-    """Hydra's record of a job, as `run_job` would have returned it here."""
+def job_return(
+    job: Job, record: JobRecord, envelope: dict[str, Any] | None, journal: Journal
+) -> JobReturn:
+    """Hydra's record of a job, as `run_job` would have returned it here.
+
+    Args:
+        envelope: of its result, where this process has it.
+    """
     config = job.config
     OmegaConf.set_readonly(config, False)
     with read_write(config.hydra), open_dict(config):
@@ -40,19 +46,18 @@ def job_return(job: Job, record: JobRecord, ended: Ended | None, journal: Journa
         returned.return_value = JobFailed(failure_text(journal, record))
         return returned
     try:
-        returned.return_value = value_of(end, ended)
+        returned.return_value = value_of(end, envelope)
         returned.status = JobStatus.COMPLETED
     except JobFailed as error:
         returned.return_value = JobFailed(f"job {record.number}: {error}")
     return returned
 
 
-def value_of(end: dict[str, Any], ended: Ended | None) -> Any:
+def value_of(end: dict[str, Any], envelope: dict[str, Any] | None) -> Any:
     """A completed job's return value; raises JobFailed when it is not to be had any more."""
     packed = end["value"] or {"json": None}
-    if ended is None and "json" not in packed:
+    if "json" not in packed:  # too large for the journal, or no JSON
         with contextlib.suppress(ResultGone):
-            ended = look(end["call"])
-    if ended is None:
-        return result.unpack_value(packed, trusted=False)
-    return result.unpack_value(ended.envelope["value"], ended.trusted)
+            envelope = envelope or look(end["call"])
+        packed = envelope["value"] if envelope else packed
+    return result.unpack_value(packed)

@@ -1,9 +1,9 @@
 """A job's settings: what the launcher says, overlaid with the job's own `resources` node."""
 
-import importlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
+from pkgutil import resolve_name
 from typing import Any
 
 from hydra.core.utils import filter_overrides
@@ -124,9 +124,8 @@ def without_hydra(job: DictConfig) -> DictConfig:
 
 def imported(option: str, dotted: str) -> Any:
     """The function that an option names."""
-    module, _, name = dotted.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        return resolve_name(dotted)
     except (ImportError, AttributeError, ValueError):
         raise LaunchError(f"{option}={dotted} does not name an importable function") from None
 

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from modal_sweep.client import calls, place, preflight
@@ -152,7 +153,7 @@ def stage_common(journal: Journal, common: bytes, sha256: str) -> None:
     for name in (journal.sweep["dict"], status_dict(journal.sweep["dict"])):
         modal.Dict.from_name(name, create_if_missing=True).hydrate()
     path = journal.folder / f"common-{sha256[:16]}.bin"
-    if not path.exists():
+    if not is_whole(path, sha256):
         write_whole(path, [common])
     shared = modal.Dict.from_name(COMMON_DICT, create_if_missing=True)
     shared.put(sha256, common, skip_if_exists=True)
@@ -162,9 +163,14 @@ def respawn(journal: Journal, record: JobRecord) -> None:
     """Spawn a job of an earlier launch, with the common part that it had."""
     sha256 = record.plan["ref"]["common"]
     path = journal.folder / f"common-{sha256[:16]}.bin"
-    if path.exists():
+    if is_whole(path, sha256):
         stage_common(journal, path.read_bytes(), sha256)
     spawn_next(journal, record)
+
+
+def is_whole(path: Path, sha256: str) -> bool:
+    """Whether a file is there and has that digest."""
+    return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
 def will_spawn(spawner: Spawner, record: JobRecord | None) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from modal_sweep.client.calls import Ended
 from modal_sweep.client.cost import options_per_hour
 from modal_sweep.protocol.journal import JobRecord
 from modal_sweep.protocol.records import first_line
@@ -17,14 +16,12 @@ PLAIN_EVERY = 30.0
 STYLES = {"completed": "green", "done": "green", "failed": "red", "cancelled": "yellow"}
 
 
-def row(
-    record: JobRecord, status: dict[str, Any], ended: Ended | None, prices: dict[str, float]
-) -> tuple[str, ...]:
+def row(record: JobRecord, status: dict[str, Any], prices: dict[str, float]) -> tuple[str, ...]:
     """One job as the table's texts."""
     started = status.get("started")
     seconds = time.time() - started if started else None
     state = state_of(record, status)
-    if end := ended.envelope if ended else record.end:
+    if end := record.end:
         state, seconds = end["status"], end.get("seconds")
         state += " (outputs not here)" if record.unpulled else ""
     attempt = status.get("attempt", 1)
@@ -88,25 +85,18 @@ class Table:
             print(text, file=sys.stderr, flush=True)
 
     def show(
-        self,
-        records: Sequence[JobRecord],
-        statuses: dict[str, Any],
-        ended: dict[str, Ended],
-        last: bool = False,
+        self, records: Sequence[JobRecord], statuses: dict[str, Any], last: bool = False
     ) -> None:
         """Draw the table, at most twice a second; without a terminal say which states changed."""
         if not last and time.monotonic() - self.shown < 0.5:
             return
         self.shown = time.monotonic()
-        rows = [
-            row(record, statuses.get(record.key, {}), ended.get(record.identity), self.prices)
-            for record in records
-        ]
+        rows = [row(record, statuses.get(record.key, {}), self.prices) for record in records]
         if self.live is not None:
             self.live.update(rich_table(rows))
             return
         for record, texts in zip(records, rows, strict=True):
-            if record.end is None and record.identity not in ended:
+            if record.end is None:
                 self.plain_line(record.identity, texts)
 
     def plain_line(self, identity: str, texts: tuple[str, ...]) -> None:
@@ -122,15 +112,16 @@ class Table:
         self.printed[identity] = state, now
         self.note(line)
 
-    def ended(self, record: JobRecord, ended: Ended) -> None:
+    def ended(self, record: JobRecord) -> None:
         """Say how a job ended."""
-        status, seconds = ended.envelope["status"], ended.envelope.get("seconds")
+        end = record.end or {}
+        seconds = end.get("seconds")
         after = f" after {duration(seconds)}" if seconds is not None else ""
-        error = ended.envelope.get("error") or {"type": "Error", "message": ""}
+        error = end.get("error") or {"type": "Error", "message": ""}
         why = f": {error['type']}: {first_line(error['message'])}"[:300]
-        why = "" if status == "completed" else why
+        why = why if record.broken else ""
         if self.live is None or why:
-            self.note(f"{record.label} {status}{after}{why}")
+            self.note(f"{record.label} {record.status}{after}{why}")
 
 
 def rich_table(rows: Sequence[tuple[str, ...]], columns: Sequence[str] = COLUMNS) -> Any:

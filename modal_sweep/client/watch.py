@@ -4,9 +4,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from modal_sweep.client import calls, collect, spawn
-from modal_sweep.client.calls import Ended
 from modal_sweep.client.table import Table
 from modal_sweep.errors import LaunchError, ResultGone
 from modal_sweep.protocol.journal import JobRecord, Journal
@@ -24,7 +24,8 @@ class Watch:
     journal: Journal
     table: Table
     poll: float
-    ended: dict[str, Ended] = field(default_factory=dict)
+    ended: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Envelopes of results, by identity."""
     looked: dict[str, float] = field(default_factory=dict)
     pause: float = 0.05
 
@@ -45,8 +46,8 @@ class Watch:
 
         return Outage(OUTAGE, too_long, self.table.note)
 
-    def collect(self, records: Sequence[JobRecord]) -> dict[str, Ended]:
-        """Collect every job's end, by identity, and outputs that were left on Modal earlier.
+    def collect(self, records: Sequence[JobRecord]) -> dict[str, dict[str, Any]]:
+        """Collect every job's envelope, by identity, and outputs that were left on Modal earlier.
 
         Raises:
             LaunchError: when Modal does not answer for 15 minutes; the jobs go on.
@@ -56,13 +57,13 @@ class Watch:
         for record in records:
             if record.unpulled:
                 self.pull(record)
-        self.table.show(records, self.statuses.latest, self.ended, last=True)
+        self.table.show(records, self.statuses.latest, last=True)
         return self.ended
 
     def turn(self, records: Sequence[JobRecord], pending: Sequence[JobRecord], most: float) -> None:
         """Show the records and look at the pending ones; waits at most `most` seconds."""
         statuses = self.statuses.read(self.poll if self.table.live else 5 * self.poll)
-        self.table.show(records, statuses, self.ended)
+        self.table.show(records, statuses)
         progress = self.round(pending)
         self.pause = 0.05 if progress else min(self.poll, self.pause * 1.5)
         left = [record for record in pending if record.end is None]
@@ -88,8 +89,6 @@ class Watch:
         try:
             return self.look(record, seconds)
         except Exception as error:
-            if not away(error):
-                raise
             self.outage.lasts(error)
             return False
 
@@ -97,29 +96,29 @@ class Watch:
         """The same while Modal answers."""
         assert record.call is not None
         try:
-            ended = calls.look(record.call, seconds)
+            envelope = calls.look(record.call, seconds)
         except ResultGone:
-            ended = self.after_expiry(record)
+            envelope = self.after_expiry(record)
         self.outage.over()
-        if ended is None:
+        if not envelope:
             return False
-        if ended.envelope["status"] == "duplicate":
-            self.follow_owner(record, ended.envelope["owner"])
+        if envelope["status"] == "duplicate":
+            self.follow_owner(record, envelope["owner"])
             return False
-        return self.bring(record, ended)
+        return self.bring(record, envelope)
 
-    def bring(self, record: JobRecord, ended: Ended) -> bool:
+    def bring(self, record: JobRecord, envelope: dict[str, Any]) -> bool:
         """Collect an end. Outputs that cannot be brought stay on Modal: the end counts without."""
         left = None
         try:
-            collect.bring(self.journal, record, ended.envelope)
+            collect.bring(self.journal, record, envelope)
         except (OSError, ValueError) as error:
             if away(error):
                 raise
             left = first_line(error)
-        collect.note_end(self.journal, record, ended.envelope, left)
-        self.ended[record.identity] = ended
-        self.table.ended(record, ended)
+        collect.note_end(self.journal, record, envelope, left)
+        self.ended[record.identity] = envelope
+        self.table.ended(record)
         return True
 
     def pull(self, record: JobRecord) -> None:
@@ -134,23 +133,19 @@ class Watch:
     def follow_owner(self, record: JobRecord, owner: str) -> None:
         """Another call, spawned before a kill, owns the job: wait for that one."""
         try:
-            result = calls.look(owner)
+            envelope = calls.look(owner)
+            lost = envelope is not None and envelope["status"] == "cancelled"
         except ResultGone:
-            result = None if self.saved(record) else calls.failed("Expired", "", "cancelled")
-        if result is not None and result.envelope["status"] == "cancelled":
+            lost = not collect.saved_result(self.journal, record)
+        if lost:
             self.respawn(record, "its owner ended without a result")
         else:
             spawn.note_call(self.journal, record, record.generation, owner)
 
-    def saved(self, record: JobRecord) -> Ended | None:
-        """The result on the Volume."""
-        envelope = collect.saved_result(self.journal, record)
-        return Ended(envelope, trusted=False) if envelope else None
-
-    def after_expiry(self, record: JobRecord) -> Ended | None:
+    def after_expiry(self, record: JobRecord) -> dict[str, Any]:
         """A call's result is gone: the Volume has it, or the job runs again."""
-        saved = self.saved(record)
-        if saved is None:
+        saved = collect.saved_result(self.journal, record)
+        if not saved:
             self.respawn(record, "its call has expired without a result")
         return saved
 

@@ -1,5 +1,6 @@
 """SIGINT (preemption) and SIGUSR1 (cancellation), noted instead of raised while a job runs."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -45,7 +46,5 @@ class Signals:
 
 def send_group(pid: int, number: int) -> None:
     """Signal a process group, if it is still there."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
-    except (ProcessLookupError, PermissionError):
-        return

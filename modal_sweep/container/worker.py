@@ -210,11 +210,6 @@ class Attempt:
         """With sync_cwd: the files that the job made or changed below the launch directory."""
         if not self.reference["sync_cwd"]:
             return {}
-        cwd = Path(self.reference["cwd"])
-        listed = {}
-        for path in outputs.changed(cwd, self.before, self.output_dir):
-            name = path.relative_to(cwd).as_posix()
-            outputs.copy(path, self.folder / "cwd" / name)
-            digest = outputs.file_digest(self.folder / "cwd" / name)
-            listed[name] = {"size": path.stat().st_size, "sha256": digest}
-        return listed
+        cwd, saved = Path(self.reference["cwd"]), self.folder / "cwd"
+        files = outputs.save(cwd, saved, self.before, self.output_dir)
+        return result.listed({n: entry for n, entry in files.items() if "sha256" in entry})

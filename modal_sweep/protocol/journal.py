@@ -164,14 +164,3 @@ class Journal:
     def ordered(self) -> list[JobRecord]:
         """All jobs in the order they were planned."""
         return list(self.jobs.values())
-
-
-def open_journal(sweep_dir: Path) -> Journal:
-    """The journal of a sweep that exists; raises LaunchError otherwise."""
-    journal = Journal(sweep_dir)
-    if not journal.sweep:
-        raise LaunchError(
-            f"{sweep_dir} is not a sweep on Modal (no {FOLDER}/jobs.jsonl); "
-            "`modal-sweep list <folder>` finds them"
-        )
-    return journal

@@ -50,7 +50,10 @@ class Outage:
             self.note("Modal answers again")
 
     def lasts(self, error: Exception) -> None:
-        """It has not; raises what `too_long` makes of the error when that was so for too long."""
+        """It has not; raises what `too_long` makes of the error when that was so for too long, and
+        an error that says something else."""
+        if not away(error):
+            raise error
         now = time.monotonic()
         if self.since is None:
             self.since = now
@@ -66,8 +69,6 @@ def patiently(step: Callable[[], T], outage: Outage) -> T:
         try:
             answer = step()
         except Exception as error:
-            if not away(error):
-                raise
             outage.lasts(error)
         else:
             outage.over()

@@ -12,10 +12,10 @@ from modal_sweep.protocol.records import write_whole
 CHUNK = 1 << 20
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """Regular files, without those that a cut-off copy left behind."""
+def files_below(folder: Path, leave_out: Path | None = None) -> Iterator[Path]:
+    """Regular files, without those that a cut-off copy left behind and a folder to leave out."""
     for here, folders, names in os.walk(folder):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if Path(here, name) != leave_out)
         for name in sorted(names):
             path = Path(here) / name
             if path.is_file() and not name.endswith(".partial"):
@@ -28,22 +28,29 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save(source: Path, target: Path, earlier: dict[str, Any]) -> dict[str, Any]:
+def state_of(path: Path) -> dict[str, int]:
+    """Size and modification time of a file."""
+    stat = path.stat()
+    return {"size": stat.st_size, "time": stat.st_mtime_ns}
+
+
+def save(
+    source: Path, target: Path, earlier: dict[str, Any], leave_out: Path | None = None
+) -> dict[str, Any]:
     """Copy what changed below `source` into `target`.
 
     Args:
-        earlier: what the last call returned; {} at first.
+        earlier: what the last call returned; {} at first. Files of a `snapshot` count as copied.
+        leave_out: a folder below `source`.
 
     Returns:
-        By relative path: size, modification time and sha256 of every file.
+        By relative path: size, modification time and, of what was copied, sha256 of every file.
     """
     manifest = {}
-    for path in files_below(source):
+    for path in files_below(source, leave_out):
         name = path.relative_to(source).as_posix()
         with contextlib.suppress(FileNotFoundError):  # a temporary file of the job
-            stat = path.stat()
-            state = {"size": stat.st_size, "time": stat.st_mtime_ns}
-            entry = earlier.get(name, {})
+            state, entry = state_of(path), earlier.get(name, {})
             if not state.items() <= entry.items():
                 copy(path, target / name)
                 entry = {**state, "sha256": file_digest(target / name)}
@@ -67,17 +74,9 @@ def restore(saved: Path, folder: Path) -> None:
             copy(path, target)
 
 
-def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+def snapshot(folder: Path) -> dict[str, dict[str, int]]:
     """Size and modification time of every file below a folder."""
-    stats = {path.relative_to(folder).as_posix(): path.stat() for path in files_below(folder)}
-    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-
-
-def changed(folder: Path, before: dict[str, tuple[int, int]], leave_out: Path) -> list[Path]:
-    """Files that were made or changed since `before`, outside `leave_out`."""
-    after = snapshot(folder)
-    paths = [folder / name for name, stat in after.items() if before.get(name) != stat]
-    return [path for path in paths if not path.is_relative_to(leave_out)]
+    return {path.relative_to(folder).as_posix(): state_of(path) for path in files_below(folder)}
 
 
 def safe_target(folder: Path, name: str) -> Path:

@@ -81,8 +81,10 @@ def culprit(function: Any, known: set[str]) -> str:
     """
     if not isinstance(function, FunctionType):
         return ""
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    values = function.__globals__ | {name: cell.cell_contents for name, cell in cells}
+    values = dict(function.__globals__)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # empty until the function around it assigns it
+            values[name] = cell.cell_contents
     for name in names_in(function.__code__):
         if name in values and name not in known:
             known.add(name)

@@ -35,15 +35,18 @@ def pack(envelope: dict[str, Any], manifest: dict[str, Any]) -> bytes:
         envelope: status, value, error and so on.
         manifest: the files, as `outputs.save` returns it; left out when it is too large.
     """
-    listed = {
-        name: {key: entry[key] for key in ("size", "sha256")} for name, entry in manifest.items()
-    }
-    small = compress({**envelope, "manifest": listed})
+    small = compress({**envelope, "manifest": listed(manifest)})
     if len(small) <= MOST_BYTES:
         return small
     if error := envelope.get("error"):  # the whole text is in the job's log
         envelope = {**envelope, "error": {**error, "message": error["message"][-2000:]}}
     return compress({**envelope, "manifest": None})
+
+
+def listed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a result says of files."""
+    keys = ("size", "sha256")
+    return {name: {key: entry[key] for key in keys} for name, entry in manifest.items()}
 
 
 def failed(kind: str, message: str, status: str = "failed") -> dict[str, Any]:
@@ -107,19 +110,22 @@ def is_plain(value: Any) -> bool:
     return False
 
 
-def unpack_value(packed: dict[str, Any], trusted: bool) -> Any:
-    """A return value.
+def without_pickle(envelope: dict[str, Any]) -> dict[str, Any]:
+    """An envelope that lay on a disk: nothing of it is ever unpickled."""
+    pickled = "pickle" in (envelope.get("value") or {})
+    return {**envelope, "value": {"other": True}} if pickled else envelope
 
-    Args:
-        packed: what `pack_value` made.
-        trusted: it came from the call itself; nothing that lay on a disk is unpickled.
+
+def unpack_value(packed: dict[str, Any]) -> Any:
+    """What `pack_value` was given.
 
     Raises:
-        JobFailed: it was pickled and is not trusted, or is of something that is not here.
+        JobFailed: it was pickled and has not come from the call itself, or is of something that is
+            not here.
     """
     if "json" in packed:
         return tuple(packed["json"]) if packed.get("tuple") else packed["json"]
-    if not trusted:
+    if "pickle" not in packed:
         raise JobFailed("its return value was kept in its call, which has expired")
     import pickle
 

@@ -22,8 +22,6 @@ from specforge_exp.bench.speculative import Decoding, Generation
 from specforge_exp.errors import InputError
 
 JSON = {"Content-Type": "application/json"}
-READ = 2**24
-"""Bytes of one line of a stream, at most: SGLang repeats the whole answer with every token."""
 PLAIN: dict[str, Any] = {
     "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
@@ -87,11 +85,9 @@ class AnswerStream:
             accepted = [step - 1 for step in self.steps] if len(self.steps) == verified else []
         yielded, total = [number + 1 for number in accepted], len(self.tokens) - 1
         gained = cut(yielded, total, self.steps, in_order)
-        forwards = 1 + verified if verified else len(self.tokens)
-        generation = Generation(
-            self.tokens, seconds, forwards, gained if verified else [], [],
-            accepted if verified else [], self.first,
-        )  # fmt: skip
+        if not verified:
+            gained = accepted = []
+        generation = Generation(self.tokens, seconds, gained, accepted, self.first)
         return ServedAnswer(generation, verified)
 
 
@@ -111,16 +107,6 @@ def cut(yielded: list[int], total: int, steps: list[int], in_order: bool) -> lis
     gained = list(yielded)
     gained.remove(last if last in gained else max(gained))
     return [*gained, total - sum(gained)]
-
-
-def session(timeout: float, key: str | None) -> aiohttp.ClientSession:
-    """Connections to a server; `timeout` in seconds for one answer."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
-        headers={"Authorization": f"Bearer {key}"} if key else {},
-        timeout=aiohttp.ClientTimeout(total=timeout, connect=30.0),
-        read_bufsize=READ,
-    )
 
 
 async def pieces(

@@ -12,7 +12,7 @@ FILE = REPOSITORY / "benchmarks" / "published.yaml"
 
 @dataclass(frozen=True)
 class Figure:
-    """One published accepted length, or speed-up, or both."""
+    """One published accepted length."""
 
     system: str
     """Who measured, with what."""
@@ -25,7 +25,6 @@ class Figure:
     data_set: str
     tau: Any
     """A number, a range of two, or None."""
-    speedup: Any
     source: str
 
 
@@ -36,7 +35,7 @@ def figures() -> list[Figure]:
     entries: Any = OmegaConf.to_container(OmegaConf.load(FILE))
     return [
         Figure(
-            data_set=data_set, tau=values.get("tau"), speedup=values.get("speedup"),
+            data_set=data_set, tau=values.get("tau"),
             **{key: entry[key] for key in ("system", "model", "method", "setting", "source")},
         )
         for entry in entries

@@ -26,10 +26,10 @@ from specforge_exp.bench.clients import Client
 from specforge_exp.config import Config, locate
 from specforge_exp.data.chat import Message
 from specforge_exp.errors import InputError
-from specforge_exp.serving.command import Speculation, check_installed, server_command
+from specforge_exp.serving.command import Speculation, check_installed
 from specforge_exp.serving.downloads import download
-from specforge_exp.serving.gpus import count_servers, tp_size_of, visible_gpus
-from specforge_exp.serving.server import Server
+from specforge_exp.serving.gpus import make_servers
+from specforge_exp.serving.server import Server, connections
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ async def serving(cfg: Config, alone: bool) -> AsyncIterator[Client]:
     """
     options, several = cfg.engine, cfg.bench.concurrency > 1
     key = os.environ.get(options.api_key) if options.name == "openai" else None
-    async with clients.session(options.timeout, key) as http:
+    async with connections(options.timeout, key) as http:
         if options.name == "openai":
             url = cfg.bench.alone_url if alone else options.urls[0]
             yield await clients.client_of(http, str(url), options.served_name, several)
@@ -117,16 +117,12 @@ def server_of(cfg: Config, alone: bool, folder: Path) -> Server:
     check_installed(cfg.engine)
     if not Path(cfg.model.path).is_dir() and not cfg.engine.command:
         download(cfg.model.path)
-    tp_size, gpus = tp_size_of(cfg), visible_gpus()
-    count_servers(cfg.engine, tp_size, len(gpus))
     draft = None
     if not alone:
         kind, length = locate(cfg.draft._target_), cfg.chain_length
         of_kind = kind.vllm_options if cfg.engine.name == "vllm" else kind.sglang_options
         draft = Speculation(str(paths.export_dir(cfg).resolve()), of_kind(length))
-    command = server_command(cfg.engine, cfg.model.path, tp_size, cfg.engine.port, draft)
-    own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus[:tp_size])} if gpus else {}
-    return Server(command, cfg.engine.port, folder / "server.log", own)
+    return make_servers(cfg, folder, draft)[0]
 
 
 async def converse(client: Client, asking: Asking, asks: Conversation) -> list[Exchange]:

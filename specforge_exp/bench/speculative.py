@@ -52,12 +52,8 @@ class Generation:
 
     tokens: list[int]
     seconds: float = 0.0
-    forwards: int = 1
-    """Forwards of the target, the prompt's included."""
     gained: list[int] = field(default_factory=list)
     """Tokens that each verification added to the answer."""
-    drafted: list[int] = field(default_factory=list)
-    """Tokens that each verification was given."""
     accepted: list[int] = field(default_factory=list)
     """Drafted tokens that each verification kept."""
     first_seconds: float = 0.0
@@ -209,9 +205,7 @@ def speculating(
         drafter.commit(past.aux[-1], yielded)
         tokens, over = until_end(yielded, decoding.max_tokens - len(answer.tokens), decoding.eos)
         answer.tokens += tokens
-        answer.forwards += 1
         answer.gained.append(len(tokens))
-        answer.drafted.append(len(drafted))
         answer.accepted.append(len(yielded) - 1)
         answer.seconds = time.perf_counter() - started
         yield answer
@@ -224,7 +218,7 @@ def generating(
     """Answer a prompt with the target alone, one token per forward; yields as `speculating`."""
     started = time.perf_counter()
     choice = Choice(decoding.temperature, generator, decoding.top_p)
-    answer = Generation([], forwards=0)
+    answer = Generation([])
     last_1TH, over = past.begin(prompt), False
     while not over:
         if answer.tokens:
@@ -232,7 +226,6 @@ def generating(
         token = choice(past.target.head(last_1TH[0, -1:])[0])
         tokens, over = until_end([token], decoding.max_tokens - len(answer.tokens), decoding.eos)
         answer.tokens += tokens
-        answer.forwards += 1
         answer.seconds = time.perf_counter() - started
         answer.first_seconds = answer.first_seconds or answer.seconds
         yield answer

@@ -6,11 +6,12 @@ import time
 from collections.abc import AsyncGenerator, Generator
 from typing import Any
 
-from specforge_exp.bench.clients import pieces, served_model, session
+from specforge_exp.bench.clients import pieces, served_model
 from specforge_exp.chat.dialogue import Dialogue, Piece, Spoken
 from specforge_exp.config import Config
 from specforge_exp.data.messages import reasoning_of
 from specforge_exp.errors import InputError
+from specforge_exp.serving.server import connections
 
 
 class RemoteModel:
@@ -42,7 +43,7 @@ class RemoteModel:
     async def events(self, dialogue: Dialogue) -> AsyncGenerator[dict[str, Any]]:
         """The events of one answer; InputError."""
         engine, own = self.engine, dialogue.settings
-        async with session(engine.timeout, os.environ.get(engine.api_key)) as http:
+        async with connections(engine.timeout, os.environ.get(engine.api_key)) as http:
             model = engine.served_name or await served_model(http, self.url, None)
             body = {
                 "model": model, "messages": dialogue.whole, "temperature": own.temperature,

@@ -6,8 +6,8 @@ Hydra composes `conf/` against `Config`, so a misspelt key or a wrong type is re
 """
 
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -258,9 +258,8 @@ def check_job(cfg: DictConfig) -> None:
 
 def locate(dotted: str) -> Any:
     """Import `package.module.name`; raises InputError when there is no such thing."""
-    module, _, name = dotted.rpartition(".")
     try:
-        return getattr(import_module(module), name)
+        return resolve_name(dotted)
     except (ImportError, AttributeError, ValueError):
         raise InputError(
             f"_target_={dotted} does not name an importable function or class"

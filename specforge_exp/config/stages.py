@@ -72,8 +72,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         allow(self, "engine.", name="transformers openai sglang vllm modal")
         allow(self, "engine.", server="sglang vllm")
-        minimums(self, "engine.", concurrency=1, retries=0, tp_size=1, num_servers=1, port=1)
-        minimums(self, "engine.", usd_per_gpu_hour=0)
+        minimums(
+            self, "engine.", concurrency=1, retries=0, tp_size=1, num_servers=1, port=1,
+            usd_per_gpu_hour=0,
+        )  # fmt: skip
         for name in ("startup_timeout", "timeout", "patience", "rate_limit"):
             above_zero(f"engine.{name}", vars(self)[name])
         if self.name == "openai" and not self.urls:
@@ -175,8 +177,10 @@ class RegenConfig:
         self.thinking = {"False": "off", "True": "on"}.get(self.thinking, self.thinking)
         allow(self, "regen.", thinking="model off on kept", truncated="keep drop retry")
         above_zero("regen.repetition_penalty", self.repetition_penalty)
-        minimums(self, "regen.", temperature=0, top_k=0, max_tokens=1, num_samples=1)
-        minimums(self, "regen.", samples_per_prompt=1, chunk_size=1, drain=0)
+        minimums(
+            self, "regen.", temperature=0, top_k=0, max_tokens=1, num_samples=1,
+            samples_per_prompt=1, chunk_size=1, drain=0,
+        )  # fmt: skip
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"regen.top_p={self.top_p} must be in (0, 1]")
 
@@ -206,8 +210,10 @@ class PreprocessConfig:
     """Make it again even if it is complete."""
 
     def __post_init__(self) -> None:
-        allow(self, "preprocess.", source="regen prep", overlong="truncate drop error")
-        allow(self, "preprocess.", thinking="in out", changed_turns="apart leave_out")
+        allow(
+            self, "preprocess.", source="regen prep", overlong="truncate drop error",
+            thinking="in out", changed_turns="apart leave_out",
+        )  # fmt: skip
         minimums(self, "preprocess.", processes=1, shard_tokens=1)
 
 
@@ -269,14 +275,13 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         minimums(
-            self, "trainer.", restarts=0, batch_size=1, accumulate=1, pack_tokens=1, log_every=1
-        )
-        minimums(self, "trainer.", eval_every=1, save_every=1, keep_last=1, weight_decay=0)
+            self, "trainer.", restarts=0, batch_size=1, accumulate=1, pack_tokens=1,
+            log_every=1, eval_every=1, save_every=1, keep_last=1, weight_decay=0,
+        )  # fmt: skip
         for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
             if not 0 <= vars(self)[name] <= 1:
                 raise InputError(f"trainer.{name}={vars(self)[name]} must be in [0, 1]")
-        allow(self, "trainer.", schedule="cosine linear constant wsd")
-        allow(self, "trainer.", decay_shape="linear cosine")
+        allow(self, "trainer.", schedule="cosine linear constant wsd", decay_shape="linear cosine")
         if self.schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
             raise InputError(
                 f"trainer.warmup_ratio={self.warmup_ratio} and trainer.decay_ratio="
@@ -369,13 +374,16 @@ class BenchConfig:
     """Measure again even if bench.json is complete."""
 
     def __post_init__(self) -> None:
-        minimums(self, "bench.", chain_length=1, max_tokens=2, max_length=3, temperature=0)
-        minimums(self, "bench.", bootstrap=1, concurrency=1)
+        minimums(
+            self, "bench.", chain_length=1, max_tokens=2, max_length=3, temperature=0,
+            bootstrap=1, concurrency=1,
+        )  # fmt: skip
         # YAML reads off and on as truth values.
         self.thinking = {"False": "off", "True": "on"}.get(self.thinking, self.thinking)
-        allow(self, "bench.", dtype="float32 bfloat16", samples="auto hub shipped")
-        allow(self, "bench.", turns="first all", average="conversations responses")
-        allow(self, "bench.", thinking="model off on")
+        allow(
+            self, "bench.", dtype="float32 bfloat16", samples="auto hub shipped",
+            turns="first all", average="conversations responses", thinking="model off on",
+        )  # fmt: skip
         safe_name("bench.name", self.name or "none")
         for name in (*self.datasets, *self.suite):
             safe_name("bench.datasets", name)

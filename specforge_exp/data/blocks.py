@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -238,9 +238,10 @@ def in_processes(
     blocks: list[LineBlock], cfg: Config, folder: Path, processes: int
 ) -> Iterator[LineBlock]:
     """Deal the blocks to processes; none outlives this one by more than its block."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # what all of them import is imported once
     waiting = iter(blocks)
-    workers: dict[Connection, SpawnProcess] = {}
+    workers: dict[Connection, ForkServerProcess] = {}
     busy: dict[Connection, LineBlock] = {}
     try:
         for _ in range(processes):

@@ -37,7 +37,6 @@ __all__ = [
     "Encoded",
     "Message",
     "Unrenderable",
-    "encode",
     "encode_many",
     "eos_token_ids",
     "prompt_ids",
@@ -363,13 +362,3 @@ def result_of(talk: Conversation) -> Encoded | Unrenderable:
     if left_out:
         return Unrenderable(left_out[0])
     return Encoded(talk.chat.ids_of(talk.rendered(talk.messages)), [])
-
-
-def encode(
-    tokenizer: Any, messages: list[Message], kwargs: dict[str, Any], eos: set[int]
-) -> Encoded:
-    """One conversation, see `encode_many`; raises Unrenderable."""
-    result = encode_many(Chat(tokenizer, kwargs, eos), [{"conversations": messages}])[0]
-    if isinstance(result, Unrenderable):
-        raise result
-    return result

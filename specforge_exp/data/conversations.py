@@ -8,7 +8,7 @@ and `tool_calls` and `reasoning_content` of its messages stay.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +134,6 @@ def encode(value: Any, sort: bool = False) -> bytes:
         return json.dumps(value, sort_keys=sort, ensure_ascii=False).encode()
 
 
-def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> int:
-    """Write one JSON object per line; returns how many."""
-    count = 0
-    with path.open("wb") as file:
-        for record in records:
-            file.write(encode(record) + b"\n")
-            count += 1
-    return count
-
-
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file that one of our stages wrote; InputError names file and line."""
     with path.open("rb") as file:
@@ -166,13 +156,3 @@ def asks_of(record: dict[str, Any]) -> list[list[dict[str, Any]]]:
         else:
             asks[-1].append(message)
     return [ask for ask in asks if any(message["role"] == "user" for message in ask)]
-
-
-def prompt_of(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages up to the first assistant turn: what a model is asked."""
-    messages = []
-    for message in record["conversations"]:
-        if message["role"] == "assistant":
-            break
-        messages.append(message)
-    return messages

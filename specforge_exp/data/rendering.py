@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from transformers import GenerationConfig
-
 from specforge_exp.data.messages import Message, Unrenderable, joined
+from specforge_exp.target.files import generation_config
 
 REMEMBERED = 256
 """Characters of a text whose tokens are remembered: headers, not conversations."""
@@ -15,14 +14,9 @@ REMEMBERED = 256
 
 def eos_token_ids(path: str, tokenizer: Any) -> set[int]:
     """Tokens that end an answer: the generation config's and the tokenizer's."""
-    own = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    try:
-        listed = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # a model without generation_config.json: the tokenizer's token stands alone
-        return own
-    if listed is None:
-        return own
-    return own | ({listed} if isinstance(listed, int) else set(listed))
+    listed = generation_config(path).eos_token_id
+    ids = [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
+    return {number for number in ids if number is not None}
 
 
 def render(tokenizer: Any, messages: list[Message], kwargs: dict[str, Any]) -> str:

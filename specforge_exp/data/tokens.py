@@ -31,6 +31,7 @@ from specforge_exp.data.chat import Encoded
 from specforge_exp.errors import InputError
 
 Ints = NDArray[Any]
+AGAIN = f"make it again with: python preprocess.py preprocess.force=true {SAME}"
 
 
 def arrays_of(conversations: list[Encoded]) -> dict[str, Ints]:
@@ -148,19 +149,15 @@ class TokenSet:
 
 def damaged(path: Path, problem: object) -> InputError:
     """A token file that cannot be used, and the command that makes it again."""
-    return InputError(
-        f"{path} cannot be read ({problem}); make it again with: python preprocess.py "
-        "preprocess.force=true (and the same options)"
-    )
+    return InputError(f"{path} cannot be read ({problem}); {AGAIN}")
 
 
 def read_index(folder: Path) -> dict[str, Any]:
     """index.json of a folder that is what its record says; InputError when it is not."""
-    again = f"python preprocess.py preprocess.force=true {SAME}"
-    check(folder, again)
-    index = read_object(folder / "index.json", f"make it with: {again}")
+    check(folder, AGAIN.partition(": ")[2])
+    index = read_object(folder / "index.json", AGAIN)
     if "train" not in index:
-        raise InputError(f"{folder / 'index.json'} is no index; make it again with: {again}")
+        raise InputError(f"{folder / 'index.json'} is no index; {AGAIN}")
     return index
 
 

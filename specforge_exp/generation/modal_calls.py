@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import modal
 
 from modal_sweep.client.calls import call_error
-from modal_sweep.protocol.outage import Outage, away
+from modal_sweep.protocol.outage import Outage
 from modal_sweep.protocol.records import append_lines
 from specforge_exp.errors import InputError
 from specforge_exp.records import whole_lines
@@ -91,8 +91,6 @@ async def patiently(step: Callable[[], Awaitable[T]], outage: Outage) -> T:
         try:
             answer = await step()
         except Exception as error:
-            if not away(error):
-                raise
             outage.lasts(error)
         else:
             outage.over()

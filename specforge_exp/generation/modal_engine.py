@@ -24,7 +24,7 @@ except ImportError:
 
 from modal_sweep.client.failures import refusal
 from modal_sweep.client.volumes import volume
-from modal_sweep.errors import Cancelled, Died, Raised, ResultGone, Unreachable
+from modal_sweep.errors import Cancelled, Died, Raised, ResultGone
 from specforge_exp.config import Config
 from specforge_exp.config.rehearsal import offers
 from specforge_exp.data.conversations import BadRecord
@@ -254,22 +254,12 @@ class Client:
         try:
             while True:
                 async with self.looking:
-                    packed = await self.look(call)
+                    packed = await patiently(lambda: result_of(call), self.outage)
                 if packed is not None:
                     return packed
-                await asyncio.sleep(POLL if self.outage.since is None else 2 * POLL)
+                await asyncio.sleep(POLL)
         finally:
             del self.pending[call]
-
-    async def look(self, call: str) -> bytes | None:
-        """What a call has returned; None while it runs, or while Modal is away."""
-        try:
-            packed = await result_of(call)
-        except Unreachable as error:
-            self.outage.lasts(error)
-            return None
-        self.outage.over()
-        return packed
 
     def keep(self, chunk: Chunk, place: int, result: dict[str, Any]) -> None:
         """Store a result, unless there is one."""

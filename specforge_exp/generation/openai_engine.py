@@ -26,6 +26,7 @@ from specforge_exp.generation.engine import (
     ServerDied,
     Unreachable,
 )
+from specforge_exp.serving.server import connections
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +76,7 @@ class OpenAIEngine:
     @cached_property
     def session(self) -> aiohttp.ClientSession:
         """The connections; opened by the loop that uses them."""
-        key = os.environ.get(self.options.api_key)
-        return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=aiohttp.ClientTimeout(total=self.options.timeout, connect=30.0),
-        )
+        return connections(self.options.timeout, os.environ.get(self.options.api_key))
 
     async def close(self) -> None:
         """Close the connections."""

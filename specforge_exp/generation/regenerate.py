@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from specforge_exp.data.chat import split_thoughts
+from specforge_exp.data.messages import split_thoughts
 from specforge_exp.generation.engine import Answer, Failed, Message, Refused, Request, Sampling
 
 Record = dict[str, Any]

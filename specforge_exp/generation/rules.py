@@ -6,23 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from transformers import GenerationConfig
 
 from specforge_exp.artifacts import model_digest
 from specforge_exp.config import Config, ModelConfig
 from specforge_exp.data.chat import prompt_ids
 from specforge_exp.generation.engine import Message, Sampling
 from specforge_exp.generation.regenerate import Record, Rules
-from specforge_exp.target import load_tokenizer
+from specforge_exp.target.files import generation_config, load_tokenizer
 
 
 def sampling_of(cfg: Config) -> Sampling:
     """regen's own settings; where they are null, the model's generation config."""
-    try:
-        model = GenerationConfig.from_pretrained(cfg.model.path)
-    except OSError:  # a model without generation_config.json
-        model = GenerationConfig()
-    own = cfg.regen
+    own, model = cfg.regen, generation_config(cfg.model.path)
 
     def first(*values: Any) -> Any:
         return next(value for value in values if value is not None)

@@ -10,9 +10,7 @@ from specforge_exp.config import Config
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Answer, Request, ServerDied
 from specforge_exp.generation.openai_engine import OpenAIEngine
-from specforge_exp.serving.command import check_installed, server_command
-from specforge_exp.serving.gpus import count_servers, tp_size_of, visible_gpus
-from specforge_exp.serving.server import Server
+from specforge_exp.serving.gpus import count_servers, make_servers, tp_size_of, visible_gpus
 
 log = logging.getLogger(__name__)
 
@@ -26,20 +24,8 @@ class ServerEngine:
 
     def __init__(self, cfg: Config) -> None:
         self.options = cfg.engine
-        tp_size = tp_size_of(cfg)
-        gpus = visible_gpus()
-        count = count_servers(cfg.engine, tp_size, len(gpus))
-        check_installed(cfg.engine)
         self.logs = Path(tempfile.mkdtemp(prefix="specforge-servers-"))
-        self.processes: list[Server] = []
-        for number in range(count):
-            own = gpus[number * tp_size : (number + 1) * tp_size]
-            port = cfg.engine.port + number
-            command = server_command(cfg.engine, cfg.model.path, tp_size, port)
-            environment = {"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {}
-            self.processes.append(
-                Server(command, port, self.logs / f"server-{number}.log", environment)
-            )
+        self.processes = make_servers(cfg, self.logs)
         self.asked = OpenAIEngine(
             cfg, [f"{server.url}/v1" for server in self.processes],
             gone=lambda number: not self.processes[number].running,

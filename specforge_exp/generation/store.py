@@ -1,16 +1,19 @@
 """Answers on disk, each exactly once: shards, the journals of unfinished ones, a manifest.
 
     <folder>/train.plan.safetensors           what goes together; written once
-    <folder>/shards/<chunk>.jsonl.open        "<place> <result>" in the order in which they came
+    <folder>/shards/<chunk>.jsonl.open        "<place> <crc32> <result>", in the order they came in
     <folder>/shards/<chunk>.jsonl             a chunk's results in the plan's order, complete
-    <folder>/manifest.jsonl                   one line per complete shard: counts and tokens
+    <folder>/manifest.jsonl                   one line per complete shard: counts, tokens, SHA-256
 
 A place is the index of a result in its chunk. A shard that has no line in the manifest (the
-process was killed in between) is counted again; a half-written line is dropped.
+process was killed in between) is counted again; a half-written line is dropped. A result is taken
+because it is what was written, not because it is there.
 """
 
 import errno
+import hashlib
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,6 +105,7 @@ class Store:
         self.files: dict[Path, BinaryIO] = {}
         self.journals: dict[str, BinaryIO] = {}
         self.counts = Counts()
+        self.digests: dict[str, str] = {}
         self.total = self.samples * sum(len(plan.order) for plan in self.plans)
         self.complete = self.read_manifest()
         for journal in self.shards.glob("*.open"):
@@ -115,22 +119,28 @@ class Store:
         manifest = self.folder / "manifest.jsonl"
         cut_tail(manifest)
         complete = {p.stem for p in self.shards.glob("*.jsonl")}
+        entries: dict[str, Counts] = {}
         try:
-            entries = {entry.pop("shard"): Counts(**entry) for entry in whole_lines(manifest)}
+            for entry in whole_lines(manifest):
+                name, digest = entry.pop("shard"), entry.pop("sha256", "")
+                entries[name], self.digests[name] = Counts(**entry), digest
         except (InputError, KeyError, TypeError):  # it is made again of the shards
             entries = {}
             manifest.unlink()
         for name in sorted(complete):
             if name not in entries:
-                entries[name] = counted(self.shards / f"{name}.jsonl")
-                self.note(name, entries[name])
+                shard = self.shards / f"{name}.jsonl"
+                entries[name] = counted(shard)
+                self.note(name, entries[name], shard.read_bytes())
             self.counts.add(entries[name])
         return complete
 
-    def note(self, name: str, counts: Counts) -> None:
+    def note(self, name: str, counts: Counts, content: bytes) -> None:
         """Write a complete shard's line into the manifest."""
+        self.digests[name] = hashlib.sha256(content).hexdigest()
+        line = {"shard": name, **vars(counts), "sha256": self.digests[name]}
         with (self.folder / "manifest.jsonl").open("ab") as file:
-            file.write(orjson.dumps({"shard": name, **vars(counts)}) + b"\n")
+            file.write(orjson.dumps(line) + b"\n")
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks that are not complete, with the results that they have already."""
@@ -173,18 +183,18 @@ class Store:
             return
         if (name := chunk.name) not in self.journals:
             self.journals[name] = (self.shards / f"{name}.jsonl.open").open("ab", buffering=0)
-        append(self.journals[name], b"%d %b\n" % (place, line))
+        append(self.journals[name], b"%d %08x %b\n" % (place, zlib.crc32(line, place), line))
 
     def finish(self, chunk: Chunk) -> None:
         """Write a complete chunk as its shard, whole or not at all."""
         name = chunk.name
-        lines = [chunk.results[place] for place in range(chunk.size)]
-        write_whole(self.shards / f"{name}.jsonl", b"\n".join(lines) + b"\n")
+        content = b"".join(chunk.results[place] + b"\n" for place in range(chunk.size))
+        write_whole(self.shards / f"{name}.jsonl", content)
         if journal := self.journals.pop(name, None):
             journal.close()
         (self.shards / f"{name}.jsonl.open").unlink(missing_ok=True)
         self.complete.add(name)
-        self.note(name, chunk.counts)
+        self.note(name, chunk.counts, content)
         chunk.results = dict.fromkeys(range(chunk.size), b"")
 
     def close(self) -> None:
@@ -201,11 +211,18 @@ class Store:
             (self.folder / name).unlink(missing_ok=True)
 
     def merge(self, plan: Plan, done: BinaryIO, failed: BinaryIO) -> None:
-        """Write the results of one file in its own order; failed conversations apart."""
+        """Write the results of one file in its own order; failed conversations apart.
+
+        Raises:
+            InputError: a shard is not what was written; names it and the remedy.
+        """
         places = np.empty((len(plan.order), 3), np.int64)  # shard, offset, bytes
         shards = [(self.shards / f"{plan.name(n)}.jsonl") for n in range(len(plan))]
         for number, path in enumerate(shards):
-            ends = np.flatnonzero(np.frombuffer(path.read_bytes(), np.uint8) == ord("\n")) + 1
+            content = path.read_bytes()
+            if self.digests[path.stem] not in ("", hashlib.sha256(content).hexdigest()):
+                raise damaged(path, ValueError("it was changed after it was written"))
+            ends = np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n")) + 1
             ends = ends[self.samples - 1 :: self.samples]
             begins = np.concatenate([[0], ends[:-1]])
             members = plan.members(number)
@@ -243,9 +260,13 @@ def journal_entries(path: Path) -> Iterator[tuple[int, bytes, Record]]:
     """
     for number, entry in enumerate(cut_tail(path), 1):
         place, _, line = entry.partition(b" ")
+        digits = b"" if line.startswith(b"{") else line[:8]  # those of an older version have none
+        line = line[len(digits) + bool(digits) :]
         try:
             position, result = int(place), orjson.loads(line)
             Counts().take(result)
+            if digits and int(digits, 16) != zlib.crc32(line, position):
+                raise ValueError("it was changed after it was written")
         except (ValueError, KeyError, TypeError) as error:
             raise damaged(f"{path}:{number}", error) from None
         yield position, line, result

@@ -11,7 +11,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import takewhile
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +191,7 @@ def collect(sweep_dir: Path) -> Collected:
         script=script,
         kind=str(sweep.get("kind") or "grid"),
         state=str(sweep.get("state") or "unknown"),
-        command=str(sweep.get("command") or ""),
-        started=str(sweep.get("started") or ""),
-        updated=str(sweep.get("updated") or ""),
+        **{name: str(sweep.get(name) or "") for name in ("command", "started", "updated")},
         directions=directions,
         study=sweep.get("study") or {},
         runs=runs,
@@ -203,9 +201,7 @@ def collect(sweep_dir: Path) -> Collected:
 
 def labels(names: list[str]) -> list[str]:
     """Names without the beginning that all of them share, cut after an underscore."""
-    ends = zip(min(names, default=""), max(names, default=""), strict=False)
-    same = "".join(letter for letter, _ in takewhile(lambda both: both[0] == both[1], ends))
-    cut = same.rfind("_") + 1 if len(names) > 1 else 0
+    cut = commonprefix(names).rfind("_") + 1 if len(names) > 1 else 0  # noqa: RUF071 - letters
     short = [name[cut:] for name in names]
     return short if all(short) else names
 

@@ -1,6 +1,5 @@
 """A model from the hub, tried again where that may help; what a broken attempt has got is kept."""
 
-import errno
 import logging
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from specforge_exp.artifacts import disk_is_full
 from specforge_exp.errors import InputError, first_line
 from specforge_exp.offline import offline
 
@@ -35,7 +35,7 @@ def download(name: str) -> Path:
             folder = snapshot_download(name, allow_patterns=FILES, ignore_patterns=OTHER_FORMATS)
             return Path(folder)
         except Exception as error:  # the hub client raises dozens of types
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if disk_is_full(error):
                 raise
             if wait is None or not passes(error):
                 raise InputError(problem(name, error)) from None

@@ -1,11 +1,14 @@
 """How many servers a machine's GPUs carry, and how many GPUs one of them needs."""
 
 import os
+from pathlib import Path
 
 from specforge_exp.config import Config, EngineConfig
 from specforge_exp.config.machine import on_the_hub
 from specforge_exp.errors import InputError, first_line
 from specforge_exp.offline import offline
+from specforge_exp.serving.command import Speculation, check_installed, server_command
+from specforge_exp.serving.server import Server
 
 SIZES = ((9e9, 1), (35e9, 2))
 """Most parameters, GPUs: 80 GB hold so many in 16 bits and leave room for keys and values."""
@@ -43,6 +46,24 @@ def count_servers(options: EngineConfig, tp_size: int, gpus: int) -> int:
             f"but this machine has {gpus}; with this tp_size at most engine.num_servers={most}"
         )
     return count
+
+
+def make_servers(cfg: Config, folder: Path, draft: Speculation | None = None) -> list[Server]:
+    """This machine's servers, not yet started, with their logs in `folder`.
+
+    Raises:
+        InputError: the GPUs do not suffice, or the server is not installed.
+    """
+    check_installed(cfg.engine)
+    tp_size, gpus = tp_size_of(cfg), visible_gpus()
+    servers = []
+    for number in range(count_servers(cfg.engine, tp_size, len(gpus))):
+        own = gpus[number * tp_size : (number + 1) * tp_size]
+        port = cfg.engine.port + number
+        command = server_command(cfg.engine, cfg.model.path, tp_size, port, draft)
+        environment = {"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {}
+        servers.append(Server(command, port, folder / f"server-{number}.log", environment))
+    return servers
 
 
 def tp_size_of(cfg: Config) -> int:

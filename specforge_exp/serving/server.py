@@ -15,8 +15,20 @@ from specforge_exp.errors import InputError
 SUPERVISE = Path(__file__).with_name("supervise.py")
 GRACE = 15.0
 """Seconds for a server to end, before it is killed together with its supervisor."""
+READ = 2**24
+"""Bytes of one line of a stream, at most: SGLang repeats the whole answer with every token."""
 TAIL = 20
 """Lines of its log that an error shows."""
+
+
+def connections(timeout: float, key: str | None) -> aiohttp.ClientSession:
+    """Connections to servers; `timeout` in seconds for one answer."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        timeout=aiohttp.ClientTimeout(total=timeout, connect=30.0),
+        read_bufsize=READ,
+    )
 
 
 class Server:

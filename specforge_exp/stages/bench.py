@@ -23,6 +23,7 @@ from specforge_exp.artifacts import (
     reusable,
     sha256,
 )
+from specforge_exp.bench import in_process, served
 from specforge_exp.bench.acceptance import summarise, training_ngrams
 from specforge_exp.bench.asking import Asking, BenchEngine, Conversation, asking_of
 from specforge_exp.bench.published import same_setting
@@ -98,24 +99,14 @@ def settings_of(cfg: Config) -> dict[str, Any]:
     return settings
 
 
-def engine_of(cfg: Config) -> BenchEngine:
-    """What answers."""
-    if cfg.bench_engine == "transformers":
-        from specforge_exp.bench.in_process import answer
-
-        return answer
-    from specforge_exp.bench.served import answer as ask_servers
-
-    return ask_servers
-
-
 def measure(cfg: Config) -> dict[str, Any]:
     """Answer all prompts and summarise; the parts of bench.json that are results."""
     own = cfg.bench
     sets = bench_sets(cfg)
     asking = asking_of(cfg, load_tokenizer(cfg.model), training_answers(cfg))
     conversations = fitting(sets, asking, cfg)
-    answered = engine_of(cfg)(cfg, asking, conversations)
+    engine: BenchEngine = (in_process if cfg.bench_engine == "transformers" else served).answer
+    answered = engine(cfg, asking, conversations)
     figures: dict[str, Any] = {}
     left_out: Counter[str] = Counter()
     for name, records in sets.records.items():

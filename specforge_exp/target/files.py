@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from specforge_exp.config import ModelConfig
 from specforge_exp.errors import InputError, first_line
@@ -16,6 +16,14 @@ def text_config(cfg: ModelConfig) -> Any:
         return AutoConfig.from_pretrained(cfg.path, trust_remote_code=False).get_text_config()
     except (OSError, ValueError) as error:
         raise InputError(not_loadable(cfg, error)) from None
+
+
+def generation_config(path: str) -> GenerationConfig:
+    """A model's generation_config.json; an empty one where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:
+        return GenerationConfig()
 
 
 def load_tokenizer(cfg: ModelConfig) -> Any:

@@ -94,10 +94,8 @@ def from_files(
         loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(
             cfg.path, trust_remote_code=False, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(not_loadable(cfg, error) + quantised) from None
-    except RuntimeError as error:
-        if not quantised:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not quantised:
             raise
         raise InputError(not_loadable(cfg, error) + quantised) from None
     return loaded

@@ -77,15 +77,9 @@ def take_snapshot(
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Snapshot):
     """What a step's folder holds."""
 
-    step: int
-    """Optimiser steps done."""
-    draft: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    partial: dict[str, Tensor]
-    """A half-finished line of metrics."""
     random: dict[str, Tensor]
     """State of torch's generators."""
     record: dict[str, Any]

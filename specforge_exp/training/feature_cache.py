@@ -33,7 +33,7 @@ from specforge_exp.artifacts import (
 from specforge_exp.data.tokens import TokenSet
 from specforge_exp.errors import InputError
 from specforge_exp.lease import lease
-from specforge_exp.records import replacing, write_json, write_record
+from specforge_exp.records import digest_of, replacing, seal, write_json, write_record
 from specforge_exp.training.batches import Batch, moved
 from specforge_exp.training.features import Features, HiddenStates
 from specforge_exp.training.ranks import Ranks
@@ -128,11 +128,12 @@ def make_cache(
             mine = mine[ranks.rank :: ranks.world]
         for index, shard in tqdm(mine, desc="cache", unit="shard", disable=None):
             path = folder / f"{index:05d}.safetensors"
-            missing = not path.exists()  # renamed when whole, so one that exists is
+            made = seal({**vars(fingerprint), "conversations": shard})
+            missing = (first or not together) and not is_whole(path, made)
             if any(ranks.gather(missing)) if together else missing:
                 states = shard_states(target, splits, shard)
                 if first or not together:
-                    write_shard(path, states)
+                    write_shard(path, states, made)
         ranks.wait()
         if first:
             write_json(folder / "index.json", index_of(splits, shards))
@@ -183,10 +184,29 @@ def shard_states(
     return {"aux": torch.cat(aux), "last": torch.cat(last)}
 
 
-def write_shard(path: Path, states: dict[str, Tensor]) -> None:
-    """Write one shard, whole or not at all."""
+def write_shard(path: Path, states: dict[str, Tensor], made_of: str) -> None:
+    """Write one shard, whole or not at all, with a digest of its states and of `made_of`."""
     with disk_errors(path), replacing(path) as partial:
-        save_file(states, partial)
+        save_file(states, partial, {"sha256": states_digest(states, made_of)})
+
+
+def is_whole(path: Path, made_of: str) -> bool:
+    """Whether a shard is there and is what was written, of the same conversations and options."""
+    try:
+        with safe_open(path, "pt") as shard:
+            states = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+            digest = (shard.metadata() or {}).get("sha256")
+    except (OSError, SafetensorError):
+        return False
+    return bool(digest == states_digest(states, made_of))
+
+
+def states_digest(states: dict[str, Tensor], made_of: str) -> str:
+    """Of the bytes: numpy has no bfloat16."""
+    arrays = {
+        name: tensor.contiguous().view(torch.uint8).numpy() for name, tensor in states.items()
+    }
+    return digest_of(arrays, made_of.encode())
 
 
 def index_of(splits: dict[int, TokenSet], shards: list[Shard]) -> dict[str, Any]:

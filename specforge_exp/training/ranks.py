@@ -5,6 +5,7 @@
 """
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -158,6 +159,8 @@ def attempt(stage: Callable[[Config], Any], cfg: Config) -> Any:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # The launcher would open a TCP store on every interface; the processes meet in a file.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    # They fork from a process that has imported the stage once, and no more than that.
+    multiprocessing.set_forkserver_preload([__name__, stage.__module__])
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     with tempfile.TemporaryDirectory() as folder:
         refusal = Path(folder) / "refusal"
@@ -170,10 +173,11 @@ def attempt(stage: Callable[[Config], Any], cfg: Config) -> Any:
             rdzv_configs={"store_type": "file"},
             run_id=cfg.run_name,
             max_restarts=0,
+            start_method="forkserver",
             monitor_interval=0.1,
         )
         try:
-            return elastic_launch(config, work)(stage, cfg, refusal)[0]
+            return elastic_launch(config, work)(stage, cfg, refusal, dict(os.environ))[0]
         except SignalException as stop:
             number = stop.sigval
         except ChildFailedError as error:
@@ -191,8 +195,14 @@ def attempt(stage: Callable[[Config], Any], cfg: Config) -> Any:
     return None
 
 
-def work(stage: Callable[[Config], Any], cfg: Config, refusal: Path) -> Any:
-    """What each process runs; a refusal is left in a file, since only text crosses over."""
+def work(
+    stage: Callable[[Config], Any], cfg: Config, refusal: Path, environment: dict[str, str]
+) -> Any:
+    """What each process runs; a refusal is left in a file, since only text crosses over.
+
+    Its environment is the launching process's of now, not of when the first one was forked.
+    """
+    os.environ.update(environment)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.environ[STORE] = str(refusal.with_name("store"))
     for transport in ("GLOO", "NCCL"):  # one machine: nothing listens beyond loopback

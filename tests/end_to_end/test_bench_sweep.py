@@ -3,13 +3,12 @@
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 from specforge_exp.config import Config, InputError, Source
 from specforge_exp.report.record import find_sweep, read_sweep
@@ -141,11 +140,11 @@ def test_the_script_benches_a_sweep(two_runs: Config, tmp_path: Path) -> None:
     pulled.parent.mkdir(parents=True)
     (checkpoints / "one").rename(pulled)
     command = [
-        sys.executable, str(ROOT / "bench.py"), f"sweep={folder}", "model=tiny", "data=synthetic",
+        str(ROOT / "bench.py"), f"sweep={folder}", "model=tiny", "data=synthetic",
         f"paths.checkpoints={tmp_path}/unused", f"paths.datasets={two_runs.paths.datasets}",
         "device=cpu", "threads=1", "bench.max_tokens=4", "bench.bootstrap=20",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = warm.run(command, cwd=tmp_path)
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
     assert "1 of 2 runs could not be benched" in done.stderr
     assert "away: its folder is not here" in done.stderr

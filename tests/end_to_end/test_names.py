@@ -1,16 +1,15 @@
 """Names hold what differs: no two shipped recipes meet in a folder that they would make
 differently, and where two commands do, the refusal says under which name both are kept."""
 
-import os
 import re
 import subprocess
-import sys
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -112,13 +111,10 @@ def test_two_trials_of_the_stock_sweeper(cfg: Config, tokens: Path, tmp_path: Pa
         f"max_length={cfg.max_length}", f"paths.datasets={cfg.paths.datasets}",
         f"paths.checkpoints={tmp_path}/c", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1",
     ]  # fmt: skip
-    command = [sys.executable, str(REPOSITORY / "train.py"), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [str(REPOSITORY / "train.py"), *options]
 
     def study(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *more], env=environment, capture_output=True, text=True, check=False
-        )
+        return warm.run([*command, *more])
 
     done = study()
     assert done.returncode == 0, done.stderr

@@ -2,13 +2,12 @@
 
 import json
 import logging
-import os
 import subprocess
-import sys
 from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
+import warm
 from conftest import REPOSITORY
 from test_conf import composed
 
@@ -22,13 +21,7 @@ def options(folder: Path) -> list[str]:
 
 
 def run(stage: str, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable, str(REPOSITORY / f"{stage}.py"), *options(folder), *overrides
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=folder, check=False
-    )
+    return warm.run([str(REPOSITORY / f"{stage}.py"), *options(folder), *overrides], cwd=folder)
 
 
 @pytest.mark.slow

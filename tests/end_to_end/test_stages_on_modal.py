@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import REPOSITORY
 from modal_local.client import LocalModal
 
@@ -18,11 +19,8 @@ STAGES = ["prefetch", "prep", "regen", "preprocess", "train", "export", "bench"]
 def launch(stage: str, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """One command with -m; its artifacts here would go to `folder`."""
     roots = {f"SPECFORGE_{n.upper()}": str(folder / n) for n in ("datasets", "checkpoints")}
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / f"{stage}.py"), "-m", *overrides],
-        env={**os.environ, **roots, "OMP_NUM_THREADS": "1"},
-        cwd=REPOSITORY, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = [str(REPOSITORY / f"{stage}.py"), "-m", *overrides]
+    return warm.run(command, env={**os.environ, **roots})
 
 
 SMOKE = ["experiment=smoke", "model=tiny", "hydra/launcher=modal"]

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import REPOSITORY
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -16,8 +17,7 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 
 def dry_run(*overrides: str, script: str = "train.py") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, script, "-m", *overrides, "hydra.sweeper.dry_run=true"]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return warm.run([script, "-m", *overrides, "hydra.sweeper.dry_run=true"], kind="apps")
 
 
 def planned(*overrides: str, script: str = "train.py") -> list[list[str]]:

@@ -35,6 +35,7 @@ from specforge_exp.bench.speculative import Decoding
 from specforge_exp.config import Config, EngineConfig
 from specforge_exp.data.conversations import asks_of
 from specforge_exp.errors import InputError
+from specforge_exp.serving.server import connections
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.prep import prep
 from specforge_exp.stages.regen import regen
@@ -274,7 +275,7 @@ def test_sampled_answers_are_the_targets_own(
     decoding = Decoding(3, trained.chain_length, 1.0, frozenset())
 
     async def answers(url: str) -> Counter[tuple[int, ...]]:
-        async with clients.session(60.0, None) as http:
+        async with connections(60.0, None) as http:
             client = clients.openai(http, url, "tiny", several=False)
             drawn = [await client(prompt, decoding) for _ in range(SAMPLES)]
         return Counter(tuple(answer.generation.tokens) for answer in drawn)

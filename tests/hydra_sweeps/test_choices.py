@@ -1,10 +1,9 @@
 """A swept choice that would have chosen another launcher or sweeper is refused before it runs."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 APP = """
 import hydra
@@ -38,15 +37,7 @@ def run(folder: Path, *overrides: str, dry: bool = True) -> tuple[int, str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     rehearsal = ["hydra.sweeper.dry_run=true"] * dry
-    command = [sys.executable, "app.py", "-m", *overrides, *rehearsal]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        check=False,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    done = warm.run(["app.py", "-m", *overrides, *rehearsal], cwd=folder, together=True)
     assert "Traceback" not in done.stdout
     return done.returncode, done.stdout
 

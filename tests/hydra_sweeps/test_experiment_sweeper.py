@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from hydra.core.singleton import Singleton
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite
 from hydra.version import VersionBase
@@ -132,8 +133,8 @@ def test_a_run_alone(tmp_path: Path) -> None:
     before = started(tmp_path)
     command = shlex.split(records[names[3]]["command"])
     assert command[0] == "python" and "-m" not in command
-    more = [sys.executable, *command[1:], f"hydra.run.dir={tmp_path}/alone"]
-    subprocess.run(more, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
+    alone = warm.run([*command[1:], f"hydra.run.dir={tmp_path}/alone"], tmp_path, ENVIRONMENT)
+    assert alone.returncode == 0, alone.stderr
     assert started(tmp_path) == [*before, names[3]]
     assert (tmp_path / f"{names[3]}.txt").read_text() == "1"
 

@@ -1,7 +1,6 @@
 """Jobs before they run: names, folders, environment, commands; and how they end alike."""
 
 import shlex
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn, JobStatus
 
@@ -158,8 +158,8 @@ def test_commands_and_tables_are_whole(tmp_path: Path) -> None:
     ]  # fmt: skip
     words = shlex.split(runs(tmp_path)["3"]["command"])
     assert words[-2:] == options[:2] and "-m" not in words and "note='a b'" in words
-    alone = [sys.executable, *words[1:], f"hydra.run.dir={tmp_path}/alone"]
-    subprocess.run(alone, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
+    alone = warm.run([*words[1:], f"hydra.run.dir={tmp_path}/alone"], tmp_path, ENVIRONMENT)
+    assert alone.returncode == 0, alone.stderr
     assert len(started(tmp_path)) == 5 and (tmp_path / "alone").is_dir()
     assert content(tmp_path)["state"] == "complete"
 

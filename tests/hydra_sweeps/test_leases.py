@@ -4,13 +4,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+import warm
 from hydra.core.global_hydra import GlobalHydra
 
 from hydra_sweeps.study import leases
@@ -40,15 +40,12 @@ def trials_of(folder: Path) -> list[Any]:
     return [trial for trial in study.get_trials() if trial.user_attrs.get(LEASE) != {}]
 
 
-def process(folder: Path, name: str, *overrides: str) -> "subprocess.Popen[str]":
+def process(folder: Path, name: str, *overrides: str) -> warm.Started:
     """One of several."""
     own = [f"hydra.sweep.dir={folder / name}", "hydra.sweep.subdir=${run_name}"]
     options = [*own, *STUDY, *shared(folder), *overrides]
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "tests/study_app/toy.py"), "-m", *options],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    command = [str(ROOT / "tests/study_app/toy.py"), "-m", *options]
+    return warm.start(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def starts(folder: Path, *names: str) -> list[str]:

@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+import warm
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobStatus
 from omegaconf import OmegaConf
@@ -42,18 +41,12 @@ def record(folder: Path) -> dict[str, Any]:
     return content
 
 
-def controller(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+def controller(folder: Path, *overrides: str) -> warm.Started:
     """A study in a process of its own."""
     script = str(ROOT / "tests/study_app/toy.py")
     options = [f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=${run_name}", *STUDY, *overrides]
-    return subprocess.Popen(
-        [sys.executable, script, "-m", *options],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder.parent,
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return warm.start([script, "-m", *options], cwd=folder.parent, env=environment)
 
 
 def test_a_study_and_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

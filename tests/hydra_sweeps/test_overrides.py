@@ -91,7 +91,7 @@ def nested(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 
 VALUES = st.recursive(STRINGS | WORDS, nested, max_leaves=4)
 NUMBERS = st.sampled_from(["0", "1", "5", "0.1", "0.3", "1.0", "0.25"])
-LISTS = st.lists(VALUES, min_size=1, max_size=3).map(",".join)
+LISTS = st.lists(VALUES, min_size=1, max_size=2).map(",".join)
 SWEEPS = LISTS | LISTS.map(lambda values: f"choice({values})")
 ARGUMENTS = st.builds(
     lambda x, y, key: [f"x={x}", f"{key}={y}"],
@@ -100,7 +100,7 @@ ARGUMENTS = st.builds(
 
 
 @settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(arguments=ARGUMENTS)
 @example(arguments=["x='1','a b'", "y='null',null,'[1,2]',[1,2],1,true,1.0"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
@@ -114,8 +115,7 @@ def test_hydra_loads_no_optuna() -> None:
 
 def of(*options: str) -> str:
     """What train.py prints for a search."""
-    command = [sys.executable, "train.py", "-m", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = warm.run(["train.py", "-m", *options], kind="apps")
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,13 +1,13 @@
 """Drive sweeps of the toy app on a local Modal, and read what became of them."""
 
 import json
+import os
 import re
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import warm
 from modal_local.client import LocalModal
 
 from modal_sweep.protocol.records import whole_lines
@@ -29,14 +29,13 @@ def run(arguments: list[str], expect: int = 0) -> str:
     return finish(start(arguments), expect)
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    """Start Python."""
-    return subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def start(arguments: list[str]) -> warm.Started:
+    """Start Python in this process's folder."""
+    kind = "stages" if arguments[0] == "train.py" else "modal"
+    return warm.start(arguments, os.getcwd(), together=True, kind=kind)
 
 
-def finish(process: subprocess.Popen[str], expect: int = 0) -> str:
+def finish(process: warm.Started, expect: int = 0) -> str:
     """Wait for a process; everything it printed."""
     output, _ = process.communicate(timeout=180)
     assert process.returncode == expect, output

@@ -41,7 +41,7 @@ def test_a_sweep_from_its_submission_to_its_end(tmp_path: Path, control_plane: L
     (sweep / "0" / "weights.txt").unlink()
     driver.modal_sweep("pull", sweep, "--checkpoints", "--to", tmp_path / "checkpoints")
     assert (sweep / "0" / "weights.txt").exists()
-    assert (tmp_path / "checkpoints" / "whole1" / "last.pt").exists()
+    assert (tmp_path / "checkpoints" / "whole1" / "last.npz").exists()
 
     driver.modal_sweep("clean", sweep, "--yes")
     assert (sweep / "0" / "weights.txt").exists()

@@ -16,7 +16,7 @@ from test_modal_place import values
 
 from modal_sweep.errors import JobFailed, LaunchError
 from modal_sweep.protocol.payload import sendable
-from modal_sweep.protocol.result import is_nan, pack_value, unpack_value
+from modal_sweep.protocol.result import is_nan, pack_value, unpack_value, without_pickle
 
 KINDS = [np.float64, np.float32, np.array, lambda x: torch.tensor(x, dtype=torch.float64), float]
 
@@ -27,7 +27,7 @@ def test_numbers_of_any_library_are_plain(number: float, kind: Any, several: Any
     for value, plain in ((kind(number), number), (several([kind(number), 1]), None)):
         packed = json.loads(json.dumps(pack_value(value)))
         assert is_nan(packed) == math.isnan(number)
-        back = unpack_value(packed, trusted=False)
+        back = unpack_value(packed)
         if plain is None:
             assert type(back) is several and back[1] == 1
             back = back[0]
@@ -36,7 +36,7 @@ def test_numbers_of_any_library_are_plain(number: float, kind: Any, several: Any
 
 @pytest.mark.parametrize("value", [np.int64(3), np.bool_(True), torch.tensor(3), np.str_("a")])
 def test_other_scalars_too(value: Any) -> None:
-    back = unpack_value(pack_value({"a": [value]}), trusted=False)["a"][0]
+    back = unpack_value(pack_value({"a": [value]}))["a"][0]
     assert type(back) in (int, bool, str) and back == value.item()
 
 
@@ -44,9 +44,9 @@ def test_what_cannot_be_sent_says_so() -> None:
     with pytest.raises(JobFailed, match="the return value, a generator, cannot be sent"):
         pack_value(number for number in range(3))
     packed = pack_value(np.zeros(3))
-    assert (unpack_value(packed, trusted=True) == np.zeros(3)).all()
+    assert (unpack_value(packed) == np.zeros(3)).all()
     with pytest.raises(JobFailed, match="has expired"):
-        unpack_value(packed, trusted=False)
+        unpack_value(without_pickle({"value": packed})["value"])
 
 
 TASKS = """
@@ -71,6 +71,15 @@ def inner(x):
         return HELD["it"]
     return below()
 
+def beside(held):
+    if held:
+        later = 1
+    def reads(x):
+        return later if x else HELD
+    return reads
+
+unassigned = beside(False)
+
 def recurses(x):
     return recurses(x - 1) or HELD
 
@@ -84,7 +93,7 @@ def test_what_keeps_a_task_from_being_sent_is_named() -> None:
     module = {"__name__": "__main__"}
     exec(TASKS, module)
     culprits = {"reads": "LOCK", "calls": "LOCK", "wrapped": "lock", "inner": "HELD",
-                "recurses": "HELD"}  # fmt: skip
+                "recurses": "HELD", "unassigned": "HELD"}  # fmt: skip
     for name, culprit in culprits.items():
         with pytest.raises(LaunchError) as refusal:
             sendable("the task", module[name], ("context", module[name]))

@@ -209,8 +209,8 @@ def test_missing_export_names_the_command(cfg: Config) -> None:
 
 
 def request(tokens: list[int], gained: list[int], accepted: list[int]) -> PairedAnswer:
-    with_draft = Generation(tokens, 1.0, 1 + len(gained), gained, [5] * len(gained), accepted)
-    return PairedAnswer(with_draft, Generation(list(tokens), 2.0, len(tokens)), overlap=0.0)
+    with_draft = Generation(tokens, 1.0, gained, accepted)
+    return PairedAnswer(with_draft, Generation(list(tokens), 2.0), overlap=0.0)
 
 
 def test_figures_by_hand() -> None:

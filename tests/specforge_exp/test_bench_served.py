@@ -45,7 +45,7 @@ EXACT = (
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """An exported draft whose chains are right now and then."""
     cfg = make_config(tmp_path_factory.mktemp("trained"))
-    cfg.data.train[0].limit = 60
+    cfg.data.train[0].limit = 40
     cfg.preprocess.source = "prep"
     cfg.epochs, cfg.lr, cfg.trainer.batch_size = 3, 8e-3, 2
     cfg.target.cache, cfg.export.dtype = "memory", "float32"
@@ -183,7 +183,7 @@ def test_a_server_that_fails_leaves_nothing_behind(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(InputError, match=words):
         bench(served(exported, "--fails", fails))
-    (log,) = tmp_path.glob("specforge-bench-*/server.log")
+    (log,) = tmp_path.glob("specforge-bench-*/server-0.log")
     pids = [int(p) for line in log.read_text().splitlines() if line.startswith("pids")
             for p in line.split()[1:]]  # fmt: skip
     assert len(pids) == 2 and gone(pids)
@@ -207,7 +207,7 @@ def test_the_command_line_of_sglang(cfg: Config, tmp_path: Path) -> None:
     )
     cfg.model.path = str(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specforge_exp.bench.served.visible_gpus", lambda: ["4", "5"])
+        patch.setattr("specforge_exp.serving.sglang.visible_gpus", lambda: ["4", "5"])
         eagle3 = server_of(cfg, False, tmp_path)
         alone = server_of(cfg, True, tmp_path)
         cfg.draft = DFlashConfig(name="dflash")
@@ -269,7 +269,7 @@ def test_pieces_of_an_answer() -> None:
     assert once.end(2, [1, 2]).generation.gained == [2, 3]
     assert once.end(2, None).generation.gained == []
     single = once.end(0, None).generation
-    assert single.gained == [] and single.forwards == 6
+    assert single.gained == []
 
 
 @given(st.data())

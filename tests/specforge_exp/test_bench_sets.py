@@ -1,8 +1,6 @@
 """The suite of bench: how each data set words its prompts, where they come from, how they count."""
 
 import json
-import subprocess
-import sys
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
@@ -235,14 +234,14 @@ def exported(cfg: Config, tokens: Path) -> Config:
 @pytest.mark.slow
 def test_ten_rows_without_a_network(exported: Config, tmp_path: Path) -> None:
     """As a user types it, with samples so short that every one fits."""
-    done = subprocess.run(
+    done = warm.run(
         [
-            sys.executable, str(ROOT / "bench.py"), "experiment=quickstart", "bench=standard",
+            str(ROOT / "bench.py"), "experiment=quickstart", "bench=standard",
             "loss=baseline", "run_name=test", "data=synthetic", "bench.max_tokens=6",
             f"paths.checkpoints={exported.paths.checkpoints}", "bench.bootstrap=20",
             f"paths.datasets={exported.paths.datasets}", "draft.ttt_length=3", "device=cpu",
         ],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
+        cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -339,8 +338,8 @@ def test_the_thinking_switch_reaches_the_template(
 
 def response(gained: list[int], accepted: list[int], follows: bool = False) -> PairedAnswer:
     tokens = list(range(1 + sum(gained)))
-    with_draft = Generation(tokens, 1.0, 1 + len(gained), gained, [3] * len(gained), accepted)
-    return PairedAnswer(with_draft, Generation(tokens, 2.0, len(tokens)), 0.0, follows)
+    with_draft = Generation(tokens, 1.0, gained, accepted)
+    return PairedAnswer(with_draft, Generation(tokens, 2.0), 0.0, follows)
 
 
 def test_two_ways_to_average() -> None:

@@ -11,14 +11,25 @@ from hypothesis import strategies as st
 from specforge_exp.data.chat import (
     Chat,
     Encoded,
+    Message,
     Unrenderable,
-    encode,
     encode_many,
     eos_token_ids,
     prompt_ids,
 )
-from specforge_exp.data.conversations import prompt_of
+from specforge_exp.data.conversations import asks_of
 from specforge_exp.target import load_tokenizer
+
+
+def encode(
+    tokenizer: Any, messages: list[Message], kwargs: dict[str, Any], eos: set[int]
+) -> Encoded:
+    """One conversation, see `encode_many`; raises Unrenderable."""
+    result = encode_many(Chat(tokenizer, kwargs, eos), [{"conversations": messages}])[0]
+    if isinstance(result, Unrenderable):
+        raise result
+    return result
+
 
 TRIMMING = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -114,7 +125,7 @@ def test_no_answer_is_nothing_supervised(tokenizer: Any) -> None:
 def test_prompt_is_what_precedes_the_first_answer(tokenizer: Any) -> None:
     """Training sees the ids that serving sees: the prompt's, then the answer's."""
     messages = dialog("Tell me about a lamp.", "A lamp shines.")
-    prompt = prompt_ids(tokenizer, prompt_of({"conversations": messages}), {})
+    prompt = prompt_ids(tokenizer, asks_of({"conversations": messages})[0], {})
     found = encode(tokenizer, messages, {}, {tokenizer.eos_token_id})
     assert found.ids[: len(prompt)] == prompt
     assert found.turns[: len(prompt)] == [0] * len(prompt)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import get_args, get_origin
 
 import pytest
+import warm
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hypothesis import given, settings
@@ -235,11 +236,7 @@ def test_different_names_are_different_folders(names: list[tuple[str, str, str]]
 def run(
     script: str, *arguments: str, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-        env={**os.environ, **(environment or {})},
-    )  # fmt: skip
+    return warm.run([str(ROOT / script), *arguments], env={**os.environ, **(environment or {})})
 
 
 @pytest.mark.parametrize(
@@ -280,11 +277,9 @@ def test_a_refused_call_leaves_nothing(
 ) -> None:
     (tmp_path / "deep" / "in").mkdir(parents=True)
     (tmp_path / "out").mkdir()
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments],
-        capture_output=True, text=True, check=False, cwd=tmp_path / "deep" / "in",
-        env={**os.environ, "SPECFORGE_DATASETS": "data", "SPECFORGE_CHECKPOINTS": "runs"},
-    )  # fmt: skip
+    roots = {"SPECFORGE_DATASETS": "data", "SPECFORGE_CHECKPOINTS": "runs"}
+    command, cwd = [str(ROOT / script), *arguments], tmp_path / "deep" / "in"
+    done = warm.run(command, cwd=cwd, env={**os.environ, **roots})
     assert done.returncode == 1
     assert words in done.stderr
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "in", "out"]
@@ -306,7 +301,8 @@ def test_known_keys_pass() -> None:
 def test_cfg_job_is_quick() -> None:
     """Half a second of CPU, with a margin of 5."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert run("train.py", "--cfg", "job").returncode == 0
+    command = [sys.executable, str(ROOT / "train.py"), "--cfg", "job"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.5
 

@@ -14,7 +14,6 @@ from specforge_exp.data.conversations import (
     encode,
     normalise,
     read_jsonl,
-    write_jsonl,
 )
 from specforge_exp.errors import InputError
 
@@ -148,7 +147,7 @@ def test_half_a_surrogate_pair_is_refused() -> None:
 def test_lines(tmp_path: Path) -> None:
     records = [{"id": str(n), "conversations": [ASKED]} for n in range(2)]
     path = tmp_path / "a.jsonl"
-    assert write_jsonl(path, records) == 2
+    path.write_bytes(b"".join(encode(record) + b"\n" for record in records))
     assert list(read_jsonl(path)) == records
     path.write_bytes(path.read_bytes() + b'{"id": "\xff"}\n')
     with pytest.raises(InputError, match=r"a\.jsonl:3: "):

@@ -18,7 +18,7 @@ from specforge_exp.bench.speculative import Decoding, generate, speculate
 from specforge_exp.config import Config, LossConfig
 from specforge_exp.data import synthetic
 from specforge_exp.data.chat import prompt_ids
-from specforge_exp.data.conversations import prompt_of
+from specforge_exp.data.conversations import asks_of
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.errors import InputError
@@ -113,12 +113,12 @@ def test_interrupted_training_goes_on(run: Config) -> None:
 
 
 def test_greedy_output_is_the_targets_own(tiny_target: Target, tiny_tokenizer: Any) -> None:
-    """50 prompts in fp32, with an untrained draft."""
+    """16 prompts in fp32, with an untrained draft."""
     target = Target(tiny_target.model, [1, 3, 5])
     draft = DFlash.new(target, DRAFT, {}, 0)
     decoding = Decoding(max_tokens=24, chain_length=5, eos=frozenset({tiny_tokenizer.eos_token_id}))
-    for record in synthetic.generate("bench", 50):
-        prompt = prompt_ids(tiny_tokenizer, prompt_of(record), {})
+    for record in synthetic.generate("bench", 16):
+        prompt = prompt_ids(tiny_tokenizer, asks_of(record)[0], {})
         found = speculate(target, draft.decoder(), draft.draft_ids_D, prompt, decoding)
         assert found.tokens == generate(target, prompt, decoding).tokens
 

@@ -262,7 +262,8 @@ def test_states_that_are_kept_are_nobodys_to_change(
     if cache == "disk":
         splits = {1: tokens}
         [shard] = shards = plan(splits, 99)
-        write_shard(tmp_path / "00000.safetensors", shard_states(target.features, splits, shard))
+        states = shard_states(target.features, splits, shard)
+        write_shard(tmp_path / "00000.safetensors", states, "")
         (tmp_path / "index.json").write_text(json.dumps(index_of(splits, shards)))
         lookup = from_disk(tmp_path, 3, target.embed_VH.shape[1])
     [first] = lookup.ask([batch])()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import conversation_set
+from safetensors.torch import load_file
 from test_train import losses
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from specforge_exp.records import write_record
 from specforge_exp.stages.train import train
 from specforge_exp.target import Target
 from specforge_exp.training.batches import Batch, make_batch
-from specforge_exp.training.feature_cache import compared, plan
+from specforge_exp.training.feature_cache import compared, is_whole, plan, write_shard
 from specforge_exp.training.features import Features, Take, computed, in_order, remembered
 
 CPU = torch.device("cpu")
@@ -73,17 +74,36 @@ def test_the_disk_cache_says_its_size_and_serves_every_loss(
 
 
 def test_an_unfinished_cache_goes_on(run: Config) -> None:
-    """A shard and the index are missing: only that shard is made again, and it is the same."""
+    """A shard is taken because it is what was written, of these options; others are made again."""
     run.max_steps = 2
     train(cached(run, "disk"))
     folder = paths.features_dir(run)
-    (folder / "index.json").unlink()
     shard = folder / "00000.safetensors"
     before = shard.read_bytes()
-    shard.unlink()
-    train(cached(run, "disk", "again"))
-    assert shard.read_bytes() == before
-    assert (folder / "index.json").exists()
+    flipped = bytearray(before)
+    flipped[-1] ^= 1
+    others = [None, before[:-8], bytes(flipped), b"{}"]
+    write_shard(folder / "other", load_file(shard), "made of something else")
+    others.append((folder / "other").read_bytes())
+    (folder / "other").unlink()
+    for number, content in enumerate(others):
+        (folder / "index.json").unlink()
+        shard.write_bytes(content) if content else shard.unlink()
+        train(cached(run, "disk", f"again{number}"))
+        assert shard.read_bytes() == before, number
+        assert (folder / "index.json").exists()
+    (folder / "index.json").unlink()
+    made = shard.stat().st_mtime_ns
+    train(cached(run, "disk", "last"))
+    assert shard.stat().st_mtime_ns == made and shard.read_bytes() == before
+
+
+def test_states_of_any_type_have_a_digest(tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    assert not is_whole(path, "a")
+    states = {"aux": torch.ones(1, dtype=torch.bfloat16), "last": torch.zeros(0, 4)}
+    write_shard(path, states, "a")
+    assert is_whole(path, "a") and not is_whole(path, "b")
 
 
 def test_runs_of_a_sweep_share_one_cache(run: Config, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import teacher_rows
 from torch import Tensor
 
 from specforge_exp import losses
 from specforge_exp.config import LossConfig
 from specforge_exp.errors import InputError
-from specforge_exp.losses import TeacherRows, opd, teacher_rows
+from specforge_exp.losses import TeacherRows, opd
 
 N, V, D = 5, 23, 11
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from conftest import REPOSITORY
 from modal_app import regen_driver
 from modal_app.regen_driver import CHUNK, COMMAND, CRASH, POISON, REFUSED, config, write_prompts
@@ -30,16 +31,14 @@ def modal_here() -> Iterator[LocalModal]:
         assert local.state()["unimplemented"] == {}
 
 
-def drive(modal: LocalModal, *arguments: object) -> "subprocess.Popen[str]":
+def drive(modal: LocalModal, *arguments: object) -> warm.Started:
     """Start the driver."""
     environment = {**os.environ, **modal.env, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, regen_driver.__file__, *map(str, arguments)], env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    words = [regen_driver.__file__, *map(str, arguments)]
+    return warm.start(words, env=environment, together=True, kind="stages")
 
 
-def finish(process: "subprocess.Popen[str]", expect: int = 0) -> str:
+def finish(process: warm.Started, expect: int = 0) -> str:
     output, _ = process.communicate(timeout=200)
     assert process.returncode == expect, output
     return output

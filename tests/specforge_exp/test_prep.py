@@ -4,13 +4,13 @@ import json
 import logging
 import os
 import subprocess
-import sys
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 from specforge_exp import paths
 from specforge_exp.config import (
@@ -324,8 +324,8 @@ def test_the_exit_code_of_check(tmp_path: Path) -> None:
     options = [f"paths.{name}={tmp_path}/{name}" for name in ("datasets", "checkpoints")]
 
     def run(*more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(REPOSITORY / "prep.py"), "data=synthetic", *options, *more]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        command = [str(REPOSITORY / "prep.py"), "data=synthetic", *options, *more]
+        return warm.run(command, cwd=tmp_path, kind="apps")
 
     missing = run("prep.check=true")
     assert missing.returncode == 1

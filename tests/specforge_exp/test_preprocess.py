@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
+import warm
+from conftest import write_jsonl
 
 from specforge_exp import paths
 from specforge_exp.config import Config
 from specforge_exp.data import blocks
-from specforge_exp.data.conversations import write_jsonl
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
 from specforge_exp.stages.preprocess import doubts, preprocess
@@ -196,9 +195,9 @@ def test_any_number_of_processes_writes_the_same(
 
 @pytest.fixture
 def command(cfg: Config, source: Path) -> list[str]:
-    """preprocess.py over 12 blocks, some seconds of work."""
+    """preprocess.py over 8 blocks, a second or two of work."""
     texts = [f"It is number {i} of many. " * 15 for i in range(10)]
-    put(source, [say("Hi", texts[i % 10], name=str(i)) for i in range(12 * blocks.LINES)])
+    put(source, [say("Hi", texts[i % 10], name=str(i)) for i in range(8 * blocks.LINES)])
     return [
         sys.executable, "preprocess.py", "model=tiny", "data=local", "data.path=none",
         "data.name=small", "preprocess.source=prep", "device=cpu",
@@ -208,19 +207,17 @@ def command(cfg: Config, source: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def at_work(command: list[str], cfg: Config) -> Iterator[subprocess.Popen[str]]:
+def at_work(command: list[str], cfg: Config) -> Iterator[warm.Started]:
     """The command in a session of its own, once it has finished two blocks."""
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    ) as process:  # fmt: skip
-        try:
-            until(lambda: len(finished(cfg)) > 1 or process.poll() is not None)
-            assert process.poll() is None
-            yield process
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    process = warm.start(command, together=True, session=True)
+    try:
+        until(lambda: len(finished(cfg)) > 1 or process.poll() is not None)
+        assert process.poll() is None
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def finished(cfg: Config) -> list[Path]:
@@ -246,20 +243,22 @@ def members(session: int) -> list[int]:
     return found
 
 
+def children_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
 def test_killed_it_continues(cfg: Config, command: list[str]) -> None:
     with at_work([*command, "preprocess.processes=1"], cfg) as process:
         process.kill()
         process.wait()
     kept = {path: path.stat().st_mtime_ns for path in finished(cfg)}
-    assert 2 <= len(kept) <= 12
-    done = subprocess.run(
-        [*command, "preprocess.processes=1"], cwd=REPOSITORY, capture_output=True, text=True,
-        check=True,
-    )  # fmt: skip
-    assert f"{len(kept)} of 13 blocks are there" in done.stdout
+    assert 2 <= len(kept) <= 8
+    done = warm.run([*command, "preprocess.processes=1"])
+    assert done.returncode == 0, done.stderr
+    assert f"{len(kept)} of 9 blocks are there" in done.stdout
     folder = paths.tokens_dir(cfg)
     continued = content(folder)
-    assert len(read_split(folder, "train")) == 12 * blocks.LINES
+    assert len(read_split(folder, "train")) == 8 * blocks.LINES
     assert "blocks" not in continued
     cfg.preprocess.force = True
     cfg.max_length = 2048
@@ -284,10 +283,11 @@ def test_no_process_outlives_it(cfg: Config, command: list[str], number: signal.
 @pytest.mark.slow
 def test_a_process_that_dies_is_reported(cfg: Config, command: list[str]) -> None:
     with at_work([*command, "preprocess.processes=2"], cfg) as process:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        worker = next(
-            pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
-        )
+        [server] = [
+            pid for pid in children_of(process.pid)
+            if "forkserver" in Path(f"/proc/{pid}/cmdline").read_text()
+        ]  # fmt: skip
+        worker = children_of(int(server))[0]
         os.kill(int(worker), signal.SIGKILL)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 1

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_jsonl
 
 from specforge_exp import paths
 from specforge_exp.config import Config
-from specforge_exp.data.conversations import write_jsonl
 from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.errors import InputError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY
-from instant_engine import Instant, answer_all, make_store
+from instant_engine import Instant, answer_all, make_store, merged
 from test_plan import write
 
 from specforge_exp.artifacts import Fingerprint, writing
@@ -111,7 +111,15 @@ def test_a_damaged_manifest_is_made_again_and_a_damaged_shard_named(tmp_path: Pa
         again = make_store(tmp_path / "out", source)
         assert vars(again.counts) == done and sorted(manifest.read_bytes()) == sorted(whole)
     shard = next((tmp_path / "out" / "shards").glob("*.jsonl"))
-    shard.write_bytes(b"{}\n" + shard.read_bytes())
+    content = shard.read_bytes()
+    shard.write_bytes(content.replace(b"answer", b"unswer"))  # a result, but not what was written
+    with pytest.raises(InputError, match=rf"{shard.name}: it was changed.*remove the file: only"):
+        merged(make_store(tmp_path / "out", source))
+    shard.unlink()
+    again = make_store(tmp_path / "out", source)
+    answer_all(again, Instant())
+    assert shard.read_bytes() == content and len(merged(again)[0]) == 3
+    shard.write_bytes(b"{}\n" + content)
     manifest.unlink()
     with pytest.raises(InputError, match=rf"{shard.name}: .*remove the file: only its"):
         make_store(tmp_path / "out", source)
@@ -172,7 +180,7 @@ WRITERS: dict[str, Callable[[Path, Config], None]] = {
     "plan": write_a_plan,
     "shards of answers": answer_some,
     "blocks": encode_some,
-    "shards of states": lambda folder, cfg: write_shard(folder / "0", {"aux": torch.zeros(1)}),
+    "shards of states": lambda folder, cfg: write_shard(folder / "0", {"aux": torch.zeros(1)}, ""),
     "metrics": lambda folder, cfg: open_tracker(cfg, folder, 0) and None,
     "tracker.json": lambda folder, cfg: mirror.tell(folder, stopped=None),
     "report": write_a_table,

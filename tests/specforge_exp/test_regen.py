@@ -6,17 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial as bound
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
+import warm
+from conftest import REPOSITORY, write_jsonl
 
 from specforge_exp import paths
 from specforge_exp.config import Config
 from specforge_exp.data.chat import prompt_ids
-from specforge_exp.data.conversations import write_jsonl
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Sampling
 from specforge_exp.generation.rules import sampling_of
@@ -101,15 +102,12 @@ def without_time(records: list[Record]) -> list[Record]:
     return [{**r, "regenerated": {**r["regenerated"], "time": ""}} for r in records]
 
 
-def started(folder: Path, *options: str) -> subprocess.Popen[str]:
+def started(folder: Path, *options: str, tokens: int = 120) -> warm.Started:
     """`python regen.py` on sixteen templated prompts, in a process of its own."""
     roots = {f"SPECFORGE_{n.upper()}": str(folder / n) for n in ("datasets", "checkpoints")}
-    command = [sys.executable, "regen.py", *options, "experiment=smoke", "model=tiny"]
-    return subprocess.Popen(
-        [*command, "engine.concurrency=1", "regen.max_tokens=120"],
-        env={**os.environ, **roots}, cwd=REPOSITORY, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    command = ["regen.py", *options, "experiment=smoke", "model=tiny"]
+    command += ["engine.concurrency=1", f"regen.max_tokens={tokens}"]
+    return warm.start(command, env={**os.environ, **roots}, together=True)
 
 
 def lines_in(folder: Path) -> int:
@@ -125,7 +123,8 @@ def test_interrupted_continues(tmp_path: Path, cfg: Config, number: signal.Signa
     prep(cfg)
     folder = tmp_path / "datasets" / "smoke--tiny"
     partial = folder.with_suffix(".partial")
-    first = started(tmp_path)
+    begun = bound(started, tmp_path, tokens=120 if number == signal.SIGTERM else 48)
+    first = begun()
     deadline = time.monotonic() + 60
     while lines_in(partial) < 3:
         assert time.monotonic() < deadline and first.poll() is None
@@ -133,10 +132,11 @@ def test_interrupted_continues(tmp_path: Path, cfg: Config, number: signal.Signa
     if number == signal.SIGTERM:
         while not (partial / "progress.json").exists():
             time.sleep(0.01)
-        said = started(tmp_path, "status").communicate()[0]
+        said = begun("status").communicate()[0]
         assert " of 20 done, 0 failed; 1 in flight; " in said and "Traceback" not in said
-    else:  # other options meanwhile
-        said = started(tmp_path, "seed=1").communicate()[0]
+    else:  # other options meanwhile; it stands still, or it may be through before they begin
+        os.kill(first.pid, signal.SIGSTOP)
+        said = begun("seed=1").communicate()[0]
         assert f"another process writes {folder}: process {first.pid} on" in said
     first.send_signal(number)
     printed = first.communicate()[0]
@@ -145,10 +145,10 @@ def test_interrupted_continues(tmp_path: Path, cfg: Config, number: signal.Signa
     if number == signal.SIGTERM:
         assert "stopping; answers under way get 15 s to end" in printed
     else:  # other options afterwards
-        said = started(tmp_path, "seed=1").communicate()[0]
+        said = begun("seed=1").communicate()[0]
         assert "unfinished work of other options: seed was 0, now 1." in said
         assert "regen.force=true" in said and lines_in(partial) == kept
-    second = started(tmp_path)
+    second = begun()
     printed = second.communicate()[0]
     assert second.returncode == 0, printed
     assert f"{kept} of 20 are answered already" in printed
@@ -158,7 +158,7 @@ def test_interrupted_continues(tmp_path: Path, cfg: Config, number: signal.Signa
         "train.jsonl", "eval.jsonl", "failed.jsonl", "run.json"
     }  # fmt: skip
     if number == signal.SIGKILL:
-        whole = started(tmp_path, "regen.force=true")
+        whole = begun("regen.force=true")
         assert whole.wait() == 0
         assert without_time(read(folder / "train.jsonl")) == without_time(done)
 

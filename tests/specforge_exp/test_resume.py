@@ -5,13 +5,13 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from conftest import REPOSITORY
 
 from specforge_exp.config import Config
@@ -33,21 +33,9 @@ def command(cfg: Config, name: str, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def start(arguments: list[str], log: Path) -> subprocess.Popen[str]:
+def start(arguments: list[str], log: Path) -> warm.Started:
     """Run in a session of its own, so that all of its processes can be killed together."""
-    with log.open("w") as output:
-        return subprocess.Popen(
-            arguments,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=REPOSITORY,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(  # noqa: PLW1509 (a background shell ignores it)
-                signal.SIGINT, signal.SIG_DFL
-            ),
-        )
+    return warm.start(arguments, session=True, log=log)
 
 
 def lines(cfg: Config, name: str) -> list[dict[str, Any]]:
@@ -62,7 +50,7 @@ def losses(cfg: Config, name: str) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines(cfg, name) if "loss" in line]
 
 
-def wait_for_step(process: subprocess.Popen[str], cfg: Config, name: str, step: int) -> None:
+def wait_for_step(process: warm.Started, cfg: Config, name: str, step: int) -> None:
     """Until that step is logged; a process that ends on its own is an error."""
     deadline = time.monotonic() + 120
     while not any(line["step"] >= step for line in lines(cfg, name)):

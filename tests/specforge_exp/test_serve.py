@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 import torch
+import warm
 from conftest import REPOSITORY, TINY
 
 from specforge_exp.data.chat import prompt_ids
@@ -28,15 +29,13 @@ LONG = {"messages": ASK, "max_tokens": TOKENS, "ignore_eos": True, "temperature"
 
 
 @contextmanager
-def serving(*options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    command = [sys.executable, "-m", "specforge_exp.generation.local.serve", "--model", TINY.path]
-    process = subprocess.Popen(
-        [*command, "--port", "0", *options], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
-    )
+def serving(*options: str) -> Iterator[tuple[str, warm.Started]]:
+    command = ["-m", "specforge_exp.generation.local.serve", "--model", TINY.path]
+    process = warm.start([*command, "--port", "0", *options], kind="stages")
     try:
-        assert process.stdout
-        found = re.search(r"listening on (http://127\.0\.0\.1:\d+)", process.stdout.readline())
-        assert found
+        while not (found := re.search(r"listening on (http://[\d.]+:\d+)\n", process.printed())):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
         yield found[1], process
     finally:
         process.kill()

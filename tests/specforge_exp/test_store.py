@@ -8,6 +8,7 @@ import pytest
 from instant_engine import Instant, answer_all, make_store, merged
 from test_plan import write
 
+from specforge_exp.errors import InputError
 from specforge_exp.generation import store as module
 
 
@@ -74,6 +75,23 @@ def test_what_a_kill_leaves_is_continued(tmp_path: Path, source: Path) -> None:
     again.close()
     shard.with_name(shard.name + ".open").write_bytes(content)  # killed before it was removed
     assert make_store(tmp_path / "out", source).counts.done == 10
+
+
+def test_a_changed_line_of_a_journal_is_named(tmp_path: Path, source: Path) -> None:
+    """Also where it is a result still; lines of an older version have no digits and count."""
+    store = make_store(tmp_path / "out", source, chunk_size=10)
+    chunk = next(store.chunks())
+    for place in range(3):
+        store.add(chunk, place, result_of(store.read(chunk, place)))
+    store.close()
+    journal = next(store.shards.glob("*.open"))
+    lines = journal.read_bytes().splitlines(True)
+    journal.write_bytes(lines[0] + lines[1].replace(b"stop", b"stap") + lines[2])
+    with pytest.raises(InputError, match=r"open:2: it was changed.*remove the file: only its"):
+        make_store(tmp_path / "out", source)
+    older = [line[:2] + line[line.index(b"{") :] for line in lines]
+    journal.write_bytes(b"".join(older))
+    assert make_store(tmp_path / "out", source).counts.done == 3
 
 
 def test_a_shard_without_its_line_in_the_manifest_counts(tmp_path: Path, source: Path) -> None:

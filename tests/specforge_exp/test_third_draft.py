@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import REPOSITORY
 from hydra import compose, initialize_config_dir
 from test_conf import CONF
@@ -63,11 +64,8 @@ def test_what_it_does_not_have_is_refused_by_name(override: str, words: str) -> 
 
 
 def test_the_command_line_finds_it_in_a_folder_of_ones_own() -> None:
-    command = [sys.executable, "train.py", "--config-dir", str(FOLDER), "draft=toy", "draft.head=3"]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(FOLDER.parents[1])},
-    )  # fmt: skip
+    command = ["train.py", "--config-dir", str(FOLDER), "draft=toy", "draft.head=3"]
+    done = warm.run(command, env={**os.environ, "PYTHONPATH": str(FOLDER.parents[1])})
     assert done.returncode == 1 and "did you mean draft.heads?" in done.stderr
 
 

@@ -1,11 +1,11 @@
 """The toy app driven in this process, and what its jobs told."""
 
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import warm
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.hydra import Hydra
@@ -82,7 +82,7 @@ def journal(folder: Path) -> list[list[str]]:
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str] | None" = None) -> None:
+def wait_for(condition: Callable[[], bool], process: "warm.Started | None" = None) -> None:
     """Wait until it is true; `process` must not end before."""
     deadline = time.monotonic() + 60
     while not condition():

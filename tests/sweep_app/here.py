@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import warm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 APP = REPOSITORY / "tests" / "sweep_app"
@@ -17,13 +17,10 @@ SCRIPT = str(APP / "app.py")
 
 def start(
     folder: Path, *overrides: str, environment: Mapping[str, str] | None = None
-) -> subprocess.Popen[str]:
+) -> warm.Started:
     """A sweep in `folder`, which is running."""
-    return subprocess.Popen(
-        [sys.executable, SCRIPT, "-m", f"folder={folder}", *overrides],
-        env={**ENVIRONMENT, **(environment or {})}, cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    command = [SCRIPT, "-m", f"folder={folder}", *overrides]
+    return warm.start(command, cwd=folder, env={**ENVIRONMENT, **(environment or {})})
 
 
 def sweep(
@@ -53,7 +50,7 @@ def started(folder: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(what: Callable[[], bool], process: warm.Started) -> None:
     """Until something is so; fails when the process ends before."""
     deadline = time.monotonic() + 60
     while not what():

@@ -166,10 +166,6 @@ class Slots(Cache):
             return seen_SHKD[:rows]
         return seen_SHKD.index_select(0, self.rows_B)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions are always given, so nothing is derived from this."""
-        return 0
-
 
 def additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where a position may be seen and the least number where it is hidden."""

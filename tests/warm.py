@@ -1,0 +1,257 @@
+"""Starts the project's own scripts by forks of a process that has imported what they import.
+
+A start costs a tenth of a second instead of the five that torch and transformers take. A started
+script is a process like any other: its own pid, arguments, environment, folder and files, killed
+and waited for as `subprocess.Popen`'s are. That a script imports what it needs is for tests that
+start it cold. The forking process enters neither Hydra nor torch's threads, and ends with the
+tests; what it forks does not know it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import multiprocessing.process
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STAGES = "prep regen preprocess train export bench bench_sweep".split()
+
+
+def preload(kind: str) -> None:
+    """Import what the stages import, or what any Hydra app does."""
+    names = ["hydra", "hydra._internal.hydra", "hydra._internal.config_loader_impl"]
+    names += ["hydra_sweeps.grid.run", "hydra_sweeps.study.run", "specforge_exp.cli"]
+    if kind == "modal":
+        names += ["modal", "rich.table", "modal_sweep.client.launch", "modal_sweep.client.session"]
+    if kind == "stages":
+        names += [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen3")]
+        names += ["specforge_exp.drafts.eagle3", "specforge_exp.drafts.dflash"]
+        names += [f"specforge_exp.stages.{name}" for name in STAGES]
+    for name in names:
+        importlib.import_module(name)
+
+
+def become(order: dict[str, Any]) -> None:
+    """Be the script that was ordered; never returns."""
+    code = 1
+    try:
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(order["cwd"])
+        os.environ.clear()
+        os.environ.update(order["env"])
+        more = [*filter(None, order["env"].get("PYTHONPATH", "").split(os.pathsep))]
+        sys.argv = list(order["words"])
+        multiprocessing.process.ORIGINAL_DIR = order["cwd"]  # type: ignore[attr-defined]
+        if sys.argv[0] == "-m":
+            _, module, *arguments = sys.argv
+            sys.argv, sys.path[:0] = [module, *arguments], [order["cwd"], *more]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        else:
+            path = Path(sys.argv[0]).resolve()
+            sys.path[:0] = [str(path.parent), *more]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except KeyboardInterrupt:  # as Python ends then
+        traceback.print_exc()
+        code = -signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if code < 0:
+            signal.signal(-code, signal.SIG_DFL)
+            os.kill(os.getpid(), -code)
+        os._exit(code)
+
+
+def serve(kind: str, path: str) -> None:
+    """Fork for every order on the socket until the tests' end of standard input closes."""
+    preload(kind)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{path}.new")
+    listener.listen(64)
+    os.rename(f"{path}.new", path)
+    wake, waker = os.pipe2(os.O_NONBLOCK)
+    signal.set_wakeup_fd(waker)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    children: dict[int, socket.socket] = {}
+    while True:
+        ready, _, _ = select.select([0, listener, wake], [], [])
+        if 0 in ready:  # it never holds anything but its end
+            os._exit(0)
+        if wake in ready:
+            os.read(wake, 4096)
+            while children:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    break
+                connection = children.pop(pid)
+                connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+                connection.close()
+        if listener in ready:
+            connection, _ = listener.accept()
+            text, files, _, _ = socket.recv_fds(connection, 2**22, 3)
+            while not text.endswith(b"\n"):
+                text += connection.recv(2**22)
+            pid = os.fork()
+            if not pid:
+                signal.set_wakeup_fd(-1)
+                order = json.loads(text)
+                if order["session"]:
+                    os.setsid()
+                connection.sendall(b"%d\n" % os.getpid())
+                for number, file in enumerate(files):
+                    os.dup2(file, number)
+                os.closerange(3, 1024)
+                become(order)
+            children[pid] = connection
+            for file in files:
+                os.close(file)
+
+
+@cache
+def server(kind: str) -> str:
+    """The socket of this process's own forking process, which ends with it."""
+    path = str(Path(tempfile.mkdtemp(prefix="warm-")) / "socket")
+    process = subprocess.Popen(
+        [sys.executable, __file__, kind, path], stdin=subprocess.PIPE, cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    while not os.path.exists(path):
+        assert process.poll() is None, "what the scripts import cannot be imported"
+        time.sleep(0.02)
+    atexit.register(process.communicate)  # closes its standard input, and waits for it
+    return path
+
+
+class Started:
+    """A script that was started; what tests use of `subprocess.Popen`."""
+
+    def __init__(
+        self, kind: str, order: dict[str, Any], nothing: IO[str], output: list[IO[str]]
+    ) -> None:
+        self.args, self.output, self.received = order["words"], output, b""
+        self.returncode: int | None = None
+        self.connection = socket.socket(socket.AF_UNIX)
+        self.connection.connect(server(kind))
+        text = json.dumps(order).encode() + b"\n"
+        numbers = [file.fileno() for file in (nothing, output[0], output[-1])]
+        sent = socket.send_fds(self.connection, [text], numbers)
+        self.connection.sendall(text[sent:])
+        while b"\n" not in self.received:
+            self.received += self.connection.recv(64)
+        pid, self.received = self.received.split(b"\n", 1)
+        self.pid = int(pid)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status, negative for a signal; TimeoutExpired when it takes longer."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self.returncode is None:
+            if b"\n" in self.received:
+                self.returncode = int(self.received)
+                self.connection.close()
+                break
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([self.connection], [], [], left)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+            piece = self.connection.recv(64)
+            assert piece, "the forking process is gone"
+            self.received += piece
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """Its exit status; None while it runs."""
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it printed to its end, and its errors; those are "" where both are one."""
+        self.wait(timeout)
+        return self.printed(), self.printed(-1) if len(self.output) > 1 else ""
+
+    def printed(self, stream: int = 0) -> str:
+        """What it has printed so far; -1: its errors."""
+        number = self.output[stream].fileno()
+        return os.pread(number, os.fstat(number).st_size, 0).decode(errors="replace")
+
+    def send_signal(self, number: int) -> None:
+        """Only while it runs: a pid may be another's afterwards."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+def start(
+    words: Sequence[str], cwd: Path | str = REPOSITORY, env: Mapping[str, str] | None = None,
+    *, together: bool = False, session: bool = False, kind: str | None = None,
+    log: Path | None = None,
+) -> Started:  # fmt: skip
+    """Start a script.
+
+    Args:
+        words: it and its arguments, or -m and a module; `sys.executable` may stand before them.
+        together: its errors are in what it prints.
+        session: it has a session of its own, to be killed with all that it starts.
+        kind: of what is imported already; None: what the script's name says.
+        log: a file for all that it prints.
+    """
+    words = [word for at, word in enumerate(words) if at or word != sys.executable]
+    env = dict(os.environ if env is None else env)
+    order = {"words": words, "cwd": str(cwd), "env": env, "session": session}
+    if kind is None:
+        kind = "stages" if Path(words[0]).stem in STAGES else "apps"
+    if log:
+        output = [log.open("w+")]
+    else:
+        output = [tempfile.TemporaryFile("w+") for _ in range(1 if together else 2)]  # noqa: SIM115
+    with open(os.devnull) as nothing:
+        return Started(kind, order, nothing, output)
+
+
+def run(
+    words: Sequence[str], cwd: Path | str = REPOSITORY, env: Mapping[str, str] | None = None,
+    together: bool = False, timeout: float = 300, kind: str | None = None,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Run a script to its end, whose exit status is the caller's to judge; as `start`."""
+    started = start(words, cwd, env, together=together, kind=kind)
+    try:
+        output, errors = started.communicate(timeout)
+    except subprocess.TimeoutExpired:
+        started.kill()
+        raise
+    return subprocess.CompletedProcess(words, started.returncode or 0, output, errors)
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])
