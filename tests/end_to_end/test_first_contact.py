@@ -76,8 +76,11 @@ def test_every_line_of_the_message_works(newcomer: Newcomer, name: str) -> None:
         done = newcomer.types(line)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     last = newcomer.types(lines[-1])
-    ends = {"sweep": "2 of 2 jobs completed", "study": "] completed after"}
-    ends["regen"] = "input 16 = done 16"
+    ends = {
+        "sweep": "2 of 2 jobs completed",
+        "study": "] completed after",
+        "regen": "input 16 = done 16",
+    }
     assert ends[name] in last.stdout + last.stderr, last.stdout + last.stderr
 
 
