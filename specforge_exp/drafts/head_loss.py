@@ -92,8 +92,8 @@ def head_and_loss(
     head = 6.0 if heads.weight_DH.requires_grad else 4.0
     flops = head * rows * heads.weight_DH.numel()
     flops += 2.0 * len(work.rows.position_P) * heads.target.weight_VH.numel()
-    lengths_B2 = None if gradient else by_conversation(sums, chains)
-    return Outcome(loss, step_loss_K, reported(sums), lengths_B2, flops)
+    pairs_B2 = None if gradient else by_conversation(sums, chains)
+    return Outcome(loss, step_loss_K, reported(sums), pairs_B2, flops)
 
 
 @torch.no_grad()

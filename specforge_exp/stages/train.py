@@ -61,7 +61,7 @@ from specforge_exp.training.features import Features, computed, computed_togethe
 from specforge_exp.training.learnable import listed, nothing_to_learn, refuse_nothing
 from specforge_exp.training.loop import Splits, TrainingRun, fit
 from specforge_exp.training.objective import Objective, Outcome, Sample
-from specforge_exp.training.progress import summary
+from specforge_exp.training.progress import DRAFTS, summary
 from specforge_exp.training.ranks import (
     Ranks,
     by_torchrun,
@@ -292,7 +292,7 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
     states_2H = torch.zeros(2, head.weight_VH.shape[1], device=target.device)
     aux_2A = torch.cat([states_2H] * len(target.aux_layers), -1)
     idle = Sample(nothing_2, nothing_2.cpu(), [0], [2], 0, aux_2A, states_2H)
-    return Objective(cfg.draft.steps, prepare, denominators, idle, forward)
+    return Objective(cfg.draft.steps, DRAFTS, prepare, denominators, idle, forward)
 
 
 def start_over(folder: Path) -> None:

@@ -19,7 +19,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,8 +54,8 @@ from specforge_exp.training.checkpoint import (
     step_folders,
     take_snapshot,
 )
-from specforge_exp.training.objective import Objective, Sample
-from specforge_exp.training.progress import WindowLog, means, summary
+from specforge_exp.training.objective import Measure, Objective
+from specforge_exp.training.progress import WindowLog
 from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.schedule import learning_rate
 from specforge_exp.training.speed import peak_flops
@@ -93,7 +93,7 @@ class Window:
     numbers: list[int]
     """The conversations of all processes."""
     batches: list[Batch]
-    samples: list[Sample]
+    samples: Sequence[Batch]
 
 
 def fit(
@@ -110,6 +110,7 @@ def fit(
             not a number.
     """
     device, options, ranks = next(draft.parameters()).device, cfg.trainer, run.ranks
+    measure = objective.measure
     optimizer = torch.optim.AdamW(
         draft.parameters(), lr=cfg.lr, weight_decay=options.weight_decay, fused=True
     )
@@ -143,22 +144,23 @@ def fit(
             last, best = done == total, False
             if done % options.log_every == 0 or last:
                 metrics = {"step": done, "epoch": window.epoch, "lr": rate}
-                metrics |= {"grad_norm": grad_norm, **window_log.metrics(ranks)}
+                metrics |= {"grad_norm": grad_norm, **window_log.metrics(ranks, measure.means)}
                 window_log = window_log.next()
-                shown = {"loss": metrics["loss"], "tau": metrics["simulated_length"]}
+                shown = {"loss": metrics["loss"], measure.short: metrics[measure.best]}
                 bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
                 if tracker:
                     tracker.log(metrics)
             if done % options.eval_every == 0 or last:
                 evaluation = evaluate(cfg, draft, objective, splits.eval, run, done)
-                log.info("step %d: held out: %s", done, summary(evaluation))
+                log.info("step %d: held out: %s", done, measure.summary(evaluation))
                 if tracker:
                     tracker.log({"step": done, **{f"eval/{k}": v for k, v in evaluation.items()}})
-                best = options.keep_best and best_step(run.folder) in (None, done)
+                best = options.keep_best and best_step(run.folder, measure) in (None, done)
                 best = bool(ranks.gather(best)[0])
             if done % options.save_every == 0 or last or best or stop:
                 partial = window_log.state(ranks)
-                save(cfg, run, take_snapshot(done, draft, optimizer, partial, ranks.rank == 0))
+                snapshot = take_snapshot(done, draft, optimizer, partial, ranks.rank == 0)
+                save(cfg, run, snapshot, measure)
             if stop and not last:
                 log.info("train: stopped after step %d; run the same command to continue", done)
                 interrupt.reraise(signal.SIGTERM)
@@ -235,8 +237,8 @@ def add_gradients(
 
 
 def idle(
-    draft: nn.Module, objective: Objective, samples: list[Sample], ranks: Ranks
-) -> list[Sample]:
+    draft: nn.Module, objective: Objective, samples: Sequence[Batch], ranks: Ranks
+) -> list[Batch]:
     """What a process runs while others run more: those that share the draft step together."""
     if not is_sharded(draft):
         return []
@@ -271,11 +273,11 @@ def divisors(
     return window_K
 
 
-def save(cfg: Config, run: TrainingRun, snapshot: Snapshot) -> None:
+def save(cfg: Config, run: TrainingRun, snapshot: Snapshot, measure: Measure) -> None:
     """The first process writes a checkpoint and removes old ones; the others wait for it."""
     if run.ranks.rank == 0:
         save_checkpoint(run.folder, snapshot, run.fingerprint)
-        spared = best_step(run.folder) if cfg.trainer.keep_best else None
+        spared = best_step(run.folder, measure) if cfg.trainer.keep_best else None
         forget_old(run.folder, cfg.trainer.keep_last, spared)
     run.ranks.wait()
 
@@ -334,8 +336,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and metrics over held-out conversations, with one normalisation over all of them.
 
-    What each conversation gave to the simulated accepted length goes to evaluation.json, in the
-    order of the file: intervals and comparisons between runs resample conversations.
+    What each conversation gave to the metric that counts goes to evaluation.json, in the order of
+    the file: intervals and comparisons between runs resample conversations.
     """
     device, ranks = next(draft.parameters()).device, run.ranks
     lengths = tokens.lengths
@@ -354,13 +356,14 @@ def evaluate(
             outcome = objective.forward(sample, window_K)
             total.add(outcome, sum(sample.lengths))
             loss += outcome.loss.double()
-            if samples and outcome.lengths_B2 is not None:
-                by_number |= dict(zip(parts[index], outcome.lengths_B2.tolist(), strict=True))
+            if samples and outcome.pairs_B2 is not None:
+                by_number |= dict(zip(parts[index], outcome.pairs_B2.tolist(), strict=True))
     ranks.add_up(loss)
     everybodys = {n: pair for part in ranks.gather(by_number) for n, pair in part.items()}
+    pairs, measure = [everybodys[number] for number in sorted(everybodys)], objective.measure
     if ranks.rank == 0:
-        pairs = [everybodys[number] for number in sorted(everybodys)]
-        length, slots = [pair[0] for pair in pairs], [int(pair[1]) for pair in pairs]
-        content = {"step": step, "length": length, "slots": slots}
+        values = [pair[0] for pair in pairs], [int(pair[1]) for pair in pairs]
+        content = {"step": step, **dict(zip(measure.pair, values, strict=True))}
         write_record(run.folder / "evaluation.json", content)
-    return {"loss": float(loss), **means(total.everywhere(ranks).sums)}
+    metrics = measure.means(total.everywhere(ranks).sums)
+    return {"loss": float(loss), **metrics, **measure.intervals(pairs)}
