@@ -9,7 +9,18 @@ from typing import NoReturn
 
 from specforge_exp.config.resolvers import REPOSITORY
 
-STAGES = ("prefetch", "prep", "regen", "preprocess", "train", "export", "bench", "report")
+STAGES = (
+    "prefetch",
+    "prep",
+    "regen",
+    "preprocess",
+    "train",
+    "export",
+    "bench",
+    "report",
+    "pretrain",
+    "sft",
+)
 
 
 def title(script: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from specforge_exp.config.causal import CausalConfig, PretrainConfig
 from specforge_exp.config.checks import (
     above_zero,
     allow,
@@ -115,6 +116,8 @@ class Config:
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    causal: CausalConfig = field(default_factory=CausalConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

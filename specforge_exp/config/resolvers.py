@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 PACKAGE = Path(__file__).resolve().parent.parent
 REPOSITORY = PACKAGE / "files" if (PACKAGE / "files").is_dir() else PACKAGE.parent
 """The checkout; of an installed package, what the wheel has of it."""
-STAGES = ("prefetch", "prep", "regen", "preprocess", "train", "export", "bench")
+STAGES = ("prefetch", "prep", "regen", "preprocess", "train", "export", "bench", "pretrain", "sft")
 MATTERS = {
     "prefetch": "experiment model",
     "prep": "experiment data paths",
@@ -58,7 +58,8 @@ def in_a_sweep(mode: Any, value: Any, otherwise: Any) -> Any:
 
 def returned(stage: str, objectives: Sequence[str]) -> list[str]:
     """Names of what a stage returns."""
-    return {"train": list(objectives), "bench": ["accepted_length"]}.get(stage, [])
+    names = {"train": list(objectives), "bench": ["accepted_length"]}
+    return {**names, "pretrain": ["loss"], "sft": ["loss"]}.get(stage, [])
 
 
 def directions(names: Sequence[str]) -> list[str]:
@@ -68,7 +69,7 @@ def directions(names: Sequence[str]) -> list[str]:
 
 def if_done(stage: str, resume: bool) -> str:
     """Whether -m leaves a finished run alone; the other stages look for what has changed."""
-    return "skip" if stage == "train" and resume else "rerun"
+    return "skip" if stage in ("train", "pretrain", "sft") and resume else "rerun"
 
 
 def register() -> None:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from specforge_exp.artifacts import Fingerprint
 from specforge_exp.config import Config
+from specforge_exp.data.stream import RowStream
 from specforge_exp.data.tokens import TokenSet
 from specforge_exp.errors import InputError
 from specforge_exp.interrupt import Interrupt
@@ -38,6 +39,7 @@ from specforge_exp.records import write_record
 from specforge_exp.sharding import gradient_of, is_sharded, whole
 from specforge_exp.training.batches import (
     Batch,
+    dealt,
     draw_of,
     lay_out,
     make_batch,
@@ -71,7 +73,7 @@ EVAL_TOKENS = 4096
 class Splits:
     """Training and held-out conversations."""
 
-    train: TokenSet
+    train: TokenSet | RowStream
     eval: TokenSet
 
 
@@ -111,11 +113,9 @@ def fit(
     """
     device, options, ranks = next(draft.parameters()).device, cfg.trainer, run.ranks
     measure = objective.measure
-    optimizer = torch.optim.AdamW(
-        draft.parameters(), lr=cfg.lr, weight_decay=options.weight_decay, fused=True
-    )
+    optimizer = make_optimizer(cfg, draft, objective)
     window_log = WindowLog(device, peak_flops(device) * ranks.world)
-    start = resume(run, draft, optimizer, window_log) if options.resume else 0
+    start = resume(run, draft, optimizer, window_log, splits.train) if options.resume else 0
     total = total_steps(cfg, splits.train)
     tracker = open_tracker(cfg, run.folder, start) if ranks.rank == 0 else None
     evaluation: dict[str, float] = {}
@@ -158,7 +158,7 @@ def fit(
                 best = options.keep_best and best_step(run.folder, measure) in (None, done)
                 best = bool(ranks.gather(best)[0])
             if done % options.save_every == 0 or last or best or stop:
-                partial = window_log.state(ranks)
+                partial = window_log.state(ranks) | position(splits.train, done)
                 snapshot = take_snapshot(done, draft, optimizer, partial, ranks.rank == 0)
                 save(cfg, run, snapshot, measure)
             if stop and not last:
@@ -170,8 +170,28 @@ def fit(
     return evaluation or evaluate(cfg, draft, objective, splits.eval, run, total)
 
 
-def total_steps(cfg: Config, tokens: TokenSet) -> int:
+def make_optimizer(cfg: Config, draft: nn.Module, objective: Objective) -> torch.optim.Optimizer:
+    """AdamW, as the objective wants it."""
+    decay, weights = cfg.trainer.weight_decay, list(draft.parameters())
+    spared = [] if objective.decays_all else [weight for weight in weights if weight.dim() < 2]
+    decayed = [weight for weight in weights if objective.decays_all or weight.dim() >= 2]
+    groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=cfg.lr, betas=objective.betas, weight_decay=decay, fused=True,
+    )  # fmt: skip
+
+
+def position(tokens: TokenSet | RowStream, step: int) -> dict[str, Tensor]:
+    """What a checkpoint keeps of where a stream is; a set of conversations needs nothing."""
+    return tokens.state(step) if isinstance(tokens, RowStream) else {}
+
+
+def total_steps(cfg: Config, tokens: TokenSet | RowStream) -> int:
     """Optimiser steps of the whole run."""
+    if isinstance(tokens, RowStream):
+        assert cfg.max_steps is not None, "a stream has no end"
+        return cfg.max_steps
     size = cfg.trainer.batch_size * cfg.trainer.accumulate
     whole = cfg.epochs * -(-len(tokens) // size)
     return min(whole, cfg.max_steps or whole)
@@ -179,7 +199,7 @@ def total_steps(cfg: Config, tokens: TokenSet) -> int:
 
 def windows(
     cfg: Config,
-    tokens: TokenSet,
+    tokens: TokenSet | RowStream,
     objective: Objective,
     steps: range,
     ranks: Ranks,
@@ -189,6 +209,10 @@ def windows(
 
     States on disk are read one window ahead, in another thread.
     """
+    if isinstance(tokens, RowStream):
+        for step, numbers, batches in dealt(cfg, tokens, steps, ranks, device):
+            yield Window(step, 0, numbers, batches, objective.prepare(batches))
+        return
     lengths = tokens.lengths
     size = cfg.trainer.batch_size * cfg.trainer.accumulate
     per_epoch = -(-len(lengths) // size)
@@ -226,7 +250,8 @@ def add_gradients(
     loss = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
     samples = [*window.samples, *idle(draft, objective, window.samples, ranks)]
     for number, sample in enumerate(samples, 1):
-        share_again(draft, number == len(samples))
+        if not objective.sparing:
+            share_again(draft, number == len(samples))
         outcome = objective.forward(sample, window_K)
         outcome.loss.backward()
         window_log.add(outcome, sum(sample.lengths))
@@ -255,8 +280,8 @@ def share_again(draft: nn.Module, last: bool) -> None:
 
 def take_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Update the weights and clear the gradients."""
-    (group,) = optimizer.param_groups
-    group["lr"] = rate
+    for group in optimizer.param_groups:
+        group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
 
@@ -283,7 +308,11 @@ def save(cfg: Config, run: TrainingRun, snapshot: Snapshot, measure: Measure) ->
 
 
 def resume(
-    run: TrainingRun, draft: nn.Module, optimizer: torch.optim.Optimizer, window_log: WindowLog
+    run: TrainingRun,
+    draft: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    window_log: WindowLog,
+    tokens: TokenSet | RowStream,
 ) -> int:
     """Restore the newest checkpoint, if any; returns the steps already done."""
     checkpoint = newest_checkpoint(run.folder)
@@ -308,6 +337,8 @@ def resume(
         return 0
     restore(checkpoint, draft, optimizer)
     window_log.restore(checkpoint.partial, run.ranks.rank)
+    if isinstance(tokens, RowStream):
+        tokens.restore(checkpoint.partial)
     log.info("train: continuing after step %d", checkpoint.step)
     return checkpoint.step
 

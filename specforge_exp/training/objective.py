@@ -74,3 +74,10 @@ class Objective:
     """A sample without loss and gradient."""
     forward: Callable[[Any, Tensor], Outcome]
     """(a prepared batch, the window's divisors) -> a share of the window's loss, and sums."""
+    sparing: bool = False
+    """Whether weights that processes share are let go after every forward, as of a large model;
+    false: kept in full for a window, as of a draft."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    decays_all: bool = True
+    """Whether the weight decay is for vectors (norms, biases) too."""
