@@ -128,18 +128,19 @@ def save_shared_once(module: nn.Module) -> None:
     """Leave weights that stand at two places out of `state_dict` but for the first of them, and do
     without the others when one is loaded."""
     seen: set[int] = set()
-    again = []
+    again: list[str] = []
     for name, weight in module.named_parameters(remove_duplicate=False):
         if id(weight) in seen:
             again.append(name)
         seen.add(id(weight))
+    ends = tuple(again)
 
-    def leave_out(_module: Any, state: dict[str, Any], *_: Any) -> None:
+    def leave_out(_module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
         for name in again:
-            state.pop(name, None)
+            state.pop(prefix + name, None)
 
     def do_without(_module: Any, keys: Any) -> None:
-        keys.missing_keys[:] = [name for name in keys.missing_keys if name not in again]
+        keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(ends)]
 
     module.register_state_dict_post_hook(leave_out)
     module.register_load_state_dict_post_hook(do_without)

@@ -9,7 +9,7 @@ Shape suffixes: V target vocabulary, D draft vocabulary, T tokens.
 
 import time
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,14 @@ class Drafter(Protocol):
 
     def propose(self, length: int, choose: "Choice") -> tuple[list[int], list[Tensor]]:
         """Draft a chain: target ids and the draft logits each was chosen from."""
+
+
+@runtime_checkable
+class ReadsText(Protocol):
+    """A drafter that reads the text by itself, and so needs the token that no commit has."""
+
+    def begin(self, first: int) -> None:
+        """Take the prompt's first token, before the first commit."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,8 @@ def speculate(
     cache = target.new_cache()
     aux_1TA, last_1TH = target.features(torch.tensor([prompt], device=target.device), cache)
     first = choice(target.head(last_1TH[0, -1:])[0])
+    if isinstance(drafter, ReadsText):
+        drafter.begin(prompt[0])
     drafter.commit(aux_1TA, [*prompt[1:], first])
     answer = Generation([first], first_seconds=time.perf_counter() - started)
     over = first in decoding.eos or decoding.max_tokens == 1

@@ -59,7 +59,7 @@ class Causal(nn.Module):
         """Use an attention that transformers or `packing` has by this name."""
         packing.register()
         self.model.set_attn_implementation(name)
-        self.documents = name == packing.NAME
+        self.documents = name in packing.NAMES.values()
 
     def states(self, ids_T: Tensor, lengths: list[int]) -> Tensor:
         """Post-norm last states of packed conversations, [T, H]."""
@@ -187,11 +187,12 @@ def choose_attention(model: Any, decoder: Any, cfg: CausalConfig, device: torch.
     own = model.config.get_text_config()._attn_implementation
     if cfg.attention == "auto" and device.type == "cuda" and is_flash_attn_2_available():
         return "flash_attention_2"
-    several = [packing.NAME, own] if own == "sdpa" else [own]
-    names = several if cfg.attention == "auto" else [cfg.attention]
+    mine = packing.NAMES.get(own, own)
+    several = [mine, own] if cfg.packing else [own]
+    names = {"auto": several, "documents": [mine]}.get(cfg.attention, [cfg.attention])
     for name in names:
         model.set_attn_implementation(name)
-        if not cfg.packing or packing.follows(model, decoder, name == packing.NAME):
+        if not cfg.packing or packing.follows(model, decoder, name != own and name == mine):
             return name
     raise InputError(
         f"{model.config.model_type} does not keep packed conversations apart (attention: "

@@ -35,6 +35,12 @@ def summary(metrics: dict[str, float]) -> str:
     )
 
 
+def line(metrics: dict[str, float]) -> str:
+    """One line while it trains."""
+    speed, mfu = metrics["tokens_per_s"], metrics["mfu"]
+    return f"loss {metrics['loss']:.4f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}"
+
+
 def intervals(pairs: list[list[float]]) -> dict[str, float]:
     """95 % interval of the loss over resamples of the conversations."""
     if len(pairs) < 2:
@@ -46,7 +52,7 @@ def intervals(pairs: list[list[float]]) -> dict[str, float]:
     return {"loss_low": float(low), "loss_high": float(high)}
 
 
-CAUSAL = Measure(means, summary, ("loss", "tokens"), "loss", "loss", False, intervals)
+CAUSAL = Measure(means, summary, ("loss", "tokens"), "loss", "loss", line, False, intervals)
 """What a causal model reports."""
 
 

@@ -1,23 +1,25 @@
 """Conversations one after the other in one forward: each sees itself alone, from position 0.
 
 transformers masks what lies between packed sequences when positions begin again, at the price of
-scores between all tokens. `documents` is an attention of our own beside its own ones: one call of
-its SDPA for each conversation, and no mask where no window is shorter than what is packed.
+scores between all tokens. `by_document` calls its attention once for each conversation instead:
+SDPA, without a mask where no window is shorter than what is packed, or the model's own `eager`.
 
 Whether a model keeps packed conversations apart is measured, not looked up: see `follows`.
 
 Shape suffixes: B batch, T packed tokens, S heads, E size of a head, H hidden.
 """
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NAME = "documents"
+NAMES = {"sdpa": "documents", "eager": "documents_eager"}
+"""Our attentions, by the one of transformers that they call for each conversation."""
 LENGTHS = [5, 1, 9, 3]
 """Of the conversations that `follows` packs."""
 TOLERANCE = 1e-4
@@ -29,12 +31,15 @@ def by_document(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention within each of `documents`, lengths that the forward was given; [B, T, S, E]."""
     lengths = options.pop("documents", None) or [query_BSTE.shape[2]]
+    attend = sdpa_attention_forward
+    if module.config._attn_implementation == NAMES["eager"]:  # with what only this model has
+        attend = sys.modules[type(module).__module__].eager_attention_forward
     parts, start = [], 0
     for length in lengths:
         rows = slice(start, start + length)
         own = None if mask is None else mask[..., rows, rows]
         qkv = (x[:, :, rows] for x in (query_BSTE, key_BSTE, value_BSTE))
-        parts.append(sdpa_attention_forward(module, *qkv, own, **options)[0])
+        parts.append(attend(module, *qkv, own, **options)[0])
         start += length
     return torch.cat(parts, 1), None
 
@@ -50,9 +55,10 @@ def mask_of_windows(*args: Any, **options: Any) -> Tensor | None:
 
 
 def register() -> None:
-    """Make the attention known to transformers."""
-    ALL_ATTENTION_FUNCTIONS.register(NAME, by_document)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask_of_windows)
+    """Make the attentions known to transformers."""
+    for name, mask in zip(NAMES.values(), (mask_of_windows, eager_mask), strict=True):
+        ALL_ATTENTION_FUNCTIONS.register(name, by_document)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
 
 
 def last_states(decoder: Any, ids_T: Tensor, lengths: list[int], documents: bool) -> Tensor:

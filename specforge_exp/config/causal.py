@@ -41,7 +41,7 @@ class TextSource:
 
     path: str = MISSING
     """hub:<id>[/<configuration>][:<split>], streamed; or a .jsonl, .json, .parquet or .txt file, or
-    a folder of them. Documents of a .txt file are parted by empty lines."""
+    a folder of them (documents of .txt files are parted by empty lines); synthetic:<split>."""
     field: str = "text"
     """The column with the text."""
     weight: float = 1.0

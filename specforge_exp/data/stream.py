@@ -25,10 +25,13 @@ import numpy as np
 
 from specforge_exp.artifacts import content_of
 from specforge_exp.config.causal import PretrainConfig, TextSource
+from specforge_exp.data import synthetic
 from specforge_exp.data.files import INSTALL_DATA, SUFFIXES, Columns, Rejected, parse
 from specforge_exp.data.sources import hub_name
 from specforge_exp.errors import InputError, first_line
 
+MADE = 5000
+"""Documents of a synthetic source."""
 BLOCK = 32
 """Documents that a process tokenises at a time."""
 STATE = "stream:state"
@@ -91,10 +94,21 @@ def documents(source: TextSource, first: int, held_out: int) -> Iterator[tuple[i
 
 def texts(source: TextSource, skip: int) -> Iterator[str]:
     """The documents of a source after the first `skip`, once."""
-    records = hub_records(source, skip) if source.path.startswith("hub:") else file_texts(source)
-    for number, text in enumerate(records, skip if source.path.startswith("hub:") else 0):
-        if number >= skip:
-            yield text
+    scheme, _, rest = source.path.partition(":")
+    if scheme == "hub":
+        yield from hub_texts(source, skip)
+        return
+    made = synthetic_texts(rest) if scheme == "synthetic" else file_texts(source)
+    yield from islice(made, skip, None)
+
+
+def synthetic_texts(split: str) -> Iterator[str]:
+    """Templated conversations, their messages as lines of text."""
+    try:
+        for record in synthetic.generate(split, MADE):
+            yield "\n".join(message["content"] for message in record["conversations"])
+    except ValueError as error:
+        raise InputError(f"pretrain.sources: synthetic:{split}: {error}") from None
 
 
 def files_of(source: TextSource) -> list[Path]:
@@ -137,7 +151,7 @@ def paragraphs(lines: Any) -> Iterator[str]:
         yield "".join(kept)
 
 
-def hub_records(source: TextSource, skip: int) -> Iterator[str]:
+def hub_texts(source: TextSource, skip: int) -> Iterator[str]:
     """The documents of a data set of the hub, streamed."""
     name, part, split = hub_name(source.path.removeprefix("hub:"))
     try:
@@ -345,7 +359,7 @@ def held_out(own: PretrainConfig, tokens: Tokens, length: int) -> Any:
 
 def text_digest(source: TextSource) -> str:
     """What tells local files from others; the hub's stand for themselves."""
-    if source.path.startswith("hub:"):
+    if source.path.startswith(("hub:", "synthetic:")):
         return source.path
     found = {str(file): content_of(file) for file in files_of(source)}
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()

@@ -221,7 +221,7 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
 
     nothing_2 = torch.zeros(2, dtype=torch.long, device=target.device)
     states_2H = torch.zeros(2, head.weight_VH.shape[1], device=target.device)
-    aux_2A = torch.cat([states_2H] * len(target.aux_layers), -1)
+    aux_2A = states_2H.repeat(1, len(target.aux_layers))
     idle = Sample(nothing_2, nothing_2.cpu(), [0], [2], 0, aux_2A, states_2H)
     return Objective(cfg.draft.steps, DRAFTS, prepare, denominators, idle, forward)
 

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,8 +147,7 @@ def fit(
                 metrics = {"step": done, "epoch": window.epoch, "lr": rate}
                 metrics |= {"grad_norm": grad_norm, **window_log.metrics(ranks, measure.means)}
                 window_log = window_log.next()
-                shown = {"loss": metrics["loss"], measure.short: metrics[measure.best]}
-                bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
+                show(bar, metrics, measure)
                 if tracker:
                     tracker.log(metrics)
             if done % options.eval_every == 0 or last:
@@ -168,6 +168,14 @@ def fit(
     if tracker:
         tracker.close()
     return evaluation or evaluate(cfg, draft, objective, splits.eval, run, total)
+
+
+def show(bar: Any, metrics: dict[str, float], measure: Measure) -> None:
+    """Say how far training is, once per line of metrics."""
+    shown = {"loss": metrics["loss"], measure.short: metrics[measure.best]}
+    bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
+    if measure.line:
+        log.info("step %d: %s", metrics["step"], measure.line(metrics))
 
 
 def make_optimizer(cfg: Config, draft: nn.Module, objective: Objective) -> torch.optim.Optimizer:

@@ -52,6 +52,8 @@ class Measure:
     """The metric that evaluations are compared by."""
     short: str
     """Its name in the progress bar."""
+    line: Callable[[dict[str, float]], str] | None = None
+    """What is said of a line of metrics; None: nothing beyond the bar."""
     larger: bool = True
     """Whether more of it is better."""
     intervals: Callable[[list[list[float]]], dict[str, float]] = lambda pairs: {}

@@ -98,7 +98,7 @@ def test_loss_and_gradients_are_those_of_labels(family: str) -> None:
 def test_packed_is_unpacked_or_refused(family: str) -> None:
     """Conversations longer than the families' windows, too."""
     model, packed = build(FAMILIES[family]()), batch(VOCABULARY)
-    refused = family in ("Qwen3-Next", "MiniMax")
+    refused = family in ("Qwen3-Next", "MiniMax", "Falcon")
     if refused:
         with pytest.raises(InputError, match="does not keep packed conversations apart"):
             causal(model)
@@ -135,7 +135,7 @@ def test_the_head_is_what_autograd_finds(ending: Ending, monkeypatch: pytest.Mon
 
 
 def test_mfu_counts_the_products_and_half_of_attention() -> None:
-    """torch counts every score; the causal mask leaves half of them, n^2 / 2."""
+    """torch counts the products; the causal mask leaves half of the scores, n^2 / 2."""
     model = small_target(vocabulary=320, hidden=64).model
     made = causal(model)
     packed = Batch(torch.arange(48) % 320, torch.ones(48, dtype=torch.long), [0], [48], 0)
@@ -145,11 +145,8 @@ def test_mfu_counts_the_products_and_half_of_attention() -> None:
         outcome.loss.backward()
     config = model.config
     scores = 12 * 48**2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    counts = counter.get_flop_counts()["Global"]
-    attention = sum(n for name, n in counts.items() if "attention" in str(name))
-    products = counter.get_total_flops() - attention
-    assert attention >= scores  # the backward pass makes the scores again
-    assert outcome.flops == pytest.approx(products + scores / 2, rel=1e-6)
+    added_in_place = 2 * 47 * model.lm_head.weight.numel()  # torch's counter leaves it out
+    assert outcome.flops == pytest.approx(counter.get_total_flops() + added_in_place + scores / 2)
 
 
 def test_the_interval_is_of_conversations() -> None:
