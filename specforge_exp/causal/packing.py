@@ -30,10 +30,12 @@ def by_document(
     **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention within each of `documents`, lengths that the forward was given; [B, T, S, E]."""
-    lengths = options.pop("documents", None) or [query_BSTE.shape[2]]
+    lengths = options.pop("documents", None)
     attend = sdpa_attention_forward
     if module.config._attn_implementation == NAMES["eager"]:  # with what only this model has
         attend = sys.modules[type(module).__module__].eager_attention_forward
+    if lengths is None:  # a text by itself, maybe behind a cache
+        return attend(module, query_BSTE, key_BSTE, value_BSTE, mask, **options)[0], None
     parts, start = [], 0
     for length in lengths:
         rows = slice(start, start + length)
@@ -48,7 +50,11 @@ def mask_of_windows(*args: Any, **options: Any) -> Tensor | None:
     """A mask for layers with a window that is shorter than what is packed; else None."""
     window = options.get("local_size")
     plain = not options.get("use_vmap") and options.get("attention_mask") is None
-    if plain and (window is None or options["q_length"] <= window):
+    if (
+        plain
+        and options["q_length"] == options["kv_length"]
+        and (window is None or options["q_length"] <= window)
+    ):
         return None
     mask: Tensor | None = sdpa_mask(*args, **options)
     return mask

@@ -1,4 +1,4 @@
-"""A stand-alone draft. Its class loads when it is asked for: `config` is read where torch is not."""
+"""A stand-alone draft. Its class loads when it is asked for: `config` is read without torch."""
 
 from typing import Any
 
