@@ -38,8 +38,11 @@ def as_in(weight: Tensor, value: Tensor) -> Tensor:
 
 
 def numberless(module: nn.Module, name: str, weight: Tensor) -> Any:
-    """A weight of the same shape that takes no memory; called as each is registered."""
-    return nn.Parameter(weight.to("meta"), weight.requires_grad)
+    """A weight of the same shape that takes no memory; called as each is registered.
+
+    One that takes none already stays itself: where two modules share it they go on to.
+    """
+    return weight if weight.is_meta else nn.Parameter(weight.to("meta"), weight.requires_grad)
 
 
 @contextmanager

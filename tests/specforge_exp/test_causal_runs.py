@@ -136,3 +136,29 @@ def test_refusals(made: Config, stage: str, option: str, words: str, tmp_path: P
     assert process.wait(120) == 1
     said = (tmp_path / "log").read_text()
     assert words in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_slurm_requeues_what_was_stopped(
+    made: Config, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    """runs/slurm.sh over a fake srun and scontrol: a time limit, then the same job again."""
+    for name, text in (
+        ("srun", 'exec "$@"'),
+        ("scontrol", f'[ "$1" = requeue ] && touch {tmp_path}/requeued || echo localhost'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    words = command(made, "pretrain", "slurm", "trainer.gpus=1")[1:]
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "SLURM_NNODES": "1",
+        "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost",
+    }  # fmt: skip
+    job = ["env", *(f"{k}={v}" for k, v in env.items()), "bash", "runs/slurm.sh", *words]
+    process = start(job, tmp_path / "log")
+    wait_for_step(process, made, "slurm", 5)
+    process.terminate()
+    assert process.wait(120) == 0 and (tmp_path / "requeued").exists()
+    assert len(losses(made, "slurm")) < STEPS
+    assert re.search(r"continuing after step \d+", finish(job, tmp_path / "log"))
+    assert losses(made, "slurm") == whole["pretrain"][0]

@@ -1,4 +1,4 @@
-"""The eight scripts: one shape, quick answers, and what the command line adds to Hydra's own."""
+"""The ten scripts: one shape, quick answers, and what the command line adds to Hydra's own."""
 
 import ast
 import os
