@@ -127,7 +127,7 @@ def needed_flops(causal: Causal, lengths: list[int], rows: int) -> float:
         for weight in unit.parameters():
             share = visits / len(weight) if weight.dim() == 3 and visits else 1.0
             layers += weight.numel() * share if weight.dim() > 1 else 0
-    head = causal.model.get_output_embeddings().weight.numel()
+    head: int = causal.model.get_output_embeddings().weight.numel()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(causal.units)
     window = getattr(config, "sliding_window", None) or max(lengths)
@@ -135,7 +135,7 @@ def needed_flops(causal: Causal, lengths: list[int], rows: int) -> float:
     for kind in kinds:
         width = window if kind == "sliding_attention" else max(lengths)
         pairs += sum(n * min(n, width) - min(n, width) ** 2 / 2 for n in lengths)
-    attention = 12.0 * pairs * config.num_attention_heads * size
+    attention: float = 12.0 * pairs * config.num_attention_heads * size
     return 6.0 * (layers * sum(lengths) + head * rows) + attention
 
 
@@ -184,7 +184,7 @@ def choose_attention(model: Any, decoder: Any, cfg: CausalConfig, device: torch.
         InputError: packed conversations see each other with every attention that may be used.
     """
     packing.register()
-    own = model.config.get_text_config()._attn_implementation
+    own: str = model.config.get_text_config()._attn_implementation
     if cfg.attention == "auto" and device.type == "cuda" and is_flash_attn_2_available():
         return "flash_attention_2"
     mine = packing.NAMES.get(own, own)

@@ -74,7 +74,8 @@ EVAL_TOKENS = 4096
 class Splits:
     """Training and held-out conversations."""
 
-    train: TokenSet | RowStream
+    train: Any
+    """A TokenSet, or a RowStream, which has no end."""
     eval: TokenSet
 
 
@@ -183,7 +184,7 @@ def make_optimizer(cfg: Config, draft: nn.Module, objective: Objective) -> torch
     decay, weights = cfg.trainer.weight_decay, list(draft.parameters())
     spared = [] if objective.decays_all else [weight for weight in weights if weight.dim() < 2]
     decayed = [weight for weight in weights if objective.decays_all or weight.dim() >= 2]
-    groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=cfg.lr, betas=objective.betas, weight_decay=decay, fused=True,
