@@ -49,16 +49,16 @@ BUDGETS = {
     "modal_sweep": 32_800,
     "hydra_sweeps": 27_700,
     "hydra_plugins": 1_050,
-    "specforge_exp": 156_850,
+    "specforge_exp": 156_950,
     "specforge_exp/data": 18_350,
     "specforge_exp/target": 6_300,
     "specforge_exp/drafts": 25_800,
     "specforge_exp/causal": 5_600,
-    "specforge_exp/training": 15_300,
+    "specforge_exp/training": 15_400,
     "specforge_exp/generation": 24_350,
     "specforge_exp/bench": 9_750,
     "specforge_exp/report": 17_300,
-    "": 218_800,
+    "": 218_900,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
 written."""

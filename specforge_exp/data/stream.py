@@ -39,7 +39,7 @@ STATE = "stream:state"
 
 
 @dataclass(frozen=True)
-class Row:
+class TextRow:
     """So many tokens, of documents one after the other."""
 
     ids: np.ndarray[Any, np.dtype[np.int32]]
@@ -257,7 +257,7 @@ def blocks_of(numbered: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, s
             block = []
 
 
-def rows_of(encoded: Iterator[tuple[int, Any]], place: Place, length: int) -> Iterator[Row]:
+def rows_of(encoded: Iterator[tuple[int, Any]], place: Place, length: int) -> Iterator[TextRow]:
     """Rows of `length` tokens; `place` is where the next one begins."""
     parts: list[Any] = []
     room = length
@@ -274,7 +274,7 @@ def rows_of(encoded: Iterator[tuple[int, Any]], place: Place, length: int) -> It
             at = 0 if over else at - 1
             place.document, place.token = number + over, at
             place.rows += 1
-            yield Row(np.concatenate(parts), [len(part) for part in parts])
+            yield TextRow(np.concatenate(parts), [len(part) for part in parts])
             parts, room = [], length
             if over:
                 break
@@ -292,7 +292,7 @@ class RowStream:
     """Documents at the beginning of each source that are in no row."""
     processes: int = 0
     places: list[Place] = field(default_factory=list)
-    readers: list[Iterator[Row]] = field(default_factory=list)
+    readers: list[Iterator[TextRow]] = field(default_factory=list)
     states: dict[int, list[Any]] = field(default_factory=dict)
     """The places after the last steps, by the steps done."""
 
@@ -320,7 +320,7 @@ class RowStream:
             encoded = Workers(self.tokens, self.processes).encoded(blocks_of(numbered))
             self.readers.append(rows_of(encoded, place, self.length))
 
-    def take(self, step: int, rows: int) -> list[Row]:
+    def take(self, step: int, rows: int) -> list[TextRow]:
         """The next rows, which are those of this step."""
         if not self.readers:
             self.start()

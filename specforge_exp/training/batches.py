@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specforge_exp.config import Config, TrainerConfig
-from specforge_exp.data.stream import Row, RowStream
+from specforge_exp.data.stream import RowStream, TextRow
 from specforge_exp.data.tokens import Ints, TokenSet
 from specforge_exp.training.ranks import Ranks
 
@@ -114,12 +114,12 @@ def dealt(
     size = cfg.trainer.batch_size * cfg.trainer.accumulate
     with ThreadPoolExecutor(1) as reader:
 
-        def read(step: int) -> Future[list[Row]] | None:
+        def read(step: int) -> Future[list[TextRow]] | None:
             return reader.submit(stream.take, step, size) if ranks.rank == 0 else None
 
         ahead = read(steps[0]) if steps else None
         for step in steps:
-            rows: list[Row] = ranks.decided(lambda future=ahead: future.result())  # type: ignore[misc]
+            rows: list[TextRow] = ranks.decided(lambda future=ahead: future.result())  # type: ignore[misc]
             ahead = read(step + 1) if step + 1 in steps else None
             numbers = [step * size + at for at in range(len(rows))]
             lengths = [len(row.ids) for row in rows]
@@ -128,7 +128,7 @@ def dealt(
             yield step, numbers, [row_batch([rows[at] for at in part], device) for part in parts]
 
 
-def row_batch(rows: list[Row], device: torch.device) -> Batch:
+def row_batch(rows: list[TextRow], device: torch.device) -> Batch:
     """Rows one after the other; every piece of a document is a conversation by itself."""
     ids_T = torch.cat([torch.from_numpy(row.ids).long() for row in rows])
     lengths = [length for row in rows for length in row.lengths]

@@ -58,6 +58,7 @@ from specforge_exp.training.checkpoint import (
     take_snapshot,
 )
 from specforge_exp.training.objective import Measure, Objective
+from specforge_exp.training.optimizer import make_optimizer, take_step
 from specforge_exp.training.progress import WindowLog
 from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.schedule import learning_rate
@@ -179,18 +180,6 @@ def show(bar: Any, metrics: dict[str, float], measure: Measure) -> None:
         log.info("step %d: %s", metrics["step"], measure.line(metrics))
 
 
-def make_optimizer(cfg: Config, draft: nn.Module, objective: Objective) -> torch.optim.Optimizer:
-    """AdamW, as the objective wants it."""
-    decay, weights = cfg.trainer.weight_decay, list(draft.parameters())
-    spared = [] if objective.decays_all else [weight for weight in weights if weight.dim() < 2]
-    decayed = [weight for weight in weights if objective.decays_all or weight.dim() >= 2]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=cfg.lr, betas=objective.betas, weight_decay=decay, fused=True,
-    )  # fmt: skip
-
-
 def position(tokens: TokenSet | RowStream, step: int) -> dict[str, Tensor]:
     """What a checkpoint keeps of where a stream is; a set of conversations needs nothing."""
     return tokens.state(step) if isinstance(tokens, RowStream) else {}
@@ -285,14 +274,6 @@ def share_again(draft: nn.Module, last: bool) -> None:
     if isinstance(draft, FSDPModule):
         draft.set_requires_gradient_sync(last)
         draft.set_reshard_after_backward(last)
-
-
-def take_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Update the weights and clear the gradients."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
 
 
 def divisors(
