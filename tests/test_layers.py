@@ -49,7 +49,7 @@ BUDGETS = {
     "modal_sweep": 32_800,
     "hydra_sweeps": 27_700,
     "hydra_plugins": 1_050,
-    "specforge_exp": 156_950,
+    "specforge_exp": 157_000,
     "specforge_exp/data": 18_350,
     "specforge_exp/target": 6_300,
     "specforge_exp/drafts": 25_800,
