@@ -9,7 +9,10 @@ from typing import NoReturn
 
 from specforge_exp.config.resolvers import REPOSITORY
 
-STAGES = ("prefetch", "prep", "regen", "preprocess", "train", "export", "bench", "report", "chat")
+STAGES = (
+    "prefetch", "prep", "regen", "preprocess", "train", "export", "bench", "report", "chat",
+    "pretrain", "sft",
+)  # fmt: skip
 
 
 def title(script: Path) -> str:

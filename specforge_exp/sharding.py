@@ -41,8 +41,11 @@ def as_in(weight: Tensor, value: Tensor) -> Tensor:
 
 
 def numberless(module: nn.Module, name: str, weight: Tensor) -> Any:
-    """A weight of the same shape that takes no memory; called as each is registered."""
-    return nn.Parameter(weight.to("meta"), weight.requires_grad)
+    """A weight of the same shape that takes no memory; called as each is registered.
+
+    One that takes none already stays itself: where two modules share it they go on to.
+    """
+    return weight if weight.is_meta else nn.Parameter(weight.to("meta"), weight.requires_grad)
 
 
 @contextmanager
@@ -67,32 +70,96 @@ def shard_draft(
 
     Gradients are summed, not averaged: one normalisation over the window is in the loss already.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.fsdp import FSDPModule
 
-    mesh = init_device_mesh(device.type, (processes,))
-    values = {name: weight.detach() for name, weight in draft.named_parameters()}
-    for module in draft.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            setattr(module, name, numberless(module, name, weight))
-    for module in (*units, draft):
-        fully_shard(module, mesh=mesh, reshard_after_forward=False)
-        assert isinstance(module, FSDPModule)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+    deal(draft, units, device, processes, {"reshard_after_forward": False})
     for unit in units:
         unit.register_forward_pre_hook(make_gradients)
     for unit, following in pairwise(units):
         assert isinstance(unit, FSDPModule) and isinstance(following, FSDPModule)
         unit.set_modules_to_forward_prefetch([following])
-    own = draft.state_dict()
-    for name, weight in draft.named_parameters():
+
+
+def shard_model(
+    model: nn.Module,
+    units: Sequence[nn.Module],
+    device: torch.device,
+    processes: int,
+    dtype: torch.dtype,
+) -> None:
+    """As `shard_draft`, for a model that is large beside what it is given: a unit's weights are let
+    go after its forward and its backward, and travel and multiply in `dtype`; gradients are added
+    up in fp32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    options = {"mp_policy": policy} if dtype != torch.float32 else {}
+    deal(model, units, device, processes, {"reshard_after_forward": True, **options})
+
+
+def deal(
+    whole: nn.Module,
+    units: Sequence[nn.Module],
+    device: torch.device,
+    processes: int,
+    options: dict[str, Any],
+) -> None:
+    """Make FSDP2 units and give each process its share of the first one's weights.
+
+    Weights that stand at two places stay one.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    mesh = init_device_mesh(device.type, (processes,))
+    weights = [*whole.parameters()]  # held, so that no new one gets an old one's id
+    values = {name: weight.detach() for name, weight in whole.named_parameters()}
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in whole.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            places.setdefault(id(weight), []).append((module, name))
+            first, own = places[id(weight)][0]
+            new = numberless(module, name, weight) if first is module else getattr(first, own)
+            setattr(module, name, new)
+    del weights
+    for module in (*units, whole):
+        fully_shard(module, mesh=mesh, **options)
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    own_values = whole.state_dict()
+    for name, weight in whole.named_parameters():
         assert isinstance(weight, DTensor)
         value = values.pop(name)
         value = torch.empty_like(value, device=device) if value.is_meta else value.to(device)
-        own[name] = distribute_tensor(value, mesh, weight.placements)
-    draft.load_state_dict(own, assign=True)
+        own_values[name] = distribute_tensor(value, mesh, weight.placements)
+    whole.load_state_dict(own_values, assign=True)
+    for (first, own), *others in places.values():
+        for module, name in others:
+            setattr(module, name, getattr(first, own))
+
+
+def save_shared_once(module: nn.Module) -> None:
+    """Leave weights that stand at two places out of `state_dict` but for the first of them, and do
+    without the others when one is loaded."""
+    seen: set[int] = set()
+    again: list[str] = []
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        if id(weight) in seen:
+            again.append(name)
+        seen.add(id(weight))
+    ends = tuple(again)
+
+    def leave_out(_module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for name in again:
+            state.pop(prefix + name, None)
+
+    def do_without(_module: Any, keys: Any) -> None:
+        keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(ends)]
+
+    module.register_state_dict_post_hook(leave_out)
+    module.register_load_state_dict_post_hook(do_without)
 
 
 def make_gradients(module: nn.Module, arguments: Any) -> None:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,6 +28,14 @@ class Drafter(Protocol):
 
     def propose(self, length: int, choose: "Choice") -> tuple[list[int], list[Tensor]]:
         """Draft a chain: target ids and the draft logits each was chosen from."""
+
+
+@runtime_checkable
+class ReadsText(Protocol):
+    """A drafter that reads the text by itself, and so needs the token that no commit has."""
+
+    def begin(self, first: int) -> None:
+        """Take the prompt's first token, before the first commit."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +200,8 @@ def speculating(
     choice = Choice(decoding.temperature, generator, decoding.top_p)
     head = past.target.head
     first = choice(head(past.begin(prompt)[0, -1:])[0])
+    if isinstance(drafter, ReadsText):
+        drafter.begin(prompt[0])
     drafter.commit(torch.cat(past.aux, 1), [*prompt[1:], first])
     answer = Generation([first], first_seconds=time.perf_counter() - started)
     answer.seconds = answer.first_seconds

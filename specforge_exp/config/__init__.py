@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from specforge_exp.config.causal import CausalConfig, PretrainConfig
 from specforge_exp.config.chat import ChatConfig
 from specforge_exp.config.checks import (
     above_zero,
@@ -30,11 +31,11 @@ from specforge_exp.config.choices import (
     Source,
     open_draft,
 )
+from specforge_exp.config.engine import EngineConfig
 from specforge_exp.config.keys import not_an_option
 from specforge_exp.config.resolvers import REPOSITORY, STAGES, register, repository
 from specforge_exp.config.stages import (
     BenchConfig,
-    EngineConfig,
     ExportConfig,
     PathsConfig,
     PrepConfig,
@@ -121,6 +122,8 @@ class Config:
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    causal: CausalConfig = field(default_factory=CausalConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

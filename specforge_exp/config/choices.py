@@ -27,6 +27,9 @@ class ModelConfig:
     """Hugging Face hub id or a local folder."""
     dtype: str = "auto"
     """Weights in memory: auto (float32 on a CPU, bfloat16 on a GPU), float32 or bfloat16."""
+    init: str = "weights"
+    """pretrain, sft: begin with the model's weights, or with random ones of its configuration
+    (random)."""
     aux_layers: list[int] | None = None
     """The layers (0-based) whose outputs feed the draft; null: what the draft wants (eagle3: 1,
     N/2-1 and N-4)."""
@@ -46,7 +49,7 @@ class ModelConfig:
         if not self.path:
             raise InputError("model=local needs model.path=<folder or hub id>")
         safe_name("model.name", self.name)
-        allow(self, "model.", dtype="auto float32 bfloat16")
+        allow(self, "model.", dtype="auto float32 bfloat16", init="weights random")
         above_zero("model.billions", self.billions)
         for layer in self.aux_layers or ():
             at_least("model.aux_layers", layer, 0)

@@ -78,6 +78,8 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
             "requires": [model, prompts, needs(paths.export_dir, "export", tokens, trained)],
         },
     }
+    own = {**stages["train"], "progress_keys": ["eval/loss"]}
+    stages |= {"sft": own, "pretrain": {**own, "requires": [model]}}
     return stages.get(stage, {})
 
 

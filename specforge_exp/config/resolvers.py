@@ -14,7 +14,9 @@ from omegaconf import OmegaConf
 PACKAGE = Path(__file__).resolve().parent.parent
 REPOSITORY = PACKAGE / "files" if (PACKAGE / "files").is_dir() else PACKAGE.parent
 """The checkout; of an installed package, what the wheel has of it."""
-STAGES = ("prefetch", "prep", "regen", "preprocess", "train", "export", "bench")
+OF_THE_MODEL = ("pretrain", "sft")
+"""Stages that train the model itself."""
+STAGES = ("prefetch", "prep", "regen", "preprocess", "train", "export", "bench", *OF_THE_MODEL)
 MATTERS = {
     "prefetch": "experiment model",
     "prep": "experiment data paths",
@@ -52,8 +54,8 @@ def both_secrets(one: Mapping[str, list[str]], other: Mapping[str, list[str]]) -
 
 
 def when_losses_differ(stage: str, many: str, one: str) -> str:
-    """`many` for the stages whose results depend on the loss, `one` for those before."""
-    return one if stage in MATTERS else many
+    """`many` for the stages whose results depend on the draft's loss, `one` for the others."""
+    return one if stage in (*MATTERS, *OF_THE_MODEL) else many
 
 
 def in_a_sweep(mode: Any, value: Any, otherwise: Any) -> Any:
@@ -63,7 +65,8 @@ def in_a_sweep(mode: Any, value: Any, otherwise: Any) -> Any:
 
 def returned(stage: str, objectives: Sequence[str]) -> list[str]:
     """Names of what a stage returns."""
-    return {"train": list(objectives), "bench": ["accepted_length"]}.get(stage, [])
+    names = {"train": list(objectives), "bench": ["accepted_length"]}
+    return {**names, "pretrain": ["loss"], "sft": ["loss"]}.get(stage, [])
 
 
 def directions(names: Sequence[str]) -> list[str]:
@@ -73,7 +76,7 @@ def directions(names: Sequence[str]) -> list[str]:
 
 def if_done(stage: str, resume: bool) -> str:
     """Whether -m leaves a finished run alone; the other stages look for what has changed."""
-    return "skip" if stage == "train" and resume else "rerun"
+    return "skip" if stage in ("train", *OF_THE_MODEL) and resume else "rerun"
 
 
 def register() -> None:

@@ -27,3 +27,16 @@ def training_settings(cfg: Config) -> dict[str, Any]:
     for group, node in groups.items():
         settings |= {f"{group}.{key}": value for key, value in node.items() if key not in QUIET}
     return settings | {"model.aux_layers": cfg.model.aux_layers}
+
+
+def causal_settings(cfg: Config, stage: str) -> dict[str, Any]:
+    """As `training_settings`, of a training of the model itself."""
+    names = ("lr", "seed", "epochs", "max_steps", "max_length")
+    settings: dict[str, Any] = {name: vars(cfg)[name] for name in names}
+    settings |= {"stage": stage, "model.init": cfg.model.init}
+    settings |= {f"causal.{name}": vars(cfg.causal)[name] for name in ("z_loss", "beta2")}
+    if stage == "pretrain":
+        settings["pretrain.sources"] = [vars(source) for source in cfg.pretrain.sources]
+        settings["pretrain.eval_documents"] = cfg.pretrain.eval_documents
+    kept = {k: v for k, v in asdict(cfg.trainer).items() if k not in QUIET}
+    return settings | {f"trainer.{key}": value for key, value in kept.items()}

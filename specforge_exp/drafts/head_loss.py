@@ -9,6 +9,7 @@ Shape suffixes: Q supervised rows of all steps, N rows of a chunk, T tokens, P p
 step 0, K steps, H hidden, D draft vocabulary, V target vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,7 +70,11 @@ class Pass:
 
 
 def head_and_loss(
-    chains: Chains, states: list[Tensor], heads: Heads, weighting: Weighting
+    chains: Chains,
+    states: list[Tensor],
+    heads: Heads,
+    weighting: Weighting,
+    along: Callable[[RowSums], RowSums] | None = None,
 ) -> Outcome:
     """The loss over every supervised row; with its gradients, where torch makes any.
 
@@ -81,10 +86,13 @@ def head_and_loss(
         states: un-normed states [R_k, H] of every step.
         heads: both heads.
         weighting: the loss.
+        along: the acceptance rates that the simulated length is made of, where they are not those
+            of the rows' own steps.
     """
     gradient = torch.is_grad_enabled()
     work = visit_rows(chains, states, heads, weighting, gradient)
     sums, rows = work.sums, len(work.rows.flat_Q)
+    chain = along(sums) if along else sums
     step_loss_K = weighting.step_losses(sums.values) / weighting.decay_K
     loss = (step_loss_K * weighting.decay_K).sum()
     if work.gradient_QH is not None:
@@ -92,8 +100,8 @@ def head_and_loss(
     head = 6.0 if heads.weight_DH.requires_grad else 4.0
     flops = head * rows * heads.weight_DH.numel()
     flops += 2.0 * len(work.rows.position_P) * heads.target.weight_VH.numel()
-    lengths_B2 = None if gradient else by_conversation(sums, chains)
-    return Outcome(loss, step_loss_K, reported(sums), lengths_B2, flops)
+    pairs_B2 = None if gradient else by_conversation(chain, chains)
+    return Outcome(loss, step_loss_K, reported(sums, chain), pairs_B2, flops)
 
 
 @torch.no_grad()

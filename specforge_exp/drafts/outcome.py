@@ -31,17 +31,17 @@ class RowSums:
             self.values[name].index_add_(0, step_N, value_N.float())
 
 
-def reported(sums: RowSums) -> dict[str, Tensor]:
+def reported(sums: RowSums, chain: RowSums) -> dict[str, Tensor]:
     """Sums for the metrics: values, rows, and the simulated accepted length.
 
-    The length is 1 + sum_k prod_{j<=k} alpha_j over slots supervised at every step: the mean of
-    products, bonus token included, is what sampling from the draft would earn.
+    The length is 1 + sum_k prod_{j<=k} alpha_j over slots supervised at every step, by the rates in
+    `chain`: the mean of products, bonus token included, is what sampling from the draft would earn.
     """
     values = {name: value for name, value in sums.values.items() if name != "loss"}
     for name in ("alpha", "top1"):
         values.setdefault(name, torch.zeros(len(sums.alpha_KR), device=sums.alpha_KR.device))
     values["rows"] = sums.counted_KR.sum(1)
-    length_R, everywhere_R = simulated_lengths(sums)
+    length_R, everywhere_R = simulated_lengths(chain)
     values["length"] = (length_R * everywhere_R).sum()
     values["length_slots"] = everywhere_R.sum()
     return values

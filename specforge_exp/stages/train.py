@@ -8,8 +8,8 @@ trains: by the process that starts the others, or by torchrun's first one for al
 """
 
 import logging
-import shutil
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,9 @@ from specforge_exp import paths
 from specforge_exp.artifacts import (
     SAME,
     Fingerprint,
-    contents,
-    describe,
     model_digest,
     read_record,
     require,
-    reusable,
     sha256,
 )
 from specforge_exp.config import Config, locate
@@ -38,40 +35,24 @@ from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.inference.cluster import Fleet, fleet_of, given
 from specforge_exp.inference.split import Split, joins, make_split
-from specforge_exp.lease import lease
 from specforge_exp.losses import Loss
-from specforge_exp.records import metric_lines, write_record
 from specforge_exp.sharding import shard_draft, without_numbers
 from specforge_exp.target import (
     Target,
     check_gpus,
     check_length,
     load_target,
-    set_up_torch,
     take_what_is_there,
 )
 from specforge_exp.training.batches import Batch
-from specforge_exp.training.checkpoint import (
-    OVER,
-    check_step,
-    last_step,
-    step_folder,
-    step_folders,
-)
 from specforge_exp.training.feature_cache import from_disk, make_cache
 from specforge_exp.training.features import Features, computed, computed_together, remembered
 from specforge_exp.training.learnable import listed, nothing_to_learn, refuse_nothing
 from specforge_exp.training.loop import EVAL_TOKENS, Splits, TrainingRun, fit
-from specforge_exp.training.objective import Objective, Outcome, Sample
-from specforge_exp.training.progress import summary
-from specforge_exp.training.ranks import (
-    Ranks,
-    by_torchrun,
-    join,
-    launch,
-    local_device,
-    started,
-)
+from specforge_exp.training.objective import Objective, Outcome, Sample, samples_of
+from specforge_exp.training.progress import DRAFTS, summary
+from specforge_exp.training.ranks import Ranks, by_torchrun, started
+from specforge_exp.training.running import Record, count, ended, in_processes, settled
 from specforge_exp.training.streamed import Stream
 
 log = logging.getLogger(__name__)
@@ -82,32 +63,28 @@ def train(cfg: Config) -> float | tuple[float, ...]:
 
     With `trainer.gpus` above 1 it starts that many processes, each of which comes back here.
     """
-    cfg = take_what_is_there(cfg)
-    check_gpus(cfg, "train", 1 if started() else int(cfg.trainer.gpus))
-    if not started() and (record := begin(cfg, 1)):
-        return objectives(cfg, record)
-    streams = cfg.target.placement == "ray"
-    if not started() and cfg.target.dry_run:
-        return show_split(cfg)
-    if not started() and (streams or cfg.trainer.restarts or int(cfg.trainer.gpus) > 1):
-        with fleet_of(cfg, split_of(cfg)) if streams else nullcontext():
-            returned: float | tuple[float, ...] = launch(train, cfg)
-        return returned
-    device = local_device(set_up_torch(cfg))
-    ranks = join(device)
-    if by_torchrun() and (record := ranks.decided(partial(begin, cfg, ranks.world))):
-        return objectives(cfg, record)
+    if cfg.target.dry_run and not started():
+        return show_split(take_what_is_there(cfg))
+    return objectives(cfg, in_processes("train", cfg, begin, train_here, workers_of(cfg)))
+
+
+def workers_of(cfg: Config) -> Callable[[Config], AbstractContextManager[Any]] | None:
+    """What the trainers share and outlives each of them; None: nothing."""
+    if cfg.target.placement != "ray":
+        return None
+    return lambda cfg: fleet_of(cfg, split_of(cfg))
+
+
+def train_here(cfg: Config, device: torch.device, ranks: Ranks) -> Record:
+    """This process's part of a training that has not ended; the run's record."""
     with ExitStack() as stack:
-        if not ranks.rank:
-            stack.enter_context(lease(paths.run_dir(cfg)))
+        streams = cfg.target.placement == "ray"
         stream = Stream(fleet_in(cfg, ranks, stack), device) if streams else None
-        return train_here(cfg, device, ranks, stream)
+        return train_on(cfg, device, ranks, stream)
 
 
-def train_here(
-    cfg: Config, device: torch.device, ranks: Ranks, stream: Stream | None
-) -> float | tuple[float, ...]:
-    """This process's part of a training that has not ended; as `train`."""
+def train_on(cfg: Config, device: torch.device, ranks: Ranks, stream: Stream | None) -> Record:
+    """`train_here`, with the target's states from the workers' stream if there is one."""
     folder, tokens = paths.run_dir(cfg), paths.tokens_dir(cfg)
     run = TrainingRun(folder, fingerprint_of(cfg, tokens), ranks)
     mapping, splits = read_tokens(tokens)
@@ -124,56 +101,27 @@ def train_here(
     evaluation = fit(cfg, draft, make_objective(cfg, draft, target, states), splits, run)
     if text := states.summary(ranks):
         log.info("train: %s", text)
-    ranks.wait()
-    record = describe(cfg, run.fingerprint.inputs, run.fingerprint.settings)
-    record |= {"seconds": round(logged_seconds(folder), 1), "processes": ranks.world}
-    record |= {"evaluation": evaluation, "nothing_to_learn": reasons}
+    record = ended(cfg, run, evaluation, nothing_to_learn=reasons)
     if ranks.rank == 0:
-        record["files"] = contents(folder, ["metrics.jsonl", "evaluation.json"])
-        write_record(folder / "run.json", record)
         log.info("train: complete: %s: %s%s", folder, summary(evaluation), of_no_use(reasons))
-    return objectives(cfg, record)
+    return record
 
 
-def begin(cfg: Config, world: int) -> dict[str, Any] | None:
+def begin(cfg: Config, world: int) -> Record | None:
     """What is settled before a training: the record of a complete run, or None: it is to be made.
 
     Raises:
-        InputError: so many processes cannot share a step, tokens are missing, or the run is
-            complete and was made of something else.
+        InputError: as `settled`, or tokens are missing.
     """
     shared_evenly(cfg.trainer.batch_size, world, "WORLD_SIZE")
-    folder = paths.run_dir(cfg)
     tokens = require(cfg, "preprocess", "index.json")
     check_tokens(cfg, tokens)
-    if not cfg.trainer.resume:
-        with lease(folder):
-            start_over(folder)
-    record, made_of = folder / "run.json", fingerprint_of(cfg, tokens)
-    if reusable(record, made_of, False, "train", OVER) and not torn(folder):
-        return read_record(record)
+    run = TrainingRun(paths.run_dir(cfg), fingerprint_of(cfg, tokens), Ranks(0, world))
+    if record := settled(cfg, "train", run):
+        return record
     if warning := check_length(cfg.model, cfg.max_length):
         log.warning("train: warning: %s", warning)
     return None
-
-
-def torn(folder: Path) -> bool:
-    """Whether a complete run has checkpoints, but its last one is damaged or gone: then it is
-    complete no more, and continues from the one before.
-
-    One without any stays complete: it was pulled without them, or they were removed.
-    """
-    step = last_step(folder)
-    if step is None or not step_folders(folder):
-        return False
-    try:
-        check_step(step_folder(folder, step))
-    except InputError as error:
-        log.warning("train: %s, as is done now", error)
-        with lease(folder):
-            (folder / "run.json").unlink()
-        return True
-    return False
 
 
 def read_tokens(tokens: Path) -> tuple[dict[str, Tensor], Splits]:
@@ -191,7 +139,13 @@ def split_of(cfg: Config, trainers: int | None = None) -> Split:
 
 
 def show_split(cfg: Config) -> float | tuple[float, ...]:
-    """What target.dry_run=true prints; there are no values to return."""
+    """What target.dry_run=true prints; there are no values to return.
+
+    Raises:
+        InputError: tokens are missing, or were made for another training.
+    """
+    check_gpus(cfg, "train", int(cfg.trainer.gpus))
+    check_tokens(cfg, require(cfg, "preprocess", "index.json"))
     for line in split_of(cfg).lines():
         log.info("train: %s", line)
     return objectives(cfg, {"evaluation": dict.fromkeys(cfg.objectives, float("nan"))})
@@ -324,12 +278,6 @@ def states_of(
     return from_disk(folder, len(target.aux_layers), target.embed_VH.shape[1])
 
 
-def logged_seconds(folder: Path) -> float:
-    """Seconds of training by metrics.jsonl, over all attempts; 0 where another machine wrote it."""
-    lines = metric_lines(folder / "metrics.jsonl")
-    return float(sum(line.get("seconds") or 0.0 for line in lines))
-
-
 def make_objective(cfg: Config, draft: Any, target: Target, states: Features) -> Objective:
     """The draft's objective on this target, as the training loop wants it."""
     loss = Loss(locate(cfg.loss._target_), cfg.loss)
@@ -347,22 +295,9 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
 
     nothing_2 = torch.zeros(2, dtype=torch.long, device=target.device)
     states_2H = torch.zeros(2, head.weight_VH.shape[1], device=target.device)
-    aux_2A = torch.cat([states_2H] * len(target.aux_layers), -1)
+    aux_2A = states_2H.repeat(1, len(target.aux_layers))
     idle = Sample(nothing_2, nothing_2.cpu(), [0], [2], 0, aux_2A, states_2H)
-    return Objective(cfg.draft.steps, states, denominators, idle, forward)
-
-
-def start_over(folder: Path) -> None:
-    """Forget a run's record, numbers and checkpoints, the record first."""
-    for name in ("run.json", "evaluation.json", "metrics.jsonl"):
-        (folder / name).unlink(missing_ok=True)
-    for checkpoint in step_folders(folder):
-        shutil.rmtree(checkpoint)
-
-
-def count(module: torch.nn.Module) -> int:
-    """Trained parameters."""
-    return sum(weight.numel() for weight in module.parameters())
+    return Objective(cfg.draft.steps, DRAFTS, states, samples_of, denominators, idle, forward)
 
 
 def fingerprint_of(cfg: Config, tokens: Path) -> Fingerprint:

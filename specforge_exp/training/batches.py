@@ -7,15 +7,18 @@ both only lay it out.
 Shape suffixes: T packed tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from specforge_exp.config import TrainerConfig
+from specforge_exp.config import Config, TrainerConfig
+from specforge_exp.data.stream import RowStream, TextRow
 from specforge_exp.data.tokens import Ints, TokenSet
+from specforge_exp.training.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,38 @@ def parts_of(batch: Batch) -> list[Batch]:
     columns = (batch.ids_T.split(batch.lengths), batch.turns_T.split(batch.lengths))
     rows = zip(*columns, batch.numbers, batch.lengths, strict=True)
     return [Batch(ids_T, turns_T, [n], [size], batch.draw) for ids_T, turns_T, n, size in rows]
+
+
+def dealt(
+    cfg: Config, stream: RowStream, steps: range, ranks: Ranks, device: torch.device
+) -> Iterator[tuple[int, list[int], list[Batch]]]:
+    """Of every step its number, the rows of all processes, and this process's part of them.
+
+    The first process reads the stream, one step ahead, and tells the others.
+    """
+    size = cfg.trainer.batch_size * cfg.trainer.accumulate
+    with ThreadPoolExecutor(1) as reader:
+
+        def read(step: int) -> Future[list[TextRow]] | None:
+            return reader.submit(stream.take, step, size) if ranks.rank == 0 else None
+
+        ahead = read(steps[0]) if steps else None
+        for step in steps:
+            rows: list[TextRow] = ranks.decided(lambda future=ahead: future.result())  # type: ignore[misc]
+            ahead = read(step + 1) if step + 1 in steps else None
+            numbers = [step * size + at for at in range(len(rows))]
+            lengths = [len(row.ids) for row in rows]
+            mine = share(range(len(rows)), lengths, ranks.rank, ranks.world)
+            parts = lay_out(mine, lengths, cfg.trainer)
+            yield step, numbers, [row_batch([rows[at] for at in part], device) for part in parts]
+
+
+def row_batch(rows: list[TextRow], device: torch.device) -> Batch:
+    """Rows one after the other; every piece of a document is a conversation by itself."""
+    ids_T = torch.cat([torch.from_numpy(row.ids).long() for row in rows])
+    lengths = [length for row in rows for length in row.lengths]
+    numbers = list(range(len(lengths)))
+    return Batch(moved(ids_T, device), torch.ones_like(ids_T), numbers, lengths, 0)
 
 
 def moved(x: Tensor, device: torch.device) -> Tensor:

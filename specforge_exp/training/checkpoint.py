@@ -66,7 +66,7 @@ def take_snapshot(
         full = whole(value)
         return full.cpu() if writes else full.new_empty(0)
 
-    names = [name for name, _ in draft.named_parameters()]
+    names = weight_names(draft, optimizer)
     moments = {
         f"{names[index]}:{key}": gathered(value)
         for index, state in optimizer.state_dict()["state"].items()
@@ -74,6 +74,12 @@ def take_snapshot(
     }
     weights = {name: gathered(value) for name, value in draft.state_dict().items()}
     return Snapshot(step, weights, moments, partial)
+
+
+def weight_names(draft: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The weights in the optimiser's order."""
+    names = {id(weight): name for name, weight in draft.named_parameters()}
+    return [names[id(w)] for group in optimizer.param_groups for w in group["params"]]
 
 
 @dataclass(frozen=True)
@@ -186,7 +192,7 @@ def restore(checkpoint: Checkpoint, draft: nn.Module, optimizer: torch.optim.Opt
     own = draft.state_dict()
     draft.load_state_dict({n: as_in(own[n], value) for n, value in checkpoint.draft.items()})
     parameters = dict(draft.named_parameters())
-    names = list(parameters)
+    names = weight_names(draft, optimizer)
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in checkpoint.optimizer.items():
         parameter, _, key = name.rpartition(":")

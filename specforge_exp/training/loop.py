@@ -19,8 +19,9 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from specforge_exp.config import Config
+from specforge_exp.data.stream import RowStream
 from specforge_exp.data.tokens import TokenSet
 from specforge_exp.errors import InputError
 from specforge_exp.interrupt import Interrupt
@@ -35,6 +37,7 @@ from specforge_exp.records import write_record
 from specforge_exp.sharding import gradient_of, is_sharded, whole
 from specforge_exp.training.batches import (
     Batch,
+    dealt,
     draw_of,
     lay_out,
     make_batch,
@@ -52,8 +55,9 @@ from specforge_exp.training.checkpoint import (
     take_snapshot,
 )
 from specforge_exp.training.features import in_order
-from specforge_exp.training.objective import Objective, Sample, samples_of
-from specforge_exp.training.progress import WindowLog, means, summary
+from specforge_exp.training.objective import Measure, Objective
+from specforge_exp.training.optimizer import make_optimizer, take_step
+from specforge_exp.training.progress import WindowLog
 from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.schedule import learning_rate
 from specforge_exp.training.speed import peak_flops
@@ -70,7 +74,8 @@ EVAL_TOKENS = 4096
 class Splits:
     """Training and held-out conversations."""
 
-    train: TokenSet
+    train: Any
+    """A TokenSet, or a RowStream, which has no end."""
     eval: TokenSet
 
 
@@ -88,17 +93,18 @@ def fit(
             not a number.
     """
     device, options, ranks = next(draft.parameters()).device, cfg.trainer, run.ranks
-    optimizer = torch.optim.AdamW(
-        draft.parameters(), lr=cfg.lr, weight_decay=options.weight_decay, fused=True
-    )
+    measure = objective.measure
+    optimizer = make_optimizer(cfg, draft, objective)
     window_log = WindowLog(device, peak_flops(device) * ranks.world)
-    start = resume(run, draft, optimizer, window_log) if options.resume else 0
+    start = resume(run, draft, optimizer, window_log, splits.train) if options.resume else 0
     total = total_steps(cfg, splits.train)
-    steps = range(start, total)
     tracker = open_tracker(cfg, run.folder, start) if ranks.rank == 0 else None
     evaluation: dict[str, float] = {}
     bar = tqdm(
-        watched(cfg, run, draft, windows(cfg, splits.train, objective, steps, ranks, device)),
+        watched(
+            cfg, run, draft,
+            windows(cfg, splits.train, objective, range(start, total), ranks, device),
+        ),
         initial=start, total=total, desc="train", unit="step",
         disable=None if ranks.rank == 0 else True,
     )  # fmt: skip
@@ -122,23 +128,23 @@ def fit(
             last, best = done == total, False
             if done % options.log_every == 0 or last:
                 metrics = {"step": done, "epoch": window.epoch, "lr": rate}
-                metrics |= {"grad_norm": grad_norm, **window_log.metrics(ranks)}
+                metrics |= {"grad_norm": grad_norm, **window_log.metrics(ranks, measure.means)}
                 metrics |= objective.features.measured(metrics["seconds"], ranks)
                 window_log = window_log.next()
-                shown = {"loss": metrics["loss"], "tau": metrics["simulated_length"]}
-                bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
+                show(bar, metrics, measure)
                 if tracker:
                     tracker.log(metrics)
             if done % options.eval_every == 0 or last:
                 evaluation = evaluate(cfg, draft, objective, splits.eval, run, done)
-                log.info("step %d: held out: %s", done, summary(evaluation))
+                log.info("step %d: held out: %s", done, measure.summary(evaluation))
                 if tracker:
                     tracker.log({"step": done, **{f"eval/{k}": v for k, v in evaluation.items()}})
-                best = options.keep_best and best_step(run.folder) in (None, done)
+                best = options.keep_best and best_step(run.folder, measure) in (None, done)
                 best = bool(ranks.gather(best)[0])
             if done % options.save_every == 0 or last or best or stop:
-                partial = window_log.state(ranks)
-                save(cfg, run, take_snapshot(done, draft, optimizer, partial, ranks.rank == 0))
+                partial = window_log.state(ranks) | position(splits.train, done)
+                snapshot = take_snapshot(done, draft, optimizer, partial, ranks.rank == 0)
+                save(cfg, run, snapshot, measure)
             if stop and not last:
                 log.info("train: stopped after step %d; run the same command to continue", done)
                 interrupt.reraise(signal.SIGTERM)
@@ -148,8 +154,24 @@ def fit(
     return evaluation or evaluate(cfg, draft, objective, splits.eval, run, total)
 
 
-def total_steps(cfg: Config, tokens: TokenSet) -> int:
+def show(bar: Any, metrics: dict[str, float], measure: Measure) -> None:
+    """Say how far training is, once per line of metrics."""
+    shown = {"loss": metrics["loss"], measure.short: metrics[measure.best]}
+    bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
+    if measure.line:
+        log.info("step %d: %s", metrics["step"], measure.line(metrics))
+
+
+def position(tokens: TokenSet | RowStream, step: int) -> dict[str, Tensor]:
+    """What a checkpoint keeps of where a stream is; a set of conversations needs nothing."""
+    return tokens.state(step) if isinstance(tokens, RowStream) else {}
+
+
+def total_steps(cfg: Config, tokens: TokenSet | RowStream) -> int:
     """Optimiser steps of the whole run."""
+    if isinstance(tokens, RowStream):
+        assert cfg.max_steps is not None, "a stream has no end"
+        return cfg.max_steps
     size = cfg.trainer.batch_size * cfg.trainer.accumulate
     whole = cfg.epochs * -(-len(tokens) // size)
     return min(whole, cfg.max_steps or whole)
@@ -157,7 +179,7 @@ def total_steps(cfg: Config, tokens: TokenSet) -> int:
 
 def windows(
     cfg: Config,
-    tokens: TokenSet,
+    tokens: TokenSet | RowStream,
     objective: Objective,
     steps: range,
     ranks: Ranks,
@@ -165,21 +187,38 @@ def windows(
 ) -> Iterator[Window]:
     """This process's part of the windows of these steps; states of later ones may be on their way
     meanwhile, also over the end of an epoch and while held-out conversations are evaluated."""
+    if isinstance(tokens, RowStream):
+        plans = streamed(cfg, tokens, steps, ranks, device)
+    else:
+        plans = planned(cfg, tokens, steps, ranks, device)
+    for window, states in in_order(objective.features, plans):
+        yield replace(window, samples=objective.prepare(window.batches, states))
+
+
+def streamed(
+    cfg: Config, tokens: RowStream, steps: range, ranks: Ranks, device: torch.device
+) -> Iterator[tuple[Window, list[Batch]]]:
+    """This process's part of the windows of a stream."""
+    for step, numbers, batches in dealt(cfg, tokens, steps, ranks, device):
+        yield Window(step, 0, numbers, batches, []), batches
+
+
+def planned(
+    cfg: Config, tokens: TokenSet, steps: range, ranks: Ranks, device: torch.device
+) -> Iterator[tuple[Window, list[Batch]]]:
+    """This process's part of the windows of a set, in the order of the seed."""
     lengths = tokens.lengths
     size = cfg.trainer.batch_size * cfg.trainer.accumulate
     per_epoch = -(-len(lengths) // size)
 
-    def plan(step: int) -> tuple[Window, list[Batch]]:
+    for step in steps:
         epoch, index = divmod(step, per_epoch)
         numbers = window_of(len(lengths), size, cfg.seed, epoch, index)
         mine = share(numbers, lengths, ranks.rank, ranks.world)
         parts = lay_out(mine, lengths, cfg.trainer)
         draw = draw_of(cfg.seed, epoch)
         batches = [make_batch(tokens, part, device, draw) for part in parts]
-        return Window(step, epoch, numbers, batches, []), batches
-
-    for window, states in in_order(objective.features, map(plan, steps)):
-        yield replace(window, samples=samples_of(window.batches, states))
+        yield Window(step, epoch, numbers, batches, []), batches
 
 
 def add_gradients(
@@ -195,7 +234,8 @@ def add_gradients(
     loss = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
     samples = [*window.samples, *idle(draft, objective, window.samples, ranks)]
     for number, sample in enumerate(samples, 1):
-        share_again(draft, number == len(samples))
+        if not objective.sparing:
+            share_again(draft, number == len(samples))
         outcome = objective.forward(sample, window_K)
         outcome.loss.backward()
         window_log.add(outcome, sum(sample.lengths))
@@ -206,8 +246,8 @@ def add_gradients(
 
 
 def idle(
-    draft: nn.Module, objective: Objective, samples: list[Sample], ranks: Ranks
-) -> list[Sample]:
+    draft: nn.Module, objective: Objective, samples: Sequence[Batch], ranks: Ranks
+) -> list[Batch]:
     """What a process runs while others run more: those that share the draft step together."""
     if not is_sharded(draft):
         return []
@@ -222,14 +262,6 @@ def share_again(draft: nn.Module, last: bool) -> None:
         draft.set_reshard_after_backward(last)
 
 
-def take_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Update the weights and clear the gradients."""
-    (group,) = optimizer.param_groups
-    group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
-
-
 def divisors(
     objective: Objective, batches: list[Batch], ranks: Ranks, device: torch.device
 ) -> Tensor:
@@ -242,17 +274,21 @@ def divisors(
     return window_K
 
 
-def save(cfg: Config, run: TrainingRun, snapshot: Snapshot) -> None:
+def save(cfg: Config, run: TrainingRun, snapshot: Snapshot, measure: Measure) -> None:
     """The first process writes a checkpoint and removes old ones; the others wait for it."""
     if run.ranks.rank == 0:
         save_checkpoint(run.folder, snapshot, run.fingerprint)
-        spared = best_step(run.folder) if cfg.trainer.keep_best else None
+        spared = best_step(run.folder, measure) if cfg.trainer.keep_best else None
         forget_old(run.folder, cfg.trainer.keep_last, spared)
     run.ranks.wait()
 
 
 def resume(
-    run: TrainingRun, draft: nn.Module, optimizer: torch.optim.Optimizer, window_log: WindowLog
+    run: TrainingRun,
+    draft: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    window_log: WindowLog,
+    tokens: TokenSet | RowStream,
 ) -> int:
     """Restore the newest checkpoint, if any; returns the steps already done."""
     checkpoint = newest_checkpoint(run.folder)
@@ -277,6 +313,8 @@ def resume(
         return 0
     restore(checkpoint, draft, optimizer)
     window_log.restore(checkpoint.partial, run.ranks.rank)
+    if isinstance(tokens, RowStream):
+        tokens.restore(checkpoint.partial)
     log.info("train: continuing after step %d", checkpoint.step)
     return checkpoint.step
 
@@ -305,8 +343,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and metrics over held-out conversations, with one normalisation over all of them.
 
-    What each conversation gave to the simulated accepted length goes to evaluation.json, in the
-    order of the file: intervals and comparisons between runs resample conversations.
+    What each conversation gave to the metric that counts goes to evaluation.json, in the order of
+    the file: intervals and comparisons between runs resample conversations.
     """
     device, ranks = next(draft.parameters()).device, run.ranks
     lengths = tokens.lengths
@@ -322,18 +360,19 @@ def evaluate(
     asked = in_order(objective.features, ((i, batches[i : i + 1]) for i in rounds))
     bar = tqdm(asked, total=len(rounds), desc="evaluate", unit="batch", disable=quiet, leave=False)
     for index, states in bar:
-        samples = samples_of(batches[index : index + 1], states)
+        samples = objective.prepare(batches[index : index + 1], states)
         for sample in [*samples, *idle(draft, objective, samples, ranks)]:
             outcome = objective.forward(sample, window_K)
             total.add(outcome, sum(sample.lengths))
             loss += outcome.loss.double()
-            if samples and outcome.lengths_B2 is not None:
-                by_number |= dict(zip(parts[index], outcome.lengths_B2.tolist(), strict=True))
+            if samples and outcome.pairs_B2 is not None:
+                by_number |= dict(zip(parts[index], outcome.pairs_B2.tolist(), strict=True))
     ranks.add_up(loss)
     everybodys = {n: pair for part in ranks.gather(by_number) for n, pair in part.items()}
+    pairs, measure = [everybodys[number] for number in sorted(everybodys)], objective.measure
     if ranks.rank == 0:
-        pairs = [everybodys[number] for number in sorted(everybodys)]
-        length, slots = [pair[0] for pair in pairs], [int(pair[1]) for pair in pairs]
-        content = {"step": step, "length": length, "slots": slots}
+        values = [pair[0] for pair in pairs], [int(pair[1]) for pair in pairs]
+        content = {"step": step, **dict(zip(measure.pair, values, strict=True))}
         write_record(run.folder / "evaluation.json", content)
-    return {"loss": float(loss), **means(total.everywhere(ranks).sums)}
+    metrics = measure.means(total.everywhere(ranks).sums)
+    return {"loss": float(loss), **metrics, **measure.intervals(pairs)}

@@ -1,10 +1,11 @@
-"""What the training loop and a draft's objective pass each other.
+"""What the training loop and an objective pass each other.
 
 Shape suffixes: T packed tokens, K steps, H hidden, A auxiliary states, B conversations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -40,11 +41,32 @@ class Outcome:
     """The loss of each step, not multiplied by ttt_decay**k; detached."""
     sums: dict[str, Tensor]
     """Sums over rows per step ([K], detached); divide by `rows` for a mean."""
-    lengths_B2: Tensor | None = None
-    """Without gradients: of each conversation the sum of the simulated accepted length over its
-    slots, and their number."""
+    pairs_B2: Tensor | None = None
+    """Without gradients: of each conversation the two numbers that `Measure.pair` names."""
     flops: float = 0.0
     """Needed floating-point operations of forward and backward."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What an objective reports, and which of its evaluations is the best."""
+
+    means: Callable[[dict[str, Tensor]], dict[str, float]]
+    """The sums of all outcomes -> metrics."""
+    summary: Callable[[dict[str, float]], str]
+    """One line of the metrics that matter."""
+    pair: tuple[str, str]
+    """In evaluation.json: what a conversation's sum, and its number of terms, are called."""
+    best: str
+    """The metric that evaluations are compared by."""
+    short: str
+    """Its name in the progress bar."""
+    line: Callable[[dict[str, float]], str] | None = None
+    """What is said of a line of metrics; None: nothing beyond the bar."""
+    larger: bool = True
+    """Whether more of it is better."""
+    intervals: Callable[[list[list[float]]], dict[str, float]] = lambda pairs: {}
+    """The conversations' pairs -> metrics of an evaluation that say how sure it is."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +75,21 @@ class Objective:
 
     steps: int
     """How many divisors a window has."""
+    measure: Measure
     features: Features
-    """Where the target's states come from."""
+    """Where what else is needed comes from, as a target's states."""
+    prepare: Callable[[list[Batch], States], Sequence[Batch]]
+    """Add it to batches."""
     denominators: Callable[[Batch], Tensor]
     """What a batch adds to the divisors of the window, [K]; known before any forward."""
-    idle: Sample
+    idle: Batch
     """A sample without loss and gradient."""
-    forward: Callable[[Sample, Tensor], Outcome]
-    """(sample, the window's divisors) -> a share of the window's loss, and sums."""
+    forward: Callable[[Any, Tensor], Outcome]
+    """(a prepared batch, the window's divisors) -> a share of the window's loss, and sums."""
+    sparing: bool = False
+    """Whether weights that processes share are let go after every forward, as of a large model;
+    false: kept in full for a window, as of a draft."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    decays_all: bool = True
+    """Whether the weight decay is for vectors (norms, biases) too."""

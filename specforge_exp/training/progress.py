@@ -1,16 +1,21 @@
 """Sums of what happened since the last line of metrics, over all processes."""
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from specforge_exp.training.objective import Outcome
+from specforge_exp.training.objective import Measure, Outcome
 from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.speed import peak_memory_mb
 
 PARTIAL = "log:"
 """Prefix of a half-finished log's tensors in a checkpoint."""
+
+
+Means = Callable[[dict[str, Tensor]], dict[str, float]]
+"""See `Measure.means`."""
 
 
 class WindowLog:
@@ -57,7 +62,7 @@ class WindowLog:
         total.loss, total.windows, total.started = self.loss, self.windows, self.started
         return total
 
-    def metrics(self, ranks: Ranks) -> dict[str, float]:
+    def metrics(self, ranks: Ranks, means: Means) -> dict[str, float]:
         """Means over what was taken; the loss is the mean of the windows'.
 
         tokens_per_s counts every token of the conversations, supervised_tokens_per_s the slots
@@ -120,3 +125,7 @@ def summary(metrics: dict[str, float]) -> str:
         f"loss {metrics['loss']:.4f}, simulated accepted length {metrics['simulated_length']:.3f}, "
         f"acceptance rate {metrics['alpha/0']:.3f}, top-1 {metrics['top1/0']:.3f}"
     )
+
+
+DRAFTS = Measure(means, summary, ("length", "slots"), "simulated_length", "tau")
+"""What every draft reports."""

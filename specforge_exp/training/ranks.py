@@ -124,17 +124,18 @@ def local_device(device: torch.device) -> torch.device:
     return device
 
 
-def launch(stage: Callable[[Config], Any], cfg: Config) -> Any:
+def launch(stage: Callable[[Config], Any], cfg: Config, *modules: str) -> Any:
     """Run a stage in `trainer.gpus` processes and return what the first of them returns.
 
-    They are started again `trainer.restarts` times when one of them dies; a refusal is final.
+    They have imported `modules` when they begin, and are started again `trainer.restarts` times
+    when one of them dies; a refusal is final.
 
     Raises:
         InputError: what a process refused, or that one of them died.
     """
     for left in range(cfg.trainer.restarts, -1, -1):
         try:
-            return attempt(stage, cfg)
+            return attempt(stage, cfg, *modules)
         except DeadProcess as death:
             if not left:
                 raise InputError(
@@ -149,7 +150,7 @@ class DeadProcess(Exception):
     """A process ended without a word that a user could act on."""
 
 
-def attempt(stage: Callable[[Config], Any], cfg: Config) -> Any:
+def attempt(stage: Callable[[Config], Any], cfg: Config, *modules: str) -> Any:
     """`launch`, once; raises DeadProcess when one of the processes dies."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -160,7 +161,7 @@ def attempt(stage: Callable[[Config], Any], cfg: Config) -> Any:
     # The launcher would open a TCP store on every interface; the processes meet in a file.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # They fork from a process that has imported the stage once, and no more than that.
-    multiprocessing.set_forkserver_preload([__name__, stage.__module__])
+    multiprocessing.set_forkserver_preload([__name__, *modules])
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     with tempfile.TemporaryDirectory() as folder:
         refusal = Path(folder) / "refusal"

@@ -16,6 +16,8 @@ from specforge_exp.errors import InputError
 from specforge_exp.records import metric_lines, write_whole
 from specforge_exp.training.checkpoint import METRICS, step_folder
 from specforge_exp.training.mirror import read_tracker
+from specforge_exp.training.objective import Measure
+from specforge_exp.training.progress import DRAFTS
 
 log = logging.getLogger(__name__)
 
@@ -130,9 +132,9 @@ def start_mirror(cfg: Config, run_dir: Path) -> "subprocess.Popen[bytes] | None"
         return None
 
 
-def best_step(folder: Path) -> int | None:
-    """The evaluated step with the longest simulated accepted length, from metrics.jsonl."""
-    lines = metric_lines(folder / METRICS)
-    evaluated = [line for line in lines if "eval/simulated_length" in line]
-    best = max(evaluated, key=lambda line: line["eval/simulated_length"], default=None)
+def best_step(folder: Path, measure: Measure = DRAFTS) -> int | None:
+    """The evaluated step that `measure` calls the best, from metrics.jsonl."""
+    key, sign = f"eval/{measure.best}", 1 if measure.larger else -1
+    evaluated = [line for line in metric_lines(folder / METRICS) if key in line]
+    best = max(evaluated, key=lambda line: sign * line[key], default=None)
     return int(best["step"]) if best else None

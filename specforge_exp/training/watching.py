@@ -5,7 +5,7 @@ neither. Off by default; no number depends on them.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from specforge_exp.artifacts import Fingerprint, disk_errors
 from specforge_exp.config import Config
 from specforge_exp.sharding import whole
 from specforge_exp.training.batches import Batch
-from specforge_exp.training.objective import Sample
 from specforge_exp.training.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ class Window:
     numbers: list[int]
     """The conversations of all processes."""
     batches: list[Batch]
-    samples: list[Sample]
+    samples: Sequence[Batch]
 
 
 def watched(

@@ -113,7 +113,7 @@ def test_gpus_of_each_stage(overrides: list[str], train: Any, one: Any) -> None:
     found = {stage: settings(stage, *overrides).gpu for stage in STAGES}
     assert found == {
         **dict.fromkeys(("prefetch", "prep", "regen", "preprocess", "export")),
-        "train": train, "bench": one,
+        **dict.fromkeys(("train", "pretrain", "sft"), train), "bench": one,
     }  # fmt: skip
 
 

@@ -144,8 +144,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
-def save(config: Any, folder: Path) -> Path:
-    """A model folder without a tokenizer: random weights of the configuration."""
+def build(config: Any) -> Any:
+    """Random weights of a configuration."""
     torch.manual_seed(0)
     try:
         model = tf.AutoModelForCausalLM.from_config(config)
@@ -158,7 +158,12 @@ def save(config: Any, folder: Path) -> Path:
                 weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
             elif name.endswith("bias"):
                 weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
-    model.save_pretrained(folder)
+    return model
+
+
+def save(config: Any, folder: Path) -> Path:
+    """A model folder without a tokenizer."""
+    build(config).save_pretrained(folder)
     return folder
 
 

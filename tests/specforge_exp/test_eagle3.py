@@ -109,7 +109,7 @@ def test_accepted_lengths_by_conversation(random_target: Target) -> None:
     each = [conversation(1), conversation(2, [0, 1, 1, 0]), conversation(3)]
     sample = packed(random_target, *each)
     with torch.no_grad():
-        found = outcome(draft, random_target, sample, divisors(sample)).lengths_B2
+        found = outcome(draft, random_target, sample, divisors(sample)).pairs_B2
         alone = [
             outcome(draft, random_target, one, divisors(one)).sums
             for one in (packed(random_target, part) for part in each)

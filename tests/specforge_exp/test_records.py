@@ -22,10 +22,10 @@ from specforge_exp.generation.plan import load_plan, make_plan, save_plan
 from specforge_exp.generation.store import journal_entries
 from specforge_exp.records import cut_tail, metric_lines, replacing, whole_lines, write_json
 from specforge_exp.report.table import written
-from specforge_exp.stages.train import logged_seconds
 from specforge_exp.training import mirror
 from specforge_exp.training.checkpoint import Snapshot, save_checkpoint
 from specforge_exp.training.feature_cache import write_shard
+from specforge_exp.training.running import logged_seconds
 from specforge_exp.training.tracking import best_step, open_tracker
 
 METRICS = [

@@ -1,4 +1,4 @@
-"""The nine scripts: one shape, quick answers, and what the command line adds to Hydra's own."""
+"""The eleven scripts: one shape, quick answers, and what the command line adds to Hydra's own."""
 
 import ast
 import os

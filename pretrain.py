@@ -1,0 +1,14 @@
+"""Train a causal language model on text."""
+
+from omegaconf import DictConfig
+
+from specforge_exp.cli import command, run
+
+
+@command
+def main(cfg: DictConfig) -> object:
+    return run("specforge_exp.stages.pretrain:pretrain", cfg)
+
+
+if __name__ == "__main__":
+    main()

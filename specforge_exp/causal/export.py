@@ -1,0 +1,70 @@
+"""A checkpoint as a plain Hugging Face folder, which everything else takes as model.path."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig
+
+from specforge_exp import paths
+from specforge_exp.artifacts import Fingerprint, read_record, sha256, writing
+from specforge_exp.causal.model import Causal, new_model
+from specforge_exp.causal.objective import CAUSAL
+from specforge_exp.config import Config
+from specforge_exp.errors import InputError
+from specforge_exp.target import DTYPES
+from specforge_exp.training.checkpoint import (
+    last_step,
+    read_checkpoint,
+    step_folder,
+    step_folders,
+)
+from specforge_exp.training.tracking import best_step
+
+log = logging.getLogger(__name__)
+
+
+def export_model(cfg: Config, stage: str) -> Path:
+    """Export the run's last step, its best one or export.step's; returns the folder.
+
+    Raises:
+        InputError: there is no such checkpoint.
+    """
+    run, folder, own = paths.run_dir(cfg), paths.export_dir(cfg), cfg.export
+    step = own.step or (best_step(run, CAUSAL) if own.best else last_step(run))
+    if not step_folders(run) and (folder / "run.json").exists():
+        return folder
+    if step is None or not step_folder(run, step).exists():
+        there = [int(path.name[5:]) for path in step_folders(run)]
+        raise InputError(
+            f"{stage}: {run} holds no checkpoint of step {step} to export; steps there: {there}"
+            + "; trainer.keep_best=true keeps the best one" * own.best
+        )
+    checkpoint = step_folder(run, step) / "draft.safetensors"
+    made_of = Fingerprint({"the checkpoint": sha256(checkpoint)}, {"export.dtype": own.dtype})
+    force = replace(cfg, export=replace(own, force=True))  # the run's last word is what counts
+    record = folder / "run.json"
+    if record.exists() and not made_of.changes(read_record(record)):
+        return folder
+    weights = read_checkpoint(step_folder(run, step)).draft
+    with writing(folder, made_of, force, "export", counts={"step": step}) as partial:
+        save_model(partial, cfg, weights, DTYPES[own.dtype])
+    log.info("%s: exported step %d: %s", stage, step, folder)
+    return folder
+
+
+def save_model(folder: Path, cfg: Config, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Write weights, rounded to `dtype`, with the configuration and tokenizer of model.path."""
+    path = cfg.model.path
+    causal = Causal(new_model(replace(cfg.model, init="random"), 0), cfg.causal)
+    causal.load_state_dict(weights)
+    model = causal.model
+    if model.can_generate():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path)
+        except OSError:  # it has none
+            log.debug("%s has no generation_config.json", path)
+    model.to(dtype).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path, trust_remote_code=False).save_pretrained(folder)

@@ -1,0 +1,200 @@
+"""A model of transformers as what the training loop trains: loaded, checked, laid on processes.
+
+Its weights stay fp32, its products run in `compute_dtype`. Nothing here knows a family: layers,
+head and scale are found as `target.anatomy` finds them, packing is measured.
+
+Shape suffixes: T packed tokens, N predicted rows, H hidden, V vocabulary, K divisors, B
+conversations.
+"""
+
+import logging
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import is_flash_attn_2_available
+
+from specforge_exp.causal import packing
+from specforge_exp.causal.head import Ending, NextToken, RowValues, next_token_loss
+from specforge_exp.config import ModelConfig
+from specforge_exp.config.causal import CausalConfig
+from specforge_exp.drafts.rows import number_in_each
+from specforge_exp.errors import InputError
+from specforge_exp.sharding import save_shared_once
+from specforge_exp.target.anatomy import find_layers
+from specforge_exp.target.files import not_loadable
+from specforge_exp.target.loading import check_weights, from_files
+from specforge_exp.training.batches import Batch, moved
+from specforge_exp.training.objective import Outcome
+
+log = logging.getLogger(__name__)
+
+
+class Causal(nn.Module):
+    """A causal language model and its next-token loss."""
+
+    def __init__(self, model: Any, cfg: CausalConfig) -> None:
+        super().__init__()
+        self.model, self.cfg = model, cfg
+        self.ending = Ending()
+        self.documents = False  # whether its attention is `packing.by_document`
+        self.compute_dtype = torch.float32
+        save_shared_once(self)
+
+    @cached_property
+    def decoder(self) -> Any:
+        """What turns tokens into states."""
+        return find_layers(self.model)[0]
+
+    @cached_property
+    def units(self) -> list[nn.Module]:
+        """Its layers: a sharding gathers each by itself."""
+        decoder, name = find_layers(self.model)
+        return list(getattr(decoder, name))
+
+    def take_attention(self, name: str) -> None:
+        """Use an attention that transformers or `packing` has by this name."""
+        packing.register()
+        self.model.set_attn_implementation(name)
+        self.documents = name in packing.NAMES.values()
+
+    def states(self, ids_T: Tensor, lengths: list[int]) -> Tensor:
+        """Post-norm last states of packed conversations, [T, H]."""
+        if self.cfg.packing:
+            return packing.last_states(self.decoder, ids_T, lengths, self.documents)
+        parts = [
+            packing.last_states(self.decoder, part, [len(part)], self.documents)
+            for part in ids_T.split(lengths)
+        ]
+        return torch.cat(parts)
+
+    def forward(self, batch: Batch, window_K: Tensor) -> tuple[Tensor, Outcome]:
+        """A share of the window's loss, as a tensor for the hooks of a sharding, and all of it.
+
+        Args:
+            batch: packed conversations.
+            window_K: the predicted tokens of the optimiser window.
+        """
+        device = batch.ids_T.device
+        at_N = moved(predicted(batch), device)
+        enabled = self.compute_dtype != torch.float32
+        with torch.autocast(device.type, self.compute_dtype, enabled=enabled):
+            states_TH = self.states(batch.ids_T, batch.lengths)
+        labels_N, z_loss = batch.ids_T[at_N + 1], self.cfg.z_loss
+        divisor = window_K[0].to(device).clamp(min=1)
+        head = self.model.get_output_embeddings()
+        loss, values = next_token_loss(
+            states_TH[at_N].to(self.compute_dtype), head.weight, getattr(head, "bias", None),
+            NextToken(labels_N, divisor, z_loss, self.ending),
+        )  # fmt: skip
+        pairs_B2 = None if torch.is_grad_enabled() else by_conversation(values, batch, z_loss)
+        sums = {name: getattr(values, f"{name}_N").sum()[None] for name in ("nll", "top1")}
+        sums["rows"] = torch.tensor([float(len(at_N))], device=device)
+        flops = needed_flops(self, batch.lengths, len(at_N))
+        return loss, Outcome(loss, loss.detach()[None], sums, pairs_B2, flops)
+
+
+def predicted(batch: Batch) -> Tensor:
+    """Positions whose next token is supervised and of the same conversation, on the CPU; [N]."""
+    counts_T = torch.zeros_like(batch.turns_T, dtype=torch.bool)
+    counts_T[:-1] = batch.turns_T[1:] > 0
+    counts_T[torch.tensor(batch.lengths).cumsum(0) - 1] = False
+    return counts_T.nonzero()[:, 0]
+
+
+def by_conversation(values: RowValues, batch: Batch, z_loss: float) -> Tensor:
+    """Of each conversation the sum of its losses and its predicted tokens; [B, 2] float64."""
+    at_N, lengths_B = predicted(batch), torch.tensor(batch.lengths)
+    loss_T = torch.zeros(len(batch.turns_T), dtype=torch.float64)
+    loss_T[at_N] = (values.nll_N + z_loss * values.squared_N).double().cpu()
+    counts_T = torch.zeros(len(loss_T), dtype=torch.long).index_fill_(0, at_N, 1)
+    sums_B = torch.stack([part.sum() for part in loss_T.split(batch.lengths)])
+    return torch.stack([sums_B, number_in_each(counts_T, lengths_B).double()], 1)
+
+
+def needed_flops(causal: Causal, lengths: list[int], rows: int) -> float:
+    """FLOP of forward and backward: 6 per weight and use, of experts as many as a token visits;
+    scores and their sums for the pairs that the causal mask leaves, within a layer's window.
+    Nothing for what is computed twice.
+    """
+    config = causal.model.config.get_text_config()
+    visits = getattr(config, "num_experts_per_tok", None)
+    layers = 0.0
+    for unit in causal.units:
+        for weight in unit.parameters():
+            share = visits / len(weight) if weight.dim() == 3 and visits else 1.0
+            layers += weight.numel() * share if weight.dim() > 1 else 0
+    head: int = causal.model.get_output_embeddings().weight.numel()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(causal.units)
+    window = getattr(config, "sliding_window", None) or max(lengths)
+    pairs = 0.0
+    for kind in kinds:
+        width = window if kind == "sliding_attention" else max(lengths)
+        pairs += sum(n * min(n, width) - min(n, width) ** 2 / 2 for n in lengths)
+    attention: float = 12.0 * pairs * config.num_attention_heads * size
+    return 6.0 * (layers * sum(lengths) + head * rows) + attention
+
+
+def new_model(cfg: ModelConfig, seed: int) -> Any:
+    """From its weights, or, with model.init=random, from its configuration alone; fp32."""
+    if cfg.init == "weights":
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        model, report = from_files(cfg, torch.device("cpu"), options)
+        check_weights(cfg, report)
+        return model
+    torch.manual_seed(seed)
+    try:
+        config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise InputError(not_loadable(cfg, error)) from None
+
+
+def without_dropout(model: nn.Module) -> None:
+    """A step's numbers follow from its tokens alone."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def patch(model: Any, wanted: str) -> None:
+    """Liger's kernels in place of the model's norms and feed-forward blocks, where installed."""
+    if find_spec("liger_kernel") is None:
+        if wanted == "on":
+            raise InputError("causal.liger=on needs: pip install 'specforge-exp[liger]'")
+        log.info("Liger kernels are not installed (extra liger); the model runs its own")
+        return
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model=model)
+    log.info("Liger kernels are used where they know the parts of %s", model.config.model_type)
+
+
+def choose_attention(model: Any, decoder: Any, cfg: CausalConfig, device: torch.device) -> str:
+    """The attention that a model gets.
+
+    Raises:
+        InputError: packed conversations see each other with every attention that may be used.
+    """
+    packing.register()
+    own: str = model.config.get_text_config()._attn_implementation
+    if cfg.attention == "auto" and device.type == "cuda" and is_flash_attn_2_available():
+        return "flash_attention_2"
+    mine = packing.NAMES.get(own, own)
+    several = [mine, own] if cfg.packing else [own]
+    names = {"auto": several, "documents": [mine]}.get(cfg.attention, [cfg.attention])
+    for name in names:
+        model.set_attn_implementation(name)
+        if not cfg.packing or packing.follows(model, decoder, name != own and name == mine):
+            return name
+    raise InputError(
+        f"{model.config.model_type} does not keep packed conversations apart (attention: "
+        f"{', '.join(names)}); causal.packing=false runs them one by one"
+    )

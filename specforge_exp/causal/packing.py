@@ -1,0 +1,102 @@
+"""Conversations one after the other in one forward: each sees itself alone, from position 0.
+
+transformers masks what lies between packed sequences when positions begin again, at the price of
+scores between all tokens. `by_document` calls its attention once for each conversation instead:
+SDPA, without a mask where no window is shorter than what is packed, or the model's own `eager`.
+
+Whether a model keeps packed conversations apart is measured, not looked up: see `follows`.
+
+Shape suffixes: B batch, T packed tokens, S heads, E size of a head, H hidden.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAMES = {"sdpa": "documents", "eager": "documents_eager"}
+"""Our attentions, by the one of transformers that they call for each conversation."""
+LENGTHS = [5, 1, 9, 3]
+"""Of the conversations that `follows` packs."""
+TOLERANCE = 1e-4
+
+
+def by_document(
+    module: Any, query_BSTE: Tensor, key_BSTE: Tensor, value_BSTE: Tensor, mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention within each of `documents`, lengths that the forward was given; [B, T, S, E]."""
+    lengths = options.pop("documents", None)
+    attend = sdpa_attention_forward
+    if module.config._attn_implementation == NAMES["eager"]:  # with what only this model has
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+    if lengths is None:  # a text by itself, maybe behind a cache
+        return attend(module, query_BSTE, key_BSTE, value_BSTE, mask, **options)[0], None
+    parts, start = [], 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        own = None if mask is None else mask[..., rows, rows]
+        qkv = (x[:, :, rows] for x in (query_BSTE, key_BSTE, value_BSTE))
+        parts.append(attend(module, *qkv, own, **options)[0])
+        start += length
+    return torch.cat(parts, 1), None
+
+
+def mask_of_windows(*args: Any, **options: Any) -> Tensor | None:
+    """A mask for layers with a window that is shorter than what is packed; else None."""
+    window = options.get("local_size")
+    plain = not options.get("use_vmap") and options.get("attention_mask") is None
+    if (
+        plain
+        and options["q_length"] == options["kv_length"]
+        and (window is None or options["q_length"] <= window)
+    ):
+        return None
+    mask: Tensor | None = sdpa_mask(*args, **options)
+    return mask
+
+
+def register() -> None:
+    """Make the attentions known to transformers."""
+    for name, mask in zip(NAMES.values(), (mask_of_windows, eager_mask), strict=True):
+        ALL_ATTENTION_FUNCTIONS.register(name, by_document)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
+
+
+def last_states(decoder: Any, ids_T: Tensor, lengths: list[int], documents: bool) -> Tensor:
+    """Post-norm last states [T, H] of packed conversations.
+
+    Args:
+        decoder: what turns tokens into states.
+        ids_T: their tokens.
+        lengths: of each.
+        documents: whether the model's attention is `by_document`.
+    """
+    positions = [torch.arange(length) for length in lengths]
+    more = {"documents": lengths} if documents else {}
+    out = decoder(
+        ids_T[None], position_ids=torch.cat(positions)[None].to(ids_T.device), use_cache=False,
+        **more,
+    )  # fmt: skip
+    states_TH: Tensor = out.last_hidden_state[0]
+    return states_TH
+
+
+@torch.no_grad()
+def follows(model: Any, decoder: Any, documents: bool) -> bool:
+    """Whether packed conversations give the states that they give one by one."""
+    size = model.config.get_text_config().vocab_size
+    ids_T = torch.arange(7, 7 + sum(LENGTHS), device=model.device) * 31 % size
+    try:
+        packed_TH = last_states(decoder, ids_T, LENGTHS, documents)
+        alone = [
+            last_states(decoder, part, [len(part)], documents) for part in ids_T.split(LENGTHS)
+        ]
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False
+    difference = (packed_TH - torch.cat(alone)).norm() / packed_TH.norm()
+    return bool(difference <= TOLERANCE)

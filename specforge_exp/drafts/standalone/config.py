@@ -1,0 +1,48 @@
+"""The options of a stand-alone draft."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from specforge_exp.config.checks import at_least, one_of
+from specforge_exp.config.choices import DraftConfig
+from specforge_exp.errors import InputError
+
+
+@dataclass
+class StandaloneConfig(DraftConfig):
+    """Which small model it is."""
+
+    steps_option: ClassVar[str] = "horizon"
+    quiet: ClassVar[tuple[str, ...]] = ("draft_vocab_size",)
+
+    _target_: str = "specforge_exp.drafts.standalone.Standalone"
+    """Dotted path of the draft's class."""
+    path: str | None = None
+    """Hub id or folder of a causal model with the target's tokenizer; null: the shape of the target
+    itself, changed by `config`."""
+    init: str = "weights"
+    """weights: those of `path`; random: its configuration alone."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """init=random: entries of the configuration that differ, e.g. num_hidden_layers: 4."""
+    horizon: int = 7
+    """Tokens after a slot that the simulated accepted length looks at."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("draft.horizon", self.horizon, 1)
+        one_of("draft.init", self.init, ("weights", "random"))
+        if self.init == "weights" and (self.path is None or self.config):
+            raise InputError(
+                "draft.init=weights needs draft.path=<folder or hub id> and no draft.config; a new "
+                "draft is draft.init=random with draft.config='{num_hidden_layers: 4}'"
+            )
+
+    @property
+    def steps(self) -> int:
+        """One: every position is trained on its next token."""
+        return 1
+
+    @property
+    def features(self) -> int:
+        """None: it reads tokens."""
+        return 0

@@ -1,0 +1,262 @@
+"""Any causal language model with the target's tokenizer as a draft (SGLang: STANDALONE, vLLM:
+draft_model), distilled on the target's distributions over its own answers (DistillSpec, arXiv
+2310.08461).
+
+A row is a position p whose token and next token belong to one assistant turn; the draft's state
+there is compared with the target's. What the draft sees at p + k is what it sees when its k tokens
+stood, so products of acceptance rates along a turn are exactly those of serving.
+
+Shape suffixes: T packed tokens, H hidden, K horizon, R rows, D draft vocabulary, V target
+vocabulary.
+"""
+
+import copy
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from specforge_exp.causal.head import Ending
+from specforge_exp.causal.model import (
+    Causal,
+    choose_attention,
+    needed_flops,
+    new_model,
+    without_dropout,
+)
+from specforge_exp.config import ModelConfig
+from specforge_exp.config.causal import CausalConfig
+from specforge_exp.drafts.draft import Draft
+from specforge_exp.drafts.eagle3.chains import turn_masks
+from specforge_exp.drafts.head_loss import Heads, head_and_loss
+from specforge_exp.drafts.outcome import RowSums
+from specforge_exp.drafts.rows import Chains, document_bounds
+from specforge_exp.drafts.standalone.config import StandaloneConfig
+from specforge_exp.drafts.standalone.decoder import StandaloneDecoder
+from specforge_exp.drafts.weighting import weighted
+from specforge_exp.errors import InputError
+from specforge_exp.losses import Loss
+from specforge_exp.target import Head, Target
+from specforge_exp.target.anatomy import read_end
+from specforge_exp.training.batches import Batch
+from specforge_exp.training.objective import Outcome, Sample
+
+log = logging.getLogger(__name__)
+
+
+class NormedAlready:
+    """In the place of a draft's norm: a model's last states come out normed."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As it is."""
+        return x
+
+    def backward(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """As it is."""
+        return gradient
+
+
+class Standalone(Draft[StandaloneConfig]):
+    """A small model that drafts by itself."""
+
+    draft_ids_D: Tensor
+
+    def __init__(self, model: Any, target: Target) -> None:
+        super().__init__()
+        model.requires_grad_(True)
+        without_dropout(model)
+        self.causal = Causal(model, CausalConfig())
+        rows, known = len(model.get_output_embeddings().weight), len(target.head_weight_VH)
+        if rows > known:
+            raise InputError(
+                f"the draft has {rows} tokens, the target {known}: it must have the target's "
+                "tokenizer, and no more rows in its head"
+            )
+        self.register_buffer("draft_ids_D", torch.arange(rows), persistent=False)
+
+    @property
+    def model(self) -> Any:
+        """The model as transformers has it."""
+        return self.causal.model
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """Its layers."""
+        return self.causal.units
+
+    @classmethod
+    def new(
+        cls, target: Target, cfg: StandaloneConfig, mapping: dict[str, Tensor], seed: int
+    ) -> Self:
+        """The model of `draft.path`, or a fresh one; fp32.
+
+        Raises:
+            InputError: it cannot be loaded, has another tokenizer, or a head that is more than
+                products.
+        """
+        if cfg.path is not None:
+            same_tokens(cfg.path, target.model.config._name_or_path)
+        draft = cls(small_model(target, cfg, seed), target)
+        return draft.checked()
+
+    @classmethod
+    def restored(cls, target: Target, cfg: StandaloneConfig, tensors: dict[str, Tensor]) -> Self:
+        """The draft of a checkpoint."""
+        draft = cls(small_model(target, replace_init(cfg), 0), target).checked()
+        draft.load_state_dict(tensors)
+        return draft
+
+    def checked(self) -> Self:
+        """Choose its attention; refuse what cannot be compared row by row or packed."""
+        causal = self.causal
+        if next(self.parameters()).is_meta:  # a process that is dealt its weights: as the first
+            causal.take_attention(causal.model.config.get_text_config()._attn_implementation)
+            return self
+        _, head = read_end(self.model, causal.decoder)
+        if Ending(head.scale, head.softcap) != Ending() or head.bias_V is not None:
+            kind = self.model.config.model_type
+            raise InputError(
+                f"a model of {kind} cannot be a stand-alone draft: its head scales, caps or adds"
+            )
+        causal.take_attention(
+            choose_attention(self.model, causal.decoder, causal.cfg, torch.device("cpu"))
+        )
+        return self
+
+    @staticmethod
+    def target_layers(cfg: StandaloneConfig, layers: int) -> list[int]:
+        """None: it reads tokens."""
+        return []
+
+    @staticmethod
+    def sglang_options(chain_length: int) -> dict[str, Any]:
+        """SGLang's options for chains of this length; the folder of the draft comes to them."""
+        return {
+            "speculative_algorithm": "STANDALONE", "speculative_num_steps": chain_length,
+            "speculative_eagle_topk": 1, "speculative_num_draft_tokens": chain_length + 1,
+        }  # fmt: skip
+
+    @classmethod
+    def load(cls, folder: Path, target: Target) -> Self:
+        """A draft from an exported folder, in fp32, checked against its target."""
+        same_tokens(str(folder), target.model.config._name_or_path)
+        draft = cls(new_model(ModelConfig("draft", str(folder)), 0), target).checked()
+        draft.model.eval()
+        return draft
+
+    def write(self, folder: Path, target: Target, target_path: str, dtype: torch.dtype) -> None:
+        """Write a plain Hugging Face folder, with the target's tokenizer."""
+        model = copy.deepcopy(self.model)
+        model.set_attn_implementation(target.text._attn_implementation)
+        model.config.use_cache = True
+        model.to(dtype).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(target_path, trust_remote_code=False).save_pretrained(folder)
+
+    def decoder(self) -> StandaloneDecoder:
+        """A decoder for one request."""
+        return StandaloneDecoder(self.model, self.draft_ids_D)
+
+    def denominators(self, cfg: StandaloneConfig, batch: Batch) -> Tensor:
+        """Rows of a batch, [1]."""
+        return torch.tensor([float(chains_of(batch).counts[0])], dtype=torch.float64)
+
+    def objective(
+        self, sample: Sample, target_head: Head, loss: Loss, cfg: StandaloneConfig, window_K: Tensor
+    ) -> Outcome:
+        """Compare it with the target at every row; as `Draft.objective`."""
+        causal, device = self.causal, sample.ids_T.device
+        self.model.train()
+        if self.gradient_checkpointing and not self.model.is_gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        chains = chains_of(sample)
+        enabled = self.compute_dtype != torch.float32
+        with torch.autocast(device.type, self.compute_dtype, enabled=enabled):
+            states_TH = causal.states(sample.ids_T, sample.lengths).to(self.compute_dtype)
+        next_T = sample.ids_T.roll(-1).clamp(max=len(self.draft_ids_D) - 1)
+        norm: Any = NormedAlready()
+        heads = Heads(
+            norm, self.model.get_output_embeddings().weight, self.draft_ids_D, target_head,
+            sample.last_TH, next_T, self.host_ids_D,
+        )  # fmt: skip
+        scale_K = (1 / window_K.to(device).clamp(min=1)).float()
+        outcome = head_and_loss(
+            chains, [states_TH[chains.slot_R.to(device) + 1]], heads,
+            weighted(loss, scale_K, torch.ones_like(scale_K)),
+            lambda sums: along_turns(sums, chains, cfg.horizon),
+        )  # fmt: skip
+        return replace(outcome, flops=outcome.flops + needed_flops(causal, sample.lengths, 0))
+
+    @torch.no_grad()
+    def all_logits(self, cfg: StandaloneConfig, ids_1T: Tensor, aux_1TA: Tensor) -> Tensor:
+        """Logits of every position, fp32, for comparisons."""
+        states_TH = self.causal.states(ids_1T[0], [ids_1T.shape[1]])
+        return F.linear(states_TH, self.model.get_output_embeddings().weight).float()
+
+
+def replace_init(cfg: StandaloneConfig) -> StandaloneConfig:
+    """The same shape, without its weights."""
+    return replace(cfg, init="random")
+
+
+def small_model(target: Target, cfg: StandaloneConfig, seed: int) -> Any:
+    """The draft's model, fp32; InputError when it cannot be made."""
+    if cfg.path is not None and not cfg.config:
+        return new_model(ModelConfig("draft", cfg.path, init=cfg.init), seed)
+    source = target.text
+    if cfg.path is not None:
+        source = new_model(ModelConfig("draft", cfg.path, init="random"), seed).config
+    config = copy.deepcopy(source)
+    unknown = [key for key in cfg.config if not hasattr(config, key)]
+    if unknown:
+        raise InputError(f"draft.config: {', '.join(unknown)} is not in a {config.model_type}'s")
+    for key, value in cfg.config.items():
+        setattr(config, key, value)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    torch.manual_seed(seed)
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"draft.config={cfg.config} makes no model: {error}") from None
+
+
+def same_tokens(path: str, target_path: str) -> None:
+    """Refuse a draft with another tokenizer, as far as both have one."""
+    try:
+        own, targets = (
+            AutoTokenizer.from_pretrained(p, trust_remote_code=False).get_vocab()
+            for p in (path, target_path)
+        )
+    except (OSError, ValueError):
+        log.warning("%s and %s: their tokenizers cannot be compared", path, target_path)
+        return
+    if own != targets:
+        other = next(t for t in {**targets, **own} if own.get(t) != targets.get(t))
+        raise InputError(
+            f"draft.path={path} has another tokenizer than the target (as in {other!r}); a "
+            "stand-alone draft must have the target's"
+        )
+
+
+def chains_of(batch: Batch) -> Chains:
+    """Slots before the positions whose token and next token belong to one assistant turn."""
+    start_T, end_T = document_bounds(batch.lengths, batch.turns_T.device)
+    (mask_T,) = turn_masks("inference", batch.turns_T, end_T, 1)
+    slot_R = mask_T.nonzero()[:, 0]
+    rows = [torch.ones(len(slot_R), dtype=torch.bool)]
+    return Chains(start_T, end_T, batch.lengths, slot_R, [len(slot_R)], rows)
+
+
+def along_turns(sums: RowSums, chains: Chains, horizon: int) -> RowSums:
+    """Acceptance rates of `horizon` positions in a row, from every slot on, [K, R] each."""
+    device, size = sums.alpha_KR.device, len(chains.end_T) + horizon
+    alpha_T, counted_T = torch.zeros(size, device=device), torch.zeros(size, device=device).bool()
+    slot_R = chains.slot_R.to(device)
+    alpha_T[slot_R], counted_T[slot_R] = sums.alpha_KR[0], sums.counted_KR[0]
+    at_KR = slot_R + torch.arange(horizon, device=device)[:, None]
+    return RowSums(alpha_T[at_KR], counted_T[at_KR])

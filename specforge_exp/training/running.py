@@ -1,0 +1,149 @@
+"""What every training has around its loop: its processes, whether it is to be made, its record."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specforge_exp import paths
+from specforge_exp.artifacts import contents, describe, read_record, reusable
+from specforge_exp.config import Config
+from specforge_exp.config.checks import shared_evenly
+from specforge_exp.errors import InputError
+from specforge_exp.lease import lease
+from specforge_exp.records import metric_lines, write_record
+from specforge_exp.target import check_gpus, set_up_torch, take_what_is_there
+from specforge_exp.training.checkpoint import (
+    OVER,
+    check_step,
+    last_step,
+    step_folder,
+    step_folders,
+)
+from specforge_exp.training.loop import TrainingRun
+from specforge_exp.training.ranks import (
+    Ranks,
+    by_torchrun,
+    join,
+    launch,
+    local_device,
+    started,
+)
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+Begin = Callable[[Config, int], Record | None]
+"""(configuration, processes) -> the record of a complete run; None: it is to be made."""
+Here = Callable[[Config, torch.device, Ranks], Record]
+"""This process's part of a training, and the record."""
+
+
+def in_processes(
+    stage: str,
+    cfg: Config,
+    begin: Begin,
+    here: Here,
+    workers: Callable[[Config], AbstractContextManager[Any]] | None = None,
+) -> Record:
+    """Run a training, in `trainer.gpus` processes or in torchrun's; its record.
+
+    Args:
+        stage: its name.
+        cfg: the configuration.
+        begin: what is settled before.
+        here: a process's part.
+        workers: what the processes share, entered before they are started; None: nothing.
+    """
+    cfg = take_what_is_there(cfg)
+    check_gpus(cfg, stage, 1 if started() else int(cfg.trainer.gpus))
+    if not started() and (record := begin(cfg, 1)):
+        return record
+    apart = workers is not None or cfg.trainer.restarts or int(cfg.trainer.gpus) > 1
+    if apart and not started():
+        with workers(cfg) if workers else nullcontext():
+            launched: Record = launch(partial(in_this_process, begin, here), cfg, here.__module__)
+        return launched
+    return in_this_process(begin, here, cfg)
+
+
+def in_this_process(begin: Begin, here: Here, cfg: Config) -> Record:
+    """As `in_processes`, of one of them."""
+    device = local_device(set_up_torch(cfg))
+    ranks = join(device)
+    if by_torchrun() and (record := ranks.decided(partial(begin, cfg, ranks.world))):
+        return record
+    with nullcontext() if ranks.rank else lease(paths.run_dir(cfg)):
+        return here(cfg, device, ranks)
+
+
+def settled(cfg: Config, stage: str, run: TrainingRun) -> Record | None:
+    """The record of a complete run; None: it is to be made, or made again.
+
+    Raises:
+        InputError: so many processes cannot share a step, or the run is complete and was made of
+            something else.
+    """
+    shared_evenly(cfg.trainer.batch_size, run.ranks.world, "WORLD_SIZE")
+    if not cfg.trainer.resume:
+        with lease(run.folder):
+            start_over(run.folder)
+    record = run.folder / "run.json"
+    if reusable(record, run.fingerprint, False, stage, OVER) and not torn(run.folder):
+        return read_record(record)
+    return None
+
+
+def torn(folder: Path) -> bool:
+    """Whether a complete run has checkpoints, but its last one is damaged or gone: then it is
+    complete no more, and continues from the one before.
+
+    One without any stays complete: it was pulled without them, or they were removed.
+    """
+    step = last_step(folder)
+    if step is None or not step_folders(folder):
+        return False
+    try:
+        check_step(step_folder(folder, step))
+    except InputError as error:
+        log.warning("train: %s, as is done now", error)
+        with lease(folder):
+            (folder / "run.json").unlink()
+        return True
+    return False
+
+
+def start_over(folder: Path) -> None:
+    """Forget a run's record, numbers and checkpoints, the record first."""
+    for name in ("run.json", "evaluation.json", "metrics.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for checkpoint in step_folders(folder):
+        shutil.rmtree(checkpoint)
+
+
+def ended(cfg: Config, run: TrainingRun, evaluation: dict[str, float], **more: Any) -> Record:
+    """The record of a run that has come to its end, which the first process writes."""
+    run.ranks.wait()
+    record = describe(cfg, run.fingerprint.inputs, run.fingerprint.settings)
+    seconds = round(logged_seconds(run.folder), 1)
+    record |= {"seconds": seconds, "processes": run.ranks.world, "evaluation": evaluation, **more}
+    if run.ranks.rank == 0:
+        record["files"] = contents(run.folder, ["metrics.jsonl", "evaluation.json"])
+        write_record(run.folder / "run.json", record)
+    return record
+
+
+def logged_seconds(folder: Path) -> float:
+    """Seconds of training by metrics.jsonl, over all attempts; 0 where another machine wrote it."""
+    lines = metric_lines(folder / "metrics.jsonl")
+    return float(sum(line.get("seconds") or 0.0 for line in lines))
+
+
+def count(module: torch.nn.Module) -> int:
+    """Trained parameters."""
+    return sum(weight.numel() for weight in module.parameters())

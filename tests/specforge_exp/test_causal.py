@@ -1,0 +1,156 @@
+"""The next-token objective: transformers' own loss and gradients, packed or not, in any layout."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_target
+from families import FAMILIES, VOCABULARY, build
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from specforge_exp.causal import head as head_module
+from specforge_exp.causal.head import Ending, NextToken, next_token_loss
+from specforge_exp.causal.model import Causal, choose_attention, without_dropout
+from specforge_exp.causal.objective import CAUSAL, causal_lm
+from specforge_exp.config.causal import CausalConfig
+from specforge_exp.errors import InputError
+from specforge_exp.target.anatomy import read_end
+from specforge_exp.training.batches import Batch
+
+CPU = torch.device("cpu")
+LENGTHS = [40, 7, 1, 25, 60]
+EPSILON = 1e-5
+
+
+def batch(vocabulary: int, lengths: list[int] = LENGTHS) -> Batch:
+    """Random tokens, two turns in each conversation that has room for them."""
+    torch.manual_seed(1)
+    turns = []
+    for length in lengths:
+        turns_T = torch.zeros(length, dtype=torch.long)
+        turns_T[2:5], turns_T[length // 2 :] = 1, 2
+        turns.append(turns_T)
+    ids_T = torch.randint(0, vocabulary, (sum(lengths),))
+    return Batch(ids_T, torch.cat(turns), list(range(len(lengths))), lengths, 0)
+
+
+def causal(model: Any, **options: Any) -> Causal:
+    """The model in training, as `training.load_causal` makes it."""
+    model.requires_grad_(True)
+    without_dropout(model)
+    made = Causal(model, CausalConfig(**options))
+    head = read_end(model, made.decoder)[1]
+    made.ending = Ending(head.scale, head.softcap)
+    made.take_attention(choose_attention(model, made.decoder, made.cfg, CPU))
+    return made
+
+
+def gradients(module: Any) -> dict[str, Tensor]:
+    return {name: weight.grad.clone() for name, weight in module.named_parameters()}
+
+
+def ours(made: Causal, packed: Batch) -> tuple[float, dict[str, Tensor]]:
+    made.zero_grad()
+    objective = causal_lm(made, CPU)
+    outcome = objective.forward(packed, objective.denominators(packed))
+    outcome.loss.backward()
+    return outcome.loss.item(), gradients(made.model)
+
+
+def theirs(model: Any, packed: Batch) -> tuple[float, dict[str, Tensor]]:
+    """`labels=`, one conversation at a time, averaged over all predicted tokens."""
+    model.zero_grad()
+    ids, turns = packed.ids_T.split(packed.lengths), packed.turns_T.split(packed.lengths)
+    labels = [torch.where(t > 0, i, -100) for i, t in zip(ids, turns, strict=True)]
+    count = sum(int((label_T[1:] >= 0).sum()) for label_T in labels)
+    total = 0.0
+    for ids_T, label_T in zip(ids, labels, strict=True):
+        if bool((label_T[1:] >= 0).any()):
+            options = {"use_cache": False, "num_items_in_batch": count}
+            out = model(ids_T[None], labels=label_T[None], **options)
+            out.loss.backward()
+            total += out.loss.item()
+    return total, gradients(model)
+
+
+def assert_alike(ours: tuple[float, dict], theirs: tuple[float, dict]) -> None:
+    assert ours[0] == pytest.approx(theirs[0], rel=EPSILON)
+    norm = math.sqrt(sum(float(g.square().sum()) for g in theirs[1].values()))
+    apart = math.sqrt(sum(float((ours[1][n] - g).square().sum()) for n, g in theirs[1].items()))
+    assert set(ours[1]) == set(theirs[1]) and apart <= EPSILON * norm
+
+
+PLAIN = ["Qwen3", "Gemma 2", "Cohere 2", "Granite 3", "gpt-oss", "GPT-NeoX", "Phi-4-mini"]
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_loss_and_gradients_are_those_of_labels(family: str) -> None:
+    """Soft caps, scales, biases, sinks and windows included."""
+    model = build(FAMILIES[family]())
+    packed = batch(VOCABULARY)
+    expected = theirs(model.requires_grad_(True), packed)
+    assert_alike(ours(causal(model), packed), expected)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_packed_is_unpacked_or_refused(family: str) -> None:
+    """Conversations longer than the families' windows, too."""
+    model, packed = build(FAMILIES[family]()), batch(VOCABULARY)
+    refused = family in ("Qwen3-Next", "MiniMax", "Falcon")
+    if refused:
+        with pytest.raises(InputError, match="does not keep packed conversations apart"):
+            causal(model)
+        expected = theirs(model.requires_grad_(True), packed)
+        assert_alike(ours(causal(model, packing=False), packed), expected)
+        return
+    made = causal(model)
+    with torch.no_grad():
+        states_TH = made.states(packed.ids_T, packed.lengths)
+        alone = [made.states(part, [len(part)]) for part in packed.ids_T.split(packed.lengths)]
+    assert float((states_TH - torch.cat(alone)).norm() / states_TH.norm()) <= EPSILON
+
+
+@pytest.mark.parametrize("ending", [Ending(), Ending(0.5, 3.0)])
+def test_the_head_is_what_autograd_finds(ending: Ending, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks and blocks, a bias, the z-loss."""
+    for name, size in (("LOGITS", 64), ("BLOCK", 24)):
+        monkeypatch.setitem(getattr(head_module, name), "cpu", size)
+    torch.manual_seed(0)
+    tensors = [torch.randn(*shape, requires_grad=True) for shape in ((10, 6), (12, 6), (12,))]
+    labels_N, divisor = torch.randint(0, 12, (10,)), torch.tensor(7.0)
+    loss, values = next_token_loss(*tensors, NextToken(labels_N, divisor, 0.1, ending))
+    found = torch.autograd.grad(2 * loss, tensors)
+    state_NH, weight_VH, bias_V = tensors
+    logits_NV = ending.logits(state_NH @ weight_VH.T + bias_V)
+    log_z_N = logits_NV.logsumexp(-1)
+    nll_N = torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
+    expected = (nll_N + 0.1 * log_z_N**2).sum() / divisor
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(values.nll_N, nll_N)
+    assert values.top1_N.tolist() == (logits_NV.argmax(-1) == labels_N).float().tolist()
+    for ours, theirs in zip(found, torch.autograd.grad(2 * expected, tensors), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_mfu_counts_the_products_and_half_of_attention() -> None:
+    """torch counts the products; the causal mask leaves half of the scores, n^2 / 2."""
+    model = small_target(vocabulary=320, hidden=64).model
+    made = causal(model)
+    packed = Batch(torch.arange(48) % 320, torch.ones(48, dtype=torch.long), [0], [48], 0)
+    objective = causal_lm(made, CPU)
+    with FlopCounterMode(display=False) as counter:
+        outcome = objective.forward(packed, objective.denominators(packed))
+        outcome.loss.backward()
+    config = model.config
+    scores = 12 * 48**2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    added_in_place = 2 * 47 * model.lm_head.weight.numel()  # torch's counter leaves it out
+    assert outcome.flops == pytest.approx(counter.get_total_flops() + added_in_place + scores / 2)
+
+
+def test_the_interval_is_of_conversations() -> None:
+    pairs = [[float(n % 3), 2.0] for n in range(60)]
+    found = CAUSAL.intervals(pairs)
+    assert 0.3 < found["loss_low"] < 0.5 < found["loss_high"] < 0.7
+    assert CAUSAL.intervals(pairs) == found and CAUSAL.intervals(pairs[:1]) == {}

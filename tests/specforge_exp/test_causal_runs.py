@@ -1,0 +1,164 @@
+"""pretrain and sft as commands: killed anywhere, on any layout, and exported as a plain model."""
+
+import json
+import os
+import random
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY, make_config
+from test_resume import finish, lines, losses, start, wait_for_step
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from specforge_exp.config import Config
+
+STEPS = 16
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Token shards of the synthetic corpus with its own answers."""
+    from specforge_exp.stages.prep import prep
+    from specforge_exp.stages.preprocess import preprocess
+
+    cfg = make_config(tmp_path_factory.mktemp("causal"))
+    cfg.preprocess.source = "prep"
+    prep(cfg)
+    preprocess(cfg)
+    return cfg
+
+
+def command(cfg: Config, stage: str, name: str, *more: str) -> list[str]:
+    """A stage on the fixture's tokens, or on templated text; 16 steps of four."""
+    return [
+        sys.executable, str(REPOSITORY / f"{stage}.py"), f"experiment={stage}_tiny",
+        f"paths.datasets={Path(cfg.paths.datasets).resolve()}",
+        f"paths.checkpoints={Path(cfg.paths.checkpoints).resolve()}", f"run_name={name}",
+        "data.name=small", "max_length=256", f"max_steps={STEPS}", "epochs=30",
+        "trainer.batch_size=4", "trainer.pack_tokens=600", "trainer.log_every=1",
+        "trainer.save_every=3", "trainer.eval_every=7", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(made: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Uninterrupted runs: their losses, and what they said."""
+    log = tmp_path_factory.mktemp("logs") / "log"
+    said = {
+        stage: finish(command(made, stage, f"{stage}_whole"), log) for stage in ("sft", "pretrain")
+    }
+    return {stage: (losses(made, f"{stage}_whole"), text) for stage, text in said.items()}
+
+
+def kill_and_finish(arguments: list[str], cfg: Config, name: str, step: int, log: Path) -> None:
+    process = start(arguments, log)
+    wait_for_step(process, cfg, name, step)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("stage", ["sft", "pretrain"])
+def test_it_learns_is_exported_and_goes_on(
+    made: Config, whole: dict[str, Any], stage: str, tmp_path: Path
+) -> None:
+    expected, said = whole[stage]
+    assert [step for step, _ in expected] == list(range(1, STEPS + 1))
+    assert expected[-1][1] < expected[0][1] - 0.5
+    assert re.search(r"step 16: loss \d\.\d+, [\d,]+ tokens/s, MFU \d+%", said)
+    folder = Path(made.paths.checkpoints) / f"{stage}_whole"
+    assert (folder / "step-000016").is_dir() and f"exported step 16: {folder / 'export'}" in said
+    model = AutoModelForCausalLM.from_pretrained(folder / "export", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "export")
+    assert (
+        tokenizer.chat_template and model.generation_config.eos_token_id == tokenizer.eos_token_id
+    )
+    evaluation = [line for line in lines(made, f"{stage}_whole") if "eval/loss" in line][-1]
+    assert evaluation["eval/loss_low"] < evaluation["eval/loss"] < evaluation["eval/loss_high"]
+    pairs = json.loads((folder / "evaluation.json").read_text())
+    assert sum(pairs["loss"]) / sum(pairs["tokens"]) == pytest.approx(evaluation["eval/loss"])
+
+    arguments, log = command(made, stage, f"{stage}_killed"), tmp_path / "log"
+    kill_and_finish(arguments, made, f"{stage}_killed", 8, log)
+    assert re.search(r"continuing after step \d+", finish(arguments, log))
+    assert losses(made, f"{stage}_killed") == expected
+    assert "complete, reused" in finish(arguments, log)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [1, 2])
+@pytest.mark.parametrize("stage", ["sft", "pretrain"])
+def test_killed_at_random_steps(made: Config, stage: str, gpus: int, tmp_path: Path) -> None:
+    """Ten kills, each followed by the same command; two processes share the weights (FSDP2)."""
+    name, log = f"{stage}_{gpus}", tmp_path / "log"
+    layout = [f"trainer.gpus={gpus}", "max_steps=30"]
+    finish(command(made, stage, f"{name}_whole", *layout), log)
+    arguments = command(made, stage, f"{name}_killed", *layout)
+    for step in sorted(random.Random(gpus).sample(range(1, 29), 10)):
+        kill_and_finish(arguments, made, f"{name}_killed", step, log)
+    finish(arguments, log)
+    assert losses(made, f"{name}_killed") == losses(made, f"{name}_whole")
+
+
+def test_two_processes_are_one(made: Config, whole: dict[str, Any], tmp_path: Path) -> None:
+    """FSDP2 per layer over gloo, its tied embeddings and head one weight; and replicas."""
+    expected = dict(whole["pretrain"][0])
+    for name, more in (("shared", []), ("replicas", ["trainer.shard=false"])):
+        finish(command(made, "pretrain", name, "trainer.gpus=2", *more), tmp_path / "log")
+        found = dict(losses(made, name))
+        assert found == pytest.approx(expected, rel=2e-4)
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(Path(made.paths.checkpoints) / name / "export")
+        for name in ("shared", "pretrain_whole")
+    )
+    for (name, one), (_, other) in zip(
+        ours.named_parameters(), theirs.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=5e-3, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("stage", "option", "words"),
+    [
+        ("pretrain", "max_steps=null", "a stream has no end: max_steps"),
+        ("pretrain", "pretrain.sources=[]", "pretrain.sources is empty"),
+        ("sft", "data.name=other", "make it with: python prep.py"),
+        ("sft", "max_length=128", "was made with other options: max_length was 256, now 128"),
+        ("sft", "causal.beta2=1", "causal.beta2=1.0 must be below 1"),
+    ],
+)
+def test_refusals(made: Config, stage: str, option: str, words: str, tmp_path: Path) -> None:
+    process = start(command(made, stage, "refused", option), tmp_path / "log")
+    assert process.wait(120) == 1
+    said = (tmp_path / "log").read_text()
+    assert words in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_slurm_requeues_what_was_stopped(
+    made: Config, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    """runs/slurm.sh over a fake srun and scontrol: a time limit, then the same job again."""
+    for name, text in (
+        ("srun", 'exec "$@"'),
+        ("scontrol", f'[ "$1" = requeue ] && touch {tmp_path}/requeued || echo localhost'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    words = command(made, "pretrain", "slurm", "trainer.gpus=1")[1:]
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "SLURM_NNODES": "1",
+        "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost",
+    }  # fmt: skip
+    job = ["env", *(f"{k}={v}" for k, v in env.items()), "bash", "runs/slurm.sh", *words]
+    process = start(job, tmp_path / "log")
+    wait_for_step(process, made, "slurm", 5)
+    process.terminate()
+    assert process.wait(120) == 0 and (tmp_path / "requeued").exists()
+    assert len(losses(made, "slurm")) < STEPS
+    assert re.search(r"continuing after step \d+", finish(job, tmp_path / "log"))
+    assert losses(made, "slurm") == whole["pretrain"][0]

@@ -1,0 +1,124 @@
+"""A small model as a draft: its loss is that of dense products, what it says is the target's."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_target
+from test_train import metrics
+from transformers import AutoModelForCausalLM
+
+from specforge_exp import paths
+from specforge_exp.bench.speculative import Decoding, generate, speculate
+from specforge_exp.config import Config, LossConfig, TrainerConfig
+from specforge_exp.drafts.standalone import Standalone
+from specforge_exp.drafts.standalone.config import StandaloneConfig
+from specforge_exp.errors import InputError
+from specforge_exp.losses import Loss, opd
+from specforge_exp.stages.bench import bench
+from specforge_exp.stages.export import export
+from specforge_exp.stages.train import train
+from specforge_exp.target import Target
+from specforge_exp.training.objective import Sample
+
+OPTIONS = StandaloneConfig(
+    name="standalone", init="random", config={"num_hidden_layers": 2}, horizon=2
+)
+
+
+@pytest.fixture
+def draft(random_target: Target) -> Standalone:
+    return Standalone.new(random_target, OPTIONS, {}, 0)
+
+
+def test_loss_and_simulated_length_by_the_formulas(
+    draft: Standalone, random_target: Target
+) -> None:
+    """Two conversations, packed; two turns in the first."""
+    torch.manual_seed(3)
+    lengths = [12, 9]
+    turns_T = torch.tensor([0, 0, 1, 1, 1, 1, 0, 2, 2, 2, 2, 0] + [0] * 4 + [1] * 5)
+    ids_T = torch.randint(0, 64, (21,))
+    parts = [random_target.features(part[None])[1][0] for part in ids_T.split(lengths)]
+    last_TH = torch.cat(parts)
+    sample = Sample(ids_T, turns_T, [0, 1], lengths, 0, last_TH[:, :0], last_TH)
+    loss = Loss(opd, LossConfig(name="x", lambda_ce=0.4, lambda_rkl=0.6))
+    window_K = draft.denominators(OPTIONS, sample)
+    outcome = draft(sample, random_target.head, loss, OPTIONS, window_K)[1]
+    outcome.loss.backward()
+    found = {n: w.grad.clone() for n, w in draft.named_parameters()}
+    draft.zero_grad()
+    logq = torch.cat([draft.model(p[None]).logits[0] for p in ids_T.split(lengths)]).log_softmax(-1)
+    logp = random_target.head(last_TH).log_softmax(-1)
+    at = [t for t in range(20) if turns_T[t] and turns_T[t] == turns_T[t + 1] and t != 11]
+    assert float(window_K) == len(at)
+    ce = -(logp.exp() * logq).sum(-1)
+    rkl = (logq.exp() * (logq - logp)).sum(-1)
+    expected = (0.4 * ce + 0.6 * rkl)[at].mean()
+    expected.backward()
+    assert outcome.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, weight in draft.named_parameters():
+        torch.testing.assert_close(found[name], weight.grad, rtol=1e-3, atol=1e-6, msg=name)
+    alpha = torch.minimum(logq, logp).exp().sum(-1).tolist()
+    pairs = [t for t in at if t + 1 in at]
+    simulated = sum(1 + alpha[t] + alpha[t] * alpha[t + 1] for t in pairs)
+    assert float(outcome.sums["length"]) == pytest.approx(simulated, rel=1e-5)
+    assert int(outcome.sums["length_slots"]) == len(pairs)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_drafts_for_itself_is_always_right(temperature: float) -> None:
+    """With the target's weights all that it drafts is accepted: its cache follows what stood."""
+    target = small_target()
+    draft = Standalone.new(target, replace(OPTIONS, config={"num_hidden_layers": 8}), {}, 0)
+    draft.model.load_state_dict(target.model.state_dict())
+    decoding = Decoding(max_tokens=40, chain_length=4, temperature=temperature)
+    generator = torch.Generator().manual_seed(0)
+    answer = speculate(target, draft.decoder(), draft.draft_ids_D, [5, 9, 2], decoding, generator)
+    assert set(answer.accepted) == {4} and len(answer.tokens) == 40
+
+
+def test_another_model_changes_nothing(draft: Standalone, random_target: Target) -> None:
+    """Some of its tokens are rejected, and leave its cache."""
+    with torch.no_grad():  # near enough to the target to be right at times
+        own = dict(draft.model.named_parameters())
+        for name, weight in random_target.model.named_parameters():
+            if name in own:
+                own[name].copy_(weight)
+    decoding = Decoding(max_tokens=30, chain_length=3)
+    for prompt in ([5], [5, 9, 2], list(range(20))):
+        found = speculate(random_target, draft.decoder(), draft.draft_ids_D, prompt, decoding)
+        assert found.tokens == generate(random_target, prompt, decoding).tokens
+        fresh = draft.decoder()  # a chain after all of it is what a draft without a past drafts
+        fresh.begin(prompt[0])
+        fresh.commit(torch.zeros(1, 0, 0), [*prompt[1:], *found.tokens])
+        ids = torch.tensor([[*prompt, *found.tokens]])
+        first = int(draft.model(ids).logits[0, -1].argmax())
+        assert fresh.propose(1, lambda logits: int(logits.argmax()))[0] == [first]
+
+
+def test_every_stage_takes_it(cfg: Config, tokens: Path) -> None:
+    cfg.draft, cfg.max_steps = replace(OPTIONS, draft_vocab_size=512), 2
+    cfg.trainer = TrainerConfig(batch_size=6, log_every=1, eval_every=99, save_every=99)
+    cfg.bench = replace(cfg.bench, max_tokens=6, bootstrap=20)
+    train(cfg)
+    first, second, evaluation = metrics(cfg)
+    assert 0 < second["loss"] < first["loss"] and evaluation["eval/simulated_length"] >= 1
+    folder = export(cfg)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2
+    assert bench(cfg) >= 1
+    result = json.loads(paths.bench_file(cfg).read_text())
+    assert all(figures["lossless"] for figures in result["datasets"].values())
+
+
+def test_what_does_not_fit_is_refused(random_target: Target) -> None:
+    with pytest.raises(InputError, match=r"needs draft\.path"):
+        StandaloneConfig(name="x")
+    for config, words in (
+        ({"vocab_size": 80}, "the draft has 80 tokens, the target 64"),
+        ({"num_layer": 2}, "draft.config: num_layer is not in a qwen3's"),
+    ):
+        with pytest.raises(InputError, match=words):
+            Standalone.new(random_target, replace(OPTIONS, config=config), {}, 0)
