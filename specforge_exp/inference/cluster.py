@@ -34,8 +34,10 @@ FLEET = "SPECFORGE_EXP_FLEET"
 """Environment variable: what a trainer joins."""
 FENCED = "SPECFORGE_EXP_RAY_FENCED"
 """Environment variable: Ray has been told to stay on this machine, which it reads when imported."""
-PREFIX = "sf-ray-"
-"""Of the folders of clusters; short, for it begins the names of sockets."""
+CLUSTERS = Path(f"/tmp/sf-ray-{os.getuid()}")
+"""Where a user's clusters have their folders; short, for it begins the names of sockets."""
+REMOVALS = 200
+"""Attempts, 0.05 s apart, to remove a folder that processes which are ending still write to."""
 STARTS = 5
 """Attempts: a node must be up within 30 s, which a busy machine does not always reach."""
 REPEATS = 3
@@ -54,6 +56,8 @@ class Fleet:
     """Bytes that one trainer may have asked for and not used yet."""
     node: dict[str, int]
     """Processes of a cluster that was started here, by name: without them there is none."""
+    folder: str | None = None
+    """Of a cluster that was started here."""
 
     def check(self) -> None:
         """Refuse to wait for a cluster that has ended.
@@ -81,7 +85,7 @@ def fleet_of(cfg: Config, split: Split) -> Iterator[Fleet]:
     Raises:
         InputError: Ray is missing or does not start, or a worker cannot load the target.
     """
-    ray = import_ray()
+    ray, fleet = import_ray(), None
     with ended_cleanly():
         try:
             began = time.monotonic()
@@ -107,10 +111,9 @@ def fleet_of(cfg: Config, split: Split) -> Iterator[Fleet]:
                 raise
         finally:
             os.environ.pop(FLEET, None)
-            folder = started_folder(ray)
             ray.shutdown()
-            if folder:
-                end_leftovers(folder)
+            if fleet and fleet.folder:
+                end_leftovers(Path(fleet.folder))
 
 
 def start_or_join(ray: Any, split: Split) -> Fleet:
@@ -120,20 +123,19 @@ def start_or_join(ray: Any, split: Split) -> Fleet:
         address = connect(ray, os.environ["RAY_ADDRESS"], namespace)
         return Fleet(address, namespace, split.workers, split.ahead, {})
     check_shared_memory(split)
-    address, node = start(ray, split, namespace)
-    return Fleet(address, namespace, split.workers, split.ahead, node)
+    return start(ray, split, namespace)
 
 
-def start(ray: Any, split: Split, namespace: str) -> tuple[str, dict[str, int]]:
-    """A cluster of this machine with the workers' GPUs in it: its address, and its processes by
-    name."""
+def start(ray: Any, split: Split, namespace: str) -> Fleet:
+    """A cluster of this machine with the workers' GPUs in it."""
+    own_folder()
     forget_dead()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if split.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(split.gpus)
     try:
         for attempt in range(1, STARTS + 1):
-            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir="/tmp"))
+            folder = Path(tempfile.mkdtemp(dir=CLUSTERS))
             lock(folder)
             try:
                 address = init(
@@ -156,7 +158,20 @@ def start(ray: Any, split: Split, namespace: str) -> tuple[str, dict[str, int]]:
             del os.environ["CUDA_VISIBLE_DEVICES"]
     processes = ray._private.worker._global_node.all_processes
     names = {"raylet": "raylet", "gcs_server": "server"}
-    return address, {name: processes[key][0].process.pid for key, name in names.items()}
+    node = {name: processes[key][0].process.pid for key, name in names.items()}
+    return Fleet(address, namespace, split.workers, split.ahead, node, str(folder))
+
+
+def own_folder() -> None:
+    """Make `CLUSTERS`, which nobody else may look into: Ray gives its own folders to everybody.
+
+    Raises:
+        InputError: it is somebody else's, or open to others.
+    """
+    CLUSTERS.mkdir(mode=0o700, exist_ok=True)
+    status = CLUSTERS.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077 or not CLUSTERS.is_dir():
+        raise InputError(f"{CLUSTERS} is not a folder of this user's alone; remove it")
 
 
 def connect(ray: Any, address: str, namespace: str) -> str:
@@ -306,7 +321,7 @@ def lock(folder: Path) -> None:
 
 def forget_dead() -> None:
     """Remove the folders of clusters whose process was killed."""
-    for folder in Path("/tmp").glob(f"{PREFIX}*"):
+    for folder in CLUSTERS.iterdir():
         try:
             file = os.open(folder / "lock", os.O_RDWR)
         except OSError:  # somebody else's
@@ -320,12 +335,6 @@ def forget_dead() -> None:
             os.close(file)
 
 
-def started_folder(ray: Any) -> Path | None:
-    """The folder of a cluster that was started here."""
-    node = ray._private.worker._global_node
-    return Path(node.get_temp_dir_path()) if node and node.head else None
-
-
 def end_leftovers(folder: Path) -> None:
     """End what a cluster, or one that did not come up, has left, and remove its folder."""
     for process in Path("/proc").glob("[0-9]*"):
@@ -335,7 +344,12 @@ def end_leftovers(folder: Path) -> None:
                 os.kill(int(process.name), signal.SIGKILL)
         except OSError:  # it has ended, or is somebody else's
             continue
-    shutil.rmtree(folder, ignore_errors=True)
+    for _ in range(REMOVALS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
+    log.warning("train: %s could not be removed", folder)
 
 
 class Terminated(BaseException):

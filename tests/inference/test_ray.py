@@ -29,6 +29,7 @@ from test_ranks import listening, with_all_below
 from test_resume import wait_for_step
 
 from specforge_exp.config import Config
+from specforge_exp.inference.cluster import CLUSTERS
 from specforge_exp.stages.prep import prep
 from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.stages.train import train
@@ -68,6 +69,8 @@ def both(cfg: Config) -> None:
 def nothing_left(pid: int) -> Iterator[None]:
     """After this block nothing is left of a run that was going on before it."""
     family = with_all_below(pid)
+    folders = [path for path in CLUSTERS.iterdir() if held_by(path, family)]
+    assert len(folders) == 1 and CLUSTERS.stat().st_mode & 0o077 == 0
     before = {path.name for path in Path("/dev/shm").iterdir()}
     yield
     deadline = time.monotonic() + 20  # processes that were asked to end do
@@ -76,7 +79,7 @@ def nothing_left(pid: int) -> Iterator[None]:
     assert alive(family) == []
     new = {path.name for path in Path("/dev/shm").iterdir()} - before
     assert [name for name in new if "plasma" in name or "ray" in name] == []
-    assert not [path for path in Path("/tmp").glob("sf-ray-*") if held_by(path, family)]
+    assert not folders[0].exists()
 
 
 def held_by(folder: Path, family: list[int]) -> bool:
