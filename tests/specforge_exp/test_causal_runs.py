@@ -126,7 +126,7 @@ def test_two_processes_are_one(made: Config, whole: dict[str, Any], tmp_path: Pa
     [
         ("pretrain", "max_steps=null", "a stream has no end: max_steps"),
         ("pretrain", "pretrain.sources=[]", "pretrain.sources is empty"),
-        ("sft", "data.name=other", "make it with: python prep.py"),
+        ("sft", "data.name=other", "make it with:"),
         ("sft", "max_length=128", "was made with other options: max_length was 256, now 128"),
         ("sft", "causal.beta2=1", "causal.beta2=1.0 must be below 1"),
     ],

@@ -115,7 +115,7 @@ def test_every_stage_takes_it(cfg: Config, tokens: Path) -> None:
 
 def test_what_does_not_fit_is_refused(random_target: Target) -> None:
     with pytest.raises(InputError, match=r"needs draft\.path"):
-        StandaloneConfig(name="x")
+        StandaloneConfig(name="x", init="weights")
     for config, words in (
         ({"vocab_size": 80}, "the draft has 80 tokens, the target 64"),
         ({"num_layer": 2}, "draft.config: num_layer is not in a qwen3's"),

@@ -20,17 +20,22 @@ class StandaloneConfig(DraftConfig):
     path: str | None = None
     """Hub id or folder of a causal model with the target's tokenizer; null: the shape of the target
     itself, changed by `config`."""
-    init: str = "weights"
-    """weights: those of `path`; random: its configuration alone."""
+    init: str | None = None
+    """weights: those of `path`; random: its configuration alone; null: weights where there is a
+    path."""
     config: dict[str, Any] = field(default_factory=dict)
-    """init=random: entries of the configuration that differ, e.g. num_hidden_layers: 4."""
+    """init=random: entries of the configuration that differ; without a path by default
+    num_hidden_layers: 4."""
     horizon: int = 7
     """Tokens after a slot that the simulated accepted length looks at."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("draft.horizon", self.horizon, 1)
+        self.init = self.init or ("random" if self.path is None else "weights")
         one_of("draft.init", self.init, ("weights", "random"))
+        if self.path is None and self.init == "random" and not self.config:
+            self.config = {"num_hidden_layers": 4}
         if self.init == "weights" and (self.path is None or self.config):
             raise InputError(
                 "draft.init=weights needs draft.path=<folder or hub id> and no draft.config; a new "

@@ -141,6 +141,11 @@ class Standalone(Draft[StandaloneConfig]):
             "speculative_eagle_topk": 1, "speculative_num_draft_tokens": chain_length + 1,
         }  # fmt: skip
 
+    @staticmethod
+    def vllm_options(chain_length: int) -> dict[str, Any]:
+        """vLLM's configuration of speculation with chains of this length, but for the folder."""
+        return {"method": "draft_model", "num_speculative_tokens": chain_length}
+
     @classmethod
     def load(cls, folder: Path, target: Target) -> Self:
         """A draft from an exported folder, in fp32, checked against its target."""
