@@ -171,7 +171,7 @@ def read_hub(rest: str, source: Source) -> Iterator[Raw | Rejected]:
     except ImportError:
         raise InputError(f"{source.path} needs: {INSTALL_DATA}") from None
     except Exception as error:  # the hub client raises dozens of types, also in mid-stream
-        if why := offline():
+        if not Path(name).exists() and (why := offline()):
             raise InputError(
                 f"{why}, and {source.path} cannot be read from its cache ({first_line(error)}); "
                 "without a network: data=synthetic, or data=local data.path=<file>"

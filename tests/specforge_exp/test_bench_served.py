@@ -207,7 +207,7 @@ def test_the_command_line_of_sglang(cfg: Config, tmp_path: Path) -> None:
     )
     cfg.model.path = str(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specforge_exp.serving.sglang.visible_gpus", lambda: ["4", "5"])
+        patch.setattr("specforge_exp.serving.gpus.visible_gpus", lambda: ["4", "5"])
         eagle3 = server_of(cfg, False, tmp_path)
         alone = server_of(cfg, True, tmp_path)
         cfg.draft = DFlashConfig(name="dflash")

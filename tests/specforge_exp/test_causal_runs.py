@@ -19,6 +19,9 @@ from specforge_exp.config import Config
 
 STEPS = 16
 
+KILLS = int(os.environ.get("SPECFORGE_KILLS", "1"))
+"""Of each training."""
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Config:
@@ -93,12 +96,12 @@ def test_it_learns_is_exported_and_goes_on(
 @pytest.mark.parametrize("gpus", [1, 2])
 @pytest.mark.parametrize("stage", ["sft", "pretrain"])
 def test_killed_at_random_steps(made: Config, stage: str, gpus: int, tmp_path: Path) -> None:
-    """Ten kills, each followed by the same command; two processes share the weights (FSDP2)."""
+    """Kills, each followed by the same command; two processes share the weights (FSDP2)."""
     name, log = f"{stage}_{gpus}", tmp_path / "log"
     layout = [f"trainer.gpus={gpus}", "max_steps=30"]
     finish(command(made, stage, f"{name}_whole", *layout), log)
     arguments = command(made, stage, f"{name}_killed", *layout)
-    for step in sorted(random.Random(gpus).sample(range(1, 29), 10)):
+    for step in sorted(random.Random(gpus).sample(range(1, 29), KILLS)):
         kill_and_finish(arguments, made, f"{name}_killed", step, log)
     finish(arguments, log)
     assert losses(made, f"{name}_killed") == losses(made, f"{name}_whole")

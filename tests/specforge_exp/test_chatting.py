@@ -18,7 +18,7 @@ from specforge_exp.chat.dialogue import Dialogue, Spoken
 from specforge_exp.chat.local import LocalModel
 from specforge_exp.config import ChatConfig, Config, Source
 from specforge_exp.data import synthetic
-from specforge_exp.data.conversations import prompt_of
+from specforge_exp.data.conversations import asks_of
 from specforge_exp.data.rendering import Spelling, prompt_ids
 from specforge_exp.errors import InputError
 from specforge_exp.stages.chat import draft_folder, who_answers
@@ -27,7 +27,7 @@ from specforge_exp.stages.prep import prep
 from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.stages.train import train
 
-QUESTIONS = [prompt_of(record)[0]["content"] for record in synthetic.generate("bench", 40)][::13]
+QUESTIONS = [asks_of(record)[0][0]["content"] for record in synthetic.generate("bench", 40)][::13]
 LONG = "/temperature 5"
 """The answer is then gibberish without an end."""
 

@@ -214,7 +214,7 @@ def test_a_dry_run_touches_nothing(
     folder = regen(cfg)
     assert not folder.exists() and not folder.with_suffix(".partial").exists()
     assert "5 of 5 conversations in 1 chunks" in caplog.text
-    assert "temperature 0, top_p 1, top_k 0, at most 12 tokens" in caplog.text
+    assert "temperature 0, top_p 1, top_k 0, repetition_penalty 1, at most 12 tokens" in caplog.text
 
 
 def test_nothing_answered_is_an_error(cfg: Config, prompts: list[Record]) -> None:

@@ -206,7 +206,7 @@ def test_a_wrong_command_line_ends_in_one_line() -> None:
     command = [sys.executable, "-m", "specforge_exp.generation.local.serve", "--model", "no/where"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "model.path=no/where cannot be loaded" in done.stderr
+    assert "model.path=no/where is not in the cache" in done.stderr
     assert "Traceback" not in done.stderr
 
 

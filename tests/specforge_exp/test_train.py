@@ -162,7 +162,7 @@ def test_too_few_layers(run: Config, tmp_path: Path) -> None:
 
 def test_a_target_that_is_not_there(run: Config) -> None:
     run.model = replace(run.model, path="no/such-model")
-    with pytest.raises(InputError, match=r"model\.path=no/such-model cannot be loaded"):
+    with pytest.raises(InputError, match=r"model\.path=no/such-model is not in the cache"):
         train(run)
 
 

@@ -1,9 +1,12 @@
 """The toy app driven in this process, and what its jobs told."""
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import warm
 from hydra._internal.callbacks import Callbacks
