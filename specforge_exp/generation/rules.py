@@ -51,9 +51,6 @@ def rules_of(cfg: Config) -> Rules:
         "revision": revision(cfg.model.path),
         "engine": cfg.engine.name,
         **{name: vars(sampling)[name] for name in "temperature top_p top_k max_tokens".split()},
-        **(
-            {"repetition_penalty": penalty} if (penalty := sampling.repetition_penalty) != 1 else {}
-        ),
         "thinking": thinking,
         "seed": cfg.seed,
     }

@@ -224,7 +224,8 @@ class Batcher:
             row.random.random() if row.sampling.temperature > 0 else 0.0 for row in rows.values()
         ]
         for place, row in enumerate(rows.values()):
-            penalise(logits_BV[place], row.prompt + row.new, row.sampling.repetition_penalty)
+            if (penalty := row.sampling.repetition_penalty) != 1:
+                penalise(logits_BV[place], row.prompt + row.new, penalty)
         tokens = choose(logits_BV, samplings, uniforms)
         self.counts["generated_tokens"] += len(tokens)
         for (slot, row), token in zip(rows.items(), tokens, strict=True):

@@ -35,8 +35,6 @@ def choose(logits_BV: Tensor, samplings: list[Sampling], uniforms: list[float]) 
 
 def penalise(logits_V: Tensor, ids: list[int], penalty: float) -> None:
     """Make the tokens of a sequence less likely, in place (CTRL, arXiv 1909.05858, section 4.1)."""
-    if penalty == 1:
-        return
     ids_N = torch.tensor(sorted(set(ids)), device=logits_V.device)
     logits_N = logits_V[ids_N]
     logits_V[ids_N] = torch.where(logits_N > 0, logits_N / penalty, logits_N * penalty)
