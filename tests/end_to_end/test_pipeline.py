@@ -29,7 +29,7 @@ def test_six_commands(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Out of order: the missing input is named. In order: a table. Again, here: reused."""
     early = run("bench", tmp_path)
     assert early.returncode == 1
-    assert "python export.py" in early.stderr
+    assert f"python {REPOSITORY / 'export.py'}" in early.stderr
     assert "Traceback" not in early.stderr
     for stage in STAGES:
         done = run(stage, tmp_path)

@@ -31,7 +31,7 @@ def test_the_pipeline(on_local_modal: LocalModal, tmp_path: Path) -> None:
     """Early: the missing input is named with its command. In order: two drafts, two tables."""
     early = launch("train", tmp_path, *SMOKE)
     assert early.returncode == 1
-    remedy = "python preprocess.py -m experiment=smoke model=tiny hydra/launcher=modal"
+    remedy = f"{REPOSITORY / 'preprocess.py'} -m experiment=smoke model=tiny hydra/launcher=modal"
     assert remedy in early.stderr, early.stderr
     roots = {f"SPECFORGE_{n.upper()}": str(tmp_path / n) for n in ("datasets", "checkpoints")}
     smoke = subprocess.run(  # what `make modal-smoke` runs on a Modal of this machine
