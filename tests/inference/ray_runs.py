@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from safetensors import safe_open
 from test_ranks import with_all_below
-from test_resume import lines, start
+from test_resume import lines
 
 from specforge_exp import paths
 from specforge_exp.config import Config, from_omegaconf
@@ -41,6 +41,16 @@ def composed(folder: Path, name: str, *more: str) -> Config:
     ConfigStore.instance().store(name="schema", node=Config)
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
         return from_omegaconf(compose("config", options(folder, name, *more)))
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen[str]:
+    """Run in a session of its own. Its processes are killed one by one here, so nobody else's may be
+    their parent; and Ray, which they start, is to be its own."""
+    with log.open("w") as output:
+        return subprocess.Popen(
+            arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=REPOSITORY, stdout=output,
+            stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
 
 
 def begin(folder: Path, name: str, *more: str) -> subprocess.Popen[str]:

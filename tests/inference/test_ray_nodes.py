@@ -11,8 +11,19 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, make_config
-from ray_runs import RAY, STEPS, assert_equal, composed, counted, options, planned, processes, said
-from test_resume import start, wait_for_step
+from ray_runs import (
+    RAY,
+    STEPS,
+    assert_equal,
+    composed,
+    counted,
+    options,
+    planned,
+    processes,
+    said,
+    start,
+)  # fmt: skip
+from test_resume import wait_for_step
 
 from specforge_exp.stages.prep import prep
 from specforge_exp.stages.preprocess import preprocess

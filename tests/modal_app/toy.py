@@ -8,8 +8,8 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import hydra
 import numpy as np
@@ -17,17 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 
-@dataclass
-class Line:
-    """What a checkpoint holds."""
-
-    weight: np.ndarray
-    velocity: np.ndarray
-    step: int = 0
-    loss: float = float("nan")
-
-
-def fit(line: Line, seed: int, steps: int) -> Iterator[float]:
+def fit(line: SimpleNamespace, seed: int, steps: int) -> Iterator[float]:
     """Take the steps that are left; the loss before each."""
     inputs = np.random.default_rng(seed).normal(size=(32, 4))
     targets = inputs @ np.array([1.0, -2.0, 3.0, 0.5])
@@ -40,9 +30,15 @@ def fit(line: Line, seed: int, steps: int) -> Iterator[float]:
         line.step += 1
 
 
-def begun(seed: int) -> Line:
+def at(weight: np.ndarray, velocity: np.ndarray, step: int, loss: float) -> SimpleNamespace:
+    """What a checkpoint holds. A class of this module would be another one in every launch: it is
+    sent by value, and so is not the same to the byte."""
+    return SimpleNamespace(weight=weight, velocity=velocity, step=step, loss=loss)
+
+
+def begun(seed: int) -> SimpleNamespace:
     """Before the first step."""
-    return Line(np.random.default_rng(seed + 1).normal(size=4), np.zeros(4))
+    return at(np.random.default_rng(seed + 1).normal(size=4), np.zeros(4), 0, float("nan"))
 
 
 @hydra.main(version_base="1.3", config_path=None, config_name=None)
@@ -53,7 +49,7 @@ def main(cfg: DictConfig) -> float:
     if saved.exists():
         with np.load(saved) as state:
             step, loss = int(state["step"]), float(state["loss"])
-            line = Line(state["weight"], state["velocity"], step, loss)
+            line = at(state["weight"], state["velocity"], step, loss)
     for loss in fit(line, cfg.get("seed", 0), cfg.get("steps", 5)):
         print(f"STEP {cfg.name} {line.step} {loss:.9f}", flush=True)
         if cfg.name == "raises" and line.step == 2:
