@@ -44,8 +44,8 @@ def composed(folder: Path, name: str, *more: str) -> Config:
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[str]:
-    """Run in a session of its own. Its processes are killed one by one here, so nobody else's may be
-    their parent; and Ray, which they start, is to be its own."""
+    """Run in a session of its own. Its processes are killed one by one here, so nobody else's may
+    be their parent; and Ray, which they start, is to be its own."""
     with log.open("w") as output:
         return subprocess.Popen(
             arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=REPOSITORY, stdout=output,
