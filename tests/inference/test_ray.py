@@ -120,7 +120,9 @@ def test_a_trainer_is_killed(folder: Path) -> None:
     cfg = composed(folder, "d-21")
     wait_for_step(run, cfg, "d-21", 6)
     worker = processes(run.pid, "^ray::TargetWorker")
-    kill(processes(run.pid, "spawn_main")[-1])
+    _, *trainers = sorted(processes(run.pid, "multiprocessing.forkserver"))
+    assert len(trainers) == 2
+    kill(trainers[-1])
     wait_for_step(run, cfg, "d-21", 14)
     assert processes(run.pid, "^ray::TargetWorker") == worker
     with nothing_left(run.pid):
