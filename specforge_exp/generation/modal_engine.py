@@ -51,8 +51,8 @@ ATTEMPTS = 5
 
 
 def unknown_machine() -> str | None:
-    """What to do where Modal's client has no token; None where it has one."""
-    if modal.config.config.get("token_id") or not modal.is_local():
+    """What to do where Modal's client has no token; None where it has one, and in a container."""
+    if modal.config.config.get("token_id") or modal.config.config.get("task_id"):
         return None
     return f"engine=modal: {refused(modal.exception.AuthError('Token missing'))}"
 

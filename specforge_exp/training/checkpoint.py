@@ -66,13 +66,14 @@ def take_snapshot(
         full = whole(value)
         return full.cpu() if writes else full.new_empty(0)
 
+    # First, for it also lets go of what an evaluation has gathered: only a share has its name.
+    weights = {name: gathered(value) for name, value in draft.state_dict().items()}
     names = weight_names(draft, optimizer)
     moments = {
         f"{names[index]}:{key}": gathered(value)
         for index, state in optimizer.state_dict()["state"].items()
         for key, value in state.items()
     }
-    weights = {name: gathered(value) for name, value in draft.state_dict().items()}
     return Snapshot(step, weights, moments, partial)
 
 

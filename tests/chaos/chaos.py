@@ -49,7 +49,8 @@ def settle(world: World, words: list[str], depth: int = 6) -> int:
     if others:
         asked = world.words(others[0][1])
         helped = settle(world, [*asked, *others[0][2].split()], depth - 1)
-    elif option := OPTION.search(error):
+    elif options := [*OPTION.finditer(error)]:
+        option = options[-1]  # before it may stand those that the command was given
         stage = option[1]
         if stage in (words[0], "trainer"):
             return 1 + settle(world, [*words, option[0]], depth - 1)

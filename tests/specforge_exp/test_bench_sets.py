@@ -246,7 +246,7 @@ def test_ten_rows_without_a_network(exported: Config, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     head = next(number for number, line in enumerate(lines) if line.startswith("data set"))
-    assert lines[head - 1].startswith("prompts: shipped samples, comparable with nothing (hub:")
+    assert lines[head - 1].startswith("prompts: shipped samples, comparable with nothing (offline:")
     rows = [line.split() for line in lines[head + 1 : head + 11]]
     assert [row[0] for row in rows] == TEN
     assert {row[-1] for row in rows} == {"yes"}

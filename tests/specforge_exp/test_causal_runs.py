@@ -5,7 +5,9 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +160,15 @@ def test_slurm_requeues_what_was_stopped(
         "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost",
     }  # fmt: skip
     job = ["env", *(f"{k}={v}" for k, v in env.items()), "bash", "runs/slurm.sh", *words]
-    process = start(job, tmp_path / "log")
-    wait_for_step(process, made, "slurm", 5)
-    process.terminate()
-    assert process.wait(120) == 0 and (tmp_path / "requeued").exists()
-    assert len(losses(made, "slurm")) < STEPS
-    assert re.search(r"continuing after step \d+", finish(job, tmp_path / "log"))
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(job, cwd=REPOSITORY, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while not any(step >= 5 for step, _ in losses(made, "slurm")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(120) == 0 and (tmp_path / "requeued").exists()
+        assert len(losses(made, "slurm")) < STEPS
+        subprocess.run(job, cwd=REPOSITORY, stdout=log, stderr=log, check=True)
+    assert re.search(r"continuing after step \d+", (tmp_path / "log").read_text())
     assert losses(made, "slurm") == whole["pretrain"][0]

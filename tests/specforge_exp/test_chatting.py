@@ -269,7 +269,7 @@ def test_piped_text_gets_one_plain_answer(
 @pytest.mark.slow
 def test_errors_before_a_word_are_one_line(tmp_path: Path) -> None:
     for words, text, reason in [
-        (["model=local", "model.path=none/here"], "hi", "none/here cannot be loaded"),
+        (["model=local", "model.path=none/here"], "hi", "none/here is not in the cache"),
         (["model=tiny", "-m"], "hi", "chat takes no -m"),
         (["chat.url=http://127.0.0.1:9/v1"], "hi", "/v1/models cannot be reached"),
         (["chat.url=http://127.0.0.1:9/v1"], " ", "there is no question"),

@@ -211,7 +211,7 @@ def replace_init(cfg: StandaloneConfig) -> StandaloneConfig:
 def small_model(target: Target, cfg: StandaloneConfig, seed: int) -> Any:
     """The draft's model, fp32; InputError when it cannot be made."""
     if cfg.path is not None and not cfg.config:
-        return new_model(ModelConfig("draft", cfg.path, init=cfg.init), seed)
+        return new_model(ModelConfig("draft", cfg.path, init=str(cfg.init)), seed)
     source = target.text
     if cfg.path is not None:
         source = new_model(ModelConfig("draft", cfg.path, init="random"), seed).config
