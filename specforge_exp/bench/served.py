@@ -28,7 +28,7 @@ from specforge_exp.data.chat import Message
 from specforge_exp.errors import InputError
 from specforge_exp.serving.command import Speculation, check_installed
 from specforge_exp.serving.downloads import download
-from specforge_exp.serving.gpus import make_servers
+from specforge_exp.serving.gpus import make_servers, visible_gpus
 from specforge_exp.serving.server import Server, connections
 
 log = logging.getLogger(__name__)
@@ -118,6 +118,11 @@ def server_of(cfg: Config, alone: bool, folder: Path) -> Server:
     if not Path(cfg.model.path).is_dir() and not cfg.engine.command:
         download(cfg.model.path)
     draft = None
+    if cfg.engine.name == "vllm" and cfg.bench.temperature and not alone and not visible_gpus():
+        log.warning(
+            "bench: vLLM 0.32 on a CPU loses the temperature of drafted tokens, of any draft: "
+            "what it samples, and its counts, are not the target's; bench.temperature=0 is right"
+        )
     if not alone:
         kind, length = locate(cfg.draft._target_), cfg.chain_length
         of_kind = kind.vllm_options if cfg.engine.name == "vllm" else kind.sglang_options

@@ -206,6 +206,11 @@ class DraftConfig:
         """Layers of the target that feed it."""
         raise NotImplementedError
 
+    @property
+    def origin(self) -> str | None:
+        """Folder or hub id of a model that it begins as; None: it begins with the target alone."""
+        return None
+
     def chain_length(self, length: int | None) -> int:
         """Tokens drafted per verification, where bench.chain_length says `length`.
 

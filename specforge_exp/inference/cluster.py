@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,8 +37,7 @@ FENCED = "SPECFORGE_EXP_RAY_FENCED"
 """Environment variable: Ray has been told to stay on this machine, which it reads when imported."""
 CLUSTERS = Path(f"/tmp/sf-ray-{os.getuid()}")
 """Where a user's clusters have their folders; short, for it begins the names of sockets."""
-REMOVALS = 200
-"""Attempts, 0.05 s apart, to remove a folder that processes which are ending still write to."""
+LEFTOVERS = Path(__file__).with_name("leftovers.py")
 STARTS = 5
 """Attempts: a node must be up within 30 s, which a busy machine does not always reach."""
 REPEATS = 3
@@ -56,8 +56,6 @@ class Fleet:
     """Bytes that one trainer may have asked for and not used yet."""
     node: dict[str, int]
     """Processes of a cluster that was started here, by name: without them there is none."""
-    folder: str | None = None
-    """Of a cluster that was started here."""
 
     def check(self) -> None:
         """Refuse to wait for a cluster that has ended.
@@ -68,6 +66,15 @@ class Fleet:
         for name, pid in self.node.items():
             if not running(pid):
                 raise InputError(f"Ray's {name} (process {pid}) has ended; {RESUME}")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a fleet lives in."""
+
+    fleet: Fleet
+    watcher: subprocess.Popen[bytes] | None
+    """Ends what is left of a cluster that was started here; see `leftovers`."""
 
 
 def running(pid: int) -> bool:
@@ -85,11 +92,12 @@ def fleet_of(cfg: Config, split: Split) -> Iterator[Fleet]:
     Raises:
         InputError: Ray is missing or does not start, or a worker cannot load the target.
     """
-    ray, fleet = import_ray(), None
+    ray, cluster = import_ray(), None
     with ended_cleanly():
         try:
             began = time.monotonic()
-            fleet = start_or_join(ray, split)
+            cluster = start_or_join(ray, split)
+            fleet = cluster.fleet
             there = time.monotonic()
             log.info(
                 "train: %s Ray at %s; %d workers load %s", "started" if fleet.node else "joined",
@@ -112,21 +120,21 @@ def fleet_of(cfg: Config, split: Split) -> Iterator[Fleet]:
         finally:
             os.environ.pop(FLEET, None)
             ray.shutdown()
-            if fleet and fleet.folder:
-                end_leftovers(Path(fleet.folder))
+            if cluster and cluster.watcher:
+                end_leftovers(cluster.watcher)
 
 
-def start_or_join(ray: Any, split: Split) -> Fleet:
+def start_or_join(ray: Any, split: Split) -> Cluster:
     """A cluster with nobody in it yet."""
     namespace = f"specforge-{secrets.token_hex(8)}"
     if joins():
         address = connect(ray, os.environ["RAY_ADDRESS"], namespace)
-        return Fleet(address, namespace, split.workers, split.ahead, {})
+        return Cluster(Fleet(address, namespace, split.workers, split.ahead, {}), None)
     check_shared_memory(split)
     return start(ray, split, namespace)
 
 
-def start(ray: Any, split: Split, namespace: str) -> Fleet:
+def start(ray: Any, split: Split, namespace: str) -> Cluster:
     """A cluster of this machine with the workers' GPUs in it."""
     own_folder()
     forget_dead()
@@ -137,6 +145,7 @@ def start(ray: Any, split: Split, namespace: str) -> Fleet:
         for attempt in range(1, STARTS + 1):
             folder = Path(tempfile.mkdtemp(dir=CLUSTERS))
             lock(folder)
+            watcher = watch(folder)
             try:
                 address = init(
                     ray, "local", namespace, num_cpus=split.workers, num_gpus=len(split.gpus),
@@ -147,7 +156,7 @@ def start(ray: Any, split: Split, namespace: str) -> Fleet:
                 break
             except Exception as error:  # Ray raises many kinds, also plain ones
                 ray.shutdown()
-                end_leftovers(folder)
+                end_leftovers(watcher)
                 if attempt == STARTS:
                     raise InputError(f"Ray does not start: {first_line(error)}") from None
                 log.warning("train: Ray did not start (%s); again", first_line(error)[:200])
@@ -159,7 +168,21 @@ def start(ray: Any, split: Split, namespace: str) -> Fleet:
     processes = ray._private.worker._global_node.all_processes
     names = {"raylet": "raylet", "gcs_server": "server"}
     node = {name: processes[key][0].process.pid for key, name in names.items()}
-    return Fleet(address, namespace, split.workers, split.ahead, node, str(folder))
+    return Cluster(Fleet(address, namespace, split.workers, split.ahead, node), watcher)
+
+
+def watch(folder: Path) -> subprocess.Popen[bytes]:
+    """A process that ends what is left of a cluster as soon as this one wants it or has ended."""
+    command = [sys.executable, "-I", "-S", str(LEFTOVERS), str(folder)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def end_leftovers(watcher: subprocess.Popen[bytes]) -> None:
+    """End what a cluster, or one that did not come up, has left, and remove its folder."""
+    assert watcher.stdin is not None
+    watcher.stdin.close()
+    if watcher.wait():
+        log.warning("train: something of Ray's cluster is left in %s", CLUSTERS)
 
 
 def own_folder() -> None:
@@ -333,23 +356,6 @@ def forget_dead() -> None:
             pass
         finally:
             os.close(file)
-
-
-def end_leftovers(folder: Path) -> None:
-    """End what a cluster, or one that did not come up, has left, and remove its folder."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            ours = str(folder).encode() in (process / "cmdline").read_bytes()
-            if ours and int(process.name) != os.getpid():
-                os.kill(int(process.name), signal.SIGKILL)
-        except OSError:  # it has ended, or is somebody else's
-            continue
-    for _ in range(REMOVALS):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
-        time.sleep(0.05)
-    log.warning("train: %s could not be removed", folder)
 
 
 class Terminated(BaseException):

@@ -12,16 +12,21 @@ from pathlib import Path
 import torch
 
 from specforge_exp import paths
-from specforge_exp.artifacts import SAME, Fingerprint, model_digest, read_record, require, sha256
+from specforge_exp.artifacts import Fingerprint, model_digest, require, sha256
 from specforge_exp.causal.training import exported, train_causal
 from specforge_exp.config import Config
 from specforge_exp.config.settings import causal_settings
 from specforge_exp.data.tokens import read_split
-from specforge_exp.errors import InputError
 from specforge_exp.target import check_length, text_config
 from specforge_exp.training.loop import Splits, TrainingRun
 from specforge_exp.training.ranks import Ranks
-from specforge_exp.training.running import Record, in_processes, settled
+from specforge_exp.training.running import (
+    Record,
+    check_held_out,
+    check_tokens,
+    in_processes,
+    settled,
+)
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +42,7 @@ def sft_here(cfg: Config, device: torch.device, ranks: Ranks) -> Record:
     run = TrainingRun(paths.run_dir(cfg), fingerprint_of(cfg, tokens), ranks)
     vocabulary = text_config(cfg.model).vocab_size
     splits = Splits(*(read_split(tokens, name, vocabulary) for name in ("train", "eval")))
-    ranks.decided(partial(check_splits, cfg, splits))
+    ranks.decided(partial(check_held_out, cfg, splits.eval))
     return train_causal(cfg, device, splits, run)
 
 
@@ -48,27 +53,11 @@ def begin(cfg: Config, world: int) -> Record | None:
         InputError: as `settled`; or tokens are missing, or were cut at another length.
     """
     tokens = require(cfg, "preprocess", "index.json")
-    changes = Fingerprint({}, {"max_length": cfg.max_length}).changes(
-        read_record(tokens / "run.json")
-    )
-    if changes:
-        raise InputError(
-            f"{tokens} was made with other options: {'; '.join(changes)}. Train with those, or "
-            f"make it again with: python preprocess.py preprocess.force=true {SAME}"
-        )
+    check_tokens(tokens, {"max_length": cfg.max_length})
     if warning := check_length(cfg.model, cfg.max_length):
         log.warning("sft: warning: %s", warning)
     run = TrainingRun(paths.run_dir(cfg), fingerprint_of(cfg, tokens), Ranks(0, world))
     return settled(cfg, "sft", run)
-
-
-def check_splits(cfg: Config, splits: Splits) -> None:
-    """Refuse to train without held-out conversations."""
-    if not len(splits.eval):
-        raise InputError(
-            f"{paths.tokens_dir(cfg)} has no held-out conversation to evaluate on; set data.eval "
-            f"or raise data.split_eval={cfg.data.split_eval}"
-        )
 
 
 def fingerprint_of(cfg: Config, tokens: Path) -> Fingerprint:

@@ -20,10 +20,8 @@ from torch import Tensor
 
 from specforge_exp import paths
 from specforge_exp.artifacts import (
-    SAME,
     Fingerprint,
     model_digest,
-    read_record,
     require,
     sha256,
 )
@@ -52,7 +50,15 @@ from specforge_exp.training.loop import EVAL_TOKENS, Splits, TrainingRun, fit
 from specforge_exp.training.objective import Objective, Outcome, Sample, samples_of
 from specforge_exp.training.progress import DRAFTS, summary
 from specforge_exp.training.ranks import Ranks, by_torchrun, started
-from specforge_exp.training.running import Record, count, ended, in_processes, settled
+from specforge_exp.training.running import (
+    Record,
+    check_held_out,
+    check_tokens,
+    count,
+    ended,
+    in_processes,
+    settled,
+)
 from specforge_exp.training.streamed import Stream
 
 log = logging.getLogger(__name__)
@@ -115,7 +121,7 @@ def begin(cfg: Config, world: int) -> Record | None:
     """
     shared_evenly(cfg.trainer.batch_size, world, "WORLD_SIZE")
     tokens = require(cfg, "preprocess", "index.json")
-    check_tokens(cfg, tokens)
+    check_tokens(tokens, wanted_of(cfg))
     run = TrainingRun(paths.run_dir(cfg), fingerprint_of(cfg, tokens), Ranks(0, world))
     if record := settled(cfg, "train", run):
         return record
@@ -145,7 +151,7 @@ def show_split(cfg: Config) -> float | tuple[float, ...]:
         InputError: tokens are missing, or were made for another training.
     """
     check_gpus(cfg, "train", int(cfg.trainer.gpus))
-    check_tokens(cfg, require(cfg, "preprocess", "index.json"))
+    check_tokens(require(cfg, "preprocess", "index.json"), wanted_of(cfg))
     for line in split_of(cfg).lines():
         log.info("train: %s", line)
     return objectives(cfg, {"evaluation": dict.fromkeys(cfg.objectives, float("nan"))})
@@ -204,27 +210,18 @@ def fresh_draft(
     return draft
 
 
-def check_tokens(cfg: Config, tokens: Path) -> None:
-    """Refuse tokens that were made for another draft or another length than this training's."""
+def wanted_of(cfg: Config) -> dict[str, Any]:
+    """The options that the tokens must have been made with."""
     wanted: dict[str, Any] = {"max_length": cfg.max_length}
     if "draft_vocab_size" in cfg.draft.matters():
         wanted["draft.draft_vocab_size"] = cfg.draft.draft_vocab_size
-    changes = Fingerprint({}, wanted).changes(read_record(tokens / "run.json"))
-    if changes:
-        raise InputError(
-            f"{tokens} was made with other options: {'; '.join(changes)}. Train with those, or "
-            f"make it again with: python preprocess.py preprocess.force=true {SAME}"
-        )
+    return wanted
 
 
 def check_learnable(cfg: Config, splits: Splits) -> dict[str, dict[str, int]]:
     """By split how many conversations train nothing in this draft and why; InputError when none of
     a split does, or none is held out."""
-    if not len(splits.eval):
-        raise InputError(
-            f"{paths.tokens_dir(cfg)} has no held-out conversation to evaluate on; set data.eval "
-            f"or raise data.split_eval={cfg.data.split_eval}"
-        )
+    check_held_out(cfg, splits.eval)
     threads, reasons = torch.get_num_threads(), {}
     torch.set_num_threads(1)  # for so short operations several only wait for each other
     for name, tokens in vars(splits).items():
@@ -306,4 +303,6 @@ def fingerprint_of(cfg: Config, tokens: Path) -> Fingerprint:
         tokens.name: sha256(tokens / "run.json"),
         "the target": model_digest(cfg.model.path),
     }
+    if (origin := cfg.draft.origin) is not None:
+        inputs["draft.path"] = model_digest(origin)
     return Fingerprint(inputs, training_settings(cfg))

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from specforge_exp import paths
-from specforge_exp.artifacts import contents, describe, read_record, reusable
+from specforge_exp.artifacts import SAME, Fingerprint, contents, describe, read_record, reusable
 from specforge_exp.config import Config
 from specforge_exp.config.checks import shared_evenly
+from specforge_exp.data.tokens import TokenSet
 from specforge_exp.errors import InputError
 from specforge_exp.lease import lease
 from specforge_exp.records import metric_lines, write_record
@@ -97,6 +98,25 @@ def settled(cfg: Config, stage: str, run: TrainingRun) -> Record | None:
     if reusable(record, run.fingerprint, False, stage, OVER) and not torn(run.folder):
         return read_record(record)
     return None
+
+
+def check_tokens(tokens: Path, wanted: dict[str, Any]) -> None:
+    """Refuse tokens that preprocess made with other options than these of the training."""
+    changes = Fingerprint({}, wanted).changes(read_record(tokens / "run.json"))
+    if changes:
+        raise InputError(
+            f"{tokens} was made with other options: {'; '.join(changes)}. Train with those, or "
+            f"make it again with: python preprocess.py preprocess.force=true {SAME}"
+        )
+
+
+def check_held_out(cfg: Config, tokens: TokenSet) -> None:
+    """Refuse to train without held-out conversations."""
+    if not len(tokens):
+        raise InputError(
+            f"{paths.tokens_dir(cfg)} has no held-out conversation to evaluate on; set data.eval "
+            f"or raise data.split_eval={cfg.data.split_eval}"
+        )
 
 
 def torn(folder: Path) -> bool:

@@ -34,7 +34,6 @@ from specforge_exp.bench.sets import bench_sets
 from specforge_exp.bench.speculative import Decoding
 from specforge_exp.config import Config, EngineConfig
 from specforge_exp.data.conversations import asks_of
-from specforge_exp.errors import InputError
 from specforge_exp.serving.server import connections
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.prep import prep
@@ -201,9 +200,9 @@ def test_one_of_two_servers_is_killed(
     serve: Serve,
     alone: Served,
     tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """regen stops in one line that names the server, keeps what is done, and goes on with the
-    other: the conversations of an undisturbed one."""
+    """regen says so once and the other does its work: the conversations of an undisturbed one."""
     ours = regenerated(trained, tmp_path / "here", EngineConfig(name="transformers"))
     doomed = serve()
     engine = EngineConfig(
@@ -213,12 +212,10 @@ def test_one_of_two_servers_is_killed(
     told: list[int] = []
     killer = Thread(target=killed_after_an_answer, args=(doomed.process, doomed.log, told))
     killer.start()
-    with pytest.raises(InputError, match=f"{doomed.url}.*what is done is kept"):
-        regenerated(trained, tmp_path / "there", engine)
+    assert regenerated(trained, tmp_path / "there", engine) == ours
     killer.join()
     assert told == [-signal.SIGKILL]
-    engine.urls = engine.urls[1:]
-    assert regenerated(trained, tmp_path / "there", engine) == ours
+    assert caplog.text.count(f"the other servers do the work of {doomed.url}") == 1
 
 
 @pytest.fixture
@@ -261,33 +258,6 @@ def test_regen_starts_vllm(trained: Config, by_itself: Config, tmp_path: Path) -
     assert regenerated(trained, tmp_path / "there", by_itself.engine) == ours
 
 
-SAMPLES = 400
-
-
-def test_sampled_answers_are_the_targets_own(
-    trained: Config,  # noqa: F811
-    eagle3: Served,
-    alone: Served,
-) -> None:
-    """At temperature 1, with the draft, tokens are distributed as those of the target alone."""
-    asking = asking_of(trained, load_tokenizer(trained.model), None)
-    prompt = asking.encode(asks_of(bench_sets(trained).records["stories"][0])[0])
-    decoding = Decoding(3, trained.chain_length, 1.0, frozenset())
-
-    async def answers(url: str) -> Counter[tuple[int, ...]]:
-        async with connections(60.0, None) as http:
-            client = clients.openai(http, url, "tiny", several=False)
-            drawn = [await client(prompt, decoding) for _ in range(SAMPLES)]
-        return Counter(tuple(answer.generation.tokens) for answer in drawn)
-
-    counts = [asyncio.run(answers(served.url)) for served in (eagle3, alone)]
-    often = [tokens for tokens, count in (counts[0] + counts[1]).items() if count >= 16]
-    rows = [[count[tokens] for tokens in often] for count in counts]
-    table = [[*row, SAMPLES - sum(row)] for row in rows]
-    assert len(often) > 2
-    assert chi2_contingency(table).pvalue > 1e-3
-
-
 NORM = """
 import torch, vllm
 from vllm import _custom_ops as ops
@@ -302,63 +272,127 @@ right = normed * weight[:, None, None]
 print("differs" if (found - right).abs().max() > 1e-3 else "right")
 """
 """A norm of several layers' keys at once, each with its own weight: what vLLM's DFlash asks for."""
-
-
+SPREAD = """
+import torch, vllm
+from vllm.platforms import current_platform
+current_platform.import_kernels()
+from vllm.utils import cpu_triton_utils
+found = torch.full((3,), 7.0)
+cpu_triton_utils._expand_kernel_impl(found, torch.tensor([0.5, 2.0]), torch.tensor([1, 3]), 0, 1)
+print("right" if found.tolist() == [0.5, 2.0, 2.0] else "differs")
+"""
+"""Requests' temperatures, dealt to their drafted tokens: what sampling with any draft asks for."""
 OVERLAY = """
 import importlib.abc, importlib.util, sys
 
+def custom_ops(module):
+    whole = module.rms_norm
+
+    def rms_norm(out, input, weight, epsilon):
+        if weight is None or weight.dim() < 2:
+            return whole(out, input, weight, epsilon)
+        for layer in range(len(weight)):
+            whole(out[layer], input[layer], weight[layer], epsilon)
+
+    module.rms_norm = rms_norm
+
+def cpu_triton_utils(module):
+    def spread(output, input_val, cu_num_tokens, replace_from, replace_to, MAX_NUM_TOKENS=None):
+        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1)).long()
+        values = input_val.masked_fill(input_val == replace_from, replace_to)
+        output.copy_(values.repeat_interleave(counts))
+
+    module._expand_kernel_impl = spread
+
+MENDED = {"vllm._custom_ops": custom_ops, "vllm.utils.cpu_triton_utils": cpu_triton_utils}
+
 class Mended(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "vllm._custom_ops":
+        if name not in MENDED:
             return None
-        sys.meta_path.remove(self)
+        mend = MENDED.pop(name)
         spec = importlib.util.find_spec(name)
         run = spec.loader.exec_module
 
         def exec_module(module):
             run(module)
-            whole = module.rms_norm
-
-            def rms_norm(out, input, weight, epsilon):
-                if weight is None or weight.dim() < 2:
-                    return whole(out, input, weight, epsilon)
-                for layer in range(len(weight)):
-                    whole(out[layer], input[layer], weight[layer], epsilon)
-
-            module.rms_norm = rms_norm
+            mend(module)
 
         spec.loader.exec_module = exec_module
         return spec
 
 sys.meta_path.insert(0, Mended())
 """
-"""In every process of a server that finds it as sitecustomize: one norm for each layer's weight."""
+"""In every process of a server that finds it as sitecustomize: both of them, right."""
 
 
-def norm(**environment: str) -> str:
-    """Whether vLLM's norm of several layers at once is right, in its own process."""
+@pytest.fixture(scope="module")
+def mended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a vLLM whose faults on a CPU are mended."""
+    folder = tmp_path_factory.mktemp("overlay")
+    (folder / "sitecustomize.py").write_text(OVERLAY)
+    return {"PYTHONPATH": str(folder)}
+
+
+def reproduced(script: str, **environment: str) -> str:
+    """Whether an operator of vLLM is right, in a process of its own."""
     done = subprocess.run(
-        [PYTHON, "-c", NORM], env=os.environ | ENVIRONMENT | environment, capture_output=True,
+        [PYTHON, "-c", script], env=os.environ | ENVIRONMENT | environment, capture_output=True,
         text=True, check=True,
     )  # fmt: skip
     return done.stdout.split()[-1]
 
 
-def test_dflash_on_vllm(dflash: Config, serve: Serve, alone: Served) -> None:  # noqa: F811
+SAMPLES = 400
+
+
+def test_sampled_answers_are_the_targets_own(
+    trained: Config,  # noqa: F811
+    eagle3: Served,
+    alone: Served,
+    serve: Serve,
+    mended: dict[str, str],
+) -> None:
+    """At temperature 1, with the draft, tokens are distributed as those of the target alone; where
+    vLLM on a CPU loses the temperature of drafted tokens, this is so once that is mended."""
+    if reproduced(SPREAD) == "differs":
+        assert reproduced(SPREAD, **mended) == "right"
+        eagle3 = speculating(serve, "eagle3", trained, **mended)
+    asking = asking_of(trained, load_tokenizer(trained.model), None)
+    prompt = asking.encode(asks_of(bench_sets(trained).records["stories"][0])[0])
+    decoding = Decoding(3, trained.chain_length, 1.0, frozenset())
+
+    async def answers(url: str) -> Counter[tuple[int, ...]]:
+        async with connections(60.0, None) as http:
+            client = clients.openai(http, url, "tiny", several=False)
+            drawn = [await client(prompt, decoding) for _ in range(SAMPLES)]
+        return Counter(tuple(answer.generation.tokens) for answer in drawn)
+
+    counts = [asyncio.run(answers(served.url)) for served in (eagle3, alone)]
+    often = [tokens for tokens, count in (counts[0] + counts[1]).items() if count >= 16]
+    rows = [[count[tokens] for tokens in often] for count in counts]
+    columns = [*zip(*rows, strict=True), tuple(SAMPLES - sum(row) for row in rows)]
+    assert len(often) > 2
+    assert chi2_contingency([column for column in columns if sum(column)]).pvalue > 1e-3
+
+
+def test_dflash_on_vllm(
+    dflash: Config,  # noqa: F811
+    serve: Serve,
+    alone: Served,
+    mended: dict[str, str],
+) -> None:
     """Loaded unedited, lossless, tau and every count as in this process; where vLLM's norm on a
     CPU takes the first layer's weight for all layers, this is so once that is mended."""
     expected = figures(dflash)
     environment: dict[str, str] = {}
-    if norm() == "differs":
+    if reproduced(NORM) == "differs":
         served = speculating(serve, "dflash", dflash)
         wrong = measured(dflash, served, alone)
         assert all(wrong[name]["tokens"] == whole["tokens"] for name, whole in expected.items())
         served.process.terminate()
-        overlay = served.log.parent / "overlay"
-        overlay.mkdir()
-        (overlay / "sitecustomize.py").write_text(OVERLAY)
-        environment = {"PYTHONPATH": str(overlay)}
-    assert norm(**environment) == "right"
+        environment = mended
+    assert reproduced(NORM, **environment) == "right"
     served = speculating(serve, "dflash", dflash, **environment)
     dflash.bench.force = True
     same(measured(dflash, served, alone), expected)

@@ -158,3 +158,12 @@ def test_the_node_is_killed_and_the_run_stopped(folder: Path) -> None:
     assert "run the same command to continue" in said(folder, "e-11")
     train(composed(folder, "e-11"))
     assert_equal(cfg, "e-11", "eagle3-1")
+
+
+def test_the_launching_process_is_killed(folder: Path) -> None:
+    """Nothing lives on, Ray's agents neither; the same command continues, as the others show."""
+    run = begin(folder, "e-killed")
+    wait_for_step(run, composed(folder, "e-killed"), "e-killed", 2)
+    with nothing_left(run.pid):
+        kill(run.pid)
+        assert run.wait() == -signal.SIGKILL

@@ -1,6 +1,7 @@
 """A small model as a draft: its loss is that of dense products, what it says is the target's."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss, opd
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.export import export
-from specforge_exp.stages.train import train
+from specforge_exp.stages.train import fingerprint_of, train
 from specforge_exp.target import Target
 from specforge_exp.training.objective import Sample
 
@@ -122,3 +123,15 @@ def test_what_does_not_fit_is_refused(random_target: Target) -> None:
     ):
         with pytest.raises(InputError, match=words):
             Standalone.new(random_target, replace(OPTIONS, config=config), {}, 0)
+
+
+def test_a_run_is_of_the_weights_it_began_with(cfg: Config, tokens: Path, tmp_path: Path) -> None:
+    """Another model in the folder of draft.path is another training."""
+    folder = tmp_path / "small"
+    shutil.copytree(cfg.model.path, folder)
+    cfg.draft = StandaloneConfig(name="standalone", path=str(folder))
+    before = fingerprint_of(cfg, paths.tokens_dir(cfg))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    changes = fingerprint_of(cfg, paths.tokens_dir(cfg)).changes(vars(before))
+    assert changes and "draft.path" in changes[0]

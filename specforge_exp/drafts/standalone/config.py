@@ -48,6 +48,11 @@ class StandaloneConfig(DraftConfig):
         return 1
 
     @property
+    def origin(self) -> str | None:
+        """The model of `path`."""
+        return self.path
+
+    @property
     def features(self) -> int:
         """None: it reads tokens."""
         return 0

@@ -21,7 +21,6 @@ class StandaloneDecoder:
     def __init__(self, model: Any, draft_ids_D: Tensor) -> None:
         self.model, self.ids = model, len(draft_ids_D)
         self.cache = DynamicCache()
-        self.committed = 0  # verified tokens in the cache
         self.waiting: list[int] = []  # verified ones that are not
         self.fed: list[int] = []  # drafted ones that are
 
@@ -36,7 +35,6 @@ class StandaloneDecoder:
             kept += 1
         if len(self.fed) > kept:
             self.cache.crop(kept - len(self.fed))
-        self.committed += kept
         self.fed = []
         self.waiting += next_tokens[kept:]
 
@@ -61,7 +59,6 @@ class StandaloneDecoder:
             The tokens drafted, and the logits [V] each was chosen from.
         """
         logits = [self.read(self.waiting)]
-        self.committed += len(self.waiting)
         self.waiting = []
         tokens = [choose(logits[0])]
         while len(tokens) < length:

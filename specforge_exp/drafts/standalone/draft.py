@@ -107,7 +107,7 @@ class Standalone(Draft[StandaloneConfig]):
     @classmethod
     def restored(cls, target: Target, cfg: StandaloneConfig, tensors: dict[str, Tensor]) -> Self:
         """The draft of a checkpoint."""
-        draft = cls(small_model(target, replace_init(cfg), 0), target).checked()
+        draft = cls(small_model(target, replace(cfg, init="random"), 0), target).checked()
         draft.load_state_dict(tensors)
         return draft
 
@@ -201,11 +201,6 @@ class Standalone(Draft[StandaloneConfig]):
         """Logits of every position, fp32, for comparisons."""
         states_TH = self.causal.states(ids_1T[0], [ids_1T.shape[1]])
         return F.linear(states_TH, self.model.get_output_embeddings().weight).float()
-
-
-def replace_init(cfg: StandaloneConfig) -> StandaloneConfig:
-    """The same shape, without its weights."""
-    return replace(cfg, init="random")
 
 
 def small_model(target: Target, cfg: StandaloneConfig, seed: int) -> Any:
