@@ -90,6 +90,8 @@ def make_split(cfg: Config, trainers: int, lengths: Any, forward: int) -> Split:
             f"{trainers} trainers, and two of them must fit: target.buffer_gb="
             f"{2 * share * trainers / 1e9 + 0.0005:.3f} or more, or smaller steps"
         )
+    from specforge_exp.serving.gpus import visible_gpus  # loads an HTTP client
+
     ends = 2 * text.vocab_size * width
     store = int(ROOM * (buffer + trainers * (token_bytes * forward + ends)))
     gpus = visible_gpus()[-options.workers :] if on_gpus and not joins() else []
@@ -116,9 +118,3 @@ def check_shared_memory(split: Split) -> None:
 def joins() -> bool:
     """Whether the workers are to live in a cluster that is there already."""
     return bool(os.environ.get("RAY_ADDRESS"))
-
-
-def visible_gpus() -> list[str]:
-    """This machine's GPUs, as CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(n) for n in range(torch.cuda.device_count())]
