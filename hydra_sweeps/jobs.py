@@ -5,6 +5,7 @@ import hashlib
 import os
 import posixpath
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORE
 VARIABLE = re.compile(r"\$\{oc\.env:\s*([^,${}]*)")
 """Its name; nothing where that is an interpolation."""
 INTERPOLATION = re.compile(r"(?<!\\)\$\\?\{")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LONGEST = 255
 """Bytes of a name that file systems take."""
 
@@ -241,7 +243,8 @@ def compose(source: Source, overrides: Sequence[str], number: int) -> Job:
     """
     loader = source.context.config_loader
     try:
-        config = loader.load_sweep_config(source.master, list(overrides))
+        with uninterrupted():
+            config = loader.load_sweep_config(source.master, list(overrides))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         cause = first_line(error.__cause__) if error.__cause__ else ""
         reason = f"{error} {cause}".strip()
@@ -250,6 +253,30 @@ def compose(source: Source, overrides: Sequence[str], number: int) -> Job:
     job = Job(number, list(overrides), config)
     job.renumber(number)
     return job
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM count when the block has ended.
+
+    Within a library's clean-up an interrupt becomes another error, and that would be the job's.
+    """
+    caught: list[int] = []
+    try:
+        handlers = {
+            number: signal.signal(number, lambda number, _: caught.append(number))
+            for number in SIGNALS
+        }
+    except ValueError:  # only the main thread is interrupted
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number in caught[:1]:
+            signal.raise_signal(number)
 
 
 @contextmanager

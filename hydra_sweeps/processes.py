@@ -29,7 +29,7 @@ from hydra.core.utils import (
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from hydra_sweeps.errors import JobFailed
-from hydra_sweeps.jobs import Source, compose, failure, show_failure
+from hydra_sweeps.jobs import SIGNALS, Source, compose, failure, show_failure
 from hydra_sweeps.records import Tail
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 GRACE = 60.0
 """Seconds that a job gets to save after SIGTERM when all have to end."""
 LOCK = ".job.lock"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Jobs before they run: names, folders, environment, commands; and how they end alike."""
 
 import shlex
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import warm
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn, JobStatus
 
+from hydra_sweeps.command import Terminated, raising_sigterm
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.grid.config import ExperimentSweeperConf
 from hydra_sweeps.grid.names import named_jobs, place
@@ -75,6 +77,30 @@ def test_names_of_trials_are_bounded_too(tmp_path: Path) -> None:
     folders = sorted(path.name for path in tmp_path.glob("nnn*"))
     assert [len(name) for name in folders] == [200, 200]
     assert {name[-7:] for name in folders} == {"_trial0", "_trial1"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_never_a_job_that_cannot_be_composed(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It arrives where a library's clean-up turns it into an error of its own."""
+    origin, order = source(), list[str]()
+    loader = origin.context.config_loader
+    load = loader.load_sweep_config
+
+    def fragile(*words: Any) -> Any:
+        try:
+            signal.raise_signal(number)
+            return load(*words)
+        except (KeyboardInterrupt, Terminated):
+            raise UnboundLocalError("of the library") from None
+        finally:
+            order.append("composed")
+
+    monkeypatch.setattr(loader, "load_sweep_config", fragile)
+    with raising_sigterm(), pytest.raises((KeyboardInterrupt, Terminated)):
+        compose(origin, [], 0)
+    assert order == ["composed"]
 
 
 def test_what_identifies_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
