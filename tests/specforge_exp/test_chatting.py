@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+import time
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -279,6 +280,16 @@ def test_errors_before_a_word_are_one_line(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr and done.stdout == ""
 
 
+def wait_until_it_listens(port: int, served: subprocess.Popen[str]) -> None:
+    """Until something accepts connections there; a server that ends is an error."""
+    while True:
+        with socket.socket() as probe:
+            if not probe.connect_ex(("127.0.0.1", port)):
+                return
+        assert served.poll() is None
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_a_server_that_speculates_and_dies(
     trained: Config, alone: LocalModel, tmp_path: Path
@@ -302,8 +313,9 @@ def test_a_server_that_speculates_and_dies(
         words = [sys.executable, str(REPOSITORY / "chat.py"), url, "chat.temperature=0"]
         with TerminalScreen([*words, "chat.max_tokens=3000"], tmp_path) as here:
             here.until(waiting)
-            while "cannot be reached" in here.ask(QUESTIONS[0]).split(">")[-2]:
-                pass  # it is not up yet, and the chat goes on
+            here.ask(QUESTIONS[0])  # it may not be up yet, and the chat goes on
+            wait_until_it_listens(port, served)
+            here.ask(QUESTIONS[0])
             answer = whole_answer(alone, QUESTIONS[0])
             assert squeezed(answer) in squeezed(here.text)
             here.ask(LONG)
