@@ -69,13 +69,13 @@ INSTALLS = [
 ]  # fmt: skip
 
 
-def peers_python(venv: Path) -> Path:
+def peers_python(venv: Path, installs: list[list[str]] = INSTALLS) -> Path:
     """The interpreter of the peers' environment, made when it is missing."""
     python, ready = venv / "bin" / "python", venv / "ready"
     if not ready.exists():
         print(f"making {venv} for the peers", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-        for packages in INSTALLS:
+        for packages in installs:
             command = [str(python), "-m", "pip", "install", "--quiet", *packages]
             subprocess.run([*command, "--disable-pip-version-check"], check=True)
         ready.touch()
@@ -87,17 +87,17 @@ class Step:
 
     def __init__(self, who: str, file: Path, args: argparse.Namespace, *more: str) -> None:
         """`who` is a module here: a peer's, which the peers' interpreter runs, or ours."""
-        theirs = (args.peers_python or peers_python(args.venv)) if "." in who else sys.executable
-        command = [str(theirs), "-m", who, str(file), "--shape", json.dumps(shape_of(args))]
+        python = (args.peers_python or peers_python(args.venv)) if "." in who else sys.executable
+        command = [str(python), "-m", who, str(file), "--shape", json.dumps(args.shape)]
         command += ["--threads", str(args.threads), "--steps", str(args.steps), "--turns"]
         command += ["--device", args.device, *more]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+        variables = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
         if args.device == "cpu":
-            environment["TORCHDYNAMO_DISABLE"] = "1"
+            variables["TORCHDYNAMO_DISABLE"] = "1"
         self.who, self.log = who, file.with_name("".join([who, *more, ".log"]))
         with self.log.open("w") as errors:
             self.process = subprocess.Popen(
-                command, env=environment, cwd=HERE, text=True,
+                command, env=variables, cwd=HERE, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
             )  # fmt: skip
         self.said = self.hear()
@@ -164,7 +164,7 @@ def show(case: str, result: dict[str, Any], base: dict[str, Any], time: str) -> 
 
 def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All cases: prints the table and returns the summary."""
-    shape = Shape(**shape_of(args))
+    shape = Shape(**args.shape)
     weights = make_weights(shape, seed=0)
     chats = {
         case: make_chats(shape, scaled(CASES[case][0], args), CASES[case][1], seed=1)
@@ -202,7 +202,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def compare_dflash(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All cases of DFlash: prints the table and returns the summary."""
-    shape = dflash_inputs.Shape(**shape_of(args))
+    shape = dflash_inputs.Shape(**args.shape)
     weights = dflash_inputs.make_weights(shape, seed=0)
     time = "cpu_s" if args.device == "cpu" else "wall_s"
     print(HEADING)
@@ -240,7 +240,7 @@ def growth(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     The peers stop at 1024 tokens: their dense attention on a CPU is quadratic.
     """
-    shape = Shape(**shape_of(args))
+    shape = Shape(**args.shape)
     weights = make_weights(shape, seed=0)
     lengths = [512, 1024, 2048, 4096]
     chats = [make_chats(shape, [length], 0.0, seed=1) for length in lengths]
@@ -298,6 +298,7 @@ def main() -> None:
     args.cases = args.cases or list(cases)
     if not set(args.cases) <= set(cases) or (args.growth and args.draft == "dflash"):
         parser.error(f"--draft {args.draft} has the cases {', '.join(cases)}")
+    args.shape = shape_of(args)
     with tempfile.TemporaryDirectory() as folder:
         summary = (growth if args.growth else measured)(args, Path(folder))
     if args.json:

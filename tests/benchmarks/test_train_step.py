@@ -78,7 +78,7 @@ def test_our_step_prints_one_line_of_json(file: Path) -> None:
 def test_steps_take_turns(file: Path) -> None:
     """One step for every line that a process is given, and nothing before it."""
     args = argparse.Namespace(
-        draft="eagle3", threads=1, steps=2, device="cpu", peers_python=None, **vars(SHAPE)
+        shape=vars(SHAPE), threads=1, steps=2, device="cpu", peers_python=None
     )
     first, second = (train_step.Step("our_step", file, args) for _ in range(2))
     try:

@@ -1,14 +1,18 @@
 """The next-token objective: transformers' own loss and gradients, packed or not, in any layout."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_target
 from families import FAMILIES, VOCABULARY, build
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from specforge_exp.causal import head as head_module
 from specforge_exp.causal.head import Ending, NextToken, next_token_loss
@@ -22,6 +26,7 @@ from specforge_exp.training.batches import Batch
 CPU = torch.device("cpu")
 LENGTHS = [40, 7, 1, 25, 60]
 EPSILON = 1e-5
+PARITY = Path(__file__).parents[1] / "parity" / "causal" / "trl_packed.npz"
 
 
 def batch(vocabulary: int, lengths: list[int] = LENGTHS) -> Batch:
@@ -92,6 +97,25 @@ def test_loss_and_gradients_are_those_of_labels(family: str) -> None:
     packed = batch(VOCABULARY)
     expected = theirs(model.requires_grad_(True), packed)
     assert_alike(ours(causal(model), packed), expected)
+
+
+def test_loss_and_gradients_are_those_of_trl() -> None:
+    """Its SFTTrainer with packing; `python benchmarks/sft_step.py --record` made the arrays."""
+    arrays = np.load(PARITY, allow_pickle=False)
+    meta = json.loads(str(arrays["meta"]))
+    chats = meta["chats"]
+    model = LlamaForCausalLM(LlamaConfig(**meta["config"]))
+    weights, expected = (
+        {key[2:]: torch.from_numpy(arrays[key]) for key in arrays if key.startswith(kind)}
+        for kind in ("w/", "g/")
+    )
+    model.load_state_dict(weights)
+    ids_T, turns_T = (
+        torch.tensor([number for chat in chats for number in chat[key]]) for key in ("ids", "mask")
+    )
+    lengths = [len(chat["ids"]) for chat in chats]
+    packed = Batch(ids_T, turns_T, list(range(len(chats))), lengths, 0)
+    assert_alike(ours(causal(model), packed), (meta["loss"], expected))
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
