@@ -17,8 +17,23 @@ from peers.inputs import Chats, Shape, load
 from peers.measure import arguments, measure
 
 
-def build(shape: Shape, weights: dict[str, Tensor], device: str, dtype: torch.dtype) -> Any:
-    """speculators' draft with our weights; its verifier norm has unit weight."""
+def build(
+    shape: Shape,
+    weights: dict[str, Tensor],
+    device: str,
+    dtype: torch.dtype,
+    options: dict[str, Any] | None = None,
+) -> Any:
+    """speculators' draft with our weights; its verifier norm has unit weight.
+
+    `options` are entries of its configuration, and the layer's: num_hidden_layers, sliding_window,
+    layer_types, attn (its implementation).
+    """
+    own = {"norm_output": False, "norm_before_fc": False, "norm_before_residual": False}
+    own |= options or {}
+    of_layer = {"num_hidden_layers": 1, "sliding_window": None, "layer_types": None}
+    of_layer = {name: own.pop(name, value) for name, value in of_layer.items()}
+    attention = own.pop("attn", "sdpa" if device == "cpu" else "simple_flex_attention")
     from speculators.config import SpeculatorsConfig, VerifierConfig
     from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
     from speculators.proposals.greedy import GreedyTokenProposalConfig
@@ -31,20 +46,18 @@ def build(shape: Shape, weights: dict[str, Tensor], device: str, dtype: torch.dt
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         vocab_size=shape.vocab,
-        num_hidden_layers=1,
         max_position_embeddings=8192,
         rms_norm_eps=shape.rms_eps,
         rope_theta=shape.rope_theta,
         attention_bias=False,
+        **of_layer,
     )
-    layer._attn_implementation = "sdpa" if device == "cpu" else "simple_flex_attention"
+    layer._attn_implementation = attention
     proposal = GreedyTokenProposalConfig(speculative_tokens=shape.ttt)
     config = Eagle3SpeculatorConfig(
         transformer_layer_config=layer,
         draft_vocab_size=shape.draft_vocab,
-        norm_output=False,
-        norm_before_fc=False,
-        norm_before_residual=False,
+        **own,
         speculators_config=SpeculatorsConfig(
             algorithm="eagle3",
             proposal_methods=[proposal],

@@ -16,9 +16,17 @@ from specforge_exp.drafts.eagle3 import training
 from specforge_exp.drafts.eagle3.chains import make_chains, nothing_to_learn
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.eagle3.decoder import Eagle3Decoder
-from specforge_exp.drafts.eagle3.export import KEYS, LAYERS, check_export, export_config
+from specforge_exp.drafts.eagle3.export import (
+    KEYS,
+    LAYERS,
+    check_export,
+    export_config,
+    exported_tensors,
+    exported_variant,
+    own_tensors,
+)
 from specforge_exp.drafts.eagle3.model import Eagle3Model
-from specforge_exp.drafts.eagle3.unroll import unroll
+from specforge_exp.drafts.eagle3.unroll import Fed, unroll
 from specforge_exp.drafts.folder import check_tensors, read_export, write_export
 from specforge_exp.drafts.head_loss import Heads, head_and_loss
 from specforge_exp.drafts.start import copy_matching, start_at_the_end, start_random
@@ -29,15 +37,16 @@ from specforge_exp.training.batches import Batch
 from specforge_exp.training.objective import Outcome, Sample
 
 
-class Eagle3(Eagle3Model):
+class Eagle3(Eagle3Model[Eagle3Config]):
     """An EAGLE-3 draft."""
 
     @classmethod
     def new(cls, target: Target, cfg: Eagle3Config, mapping: dict[str, Tensor], seed: int) -> Self:
         """A fresh draft in fp32; `cfg.start` says what it knows already."""
         torch.manual_seed(seed)
-        config = draft_config(target.model.config, cfg)
-        draft = cls(config, target.embed_VH, mapping["d2t"].clone(), mapping["t2d"].clone())
+        config = draft_config(target.model.config, cfg.draft_vocab_size, cfg.num_layers)
+        d2t, t2d = mapping["d2t"].clone(), mapping["t2d"].clone()
+        draft = cls(config, target.embed_VH, d2t, t2d, cfg)
         start_random(draft)
         if cfg.start == "target":
             draft.not_copied = start_from_target(draft, target)
@@ -83,8 +92,12 @@ class Eagle3(Eagle3Model):
         for name in ("d2t", "t2d"):
             if name not in tensors:
                 raise InputError(f"{folder}: {name} is missing")
-        llama = LlamaConfig(num_hidden_layers=1, **{key: config[key] for key in KEYS})
-        draft = cls(llama, target.embed_VH, tensors["d2t"], tensors["t2d"])
+        variant = exported_variant(folder, config)
+        llama = LlamaConfig(
+            num_hidden_layers=variant.num_layers, **{key: config[key] for key in KEYS}
+        )
+        draft = cls(llama, target.embed_VH, tensors["d2t"], tensors["t2d"], variant)
+        tensors = own_tensors(folder, tensors)
         check_tensors(folder, draft.state_dict(), tensors)
         draft.load_state_dict(tensors)
         return draft
@@ -92,7 +105,7 @@ class Eagle3(Eagle3Model):
     def write(self, folder: Path, target: Target, target_path: str, dtype: torch.dtype) -> None:
         """Write the folder that SGLang and vLLM load."""
         config = export_config(self, target, target_path)
-        write_export(folder, config, self.state_dict(), dtype)
+        write_export(folder, config, exported_tensors(self), dtype)
 
     def decoder(self) -> Eagle3Decoder:
         """A decoder for one request."""
@@ -126,7 +139,8 @@ class Eagle3(Eagle3Model):
                 "it needs draft.draft_vocab_size=null"
             )
         chains = make_chains(cfg.supervision, sample.turns_T, sample.lengths, cfg.ttt_length)
-        states = unroll(self, chains, sample.ids_T, sample.aux_TA)
+        fed = Fed(windows_move=cfg.supervision != "speculators")
+        states = unroll(self, chains, sample.ids_T, sample.aux_TA, fed)
         draft_id_V = self.t2d.cumsum(0) - 1
         next_T = draft_id_V[torch.cat([sample.ids_T[1:], sample.ids_T[:1]])].clamp(min=0)
         heads = Heads(
@@ -151,14 +165,14 @@ class Eagle3(Eagle3Model):
         return torch.cat([self.lm_head(self.norm(state)) for state in states])
 
 
-def draft_config(target_config: Any, draft: Eagle3Config) -> LlamaConfig:
-    """Shapes of a draft for this target: one Llama layer as wide as the target's.
+def draft_config(target_config: Any, size: int | None, layers: int = 1) -> LlamaConfig:
+    """Shapes of a draft for this target: Llama layers as wide as the target's.
 
     Raises:
         InputError: the draft's vocabulary is larger than the target's.
     """
     shape = draft_shape(target_config)
-    size = draft.draft_vocab_size or shape["vocab_size"]
+    size = size or shape["vocab_size"]
     if size > shape["vocab_size"]:
         raise InputError(
             f"draft.draft_vocab_size={size} is above the target's vocabulary of "
@@ -168,35 +182,41 @@ def draft_config(target_config: Any, draft: Eagle3Config) -> LlamaConfig:
         **shape,
         architectures=["LlamaForCausalLMEagle3"],
         target_hidden_size=shape["hidden_size"],
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         draft_vocab_size=size,
         pad_token_id=None,
     )
 
 
 @torch.no_grad()
-def start_from_target(draft: Eagle3, target: Target) -> list[str]:
-    """Begin where the target ends: the projections and norms of its last layer, its last norm and
+def start_from_target(draft: Eagle3Model[Any], target: Target) -> list[str]:
+    """Begin where the target ends: the projections and norms of its last layers, its last norm and
     head, fed its highest captured state; returns what was not to be had: matrices whose half for
     the state stays random, norms that stay 1, biases.
 
-    The embedding's half of the layer stays random, its norm 1: the first steps teach them. The
-    state's norm is the target's before attention. Queries and keys are left out where the target
-    norms or rotates heads in another way. What scales the target's logits is multiplied into the
-    head.
+    The embedding's half of the first layer stays random, its norm 1: the first steps teach them.
+    The state's norm is the target's before attention. Queries and keys are left out where the
+    target norms or rotates heads in another way. What scales the target's logits is multiplied into
+    the head.
     """
-    H = draft.config.hidden_size
-    (weights,) = target.last_layers(1)
-    state_norm = {"hidden_norm.weight": "input_layernorm.weight"}
-    missing = []
-    for name, weight in draft.midlayer.named_parameters():
-        if name == "input_layernorm.weight":
-            continue
-        wide = name[10:16] in ("q_proj", "k_proj", "v_proj")
-        own = weight[:, H:] if wide else weight
-        normed_heads = wide and name.replace("_proj", "_norm") in weights
-        if normed_heads or not copy_matching(own, weights, state_norm.get(name, name)):
-            missing.append(name)
+    H, number = draft.config.hidden_size, len(draft.stack)
+    if number > len(target.layers):
+        raise InputError(
+            f"draft.num_layers={number}, and the target has {len(target.layers)} layers to start "
+            "from; draft.start=random needs none"
+        )
+    missing: list[str] = []
+    for layer, weights in zip(draft.stack, target.last_layers(number), strict=True):
+        state_norm = {"hidden_norm.weight": "input_layernorm.weight"}
+        for name, weight in layer.named_parameters():
+            if layer.first and name == "input_layernorm.weight":
+                continue
+            wide = name[10:16] in ("q_proj", "k_proj", "v_proj")
+            own = weight[:, -H:] if wide else weight
+            normed_heads = wide and name.replace("_proj", "_norm") in weights
+            copied = not normed_heads and copy_matching(own, weights, state_norm.get(name, name))
+            missing += [] if copied or name in missing else [name]
+    missing += [name for name in ("input_norm", "fc_norm") if hasattr(draft, name)]
     missing += start_at_the_end(draft, target, weights)
     rows_DH = target.head.weight_VH[draft.draft_ids_D.to(target.device)]
     draft.lm_head.weight.copy_(rows_DH).mul_(target.head.scale)

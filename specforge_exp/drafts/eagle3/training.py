@@ -12,6 +12,8 @@ Steps are summed with ttt_decay**k.
 Shape suffixes: T tokens, R rows, K steps, H hidden, A = 3 H, D draft vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,21 +40,23 @@ def denominators(cfg: Eagle3Config, batch: Batch) -> Tensor:
     return torch.stack([mask.sum() for mask in masks]).double()
 
 
-def needed_flops(draft: Eagle3Model, chains: Chains) -> float:
+def needed_flops(draft: Eagle3Model[Any], chains: Chains) -> float:
     """FLOP that forward and backward need below the head: products only, nothing for what is
     computed twice.
 
-    6 per weight and use: fc and the embedding's half of q, k, v once per position; the rest of the
-    layer per carried row and step.
+    6 per weight and use: fc and the embedding's half of q, k, v once per position; the rest of a
+    layer per carried row and step, of those before the last at step 0 per position.
     """
     H: int = draft.config.hidden_size
     attn = draft.midlayer.self_attn
     half = H * sum(len(proj.weight) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
-    layer = sum(weight.numel() for weight in draft.midlayer.parameters() if weight.dim() > 1)
-    tokens = len(chains.start_T)
-    return 6.0 * tokens * (draft.fc.weight.numel() + half) + 6.0 * sum(chains.counts) * (
-        layer - half
-    )
+    layers = [sum(w.numel() for w in x.parameters() if w.dim() > 1) for x in draft.stack]
+    layers[0] -= half
+    tokens, rows = len(chains.start_T), sum(chains.counts)
+    inner = rows - chains.counts[0] + tokens
+    needed: float = tokens * (draft.fc.weight.numel() + half)
+    needed += sum(layers[:-1]) * inner + layers[-1] * rows
+    return 6.0 * needed
 
 
 def weighting(loss: Loss, cfg: Eagle3Config, window_K: Tensor, first: Outcome | None) -> Weighting:
