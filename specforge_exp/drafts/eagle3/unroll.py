@@ -95,14 +95,14 @@ def unroll(
     own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in shared]
     for index, rows in enumerate(chains.counts):
         if index:
-            state_RH = draft.recycled(state_RH[:rows]) if fed_1H is None else fed_1H
+            state_RH = draft.recycled(state_RH[:rows]) if fed_1H is None else fed_1H[:rows]
         for layer in shared if index else shared[-1:]:
             if rows:
                 mine = own[layer.number]
                 earlier = [(k_RME[:rows], v_RME[:rows]) for k_RME, v_RME in mine]
                 state_RH, *pair = run(draft, carried.steps[index], layer, state_RH, earlier)
                 mine += [(pair[0], pair[1])] if index else []
-        states.append(state_RH[:rows])
+        states.append(state_RH)
     return states
 
 
