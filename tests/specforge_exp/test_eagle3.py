@@ -347,7 +347,7 @@ def test_flops_count_what_is_needed(random_target: Target) -> None:
 
 def test_too_large_a_vocabulary_is_refused(random_target: Target) -> None:
     with pytest.raises(InputError, match="draft_vocab_size=65"):
-        draft_config(random_target.model.config, 65)
+        draft_config(random_target.model.config, replace(CFG, draft_vocab_size=65))
 
 
 def test_seed_decides_the_start() -> None:

@@ -64,38 +64,17 @@ class Variant:
 
 
 @dataclass
-class Eagle3Config(DraftConfig, Variant):
-    """The steps of its training, and which of them count."""
+class EagleConfig(DraftConfig, Variant):
+    """What the drafts of this architecture have."""
 
-    steps_option: ClassVar[str] = "ttt_length"
-
-    _target_: str = "specforge_exp.drafts.eagle3.Eagle3"
-    """Dotted path of the draft's class."""
-    ttt_length: int = 7
-    """Unrolled steps of training-time test."""
-    ttt_decay: float = 0.8
-    """Step k weighs ttt_decay**k in the loss."""
     start: str = "target"
     """target: a copy of the target's last norm and head and of the projections and norms of its
     last layers, as far as they mean the same there; random: nothing but noise."""
-    supervision: str = "inference"
-    """Which (slot, step) pairs train and how they are averaged: inference (the states that exist
-    when serving; the mean per step), or a peer's way: specforge, speculators."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("draft.ttt_length", self.ttt_length, 1)
-        if not 0 < self.ttt_decay <= 1:
-            raise InputError(f"draft.ttt_decay={self.ttt_decay} must be in (0, 1]")
         one_of("draft.start", self.start, ("target", "random"))
-        allowed = ("inference", "specforge", "speculators")
-        one_of("draft.supervision", self.supervision, allowed)
-        self.check_variant("ttt_length", self.ttt_length)
-
-    @property
-    def steps(self) -> int:
-        """Unrolled steps."""
-        return self.ttt_length
+        self.check_variant(self.steps_option, self.steps)
 
     @property
     def features(self) -> int:
@@ -107,3 +86,33 @@ class Eagle3Config(DraftConfig, Variant):
         plain = vars(Variant())
         own = {name: value for name, value in super().matters().items() if name not in plain}
         return {**own, **self.changes()}
+
+
+@dataclass
+class Eagle3Config(EagleConfig):
+    """The steps of its training, and which of them count."""
+
+    steps_option: ClassVar[str] = "ttt_length"
+
+    _target_: str = "specforge_exp.drafts.eagle3.Eagle3"
+    """Dotted path of the draft's class."""
+    ttt_length: int = 7
+    """Unrolled steps of training-time test."""
+    ttt_decay: float = 0.8
+    """Step k weighs ttt_decay**k in the loss."""
+    supervision: str = "inference"
+    """Which (slot, step) pairs train and how they are averaged: inference (the states that exist
+    when serving; the mean per step), or a peer's way: specforge, speculators."""
+
+    def __post_init__(self) -> None:
+        at_least("draft.ttt_length", self.ttt_length, 1)
+        super().__post_init__()
+        if not 0 < self.ttt_decay <= 1:
+            raise InputError(f"draft.ttt_decay={self.ttt_decay} must be in (0, 1]")
+        allowed = ("inference", "specforge", "speculators")
+        one_of("draft.supervision", self.supervision, allowed)
+
+    @property
+    def steps(self) -> int:
+        """Unrolled steps."""
+        return self.ttt_length

@@ -72,15 +72,19 @@ def weighting(loss: Loss, cfg: Eagle3Config, window_K: Tensor, first: Outcome | 
     if cfg.supervision == "specforge":
         return specforge_weighting(loss.cfg, decay_K / window_K, decay_K, first)
     if cfg.supervision == "speculators":
-        options = loss.cfg
-        scale_K = (decay_K / (window_K + 1e-5)).float()
-        weights = {
-            "kl": options.lambda_ce, "reverse_kl": options.lambda_rkl, "tv": options.lambda_tv,
-            "lk_alpha": options.lambda_lk_alpha,
-        }  # fmt: skip
-        terms = {name: weight * scale_K for name, weight in weights.items() if weight > 0}
-        return Weighting(terms, scale_K, decay_K, options.temperature, local=True, floor=1e-5)
+        return speculators_weighting(loss.cfg, decay_K / (window_K + 1e-5), decay_K)
     return weighted(loss, (decay_K / window_K.clamp(min=1)).float(), decay_K)
+
+
+def speculators_weighting(cfg: LossConfig, scale_K: Tensor, decay_K: Tensor) -> Weighting:
+    """speculators' terms, compared with p renormalised on the draft's vocabulary."""
+    scale_K = scale_K.float()
+    weights = {
+        "kl": cfg.lambda_ce, "reverse_kl": cfg.lambda_rkl, "tv": cfg.lambda_tv,
+        "lk_alpha": cfg.lambda_lk_alpha,
+    }  # fmt: skip
+    terms = {name: weight * scale_K for name, weight in weights.items() if weight > 0}
+    return Weighting(terms, scale_K, decay_K, cfg.temperature, local=True, floor=1e-5)
 
 
 def specforge_weighting(
