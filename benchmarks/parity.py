@@ -5,9 +5,10 @@
 A file with `step_loss` is speculators' (each step already multiplied by decay**k), one with
 `ploss` SpecForge's (not multiplied). `meta` says what the draft has of EAGLE-3.1: fc_norm,
 norm_output, norm_before_fc, norm_before_residual, sliding_window with layer_types; the arrays have
-its layers (midlayer or layers.0 is the first). `python -m peers.speculators_record` writes such
-files. loss_rel is the largest relative difference of a step's loss, grad_rel the largest difference
-of a gradient relative to the largest entry of its tensor.
+its layers (midlayer or layers.0 is the first). A file with in/anchor_pos and in/depth is a step of
+speculators' P-EAGLE, with what it drew; meta has its mask_token_id. `peers.speculators_record`
+writes such files. loss_rel is the largest relative difference of a step's loss, grad_rel the
+largest difference of a gradient relative to the largest entry of its tensor.
 The last line is JSON; the exit status is 1 when a file is above the tolerances, which are those of
 float32 on a CPU. With another device or dtype the differences are what one looks at.
 """
@@ -18,15 +19,20 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from specforge_exp.config import LossConfig
+from specforge_exp.config import DraftConfig, LossConfig
+from specforge_exp.drafts.eagle3.chains import chains_of
 from specforge_exp.drafts.eagle3.config import Eagle3Config, Variant
 from specforge_exp.drafts.eagle3.draft import Eagle3
+from specforge_exp.drafts.peagle import draft as peagle
+from specforge_exp.drafts.peagle.config import PEagleConfig
+from specforge_exp.drafts.rows import Chains
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss, opd
 from specforge_exp.target import Head
@@ -95,20 +101,47 @@ def llama_config(weights: dict[str, Tensor], meta: dict[str, Any]) -> LlamaConfi
     )
 
 
-def build_draft(weights: dict[str, Tensor], meta: dict[str, Any]) -> Eagle3:
-    """A draft with the file's weights."""
+def build_draft(weights: dict[str, Tensor], meta: dict[str, Any]) -> Any:
+    """A draft with the file's weights: P-EAGLE's with a learnt mask among them."""
     weights = {ours(name): value for name, value in weights.items()}
     weights.pop("target_head.weight", None)
     config = llama_config(weights, meta)
     embed_VH, own = weights.pop("embed_tokens.weight"), variant(meta, weights)
-    draft = Eagle3(config, embed_VH, weights["d2t"], weights["t2d"], own)
+    config.mask_token_id = meta.get("mask_token_id")
+    kind: Any = peagle.PEagle if "mask_hidden" in weights else Eagle3
+    draft = kind(config, embed_VH, weights["d2t"], weights["t2d"], own)
     draft.load_state_dict(weights)
     return draft
 
 
+def drawn(inputs: dict[str, Tensor]) -> Chains | None:
+    """The rows of what speculators' P-EAGLE drew, where the file has it."""
+    if "anchor_pos" not in inputs:
+        return None
+    anchor_N, depth_N = inputs["anchor_pos"].cpu(), inputs["depth"].cpu()
+    mask_T = inputs["loss_mask"][0].cpu() > 0
+    masks = [torch.zeros_like(mask_T) for _ in range(int(depth_N.max()) + 1)]
+    counts_N = mask_T[anchor_N + 1 + depth_N]
+    for depth, taken_T in enumerate(masks):
+        taken_T[anchor_N[counts_N & (depth_N == depth)]] = True
+    return chains_of(masks, [len(mask_T)])
+
+
+def options(meta: dict[str, Any], speculators: bool, chains: Chains | None) -> DraftConfig:
+    """The draft's."""
+    if chains is not None:
+        return PEagleConfig(name="peer", num_depths=len(chains.counts), supervision="speculators")
+    return Eagle3Config(
+        name="peer",
+        ttt_length=int(meta["ttt"]),
+        ttt_decay=meta["decay" if speculators else "ploss_decay"],
+        supervision="speculators" if speculators else "specforge",
+    )
+
+
 def run(
     arrays: Any, meta: dict[str, Any], speculators: bool, device: str, dtype: torch.dtype
-) -> tuple[Eagle3, Outcome]:
+) -> tuple[Any, Outcome]:
     """One forward and backward of the peer's preset on the file's weights and inputs."""
     tensors = {k: torch.from_numpy(arrays[k]).to(device) for k in arrays.files if "/" in k}
     weights = {k[2:]: value for k, value in tensors.items() if k.startswith("w/")}
@@ -118,12 +151,8 @@ def run(
     last = inputs["last_hidden_states"].float()
     if speculators:  # its verifier norm has unit weight and the stored states are from before it
         last = last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + meta["rms_eps"])
-    cfg = Eagle3Config(
-        name="peer",
-        ttt_length=int(meta["ttt"]),
-        ttt_decay=meta["decay" if speculators else "ploss_decay"],
-        supervision="speculators" if speculators else "specforge",
-    )
+    chains = drawn(inputs)
+    cfg = options(meta, speculators, chains)
     # Padding on the right stays: it is never seen, and SpecForge divides by it too.
     lengths = [inputs["input_ids"].shape[1]] * len(inputs["input_ids"])
     turns = (inputs["loss_mask"] > 0).long().flatten().cpu()
@@ -131,9 +160,12 @@ def run(
     ids, numbers = inputs["input_ids"].flatten(), list(range(len(lengths)))
     sample = Sample(ids, turns, numbers, lengths, 0, aux, last.to(dtype).flatten(0, 1))
     loss = Loss(opd, loss_config(meta, speculators))
-    window_K = draft.denominators(cfg, sample)
     head = Head(weights["target_head.weight"].to(dtype))
-    outcome = draft.objective(sample, head, loss, cfg, window_K)
+    with patch.object(peagle, "make_chains", lambda cfg, sample: chains):
+        window_K = draft.denominators(cfg, sample)
+        if chains is not None:
+            window_K = torch.stack([mask.sum() for mask in chains.supervised]).double()
+        outcome = draft.objective(sample, head, loss, cfg, window_K)
     outcome.loss.backward()
     return draft, outcome
 
@@ -147,16 +179,18 @@ def compare(
         meta = json.loads(str(arrays["meta"]))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path} is not a parity file: {error}") from None
-    speculators = "step_loss" in arrays.files
+    parallel = "in/anchor_pos" in arrays.files
+    speculators = parallel or "step_loss" in arrays.files
     for name in () if speculators else NORMS:
         if meta.get(name) and name not in SPECFORGE_HAS:
             raise InputError(f"{path}: {name} is not what SpecForge trains, so it is not compared")
     draft, outcome = run(arrays, meta, speculators, device, dtype)
-    steps = np.arange(int(meta["ttt"]))
     mine = outcome.step_loss_K.double().cpu().numpy()
-    reference = arrays["step_loss" if speculators else "ploss"]
-    if speculators:
-        mine = mine * meta["decay"] ** steps
+    reference = arrays["loss" if parallel else "step_loss" if speculators else "ploss"]
+    if parallel:
+        mine = mine.sum()
+    elif speculators:
+        mine = mine * meta["decay"] ** np.arange(int(meta["ttt"]))
     loss_rel = largest(abs(mine - reference) / np.maximum(abs(reference), 1e-8))
     grad_rel = 0.0
     gradients = {name: p.grad for name, p in draft.named_parameters()}

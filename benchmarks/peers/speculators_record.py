@@ -5,6 +5,10 @@
 Runs in the environment that benchmarks/train_step.py makes, in fp32 on a CPU, with speculators' own
 eager attention and losses. `--options` are entries of its configuration and of its layer's
 (num_hidden_layers, sliding_window, layer_types); `--shape` sizes that differ, `--loss` its loss.
+
+    python -m peers.speculators_record FILE --options '{"mask_token_id": 159}'
+
+records a step of its P-EAGLE, with the anchors and depths that it drew (in/anchor_pos, in/depth).
 """
 
 import argparse
@@ -42,7 +46,33 @@ def all_weights(shape: Shape, options: dict[str, Any], seed: int) -> dict[str, T
         weights["input_norm.weight"] = 1 + 0.1 * torch.randn(size, generator=g)
     for part in range(shape.features if options.get("fc_norm") else 0):
         weights[f"fc_norm.{part}.weight"] = 1 + 0.1 * torch.randn(shape.hidden, generator=g)
+    if "mask_token_id" in options:
+        weights["mask_hidden"] = torch.randn(1, 1, shape.features * shape.hidden, generator=g)
     return weights
+
+
+def step(
+    model: Any, inputs: dict[str, Tensor], shape: Shape, loss: str, decay: float
+) -> tuple[Tensor, dict[str, Any]]:
+    """The loss, and what it is made of: of every step, or of P-EAGLE with what was drawn."""
+    from speculators.losses import resolve_loss_config
+    from speculators.models.peagle import core
+
+    options: dict[str, Any] = {"loss_config": resolve_loss_config(loss, "eager")}
+    if not hasattr(model, "mask_hidden"):
+        options |= {"ttt_steps": shape.ttt, "ttt_step_loss_decay": decay}
+        _, total, metrics = model(**inputs, **options)
+        return total, {"step_loss": [float(metrics[f"loss_{k}_sum"]) for k in range(shape.ttt)]}
+    theirs, drawn = core.generate_cod_sample_indices, []
+
+    def drawing(**arguments: Any) -> Any:
+        drawn.append(theirs(**arguments))
+        return drawn[0]
+
+    core.generate_cod_sample_indices = drawing
+    _, total, _ = model(**inputs, **options, num_depths=shape.ttt)
+    anchor_pos, depth = drawn[0]
+    return total, {"in/anchor_pos": anchor_pos.numpy(), "in/depth": depth.numpy()}
 
 
 def main() -> None:
@@ -57,17 +87,14 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    from speculators.losses import resolve_loss_config
-
+    torch.manual_seed(args.seed)
     shape, decay = replace(SHAPE, **args.shape), 0.8
     weights = all_weights(shape, args.options, args.seed)
     chats = make_chats(shape, [args.tokens], 0.25, args.seed + 2)
     weights |= vocabulary(shape, weights, [chats])
     model = build(shape, dict(weights), "cpu", torch.float32, {"attn": "eager", **args.options})
-    _, loss, metrics = model(
-        **make_inputs(chats, "cpu", torch.float32), ttt_steps=shape.ttt, ttt_step_loss_decay=decay,
-        loss_config=resolve_loss_config(args.loss, "eager"),
-    )  # fmt: skip
+    inputs = make_inputs(chats, "cpu", torch.float32)
+    loss, parts = step(model, inputs, shape, args.loss, decay)
     loss.backward()
     arrays = {f"w/{name}": value.numpy() for name, value in weights.items()}
     arrays |= {
@@ -81,9 +108,9 @@ def main() -> None:
         **args.options, "ttt": shape.ttt, "decay": decay, "loss_fn": args.loss, "seed": args.seed,
         "head_dim": shape.head_dim, "rope_theta": shape.rope_theta, "rms_eps": shape.rms_eps,
     }  # fmt: skip
-    steps = [float(metrics[f"loss_{k}_sum"]) for k in range(shape.ttt)]
+    arrays |= {name: np.asarray(value) for name, value in parts.items()}
     np.savez_compressed(
-        args.file, allow_pickle=False, loss=float(loss.detach()), step_loss=np.array(steps),
+        args.file, allow_pickle=False, loss=float(loss.detach()),
         meta=np.array(json.dumps(meta)), **arrays,
     )  # fmt: skip
 

@@ -27,7 +27,8 @@ def build(
     """speculators' draft with our weights; its verifier norm has unit weight.
 
     `options` are entries of its configuration, and the layer's: num_hidden_layers, sliding_window,
-    layer_types, attn (its implementation).
+    layer_types, attn (its implementation). One with mask_token_id is P-EAGLE's, its embeddings
+    frozen as everybody else's are.
     """
     own = {"norm_output": False, "norm_before_fc": False, "norm_before_residual": False}
     own |= options or {}
@@ -36,6 +37,7 @@ def build(
     attention = own.pop("attn", "sdpa" if device == "cpu" else "simple_flex_attention")
     from speculators.config import SpeculatorsConfig, VerifierConfig
     from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
+    from speculators.models.peagle import PEagleDraftModel, PEagleSpeculatorConfig
     from speculators.proposals.greedy import GreedyTokenProposalConfig
     from transformers import LlamaConfig
 
@@ -54,18 +56,22 @@ def build(
     )
     layer._attn_implementation = attention
     proposal = GreedyTokenProposalConfig(speculative_tokens=shape.ttt)
-    config = Eagle3SpeculatorConfig(
+    kind, algorithm = (Eagle3SpeculatorConfig, Eagle3DraftModel), "eagle3"
+    if "mask_token_id" in own:
+        kind, algorithm = (PEagleSpeculatorConfig, PEagleDraftModel), "peagle"
+    config = kind[0](
         transformer_layer_config=layer,
         draft_vocab_size=shape.draft_vocab,
+        embed_requires_grad=False,
         **own,
         speculators_config=SpeculatorsConfig(
-            algorithm="eagle3",
+            algorithm=algorithm,
             proposal_methods=[proposal],
             default_proposal_method="greedy",
             verifier=VerifierConfig(name_or_path=None, architectures=[]),
         ),
     )
-    model = Eagle3DraftModel(config)
+    model = kind[1](config)
     head_weight = weights.pop("target_head.weight")
     state = {name.replace("midlayer.", "layers.0."): value for name, value in weights.items()}
     state["verifier_lm_head.weight"] = head_weight[weights["t2d"]]

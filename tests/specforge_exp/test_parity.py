@@ -11,7 +11,8 @@ import pytest
 
 from specforge_exp.errors import InputError
 
-FILES = sorted((Path(__file__).parents[1] / "parity").glob("*.npz"))
+FOLDER = Path(__file__).parents[1] / "parity"
+FILES = sorted([*FOLDER.glob("*.npz"), *FOLDER.glob("peagle/*.npz")])
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "parity.py"
 
 
@@ -79,6 +80,15 @@ def test_an_option_left_out_is_found(tmp_path: Path, name: str) -> None:
     """Options without weights of their own, which nothing else would miss."""
     source = next(path for path in FILES if path.name == f"sp_{name}.npz")
     assert parity.compare(changed(tmp_path, source, **{name: False}))["grad_rel"] > 1e-2
+
+
+def test_another_mask_and_another_draw_are_found(tmp_path: Path) -> None:
+    source = FOLDER / "peagle" / "two_layers.npz"
+    wrong = changed(tmp_path, source, mask_token_id=1)
+    assert parity.compare(wrong)["loss_rel"] > 1e-4
+    anchors, depths = (np.load(source)[f"in/{name}"] for name in ("anchor_pos", "depth"))
+    fewer = {"in/anchor_pos": anchors[depths < 4], "in/depth": depths[depths < 4]}
+    assert parity.compare(changed(tmp_path, source, **fewer))["grad_rel"] > 1e-3
 
 
 @pytest.mark.parametrize("window", [5, 7])
