@@ -124,6 +124,7 @@ def test_what_an_export_says(
     assert config["fc_norm"] and config["norm_output"] and config["norm_before_residual"]
     assert "norm_before_fc" not in config
     assert "norm_before_residual and sliding_window and layer_types; SGLang" in caplog.text
+    assert "vLLM 0.32 does not start with a draft of which some layers have a window" in caplog.text
     tensors = load_file(tmp_path / "model.safetensors")
     twins = [tensors[f"layers.2.{n}.weight"] for n in ("hidden_norm", "input_layernorm")]
     assert torch.equal(*twins)

@@ -73,6 +73,11 @@ def variant_entries(variant: Variant) -> dict[str, Any]:
         entries["layer_types"] = [f"{kind}_attention" for kind in kinds]
         entries |= {"sliding_window": variant.sliding_window, "use_sliding_window": True}
         unread += ["sliding_window", "layer_types"]
+    if len({*variant.windows}) > 1:
+        log.warning(
+            "draft: vLLM 0.32 does not start with a draft of which some layers have a window and "
+            "others none; without draft.full_attention_layers it does"
+        )
     if unread:
         log.warning(
             "draft: vLLM reads %s; SGLang 0.5.23 does not and would draft worse: serve this draft "
