@@ -3,8 +3,12 @@
     python benchmarks/parity.py [--device cpu|cuda] [--dtype float32|bfloat16] FILE.npz...
 
 A file with `step_loss` is speculators' (each step already multiplied by decay**k), one with
-`ploss` SpecForge's (not multiplied). loss_rel is the largest relative difference of a step's
-loss, grad_rel the largest difference of a gradient relative to the largest entry of its tensor.
+`ploss` SpecForge's (not multiplied). `meta` says what the draft has of EAGLE-3.1: fc_norm,
+norm_output, norm_before_fc, norm_before_residual, sliding_window with layer_types; the arrays have
+its layers (midlayer or layers.0 is the first). A file with in/anchor_pos and in/depth is a step of
+speculators' P-EAGLE, with what it drew; meta has its mask_token_id. `peers.speculators_record`
+writes such files. loss_rel is the largest relative difference of a step's loss, grad_rel the
+largest difference of a gradient relative to the largest entry of its tensor.
 The last line is JSON; the exit status is 1 when a file is above the tolerances, which are those of
 float32 on a CPU. With another device or dtype the differences are what one looks at.
 """
@@ -12,24 +16,32 @@ float32 on a CPU. With another device or dtype the differences are what one look
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from specforge_exp.config import LossConfig
-from specforge_exp.drafts.eagle3.config import Eagle3Config
+from specforge_exp.config import DraftConfig, LossConfig
+from specforge_exp.drafts.eagle3.chains import chains_of
+from specforge_exp.drafts.eagle3.config import Eagle3Config, Variant
 from specforge_exp.drafts.eagle3.draft import Eagle3
+from specforge_exp.drafts.peagle import draft as peagle
+from specforge_exp.drafts.peagle.config import PEagleConfig
+from specforge_exp.drafts.rows import Chains
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss, opd
 from specforge_exp.target import Head
 from specforge_exp.training.objective import Outcome, Sample
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-6, 1e-5
-REFUSED = ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")
+NORMS = ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")
+SPECFORGE_HAS = ("fc_norm",)
+"""Of those, what SpecForge 0.2.0 means by the name as speculators does."""
 SPECULATORS_TERMS = {
     "kl_div": "lambda_ce",
     "rkl": "lambda_rkl",
@@ -55,11 +67,27 @@ def loss_config(meta: dict[str, Any], speculators: bool) -> LossConfig:
     return LossConfig(name="peer", **weights)
 
 
-def build_draft(weights: dict[str, Tensor], meta: dict[str, Any]) -> Eagle3:
-    """A draft with the file's weights; sizes come from the arrays."""
+def variant(meta: dict[str, Any], names: Iterable[str]) -> Variant:
+    """What the file's draft has of EAGLE-3.1."""
+    further = {int(name.split(".")[1]) for name in names if name.startswith("layers.")}
+    number, window = 1 + len(further), meta.get("sliding_window")
+    kinds = meta.get("layer_types") or ["full_attention"] * number
+    window = window if "sliding_attention" in kinds else None
+    full = [n for n, kind in enumerate(kinds) if kind == "full_attention"] if window else []
+    norms = {name: bool(meta.get(name)) for name in NORMS}
+    return Variant(number, **norms, sliding_window=window, full_attention_layers=full)
+
+
+def ours(name: str) -> str:
+    """A peer's name of a weight, as ours."""
+    return name.replace("layers.0.", "midlayer.")
+
+
+def llama_config(weights: dict[str, Tensor], meta: dict[str, Any]) -> LlamaConfig:
+    """Sizes, from the arrays."""
     H, V = weights["fc.weight"].shape[0], weights["embed_tokens.weight"].shape[0]
     E = int(meta["head_dim"])
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=H,
         target_hidden_size=weights["fc.weight"].shape[1] // 3,
         intermediate_size=weights["midlayer.mlp.gate_proj.weight"].shape[0],
@@ -71,17 +99,49 @@ def build_draft(weights: dict[str, Tensor], meta: dict[str, Any]) -> Eagle3:
         vocab_size=V,
         draft_vocab_size=weights["lm_head.weight"].shape[0],
     )
-    draft = Eagle3(config, weights["embed_tokens.weight"], weights["d2t"], weights["t2d"])
-    own = {
-        k: v for k, v in weights.items() if k not in ("embed_tokens.weight", "target_head.weight")
-    }
-    draft.load_state_dict(own)
+
+
+def build_draft(weights: dict[str, Tensor], meta: dict[str, Any]) -> Any:
+    """A draft with the file's weights: P-EAGLE's with a learnt mask among them."""
+    weights = {ours(name): value for name, value in weights.items()}
+    weights.pop("target_head.weight", None)
+    config = llama_config(weights, meta)
+    embed_VH, own = weights.pop("embed_tokens.weight"), variant(meta, weights)
+    config.mask_token_id = meta.get("mask_token_id")
+    kind: Any = peagle.PEagle if "mask_hidden" in weights else Eagle3
+    draft = kind(config, embed_VH, weights["d2t"], weights["t2d"], own)
+    draft.load_state_dict(weights)
     return draft
+
+
+def drawn(inputs: dict[str, Tensor]) -> Chains | None:
+    """The rows of what speculators' P-EAGLE drew, where the file has it."""
+    if "anchor_pos" not in inputs:
+        return None
+    anchor_N, depth_N = inputs["anchor_pos"].cpu(), inputs["depth"].cpu()
+    mask_T = inputs["loss_mask"][0].cpu() > 0
+    masks = [torch.zeros_like(mask_T) for _ in range(int(depth_N.max()) + 1)]
+    counts_N = mask_T[anchor_N + 1 + depth_N]
+    for depth, taken_T in enumerate(masks):
+        taken_T[anchor_N[counts_N & (depth_N == depth)]] = True
+    return chains_of(masks, [len(mask_T)])
+
+
+def options(meta: dict[str, Any], speculators: bool, chains: Chains | None) -> DraftConfig:
+    """The draft's."""
+    if chains is not None:
+        return PEagleConfig(name="peer", num_depths=len(chains.counts), supervision="speculators")
+    return Eagle3Config(
+        name="peer",
+        ttt_length=int(meta["ttt"]),
+        ttt_decay=meta["decay" if speculators else "ploss_decay"],
+        supervision="speculators" if speculators else "specforge",
+    )
 
 
 def run(
     arrays: Any, meta: dict[str, Any], speculators: bool, device: str, dtype: torch.dtype
-) -> tuple[Eagle3, Outcome]:
+) -> tuple[Any, Outcome]:
     """One forward and backward of the peer's preset on the file's weights and inputs."""
     tensors = {k: torch.from_numpy(arrays[k]).to(device) for k in arrays.files if "/" in k}
     weights = {k[2:]: value for k, value in tensors.items() if k.startswith("w/")}
@@ -91,12 +151,8 @@ def run(
     last = inputs["last_hidden_states"].float()
     if speculators:  # its verifier norm has unit weight and the stored states are from before it
         last = last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + meta["rms_eps"])
-    cfg = Eagle3Config(
-        name="peer",
-        ttt_length=int(meta["ttt"]),
-        ttt_decay=meta["decay" if speculators else "ploss_decay"],
-        supervision="speculators" if speculators else "specforge",
-    )
+    chains = drawn(inputs)
+    cfg = options(meta, speculators, chains)
     # Padding on the right stays: it is never seen, and SpecForge divides by it too.
     lengths = [inputs["input_ids"].shape[1]] * len(inputs["input_ids"])
     turns = (inputs["loss_mask"] > 0).long().flatten().cpu()
@@ -104,9 +160,12 @@ def run(
     ids, numbers = inputs["input_ids"].flatten(), list(range(len(lengths)))
     sample = Sample(ids, turns, numbers, lengths, 0, aux, last.to(dtype).flatten(0, 1))
     loss = Loss(opd, loss_config(meta, speculators))
-    window_K = draft.denominators(cfg, sample)
     head = Head(weights["target_head.weight"].to(dtype))
-    outcome = draft.objective(sample, head, loss, cfg, window_K)
+    with patch.object(peagle, "make_chains", lambda cfg, sample: chains):
+        window_K = draft.denominators(cfg, sample)
+        if chains is not None:
+            window_K = torch.stack([mask.sum() for mask in chains.supervised]).double()
+        outcome = draft.objective(sample, head, loss, cfg, window_K)
     outcome.loss.backward()
     return draft, outcome
 
@@ -120,24 +179,26 @@ def compare(
         meta = json.loads(str(arrays["meta"]))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path} is not a parity file: {error}") from None
-    for name in REFUSED:
-        if meta.get(name):
-            raise InputError(f"{path}: {name} is not part of this draft, so it cannot be compared")
-    speculators = "step_loss" in arrays.files
+    parallel = "in/anchor_pos" in arrays.files
+    speculators = parallel or "step_loss" in arrays.files
+    for name in () if speculators else NORMS:
+        if meta.get(name) and name not in SPECFORGE_HAS:
+            raise InputError(f"{path}: {name} is not what SpecForge trains, so it is not compared")
     draft, outcome = run(arrays, meta, speculators, device, dtype)
-    steps = np.arange(int(meta["ttt"]))
     mine = outcome.step_loss_K.double().cpu().numpy()
-    reference = arrays["step_loss" if speculators else "ploss"]
-    if speculators:
-        mine = mine * meta["decay"] ** steps
+    reference = arrays["loss" if parallel else "step_loss" if speculators else "ploss"]
+    if parallel:
+        mine = mine.sum()
+    elif speculators:
+        mine = mine * meta["decay"] ** np.arange(int(meta["ttt"]))
     loss_rel = largest(abs(mine - reference) / np.maximum(abs(reference), 1e-8))
     grad_rel = 0.0
     gradients = {name: p.grad for name, p in draft.named_parameters()}
     for key in (k for k in arrays.files if k.startswith("g/")):
-        gradient = gradients[key[2:].replace("layers.0.", "midlayer.")]
-        ours = np.zeros_like(arrays[key]) if gradient is None else gradient.float().cpu().numpy()
+        gradient = gradients[ours(key[2:])]
+        mine = np.zeros_like(arrays[key]) if gradient is None else gradient.float().cpu().numpy()
         scale = max(float(abs(arrays[key]).max()), 1e-12)
-        grad_rel = max(grad_rel, largest(abs(ours - arrays[key]) / scale))
+        grad_rel = max(grad_rel, largest(abs(mine - arrays[key]) / scale))
     return {"loss_rel": loss_rel, "grad_rel": grad_rel}
 
 

@@ -17,13 +17,19 @@ from peers.inputs import Chats, Shape, load
 from peers.measure import arguments, measure
 
 
-def build(shape: Shape, weights: dict[str, Tensor], device: str, dtype: torch.dtype) -> Any:
-    """speculators' draft with our weights; its verifier norm has unit weight."""
+def configured(shape: Shape, device: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Configuration and class of speculators' draft; see `build`."""
     from speculators.config import SpeculatorsConfig, VerifierConfig
     from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
+    from speculators.models.peagle import PEagleDraftModel, PEagleSpeculatorConfig
     from speculators.proposals.greedy import GreedyTokenProposalConfig
     from transformers import LlamaConfig
 
+    own = {"norm_output": False, "norm_before_fc": False, "norm_before_residual": False}
+    own |= options
+    of_layer = {"num_hidden_layers": 1, "sliding_window": None, "layer_types": None}
+    of_layer = {name: own.pop(name, value) for name, value in of_layer.items()}
+    attention = own.pop("attn", "sdpa" if device == "cpu" else "simple_flex_attention")
     layer = LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.inter,
@@ -31,28 +37,47 @@ def build(shape: Shape, weights: dict[str, Tensor], device: str, dtype: torch.dt
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         vocab_size=shape.vocab,
-        num_hidden_layers=1,
         max_position_embeddings=8192,
         rms_norm_eps=shape.rms_eps,
         rope_theta=shape.rope_theta,
         attention_bias=False,
+        **of_layer,
     )
-    layer._attn_implementation = "sdpa" if device == "cpu" else "simple_flex_attention"
+    layer._attn_implementation = attention
     proposal = GreedyTokenProposalConfig(speculative_tokens=shape.ttt)
-    config = Eagle3SpeculatorConfig(
+    kind, algorithm = (Eagle3SpeculatorConfig, Eagle3DraftModel), "eagle3"
+    if "mask_token_id" in own:
+        kind, algorithm = (PEagleSpeculatorConfig, PEagleDraftModel), "peagle"
+    config = kind[0](
         transformer_layer_config=layer,
         draft_vocab_size=shape.draft_vocab,
-        norm_output=False,
-        norm_before_fc=False,
-        norm_before_residual=False,
+        embed_requires_grad=False,
+        **own,
         speculators_config=SpeculatorsConfig(
-            algorithm="eagle3",
+            algorithm=algorithm,
             proposal_methods=[proposal],
             default_proposal_method="greedy",
             verifier=VerifierConfig(name_or_path=None, architectures=[]),
         ),
     )
-    model = Eagle3DraftModel(config)
+    return config, kind[1]
+
+
+def build(
+    shape: Shape,
+    weights: dict[str, Tensor],
+    device: str,
+    dtype: torch.dtype,
+    options: dict[str, Any] | None = None,
+) -> Any:
+    """speculators' draft with our weights; its verifier norm has unit weight.
+
+    `options` are entries of its configuration, and the layer's: num_hidden_layers, sliding_window,
+    layer_types, attn (its implementation). One with mask_token_id is P-EAGLE's, its embeddings
+    frozen as everybody else's are.
+    """
+    config, kind = configured(shape, device, options or {})
+    model = kind(config)
     head_weight = weights.pop("target_head.weight")
     state = {name.replace("midlayer.", "layers.0."): value for name, value in weights.items()}
     state["verifier_lm_head.weight"] = head_weight[weights["t2d"]]

@@ -126,7 +126,13 @@ def server_of(cfg: Config, alone: bool, folder: Path) -> Server:
     if not alone:
         kind, length = locate(cfg.draft._target_), cfg.chain_length
         of_kind = kind.vllm_options if cfg.engine.name == "vllm" else kind.sglang_options
-        draft = Speculation(str(paths.export_dir(cfg).resolve()), of_kind(length))
+        options = of_kind(length)
+        if not options:
+            raise InputError(
+                f"engine={cfg.engine.name} does not serve draft={cfg.draft.name}; bench it with "
+                "another engine (vllm, sglang) or in this process: engine=transformers"
+            )
+        draft = Speculation(str(paths.export_dir(cfg).resolve()), options)
     return make_servers(cfg, folder, draft)[0]
 
 

@@ -116,6 +116,26 @@ def norm_linear(
     return out
 
 
+class _Normed(Function):
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, norm: RMSNorm, weight_I: Tensor) -> Tensor:
+        ctx.save_for_backward(x_RI)
+        ctx.norm = norm
+        out_RI: Tensor = norm(x_RI)
+        return out_RI
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, None, None]:
+        gradient_RI = ctx.norm.backward(*ctx.saved_tensors, outer[0])
+        return gradient_RI if ctx.needs_input_grad[0] else None, None, None
+
+
+def normed(x_RI: Tensor, norm: RMSNorm) -> Tensor:
+    """norm(x); keeps x only. Any shape where there is no gradient."""
+    out: Tensor = _Normed.apply(x_RI, norm, norm.weight)
+    return out
+
+
 class _SwigluDown(Function):
     @staticmethod
     def forward(ctx: Any, gate_RI: Tensor, up_RI: Tensor, weight_OI: Tensor) -> Tensor:

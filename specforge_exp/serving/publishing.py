@@ -55,7 +55,7 @@ def model_card(cfg: Config, run: Path, options: dict[str, Any], vllm: dict[str, 
     Args:
         cfg: names target and draft.
         run: folder of the run, with the export and what bench measured of it.
-        options: SGLang's for this draft.
+        options: SGLang's for this draft; empty where it has none.
         vllm: the same for vLLM.
 
     Raises:
@@ -73,7 +73,8 @@ def model_card(cfg: Config, run: Path, options: dict[str, Any], vllm: dict[str, 
         front=f"base_model: {target}" if hub else "license: other",
         draft=cfg.draft.name, title=folder, target=f"[{name}](https://huggingface.co/{name})"
         if hub else name, training=rows(trained(own, record)), command=typed(own["command"]),
-        measured=measured(run, record), serve=shlex.join(words), folder=folder,
+        measured=measured(run, record), folder=folder,
+        serve=shlex.join(words) if options else "# SGLang does not serve this draft",
         vllm=json.dumps(vllm | {"model": folder}),
     )  # fmt: skip
 

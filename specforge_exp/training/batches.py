@@ -42,6 +42,13 @@ def draw_of(seed: int, epoch: int) -> int:
     return seed * 1_000_003 + epoch
 
 
+def drawing(batch: Batch, number: int) -> torch.Generator:
+    """What the objective samples in a conversation of a batch: the same wherever it is packed, and
+    after an interruption."""
+    seed = (batch.draw * 2_654_435_761 + number) % 2**32  # a generator takes no more bits
+    return torch.Generator().manual_seed(seed)
+
+
 @lru_cache(maxsize=1)
 def epoch_order(conversations: int, draw: int) -> Tensor:
     """The conversations in the order of an epoch; every one once."""

@@ -58,13 +58,17 @@ def normed(config: dict[str, Any], x: Tensor, weight: Tensor) -> Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt() * weight
 
 
-def attention(q_SNE: Tensor, k_TME: Tensor, v_TME: Tensor, causal: bool) -> Tensor:
+def attention(
+    q_SNE: Tensor, k_TME: Tensor, v_TME: Tensor, causal: bool, window: int | None = None
+) -> Tensor:
     """Softmax attention; [S, N * E]."""
     times = q_SNE.shape[1] // k_TME.shape[1]
     k_TNE, v_TNE = (x.repeat_interleave(times, 1) for x in (k_TME, v_TME))
     scores_NST = torch.einsum("sne,tne->nst", q_SNE, k_TNE) / math.sqrt(q_SNE.shape[-1])
     if causal:
         scores_NST = scores_NST + torch.full(scores_NST.shape[1:], -math.inf).triu(1)
+    if window is not None:
+        scores_NST = scores_NST + torch.full(scores_NST.shape[1:], -math.inf).tril(-window)
     return torch.einsum("nst,tne->sne", scores_NST.softmax(-1), v_TNE).flatten(1)
 
 
@@ -80,27 +84,42 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, load_file(folder / "model.safetensors")
 
 
+def eagle3_states(folder: Path, embed_SH: Tensor, aux_SA: Tensor) -> Tensor:
+    """What the head is given, [S, H], of positions whose next tokens have these embeddings, fed the
+    target's states."""
+    config, tensors = read(folder)
+    E = config["head_dim"]
+    if config.get("norm_before_fc"):
+        aux_SA = normed(config, aux_SA, tensors["input_norm.weight"])
+    if config.get("fc_norm"):
+        parts = enumerate(aux_SA.chunk(3, -1))
+        norms = [normed(config, part, tensors[f"fc_norm.{n}.weight"]) for n, part in parts]
+        aux_SA = torch.cat(norms, -1)
+    state_SH = F.linear(aux_SA, tensors["fc.weight"])
+    for number in range(config["num_hidden_layers"]):
+        name = f"layers.{number}" if number else "midlayer"
+        x = normed(config, state_SH, tensors[f"{name}.hidden_norm.weight"])
+        if number == 0:
+            state_SH = x if config.get("norm_before_residual") else state_SH
+            embedded = normed(config, embed_SH, tensors[f"{name}.input_layernorm.weight"])
+            x = torch.cat([embedded, x], -1)
+        q, k, v = (
+            F.linear(x, tensors[f"{name}.self_attn.{part}_proj.weight"]).unflatten(-1, (-1, E))
+            for part in "qkv"
+        )
+        slides = config.get("layer_types", {number: ""})[number] == "sliding_attention"
+        window = config["sliding_window"] if slides else None
+        out = attention(rotated(config, q, 0), rotated(config, k, 0), v, True, window)
+        state_SH = state_SH + F.linear(out, tensors[f"{name}.self_attn.o_proj.weight"])
+        inner = normed(config, state_SH, tensors[f"{name}.post_attention_layernorm.weight"])
+        state_SH = state_SH + feed_forward(tensors, f"{name}.mlp", inner)
+    return normed(config, state_SH, tensors["norm.weight"])
+
+
 def eagle3_logits(folder: Path, embed_VH: Tensor, next_S: Tensor, aux_SA: Tensor) -> Tensor:
     """Logits [D] of the first drafted token after S positions whose next tokens are known."""
-    config, tensors = read(folder)
-    E, name = config["head_dim"], "midlayer"
-    state_SH = F.linear(aux_SA, tensors["fc.weight"])
-    both = torch.cat(
-        [
-            normed(config, embed_VH[next_S], tensors[f"{name}.input_layernorm.weight"]),
-            normed(config, state_SH, tensors[f"{name}.hidden_norm.weight"]),
-        ],
-        -1,
-    )
-    q, k, v = (
-        F.linear(both, tensors[f"{name}.self_attn.{part}_proj.weight"]).unflatten(-1, (-1, E))
-        for part in "qkv"
-    )
-    out = attention(rotated(config, q, 0), rotated(config, k, 0), v, causal=True)
-    state_SH = state_SH + F.linear(out, tensors[f"{name}.self_attn.o_proj.weight"])
-    inner = normed(config, state_SH, tensors[f"{name}.post_attention_layernorm.weight"])
-    state_SH = state_SH + feed_forward(tensors, f"{name}.mlp", inner)
-    return F.linear(normed(config, state_SH[-1], tensors["norm.weight"]), tensors["lm_head.weight"])
+    states_SH = eagle3_states(folder, embed_VH[next_S], aux_SA)
+    return F.linear(states_SH[-1], read(folder)[1]["lm_head.weight"])
 
 
 def dflash_logits(folder: Path, ends: tuple[Tensor, Tensor], last: int, aux_SA: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import pytest
 
 from specforge_exp.errors import InputError
 
-FILES = sorted((Path(__file__).parents[1] / "parity").glob("*.npz"))
+FOLDER = Path(__file__).parents[1] / "parity"
+FILES = sorted([*FOLDER.glob("*.npz"), *FOLDER.glob("peagle/*.npz")])
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "parity.py"
 
 
@@ -67,12 +68,35 @@ def test_not_a_number_never_passes(tmp_path: Path) -> None:
     assert parity.compare(wrong)["grad_rel"] > 1
 
 
-@pytest.mark.parametrize(
-    "name", ["fc_norm", "norm_output", "norm_before_fc", "norm_before_residual"]
-)
-def test_other_architectures_are_refused_by_name(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["norm_output", "norm_before_fc", "norm_before_residual"])
+def test_what_specforge_does_not_train_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    source = next(path for path in FILES if path.name == "sf_tiny.npz")
     with pytest.raises(InputError, match=name):
-        parity.compare(changed(tmp_path, FILES[0], **{name: True}))
+        parity.compare(changed(tmp_path, source, **{name: True}))
+
+
+@pytest.mark.parametrize("name", ["norm_output", "norm_before_residual"])
+def test_an_option_left_out_is_found(tmp_path: Path, name: str) -> None:
+    """Options without weights of their own, which nothing else would miss."""
+    source = next(path for path in FILES if path.name == f"sp_{name}.npz")
+    assert parity.compare(changed(tmp_path, source, **{name: False}))["grad_rel"] > 1e-2
+
+
+def test_another_mask_and_another_draw_are_found(tmp_path: Path) -> None:
+    source = FOLDER / "peagle" / "two_layers.npz"
+    wrong = changed(tmp_path, source, mask_token_id=1)
+    assert parity.compare(wrong)["loss_rel"] > 1e-4
+    anchors, depths = (np.load(source)[f"in/{name}"] for name in ("anchor_pos", "depth"))
+    fewer = {"in/anchor_pos": anchors[depths < 4], "in/depth": depths[depths < 4]}
+    assert parity.compare(changed(tmp_path, source, **fewer))["grad_rel"] > 1e-3
+
+
+@pytest.mark.parametrize("window", [5, 7])
+def test_another_window_is_found(tmp_path: Path, window: int) -> None:
+    """A position more or less; the file's is 6."""
+    source = next(path for path in FILES if path.name == "sp_window.npz")
+    wrong = changed(tmp_path, source, sliding_window=window)
+    assert parity.compare(wrong)["grad_rel"] > 1e-3
 
 
 def test_an_unknown_loss_is_refused_by_name(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.drafts.rows import document_bounds, number_in_each
-from specforge_exp.training.batches import Batch
+from specforge_exp.training.batches import Batch, drawing
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ def make_blocks(cfg: DFlashConfig, batch: Batch) -> Blocks:
         turn_T = turns[first : first + length]
         where = possible_T[first : first + length].nonzero()[:, 0]
         if int((turn_T > 0).sum()) >= least_tokens(cfg):
-            seed = (batch.draw * 2_654_435_761 + number) % 2**32  # a generator takes no more bits
-            generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(len(where), generator=generator)[: cfg.num_anchors]
+            order = torch.randperm(len(where), generator=drawing(batch, number))[: cfg.num_anchors]
             anchors.append(first + where[order].sort().values)
         first += length
     empty = torch.zeros(0, dtype=torch.long)

@@ -60,8 +60,14 @@ def make_chains(supervision: str, turns_T: Tensor, lengths: list[int], steps: in
         lengths: tokens of each conversation.
         steps: how often the draft is fed its own state.
     """
-    start_T, end_T = document_bounds(lengths, turns_T.device)
-    masks = turn_masks(supervision, turns_T, end_T, steps)
+    _, end_T = document_bounds(lengths, turns_T.device)
+    return chains_of(turn_masks(supervision, turns_T, end_T, steps), lengths)
+
+
+def chains_of(masks: list[Tensor], lengths: list[int]) -> Chains:
+    """The rows of packed conversations of these lengths whose slots [T] train where a step's mask
+    says so."""
+    start_T, end_T = document_bounds(lengths, masks[0].device)
     steps_K = torch.arange(1, len(masks) + 1, device=start_T.device)
     length_T = (torch.stack(masks, -1) * steps_K).amax(-1)
     order_T = torch.argsort(length_T, descending=True, stable=True)

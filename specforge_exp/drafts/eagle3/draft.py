@@ -6,7 +6,7 @@ V target vocabulary.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,13 +14,22 @@ from transformers import LlamaConfig
 
 from specforge_exp.drafts.eagle3 import training
 from specforge_exp.drafts.eagle3.chains import make_chains, nothing_to_learn
-from specforge_exp.drafts.eagle3.config import Eagle3Config
+from specforge_exp.drafts.eagle3.config import Eagle3Config, EagleConfig
 from specforge_exp.drafts.eagle3.decoder import Eagle3Decoder
-from specforge_exp.drafts.eagle3.export import KEYS, LAYERS, check_export, export_config
+from specforge_exp.drafts.eagle3.export import (
+    KEYS,
+    LAYERS,
+    check_export,
+    export_config,
+    exported_tensors,
+    exported_variant,
+    own_tensors,
+)
 from specforge_exp.drafts.eagle3.model import Eagle3Model
-from specforge_exp.drafts.eagle3.unroll import unroll
+from specforge_exp.drafts.eagle3.unroll import Fed, unroll
 from specforge_exp.drafts.folder import check_tensors, read_export, write_export
 from specforge_exp.drafts.head_loss import Heads, head_and_loss
+from specforge_exp.drafts.rows import Chains
 from specforge_exp.drafts.start import copy_matching, start_at_the_end, start_random
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
@@ -28,23 +37,40 @@ from specforge_exp.target import Head, Target, draft_shape
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.objective import Outcome, Sample
 
+Options = TypeVar("Options", bound=EagleConfig)
+"""The configuration of a kind."""
 
-class Eagle3(Eagle3Model):
-    """An EAGLE-3 draft."""
+
+class Eagle(Eagle3Model[Options]):
+    """What the drafts of this architecture share: made, exported, loaded, compared."""
+
+    own: ClassVar[tuple[str, ...]] = ()
+    """Entries of config.json that only this kind has."""
 
     @classmethod
-    def new(cls, target: Target, cfg: Eagle3Config, mapping: dict[str, Tensor], seed: int) -> Self:
+    def entries(cls, cfg: Options, vocabulary: int) -> dict[str, Any]:
+        """The entries of `own`, for a target with so many tokens."""
+        return {}
+
+    def fed(self, cfg: Options) -> Fed:
+        """What its steps are fed."""
+        return Fed()
+
+    @classmethod
+    def new(cls, target: Target, cfg: Options, mapping: dict[str, Tensor], seed: int) -> Self:
         """A fresh draft in fp32; `cfg.start` says what it knows already."""
         torch.manual_seed(seed)
         config = draft_config(target.model.config, cfg)
-        draft = cls(config, target.embed_VH, mapping["d2t"].clone(), mapping["t2d"].clone())
+        config.update(cls.entries(cfg, config.vocab_size))
+        d2t, t2d = mapping["d2t"].clone(), mapping["t2d"].clone()
+        draft = cls(config, target.embed_VH, d2t, t2d, cfg)
         start_random(draft)
         if cfg.start == "target":
             draft.not_copied = start_from_target(draft, target)
         return draft
 
     @staticmethod
-    def target_layers(cfg: Eagle3Config, layers: int) -> list[int]:
+    def target_layers(cfg: Options, layers: int) -> list[int]:
         """The layers (0-based) of a target that feed the draft unless model.aux_layers says so.
 
         Raises:
@@ -56,6 +82,65 @@ class Eagle3(Eagle3Model):
                 "Name three with model.aux_layers=[a,b,c]"
             )
         return [1, layers // 2 - 1, layers - 4]
+
+    @classmethod
+    def load(cls, folder: Path, target: Target) -> Self:
+        """A draft from an exported folder, in fp32, checked against its target.
+
+        Raises:
+            InputError: a file is missing or broken, a tensor is missing, superfluous or of the
+                wrong shape, d2t and t2d disagree, or the draft was made for another target.
+        """
+        config, tensors = read_export(folder, [*KEYS, *cls.own, *LAYERS])
+        check_export(folder, config, target)
+        for name in ("d2t", "t2d"):
+            if name not in tensors:
+                raise InputError(f"{folder}: {name} is missing")
+        variant = exported_variant(folder, config)
+        llama = LlamaConfig(
+            num_hidden_layers=variant.num_layers,
+            **{key: config[key] for key in (*KEYS, *cls.own)},
+        )
+        draft = cls(llama, target.embed_VH, tensors["d2t"], tensors["t2d"], variant)
+        tensors = own_tensors(folder, tensors)
+        check_tensors(folder, draft.state_dict(), tensors)
+        draft.load_state_dict(tensors)
+        return draft
+
+    def write(self, folder: Path, target: Target, target_path: str, dtype: torch.dtype) -> None:
+        """Write the folder that engines load."""
+        config = export_config(self, target, target_path)
+        config |= {name: getattr(self.config, name) for name in self.own}
+        write_export(folder, config, exported_tensors(self), dtype)
+
+    def states_and_heads(
+        self, sample: Sample, target_head: Head, loss: Loss, cfg: Options, chains: Chains
+    ) -> tuple[list[Tensor], Heads]:
+        """What `head_and_loss` compares; arguments as in `Draft.objective`, and the rows."""
+        if loss.cfg.lambda_hard and not bool(self.t2d.all()):
+            raise InputError(
+                "loss.lambda_hard compares with the text, whose tokens the draft must all know: "
+                "it needs draft.draft_vocab_size=null"
+            )
+        states = unroll(self, chains, sample.ids_T, sample.aux_TA, self.fed(cfg))
+        draft_id_V = self.t2d.cumsum(0) - 1
+        next_T = draft_id_V[torch.cat([sample.ids_T[1:], sample.ids_T[:1]])].clamp(min=0)
+        return states, Heads(
+            self.norm, self.lm_head.weight, self.draft_ids_D, target_head, sample.last_TH, next_T,
+            self.host_ids_D,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def all_logits(self, cfg: Options, ids_1T: Tensor, aux_1TA: Tensor) -> Tensor:
+        """Logits of every slot and step of one conversation, fp32, for comparisons."""
+        everywhere_T = torch.ones(ids_1T.shape[1], dtype=torch.long)
+        chains = make_chains("speculators", everywhere_T, [len(everywhere_T)], cfg.steps)
+        states = unroll(self, chains, ids_1T[0], aux_1TA[0], self.fed(cfg))
+        return torch.cat([self.lm_head(self.norm(state)) for state in states])
+
+
+class Eagle3(Eagle[Eagle3Config]):
+    """An EAGLE-3 draft."""
 
     @staticmethod
     def sglang_options(chain_length: int) -> dict[str, Any]:
@@ -70,29 +155,9 @@ class Eagle3(Eagle3Model):
         """vLLM's configuration of speculation with chains of this length, but for the folder."""
         return {"method": "eagle3", "num_speculative_tokens": chain_length}
 
-    @classmethod
-    def load(cls, folder: Path, target: Target) -> Self:
-        """A draft from an exported folder, in fp32, checked against its target.
-
-        Raises:
-            InputError: a file is missing or broken, a tensor is missing, superfluous or of the
-                wrong shape, d2t and t2d disagree, or the draft was made for another target.
-        """
-        config, tensors = read_export(folder, [*KEYS, *LAYERS])
-        check_export(folder, config, target)
-        for name in ("d2t", "t2d"):
-            if name not in tensors:
-                raise InputError(f"{folder}: {name} is missing")
-        llama = LlamaConfig(num_hidden_layers=1, **{key: config[key] for key in KEYS})
-        draft = cls(llama, target.embed_VH, tensors["d2t"], tensors["t2d"])
-        check_tensors(folder, draft.state_dict(), tensors)
-        draft.load_state_dict(tensors)
-        return draft
-
-    def write(self, folder: Path, target: Target, target_path: str, dtype: torch.dtype) -> None:
-        """Write the folder that SGLang and vLLM load."""
-        config = export_config(self, target, target_path)
-        write_export(folder, config, self.state_dict(), dtype)
+    def fed(self, cfg: Eagle3Config) -> Fed:
+        """Its own states; the peer's windows stay where the chain began."""
+        return Fed(windows_move=cfg.supervision != "speculators")
 
     def decoder(self) -> Eagle3Decoder:
         """A decoder for one request."""
@@ -120,19 +185,8 @@ class Eagle3(Eagle3Model):
         The gradient of its head exists when this returns. The peers' ways to supervise use the
         peers' own terms with the loss's weights. Arguments as in `Draft.objective`.
         """
-        if loss.cfg.lambda_hard and not bool(self.t2d.all()):
-            raise InputError(
-                "loss.lambda_hard compares with the text, whose tokens the draft must all know: "
-                "it needs draft.draft_vocab_size=null"
-            )
         chains = make_chains(cfg.supervision, sample.turns_T, sample.lengths, cfg.ttt_length)
-        states = unroll(self, chains, sample.ids_T, sample.aux_TA)
-        draft_id_V = self.t2d.cumsum(0) - 1
-        next_T = draft_id_V[torch.cat([sample.ids_T[1:], sample.ids_T[:1]])].clamp(min=0)
-        heads = Heads(
-            self.norm, self.lm_head.weight, self.draft_ids_D, target_head, sample.last_TH, next_T,
-            self.host_ids_D,
-        )  # fmt: skip
+        states, heads = self.states_and_heads(sample, target_head, loss, cfg, chains)
         window_K = window_K.to(sample.ids_T.device)
         weights = training.weighting(loss, cfg, window_K, None)
         if cfg.supervision == "specforge" and (loss.cfg.lambda_lk or loss.cfg.lambda_lk_alpha):
@@ -142,23 +196,15 @@ class Eagle3(Eagle3Model):
         outcome = head_and_loss(chains, states, heads, weights)
         return replace(outcome, flops=outcome.flops + training.needed_flops(self, chains))
 
-    @torch.no_grad()
-    def all_logits(self, cfg: Eagle3Config, ids_1T: Tensor, aux_1TA: Tensor) -> Tensor:
-        """Logits of every slot and step of one conversation, fp32, for comparisons."""
-        everywhere_T = torch.ones(ids_1T.shape[1], dtype=torch.long)
-        chains = make_chains("speculators", everywhere_T, [len(everywhere_T)], cfg.ttt_length)
-        states = unroll(self, chains, ids_1T[0], aux_1TA[0])
-        return torch.cat([self.lm_head(self.norm(state)) for state in states])
 
-
-def draft_config(target_config: Any, draft: Eagle3Config) -> LlamaConfig:
-    """Shapes of a draft for this target: one Llama layer as wide as the target's.
+def draft_config(target_config: Any, cfg: EagleConfig) -> LlamaConfig:
+    """Shapes of a draft for this target: Llama layers as wide as the target's.
 
     Raises:
         InputError: the draft's vocabulary is larger than the target's.
     """
     shape = draft_shape(target_config)
-    size = draft.draft_vocab_size or shape["vocab_size"]
+    size = cfg.draft_vocab_size or shape["vocab_size"]
     if size > shape["vocab_size"]:
         raise InputError(
             f"draft.draft_vocab_size={size} is above the target's vocabulary of "
@@ -168,35 +214,41 @@ def draft_config(target_config: Any, draft: Eagle3Config) -> LlamaConfig:
         **shape,
         architectures=["LlamaForCausalLMEagle3"],
         target_hidden_size=shape["hidden_size"],
-        num_hidden_layers=1,
+        num_hidden_layers=cfg.num_layers,
         draft_vocab_size=size,
         pad_token_id=None,
     )
 
 
 @torch.no_grad()
-def start_from_target(draft: Eagle3, target: Target) -> list[str]:
-    """Begin where the target ends: the projections and norms of its last layer, its last norm and
+def start_from_target(draft: Eagle3Model[Any], target: Target) -> list[str]:
+    """Begin where the target ends: the projections and norms of its last layers, its last norm and
     head, fed its highest captured state; returns what was not to be had: matrices whose half for
     the state stays random, norms that stay 1, biases.
 
-    The embedding's half of the layer stays random, its norm 1: the first steps teach them. The
-    state's norm is the target's before attention. Queries and keys are left out where the target
-    norms or rotates heads in another way. What scales the target's logits is multiplied into the
-    head.
+    The embedding's half of the first layer stays random, its norm 1: the first steps teach them.
+    The state's norm is the target's before attention. Queries and keys are left out where the
+    target norms or rotates heads in another way. What scales the target's logits is multiplied into
+    the head.
     """
-    H = draft.config.hidden_size
-    (weights,) = target.last_layers(1)
-    state_norm = {"hidden_norm.weight": "input_layernorm.weight"}
-    missing = []
-    for name, weight in draft.midlayer.named_parameters():
-        if name == "input_layernorm.weight":
-            continue
-        wide = name[10:16] in ("q_proj", "k_proj", "v_proj")
-        own = weight[:, H:] if wide else weight
-        normed_heads = wide and name.replace("_proj", "_norm") in weights
-        if normed_heads or not copy_matching(own, weights, state_norm.get(name, name)):
-            missing.append(name)
+    H, number = draft.config.hidden_size, len(draft.stack)
+    if number > len(target.layers):
+        raise InputError(
+            f"draft.num_layers={number}, and the target has {len(target.layers)} layers to start "
+            "from; draft.start=random needs none"
+        )
+    missing: list[str] = []
+    for layer, weights in zip(draft.stack, target.last_layers(number), strict=True):
+        state_norm = {"hidden_norm.weight": "input_layernorm.weight"}
+        for name, weight in layer.named_parameters():
+            if layer.first and name == "input_layernorm.weight":
+                continue
+            wide = name[10:16] in ("q_proj", "k_proj", "v_proj")
+            own = weight[:, -H:] if wide else weight
+            normed_heads = wide and name.replace("_proj", "_norm") in weights
+            copied = not normed_heads and copy_matching(own, weights, state_norm.get(name, name))
+            missing += [] if copied or name in missing else [name]
+    missing += [name for name in ("input_norm", "fc_norm") if hasattr(draft, name)]
     missing += start_at_the_end(draft, target, weights)
     rows_DH = target.head.weight_VH[draft.draft_ids_D.to(target.device)]
     draft.lm_head.weight.copy_(rows_DH).mul_(target.head.scale)

@@ -12,6 +12,8 @@ Steps are summed with ttt_decay**k.
 Shape suffixes: T tokens, R rows, K steps, H hidden, A = 3 H, D draft vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,21 +40,23 @@ def denominators(cfg: Eagle3Config, batch: Batch) -> Tensor:
     return torch.stack([mask.sum() for mask in masks]).double()
 
 
-def needed_flops(draft: Eagle3Model, chains: Chains) -> float:
+def needed_flops(draft: Eagle3Model[Any], chains: Chains) -> float:
     """FLOP that forward and backward need below the head: products only, nothing for what is
     computed twice.
 
-    6 per weight and use: fc and the embedding's half of q, k, v once per position; the rest of the
-    layer per carried row and step.
+    6 per weight and use: fc and the embedding's half of q, k, v once per position; the rest of a
+    layer per carried row and step, of those before the last at step 0 per position.
     """
     H: int = draft.config.hidden_size
     attn = draft.midlayer.self_attn
     half = H * sum(len(proj.weight) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
-    layer = sum(weight.numel() for weight in draft.midlayer.parameters() if weight.dim() > 1)
-    tokens = len(chains.start_T)
-    return 6.0 * tokens * (draft.fc.weight.numel() + half) + 6.0 * sum(chains.counts) * (
-        layer - half
-    )
+    layers = [sum(w.numel() for w in x.parameters() if w.dim() > 1) for x in draft.stack]
+    layers[0] -= half
+    tokens, rows = len(chains.start_T), sum(chains.counts)
+    inner = rows - chains.counts[0] + tokens
+    needed: float = tokens * (draft.fc.weight.numel() + half)
+    needed += sum(layers[:-1]) * inner + layers[-1] * rows
+    return 6.0 * needed
 
 
 def weighting(loss: Loss, cfg: Eagle3Config, window_K: Tensor, first: Outcome | None) -> Weighting:
@@ -68,15 +72,19 @@ def weighting(loss: Loss, cfg: Eagle3Config, window_K: Tensor, first: Outcome | 
     if cfg.supervision == "specforge":
         return specforge_weighting(loss.cfg, decay_K / window_K, decay_K, first)
     if cfg.supervision == "speculators":
-        options = loss.cfg
-        scale_K = (decay_K / (window_K + 1e-5)).float()
-        weights = {
-            "kl": options.lambda_ce, "reverse_kl": options.lambda_rkl, "tv": options.lambda_tv,
-            "lk_alpha": options.lambda_lk_alpha,
-        }  # fmt: skip
-        terms = {name: weight * scale_K for name, weight in weights.items() if weight > 0}
-        return Weighting(terms, scale_K, decay_K, options.temperature, local=True, floor=1e-5)
+        return speculators_weighting(loss.cfg, decay_K / (window_K + 1e-5), decay_K)
     return weighted(loss, (decay_K / window_K.clamp(min=1)).float(), decay_K)
+
+
+def speculators_weighting(cfg: LossConfig, scale_K: Tensor, decay_K: Tensor) -> Weighting:
+    """speculators' terms, compared with p renormalised on the draft's vocabulary."""
+    scale_K = scale_K.float()
+    weights = {
+        "kl": cfg.lambda_ce, "reverse_kl": cfg.lambda_rkl, "tv": cfg.lambda_tv,
+        "lk_alpha": cfg.lambda_lk_alpha,
+    }  # fmt: skip
+    terms = {name: weight * scale_K for name, weight in weights.items() if weight > 0}
+    return Weighting(terms, scale_K, decay_K, cfg.temperature, local=True, floor=1e-5)
 
 
 def specforge_weighting(
