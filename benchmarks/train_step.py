@@ -1,8 +1,8 @@
-"""One training step of EAGLE-3 or DFlash: ours beside SpecForge 0.2.0 and speculators 0.9.0.
+"""A training step of EAGLE-3, DFlash or P-EAGLE: ours beside SpecForge 0.2.0, speculators 0.9.0.
 
     python benchmarks/train_step.py [--json] [--steps 5] [--threads 2] [--device cpu|cuda]
     python benchmarks/train_step.py --growth          # time and memory, 512 to 4096 tokens
-    python benchmarks/train_step.py --draft dflash [--json]
+    python benchmarks/train_step.py --draft dflash|peagle [--json]
     python benchmarks/train_step.py --tokens 2048 --alone   # longer conversations; ours alone
 
 Everybody gets the same weights, inputs and supervised rows, in a process of its own; they take
@@ -23,6 +23,12 @@ the target's whole vocabulary; the same anchors for everybody, see peers/dflash_
     packed       conversations of 64, 128, 192, 256 tokens, the same loss; padded for SpecForge
     kl_div       as hard, with speculators' default loss, which SpecForge has not
 
+P-EAGLE's (half prompt, 8 depths, the same rows for everybody, see peers/peagle_inputs.py; its peer
+is speculators):
+
+    one_layer    one conversation of 512 tokens
+    four_layers  the same, four layers
+
 Losses are compared at one divisor, the sum of the labels' weights; the summary has `loss_rel`, the
 largest relative difference of a peer's to ours.
 
@@ -42,6 +48,7 @@ from typing import Any
 
 from peers import dflash_inputs
 from peers.inputs import Shape, make_chats, make_weights, save, vocabulary
+from peers.speculators_record import all_weights
 
 HERE = Path(__file__).resolve().parent
 CASES = {
@@ -54,6 +61,7 @@ DFLASH_CASES = {
     "packed": ([64, 128, 192, 256], "hard"),
     "kl_div": ([512], "kl_div"),
 }
+PEAGLE_CASES = {"one_layer": 1, "four_layers": 4}
 DFLASH_EVERY = 8
 """Tokens for each anchor."""
 PEERS = ("specforge", "speculators")
@@ -141,7 +149,7 @@ def run(file: Path, args: argparse.Namespace, *steps: tuple[str, ...]) -> list[A
 
 def shape_of(args: argparse.Namespace) -> dict[str, Any]:
     """The sizes asked for; by default Qwen3-0.6B's, for EAGLE-3 with 32000 draft tokens."""
-    kind = Shape if args.draft == "eagle3" else dflash_inputs.Shape
+    kind = dflash_inputs.Shape if args.draft == "dflash" else Shape
     own = [name for name in vars(kind()) if getattr(args, name, None) is not None]
     return {name: getattr(args, name) for name in own}
 
@@ -235,6 +243,37 @@ def compare_dflash(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return summary
 
 
+def compare_peagle(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All cases of P-EAGLE: prints the table and returns the summary."""
+    args.ttt = 8
+    shape, file = Shape(**shape_of(args)), folder / "inputs.npz"
+    time = "cpu_s" if args.device == "cpu" else "wall_s"
+    print(HEADING)
+    summary: dict[str, Any] = {"cases": {}, "matmul_share": None, "runs": []}
+    for case in args.cases:
+        options = {"num_hidden_layers": PEAGLE_CASES[case], "mask_token_id": shape.vocab - 1}
+        weights = all_weights(shape, options, 0)
+        chats = make_chats(shape, scaled([512], args), 0.5, seed=1)
+        save(file, weights | vocabulary(shape, weights, [chats]), chats)
+        del weights
+        peers = () if args.alone else ("peers.speculators_peagle_step",)
+        profile = ("--profile",) if args.profile else ()
+        *others, ours = run(file, args, *((who,) for who in peers), ("our_peagle_step", *profile))
+        base = (others or [ours])[0]
+        for result in [*others, ours]:
+            show(case, result, base, time)
+            summary["runs"].append({"case": case, **result})
+        summary["cases"][case] = {
+            "cpu_ratio": ours[time] / base[time],
+            "activation_ratio": ours["activation_mb"] / base["activation_mb"],
+            "loss_rel": abs(base["loss"] / ours["loss"] - 1),
+        }
+        summary["matmul_share"] = summary["matmul_share"] or ours["matmul_share"]
+        if ours["rows"] != base["rows"] or summary["cases"][case]["loss_rel"] > 1e-5:
+            print(f"warning: {case}: rows or loss differ from the peer's", file=sys.stderr)
+    return summary
+
+
 def growth(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Growing lengths: time per supervised row, and memory per token added.
 
@@ -272,12 +311,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--draft", choices=["eagle3", "dflash"], default="eagle3")
+    parser.add_argument("--draft", choices=["eagle3", "dflash", "peagle"], default="eagle3")
     parser.add_argument("--json", action="store_true", help="print the summary as the last line")
     parser.add_argument(
         "--growth", action="store_true", help="512 to 4096 tokens instead of the cases"
     )
-    parser.add_argument("--cases", nargs="+", choices=sorted({*CASES, *DFLASH_CASES}))
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=sorted({*CASES, *DFLASH_CASES, *PEAGLE_CASES}),
+    )
     parser.add_argument("--steps", type=int, default=5, help="measured steps, after one to warm up")
     parser.add_argument(
         "--tokens", type=int, default=512, help="instead of 512, all lengths in proportion"
@@ -293,10 +336,13 @@ def main() -> None:
         if name not in ("ttt", "rope_theta", "rms_eps", "loss_gamma"):
             parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     args = parser.parse_args()
-    measures: Any = {"eagle3": (CASES, compare), "dflash": (DFLASH_CASES, compare_dflash)}
+    measures: Any = {
+        "eagle3": (CASES, compare), "dflash": (DFLASH_CASES, compare_dflash),
+        "peagle": (PEAGLE_CASES, compare_peagle),
+    }  # fmt: skip
     cases, measured = measures[args.draft]
     args.cases = args.cases or list(cases)
-    if not set(args.cases) <= set(cases) or (args.growth and args.draft == "dflash"):
+    if not set(args.cases) <= set(cases) or (args.growth and args.draft != "eagle3"):
         parser.error(f"--draft {args.draft} has the cases {', '.join(cases)}")
     args.shape = shape_of(args)
     with tempfile.TemporaryDirectory() as folder:

@@ -232,6 +232,25 @@ def test_an_eagle3_export_in_its_loader(
     captured(sources, "set_eagle3_layers_to_capture", config.eagle_config[LAYERS], tiny_target)
 
 
+def test_an_eagle31_export_in_its_loader(
+    sources: Sources, tiny_target: Target, tmp_path: Path
+) -> None:
+    """Further layers and the norms before fc."""
+    classes = sources.classes(f"{MODELS}/llama_eagle3.py")
+    options = Eagle3Config(draft_vocab_size=512, num_layers=2, fc_norm=True, norm_output=True)
+    mapping = vocabulary_mapping(torch.arange(1024) % 7, 512)
+    Eagle3.new(tiny_target, options, mapping, 0).write(
+        tmp_path, tiny_target, TINY.path, torch.float32
+    )
+    parts = layer_parts("hidden_norm")
+    names = {f"model.layers.{layer}.{part}.weight" for layer in (0, 1) for part in parts}
+    names |= {f"model.fc_norm.{part}.weight" for part in range(3)}
+    names |= {"model.fc.weight", "model.norm.weight", "lm_head.weight"}
+    owner = classes["LlamaForCausalLMEagle3"]
+    load_weights = method(owner, "load_weights", torch=torch, default_weight_loader=None)
+    assert loaded(load_weights, SimpleNamespace(), names, tmp_path) == names
+
+
 def captured(sources: Sources, name: str, layer_ids: list[int], target: Target) -> None:
     """Its target captures before the layers that follow ours: their inputs are our outputs."""
     owner = sources.classes(f"{MODELS}/qwen3.py")["Qwen3ForCausalLM"]
