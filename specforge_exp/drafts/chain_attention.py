@@ -39,26 +39,34 @@ class Visible(NamedTuple):
     """Their slots, in that order."""
     blocks: list[RowBlock]
     """Consecutive rows of one document each."""
+    first_R: Tensor | None = None
+    """The first position that each sees, in that order; None: its document's."""
 
 
-def visible(slot_R: Tensor, start_R: Tensor, device: torch.device) -> Visible:
+def visible(
+    slot_R: Tensor, start_R: Tensor, device: torch.device, first_R: Tensor | None = None
+) -> Visible:
     """Cut rows into blocks of one document that are small enough for the device.
 
     Args:
         slot_R: slot of every row, on the CPU like all of the result.
         start_R: where its document starts.
         device: where the scores will be.
+        first_R: the first position of a row's window, never falling with its slot within a
+            document and never behind its slot; None: the document's first.
     """
     order_R = torch.argsort(slot_R)
     slots, starts = slot_R[order_R].tolist(), start_R[order_R].tolist()
+    first_R = None if first_R is None else first_R[order_R]
+    lows = starts if first_R is None else first_R.tolist()
     most, blocks, first = BLOCK_ROWS[device.type], [], 0
     for row in range(1, len(slots) + 1):
         rows = row - first
-        full = rows == most or (rows >= 128 and rows * (slots[row - 1] - starts[first]) >= CELLS)
+        full = rows == most or (rows >= 128 and rows * (slots[row - 1] - lows[first]) >= CELLS)
         if row == len(slots) or starts[row] != starts[first] or full:
-            blocks.append(RowBlock(first, row, starts[first], slots[row - 1] + 1))
+            blocks.append(RowBlock(first, row, lows[first], slots[row - 1] + 1))
             first = row
-    return Visible(order_R, slot_R[order_R], blocks)
+    return Visible(order_R, slot_R[order_R], blocks, first_R)
 
 
 def rotate(x_BSNE: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> Tensor:
@@ -76,6 +84,8 @@ def block_scores(q_MRGE: Tensor, k_TME: Tensor, seen: Visible, block: RowBlock) 
     flat = (q_MRGE[:, first:last].flatten(1, 2) @ k_TME[low:high].permute(1, 2, 0)).float()
     at_L = torch.arange(low, high, device=q_MRGE.device)
     hidden_RL = at_L > seen.slot_R[first:last, None]
+    if seen.first_R is not None:
+        hidden_RL |= at_L < seen.first_R[first:last, None]
     return flat.view(M, last - first, G, -1).masked_fill_(hidden_RL[:, None], float("-inf"))
 
 

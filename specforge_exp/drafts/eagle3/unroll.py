@@ -92,8 +92,8 @@ def carry(chains: Chains, device: torch.device) -> Carried:
     seen = [visible(slot_R, chains.start_T[slot_R], device) for slot_R in slots]
     numbers = [chains.slot_R, reads_T, at_T]
     for index, slot_R in enumerate(slots):
-        order_R, ordered_R, _ = seen[index]
-        numbers += [chains.reads(index), at_T[slot_R] + index, order_R, ordered_R]
+        rows = seen[index]
+        numbers += [chains.reads(index), at_T[slot_R] + index, rows.order_R, rows.slot_R]
     slot_R, reads_T, at_T, *rest = moved_together(numbers, device)
     steps = [
         StepRows(rest[i], rest[i + 1], Visible(rest[i + 2], rest[i + 3], seen[i // 4].blocks))
