@@ -27,7 +27,7 @@ class Drafter(Protocol):
         """Take verified positions and the tokens that follow them."""
 
     def propose(self, length: int, choose: "Choice") -> tuple[list[int], list[Tensor]]:
-        """Draft a chain of at most this length: target ids, the draft logits each was chosen from."""
+        """Draft a chain, at most so long: target ids, and the draft logits each was chosen from."""
 
 
 @runtime_checkable
@@ -82,10 +82,10 @@ class Generation:
     """Tokens that each verification added to the answer."""
     accepted: list[int] = field(default_factory=list)
     """Drafted tokens that each verification kept."""
-    read: list[int] = field(default_factory=list)
-    """Tokens that the target read in each verification; empty: not known."""
     first_seconds: float = 0.0
     """Of `seconds`, until the first token was there: the prompt's share."""
+    read: list[int] = field(default_factory=list)
+    """Tokens that the target read in each verification; empty: not known."""
 
 
 @dataclass

@@ -205,13 +205,13 @@ def add_to(logits_ND: Tensor, addition: Addition, flat_N: Tensor) -> None:
 def text_losses(
     chains: Chains, states: list[Tensor], heads: Heads, addition: Addition | None = None
 ) -> Tensor:
-    """-log q of the text's own next token at every row that counts, 0 elsewhere; [K, R] fp32.
+    """-log q of the text's own next token at every row that counts, -1 elsewhere; [K, R] fp32.
 
     Arguments as in `head_and_loss`; no gradient is made, the target is not asked.
     """
     state_QH, device = torch.cat(states), states[0].device
     rows = chains.rows.on(device)
-    loss_KR = torch.zeros(len(states), chains.counts[0], device=device)
+    loss_KR = torch.full((len(states), chains.counts[0]), -1.0, device=device)
     size = max(1, LOGITS[device.type] // len(heads.weight_DH))
     weight_DH = heads.weight_DH.to(state_QH.dtype)
     buffer_ND = torch.empty(min(size, len(rows.flat_Q)), len(weight_DH), device=device)
@@ -222,9 +222,8 @@ def text_losses(
             add_to(logits_ND, addition, flat_N)
         next_N = heads.next_T[rows.position_P[rows.at_Q[listed_N]]]
         picked_N = logits_ND.gather(1, next_N[:, None])[:, 0]
-        loss_KR[rows.step_Q[listed_N], rows.row_Q[listed_N]] = (
-            torch.logsumexp(logits_ND, -1) - picked_N
-        )
+        loss_N = (torch.logsumexp(logits_ND, -1) - picked_N).clamp(min=0)
+        loss_KR[rows.step_Q[listed_N], rows.row_Q[listed_N]] = loss_N
     return loss_KR
 
 
