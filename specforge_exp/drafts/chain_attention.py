@@ -52,8 +52,7 @@ def visible(
         slot_R: slot of every row, on the CPU like all of the result.
         start_R: where its document starts.
         device: where the scores will be.
-        first_R: the first position of a row's window, never falling with its slot within a
-            document and never behind its slot; None: the document's first.
+        first_R: the first position of a row's window, never behind its slot; None: the document's.
     """
     order_R = torch.argsort(slot_R)
     slots, starts = slot_R[order_R].tolist(), start_R[order_R].tolist()
@@ -64,7 +63,7 @@ def visible(
         rows = row - first
         full = rows == most or (rows >= 128 and rows * (slots[row - 1] - lows[first]) >= CELLS)
         if row == len(slots) or starts[row] != starts[first] or full:
-            blocks.append(RowBlock(first, row, lows[first], slots[row - 1] + 1))
+            blocks.append(RowBlock(first, row, min(lows[first:row]), slots[row - 1] + 1))
             first = row
     return Visible(order_R, slot_R[order_R], blocks, first_R)
 
