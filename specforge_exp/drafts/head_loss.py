@@ -256,18 +256,21 @@ def visit_block(
     if weighting.local:
         target = replace(target, log_mass_N=torch.zeros_like(target.log_mass_N))
     step_N = rows.step_Q[listed_N]
-    own_N = torch.ones((), device=step_N.device)
-    if weighting.rows_KR is not None:
-        own_N = weighting.rows_KR[step_N, rows.row_Q[listed_N]]
+
+    def weight(weight_K: Tensor) -> Tensor:
+        if weighting.rows_KR is None:
+            return weight_K[step_N]
+        return weight_K[step_N] * weighting.rows_KR[step_N, rows.row_Q[listed_N]]
+
     if weighting.function is not None:
-        scale_N = weighting.scale_K[step_N] * own_N
+        scale_N = weight(weighting.scale_K)
         values = differentiate(weighting, logits_ND, target, scale_N, gradient)
         if weighting.rows_KR is not None:
             values["loss"] = scale_N * values["loss"]
         return values | metrics
     if scaled:
         logits_ND.div_(weighting.temperature)
-    weights = {name: weight_K[step_N] * own_N for name, weight_K in weighting.terms.items()}
+    weights = {name: weight(weight_K) for name, weight_K in weighting.terms.items()}
     values = opd_closed(logits_ND, target, weights, weighting.floor, gradient)
     if weighting.rows_KR is not None:
         values["loss"] = sum((w * values[name] for name, w in weights.items()), 0 * values["alpha"])

@@ -7,7 +7,7 @@ from specforge_exp.config.checks import at_least, one_of
 from specforge_exp.config.choices import DraftConfig
 from specforge_exp.errors import InputError
 
-ADDED = {
+ADDED: dict[str, Any] = {
     "sample_from_anchor": False,
     "sliding_window": None,
     "full_attention_indices": [],

@@ -127,8 +127,8 @@ class DFlashModel(Draft[DFlashConfig]):
 
     def window_start(self, anchor_Q: Tensor, at_Q: Tensor) -> Tensor:
         """The first position in the window of rows at places `at_Q`, which may be below 0."""
-        own = self.config.window == "slot"
-        return (at_Q + 1 if own else anchor_Q) - self.config.sliding_window
+        size: int = self.config.sliding_window
+        return (at_Q + 1 if self.config.window == "slot" else anchor_Q) - size
 
     @property
     def units(self) -> list[nn.Module]:
@@ -161,8 +161,9 @@ class DFlashModel(Draft[DFlashConfig]):
                 first_Q = start_Q.maximum(self.window_start(anchor_Q, anchor_Q + slot_Q))
             seen: Visible | Hidden
             if useful(self.attention, device, self.config.head_dim):
-                both = moved_together([anchor_Q, start_Q if first_Q is None else first_Q], device)
-                seen = hide(*both, slots, len(at_T), causal)
+                low_Q = start_Q if first_Q is None else first_Q
+                anchor_there_Q, low_Q = moved_together([anchor_Q, low_Q], device)
+                seen = hide(anchor_there_Q, low_Q, slots, len(at_T), causal)
             else:
                 rows = visible(anchor_Q - 1, start_Q, device, first_Q)
                 numbers = [x for x in (rows.order_R, rows.slot_R, rows.first_R) if x is not None]

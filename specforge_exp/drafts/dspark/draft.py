@@ -35,7 +35,7 @@ HEADS = "markov_rank markov_head_type enable_confidence_head confidence_head_wit
 """What config.json says of the heads, by the names that engines read."""
 
 
-class Slots(NamedTuple):
+class Conditioned(NamedTuple):
     """What the heads make of all slots."""
 
     hidden_RSH: Tensor
@@ -122,14 +122,16 @@ class DSpark(DFlash):
         """A decoder for one request."""
         return DSparkDecoder(self)
 
-    def slots(self, state_RSH: Tensor, ids_T: Tensor, anchor_R: Tensor) -> Slots:
+    def slots(self, state_RSH: Tensor, ids_T: Tensor, anchor_R: Tensor) -> Conditioned:
         """What the heads make of the slots of blocks at these anchors, over the text's tokens."""
         device = ids_T.device
         before_S = (torch.arange(state_RSH.shape[1]) - self.first_slot).clamp(min=0)
         at_RS = (anchor_R[:, None] + before_S).clamp(max=len(ids_T) - 1).to(device)
         hidden_RSH = self.norm(state_RSH)
         before_RSF = self.markov_head.embedded(ids_T[at_RS], hidden_RSH.dtype)
-        return Slots(hidden_RSH, before_RSF, self.markov_head.features(before_RSF, hidden_RSH))
+        return Conditioned(
+            hidden_RSH, before_RSF, self.markov_head.features(before_RSF, hidden_RSH)
+        )
 
     def objective(
         self, sample: Sample, target_head: Head, loss: Loss, cfg: Any, window_K: Tensor
