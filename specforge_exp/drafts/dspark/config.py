@@ -1,6 +1,7 @@
 """The options of a DSpark draft."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from specforge_exp.config.checks import at_least, one_of
@@ -48,5 +49,8 @@ class DSparkConfig(DFlashConfig):
 
     @property
     def origin(self) -> str | None:
-        """`init`."""
-        return self.init
+        """The export that `init` means, whose record holds the digests of its files."""
+        if self.init is None:
+            return None
+        inside = Path(self.init) / "export"
+        return str(inside) if (inside / "config.json").exists() else self.init

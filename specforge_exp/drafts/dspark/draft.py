@@ -67,8 +67,8 @@ class DSpark(DFlash):
             for name, weight in draft.named_parameters():
                 if name.endswith(".bias") or name.startswith("confidence_head."):
                     weight.zero_()
-        if cfg.init is not None:
-            start_from_export(draft, Path(cfg.init), target)
+        if cfg.origin is not None:
+            start_from_export(draft, Path(cfg.origin), target)
         return draft
 
     @classmethod
@@ -208,8 +208,6 @@ def start_from_export(draft: DSpark, folder: Path, target: Target) -> None:
     Raises:
         InputError: it is not there, has other shapes or another mask, or is for another target.
     """
-    inside = folder / "export"
-    folder = inside if (inside / "config.json").exists() else folder
     config, tensors = read_export(folder, [*SHAPES, *OWN])
     shape, own = loaded_config(folder, config, target), draft.config
     for name in ("mask_token_id", "sample_from_anchor"):
