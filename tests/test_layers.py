@@ -49,7 +49,7 @@ BUDGETS = {
     "modal_sweep": 33_000,
     "hydra_sweeps": 28_050,
     "hydra_plugins": 1_050,
-    "specforge_exp": 185_250,
+    "specforge_exp": 185_350,
     "specforge_exp/data": 18_350,
     "specforge_exp/target": 7_000,
     "specforge_exp/drafts": 31_950,
@@ -59,7 +59,7 @@ BUDGETS = {
     "specforge_exp/bench": 10_650,
     "specforge_exp/report": 18_450,
     "specforge_exp/chat": 4_000,
-    "": 247_600,
+    "": 247_700,
     "specforge_exp/causal": 5_600,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
