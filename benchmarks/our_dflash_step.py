@@ -23,12 +23,18 @@ from specforge_exp.drafts.dflash.blocks import Blocks, labels
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.drafts.dflash.training import decays
+from specforge_exp.drafts.dspark.config import DSparkConfig
+from specforge_exp.drafts.dspark.draft import DSpark
 from specforge_exp.drafts.rows import document_bounds
 from specforge_exp.losses import Loss, opd
 from specforge_exp.target import Head
 from specforge_exp.training.objective import Outcome, Sample
 
-TERMS = {"hard": "lambda_hard", "kl_div": "lambda_ce"}
+TERMS: dict[str, dict[str, Any]] = {
+    "hard": {"lambda_hard": 1.0},
+    "kl_div": {"lambda_ce": 1.0},
+    "dspark": {"lambda_hard": 0.1, "lambda_tv": 0.9},
+}
 
 
 def build(shape: Shape, weights: dict[str, Tensor]) -> DFlash:
@@ -37,10 +43,17 @@ def build(shape: Shape, weights: dict[str, Tensor]) -> DFlash:
         **shape.qwen3,
         block_size=shape.block_size,
         mask_token_id=shape.mask_token,
+        sample_from_anchor=shape.sample_from_anchor,
+        sliding_window_non_causal=shape.non_causal,
+        window="block",
+        markov_rank=shape.markov_rank,
+        markov_head_type=shape.markov_head,
+        enable_confidence_head=True,
+        confidence_head_with_markov=True,
         target_layers=list(range(shape.features)),
     )
     embed_VH, head_VH = weights.pop("embed_tokens.weight"), weights.pop("lm_head.weight")
-    draft = DFlash(config, embed_VH, head_VH)
+    draft = (DSpark if shape.markov_rank else DFlash)(config, embed_VH, head_VH)
     draft.load_state_dict(weights)
     return draft
 
@@ -49,7 +62,8 @@ def given_blocks(shape: Shape, chats: Chats, sample: Sample) -> Blocks:
     """The blocks that start at the file's anchors."""
     start_T, end_T = document_bounds(sample.lengths, torch.device("cpu"))
     anchor_R = packed_anchors(chats).cpu()
-    return Blocks(anchor_R, start_T, end_T, labels(sample, end_T, anchor_R, shape.block_size - 1))
+    places = len(shape.places)
+    return Blocks(anchor_R, start_T, end_T, labels(sample, end_T, anchor_R, places))
 
 
 def entropy(cfg: DFlashConfig, blocks: Blocks, sample: Sample, head_VH: Tensor) -> float:
@@ -79,9 +93,15 @@ def prepare(args: Any) -> tuple[DFlash, Any, float]:
     sample = packed(chats, args.device, dtype)
     blocks = given_blocks(shape, chats, sample)
     seam.make_blocks = lambda *_: blocks
-    cfg = DFlashConfig(name="peer", block_size=shape.block_size, loss_gamma=shape.loss_gamma)
-    terms: dict[str, Any] = {TERMS[args.loss]: 1.0}
-    loss = Loss(opd, LossConfig(name="peer", **terms))
+    cfg = DSparkConfig(
+        name="peer",
+        block_size=shape.block_size,
+        loss_gamma=shape.loss_gamma,
+        position_weights=shape.weights,
+        sample_from_anchor=shape.sample_from_anchor,
+        confidence_weight=shape.confidence,
+    )
+    loss = Loss(opd, LossConfig(name="peer", **TERMS[args.loss]))
     divisors_K = blocks.counts_RK.sum(0).double().cpu()
     if args.divisor is not None:  # the label after the anchor weighs 1
         divisors_K = torch.zeros_like(divisors_K)

@@ -26,9 +26,17 @@ def dense_states(draft: DFlash, sample: Sample, anchors: Tensor, slots: int) -> 
     ids[:, 0] = sample.ids_T[anchors]
     h = F.embedding(ids.flatten(), draft.embed_VH)
     before = torch.arange(T)[None] < anchors[block_Q][:, None]
-    mask = torch.cat([before, block_Q[:, None] == block_Q[None]], 1)
+    own = block_Q[:, None] == block_Q[None]
+    full, sliding = torch.cat([before, own], 1), torch.cat([before, own], 1)
+    if window := draft.config.sliding_window:
+        last_Q = at_Q if draft.config.window == "slot" else anchors[block_Q] - 1
+        near = last_Q[:, None] - torch.arange(T)[None] < window
+        if not draft.config.sliding_window_non_causal:
+            own = own & (at_Q[:, None] >= at_Q[None])
+        sliding = torch.cat([before & near, own], 1)
     at = torch.cat([torch.arange(T), at_Q])
-    for layer in draft.layers:
+    for layer, kind in zip(draft.layers, draft.config.layer_types, strict=True):
+        mask = sliding if kind == "sliding_attention" else full
         attn = layer.self_attn
         x = layer.input_layernorm(h)
         both = torch.cat([context, x])
@@ -71,14 +79,14 @@ def dense_objective(
         first += length
         if not len(anchors):
             continue
-        states = dense_states(draft, alone, anchors, K + 1)
+        states = dense_states(draft, alone, anchors, draft_cfg.block_size)
         alphas = torch.zeros(K, len(anchors))
         for k in range(K):
             rows = [r for r in range(len(anchors)) if blocks.counts_RK[here][r, k]]
             if not rows:
                 continue
             at = anchors[rows] + k
-            logits = states[rows, k + 1] @ head_VH.T
+            logits = states[rows, k + draft.first_slot] @ head_VH.T
             full = alone.last_TH[at] @ head_VH.T
             teacher = teacher_rows(full, torch.logsumexp(full, -1))
             teacher = type(teacher)(teacher.logp_ND, teacher.log_mass_N, alone.ids_T[at + 1])

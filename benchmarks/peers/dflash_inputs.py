@@ -32,6 +32,20 @@ class Shape(inputs.Shape):
     layers: int = 5
     block_size: int = 16
     loss_gamma: float = 7.0
+    mask: int | None = None
+    """The token of masked slots; None: the last."""
+    sample_from_anchor: bool = False
+    sliding_window: int | None = None
+    full_layers: tuple[int, ...] = ()
+    """With a window: layers without one."""
+    non_causal: bool = False
+    weights: str = "decay"
+    """Of places: decay or dpace."""
+    markov_rank: int = 0
+    """Above 0: a DSpark draft with heads of this rank."""
+    markov_head: str = "vanilla"
+    confidence: float = 1.0
+    """Weight of the confidence head's loss."""
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
@@ -41,7 +55,12 @@ class Shape(inputs.Shape):
     @property
     def mask_token(self) -> int:
         """The token that stands for masked slots."""
-        return self.vocab - 1
+        return self.vocab - 1 if self.mask is None else self.mask
+
+    @property
+    def places(self) -> range:
+        """Of labels after their anchor."""
+        return range(1, self.block_size + self.sample_from_anchor)
 
     @property
     def qwen3(self) -> dict[str, Any]:
@@ -54,6 +73,14 @@ class Shape(inputs.Shape):
             "head_dim": self.head_dim,
             "vocab_size": self.vocab,
             "num_hidden_layers": self.layers,
+            "layer_types": [
+                "full_attention"
+                if self.sliding_window is None or layer in self.full_layers
+                else "sliding_attention"
+                for layer in range(self.layers)
+            ],
+            "use_sliding_window": self.sliding_window is not None,
+            "sliding_window": self.sliding_window,
             "rms_norm_eps": self.rms_eps,
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
         }
@@ -74,12 +101,24 @@ def make_weights(shape: Shape, seed: int) -> dict[str, Tensor]:
         "mlp.gate_proj": (inter, H), "mlp.up_proj": (inter, H), "mlp.down_proj": (H, inter),
         "input_layernorm": (H,), "post_attention_layernorm": (H,),
     }  # fmt: skip
+    if rank := shape.markov_rank:
+        sizes |= {"markov_head.markov_w1": (shape.vocab, rank)}
+        sizes |= {"markov_head.markov_w2": (shape.vocab, rank)}
+        sizes |= {
+            "vanilla": {},
+            "gated": {"markov_head.gate_proj": (rank, H + rank)},
+            "rnn": {"markov_head.joint_proj": (3 * rank, H + 2 * rank)},
+        }[shape.markov_head]
+        sizes |= {"confidence_head.proj": (1, H + rank)}
     for number in range(shape.layers):
         sizes |= {f"layers.{number}.{name}": size for name, size in layer.items()}
     weights = {}
     for name, size in sizes.items():
         noise = torch.randn(size, generator=g)
         weights[f"{name}.weight"] = 1 + 0.1 * noise if len(size) == 1 else noise * size[1] ** -0.5
+    for name in ("markov_head.gate_proj", "markov_head.joint_proj", "confidence_head.proj"):
+        if name in sizes:
+            weights[f"{name}.bias"] = 0.1 * torch.randn(sizes[name][0], generator=g)
     return weights
 
 
@@ -103,7 +142,7 @@ def make_chats(
     anchor_BR = torch.full((len(lengths), max(lengths) // every), -1)
     for row, length in enumerate(lengths):
         both_T = (chats.mask_BT[row, 1:-1] > 0) & (chats.mask_BT[row, 2:] > 0)
-        possible = both_T[: length - shape.block_size].nonzero()[:, 0] + 1
+        possible = both_T[: length - shape.places.stop].nonzero()[:, 0] + 1
         drawn = possible[torch.randperm(len(possible), generator=g)[: length // every]]
         anchor_BR[row, : len(drawn)] = drawn.sort().values
     return replace(chats, ids_BT=ids_BT, last_BTH=last_BTH, anchor_BR=anchor_BR)
@@ -120,7 +159,7 @@ def packed_anchors(chats: Chats) -> Tensor:
 def label_weights(shape: Shape, chats: Chats) -> tuple[int, float]:
     """How many labels count, and the sum of their decays: the divisors of the peers' means."""
     row_R, column_R = (chats.anchor_BR >= 0).nonzero(as_tuple=True)
-    place_K = torch.arange(1, shape.block_size)
+    place_K = torch.tensor(shape.places)
     at_RK = chats.anchor_BR[row_R, column_R][:, None] + place_K
     counts_RK = chats.mask_BT[row_R[:, None], at_RK] > 0
     decay_K = torch.exp(-(place_K - 1) / shape.loss_gamma)

@@ -23,7 +23,7 @@ from peers.measure import arguments, measure
 def options(description: str | None) -> argparse.Namespace:
     """What the command line says; also sets the threads."""
     parser = arguments(description)
-    parser.add_argument("--loss", choices=["hard", "kl_div"], default="hard")
+    parser.add_argument("--loss", choices=["hard", "kl_div", "dspark"], default="hard")
     parser.add_argument("--blocks", type=int, help="SpecForge: blocks whose logits exist together")
     parser.add_argument("--record", type=Path, help="write loss and gradients to this .npz file")
     args = parser.parse_args()

@@ -76,6 +76,14 @@ def acceptance_by_position(requests: list[PairedAnswer], chain_length: int) -> l
     return [float((accepted >= j).mean()) for j in range(1, chain_length + 1)]
 
 
+def verified_per_token(requests: list[PairedAnswer]) -> float | None:
+    """Tokens that the target read in verifications, per token that they added to the answers: what
+    a verification costs where reading a token costs the same at any number of them."""
+    read = sum(sum(r.with_draft.read) for r in requests)
+    gained = sum(sum(r.with_draft.gained) for r in requests)
+    return read / gained if read and gained else None
+
+
 def summarise(
     requests: list[PairedAnswer],
     chain_length: int,
@@ -117,6 +125,7 @@ def summarise(
             for least in "35"
         },
         "acceptance_by_position": acceptance_by_position(requests, chain_length),
+        "verified_per_token": verified_per_token(requests),
         **speeds(requests, seconds),
         **(compared(requests) if greedy else {"lossless": None, "identical": None}),
         "target_forwards_saved": saved,

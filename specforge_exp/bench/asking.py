@@ -66,6 +66,7 @@ def asking_of(cfg: Config, tokenizer: Any, training_keys: torch.Tensor | None) -
         max_tokens=cfg.bench.max_tokens,
         chain_length=cfg.chain_length,
         temperature=cfg.bench.temperature,
+        verify_cost=cfg.bench.verify_cost if cfg.bench.verify == "confidence" else None,
         eos=frozenset(eos_token_ids(cfg.model.path, tokenizer)),
     )
     room = (cfg.bench.max_length or cfg.max_length) - cfg.bench.max_tokens

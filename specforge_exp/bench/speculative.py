@@ -27,7 +27,7 @@ class Drafter(Protocol):
         """Take verified positions and the tokens that follow them."""
 
     def propose(self, length: int, choose: "Choice") -> tuple[list[int], list[Tensor]]:
-        """Draft a chain: target ids and the draft logits each was chosen from."""
+        """Draft a chain, at most so long: target ids, and the draft logits each was chosen from."""
 
 
 @runtime_checkable
@@ -36,6 +36,22 @@ class ReadsText(Protocol):
 
     def begin(self, first: int) -> None:
         """Take the prompt's first token, before the first commit."""
+
+
+@runtime_checkable
+class Confident(Protocol):
+    """A drafter that can end a chain before its length.
+
+    Whether a token is drafted may depend on those before it and on nothing that follows from
+    itself: otherwise samples would not follow the target's distribution.
+    """
+
+    def economise(self, cost: float) -> None:
+        """End chains from now on where one more token is expected to earn less than it costs.
+
+        Args:
+            cost: of one more token in a verification, in verifications of a single token.
+        """
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,8 @@ class Decoding:
     """Tokens that end the answer; they are part of it."""
     top_p: float = 1.0
     """Sample among the most likely tokens that reach this probability together; 1: off."""
+    verify_cost: float | None = None
+    """As `Confident.economise`; None: chains have their full length."""
 
 
 @dataclass
@@ -66,6 +84,8 @@ class Generation:
     """Drafted tokens that each verification kept."""
     first_seconds: float = 0.0
     """Of `seconds`, until the first token was there: the prompt's share."""
+    read: list[int] = field(default_factory=list)
+    """Tokens that the target read in each verification; empty: not known."""
 
 
 @dataclass
@@ -202,6 +222,9 @@ def speculating(
     first = choice(head(past.begin(prompt)[0, -1:])[0])
     if isinstance(drafter, ReadsText):
         drafter.begin(prompt[0])
+    if decoding.verify_cost is not None:
+        assert isinstance(drafter, Confident)
+        drafter.economise(decoding.verify_cost)
     drafter.commit(torch.cat(past.aux, 1), [*prompt[1:], first])
     answer = Generation([first], first_seconds=time.perf_counter() - started)
     answer.seconds = answer.first_seconds
@@ -217,6 +240,7 @@ def speculating(
         answer.tokens += tokens
         answer.gained.append(len(tokens))
         answer.accepted.append(len(yielded) - 1)
+        answer.read.append(len(drafted) + 1)
         answer.seconds = time.perf_counter() - started
         yield answer
 

@@ -38,6 +38,14 @@ def table(result: dict[str, Any], published: list[str]) -> str:
         for name, d in sets.items()
     ]
     lines.append("accepted at position 1.. : " + " | ".join(rates))
+    costs = [
+        f"{name} {d['verified_per_token']:.2f}"
+        for name, d in sets.items()
+        if d.get("verified_per_token")
+    ]
+    if costs:
+        by = settings.get("verify", "all")
+        lines.append(f"verified per token gained (verify={by}): " + " | ".join(costs))
     if result["left_out"]:
         counts = ", ".join(f"{name} {count}" for name, count in result["left_out"].items())
         lines.append(f"left out, too long: {counts}")

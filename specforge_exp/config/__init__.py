@@ -152,6 +152,16 @@ class Config:
     def check_draft(self) -> None:
         """Refuse what the draft cannot do."""
         self.draft.chain_length(self.bench.chain_length)
+        if self.bench.verify == "confidence" and not self.draft.confident:
+            raise InputError(
+                f"bench.verify=confidence: draft={self.draft.name} has no confidence head; "
+                "bench.verify=all is for every draft"
+            )
+        if self.bench.verify == "confidence" and self.bench_engine != "transformers":
+            raise InputError(
+                f"bench.verify=confidence is for this process's decoder; engine.name="
+                f"{self.engine.name} decides by itself how much it verifies"
+            )
         check_objectives(self.objectives, self.draft.steps)
         option = self.draft.steps_option
         if self.max_length < self.draft.steps + 2:

@@ -207,6 +207,11 @@ class DraftConfig:
         raise NotImplementedError
 
     @property
+    def confident(self) -> bool:
+        """Whether its decoder knows how likely each of its tokens is to stand."""
+        return False
+
+    @property
     def origin(self) -> str | None:
         """Folder or hub id of a model that it begins as; None: it begins with the target alone."""
         return None

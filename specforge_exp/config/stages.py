@@ -281,6 +281,12 @@ class BenchConfig:
     """Tokens of a prompt and its answer, at most; null: the run's max_length."""
     chain_length: int | None = None
     """Tokens drafted per verification; null: 5, or the rest of a block."""
+    verify: str = "all"
+    """all: every drafted token is verified; confidence: a draft with a confidence head ends a chain
+    where one more token is expected to earn less than it costs."""
+    verify_cost: float = 0.05
+    """bench.verify=confidence: what one more token in a verification costs, in verifications of a
+    single token."""
     max_tokens: int = 64
     """Most new tokens of one answer."""
     temperature: float = 0.0
@@ -301,13 +307,14 @@ class BenchConfig:
     def __post_init__(self) -> None:
         minimums(
             self, "bench.", chain_length=1, max_tokens=2, max_length=3, temperature=0,
-            bootstrap=1, concurrency=1,
+            bootstrap=1, concurrency=1, verify_cost=0,
         )  # fmt: skip
         # YAML reads off and on as truth values.
         self.thinking = {"False": "off", "True": "on"}.get(self.thinking, self.thinking)
         allow(
             self, "bench.", dtype="float32 bfloat16", samples="auto hub shipped",
             turns="first all", average="conversations responses", thinking="model off on",
+            verify="all confidence",
         )  # fmt: skip
         safe_name("bench.name", self.name or "none")
         for name in (*self.datasets, *self.suite):

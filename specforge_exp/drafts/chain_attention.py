@@ -41,7 +41,7 @@ class Visible(NamedTuple):
     blocks: list[RowBlock]
     """Consecutive rows of one document each."""
     first_R: Tensor | None = None
-    """The first position that each sees, in that order; None: the whole document."""
+    """The first position that each sees, in that order; None: its document's."""
 
 
 def visible(
@@ -53,19 +53,19 @@ def visible(
         slot_R: slot of every row, on the CPU like all of the result.
         start_R: where its document starts.
         device: where the scores will be.
-        first_R: the first position that each row sees, rising with its slot; None: all.
+        first_R: the first position of a row's window; None: the document's.
     """
     order_R = torch.argsort(slot_R)
     if first_R is not None:
         first_R = torch.maximum(first_R, start_R)[order_R]
     slots, starts = slot_R[order_R].tolist(), start_R[order_R].tolist()
+    lows = starts if first_R is None else first_R.tolist()
     most, blocks, first = BLOCK_ROWS[device.type], [], 0
     for row in range(1, len(slots) + 1):
         rows = row - first
-        full = rows == most or (rows >= 128 and rows * (slots[row - 1] - starts[first]) >= CELLS)
+        full = rows == most or (rows >= 128 and rows * (slots[row - 1] - lows[first]) >= CELLS)
         if row == len(slots) or starts[row] != starts[first] or full:
-            low = starts[first] if first_R is None else int(first_R[first])
-            blocks.append(RowBlock(first, row, low, slots[row - 1] + 1))
+            blocks.append(RowBlock(first, row, min(lows[first:row]), slots[row - 1] + 1))
             first = row
     return Visible(order_R, slot_R[order_R], blocks, first_R)
 

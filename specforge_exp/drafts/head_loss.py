@@ -6,7 +6,7 @@ gradients of a row come from one visit to its logits; the head's and the norm's 
 `.grad`, those of the states are kept for the backward pass.
 
 Shape suffixes: Q supervised rows of all steps, N rows of a chunk, T tokens, P positions, R rows of
-step 0, K steps, H hidden, D draft vocabulary, V target vocabulary.
+step 0, K steps, H hidden, D draft vocabulary, V target vocabulary, F rank of an addition.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from specforge_exp.drafts.layers import RMSNorm
+from specforge_exp.drafts.layers import RMSNorm, add_product
 from specforge_exp.drafts.outcome import RowSums, by_conversation, reported
 from specforge_exp.drafts.rows import Chains, Rows
 from specforge_exp.drafts.teacher import Teacher, make_teacher
 from specforge_exp.drafts.weighting import Weighting
 from specforge_exp.losses import TeacherRows, acceptance_rate, opd_closed
-from specforge_exp.sharding import gradient_of
 from specforge_exp.target import Head
 from specforge_exp.training.objective import Outcome
 
@@ -54,6 +53,16 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class Addition:
+    """A product of low rank that is added to the draft's logits: feature times weight."""
+
+    feature_QF: Tensor
+    """A factor for every state, in their order; it gets its gradient in the backward pass."""
+    weight_DF: Tensor
+    """Its gradient is added to `.grad` at once, as the head's."""
+
+
+@dataclass(frozen=True)
 class Pass:
     """What every chunk of a pass over all rows reads, and what it adds to."""
 
@@ -67,6 +76,9 @@ class Pass:
     """Gradient of the states; None: none are made."""
     buffer_ND: Tensor
     """Room for the logits of a chunk."""
+    addition: Addition | None = None
+    gradient_QF: Tensor | None = None
+    """Gradient of the addition's feature."""
 
 
 def head_and_loss(
@@ -75,6 +87,7 @@ def head_and_loss(
     heads: Heads,
     weighting: Weighting,
     along: Callable[[RowSums], RowSums] | None = None,
+    addition: Addition | None = None,
 ) -> Outcome:
     """The loss over every supervised row; with its gradients, where torch makes any.
 
@@ -88,15 +101,18 @@ def head_and_loss(
         weighting: the loss.
         along: the acceptance rates that the simulated length is made of, where they are not those
             of the rows' own steps.
+        addition: to the draft's logits.
     """
     gradient = torch.is_grad_enabled()
-    work = visit_rows(chains, states, heads, weighting, gradient)
+    work = visit_rows(chains, states, heads, weighting, gradient, addition)
     sums, rows = work.sums, len(work.rows.flat_Q)
     chain = along(sums) if along else sums
     step_loss_K = weighting.step_losses(sums.values) / weighting.decay_K
     loss = (step_loss_K * weighting.decay_K).sum()
     if work.gradient_QH is not None:
         loss = attach(loss, work.gradient_QH, states)
+    if addition is not None and work.gradient_QF is not None:
+        loss = loss + attach(torch.zeros_like(loss), work.gradient_QF, [addition.feature_QF])
     head = 6.0 if heads.weight_DH.requires_grad else 4.0
     flops = head * rows * heads.weight_DH.numel()
     flops += 2.0 * len(work.rows.position_P) * heads.target.weight_VH.numel()
@@ -106,7 +122,12 @@ def head_and_loss(
 
 @torch.no_grad()
 def visit_rows(
-    chains: Chains, states: list[Tensor], heads: Heads, weighting: Weighting, gradient: bool
+    chains: Chains,
+    states: list[Tensor],
+    heads: Heads,
+    weighting: Weighting,
+    gradient: bool,
+    addition: Addition | None = None,
 ) -> Pass:
     """Visit every supervised row once, by the positions that teach them; as `head_and_loss`."""
     state_QH = torch.cat(states)
@@ -117,7 +138,10 @@ def visit_rows(
     size = max(1, LOGITS[device.type] // len(heads.weight_DH))
     buffer_ND = torch.empty(min(size, len(rows.flat_Q)), len(heads.weight_DH), device=device)
     gradient_QH = torch.zeros_like(state_QH) if gradient else None
-    work = Pass(rows, state_QH, heads, weighting, sums, gradient_QH, buffer_ND)
+    gradient_QF = torch.zeros_like(addition.feature_QF) if addition and gradient else None
+    work = Pass(
+        rows, state_QH, heads, weighting, sums, gradient_QH, buffer_ND, addition, gradient_QF
+    )
     last_TH = torch.cat([heads.last_TH, torch.zeros_like(heads.last_TH[:1])])
     before = [*rows.before[::positions], len(rows.flat_Q)]
     for index, position_P in enumerate(rows.position_P.split(positions)):
@@ -153,6 +177,8 @@ def visit_chunk(work: Pass, teacher: Teacher, listed_N: Tensor, at_N: Tensor) ->
     normed_NH = heads.norm(state_NH)
     weight_DH = heads.weight_DH.to(normed_NH.dtype)
     logits_ND = head_logits(normed_NH, weight_DH, work.buffer_ND)
+    if work.addition is not None:
+        add_to(logits_ND, work.addition, flat_N)
     size = max(1, BLOCK[logits_ND.device.type] // logits_ND.shape[1])
     for block in range(0, len(listed_N), size):
         part = slice(block, block + size)
@@ -161,13 +187,44 @@ def visit_chunk(work: Pass, teacher: Teacher, listed_N: Tensor, at_N: Tensor) ->
     sums.counted_KR[step_N, row_N] = True
     if work.gradient_QH is not None:
         narrow_ND = logits_ND.to(normed_NH.dtype)
-        if heads.weight_DH.requires_grad:
-            total_DH = gradient_of(heads.weight_DH)
-            if total_DH.dtype == narrow_ND.dtype:
-                total_DH.addmm_(narrow_ND.T, normed_NH)
-            else:
-                total_DH.add_(narrow_ND.T @ normed_NH)
+        add_product(heads.weight_DH, slice(None), narrow_ND, normed_NH)
+        if work.addition is not None and work.gradient_QF is not None:
+            feature_NF, weight_DF = work.addition.feature_QF[flat_N], work.addition.weight_DF
+            add_product(weight_DF, slice(None), narrow_ND, feature_NF)
+            work.gradient_QF[flat_N] = narrow_ND @ weight_DF.to(narrow_ND.dtype)
         work.gradient_QH[flat_N] = heads.norm.backward(state_NH, narrow_ND @ weight_DH)
+
+
+def add_to(logits_ND: Tensor, addition: Addition, flat_N: Tensor) -> None:
+    """Add what is added to the logits of these states, in place."""
+    feature_NF = addition.feature_QF[flat_N]
+    logits_ND.add_(feature_NF @ addition.weight_DF.to(feature_NF.dtype).T)
+
+
+@torch.no_grad()
+def text_losses(
+    chains: Chains, states: list[Tensor], heads: Heads, addition: Addition | None = None
+) -> Tensor:
+    """-log q of the text's own next token at every row that counts, -1 elsewhere; [K, R] fp32.
+
+    Arguments as in `head_and_loss`; no gradient is made, the target is not asked.
+    """
+    state_QH, device = torch.cat(states), states[0].device
+    rows = chains.rows.on(device)
+    loss_KR = torch.full((len(states), chains.counts[0]), -1.0, device=device)
+    size = max(1, LOGITS[device.type] // len(heads.weight_DH))
+    weight_DH = heads.weight_DH.to(state_QH.dtype)
+    buffer_ND = torch.empty(min(size, len(rows.flat_Q)), len(weight_DH), device=device)
+    for listed_N in torch.arange(len(rows.flat_Q), device=device).split(size):
+        flat_N = rows.flat_Q[listed_N]
+        logits_ND = head_logits(heads.norm(state_QH[flat_N]), weight_DH, buffer_ND)
+        if addition is not None:
+            add_to(logits_ND, addition, flat_N)
+        next_N = heads.next_T[rows.position_P[rows.at_Q[listed_N]]]
+        picked_N = logits_ND.gather(1, next_N[:, None])[:, 0]
+        loss_N = (torch.logsumexp(logits_ND, -1) - picked_N).clamp(min=0)
+        loss_KR[rows.step_Q[listed_N], rows.row_Q[listed_N]] = loss_N
+    return loss_KR
 
 
 def head_logits(normed_NH: Tensor, weight_DH: Tensor, buffer_ND: Tensor) -> Tensor:
@@ -199,12 +256,24 @@ def visit_block(
     if weighting.local:
         target = replace(target, log_mass_N=torch.zeros_like(target.log_mass_N))
     step_N = rows.step_Q[listed_N]
+
+    def weight(weight_K: Tensor) -> Tensor:
+        if weighting.rows_KR is None:
+            return weight_K[step_N]
+        return weight_K[step_N] * weighting.rows_KR[step_N, rows.row_Q[listed_N]]
+
     if weighting.function is not None:
-        return differentiate(weighting, logits_ND, target, step_N, gradient) | metrics
+        scale_N = weight(weighting.scale_K)
+        values = differentiate(weighting, logits_ND, target, scale_N, gradient)
+        if weighting.rows_KR is not None:
+            values["loss"] = scale_N * values["loss"]
+        return values | metrics
     if scaled:
         logits_ND.div_(weighting.temperature)
-    weights = {name: weight_K[step_N] for name, weight_K in weighting.terms.items()}
+    weights = {name: weight(weight_K) for name, weight_K in weighting.terms.items()}
     values = opd_closed(logits_ND, target, weights, weighting.floor, gradient)
+    if weighting.rows_KR is not None:
+        values["loss"] = sum((w * values[name] for name, w in weights.items()), 0 * values["alpha"])
     if scaled and gradient:
         logits_ND.div_(weighting.temperature)
     return values | metrics
@@ -214,7 +283,7 @@ def differentiate(
     weighting: Weighting,
     logits_ND: Tensor,
     target: TeacherRows,
-    step_N: Tensor,
+    scale_N: Tensor,
     gradient: bool,
 ) -> dict[str, Tensor]:
     """A loss of the user's own, by autograd on these rows."""
@@ -223,7 +292,7 @@ def differentiate(
         leaf_ND = logits_ND.detach().clone().requires_grad_(gradient)
         rows = weighting.function(leaf_ND, target)
         if gradient:
-            (rows.loss_N * weighting.scale_K[step_N]).sum().backward()
+            (rows.loss_N * scale_N).sum().backward()
             logits_ND.copy_(leaf_ND.grad if leaf_ND.grad is not None else 0 * logits_ND)
     return {**{k: v.detach() for k, v in rows.parts.items()}, "loss": rows.loss_N.detach()}
 

@@ -1,6 +1,6 @@
 """What a row's loss is made of, and how much it weighs in the loss of the optimiser window.
 
-Shape suffixes: K steps.
+Shape suffixes: K steps, R rows.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,10 +31,14 @@ class Weighting:
     """See `opd_closed`."""
     drop_unknown: bool = False
     """Leave out rows whose target's best token the draft cannot say."""
+    rows_KR: Tensor | None = None
+    """What each row's loss is multiplied with beside its step's weight; None: 1."""
 
     def step_losses(self, sums: Mapping[str, Tensor]) -> Tensor:
         """The loss of each step, decay included, from the sums of the values; [K] fp32."""
         total_K = torch.zeros_like(self.scale_K)
+        if self.rows_KR is not None:
+            return total_K + sums.get("loss", 0)
         if self.function is not None:
             return total_K + self.scale_K * sums.get("loss", 0)
         for name, weight_K in self.terms.items():

@@ -92,6 +92,8 @@ def settings_of(cfg: Config) -> dict[str, Any]:
     """The options that the figures depend on."""
     settings = asdict(cfg.bench)
     del settings["force"]
+    if cfg.bench.verify == "all":
+        del settings["verify"], settings["verify_cost"]
     settings |= {"chain_length": cfg.chain_length, "seed": cfg.seed, "max_length": cfg.max_length}
     if cfg.bench_engine != "transformers":
         names = ("urls", "served_name", "tp_size", "command", "args", "python")

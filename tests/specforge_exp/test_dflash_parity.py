@@ -65,7 +65,7 @@ def differences(path: Path) -> tuple[float, float]:
 def test_concatenate_norm_rotate_is_the_peers_order(path: Path) -> None:
     """R5: context and block through one projection, then the keys' norm, then the rotation: loss
     and every gradient of two packed conversations are the peer's."""
-    assert len(FILES) == 3
+    assert len(FILES) == 11
     loss, gradient = differences(path)
     assert loss <= 2e-6
     assert gradient <= 1e-5

@@ -74,7 +74,8 @@ def eagle3() -> tuple[Draft[Any], Any]:
 def dflash() -> tuple[Draft[Any], Any]:
     config = Qwen3Config(
         **SHAPE, num_hidden_layers=5, block_size=16, mask_token_id=0, target_layers=[1, 9, 17],
-        num_target_layers=36,
+        num_target_layers=36, sample_from_anchor=False, sliding_window_non_causal=False,
+        window="slot",
     )  # fmt: skip
     embed_VH = torch.empty(V, H, device=META)
     draft = DFlash(config, embed_VH, embed_VH)

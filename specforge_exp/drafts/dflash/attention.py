@@ -5,6 +5,8 @@ does not exist when serving, and all slots of their own block, whatever their or
 are merged by their log-sum-exp; scores of the context exist for some rows at a time. Scores, norms
 of the heads and rotations are computed again in the backward pass.
 
+With a window a slot sees the end of that context only; `causal`: of its block what is before it.
+
 Shape suffixes: R blocks, S slots of a block, Q = R * S rows, T positions, P either, N query heads,
 M key-value heads, G = N / M, E head size.
 """
@@ -31,9 +33,15 @@ def by_row(x_RMXE: Tensor, slots: int) -> Tensor:
     return rows
 
 
-def own_scores(q_RMXE: Tensor, k_QME: Tensor, slots: int) -> Tensor:
-    """Scores [R, M, S * G, S] in fp32 of a block's slots with each other."""
-    return (q_RMXE @ own(k_QME, slots).transpose(2, 3)).float()
+def own_scores(q_RMXE: Tensor, k_QME: Tensor, layout: BlockLayout) -> Tensor:
+    """Scores [R, M, S * G, S] in fp32 of a block's slots with each other, -inf where hidden."""
+    slots = layout.slots
+    scores = (q_RMXE @ own(k_QME, slots).transpose(2, 3)).float()
+    if layout.causal:
+        hidden_SS = torch.ones(slots, slots, dtype=torch.bool, device=scores.device).triu(1)
+        grouped = scores.unflatten(2, (slots, -1))
+        scores = grouped.masked_fill(hidden_SS[:, None], float("-inf")).flatten(2, 3)
+    return scores
 
 
 def own(x_QME: Tensor, slots: int) -> Tensor:
@@ -55,7 +63,7 @@ class _BlockAttention(Function):
         q_QMGE = turned(q_norm, q_QNE, angles_Q).mul_(E**-0.5).unflatten(1, (M, -1))
         out_QMGE, lse_QMG1 = shared_forward(seen, q_QMGE, turned(k_norm, k_TME, angles_T), v_TME)
         turned_QME = turned(k_norm, k_QME, angles_Q)
-        scores = own_scores(by_block(q_QMGE, slots), turned_QME, slots)
+        scores = own_scores(by_block(q_QMGE, slots), turned_QME, layout)
         own_lse_QMG1 = by_row(torch.logsumexp(scores, -1, keepdim=True), slots)
         merged_QMG1 = torch.logaddexp(lse_QMG1, own_lse_QMG1)
         weights = scores.sub_(by_block(merged_QMG1, slots)).exp_().to(v_QME.dtype)
@@ -82,7 +90,7 @@ class _BlockAttention(Function):
         )
         q_RMXE, outer_RMXE = by_block(q_QMGE, slots), by_block(outer_QMGE, slots)
         turned_QME = turned(k_norm, k_QME, angles_Q)
-        weights = own_scores(q_RMXE, turned_QME, slots).sub_(by_block(lse_QMG1, slots)).exp_()
+        weights = own_scores(q_RMXE, turned_QME, layout).sub_(by_block(lse_QMG1, slots)).exp_()
         dv_RMSE = weights.to(outer_RMXE.dtype).transpose(2, 3) @ outer_RMXE
         inner = (outer_RMXE @ own(v_QME, slots).transpose(2, 3)).float()
         slope = weights.mul_(inner.sub_(by_block(delta_QMG1, slots))).to(q_QNE.dtype)

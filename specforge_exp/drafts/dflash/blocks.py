@@ -1,11 +1,12 @@
 """Which blocks of a conversation a DFlash draft is trained on.
 
 A block starts at an anchor, a token of an assistant turn that the draft is given; the slots after
-it are masked, and slot k is to say the token k places after the anchor. Anchors are drawn anew in
-every epoch. A label counts when it belongs to the anchor's own turn: the tokens that exist when
+it are masked, and slot k is to say the token k places after the anchor (with `sample_from_anchor`
+slot k - 1, so that the anchor's own slot says the first). Anchors are drawn anew in every epoch. A
+label counts when it belongs to the anchor's own turn: the tokens that exist when
 serving. The first token of a conversation is no anchor: nothing stands before it.
 
-Shape suffixes: T packed tokens, B conversations, R blocks, K = block_size - 1 labels of a block.
+Shape suffixes: T packed tokens, B conversations, R blocks, K labels of a block.
 """
 
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def make_blocks(cfg: DFlashConfig, batch: Batch) -> Blocks:
         first += length
     empty = torch.zeros(0, dtype=torch.long)
     anchor_R = torch.cat([empty, *anchors])
-    return Blocks(anchor_R, start_T, end_T, labels(batch, end_T, anchor_R, cfg.block_size - 1))
+    return Blocks(anchor_R, start_T, end_T, labels(batch, end_T, anchor_R, cfg.steps))
 
 
 def possible_anchors(turns_T: Tensor, start_T: Tensor, end_T: Tensor) -> Tensor:

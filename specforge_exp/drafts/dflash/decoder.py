@@ -60,21 +60,28 @@ class DFlashDecoder:
         """Draft the tokens after the last committed one, all in one pass.
 
         Args:
-            length: tokens to draft, at most the block size - 1.
+            length: tokens to draft, at most those that a block says.
             choose: logits [V] -> token.
 
         Returns:
             The tokens drafted, and the logits [V] each was chosen from.
         """
+        hidden_SH = self.fill(length)[self.draft.first_slot :]
+        logits = list(F.linear(hidden_SH, self.draft.head_VH.to(hidden_SH.dtype)).float())
+        return [choose(logits_V) for logits_V in logits], logits
+
+    def fill(self, length: int) -> Tensor:
+        """Normed states [S, H] of all slots of a block that says so many tokens, if it is as long;
+        the first slot is the last committed token's."""
         assert self.last >= 0, "commit comes before propose"
         draft, device = self.draft, self.draft.embed_VH.device
-        slots = min(length + 1, draft.config.block_size)
+        slots = min(length + draft.first_slot, draft.config.block_size)
         ids_S = torch.full((slots,), draft.config.mask_token_id, device=device)
         ids_S[0] = self.last
         state_SH = F.embedding(ids_S, draft.embed_VH).to(draft.fc.weight.dtype)
         at_S = torch.arange(self.committed, self.committed + slots, device=device)
         angles = draft.angles(at_S, state_SH)
-        for index, layer in enumerate(draft.layers):
+        for index, (layer, sliding) in enumerate(zip(draft.layers, draft.sliding, strict=True)):
             attn, E = layer.self_attn, draft.config.head_dim
             x_SH = layer.input_layernorm(state_SH)
             q_SNE = rotate(attn.q_norm(attn.q_proj(x_SH).unflatten(-1, (-1, E))), *angles)
@@ -87,9 +94,20 @@ class DFlashDecoder:
                     torch.cat([*self.values[index], v_SME]),
                 )
             )
-            out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            mask_SP = self.window(at_S) if sliding else None
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_SP, enable_gqa=True)
             state_SH = state_SH + attn.o_proj(out[0].transpose(0, 1).flatten(1))
             state_SH = state_SH + layer.mlp(layer.post_attention_layernorm(state_SH))
-        normed = draft.norm(state_SH[1:])
-        logits = list(F.linear(normed, draft.head_VH.to(normed.dtype)).float())
-        return [choose(logits_V) for logits_V in logits], logits
+        normed_SH: Tensor = draft.norm(state_SH)
+        return normed_SH
+
+    def window(self, at_S: Tensor) -> Tensor:
+        """Which committed positions and slots of the block at `at_S` each slot sees in a layer with
+        a window; [S, P] bool."""
+        anchor_S = torch.full_like(at_S, self.committed)
+        at_P = torch.arange(self.committed + len(at_S), device=at_S.device)
+        seen_SP = at_P >= self.draft.window_start(anchor_S, at_S)[:, None]
+        seen_SP |= at_P >= self.committed
+        if not self.draft.config.sliding_window_non_causal:
+            seen_SP &= at_P <= at_S[:, None]
+        return seen_SP

@@ -4,7 +4,8 @@ Shape suffixes: T tokens, S slots, R blocks, Q rows (slots of blocks), H hidden,
 K labels of a block, V vocabulary.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,13 +22,30 @@ from specforge_exp.drafts.dflash.export import OWN, SHAPES, export_config, loade
 from specforge_exp.drafts.dflash.model import DFlashModel
 from specforge_exp.drafts.dflash.training import as_chains, needed_flops, weighting
 from specforge_exp.drafts.folder import check_tensors, read_export, write_export
-from specforge_exp.drafts.head_loss import Heads, head_and_loss
+from specforge_exp.drafts.head_loss import Addition, Heads, head_and_loss, text_losses
+from specforge_exp.drafts.outcome import RowSums
+from specforge_exp.drafts.rows import Chains
 from specforge_exp.drafts.start import copy_matching, start_at_the_end, start_random
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
 from specforge_exp.target import Head, Target, draft_shape
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.objective import Outcome, Sample
+
+
+@dataclass(frozen=True)
+class Filled:
+    """The blocks of packed conversations, filled."""
+
+    blocks: Blocks
+    state_RSH: Tensor
+    """Un-normed states of all slots."""
+    chains: Chains
+    states: list[Tensor]
+    """Those of the slots that say a token, [R, H] for each place."""
+    heads: Heads
+    flops: float
+    """Needed for the states, forward and backward."""
 
 
 class DFlash(DFlashModel):
@@ -37,12 +55,17 @@ class DFlash(DFlashModel):
     def new(cls, target: Target, cfg: DFlashConfig, mapping: dict[str, Tensor], seed: int) -> Self:
         """A fresh draft in fp32; it speaks the target's whole vocabulary, `mapping` is not used."""
         torch.manual_seed(seed)
-        draft = cls(draft_config(target, cfg), target.embed_VH, target.head_weight_VH)
+        draft = cls(cls.shape(target, cfg), target.embed_VH, target.head_weight_VH)
         draft.attention = cfg.attention
         start_random(draft)
         if cfg.start == "target":
             draft.not_copied = start_from_target(draft, target)
         return draft
+
+    @staticmethod
+    def shape(target: Target, cfg: DFlashConfig) -> Qwen3Config:
+        """See `draft_config`."""
+        return draft_config(target, cfg)
 
     @staticmethod
     def target_layers(cfg: DFlashConfig, layers: int) -> list[int]:
@@ -81,16 +104,25 @@ class DFlash(DFlashModel):
             InputError: a file is missing or broken, a tensor is missing, superfluous or of the
                 wrong shape, or the draft was made for another target.
         """
-        config, tensors = read_export(folder, [*SHAPES, *OWN])
-        qwen3 = loaded_config(folder, config, target)
-        draft = cls(qwen3, target.embed_VH, target.head_weight_VH)
+        shape, tensors = cls.read(folder, target)
+        draft = cls(shape, target.embed_VH, target.head_weight_VH)
         check_tensors(folder, draft.state_dict(), tensors)
         draft.load_state_dict(tensors)
         return draft
 
+    @classmethod
+    def read(cls, folder: Path, target: Target) -> tuple[Qwen3Config, dict[str, Tensor]]:
+        """Shapes and tensors of an exported folder; raises as `load`."""
+        config, tensors = read_export(folder, [*SHAPES, *OWN])
+        return loaded_config(folder, config, target), tensors
+
+    def written(self, target: Target, target_path: str) -> dict[str, Any]:
+        """config.json of an export."""
+        return export_config(self, target, target_path)
+
     def write(self, folder: Path, target: Target, target_path: str, dtype: torch.dtype) -> None:
         """Write the folder that SGLang, vLLM and z-lab's code load."""
-        config = export_config(self, target, target_path)
+        config = self.written(target, target_path)
         write_export(folder, config, self.state_dict(), dtype)
 
     def decoder(self) -> DFlashDecoder:
@@ -119,28 +151,52 @@ class DFlash(DFlashModel):
         The gradient of the last norm exists when this returns. The draft's logits are bare products
         with the target's head, as engines make them. Arguments as in `Draft.objective`.
         """
+        return self.compare(self.fill(sample, target_head, cfg), loss, cfg, window_K)
+
+    def fill(self, sample: Sample, target_head: Head, cfg: DFlashConfig) -> Filled:
+        """Draw the blocks of packed conversations and fill them; arguments as in `objective`."""
         drawn = make_blocks(cfg, sample)
-        state_QH = self.states(sample.ids_T, sample.aux_TA, drawn, cfg.steps + 1)
-        state_RSH = state_QH.unflatten(0, (-1, cfg.steps + 1))
-        states = [state_RSH[:, place] for place in range(1, cfg.steps + 1)]
+        state_QH = self.states(sample.ids_T, sample.aux_TA, drawn, cfg.block_size)
+        state_RSH = state_QH.unflatten(0, (-1, cfg.block_size))
+        states = [state_RSH[:, slot] for slot in range(self.first_slot, cfg.block_size)]
         next_T = torch.cat([sample.ids_T[1:], sample.ids_T[:1]])
         heads = Heads(
             self.norm, self.head_VH, self.draft_ids_D, target_head, sample.last_TH, next_T,
             self.host_ids_D,
         )  # fmt: skip
-        weights = weighting(loss, cfg, window_K.to(sample.ids_T.device))
         flops = needed_flops(self, drawn, len(sample.ids_T))
-        outcome = head_and_loss(as_chains(drawn, sample.lengths), states, heads, weights)
-        return replace(outcome, flops=outcome.flops + flops)
+        return Filled(drawn, state_RSH, as_chains(drawn, sample.lengths), states, heads, flops)
+
+    def compare(
+        self,
+        filled: Filled,
+        loss: Loss,
+        cfg: DFlashConfig,
+        window_K: Tensor,
+        addition: Addition | None = None,
+        along: Callable[[RowSums], RowSums] | None = None,
+    ) -> Outcome:
+        """The loss of filled blocks; `addition` and `along` as in `head_and_loss`."""
+        chains, states, heads = filled.chains, filled.states, filled.heads
+        dynamic = cfg.position_weights == "dpace"
+        text_KR = text_losses(chains, states, heads, addition) if dynamic else None
+        weights = weighting(loss, cfg, window_K.to(heads.next_T.device), text_KR)
+        outcome = head_and_loss(chains, states, heads, weights, along, addition)
+        return replace(outcome, flops=outcome.flops + filled.flops)
 
     @torch.no_grad()
     def all_logits(self, cfg: DFlashConfig, ids_1T: Tensor, aux_1TA: Tensor) -> Tensor:
-        """Logits of one block at every position of a conversation but the first, fp32."""
+        """Logits of one block at every position of a conversation but the first, of all slots and
+        in fp32."""
+        state_QH = self.every_state(cfg, ids_1T, aux_1TA)
+        return F.linear(self.norm(state_QH), self.head_VH.to(state_QH.dtype)).float()
+
+    def every_state(self, cfg: DFlashConfig, ids_1T: Tensor, aux_1TA: Tensor) -> Tensor:
+        """Un-normed states of the slots of one block at every position but the first; [Q, H]."""
         anchor_R = torch.arange(1, ids_1T.shape[1])
         start_T = torch.zeros(ids_1T.shape[1], dtype=torch.long)
         everywhere = Blocks(anchor_R, start_T, start_T + len(start_T), anchor_R[:, None] > 0)
-        state_QH = self.states(ids_1T[0], aux_1TA[0], everywhere, cfg.steps + 1)
-        return F.linear(self.norm(state_QH), self.head_VH.to(state_QH.dtype)).float()
+        return self.states(ids_1T[0], aux_1TA[0], everywhere, cfg.block_size)
 
 
 def draft_config(target: Target, cfg: DFlashConfig) -> Qwen3Config:
@@ -150,9 +206,20 @@ def draft_config(target: Target, cfg: DFlashConfig) -> Qwen3Config:
     mask = size - 1 if cfg.mask_token_id is None else cfg.mask_token_id
     if not 0 <= mask < size:
         raise InputError(f"draft.mask_token_id={mask}: the target has tokens 0..{size - 1}")
+    sliding = cfg.sliding_window is not None
+    kinds = [
+        "sliding_attention" if sliding and layer not in cfg.full_attention_indices
+        else "full_attention" for layer in range(cfg.num_layers)
+    ]  # fmt: skip
     return Qwen3Config(
         **shape,
         num_hidden_layers=cfg.num_layers,
+        layer_types=kinds,
+        use_sliding_window=sliding,
+        sliding_window=cfg.sliding_window,
+        sliding_window_non_causal=cfg.sliding_window_non_causal,
+        window=cfg.window,
+        sample_from_anchor=cfg.sample_from_anchor,
         block_size=cfg.block_size,
         mask_token_id=mask,
         target_layers=list(target.aux_layers),

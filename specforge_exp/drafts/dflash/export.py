@@ -2,8 +2,9 @@
 
 Tensor names and configuration are those of published DFlash drafts: model_type qwen3, a nested
 dflash_config, `num_target_layers` the target's depth; embeddings and head are the target's and not
-saved. Layers are numbered from 0 by their outputs. There is no `auto_map`, which may name only code
-that lies in the folder: engines have the draft's.
+saved. Layers are numbered from 0 by their outputs. Layers with a window are those of `layer_types`;
+engines let their slots see what is before them unless `dflash_config.causal` is false. There is no
+`auto_map`, which may name only code that lies in the folder: engines have the draft's.
 """
 
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import Qwen3Config
 
 from specforge_exp.drafts.dflash.model import DFlashModel
 from specforge_exp.drafts.folder import check_target, rope_spellings
+from specforge_exp.errors import InputError
 from specforge_exp.target import Target
 
 SHAPES = (
@@ -28,7 +30,13 @@ def export_config(draft: DFlashModel, target: Target, target_path: str) -> dict[
     """config.json as serving engines read it; the rotary embedding in both spellings."""
     config = draft.config
     text = target.model.config.get_text_config()
-    layers = config.num_hidden_layers
+    sliding, nested = any(draft.sliding), {}
+    if sliding and config.sliding_window_non_causal:
+        nested["causal"] = False
+    if sliding and config.window != "slot":
+        nested["window"] = config.window
+    if config.sample_from_anchor:
+        nested["sample_from_anchor"] = True
     return {
         "architectures": ["DFlashDraftModel"],
         "model_type": "qwen3",
@@ -38,11 +46,13 @@ def export_config(draft: DFlashModel, target: Target, target_path: str) -> dict[
         "dflash_config": {
             "mask_token_id": config.mask_token_id,
             "target_layer_ids": list(config.target_layers),
+            **nested,
         },
         "num_target_layers": config.num_target_layers,
-        "layer_types": ["full_attention"] * layers,
-        "max_window_layers": layers,
-        "use_sliding_window": False,
+        "layer_types": list(config.layer_types),
+        "max_window_layers": config.num_hidden_layers,
+        "use_sliding_window": sliding,
+        **({"sliding_window": config.sliding_window} if sliding else {}),
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -63,8 +73,18 @@ def loaded_config(folder: Path, config: dict[str, Any], target: Target) -> Qwen3
         "dflash_config.target_layer_ids": (nested["target_layer_ids"], target.aux_layers),
     }
     check_target(folder, pairs)
+    kinds = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
+    sliding = "sliding_attention" in kinds
+    if sliding and not config.get("sliding_window"):
+        raise InputError(f"{folder / 'config.json'}: layer_types has windows, sliding_window none")
     return Qwen3Config(
         **{name: config[name] for name in SHAPES},
+        layer_types=kinds,
+        use_sliding_window=sliding,
+        sliding_window=config.get("sliding_window"),
+        sliding_window_non_causal=nested.get("causal") is False,
+        window=nested.get("window", "slot"),
+        sample_from_anchor=nested.get("sample_from_anchor", False),
         attention_bias=False,
         block_size=config["block_size"],
         mask_token_id=nested["mask_token_id"],

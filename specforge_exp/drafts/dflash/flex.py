@@ -24,14 +24,17 @@ def padded(number: int) -> int:
     return max(1, -(-number // BUCKET)) * BUCKET
 
 
-def hide(anchor_Q: Tensor, first_Q: Tensor, slots: int, positions: int) -> Hidden:
+def hide(
+    anchor_Q: Tensor, first_Q: Tensor, slots: int, positions: int, causal: bool = False
+) -> Hidden:
     """The mask of rows that see the context before their anchor, and their own block.
 
     Args:
         anchor_Q: position of each row's anchor.
-        first_Q: where the anchor's conversation starts.
+        first_Q: the first position that a row sees: of the anchor's conversation, or its window.
         slots: rows of a block; they follow each other.
         positions: T.
+        causal: see `BlockLayout`.
     """
     rows, columns = padded(len(anchor_Q)), padded(positions)
     more = (0, rows - len(anchor_Q))
@@ -40,6 +43,8 @@ def hide(anchor_Q: Tensor, first_Q: Tensor, slots: int, positions: int) -> Hidde
     def sees(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
         before = (column >= first_P[row]) & (column < anchor_P[row])
         own = (column - columns) // slots == row // slots
+        if causal:
+            own = own & (column - columns <= row)
         return torch.where(column < columns, before, own)
 
     mask = masker(anchor_Q.device.type)(

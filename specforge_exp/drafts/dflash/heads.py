@@ -43,6 +43,8 @@ class BlockLayout:
     """What the rows see of the context: up to the position before their anchor."""
     slots: int
     """Rows of a block."""
+    causal: bool
+    """Whether a row sees those of its block alone that stand before it, and itself."""
     angles_T: Angles
     """Of the context's positions."""
     angles_Q: Angles

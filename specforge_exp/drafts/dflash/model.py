@@ -86,7 +86,8 @@ class DFlashModel(Draft[DFlashConfig]):
     """A DFlash draft. Parameter names are those of the files that SGLang and vLLM load.
 
     Args:
-        config: shapes; `block_size`, `mask_token_id` and `target_layers` are on it, too.
+        config: shapes; `block_size`, `mask_token_id`, `target_layers`, `sample_from_anchor`,
+            `sliding_window_non_causal` and `window` are on it, too.
         embed_VH: the target's embeddings.
         head_VH: the target's output embeddings; both frozen, shared and not saved.
     """
@@ -115,6 +116,21 @@ class DFlashModel(Draft[DFlashConfig]):
         return torch.arange(len(self.head_VH), device=self.head_VH.device)
 
     @property
+    def first_slot(self) -> int:
+        """The first slot of a block that says a token."""
+        return int(not self.config.sample_from_anchor)
+
+    @property
+    def sliding(self) -> list[bool]:
+        """Which layers have a window."""
+        return [kind == "sliding_attention" for kind in self.config.layer_types]
+
+    def window_start(self, anchor_Q: Tensor, at_Q: Tensor) -> Tensor:
+        """The first position in the window of rows at places `at_Q`, which may be below 0."""
+        size: int = self.config.sliding_window
+        return (at_Q + 1 if self.config.window == "slot" else anchor_Q) - size
+
+    @property
     def units(self) -> list[nn.Module]:
         """Its layers."""
         return list(self.layers)
@@ -129,6 +145,33 @@ class DFlashModel(Draft[DFlashConfig]):
         cos_1PE, sin_1PE = self.rotary(like.float(), position_P[None])
         return Angles(cos_1PE[0], sin_1PE[0])
 
+    def layouts(self, blocks: Blocks, slots: int, like: Tensor) -> dict[bool, BlockLayout]:
+        """Where the rows stand and what they see, in layers with a window (True) and without."""
+        device = like.device
+        at_T = torch.arange(len(blocks.start_T)) - blocks.start_T
+        anchor_Q = blocks.anchor_R.repeat_interleave(slots)
+        start_Q, slot_Q = blocks.start_T[anchor_Q], torch.arange(slots).repeat(len(blocks.anchor_R))
+        at_T, at_Q = moved_together([at_T, at_T[anchor_Q] + slot_Q], device)
+        angles_T, angles_Q = self.angles(at_T, like), self.angles(at_Q, like)
+        made = {}
+        for sliding in set(self.sliding):
+            causal = sliding and not self.config.sliding_window_non_causal
+            first_Q = None
+            if sliding:
+                first_Q = start_Q.maximum(self.window_start(anchor_Q, anchor_Q + slot_Q))
+            seen: Visible | Hidden
+            if useful(self.attention, device, self.config.head_dim):
+                low_Q = start_Q if first_Q is None else first_Q
+                anchor_there_Q, low_Q = moved_together([anchor_Q, low_Q], device)
+                seen = hide(anchor_there_Q, low_Q, slots, len(at_T), causal)
+            else:
+                rows = visible(anchor_Q - 1, start_Q, device, first_Q)
+                numbers = [x for x in (rows.order_R, rows.slot_R, rows.first_R) if x is not None]
+                order_Q, before_Q, *window = moved_together(numbers, device)
+                seen = Visible(order_Q, before_Q, rows.blocks, *window)
+            made[sliding] = BlockLayout(seen, slots, causal, angles_T, angles_Q)
+        return made
+
     def states(self, ids_T: Tensor, aux_TA: Tensor, blocks: Blocks, slots: int) -> Tensor:
         """Un-normed states [Q, H] of all slots of all blocks after the last layer.
 
@@ -137,25 +180,11 @@ class DFlashModel(Draft[DFlashConfig]):
         """
         context_TH = self.context(aux_TA.to(self.compute_dtype))
         device = ids_T.device
-        anchor_Q = blocks.anchor_R.repeat_interleave(slots)
-        first_Q = blocks.start_T[anchor_Q]
-        at_T = torch.arange(len(ids_T)) - blocks.start_T
-        at_Q = at_T[anchor_Q] + torch.arange(slots).repeat(len(blocks.anchor_R))
-        numbers = [blocks.anchor_R, anchor_Q, first_Q, at_T, at_Q]
-        seen: Visible | Hidden
-        if useful(self.attention, device, self.config.head_dim):
-            anchor_R, anchor_Q, first_Q, at_T, at_Q = moved_together(numbers, device)
-            seen = hide(anchor_Q, first_Q, slots, len(ids_T))
-        else:
-            rows = visible(anchor_Q - 1, first_Q, device)
-            numbers += [rows.order_R, rows.slot_R]
-            anchor_R, _, _, at_T, at_Q, order_Q, slot_Q = moved_together(numbers, device)
-            seen = Visible(order_Q, slot_Q, rows.blocks)
-        angles_T, angles_Q = self.angles(at_T, context_TH), self.angles(at_Q, context_TH)
-        layout = BlockLayout(seen, slots, angles_T, angles_Q)
-        ids_U = F.pad(ids_T[anchor_R], (0, 1), value=self.config.mask_token_id)
+        layouts = self.layouts(blocks, slots, context_TH)
+        ids_U = F.pad(ids_T[blocks.anchor_R.to(device)], (0, 1), value=self.config.mask_token_id)
         state_QH = F.embedding(ids_U, self.embed_VH).to(context_TH.dtype)
-        for layer in self.layers:
+        for layer, sliding in zip(self.layers, self.sliding, strict=True):
+            layout = layouts[sliding]
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 state_QH = checkpoint(layer, state_QH, context_TH, layout, use_reentrant=False)
             else:

@@ -1,0 +1,56 @@
+"""The options of a DSpark draft."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from specforge_exp.config.checks import at_least, one_of
+from specforge_exp.drafts.dflash.config import DFlashConfig
+from specforge_exp.errors import InputError
+
+
+@dataclass
+class DSparkConfig(DFlashConfig):
+    """DFlash's options, and its two heads."""
+
+    quiet: ClassVar[tuple[str, ...]] = (*DFlashConfig.quiet, "init")
+
+    _target_: str = "specforge_exp.drafts.dspark.DSpark"
+    """Dotted path of the draft's class."""
+    sample_from_anchor: bool = True
+    """Whether the anchor's slot says the token after it and every slot the one after its place;
+    false: a masked slot says the token in its place, as in DFlash."""
+    markov_rank: int = 256
+    """Rank of what the token before adds to the logits of the next."""
+    markov_head_type: str = "vanilla"
+    """vanilla: by the token before alone; gated: and by the slot's state; rnn: and by all slots
+    before. vLLM decodes vanilla heads."""
+    enable_confidence_head: bool = True
+    """Whether a head says how likely each token is to stand; needed by bench.verify=confidence."""
+    confidence_head_with_markov: bool = True
+    """Whether that head reads the token before, too."""
+    confidence_weight: float = 1.0
+    """Of that head's cross-entropy against the acceptance rates that the draft has."""
+    init: str | None = None
+    """A run with an exported DFlash or DSpark draft, or the export's folder, to start from; the
+    heads that it does not have start without any effect. null: draft.start says."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("draft.markov_rank", self.markov_rank, 1)
+        one_of("draft.markov_head_type", self.markov_head_type, ("vanilla", "gated", "rnn"))
+        if self.confidence_weight < 0:
+            raise InputError(f"draft.confidence_weight={self.confidence_weight} is below 0")
+
+    @property
+    def confident(self) -> bool:
+        """With a confidence head."""
+        return self.enable_confidence_head
+
+    @property
+    def origin(self) -> str | None:
+        """The export that `init` means, whose record holds the digests of its files."""
+        if self.init is None:
+            return None
+        inside = Path(self.init) / "export"
+        return str(inside) if (inside / "config.json").exists() else self.init
