@@ -20,7 +20,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -107,12 +106,12 @@ def main() -> None:
     args.device, args.shape = "cpu", {}
     with tempfile.TemporaryDirectory() as folder:
         if args.record:
-            return record(args, Path(folder))
+            record(args, Path(folder))
+            return
         summary = compare(args, Path(folder))
     if args.json:
         print(json.dumps(summary))
-    return None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

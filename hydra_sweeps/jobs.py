@@ -275,8 +275,8 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        for number in caught[:1]:
-            signal.raise_signal(number)
+        for first in caught[:1]:
+            signal.raise_signal(first)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ decreasing) into one row without padding, `transformers` is the plain Trainer wi
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
