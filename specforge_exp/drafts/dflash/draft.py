@@ -4,6 +4,7 @@ Shape suffixes: T tokens, S slots, R blocks, Q rows (slots of blocks), H hidden,
 K labels of a block, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -22,12 +23,14 @@ from specforge_exp.drafts.dflash.model import DFlashModel
 from specforge_exp.drafts.dflash.training import as_chains, needed_flops, weighting
 from specforge_exp.drafts.folder import check_tensors, read_export, write_export
 from specforge_exp.drafts.head_loss import Heads, head_and_loss
+from specforge_exp.drafts.replay import ReplayChains, proposing_chains
+from specforge_exp.drafts.rows import document_bounds
 from specforge_exp.drafts.start import copy_matching, start_at_the_end, start_random
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
 from specforge_exp.target import Head, Target, draft_shape
 from specforge_exp.training.batches import Batch
-from specforge_exp.training.objective import Outcome, Sample
+from specforge_exp.training.objective import Outcome, Replay, Sample
 
 
 class DFlash(DFlashModel):
@@ -123,15 +126,52 @@ class DFlash(DFlashModel):
         state_QH = self.states(sample.ids_T, sample.aux_TA, drawn, cfg.steps + 1)
         state_RSH = state_QH.unflatten(0, (-1, cfg.steps + 1))
         states = [state_RSH[:, place] for place in range(1, cfg.steps + 1)]
-        next_T = torch.cat([sample.ids_T[1:], sample.ids_T[:1]])
-        heads = Heads(
-            self.norm, self.head_VH, self.draft_ids_D, target_head, sample.last_TH, next_T,
-            self.host_ids_D,
-        )  # fmt: skip
+        heads = self.heads(sample, target_head)
         weights = weighting(loss, cfg, window_K.to(sample.ids_T.device))
         flops = needed_flops(self, drawn, len(sample.ids_T))
         outcome = head_and_loss(as_chains(drawn, sample.lengths), states, heads, weights)
         return replace(outcome, flops=outcome.flops + flops)
+
+    def heads(self, sample: Sample, target_head: Head) -> Heads:
+        """Both heads for a sample."""
+        next_T = torch.cat([sample.ids_T[1:], sample.ids_T[:1]])
+        return Heads(
+            self.norm, self.head_VH, self.draft_ids_D, target_head, sample.last_TH, next_T,
+            self.host_ids_D,
+        )  # fmt: skip
+
+    def filled(self, sample: Sample, anchor_R: Tensor, counts_RK: Tensor) -> Tensor:
+        """States [K, R, H] of the masked slots of blocks after some positions."""
+        start_T, end_T = document_bounds(sample.lengths, anchor_R.device)
+        slots = counts_RK.shape[1] + 1
+        drawn = Blocks(anchor_R, start_T, end_T, counts_RK)
+        state_QH = self.states(sample.ids_T, sample.aux_TA, drawn, slots)
+        return state_QH.unflatten(0, (-1, slots))[:, 1:].transpose(0, 1)
+
+    @torch.no_grad()
+    def propose(
+        self, sample: Sample, anchor_R: Tensor, steps: int, choose: Callable[[int, Tensor], Tensor]
+    ) -> Tensor:
+        """As EAGLE-3's, each chain by one pass over its block."""
+        counts_RK = torch.ones(len(anchor_R), steps, dtype=torch.bool)
+        normed_KRH = self.norm(self.filled(sample, anchor_R, counts_RK))
+        weight_VH = self.head_VH.to(normed_KRH.dtype)
+        chosen = [
+            choose(step, (normed_RH @ weight_VH.T).float())
+            for step, normed_RH in enumerate(normed_KRH)
+        ]
+        return torch.stack(chosen)
+
+    def replayed(
+        self, cfg: DFlashConfig, sample: Sample, replay: Replay
+    ) -> tuple[ReplayChains, list[Tensor], float]:
+        """Proposed blocks, the states of their slots, and FLOP."""
+        anchor_R, counts_RK = replay.anchor_R, replay.counts_RK
+        states = list(self.filled(sample, anchor_R, counts_RK))
+        chains = proposing_chains(sample.lengths, anchor_R, len(states))
+        drawn = Blocks(anchor_R, chains.start_T, chains.end_T, counts_RK)
+        flops = needed_flops(self, drawn, len(sample.ids_T))
+        return replace(chains, supervised=list(counts_RK.T)), states, flops
 
     @torch.no_grad()
     def all_logits(self, cfg: DFlashConfig, ids_1T: Tensor, aux_1TA: Tensor) -> Tensor:

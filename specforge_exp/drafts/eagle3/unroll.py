@@ -9,6 +9,7 @@ Shape suffixes: T packed tokens, R carried rows, H hidden, A = 3 H, M key-value 
 X heads * E, P rotary positions.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -55,8 +56,18 @@ class Shared(NamedTuple):
     """Step-0 keys (rotated) and values, [T, M, E] each."""
 
 
-def unroll(draft: Eagle3Model, chains: Chains, ids_T: Tensor, aux_TA: Tensor) -> list[Tensor]:
+def unroll(
+    draft: Eagle3Model,
+    chains: Chains,
+    ids_T: Tensor,
+    aux_TA: Tensor,
+    more_P: Tensor | None = None,
+    extend: Callable[[int, Tensor], Tensor] | None = None,
+) -> list[Tensor]:
     """Un-normed states [R_k, H] of the carried rows after every step.
+
+    Tokens that are not of the text have the numbers from T + 1 on: those of `more_P`, then those
+    that `extend` makes of the states of a step, for the next one to read.
 
     With `draft.gradient_checkpointing` a step keeps its input, its own keys and values, and is
     computed again in the backward pass; no number changes.
@@ -64,7 +75,8 @@ def unroll(draft: Eagle3Model, chains: Chains, ids_T: Tensor, aux_TA: Tensor) ->
     state_TH = linear(aux_TA.to(draft.compute_dtype), draft.fc.weight)
     carried = carry(chains, ids_T.device)
     reach = max(chains.lengths) + len(chains.counts)
-    shared = make_shared(draft, carried, ids_T, state_TH, reach)
+    ids_P = F.pad(ids_T, (0, 1)) if more_P is None else torch.cat([F.pad(ids_T, (0, 1)), more_P])
+    shared = make_shared(draft, carried, ids_P, state_TH, reach)
     state_RH = state_TH[carried.slot_R]
     states: list[Tensor] = []
     own: list[tuple[Tensor, Tensor]] = []
@@ -80,7 +92,19 @@ def unroll(draft: Eagle3Model, chains: Chains, ids_T: Tensor, aux_TA: Tensor) ->
             if index:
                 own.append((pair[0], pair[1]))
         states.append(state_RH)
+        if extend:
+            more = halves_by_token(draft, extend(index, state_RH), state_RH.dtype)
+            pairs = zip(shared.by_token, more, strict=True)
+            shared = shared._replace(by_token=tuple(torch.cat(pair) for pair in pairs))
     return states
+
+
+def halves_by_token(draft: Eagle3Model, ids_P: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The embedding's half of q, k and v of some tokens, [P, X] each."""
+    attn, layer = draft.midlayer.self_attn, draft.midlayer
+    embedded = F.embedding(ids_P, draft.embed_VH).to(dtype)
+    weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
+    return norm_linear(embedded, layer.input_layernorm, slice(0, embedded.shape[-1]), *weights)
 
 
 def carry(chains: Chains, device: torch.device) -> Carried:
@@ -103,18 +127,16 @@ def carry(chains: Chains, device: torch.device) -> Carried:
 
 
 def make_shared(
-    draft: Eagle3Model, carried: Carried, ids_T: Tensor, state_TH: Tensor, reach: int
+    draft: Eagle3Model, carried: Carried, ids_P: Tensor, state_TH: Tensor, reach: int
 ) -> Shared:
     """The embedding's half of the projections, the rotary angles of the first `reach` places, the
     step-0 keys and values."""
     attn, layer = draft.midlayer.self_attn, draft.midlayer
-    embedded = F.embedding(F.pad(ids_T, (0, 1)), draft.embed_VH).to(state_TH.dtype)
-    weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
-    H = embedded.shape[-1]
-    by_token = norm_linear(embedded, layer.input_layernorm, slice(0, H), *weights)
-    reach_P = torch.arange(reach, device=ids_T.device)
-    cos_1PE, sin_1PE = draft.rotary(embedded.float(), reach_P[None])
-    k_TX, v_TX = norm_linear(state_TH, layer.hidden_norm, slice(H, None), *weights[1:])
+    by_token = halves_by_token(draft, ids_P, state_TH.dtype)
+    reach_P = torch.arange(reach, device=ids_P.device)
+    cos_1PE, sin_1PE = draft.rotary(state_TH.float(), reach_P[None])
+    weights = (attn.k_proj.weight, attn.v_proj.weight)
+    k_TX, v_TX = norm_linear(state_TH, layer.hidden_norm, slice(state_TH.shape[-1], None), *weights)
     shape, reads_T, at_T = (-1, draft.config.head_dim), carried.reads_T, carried.at_T
     k_TME = (k_TX + by_token[1][reads_T]).unflatten(-1, shape)
     v_TME = (v_TX + by_token[2][reads_T]).unflatten(-1, shape)
