@@ -35,7 +35,8 @@ class Draw:
         chosen = errors[order[: round(share * self.most)]]
         rest = self.possible[~torch.isin(self.possible, chosen)]
         order = torch.randperm(len(rest), generator=self.generator)
-        return torch.cat([chosen, rest[order[: self.most - len(chosen)]]]).sort().values
+        anchor_R = torch.cat([chosen, rest[order[: self.most - len(chosen)]]])
+        return anchor_R.sort().values
 
     def numbers(self, steps: int, anchors: int) -> Tensor:
         """Numbers in [0, 1), [2, K, R]: to choose tokens by, and to accept them by."""
@@ -71,4 +72,5 @@ def missed(anchor_R: Tensor, tokens_KR: Tensor, ids_T: Tensor, turns_T: Tensor) 
     same_KR = tokens_KR == ids_T[at_KR]
     right_R = (same_KR & inside_KR).int().cumprod(0).sum(0)
     failed_R = (right_R < steps) & inside_KR.gather(0, right_R.clamp(max=steps - 1)[None])[0]
-    return (anchor_R + right_R)[failed_R].unique()
+    before: Tensor = (anchor_R + right_R)[failed_R].unique()
+    return before

@@ -98,7 +98,7 @@ class Replayer:
             fits_T = torch.arange(span.stop - span.start) + self.steps <= self.limit
             draws.append(draw(self.cfg, sample.draw, number, possible_T[span] & fits_T, self.steps))
         anchors = [one.uniform() for one in draws]
-        if self.cfg.errors > 0 and sum(map(len, anchors)):
+        if self.cfg.errors > 0 and any(len(a) for a in anchors):
             numbers = self.numbers(draws, anchors)
             tokens_KR, _ = self.propose(sample, packed(anchors, parts), numbers[0])
             chains = tokens_KR.split([len(a) for a in anchors], 1)
@@ -106,7 +106,7 @@ class Replayer:
                 one.with_errors(missed(a, c, ids_T[p], turns_T[p]), self.cfg.errors)
                 for one, a, c, p in zip(draws, anchors, chains, parts, strict=True)
             ]
-        if not sum(map(len, anchors)):
+        if not any(len(a) for a in anchors):
             return None
         numbers = self.numbers(draws, anchors)
         return self.judged(sample, caches, anchors, numbers)

@@ -52,7 +52,7 @@ def verify_segments(
             use_cache=True,
         )  # fmt: skip
     last_1QH: Tensor = out.last_hidden_state
-    return last_1QH[0].unflatten(0, (J, R))
+    return last_1QH[0].view(J, R, -1)
 
 
 @contextmanager
@@ -67,13 +67,13 @@ def seeing(text: Any, seen_QL: Tensor, at_Q: Tensor, at_L: Tensor) -> Iterator[N
         if (q_length, kv_length) != seen_QL.shape:
             raise ValueError(f"a layer keeps {kv_length} of {seen_QL.shape[1]} keys")
         zero = torch.zeros((), dtype=torch.long, device=at_Q.device)
-        allowed_QL = mask_function(zero, zero, at_Q[:, None], at_L[None])
-        allowed_QL = (allowed_QL & seen_QL)[None, None]
+        allowed_QL: Tensor = mask_function(zero, zero, at_Q[:, None], at_L[None])
+        allowed_11QL = (allowed_QL & seen_QL)[None, None]
         if own is sdpa_mask:
-            return allowed_QL
+            return allowed_11QL
         dtype = options.get("dtype", torch.float32)
-        bias = torch.zeros(allowed_QL.shape, dtype=dtype, device=allowed_QL.device)
-        return bias.masked_fill_(~allowed_QL, torch.finfo(dtype).min)
+        bias = torch.zeros(allowed_11QL.shape, dtype=dtype, device=at_Q.device)
+        return bias.masked_fill_(~allowed_11QL, torch.finfo(dtype).min)
 
     ALL_MASK_ATTENTION_FUNCTIONS[kind] = mask
     try:

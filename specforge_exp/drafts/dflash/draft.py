@@ -146,7 +146,8 @@ class DFlash(DFlashModel):
         slots = counts_RK.shape[1] + 1
         drawn = Blocks(anchor_R, start_T, end_T, counts_RK)
         state_QH = self.states(sample.ids_T, sample.aux_TA, drawn, slots)
-        return state_QH.unflatten(0, (-1, slots))[:, 1:].transpose(0, 1)
+        state_RSH = state_QH.view(len(anchor_R), slots, -1)
+        return state_RSH[:, 1:].transpose(0, 1)
 
     @torch.no_grad()
     def propose(
