@@ -65,6 +65,22 @@ class Loss:
 
     function: LossFunction
     cfg: LossConfig
+    scale: float = 1.0
+    """Multiplies it."""
+    proposed: "ProposedLoss | None" = None
+    """The loss on what the draft proposed itself."""
+
+
+@dataclass(frozen=True)
+class ProposedLoss:
+    """What is to be made small where a draft proposed; None: nothing there."""
+
+    accepted: Loss | None
+    """Where the target accepts."""
+    rejected: Loss | None
+    """Where it rejects."""
+    decay: float
+    """The k-th proposed token weighs decay**(k - 1)."""
 
 
 def cross_entropy(logq_ND: Tensor, teacher: TeacherRows) -> Tensor:

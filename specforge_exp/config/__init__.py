@@ -33,6 +33,7 @@ from specforge_exp.config.choices import (
 )
 from specforge_exp.config.engine import EngineConfig
 from specforge_exp.config.keys import not_an_option
+from specforge_exp.config.onpolicy import OnPolicyConfig
 from specforge_exp.config.resolvers import REPOSITORY, STAGES, register, repository
 from specforge_exp.config.stages import (
     BenchConfig,
@@ -115,6 +116,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     draft: DraftConfig = field(default_factory=open_draft)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    onpolicy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     prep: PrepConfig = field(default_factory=PrepConfig)
@@ -148,6 +150,8 @@ class Config:
         minimums(self, "", epochs=1, max_steps=1, max_length=2, threads=1, seeds=1, seed=0)
         if isinstance(self.draft, DraftConfig):  # what only serves the target has none
             self.check_draft()
+            if self.onpolicy.replays:
+                self.check_onpolicy()
 
     def check_draft(self) -> None:
         """Refuse what the draft cannot do."""
@@ -174,6 +178,30 @@ class Config:
             raise InputError(
                 f"model.aux_layers={layers} names {len(layers)} layers; draft={self.draft.name} is "
                 f"fed by {features}"
+            )
+
+    def check_onpolicy(self) -> None:
+        """Refuse what replay cannot go with: the target must run, here, with the draft whole."""
+        self.draft.check_replay()
+        needed = {
+            "target.cache": (self.target.cache, "none"),
+            "target.placement": (self.target.placement, "inprocess"),
+            "target.shard": (self.target.shard, False),
+            "trainer.shard": (self.trainer.shard, False),
+        }
+        for key, (value, allowed) in needed.items():
+            if value != allowed:
+                raise InputError(
+                    f"onpolicy=replay needs {key}={str(allowed).lower()}, not "
+                    f"{str(value).lower()}: every process asks its own target to judge what its "
+                    "draft has just proposed"
+                )
+        length, steps = self.onpolicy.length, self.draft.steps
+        if length is not None and length > steps:
+            raise InputError(
+                f"onpolicy.length={length} is above the {steps} tokens that "
+                f"draft.{self.draft.steps_option}={vars(self.draft)[self.draft.steps_option]} is "
+                "trained on"
             )
 
     @property

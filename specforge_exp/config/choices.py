@@ -182,6 +182,8 @@ class DraftConfig:
 
     steps_option: ClassVar[str]
     """The option that `steps` follows from."""
+    replayed: ClassVar[bool] = False
+    """Whether onpolicy=replay can train it."""
     quiet: ClassVar[tuple[str, ...]] = ()
     """Options that a training's numbers do not depend on."""
 
@@ -223,6 +225,11 @@ class DraftConfig:
             InputError: the draft cannot draft so many.
         """
         return length or 5
+
+    def check_replay(self) -> None:
+        """Refuse to be trained on what it proposes, where it cannot."""
+        if not self.replayed:
+            raise InputError(f"onpolicy=replay cannot train draft={self.name}; use onpolicy=none")
 
     def matters(self) -> dict[str, Any]:
         """The options that a training depends on."""

@@ -7,7 +7,7 @@ from specforge_exp.config import Config
 
 QUIET = {
     "log_every", "eval_every", "save_every", "keep_last", "keep_best", "resume", "restarts",
-    "gpus", "shard", "profile", "dump", "pack_tokens", "gradient_checkpointing", "lrs",
+    "gpus", "shard", "profile", "dump", "pack_tokens", "gradient_checkpointing", "lrs", "init",
 }  # fmt: skip
 """Options of the loss, the draft and the trainer that change no number."""
 
@@ -26,6 +26,10 @@ def training_settings(cfg: Config) -> dict[str, Any]:
     }
     for group, node in groups.items():
         settings |= {f"{group}.{key}": value for key, value in node.items() if key not in QUIET}
+    if cfg.onpolicy.replays:
+        settings |= {f"onpolicy.{key}": value for key, value in asdict(cfg.onpolicy).items()}
+    else:
+        settings |= {"onpolicy.name": None}  # as records have it that know no replay
     return settings | {"model.aux_layers": cfg.model.aux_layers}
 
 

@@ -190,6 +190,9 @@ class TrainerConfig:
     dump: list[int] = field(default_factory=list)
     """Steps before which weights and all that they are trained on go to the run's folder, dump/,
     for each process; []: none."""
+    init: str | None = None
+    """train: begin with the weights of a checkpoint (a run's folder or name, or its step-*/) or of
+    an exported folder, with a fresh optimiser; null: with a fresh draft."""
     keep_best: bool = False
     """Also save and keep the evaluation with the longest simulated accepted length."""
     resume: bool = True

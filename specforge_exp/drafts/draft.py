@@ -3,6 +3,7 @@
 Shape suffixes: T packed tokens, B conversations, H hidden, K divisors, V target vocabulary.
 """
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Generic, Self, TypeVar
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specforge_exp.config import DraftConfig
+from specforge_exp.drafts.replay import replay_outcome
 from specforge_exp.drafts.rows import number_in_each
 from specforge_exp.losses import Loss
 from specforge_exp.sharding import gradient_of
@@ -22,7 +24,16 @@ Options = TypeVar("Options", bound=DraftConfig)
 
 
 class Draft(nn.Module, Generic[Options]):
-    """A draft in training; a subclass has `objective`."""
+    """A draft in training; a subclass has `objective`.
+
+    One that onpolicy=replay can train (`replayed` of its options) also has
+    `propose(sample, anchor_R, steps, choose)`, tokens [steps, R] after some positions;
+    `replayed(cfg, sample, replay)`, chains, states of every step and FLOP; and `heads(sample,
+    target_head)`.
+    """
+
+    sums_steps = False
+    """Whether its loss is the sum of its steps' means; else the mean over all rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +102,15 @@ class Draft(nn.Module, Generic[Options]):
         if torch.is_grad_enabled():
             for weight in self.parameters():
                 gradient_of(weight)
-        outcome = self.objective(sample, target_head, loss, cfg, window_K)
+        on_text, gradient = window_K[: cfg.steps], torch.is_grad_enabled() and loss.scale > 0
+        with torch.set_grad_enabled(gradient):
+            outcome = self.objective(sample, target_head, loss, cfg, on_text)
+        if sample.replay is not None and loss.proposed is not None:
+            more = replay_outcome(self, sample, target_head, loss, cfg, window_K[cfg.steps :])
+            outcome = replace(
+                outcome, loss=outcome.loss + more.loss, sums=outcome.sums | more.sums,
+                flops=outcome.flops + more.flops,
+            )  # fmt: skip
         return outcome.loss, outcome
 
 

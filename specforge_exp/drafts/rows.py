@@ -30,6 +30,14 @@ def number_in_each(mask_T: Tensor, lengths_B: Tensor) -> Tensor:
     return total_T[F.pad(lengths_B.cumsum(0), (1, 0))].diff()
 
 
+def possible_anchors(turns_T: Tensor, start_T: Tensor, end_T: Tensor) -> Tensor:
+    """Whether tokens of packed conversations with these bounds may be anchors, tokens of a turn
+    after which a draft proposes: never a first or a last one; [T] bool."""
+    at_T = torch.arange(len(turns_T), device=turns_T.device)
+    inside_T = (at_T > start_T) & (at_T + 1 < end_T)
+    return inside_T & (turns_T > 0) & (turns_T == turns_T.roll(-1))
+
+
 @dataclass(frozen=True)
 class Rows:
     """Supervised rows of all steps, sorted by the position that teaches them."""

@@ -48,7 +48,7 @@ class Weighting:
 
 def weighted(loss: Loss, scale_K: Tensor, decay_K: Tensor) -> Weighting:
     """The terms of a loss by its own weights, every step scaled; or its function."""
-    function, cfg = loss.function, loss.cfg
+    function, cfg, scale_K = loss.function, loss.cfg, scale_K * loss.scale
     if function is not opd:
         return Weighting(
             {}, scale_K, decay_K, cfg.temperature, lambda z, rows: function(z, rows, cfg)

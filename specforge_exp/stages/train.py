@@ -25,15 +25,17 @@ from specforge_exp.artifacts import (
     require,
     sha256,
 )
-from specforge_exp.config import Config, locate
+from specforge_exp.config import Config, LossConfig, locate
 from specforge_exp.config.checks import shared_evenly
+from specforge_exp.config.onpolicy import ProposedTerms
 from specforge_exp.config.settings import training_settings
 from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.inference.cluster import Fleet, fleet_of, given
 from specforge_exp.inference.split import Split, joins, make_split
-from specforge_exp.losses import Loss
+from specforge_exp.losses import Loss, ProposedLoss, opd
+from specforge_exp.onpolicy.replay import Replayer
 from specforge_exp.sharding import shard_draft, without_numbers
 from specforge_exp.target import (
     Target,
@@ -42,9 +44,11 @@ from specforge_exp.target import (
     load_target,
     take_what_is_there,
 )
+from specforge_exp.target.segments import check_segments
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.feature_cache import from_disk, make_cache
 from specforge_exp.training.features import Features, computed, computed_together, remembered
+from specforge_exp.training.initial import begin_with, initial_weights
 from specforge_exp.training.learnable import listed, nothing_to_learn, refuse_nothing
 from specforge_exp.training.loop import EVAL_TOKENS, Splits, TrainingRun, fit
 from specforge_exp.training.objective import Objective, Outcome, Sample, samples_of
@@ -104,8 +108,11 @@ def train_on(cfg: Config, device: torch.device, ranks: Ranks, stream: Stream | N
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     states = states_of(cfg, target, splits, run, stream)
-    evaluation = fit(cfg, draft, make_objective(cfg, draft, target, states), splits, run)
-    if text := states.summary(ranks):
+    objective = make_objective(cfg, draft, target, states)
+    if cfg.onpolicy.replays:
+        objective = replaying(cfg, draft, target, objective)
+    evaluation = fit(cfg, draft, objective, splits, run)
+    if text := objective.features.summary(ranks):
         log.info("train: %s", text)
     record = ended(cfg, run, evaluation, nothing_to_learn=reasons)
     if ranks.rank == 0:
@@ -197,6 +204,8 @@ def fresh_draft(
     shared = cfg.trainer.shard and ranks.world > 1
     with without_numbers() if shared and ranks.rank else nullcontext():
         draft = kind.new(target, cfg.draft, mapping, cfg.seed)
+        if cfg.trainer.init is not None and not (shared and ranks.rank):
+            begin_with(draft, initial_weights(cfg, cfg.trainer.init))
     if shared:
         shard_draft(draft, draft.units, device, ranks.world)
     draft.to(device)
@@ -277,24 +286,70 @@ def states_of(
 
 def make_objective(cfg: Config, draft: Any, target: Target, states: Features) -> Objective:
     """The draft's objective on this target, as the training loop wants it."""
-    loss = Loss(locate(cfg.loss._target_), cfg.loss)
+    loss = loss_of(cfg)
     head = target.head
     runs_target = cfg.target.placement == "inprocess" and cfg.target.cache == "none"
     live = 2.0 * target.parameters if runs_target else 0.0
 
     def denominators(batch: Batch) -> Tensor:
         counts_K: Tensor = draft.denominators(cfg.draft, batch)
-        return counts_K
+        if not cfg.onpolicy.replays:
+            return counts_K
+        proposed_K = torch.zeros(cfg.draft.steps, dtype=torch.float64)
+        if isinstance(batch, Sample) and batch.replay is not None:
+            counted_RK = batch.replay.counts_RK
+            proposed_K[: counted_RK.shape[1]] = counted_RK.sum(0).double()
+        return torch.cat([counts_K, proposed_K])
 
     def forward(sample: Sample, window_K: Tensor) -> Outcome:
         outcome: Outcome = draft(sample, head, loss, cfg.draft, window_K)[1]
-        return replace(outcome, flops=outcome.flops + live * len(sample.ids_T))
+        read = len(sample.ids_T) + (len(sample.replay.last_PH) if sample.replay else 0)
+        return replace(outcome, flops=outcome.flops + live * read)
 
     nothing_2 = torch.zeros(2, dtype=torch.long, device=target.device)
     states_2H = torch.zeros(2, head.weight_VH.shape[1], device=target.device)
     aux_2A = states_2H.repeat(1, len(target.aux_layers))
     idle = Sample(nothing_2, nothing_2.cpu(), [0], [2], 0, aux_2A, states_2H)
-    return Objective(cfg.draft.steps, DRAFTS, states, samples_of, denominators, idle, forward)
+    steps = cfg.draft.steps * (2 if cfg.onpolicy.replays else 1)
+    return Objective(steps, DRAFTS, states, samples_of, denominators, idle, forward)
+
+
+def loss_of(cfg: Config) -> Loss:
+    """What is to be made small, on the text and on what the draft proposes."""
+    function, options = locate(cfg.loss._target_), cfg.onpolicy
+    if not options.replays:
+        return Loss(function, cfg.loss)
+
+    def part(terms: ProposedTerms) -> Loss | None:
+        weights = vars(terms)
+        if not any(weights.values()):
+            return None
+        own = LossConfig(name="proposed", temperature=cfg.loss.temperature, **weights)
+        return Loss(opd, own, options.weight)
+
+    proposed = ProposedLoss(part(options.accepted), part(options.rejected), options.decay)
+    return Loss(function, cfg.loss, options.level0, proposed)
+
+
+def replaying(cfg: Config, draft: Any, target: Target, objective: Objective) -> Objective:
+    """The objective with proposals of the draft in its samples.
+
+    Raises:
+        InputError: the target cannot judge them in one forward.
+    """
+    check_segments(target, max(cfg.max_length, 4))
+    ends = getattr(target.model.generation_config, "eos_token_id", None)
+    listed_ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    steps = cfg.onpolicy.length or cfg.draft.steps
+    replayer = Replayer(cfg.onpolicy, draft, target, steps, cfg.max_length, frozenset(listed_ends))
+
+    def summed(ranks: Ranks) -> str:
+        counts = ranks.gather((replayer.read, replayer.verified))
+        read, verified = (sum(column) for column in zip(*counts, strict=True))
+        return replace(replayer, read=read, verified=verified).summary()
+
+    nothing = Features(lambda batches: list, summary=summed)
+    return replace(objective, features=nothing, prepare=replayer.prepare)
 
 
 def fingerprint_of(cfg: Config, tokens: Path) -> Fingerprint:
@@ -305,4 +360,6 @@ def fingerprint_of(cfg: Config, tokens: Path) -> Fingerprint:
     }
     if (origin := cfg.draft.origin) is not None:
         inputs["draft.path"] = model_digest(origin)
+    if cfg.trainer.init is not None:
+        inputs["trainer.init"] = sha256(initial_weights(cfg, cfg.trainer.init))
     return Fingerprint(inputs, training_settings(cfg))

@@ -9,7 +9,7 @@ Shape suffixes: T packed tokens.
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -35,6 +35,8 @@ class Batch:
     """Tokens of each."""
     draw: int
     """Seeds what the objective samples in these conversations: another number in every epoch."""
+    step: int = field(default=-1, kw_only=True)
+    """Optimiser steps before the one that it belongs to; -1: none."""
 
 
 def draw_of(seed: int, epoch: int) -> int:

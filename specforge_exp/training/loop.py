@@ -217,7 +217,7 @@ def planned(
         mine = share(numbers, lengths, ranks.rank, ranks.world)
         parts = lay_out(mine, lengths, cfg.trainer)
         draw = draw_of(cfg.seed, epoch)
-        batches = [make_batch(tokens, part, device, draw) for part in parts]
+        batches = [replace(make_batch(tokens, part, device, draw), step=step) for part in parts]
         yield Window(step, epoch, numbers, batches, []), batches
 
 
@@ -230,7 +230,7 @@ def add_gradients(
         This process's share of the window's loss, on the draft's device; [] float64.
     """
     parameters = [weight for weight in draft.parameters() if weight.requires_grad]
-    window_K = divisors(objective, window.batches, ranks, parameters[0].device)
+    window_K = divisors(objective, window.samples, ranks, parameters[0].device)
     loss = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
     samples = [*window.samples, *idle(draft, objective, window.samples, ranks)]
     for number, sample in enumerate(samples, 1):
@@ -263,7 +263,7 @@ def share_again(draft: nn.Module, last: bool) -> None:
 
 
 def divisors(
-    objective: Objective, batches: list[Batch], ranks: Ranks, device: torch.device
+    objective: Objective, batches: Sequence[Batch], ranks: Ranks, device: torch.device
 ) -> Tensor:
     """What the sums of each step are divided by, over all processes; [K] float64."""
     window_K = torch.zeros(objective.steps, dtype=torch.float64)

@@ -14,6 +14,23 @@ from specforge_exp.training.features import Features, States
 
 
 @dataclass(frozen=True)
+class Replay:
+    """What a draft proposed after tokens of packed conversations, and the target's verdict; all but
+    the states on the CPU."""
+
+    anchor_R: Tensor
+    """Positions of those tokens."""
+    tokens_KR: Tensor
+    """Proposed tokens, step by step."""
+    last_PH: Tensor
+    """The target's post-norm last hidden states at all but the last of them, in their order."""
+    counts_RK: Tensor
+    """Whether a proposed token's position counts: the first of each chain that do, bool."""
+    accepted_RK: Tensor
+    """Whether the target accepts it and all before, bool."""
+
+
+@dataclass(frozen=True)
 class Sample(Batch):
     """A batch with what the target says about it."""
 
@@ -21,6 +38,8 @@ class Sample(Batch):
     """Its hidden states at the layers that feed the draft, side by side."""
     last_TH: Tensor
     """Its post-norm last hidden states."""
+    replay: Replay | None = None
+    """What the draft proposed in it."""
 
 
 def samples_of(batches: list[Batch], states: States) -> list[Sample]:

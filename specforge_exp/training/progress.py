@@ -10,6 +10,8 @@ from specforge_exp.training.objective import Measure, Outcome
 from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.speed import peak_memory_mb
 
+ONPOLICY = "onpolicy/"
+"""Prefix of what is summed over proposals, not over rows of steps."""
 PARTIAL = "log:"
 """Prefix of a half-finished log's tensors in a checkpoint."""
 
@@ -107,8 +109,9 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
     """
     rows_K = sums["rows"].clamp(min=1)
     metrics: dict[str, float] = {}
+    metrics |= onpolicy(sums)
     for name, value in sums.items():
-        if name in ("rows", "length", "length_slots"):
+        if name.startswith(ONPOLICY) or name in ("rows", "length", "length_slots"):
             continue
         mean_K = value / rows_K
         metrics[name] = float(value.sum() / rows_K.sum())
@@ -117,6 +120,16 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
     metrics["simulated_length"] = float(sums["length"] / slots) if float(slots) else 1.0
     metrics["supervised"] = float(sums["rows"].sum())
     return metrics
+
+
+def onpolicy(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Of what the draft proposed itself: tokens gained per verification, the target's token
+    included; proposed tokens that the target read; the replay's share of the loss, summed."""
+    if ONPOLICY + "anchors" not in sums:
+        return {}
+    own = {name: float(value) for name, value in sums.items() if name.startswith(ONPOLICY)}
+    accepted, anchors = own.pop(ONPOLICY + "accepted"), own[ONPOLICY + "anchors"]
+    return own | {ONPOLICY + "accepted_length": 1 + accepted / max(1.0, anchors)}
 
 
 def summary(metrics: dict[str, float]) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specforge_exp.drafts.dflash.config import DFlashConfig
-from specforge_exp.drafts.rows import document_bounds, number_in_each
+from specforge_exp.drafts.rows import document_bounds, number_in_each, possible_anchors
 from specforge_exp.training.batches import Batch, drawing
 
 
@@ -51,14 +51,6 @@ def make_blocks(cfg: DFlashConfig, batch: Batch) -> Blocks:
     empty = torch.zeros(0, dtype=torch.long)
     anchor_R = torch.cat([empty, *anchors])
     return Blocks(anchor_R, start_T, end_T, labels(batch, end_T, anchor_R, cfg.steps))
-
-
-def possible_anchors(turns_T: Tensor, start_T: Tensor, end_T: Tensor) -> Tensor:
-    """Whether tokens of packed conversations with these bounds may be anchors: never a first or a
-    last one; [T] bool."""
-    at_T = torch.arange(len(turns_T), device=turns_T.device)
-    inside_T = (at_T > start_T) & (at_T + 1 < end_T)
-    return inside_T & (turns_T > 0) & (turns_T == turns_T.roll(-1))
 
 
 def least_tokens(cfg: DFlashConfig) -> int:

@@ -25,6 +25,7 @@ class DFlashConfig(DraftConfig):
     """Its shape, and the blocks that it is trained on."""
 
     steps_option: ClassVar[str] = "block_size"
+    replayed: ClassVar[bool] = True
     quiet: ClassVar[tuple[str, ...]] = ("attention", "draft_vocab_size")
 
     _target_: str = "specforge_exp.drafts.dflash.DFlash"

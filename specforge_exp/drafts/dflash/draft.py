@@ -24,13 +24,14 @@ from specforge_exp.drafts.dflash.training import as_chains, needed_flops, weight
 from specforge_exp.drafts.folder import check_tensors, read_export, write_export
 from specforge_exp.drafts.head_loss import Addition, Heads, head_and_loss, text_losses
 from specforge_exp.drafts.outcome import RowSums
-from specforge_exp.drafts.rows import Chains
+from specforge_exp.drafts.replay import ReplayChains, proposing_chains
+from specforge_exp.drafts.rows import Chains, document_bounds
 from specforge_exp.drafts.start import copy_matching, start_at_the_end, start_random
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
 from specforge_exp.target import Head, Target, draft_shape
 from specforge_exp.training.batches import Batch
-from specforge_exp.training.objective import Outcome, Sample
+from specforge_exp.training.objective import Outcome, Replay, Sample
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,7 @@ class DFlash(DFlashModel):
         state_QH = self.states(sample.ids_T, sample.aux_TA, drawn, cfg.block_size)
         state_RSH = state_QH.unflatten(0, (-1, cfg.block_size))
         states = [state_RSH[:, slot] for slot in range(self.first_slot, cfg.block_size)]
-        next_T = torch.cat([sample.ids_T[1:], sample.ids_T[:1]])
-        heads = Heads(
-            self.norm, self.head_VH, self.draft_ids_D, target_head, sample.last_TH, next_T,
-            self.host_ids_D,
-        )  # fmt: skip
+        heads = self.heads(sample, target_head)
         flops = needed_flops(self, drawn, len(sample.ids_T))
         return Filled(drawn, state_RSH, as_chains(drawn, sample.lengths), states, heads, flops)
 
@@ -183,6 +180,48 @@ class DFlash(DFlashModel):
         weights = weighting(loss, cfg, window_K.to(heads.next_T.device), text_KR)
         outcome = head_and_loss(chains, states, heads, weights, along, addition)
         return replace(outcome, flops=outcome.flops + filled.flops)
+
+    def heads(self, sample: Sample, target_head: Head) -> Heads:
+        """Both heads for a sample."""
+        next_T = torch.cat([sample.ids_T[1:], sample.ids_T[:1]])
+        return Heads(
+            self.norm, self.head_VH, self.draft_ids_D, target_head, sample.last_TH, next_T,
+            self.host_ids_D,
+        )  # fmt: skip
+
+    def filled(self, sample: Sample, anchor_R: Tensor, counts_RK: Tensor) -> Tensor:
+        """States [K, R, H] of the slots that say a token, of blocks after some positions."""
+        start_T, end_T = document_bounds(sample.lengths, anchor_R.device)
+        slots = counts_RK.shape[1] + self.first_slot
+        drawn = Blocks(anchor_R, start_T, end_T, counts_RK)
+        state_QH = self.states(sample.ids_T, sample.aux_TA, drawn, slots)
+        state_RSH = state_QH.view(len(anchor_R), slots, -1)
+        return state_RSH[:, self.first_slot :].transpose(0, 1)
+
+    @torch.no_grad()
+    def propose(
+        self, sample: Sample, anchor_R: Tensor, steps: int, choose: Callable[[int, Tensor], Tensor]
+    ) -> Tensor:
+        """As EAGLE-3's, each chain by one pass over its block."""
+        counts_RK = torch.ones(len(anchor_R), steps, dtype=torch.bool)
+        normed_KRH = self.norm(self.filled(sample, anchor_R, counts_RK))
+        weight_VH = self.head_VH.to(normed_KRH.dtype)
+        chosen = [
+            choose(step, (normed_RH @ weight_VH.T).float())
+            for step, normed_RH in enumerate(normed_KRH)
+        ]
+        return torch.stack(chosen)
+
+    def replayed(
+        self, cfg: DFlashConfig, sample: Sample, replay: Replay
+    ) -> tuple[ReplayChains, list[Tensor], float]:
+        """Proposed blocks, the states of their slots, and FLOP."""
+        anchor_R, counts_RK = replay.anchor_R, replay.counts_RK
+        states = list(self.filled(sample, anchor_R, counts_RK))
+        chains = proposing_chains(sample.lengths, anchor_R, len(states))
+        drawn = Blocks(anchor_R, chains.start_T, chains.end_T, counts_RK)
+        flops = needed_flops(self, drawn, len(sample.ids_T))
+        return replace(chains, supervised=list(counts_RK.T)), states, flops
 
     @torch.no_grad()
     def all_logits(self, cfg: DFlashConfig, ids_1T: Tensor, aux_1TA: Tensor) -> Tensor:

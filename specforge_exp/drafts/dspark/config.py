@@ -14,6 +14,7 @@ class DSparkConfig(DFlashConfig):
     """DFlash's options, and its two heads."""
 
     quiet: ClassVar[tuple[str, ...]] = (*DFlashConfig.quiet, "init")
+    replayed: ClassVar[bool] = False  # a proposal's heads read the proposals before it
 
     _target_: str = "specforge_exp.drafts.dspark.DSpark"
     """Dotted path of the draft's class."""

@@ -93,6 +93,7 @@ class Eagle3Config(EagleConfig):
     """The steps of its training, and which of them count."""
 
     steps_option: ClassVar[str] = "ttt_length"
+    replayed: ClassVar[bool] = True
 
     _target_: str = "specforge_exp.drafts.eagle3.Eagle3"
     """Dotted path of the draft's class."""
@@ -111,6 +112,14 @@ class Eagle3Config(EagleConfig):
             raise InputError(f"draft.ttt_decay={self.ttt_decay} must be in (0, 1]")
         allowed = ("inference", "specforge", "speculators")
         one_of("draft.supervision", self.supervision, allowed)
+
+    def check_replay(self) -> None:
+        """The peers' supervision trains states that no proposal has."""
+        super().check_replay()
+        if self.supervision != "inference":
+            raise InputError(
+                f"onpolicy=replay needs draft.supervision=inference, not {self.supervision}"
+            )
 
     @property
     def steps(self) -> int:

@@ -4,6 +4,7 @@ Shape suffixes: T tokens, H hidden, A three target hidden sizes, K steps, D draf
 V target vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -29,13 +30,14 @@ from specforge_exp.drafts.eagle3.model import Eagle3Model
 from specforge_exp.drafts.eagle3.unroll import Fed, unroll
 from specforge_exp.drafts.folder import check_tensors, read_export, write_export
 from specforge_exp.drafts.head_loss import Heads, head_and_loss
+from specforge_exp.drafts.replay import ReplayChains, counted_chains, proposing_chains
 from specforge_exp.drafts.rows import Chains
 from specforge_exp.drafts.start import copy_matching, start_at_the_end, start_random
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
 from specforge_exp.target import Head, Target, draft_shape
 from specforge_exp.training.batches import Batch
-from specforge_exp.training.objective import Outcome, Sample
+from specforge_exp.training.objective import Outcome, Replay, Sample
 
 Options = TypeVar("Options", bound=EagleConfig)
 """The configuration of a kind."""
@@ -46,6 +48,8 @@ class Eagle(Eagle3Model[Options]):
 
     own: ClassVar[tuple[str, ...]] = ()
     """Entries of config.json that only this kind has."""
+
+    sums_steps = True
 
     @classmethod
     def entries(cls, cfg: Options, vocabulary: int) -> dict[str, Any]:
@@ -123,9 +127,13 @@ class Eagle(Eagle3Model[Options]):
                 "it needs draft.draft_vocab_size=null"
             )
         states = unroll(self, chains, sample.ids_T, sample.aux_TA, self.fed(cfg))
+        return states, self.heads(sample, target_head)
+
+    def heads(self, sample: Sample, target_head: Head) -> Heads:
+        """Both heads for a sample."""
         draft_id_V = self.t2d.cumsum(0) - 1
         next_T = draft_id_V[torch.cat([sample.ids_T[1:], sample.ids_T[:1]])].clamp(min=0)
-        return states, Heads(
+        return Heads(
             self.norm, self.lm_head.weight, self.draft_ids_D, target_head, sample.last_TH, next_T,
             self.host_ids_D,
         )  # fmt: skip
@@ -195,6 +203,40 @@ class Eagle3(Eagle[Eagle3Config]):
             weights = training.weighting(loss, cfg, window_K, first)
         outcome = head_and_loss(chains, states, heads, weights)
         return replace(outcome, flops=outcome.flops + training.needed_flops(self, chains))
+
+    @torch.no_grad()
+    def propose(
+        self, sample: Sample, anchor_R: Tensor, steps: int, choose: Callable[[int, Tensor], Tensor]
+    ) -> Tensor:
+        """Chains of tokens [steps, R] after some positions of packed conversations.
+
+        Args:
+            sample: the conversations.
+            anchor_R: the positions, on the CPU.
+            steps: tokens of each chain.
+            choose: (step, logits [R, D]) -> draft ids [R].
+        """
+        tokens: list[Tensor] = []
+
+        def extend(step: int, state_RH: Tensor) -> Tensor:
+            normed_RH = self.norm(state_RH)
+            logits_RD = (normed_RH @ self.lm_head.weight.to(normed_RH.dtype).T).float()
+            id_R = choose(step, logits_RD)
+            tokens.append(id_R + self.d2t[id_R])
+            return tokens[-1]
+
+        chains = proposing_chains(sample.lengths, anchor_R, steps)
+        unroll(self, chains, sample.ids_T, sample.aux_TA, Fed(extend=extend))
+        return torch.stack(tokens)
+
+    def replayed(
+        self, cfg: Eagle3Config, sample: Sample, replay: Replay
+    ) -> tuple[ReplayChains, list[Tensor], float]:
+        """Proposed chains as far as they count, their states after every step, and FLOP."""
+        chains = counted_chains(sample.lengths, replay)
+        proposed_P = replay.tokens_KR[:-1].flatten().to(sample.ids_T.device)
+        states = unroll(self, chains, sample.ids_T, sample.aux_TA, Fed(more_P=proposed_P))
+        return chains, states, training.needed_flops(self, chains)
 
 
 def draft_config(target_config: Any, cfg: EagleConfig) -> LlamaConfig:

@@ -6,9 +6,10 @@ position and read by every step. Step 0 gives keys and values to every position;
 of the last layer exist for carried rows only.
 
 Shape suffixes: T packed tokens, R carried rows, H hidden, A = 3 H, M key-value heads, E head size,
-X heads * E, P rotary positions.
+X heads * E, P rotary positions or tokens.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,10 @@ class Fed(NamedTuple):
     depends on another's outcome, as in P-EAGLE."""
     windows_move: bool = True
     """Whether a window ends with the row's position, as when serving, or with its slot."""
+    more_P: Tensor | None = None
+    """Tokens that are not of the text; rows read them by the numbers from T + 1 on."""
+    extend: Callable[[int, Tensor], Tensor] | None = None
+    """Makes further ones of the states of a step, for the next one to read."""
 
 
 class StepRows(NamedTuple):
@@ -63,7 +68,7 @@ class Shared(NamedTuple):
     number: int
     by_token: tuple[Tensor, ...]
     """The first layer's: the embedding's half of q, k and v per position, [T + 1, X] each; the last
-    row is the token outside."""
+    row is the token outside. Then those of `Fed.more_P` and `Fed.extend`."""
     angles: tuple[Tensor, Tensor]
     """cos and sin, [P, E] each."""
     keys: tuple[Tensor, Tensor]
@@ -84,7 +89,9 @@ def unroll(
     fed_1H = None if fed.aux_1A is None else linear(draft.read(fed.aux_1A.to(dtype)), fc)
     carried = carry(draft, chains, fed, ids_T.device)
     angles = rotation(draft, max(chains.lengths) + len(chains.counts), state_TH)
-    by_token = token_halves(draft, F.pad(ids_T, (0, 1), value=fed.token), dtype)
+    ids_P = F.pad(ids_T, (0, 1), value=fed.token)
+    ids_P = ids_P if fed.more_P is None else torch.cat([ids_P, fed.more_P])
+    by_token = token_halves(draft, ids_P, dtype)
     shared: list[Shared] = []
     for number in range(len(draft.stack)):
         if number:
@@ -103,6 +110,10 @@ def unroll(
                 state_RH, *pair = run(draft, carried.steps[index], layer, state_RH, earlier)
                 mine += [(pair[0], pair[1])] if index else []
         states.append(state_RH)
+        if fed.extend:
+            more = token_halves(draft, fed.extend(index, state_RH), dtype)
+            pairs = zip(shared[0].by_token, more, strict=True)
+            shared[0] = shared[0]._replace(by_token=tuple(torch.cat(pair) for pair in pairs))
     return states
 
 
@@ -170,10 +181,10 @@ def rotation(draft: Eagle3Model[Any], reach: int, like: Tensor) -> tuple[Tensor,
     return cos_1PE[0], sin_1PE[0]
 
 
-def token_halves(draft: Eagle3Model[Any], ids_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def token_halves(draft: Eagle3Model[Any], ids_P: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The embedding's half of the first layer's projections."""
     attn, norm = draft.midlayer.self_attn, draft.midlayer.input_layernorm
-    embedded = F.embedding(ids_T, draft.embed_VH).to(dtype)
+    embedded = F.embedding(ids_P, draft.embed_VH).to(dtype)
     weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
     return norm_linear(embedded, norm, slice(0, embedded.shape[-1]), *weights)
 

@@ -1,0 +1,82 @@
+"""Whether a draft is also trained on what it proposes itself, and how (docs/onpolicy.md)."""
+
+from dataclasses import dataclass, field
+
+from specforge_exp.config.checks import above_zero, allow, minimums
+from specforge_exp.errors import InputError
+
+
+@dataclass
+class ProposedTerms:
+    """Weights of the loss's terms at some proposed positions; see loss.*."""
+
+    lambda_ce: float = 0.0
+    """Of the cross-entropy against the target's distribution."""
+    lambda_rkl: float = 0.0
+    """Of the reverse KL divergence."""
+    beta: float = 0.0
+    """Of the acceptance hinge."""
+    lambda_tv: float = 0.0
+    """Of the total variation."""
+    lambda_lk_alpha: float = 0.0
+    """Of -log acceptance rate."""
+    lambda_lk: float = 0.0
+    """Of LK-lambda."""
+
+
+@dataclass
+class OnPolicyConfig:
+    """Replay: the draft proposes after some tokens of the text, the target judges, both learn."""
+
+    name: str = "none"
+    """none; replay: train on proposals too, at draft-induced prefixes."""
+    weight: float = 1.0
+    """Weight of the replay's loss."""
+    level0: float = 1.0
+    """Weight of the loss on the text, beside it; 0: it is only measured."""
+    start: int = 0
+    """Optimiser steps before the first one with replay."""
+    anchors: int = 32
+    """Tokens of a conversation, at most, after which the draft proposes."""
+    budget: float = 1.0
+    """Verification tokens per token of the conversation, at most: fewer anchors in short ones."""
+    errors: float = 0.5
+    """Share of the anchors, at most, that stand before a token which the draft misses when it
+    proposes from uniformly drawn ones; the rest is uniform."""
+    length: int | None = None
+    """Tokens proposed after an anchor; null: as many as the draft is trained on."""
+    temperature: float = 0.0
+    """Of proposing and verifying; 0: greedy."""
+    decay: float = 0.8
+    """The k-th proposed token weighs decay**(k - 1)."""
+    beyond: int = 0
+    """Positions after the first rejected one that count too, as rejected."""
+    accepted: ProposedTerms = field(default_factory=lambda: ProposedTerms(lambda_ce=1.0))
+    """The loss where the target accepts."""
+    rejected: ProposedTerms = field(default_factory=lambda: ProposedTerms(lambda_rkl=1.0))
+    """The loss where it rejects."""
+
+    def __post_init__(self) -> None:
+        allow(self, "onpolicy.", name="none replay")
+        minimums(
+            self, "onpolicy.", level0=0, start=0, anchors=1, length=1, temperature=0, beyond=0,
+        )  # fmt: skip
+        above_zero("onpolicy.weight", self.weight)
+        above_zero("onpolicy.budget", self.budget)
+        if not 0 <= self.errors <= 1:
+            raise InputError(f"onpolicy.errors={self.errors} must be in [0, 1]")
+        if not 0 < self.decay <= 1:
+            raise InputError(f"onpolicy.decay={self.decay} must be in (0, 1]")
+        for name in ("accepted", "rejected"):
+            minimums(
+                vars(self)[name], f"onpolicy.{name}.", **dict.fromkeys(vars(vars(self)[name]), 0)
+            )
+        if not any([*vars(self.accepted).values(), *vars(self.rejected).values()]):
+            raise InputError(
+                "at least one weight of onpolicy.accepted or .rejected must be above 0"
+            )
+
+    @property
+    def replays(self) -> bool:
+        """Whether proposals are trained on."""
+        return self.name == "replay"

@@ -1,0 +1,1 @@
+"""Training on what the draft proposes itself: anchors, proposals, the target's verdict."""

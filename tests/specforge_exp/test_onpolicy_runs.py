@@ -1,0 +1,151 @@
+"""Training with onpolicy=replay: resumed and laid out alike, counted, refused by name, begun with
+another run's weights."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_config
+
+from specforge_exp import paths
+from specforge_exp.config import Config
+from specforge_exp.drafts.dflash.config import DFlashConfig
+from specforge_exp.errors import InputError
+from specforge_exp.stages.prep import prep
+from specforge_exp.stages.preprocess import preprocess
+from specforge_exp.stages.train import train
+from specforge_exp.training.checkpoint import step_folders
+
+DFLASH = DFlashConfig(
+    _target_="specforge_exp.drafts.dflash.DFlash", name="dflash", draft_vocab_size=512,
+    block_size=4, num_layers=2, num_features=3, min_loss_tokens=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Replay of an EAGLE-3 draft, on tokens that are there; six steps."""
+    cfg = make_config(tmp_path_factory.mktemp("onpolicy"))
+    cfg.preprocess.source = "prep"
+    prep(cfg)
+    preprocess(cfg)
+    cfg.draft._target_ = "specforge_exp.drafts.eagle3.Eagle3"
+    cfg.epochs, cfg.onpolicy.name, cfg.onpolicy.anchors = 2, "replay", 8
+    cfg.trainer = replace(cfg.trainer, batch_size=4, save_every=3, log_every=1)
+    return cfg
+
+
+def lines(cfg: Config) -> list[dict[str, Any]]:
+    text = (paths.run_dir(cfg) / "metrics.jsonl").read_text()
+    return [line for line in map(json.loads, text.splitlines()) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def run(base: Config) -> Config:
+    """The run of `base`."""
+    cfg = replace(base, run_name="whole")
+    train(cfg)
+    return cfg
+
+
+def test_it_is_counted(run: Config) -> None:
+    """The length is one that a verification can have; the target reads at most as much again."""
+    for line in lines(run):
+        assert 1 <= line["onpolicy/accepted_length"] <= 1 + run.draft.steps
+        assert line["onpolicy/anchors"] > 0
+        tokens = line["tokens_per_s"] * line["seconds"]
+        assert 0 < line["onpolicy/verified_tokens"] <= tokens
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dflash"])
+def test_resumed_to_the_bit(base: Config, run: Config, kind: str) -> None:
+    """With sampled proposals in DFlash's case."""
+    cfg = run
+    if kind == "dflash":
+        sampled = replace(base.onpolicy, temperature=1.0)
+        cfg = replace(base, run_name="sampled", draft=DFLASH, onpolicy=sampled)
+        train(cfg)
+    whole = [(line["step"], line["loss"]) for line in lines(cfg)]
+    shutil.rmtree(step_folders(paths.run_dir(cfg))[-1])
+    train(cfg)
+    assert [(line["step"], line["loss"]) for line in lines(cfg)] == whole
+    assert [step for step, _ in whole] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("layout", ["packed", "accumulated", "two processes"])
+def test_layout_changes_no_loss(base: Config, run: Config, layout: str) -> None:
+    """Divisors and proposals do not depend on it."""
+    options = {
+        "packed": {"pack_tokens": 300},
+        "accumulated": {"batch_size": 2, "accumulate": 2},
+        "two processes": {"gpus": 2},
+    }[layout]
+    name = layout.replace(" ", "-")
+    cfg = replace(base, run_name=name, max_steps=3, trainer=replace(base.trainer, **options))
+    schedule = replace(run, run_name="short", max_steps=3)
+    train(schedule)
+    train(cfg)
+    found, expected = ([line["loss"] for line in lines(c)] for c in (cfg, schedule))
+    assert found == pytest.approx(expected, rel=2e-5)
+    verified = [[line["onpolicy/verified_tokens"] for line in lines(c)] for c in (cfg, schedule)]
+    assert verified[0] == verified[1]
+
+
+def test_it_starts_at_a_step(base: Config) -> None:
+    """Before it, the losses are those without."""
+    later = replace(base, run_name="later", onpolicy=replace(base.onpolicy, start=4))
+    off = replace(base, run_name="off", onpolicy=replace(base.onpolicy, name="none"))
+    train(later)
+    train(off)
+    found, expected = ([line["loss"] for line in lines(c)] for c in (later, off))
+    assert found[:4] == expected[:4]
+    assert found[4] != expected[4]
+    assert ["onpolicy/anchors" in line for line in lines(later)] == [False] * 4 + [True] * 2
+    assert not any(key.startswith("onpolicy") for line in lines(off) for key in line)
+
+
+def test_it_begins_with_another_run(base: Config, run: Config) -> None:
+    """A run's weights are the ones before the first step; another vocabulary is refused."""
+    from safetensors.torch import load_file, save_file
+
+    trainer = replace(base.trainer, init="whole", dump=[1])
+    cfg = replace(base, run_name="continued", max_steps=1, trainer=trainer)
+    train(cfg)
+    first = load_file(paths.run_dir(cfg) / "dump" / "step-000001-rank0.safetensors")
+    last = load_file(step_folders(paths.run_dir(run))[-1] / "draft.safetensors")
+    assert torch.equal(first["draft.fc.weight"], last["fc.weight"])
+    with pytest.raises(InputError, match=r"neither a run with a checkpoint"):
+        train(replace(cfg, run_name="x", trainer=replace(trainer, init="nothing")))
+    other = Path(paths.run_dir(cfg)) / "other"
+    other.mkdir()
+    last["d2t"] = last["d2t"] + 1
+    save_file(last, other / "model.safetensors")
+    with pytest.raises(InputError, match=r"has another vocabulary"):
+        train(replace(cfg, run_name="x", trainer=replace(trainer, init=str(other))))
+
+
+REFUSED: list[tuple[str, Callable[[Config], dict[str, Any]]]] = [
+    ("target.cache=none, not disk", lambda c: {"target": replace(c.target, cache="disk")}),
+    (
+        "target.placement=inprocess, not ray",
+        lambda c: {"target": replace(c.target, placement="ray")},
+    ),
+    ("target.shard=false, not true", lambda c: {"target": replace(c.target, shard=True)}),
+    ("trainer.shard=false, not true", lambda c: {"trainer": replace(c.trainer, shard=True)}),
+    ("onpolicy.length=9 is above", lambda c: {"onpolicy": replace(c.onpolicy, length=9)}),
+    ("draft.supervision=inference", lambda c: {"draft": replace(c.draft, supervision="specforge")}),
+]
+
+
+@pytest.mark.parametrize(("message", "change"), REFUSED, ids=[m for m, _ in REFUSED])
+def test_refused_by_name(
+    base: Config, message: str, change: Callable[[Config], dict[str, Any]]
+) -> None:
+    """What replay cannot go with, before anything is loaded."""
+    with pytest.raises(InputError, match=message):
+        replace(base, **change(base))
