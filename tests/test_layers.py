@@ -49,18 +49,18 @@ BUDGETS = {
     "modal_sweep": 33_000,
     "hydra_sweeps": 28_150,
     "hydra_plugins": 1_050,
-    "specforge_exp": 198_200,
+    "specforge_exp": 198_300,
     "specforge_exp/data": 18_350,
     "specforge_exp/target": 8_050,
     "specforge_exp/drafts": 39_200,
-    "specforge_exp/training": 19_550,
+    "specforge_exp/training": 19_600,
     "specforge_exp/inference": 4_700,
     "specforge_exp/generation": 24_600,
     "specforge_exp/bench": 10_700,
     "specforge_exp/report": 18_450,
     "specforge_exp/chat": 4_000,
-    "": 260_750,
-    "specforge_exp/causal": 5_600,
+    "": 260_850,
+    "specforge_exp/causal": 5_620,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
 written."""

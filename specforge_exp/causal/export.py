@@ -16,6 +16,7 @@ from specforge_exp.config import Config
 from specforge_exp.errors import InputError
 from specforge_exp.target import DTYPES
 from specforge_exp.training.checkpoint import (
+    OVER,
     last_step,
     read_checkpoint,
     step_folder,
@@ -33,7 +34,7 @@ def export_model(cfg: Config, stage: str) -> Path:
         InputError: there is no such checkpoint.
     """
     run, folder, own = paths.run_dir(cfg), paths.export_dir(cfg), cfg.export
-    step = own.step or (best_step(run, CAUSAL) if own.best else last_step(run))
+    step = own.step or (best_step(run, CAUSAL) if own.best else last_step(run, stage))
     if not step_folders(run) and (folder / "run.json").exists():
         return folder
     if step is None or not step_folder(run, step).exists():
@@ -48,7 +49,7 @@ def export_model(cfg: Config, stage: str) -> Path:
     record = folder / "run.json"
     if record.exists() and not made_of.changes(read_record(record)):
         return folder
-    weights = read_checkpoint(step_folder(run, step)).draft
+    weights = read_checkpoint(step_folder(run, step), f"{OVER} ", stage).draft
     with writing(folder, made_of, force, "export", counts={"step": step}) as partial:
         save_model(partial, cfg, weights, DTYPES[own.dtype])
     log.info("%s: exported step %d: %s", stage, step, folder)

@@ -131,7 +131,7 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, fingerprint: Fingerprint)
     return folder
 
 
-def last_step(run_dir: Path) -> int | None:
+def last_step(run_dir: Path, stage: str = "train") -> int | None:
     """The step with which a run ended, as evaluation.json says, whatever checkpoints are left.
 
     Of a run that has not ended, or of an older version: its newest checkpoint's; None: there is
@@ -142,20 +142,20 @@ def last_step(run_dir: Path) -> int | None:
     """
     newest = max((int(path.name[5:]) for path in step_folders(run_dir)), default=None)
     record, file = run_dir / "run.json", "evaluation.json"
-    again = f"name export.step=, or train again: python train.py {OVER} {SAME}"
+    again = f"name export.step=, or train again: python {stage}.py {OVER} {SAME}"
     if record.exists() and file in read_record(record, again).get("files", {}):
         newest = read_object(run_dir / file, again).get("step", newest)
     return newest
 
 
-def check_step(folder: Path, over: str = "") -> dict[str, Any]:
+def check_step(folder: Path, over: str = "", stage: str = "train") -> dict[str, Any]:
     """The record of a checkpoint.
 
     Raises:
-        InputError: a file is missing or not what was written; names the command that helps, with
-            the options `over`.
+        InputError: a file is missing or not what was written; names the command that helps, the
+            stage's with the options `over`.
     """
-    command = f"python train.py {over}{SAME}"
+    command = f"python {stage}.py {over}{SAME}"
     remedy = f"make it again with: {command}"
     if not folder.exists():
         raise InputError(f"{folder} does not exist; {remedy}")
@@ -163,9 +163,9 @@ def check_step(folder: Path, over: str = "") -> dict[str, Any]:
     return read_record(folder / "state.json", remedy)
 
 
-def read_checkpoint(folder: Path, over: str = "") -> Checkpoint:
+def read_checkpoint(folder: Path, over: str = "", stage: str = "train") -> Checkpoint:
     """Load a checkpoint on the CPU; InputError as `check_step`."""
-    record = check_step(folder, over)
+    record = check_step(folder, over, stage)
     try:
         draft, optimizer, loop = (load_file(folder / name) for name in FILES)
     except (OSError, SafetensorError) as error:

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from specforge_exp import paths
+from specforge_exp.artifacts import SAME, check
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
 from specforge_exp.training.checkpoint import check_step, last_step, step_folder
@@ -26,6 +27,7 @@ def initial_weights(cfg: Config, init: str) -> Path:
     if not folder.is_dir():
         folder = paths.run_dir(cfg).parent / init
     if (folder / "model.safetensors").is_file():
+        check(folder, f"python export.py export.force=true {SAME}")
         return folder / "model.safetensors"
     if not (folder / "draft.safetensors").is_file():
         step = last_step(folder) if folder.is_dir() else None

@@ -95,7 +95,7 @@ def settled(cfg: Config, stage: str, run: TrainingRun) -> Record | None:
         with lease(run.folder):
             start_over(run.folder)
     record = run.folder / "run.json"
-    if reusable(record, run.fingerprint, False, stage, OVER) and not torn(run.folder):
+    if reusable(record, run.fingerprint, False, stage, OVER) and not torn(run.folder, stage):
         return read_record(record)
     return None
 
@@ -119,19 +119,19 @@ def check_held_out(cfg: Config, tokens: TokenSet) -> None:
         )
 
 
-def torn(folder: Path) -> bool:
+def torn(folder: Path, stage: str) -> bool:
     """Whether a complete run has checkpoints, but its last one is damaged or gone: then it is
     complete no more, and continues from the one before.
 
     One without any stays complete: it was pulled without them, or they were removed.
     """
-    step = last_step(folder)
+    step = last_step(folder, stage)
     if step is None or not step_folders(folder):
         return False
     try:
-        check_step(step_folder(folder, step))
+        check_step(step_folder(folder, step), stage=stage)
     except InputError as error:
-        log.warning("train: %s, as is done now", error)
+        log.warning("%s: %s, as is done now", stage, error)
         with lease(folder):
             (folder / "run.json").unlink()
         return True

@@ -92,6 +92,10 @@ def test_it_learns_is_exported_and_goes_on(
     assert re.search(r"continuing after step \d+", finish(arguments, log))
     assert losses(made, f"{stage}_killed") == expected
     assert "complete, reused" in finish(arguments, log)
+    ended = Path(made.paths.checkpoints) / f"{stage}_killed" / f"step-{STEPS:06d}"
+    (ended / "draft.safetensors").write_bytes(b"")
+    assert f"make it again with: python {stage}.py" in finish(arguments, log)
+    assert losses(made, f"{stage}_killed") == expected
 
 
 @pytest.mark.slow
