@@ -349,11 +349,15 @@ def test_one_conversation_by_heart(random_target: Target, tmp_path: Path) -> Non
     assert sum(found.gained) / len(found.gained) >= 0.9 * 6
 
 
-def test_sglang_is_refused_and_vllm_drafts_in_parallel(cfg: Config, tmp_path: Path) -> None:
-    cfg.draft = composed("draft=peagle")
+@pytest.mark.parametrize("name", ["peagle", "dspark"])
+def test_what_sglang_does_not_serve_is_refused(name: str, cfg: Config, tmp_path: Path) -> None:
+    cfg.draft = composed(f"draft={name}")
     cfg.engine = EngineConfig(name="sglang", command=["true"])
-    with pytest.raises(InputError, match="engine=sglang does not serve draft=peagle"):
+    with pytest.raises(InputError, match=f"engine=sglang does not serve draft={name}"):
         server_of(cfg, False, tmp_path)
+
+
+def test_vllm_drafts_in_parallel() -> None:
     assert PEagle.vllm_options(5) == {
         "method": "eagle3", "num_speculative_tokens": 5, "parallel_drafting": True,
     }  # fmt: skip
