@@ -61,7 +61,7 @@ def test_help_shows_every_group_with_its_options() -> None:
     done = run("train.py", "--help")
     for line in (
         "loss: baseline, full-opd, mixed, rkl-only",
-        "loss/extra: hard-ce, ",
+        "loss/extra: dspark, hard-ce, ",
         "epochs: 10",
     ):
         assert f"\n{line}" in done.stdout
