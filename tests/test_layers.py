@@ -60,7 +60,7 @@ BUDGETS = {
     "specforge_exp/report": 18_450,
     "specforge_exp/chat": 4_000,
     "": 260_850,
-    "specforge_exp/causal": 5_620,
+    "specforge_exp/causal": 5_680,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
 written."""

@@ -13,6 +13,7 @@ from specforge_exp.causal.head import Ending
 from specforge_exp.causal.model import Causal, choose_attention, new_model, patch, without_dropout
 from specforge_exp.causal.objective import CAUSAL, causal_lm
 from specforge_exp.config import Config
+from specforge_exp.errors import InputError
 from specforge_exp.sharding import shard_model, without_numbers
 from specforge_exp.target.anatomy import read_end
 from specforge_exp.training.loop import Splits, TrainingRun, fit
@@ -20,6 +21,15 @@ from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.running import Record, count, ended
 
 log = logging.getLogger(__name__)
+
+
+def check_start(cfg: Config, stage: str) -> None:
+    """Refuse the drafts' way to begin with other weights."""
+    if cfg.trainer.init is not None:
+        raise InputError(
+            f"trainer.init={cfg.trainer.init} is a draft's start; {stage} begins with a model's "
+            "folder: model.path=<folder>, as <run>/export is one"
+        )
 
 
 def train_causal(cfg: Config, device: torch.device, splits: Splits, run: TrainingRun) -> Record:

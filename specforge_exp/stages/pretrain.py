@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from specforge_exp import paths
 from specforge_exp.artifacts import Fingerprint, model_digest
-from specforge_exp.causal.training import exported, train_causal
+from specforge_exp.causal.training import check_start, exported, train_causal
 from specforge_exp.config import Config
 from specforge_exp.config.settings import causal_settings
 from specforge_exp.data.stream import RowStream, Tokens, held_out, text_digest
@@ -48,8 +48,9 @@ def begin(cfg: Config, world: int) -> Record | None:
     """The record of a complete run, or None: it is to be made.
 
     Raises:
-        InputError: as `settled`; or nothing says what to read or when to end.
+        InputError: as `settled` and `check_start`; or nothing says what to read or when to end.
     """
+    check_start(cfg, "pretrain")
     if not cfg.pretrain.sources:
         raise InputError(
             "pretrain.sources is empty; name text, e.g. 'pretrain.sources=[{path: folder}]'"

@@ -13,7 +13,7 @@ import torch
 
 from specforge_exp import paths
 from specforge_exp.artifacts import Fingerprint, model_digest, require, sha256
-from specforge_exp.causal.training import exported, train_causal
+from specforge_exp.causal.training import check_start, exported, train_causal
 from specforge_exp.config import Config
 from specforge_exp.config.settings import causal_settings
 from specforge_exp.data.tokens import read_split
@@ -50,8 +50,9 @@ def begin(cfg: Config, world: int) -> Record | None:
     """The record of a complete run, or None: it is to be made.
 
     Raises:
-        InputError: as `settled`; or tokens are missing, or were cut at another length.
+        InputError: as `settled` and `check_start`; or tokens are missing, or were cut at another length.
     """
+    check_start(cfg, "sft")
     tokens = require(cfg, "preprocess", "index.json")
     check_tokens(tokens, {"max_length": cfg.max_length})
     if warning := check_length(cfg.model, cfg.max_length):

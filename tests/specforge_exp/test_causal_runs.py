@@ -137,6 +137,8 @@ def test_two_processes_are_one(made: Config, whole: dict[str, Any], tmp_path: Pa
         ("pretrain", "pretrain.sources=[]", "pretrain.sources is empty"),
         ("sft", "data.name=other", "make it with:"),
         ("sft", "max_length=128", "was made with other options: max_length was 256, now 128"),
+        ("sft", "trainer.init=other", "sft begins with a model's folder: model.path="),
+        ("pretrain", "trainer.init=other", "pretrain begins with a model's folder: model.path="),
         ("sft", "causal.beta2=1", "causal.beta2=1.0 must be below 1"),
     ],
 )

@@ -184,9 +184,15 @@ def test_acceptance_is_that_of_bench(kind: Any, cfg: Any) -> None:
     """At the places where bench's verifications began, as many tokens are accepted."""
     target = small_target()
     draft = small(target, kind, cfg)
-    with torch.no_grad():  # a draft that is right now and then
-        for weight in draft.parameters():
-            weight.mul_(0.5)
+    replayer = Replayer(OnPolicyConfig(name="replay"), draft, target, K, 512)
+    sample = replayer.sample(batch_of([greedy_text(target, seed) for seed in range(6)], step=-1))
+    optimizer = torch.optim.Adam(draft.parameters(), 1e-2)
+    window_K = draft.denominators(cfg, sample)
+    for _ in range(40):  # a draft that is right now and then
+        optimizer.zero_grad()
+        loss, _ = draft(sample, target.head, Loss(opd, MIXTURE), cfg, window_K)
+        loss.backward()
+        optimizer.step()
     accepted = []
     for seed in range(6):
         prompt = greedy_text(target, seed)[:5].tolist()
@@ -194,7 +200,8 @@ def test_acceptance_is_that_of_bench(kind: Any, cfg: Any) -> None:
         ids_T = torch.tensor([*prompt, *answer.tokens])
         began_R = 5 + torch.tensor([0, *answer.gained]).cumsum(0)[:-1]
         kept = began_R + K < len(ids_T)  # those whose proposals lie within the text
-        replayer = Replayer(OnPolicyConfig(name="replay"), draft, target, K, 512)
+        if not kept.any():
+            continue
         sample = replayer.sample(batch_of([ids_T], step=-1))
         cache = target.new_cache()
         target.features(ids_T[None], cache)
@@ -203,7 +210,7 @@ def test_acceptance_is_that_of_bench(kind: Any, cfg: Any) -> None:
         expected = [n for n, keep in zip(answer.accepted, kept.tolist(), strict=True) if keep]
         assert replay.accepted_RK.sum(1).tolist() == expected
         accepted += expected
-    assert len(accepted) > 20
+    assert {0, 1, 2, K} <= set(accepted)
 
 
 @pytest.mark.parametrize(("kind", "cfg"), KINDS)
