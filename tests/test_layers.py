@@ -49,7 +49,7 @@ BUDGETS = {
     "modal_sweep": 33_000,
     "hydra_sweeps": 28_150,
     "hydra_plugins": 1_050,
-    "specforge_exp": 198_300,
+    "specforge_exp": 198_400,
     "specforge_exp/data": 18_350,
     "specforge_exp/target": 8_050,
     "specforge_exp/drafts": 39_200,

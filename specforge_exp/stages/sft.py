@@ -50,7 +50,8 @@ def begin(cfg: Config, world: int) -> Record | None:
     """The record of a complete run, or None: it is to be made.
 
     Raises:
-        InputError: as `settled` and `check_start`; or tokens are missing, or were cut at another length.
+        InputError: as `settled` and `check_start`; or tokens are missing, or were cut at another
+            length.
     """
     check_start(cfg, "sft")
     tokens = require(cfg, "preprocess", "index.json")
