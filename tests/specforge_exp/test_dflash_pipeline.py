@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import conversation_set
 from exported import missing_code
+from proofs import second_token_pvalue
 from safetensors.torch import load_file
-from scipy.stats import chisquare
 from test_dflash import CFG, LOSS, outcome, small_draft
 
 from specforge_exp import paths
@@ -127,23 +127,7 @@ def test_greedy_output_is_the_targets_own(tiny_target: Target, tiny_tokenizer: A
 def test_sampled_tokens_follow_the_target(random_target: Target) -> None:
     """The first verified token, over many runs, has the target's distribution (chi-square)."""
     draft = small_draft(random_target)
-    generator = torch.Generator().manual_seed(1)
-    decoding = Decoding(max_tokens=2, chain_length=3, temperature=1.0)
-    prompt, counts = [3, 17, 40, 8], torch.zeros(64, 64)
-    for _ in range(1500):
-        first, second = speculate(
-            random_target, draft.decoder(), draft.draft_ids_D, prompt, decoding, generator
-        ).tokens
-        counts[first, second] += 1
-    first = int(counts.sum(1).argmax())
-    _, last = random_target.features(torch.tensor([[*prompt, first]]))
-    p = torch.softmax(random_target.head(last[0, -1:])[0].double(), -1)
-    seen, total = counts[first].double(), counts[first].sum().double()
-    large = p * total >= 5
-    observed = torch.cat([seen[large], seen[~large].sum()[None]])
-    expected = torch.cat([p[large], p[~large].sum()[None]]) * total
-    keep = expected > 0
-    assert chisquare(observed[keep].numpy(), expected[keep].numpy()).pvalue > 1e-3
+    assert second_token_pvalue(random_target, draft, 1500) > 1e-3
 
 
 def test_one_conversation_by_heart(random_target: Target) -> None:

@@ -3,7 +3,6 @@ test_parity."""
 
 import json
 import logging
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 from conftest import small_target
 from exported import eagle3_logits
+from proofs import losses_of_two_starts
 from safetensors.torch import load_file, save_file
 from test_eagle3 import CFG, LOSS, K, T, assert_same, conversation, divisors, gradients, packed
 
@@ -25,7 +25,6 @@ from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.export import export
-from specforge_exp.stages.train import train
 from specforge_exp.target import Target
 
 ALL: dict[str, Any] = {
@@ -176,16 +175,7 @@ def test_every_stage_takes_it(cfg: Config, tokens: Path) -> None:
     cfg.max_steps, cfg.epochs = 3, 3
     cfg.trainer = TrainerConfig(batch_size=6, log_every=1, eval_every=99, save_every=1)
     cfg.bench = replace(cfg.bench, max_tokens=24, bootstrap=20)
-    train(cfg)
-    folder = paths.run_dir(cfg)
-    whole = (folder / "metrics.jsonl").read_text().splitlines()
-    (folder / "run.json").unlink()
-    before, last = sorted(folder.glob("step-*"))[-2:]
-    assert (before.name, last.name) == ("step-000002", "step-000003")
-    shutil.rmtree(last)
-    train(cfg)
-    again = (folder / "metrics.jsonl").read_text().splitlines()
-    losses = [[json.loads(line).get("loss") for line in lines] for lines in (whole, again)]
+    losses = losses_of_two_starts(cfg)
     assert losses[0] == losses[1] and len(losses[0]) >= 3
     export(cfg)
     assert bench(cfg) >= 1

@@ -1,7 +1,6 @@
 """P-EAGLE: what is drawn, that training and serving see the same states, and the stages."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ import torch
 from conftest import conversation_set
 from exported import eagle3_states
 from exported import read as exported_read
+from proofs import losses_of_two_starts, second_token_pvalue
 from safetensors.torch import load_file
-from scipy.stats import chisquare
 from test_eagle3 import LOSS, assert_same, conversation, gradients, packed
 from test_third_draft import toy as composed
 from torch import Tensor
@@ -33,7 +32,6 @@ from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss, opd
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.export import export
-from specforge_exp.stages.train import train
 from specforge_exp.target import Target
 from specforge_exp.training.batches import Batch, make_batch
 from specforge_exp.training.objective import Sample
@@ -265,20 +263,10 @@ def test_every_stage_takes_it(cfg: Config, tokens: Path) -> None:
     cfg.max_steps, cfg.epochs = 3, 3
     cfg.trainer = TrainerConfig(batch_size=6, log_every=1, eval_every=99, save_every=1)
     cfg.bench = replace(cfg.bench, max_tokens=12, bootstrap=20)
-    train(cfg)
-    folder = paths.run_dir(cfg)
-    whole = (folder / "metrics.jsonl").read_text().splitlines()
-    assert {"loss", "alpha/4", "simulated_length"} <= set(
-        json.loads((folder / "run.json").read_text())["evaluation"]
-    )
-    (folder / "run.json").unlink()
-    before, last = sorted(folder.glob("step-*"))[-2:]
-    assert (before.name, last.name) == ("step-000002", "step-000003")
-    shutil.rmtree(last)
-    train(cfg)
-    again = (folder / "metrics.jsonl").read_text().splitlines()
-    losses = [[json.loads(line).get("loss") for line in lines] for lines in (whole, again)]
+    losses = losses_of_two_starts(cfg)
     assert losses[0] == losses[1] and len(losses[0]) >= 3
+    evaluation = json.loads((paths.run_dir(cfg) / "run.json").read_text())["evaluation"]
+    assert {"loss", "alpha/4", "simulated_length"} <= set(evaluation)
     tensors = load_file(export(cfg) / "model.safetensors")
     assert {"mask_hidden", "layers.1.hidden_norm.weight", "d2t"} <= set(tensors)
     assert bench(cfg) >= 1
@@ -304,22 +292,7 @@ def test_greedy_output_is_the_targets_own(tiny_target: Target, tiny_tokenizer: A
 def test_sampled_tokens_follow_the_target(random_target: Target) -> None:
     """The first verified token, over many runs, has the target's distribution (chi-square)."""
     draft = small_draft(random_target, replace(CFG, draft_vocab_size=40, num_layers=1))
-    generator = torch.Generator().manual_seed(1)
-    decoding = Decoding(max_tokens=2, chain_length=3, temperature=1.0)
-    prompt, counts = [3, 17, 40, 8], torch.zeros(V, V)
-    for _ in range(1200):
-        first, second = speculate(
-            random_target, draft.decoder(), draft.draft_ids_D, prompt, decoding, generator
-        ).tokens
-        counts[first, second] += 1
-    most = int(counts.sum(1).argmax())
-    _, last = random_target.features(torch.tensor([[*prompt, most]]))
-    p_V = torch.softmax(random_target.head(last[0, -1:])[0].double(), -1)
-    seen_V, total = counts[most].double(), counts[most].sum().double()
-    large = p_V * total >= 5
-    observed = torch.cat([seen_V[large], seen_V[~large].sum()[None]])
-    expected = torch.cat([p_V[large], p_V[~large].sum()[None]]) * total
-    assert chisquare(observed.numpy(), expected.numpy()).pvalue > 1e-3
+    assert second_token_pvalue(random_target, draft, 1200) > 1e-3
 
 
 @pytest.mark.slow
