@@ -44,7 +44,7 @@ TIERS = {
         1250,
         "not slow",
     ),
-    "trainer": Tier("the trainer's long runs, killed and resumed", ("specforge_exp",), 1000),
+    "trainer": Tier("the trainer's long runs, killed and resumed", ("specforge_exp",), 1200),
     "modal": Tier("sweeps on a local Modal, killed everywhere", ("modal_sweep",), 450),
     "sweeps": Tier("grids and studies, killed again and again", ("hydra_sweeps",), 250),
     "end": Tier("whole pipelines as commands, here and on a local Modal", ("end_to_end",), 600),
