@@ -102,7 +102,8 @@ def plan_jobs(sweep: Sweep, job_overrides: Sequence[Sequence[str]], first: int) 
     """Settings, code and identity of the jobs of these overrides, numbered from `first`."""
     root = project_root(sweep.task)
     # All are composed before the first is resolved: that may set Hydra's own configuration.
-    configs = [compose(sweep, *job) for job in enumerate(job_overrides, first)]
+    ours: Any = OmegaConf.to_container(sweep.config.hydra.launcher)
+    configs = [compose(sweep, ours, *job) for job in enumerate(job_overrides, first)]
     jobs = []
     for config in configs:
         settings = job_settings(sweep.conf, config)
@@ -126,11 +127,16 @@ def plan_jobs(sweep: Sweep, job_overrides: Sequence[Sequence[str]], first: int) 
     return jobs
 
 
-def compose(sweep: Sweep, number: int, overrides: Sequence[str]) -> DictConfig:
-    """The configuration of a job, as Hydra's own launchers compose it."""
+def compose(
+    sweep: Sweep, ours: dict[str, Any], number: int, overrides: Sequence[str]
+) -> DictConfig:
+    """The configuration of a job, as Hydra's own launchers compose it.
+
+    Args:
+        ours: the launcher's options of this command, which no job may change.
+    """
     config = sweep.context.config_loader.load_sweep_config(sweep.config, list(overrides))
-    ours, chosen = (OmegaConf.to_container(c.hydra.launcher) for c in (sweep.config, config))
-    if ours != chosen:
+    if ours != OmegaConf.to_container(config.hydra.launcher):
         raise LaunchError(
             f"job {number} [{' '.join(overrides)}] chooses another hydra.launcher than this "
             "command, which has one for all jobs; launch what differs by commands of their own"

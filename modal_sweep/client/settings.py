@@ -1,8 +1,10 @@
 """A job's settings: what the launcher says, overlaid with the job's own `resources` node."""
 
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
+from functools import lru_cache
 from pkgutil import resolve_name
 from typing import Any
 
@@ -81,12 +83,18 @@ def job_settings(conf: ModalLauncherConf, job: DictConfig) -> JobSettings:
             )
         values[name] = value
     refuse_unknown(values["image"], OF_IMAGES, f"{conf.resources}.image", "an image")
+    return typed(pickle.dumps(values), conf.resources)
+
+
+@lru_cache(maxsize=64)  # hundreds of jobs have the same, and OmegaConf takes milliseconds
+def typed(values: bytes, where: str) -> JobSettings:
+    """Pickled values as settings that may be used and are not written to; LaunchError as above."""
     try:
-        settings = OmegaConf.to_object(OmegaConf.merge(JobSettings, values))
+        settings = OmegaConf.to_object(OmegaConf.merge(JobSettings, pickle.loads(values)))
     except OmegaConfBaseException as error:
-        raise LaunchError(f"{conf.resources}.{error.full_key}: {first_line(error)}") from None
+        raise LaunchError(f"{where}.{error.full_key}: {first_line(error)}") from None
     assert isinstance(settings, JobSettings)
-    check(settings, conf.resources)
+    check(settings, where)
     return settings
 
 
