@@ -205,6 +205,15 @@ def restore(checkpoint: Checkpoint, draft: nn.Module, optimizer: torch.optim.Opt
         torch.cuda.set_rng_state(checkpoint.random["random:cuda"])
 
 
+def start_over(folder: Path) -> int:
+    """Forget a run's record, numbers and checkpoints, the record first; returns the steps done."""
+    for name in ("run.json", "evaluation.json", "metrics.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for checkpoint in step_folders(folder):
+        shutil.rmtree(checkpoint)
+    return 0
+
+
 def forget_old(run_dir: Path, keep_last: int, spared: int | None = None) -> None:
     """Remove all but the newest `keep_last` checkpoints and that of step `spared`."""
     for folder in step_folders(run_dir)[:-keep_last]:

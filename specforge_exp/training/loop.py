@@ -51,6 +51,7 @@ from specforge_exp.training.checkpoint import (
     newest_checkpoint,
     restore,
     save_checkpoint,
+    start_over,
     step_folders,
     take_snapshot,
 )
@@ -96,7 +97,11 @@ def fit(
     measure = objective.measure
     optimizer = make_optimizer(cfg, draft, objective)
     window_log = WindowLog(device, peak_flops(device) * ranks.world)
-    start = resume(run, draft, optimizer, window_log, splits.train) if options.resume else 0
+    start = (
+        resume(run, draft, optimizer, window_log, splits.train)
+        if options.resume
+        else ranks.decided(lambda: start_over(run.folder))
+    )
     total = total_steps(cfg, splits.train)
     tracker = open_tracker(cfg, run.folder, start) if ranks.rank == 0 else None
     evaluation: dict[str, float] = {}

@@ -141,8 +141,8 @@ def launch(stage: Callable[[Config], Any], cfg: Config, *modules: str) -> Any:
                 raise InputError(
                     f"{death}; what it printed is above. Run the same command to continue"
                 ) from None
-            log.warning("%s; all start again from the newest checkpoint, %d times more at most",
-                        death, left)  # fmt: skip
+            where = "from the newest checkpoint" if cfg.trainer.resume else "over"
+            log.warning("%s; all start again %s, %d times more at most", death, where, left)
     return None
 
 

@@ -1,7 +1,6 @@
 """What every training has around its loop: its processes, whether it is to be made, its record."""
 
 import logging
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -91,9 +90,8 @@ def settled(cfg: Config, stage: str, run: TrainingRun) -> Record | None:
             something else.
     """
     shared_evenly(cfg.trainer.batch_size, run.ranks.world, "WORLD_SIZE")
-    if not cfg.trainer.resume:
-        with lease(run.folder):
-            start_over(run.folder)
+    if not cfg.trainer.resume:  # `fit` starts over, once nothing can be refused any more
+        return None
     record = run.folder / "run.json"
     if reusable(record, run.fingerprint, False, stage, OVER) and not torn(run.folder, stage):
         return read_record(record)
@@ -136,14 +134,6 @@ def torn(folder: Path, stage: str) -> bool:
             (folder / "run.json").unlink()
         return True
     return False
-
-
-def start_over(folder: Path) -> None:
-    """Forget a run's record, numbers and checkpoints, the record first."""
-    for name in ("run.json", "evaluation.json", "metrics.jsonl"):
-        (folder / name).unlink(missing_ok=True)
-    for checkpoint in step_folders(folder):
-        shutil.rmtree(checkpoint)
 
 
 def ended(cfg: Config, run: TrainingRun, evaluation: dict[str, float], **more: Any) -> Record:

@@ -64,6 +64,16 @@ def test_complete_is_reused(run: Config) -> None:
         train(replace(run, lr=2e-3))
 
 
+def test_what_is_refused_costs_no_run(run: Config) -> None:
+    """Starting over removes the old run only when the new one begins."""
+    run.max_steps = 2
+    first = train(run)
+    for more in ({"init": "nowhere"}, {"batch_size": 4, "gpus": 3}):
+        with pytest.raises(InputError):
+            train(replace(run, trainer=replace(run.trainer, resume=False, **more)))
+    assert train(run) == first and len(step_folders(paths.run_dir(run))) > 0
+
+
 def test_it_returns_the_objectives(run: Config) -> None:
     run.max_steps = 2
     length = train(run)
