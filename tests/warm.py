@@ -154,14 +154,14 @@ class Started:
     """A script that was started; what tests use of `subprocess.Popen`."""
 
     def __init__(
-        self, kind: str, order: dict[str, Any], nothing: IO[str], output: list[IO[str]]
+        self, kind: str, order: dict[str, Any], given: IO[str], output: list[IO[str]]
     ) -> None:
         self.args, self.output, self.received = order["words"], output, b""
         self.returncode: int | None = None
         self.connection = socket.socket(socket.AF_UNIX)
         self.connection.connect(server(kind))
         text = json.dumps(order).encode() + b"\n"
-        numbers = [file.fileno() for file in (nothing, output[0], output[-1])]
+        numbers = [file.fileno() for file in (given, output[0], output[-1])]
         sent = socket.send_fds(self.connection, [text], numbers)
         self.connection.sendall(text[sent:])
         while b"\n" not in self.received:
@@ -215,7 +215,7 @@ class Started:
 def start(
     words: Sequence[str], cwd: Path | str = REPOSITORY, env: Mapping[str, str] | None = None,
     *, together: bool = False, session: bool = False, kind: str | None = None,
-    log: Path | None = None,
+    log: Path | None = None, typed: str = "",
 ) -> Started:  # fmt: skip
     """Start a script.
 
@@ -225,6 +225,7 @@ def start(
         session: it has a session of its own, to be killed with all that it starts.
         kind: of what is imported already; None: what the script's name says.
         log: a file for all that it prints.
+        typed: what it reads from its standard input, to the end.
     """
     words = [word for at, word in enumerate(words) if at or word != sys.executable]
     env = dict(os.environ if env is None else env)
@@ -235,16 +236,18 @@ def start(
         output = [log.open("w+")]
     else:
         output = [tempfile.TemporaryFile("w+") for _ in range(1 if together else 2)]  # noqa: SIM115
-    with open(os.devnull) as nothing:
-        return Started(kind, order, nothing, output)
+    with tempfile.TemporaryFile("w+") as given:
+        given.write(typed)
+        given.seek(0)
+        return Started(kind, order, given, output)
 
 
 def run(
     words: Sequence[str], cwd: Path | str = REPOSITORY, env: Mapping[str, str] | None = None,
-    together: bool = False, timeout: float = 300, kind: str | None = None,
+    together: bool = False, timeout: float = 300, kind: str | None = None, typed: str = "",
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """Run a script to its end, whose exit status is the caller's to judge; as `start`."""
-    started = start(words, cwd, env, together=together, kind=kind)
+    started = start(words, cwd, env, together=together, kind=kind, typed=typed)
     try:
         output, errors = started.communicate(timeout)
     except subprocess.TimeoutExpired:
