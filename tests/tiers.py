@@ -1,8 +1,8 @@
 """Runs the tests of one tier: `python tests/tiers.py fast`; without a name, lists the tiers.
 
 `all` is every tier, `rest` every one but `fast`. A tier is some folders and a marker. Its tests
-share two processes; of several tiers two run beside each other, in one process each, the longest
-first, so that one computes while the other waits. Tests marked `timing`, which assert how long
+share two processes; of several tiers three run beside each other, in one process each, the longest
+first, so that some compute while others wait. Tests marked `timing`, which assert how long
 something takes, then run alone in one. Only they are tried a second time, and whatever was is
 named at the end.
 """
@@ -150,8 +150,8 @@ def main(names: list[str]) -> int:
     whole = [name for name in chosen if name == "fast" or len(chosen) == 1]
     outcomes = [run(name, "-n", "2", *TOGETHER) for name in whole]
     halves = sorted(set(chosen) - set(whole), key=lambda name: -TIERS[name].budget)
-    with ThreadPoolExecutor(2) as two:
-        outcomes += two.map(beside, halves)
+    with ThreadPoolExecutor(3) as three:
+        outcomes += three.map(beside, halves)
     outcomes += [alone(name) for name in halves]
     return 0 if all(outcomes) else 1
 

@@ -244,7 +244,7 @@ def start(
 
 def run(
     words: Sequence[str], cwd: Path | str = REPOSITORY, env: Mapping[str, str] | None = None,
-    together: bool = False, timeout: float = 300, kind: str | None = None, typed: str = "",
+    together: bool = False, timeout: float = 300, *, kind: str | None = None, typed: str = "",
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """Run a script to its end, whose exit status is the caller's to judge; as `start`."""
     started = start(words, cwd, env, together=together, kind=kind, typed=typed)

@@ -44,7 +44,9 @@ def commands() -> Iterator[tuple[str, str]]:
                 yield page.name, re.split(r" {2,}(?=#|[a-z]+[ ;,])|\s#\s", line.strip())[0]
 
 
-COMMANDS = sorted(set(commands()))
+TYPED = list(dict.fromkeys(commands()))
+"""As a reader comes to them."""
+COMMANDS = sorted(TYPED)
 
 
 def words_of(line: str) -> list[str]:
