@@ -25,6 +25,7 @@ from specforge_exp.bench.asking import Asking, Conversation, SetAnswers
 from specforge_exp.bench.clients import Client
 from specforge_exp.config import Config, locate
 from specforge_exp.data.chat import Message
+from specforge_exp.drafts.speculators import in_speculators_layout
 from specforge_exp.errors import InputError
 from specforge_exp.serving.command import Speculation, check_installed
 from specforge_exp.serving.downloads import download
@@ -127,6 +128,11 @@ def server_of(cfg: Config, alone: bool, folder: Path) -> Server:
         kind, length = locate(cfg.draft._target_), cfg.chain_length
         of_kind = kind.vllm_options if cfg.engine.name == "vllm" else kind.sglang_options
         options = of_kind(length)
+        if cfg.engine.name == "sglang" and in_speculators_layout(paths.export_dir(cfg)):
+            raise InputError(
+                f"{paths.export_dir(cfg)} is in speculators' format, which SGLang does not read; "
+                "python export.py export.format=sglang export.force=true"
+            )
         if not options:
             raise InputError(
                 f"engine={cfg.engine.name} does not serve draft={cfg.draft.name}; bench it with "
