@@ -2,7 +2,7 @@
 speculators 0.9, in which a draft's layers, its algorithm and its verifier are apart."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -31,32 +31,25 @@ SILENT = {
 """Entries that change nothing of what a draft says."""
 
 
-class Speculation(NamedTuple):
-    """What speculators' layout says beside the draft itself."""
-
-    algorithm: str
-    drafted: int
-    """Tokens for each verification."""
-
-
 def in_speculators_layout(folder: Path) -> bool:
     """Whether an exported draft is."""
     return MARK in read_object(folder / "config.json")
 
 
 def speculators_layout(
-    config: dict[str, Any], own: dict[str, Any], speculation: Speculation, target: Target
+    config: dict[str, Any], own: dict[str, Any], algorithm: str, drafted: int, target: Target
 ) -> dict[str, Any]:
     """config.json of speculators for a draft.
 
     Args:
         config: in Hugging Face's layout.
         own: what speculators' configuration of this algorithm has.
-        speculation: how it drafts.
+        algorithm: speculators' name of it.
+        drafted: tokens for each verification.
         target: its verifier.
     """
     greedy = {
-        "proposal_type": "greedy", "speculative_tokens": speculation.drafted,
+        "proposal_type": "greedy", "speculative_tokens": drafted,
         "verifier_accept_k": 1, "accept_tolerance": 0.0,
     }  # fmt: skip
     verifier = {
@@ -64,10 +57,10 @@ def speculators_layout(
         "architectures": list(getattr(target.model.config, "architectures", None) or []),
     }
     return {
-        MARK: speculation.algorithm,
+        MARK: algorithm,
         "speculators_version": "0.9.0",
         "speculators_config": {
-            "algorithm": speculation.algorithm,
+            "algorithm": algorithm,
             "proposal_methods": [greedy],
             "default_proposal_method": "greedy",
             "verifier": verifier,

@@ -28,16 +28,12 @@ from specforge_exp.drafts.dflash.export import (
 )
 from specforge_exp.drafts.dflash.model import DFlashModel
 from specforge_exp.drafts.dflash.training import as_chains, needed_flops, weighting
-from specforge_exp.drafts.folder import check_tensors, read_export, write_export
+from specforge_exp.drafts.folder import check_tensors, read_export
 from specforge_exp.drafts.head_loss import Addition, Heads, head_and_loss, text_losses
 from specforge_exp.drafts.outcome import RowSums
 from specforge_exp.drafts.replay import ReplayChains, proposing_chains
 from specforge_exp.drafts.rows import Chains, document_bounds
-from specforge_exp.drafts.speculators import (
-    Speculation,
-    speculators_layout,
-    without_targets,
-)
+from specforge_exp.drafts.speculators import without_targets
 from specforge_exp.drafts.start import copy_matching, start_at_the_end, start_random
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
@@ -65,7 +61,6 @@ class DFlash(DFlashModel):
     """A DFlash draft."""
 
     algorithm: ClassVar[str] = "dflash"
-    """speculators' name of it."""
     own: ClassVar[list[str]] = []
     """Entries of config.json that only this kind has."""
 
@@ -156,20 +151,11 @@ class DFlash(DFlashModel):
         """config.json in Hugging Face's layout."""
         return export_config(self, target, target_path)
 
-    def write(
-        self,
-        folder: Path,
-        target: Target,
-        target_path: str,
-        dtype: torch.dtype,
-        drafted: int | None = None,
-    ) -> None:
-        """Write the folder that SGLang, vLLM and z-lab's code load; as `Eagle.write`."""
-        config = self.written(target, target_path)
-        if drafted is not None:
-            own, how = as_speculators(config, self.own), Speculation(self.algorithm, drafted)
-            config = speculators_layout(config, own, how, target)
-        write_export(folder, config, self.state_dict(), dtype)
+    def respelt(
+        self, config: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `as_speculators`; the names are the same."""
+        return as_speculators(config, self.own), tensors
 
     def decoder(self) -> DFlashDecoder:
         """A decoder for one request."""

@@ -30,15 +30,11 @@ from specforge_exp.drafts.eagle3.export import (
 )
 from specforge_exp.drafts.eagle3.model import Eagle3Model
 from specforge_exp.drafts.eagle3.unroll import Fed, unroll
-from specforge_exp.drafts.folder import check_tensors, write_export
+from specforge_exp.drafts.folder import check_tensors
 from specforge_exp.drafts.head_loss import Heads, head_and_loss
 from specforge_exp.drafts.replay import ReplayChains, counted_chains, proposing_chains
 from specforge_exp.drafts.rows import Chains
-from specforge_exp.drafts.speculators import (
-    Speculation,
-    speculators_layout,
-    without_targets,
-)
+from specforge_exp.drafts.speculators import without_targets
 from specforge_exp.drafts.start import copy_matching, start_at_the_end, start_random
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
@@ -55,8 +51,6 @@ class Eagle(Eagle3Model[Options]):
 
     own: ClassVar[tuple[str, ...]] = ()
     """Entries of config.json that only this kind has."""
-    algorithm: ClassVar[str]
-    """speculators' name of it."""
 
     sums_steps = True
 
@@ -143,30 +137,16 @@ class Eagle(Eagle3Model[Options]):
         own = {name: getattr(self.config, name) for name in self.own}
         return export_config(self, target, target_path) | own
 
-    def write(
-        self,
-        folder: Path,
-        target: Target,
-        target_path: str,
-        dtype: torch.dtype,
-        drafted: int | None = None,
-    ) -> None:
-        """Write the folder that engines load.
-
-        Args:
-            folder: where to.
-            target: the draft's.
-            target_path: its name.
-            dtype: of the weights there.
-            drafted: in speculators' layout, for so many tokens a verification; None: in Hugging
-                Face's.
-        """
-        config, tensors = self.written(target, target_path), exported_tensors(self)
+    def exported(self) -> dict[str, Tensor]:
+        """See `exported_tensors`; says what an engine does not read."""
         warn_of_unread(self.variant)
-        if drafted is not None:
-            own, tensors = as_speculators(config, tensors, self.own)
-            config = speculators_layout(config, own, Speculation(self.algorithm, drafted), target)
-        write_export(folder, config, tensors, dtype)
+        return exported_tensors(self)
+
+    def respelt(
+        self, config: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `as_speculators`."""
+        return as_speculators(config, tensors, self.own)
 
     def states_and_heads(
         self, sample: Sample, target_head: Head, loss: Loss, cfg: Options, chains: Chains
