@@ -128,15 +128,15 @@ def server_of(cfg: Config, alone: bool, folder: Path) -> Server:
         kind, length = locate(cfg.draft._target_), cfg.chain_length
         of_kind = kind.vllm_options if cfg.engine.name == "vllm" else kind.sglang_options
         options = of_kind(length)
-        if cfg.engine.name == "sglang" and in_speculators_layout(paths.export_dir(cfg)):
-            raise InputError(
-                f"{paths.export_dir(cfg)} is in speculators' format, which SGLang does not read; "
-                "python export.py export.format=sglang export.force=true"
-            )
         if not options:
             raise InputError(
                 f"engine={cfg.engine.name} does not serve draft={cfg.draft.name}; bench it with "
                 "another engine (vllm, sglang) or in this process: engine=transformers"
+            )
+        if cfg.engine.name == "sglang" and in_speculators_layout(paths.export_dir(cfg)):
+            raise InputError(
+                f"{paths.export_dir(cfg)} is in speculators' format, which SGLang does not read; "
+                "python export.py export.format=sglang export.force=true"
             )
         draft = Speculation(str(paths.export_dir(cfg).resolve()), options)
     return make_servers(cfg, folder, draft)[0]

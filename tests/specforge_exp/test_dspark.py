@@ -141,7 +141,7 @@ def test_a_start_from_dflash_is_that_draft(
             begun(replace(options, **{name: value}))
     part = {"markov_head.markov_w2.weight": torch.zeros(1024, 8)}
     save_file(first.state_dict() | part, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="has no markov_rank|is not dspark"):
+    with pytest.raises(InputError, match=r"has no markov_rank|is not dspark"):
         begun(options)
 
 

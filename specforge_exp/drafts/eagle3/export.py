@@ -174,6 +174,7 @@ def read_any(
         )
     given = ids or [layer - 1 for layer in by_input or [2, layers // 2, layers - 3]]
     config["eagle_config"] = {AUX: given, "use_aux_hidden_state": True}
+    exported_variant(folder, config)
     if config["draft_vocab_size"] == config["vocab_size"]:  # speculators has no mapping then
         same = torch.arange(config["vocab_size"])
         tensors.setdefault("d2t", torch.zeros_like(same))
