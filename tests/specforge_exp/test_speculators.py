@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -242,3 +243,16 @@ def test_its_own_package_reads_it(name: str, tiny_target: Target, tmp_path: Path
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["algorithm"] == type(draft).algorithm and said["differ"] == []
     assert said["tensors"] == len(load_file(tmp_path / "model.safetensors"))
+
+
+def test_from_is_an_option_of_export_alone(tmp_path: Path) -> None:
+    """As it is typed: the short form reaches the stage, and nothing is left behind."""
+    words = ["from=nowhere/at-all/x", "model=tiny", f"paths.checkpoints={tmp_path}/runs"]
+    for script, message in [
+        ("export", "error: from=nowhere/at-all/x is no folder or hub id of a draft"),
+        ("bench", "error: from is not an option"),
+    ]:
+        command = [sys.executable, str(ROOT / f"{script}.py"), *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert not (tmp_path / "runs").exists()
