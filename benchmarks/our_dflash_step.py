@@ -81,10 +81,11 @@ def entropy(cfg: DFlashConfig, blocks: Blocks, sample: Sample, head_VH: Tensor) 
     return float(total)
 
 
-def prepare(args: Any) -> tuple[DFlash, Any, float]:
-    """The draft, a function that gives the step's outcome, and what its loss has too much."""
+def prepare(args: Any, dtype: torch.dtype | None = None) -> tuple[DFlash, Any, float]:
+    """The draft, a function that gives the step's outcome, and what its loss has too much; by
+    default in bfloat16 on CUDA."""
     shape = Shape.parse(args.shape)
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    dtype = dtype or (torch.bfloat16 if args.device.startswith("cuda") else torch.float32)
     weights, chats = load(args.file)
     for name in ("embed_tokens.weight", "lm_head.weight"):
         weights[name] = weights[name].to(args.device, dtype)

@@ -7,8 +7,10 @@ A file with `step_loss` is speculators' (each step already multiplied by decay**
 norm_output, norm_before_fc, norm_before_residual, sliding_window with layer_types; the arrays have
 its layers (midlayer or layers.0 is the first). A file with in/anchor_pos and in/depth is a step of
 speculators' P-EAGLE, with what it drew; meta has its mask_token_id. `peers.speculators_record`
-writes such files. loss_rel is the largest relative difference of a step's loss, grad_rel the
-largest difference of a gradient relative to the largest entry of its tensor.
+writes such files. A file with in/anchors is a step of a peer's DFlash or DSpark, as
+`peers.speculators_dflash_step INPUTS --record FILE` writes it. loss_rel is the largest relative
+difference of a step's loss, grad_rel the largest difference of a gradient relative to the largest
+entry of its tensor.
 The last line is JSON; the exit status is 1 when a file is above the tolerances, which are those of
 float32 on a CPU. With another device or dtype the differences are what one looks at.
 """
@@ -27,6 +29,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from specforge_exp.config import DraftConfig, LossConfig
+from specforge_exp.drafts.dflash import draft as dflash
 from specforge_exp.drafts.eagle3.chains import chains_of
 from specforge_exp.drafts.eagle3.config import Eagle3Config, Variant
 from specforge_exp.drafts.eagle3.draft import Eagle3
@@ -179,6 +182,8 @@ def compare(
         meta = json.loads(str(arrays["meta"]))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path} is not a parity file: {error}") from None
+    if "in/anchors" in arrays.files:
+        return compare_blocks(path, device, dtype)
     parallel = "in/anchor_pos" in arrays.files
     speculators = parallel or "step_loss" in arrays.files
     for name in () if speculators else NORMS:
@@ -192,14 +197,40 @@ def compare(
     elif speculators:
         mine = mine * meta["decay"] ** np.arange(int(meta["ttt"]))
     loss_rel = largest(abs(mine - reference) / np.maximum(abs(reference), 1e-8))
-    grad_rel = 0.0
+    return {"loss_rel": loss_rel, "grad_rel": worst_gradient(draft, arrays)}
+
+
+def worst_gradient(draft: Any, arrays: Any) -> float:
+    """The largest difference of a gradient, relative to the largest entry of the peer's."""
+    worst = 0.0
     gradients = {name: p.grad for name, p in draft.named_parameters()}
     for key in (k for k in arrays.files if k.startswith("g/")):
-        gradient = gradients[ours(key[2:])]
+        gradient = gradients[ours(key[2:]) if ours(key[2:]) in gradients else key[2:]]
         mine = np.zeros_like(arrays[key]) if gradient is None else gradient.float().cpu().numpy()
         scale = max(float(abs(arrays[key]).max()), 1e-12)
-        grad_rel = max(grad_rel, largest(abs(mine - arrays[key]) / scale))
-    return {"loss_rel": loss_rel, "grad_rel": grad_rel}
+        worst = max(worst, largest(abs(mine - arrays[key]) / scale))
+    return worst
+
+
+def compare_blocks(path: Path, device: str, dtype: torch.dtype) -> dict[str, float]:
+    """As `compare`, of blocks at the anchors that the file has."""
+    import our_dflash_step  # it imports this module
+
+    arrays = np.load(path, allow_pickle=False)
+    meta = json.loads(str(arrays["meta"]))
+    if meta["loss"] not in our_dflash_step.TERMS:
+        raise InputError(f"{path}: loss {meta['loss']} is not known")
+    args = argparse.Namespace(
+        file=path, shape=json.dumps(meta["shape"]), loss=meta["loss"], divisor=meta["divisor"],
+        device=device, checkpointing=False,
+    )  # fmt: skip
+    with patch.object(dflash, "make_blocks", dflash.make_blocks):  # it puts the file's there
+        draft, outcome, extra = our_dflash_step.prepare(args, dtype)
+        found = outcome()
+    found.loss.backward()
+    reference = float(arrays["loss"])
+    loss_rel = largest(abs(float(found.loss.detach()) - extra - reference) / abs(reference))
+    return {"loss_rel": loss_rel, "grad_rel": worst_gradient(draft, arrays)}
 
 
 def largest(differences: Any) -> float:

@@ -1,8 +1,8 @@
-"""A training step of EAGLE-3, DFlash or P-EAGLE: ours beside SpecForge 0.2.0, speculators 0.9.0.
+"""A training step of a draft: ours beside SpecForge 0.2.0 and speculators 0.9.0.
 
     python benchmarks/train_step.py [--json] [--steps 5] [--threads 2] [--device cpu|cuda]
     python benchmarks/train_step.py --growth          # time and memory, 512 to 4096 tokens
-    python benchmarks/train_step.py --draft dflash|peagle [--json]
+    python benchmarks/train_step.py --draft dflash|dspark|peagle [--json]
     python benchmarks/train_step.py --tokens 2048 --alone   # longer conversations; ours alone
 
 Everybody gets the same weights, inputs and supervised rows, in a process of its own; they take
@@ -22,6 +22,12 @@ the target's whole vocabulary; the same anchors for everybody, see peers/dflash_
     hard         one conversation of 512 tokens, cross-entropy against the text
     packed       conversations of 64, 128, 192, 256 tokens, the same loss; padded for SpecForge
     kl_div       as hard, with speculators' default loss, which SpecForge has not
+
+DSpark's (as DFlash's, blocks of 7 from the anchor on, rank 256, 0.1 hard + 0.9 TV + confidence; its
+peer is speculators):
+
+    one          one conversation of 512 tokens
+    several      conversations of 64, 128, 192, 256 tokens
 
 P-EAGLE's (half prompt, 8 depths, the same rows for everybody, see peers/peagle_inputs.py; its peer
 is speculators):
@@ -61,6 +67,8 @@ DFLASH_CASES = {
     "packed": ([64, 128, 192, 256], "hard"),
     "kl_div": ([512], "kl_div"),
 }
+DSPARK_CASES = {"one": ([512], "dspark"), "several": ([64, 128, 192, 256], "dspark")}
+DSPARK = {"block_size": 7, "loss_gamma": 4.0, "sample_from_anchor": True, "markov_rank": 256}
 PEAGLE_CASES = {"one_layer": 1, "four_layers": 4}
 DFLASH_EVERY = 8
 """Tokens for each anchor."""
@@ -149,9 +157,10 @@ def run(file: Path, args: argparse.Namespace, *steps: tuple[str, ...]) -> list[A
 
 def shape_of(args: argparse.Namespace) -> dict[str, Any]:
     """The sizes asked for; by default Qwen3-0.6B's, for EAGLE-3 with 32000 draft tokens."""
-    kind = dflash_inputs.Shape if args.draft == "dflash" else Shape
+    kind = dflash_inputs.Shape if args.draft in ("dflash", "dspark") else Shape
     own = [name for name in vars(kind()) if getattr(args, name, None) is not None]
-    return {name: getattr(args, name) for name in own}
+    usual = DSPARK if args.draft == "dspark" else {}
+    return usual | {name: getattr(args, name) for name in own}
 
 
 def scaled(lengths: list[int], args: argparse.Namespace) -> list[int]:
@@ -209,7 +218,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def compare_dflash(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All cases of DFlash: prints the table and returns the summary."""
+    """All cases of DFlash or DSpark: prints the table and returns the summary."""
     shape = dflash_inputs.Shape(**args.shape)
     weights = dflash_inputs.make_weights(shape, seed=0)
     time = "cpu_s" if args.device == "cpu" else "wall_s"
@@ -217,7 +226,7 @@ def compare_dflash(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     summary: dict[str, Any] = {"cases": {}, "matmul_share": None, "runs": []}
     file = folder / "inputs.npz"
     for case in args.cases:
-        lengths, loss = DFLASH_CASES[case]
+        lengths, loss = (DFLASH_CASES | DSPARK_CASES)[case]
         head_VH = weights["lm_head.weight"]
         tokens = scaled(lengths, args)
         save(file, weights, dflash_inputs.make_chats(shape, head_VH, tokens, 0.5, DFLASH_EVERY))
@@ -311,7 +320,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--draft", choices=["eagle3", "dflash", "peagle"], default="eagle3")
+    parser.add_argument(
+        "--draft", choices=["eagle3", "dflash", "dspark", "peagle"], default="eagle3"
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as the last line")
     parser.add_argument(
         "--growth", action="store_true", help="512 to 4096 tokens instead of the cases"
@@ -319,7 +330,7 @@ def main() -> None:
     parser.add_argument(
         "--cases",
         nargs="+",
-        choices=sorted({*CASES, *DFLASH_CASES, *PEAGLE_CASES}),
+        choices=sorted({*CASES, *DFLASH_CASES, *DSPARK_CASES, *PEAGLE_CASES}),
     )
     parser.add_argument("--steps", type=int, default=5, help="measured steps, after one to warm up")
     parser.add_argument(
@@ -338,7 +349,7 @@ def main() -> None:
     args = parser.parse_args()
     measures: Any = {
         "eagle3": (CASES, compare), "dflash": (DFLASH_CASES, compare_dflash),
-        "peagle": (PEAGLE_CASES, compare_peagle),
+        "peagle": (PEAGLE_CASES, compare_peagle), "dspark": (DSPARK_CASES, compare_dflash),
     }  # fmt: skip
     cases, measured = measures[args.draft]
     args.cases = args.cases or list(cases)

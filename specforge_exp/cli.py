@@ -3,6 +3,7 @@ the stage. It is where Hydra begins; the rest of the package does not know it.""
 
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -48,7 +49,8 @@ def reported(func: Any) -> Any:
 
 def command(task: Task) -> Callable[[], None]:
     """As `hydra.main`, but for the first word `status`, which is short for regen.status=true, for
-    chat's --no-draft, which is short for chat.draft=false, and for an unknown key: Hydra names it,
+    chat's --no-draft, which is short for chat.draft=false, for export's `from=`, which is short for
+    export.source=, and for an unknown key: Hydra names it,
     this also says what would be right.
     """
 
@@ -61,6 +63,8 @@ def command(task: Task) -> Callable[[], None]:
             words[0] = "regen.status=true"
         if chatting:
             words = ["chat.draft=false" if word == "--no-draft" else word for word in words]
+        if Path(sys.argv[0]).stem == "export":
+            words = [re.sub(r"^from=", "export.source=", word) for word in words]
         parser = utils.get_args_parser()
         arguments = parser.parse_intermixed_args(words)  # flags may stand anywhere
         options = [] if arguments.shell_completion else arguments.overrides

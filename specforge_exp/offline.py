@@ -19,7 +19,8 @@ def settle(cfg: Config) -> None:
 
     The hub's client reads the environment when it is imported. Behind a proxy nothing is tried.
     """
-    wanted = on_the_hub(cfg.model.path) or cfg.export.push or "hub:" in str([cfg.data, cfg.bench])
+    models = [path for path in (cfg.model.path, cfg.export.source) if path and on_the_hub(path)]
+    wanted = models or cfg.export.push or "hub:" in str([cfg.data, cfg.bench])
     if not wanted or os.environ.get("HF_HUB_OFFLINE") or getproxies():
         return
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"

@@ -8,11 +8,17 @@ speculators' verifier norm with that weight reads the states that everybody else
 Anchors are drawn once and given to everybody: two supervised tokens in a row, as SpecForge asks,
 not the first token, and the whole block inside its conversation, as speculators needs for the last.
 
+    python -m peers.dflash_inputs FILE --shape '{"hidden": 32, ...}' --lengths 21 37
+
+writes such inputs, for `peers.<peer>_dflash_step FILE --shape ... --record OUT`.
+
 Shape suffixes: B conversations, T tokens, H hidden, R blocks of a conversation (-1: none).
 """
 
+import argparse
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -164,3 +170,19 @@ def label_weights(shape: Shape, chats: Chats) -> tuple[int, float]:
     counts_RK = chats.mask_BT[row_R[:, None], at_RK] > 0
     decay_K = torch.exp(-(place_K - 1) / shape.loss_gamma)
     return int(counts_RK.sum()), float((counts_RK * decay_K).sum())
+
+
+def main() -> None:
+    """Write the inputs that the command line asks for: half prompts, an anchor for 3 tokens."""
+    parser = argparse.ArgumentParser(description="Inputs of a DFlash or DSpark step")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--shape", type=Shape.parse, default=Shape())
+    parser.add_argument("--lengths", type=int, nargs="+", default=[21, 37])
+    args = parser.parse_args()
+    weights = make_weights(args.shape, seed=0)
+    chats = make_chats(args.shape, weights["lm_head.weight"], args.lengths, 0.5, 3)
+    inputs.save(args.file, weights, chats)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,9 +6,11 @@ Runs in the environment that benchmarks/train_step.py makes. Its head is unfroze
 else's is trained; several conversations are packed into one row, as its own collator does.
 """
 
+import argparse
 import json
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,35 +114,67 @@ def make_inputs(chats: Chats, device: str, dtype: torch.dtype) -> dict[str, Tens
     return {n: torch.cat([part[n] for part in parts]).unsqueeze(0).to(device) for n in names}
 
 
-def main() -> None:
-    """Print the medians as JSON."""
-    args = arguments(__doc__).parse_args()
+class Setting(NamedTuple):
+    """What a step is made of, as the command line says."""
+
+    args: argparse.Namespace
+    dtype: torch.dtype
+    shape: Shape
+    loss_config: Any
+
+
+def setting(description: str | None) -> Setting:
+    """Read the command line; speculators' default loss, in the implementation for the device."""
+    args = arguments(description).parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     from speculators.losses import resolve_loss_config
 
     cuda = args.device.startswith("cuda")
+    loss_config = resolve_loss_config("kl_div", "fused" if cuda else "eager")
     dtype = torch.bfloat16 if cuda else torch.float32
-    shape = Shape(**json.loads(args.shape))
-    weights, chats = load(args.file)
-    model = build(shape, weights, args.device, dtype)
-    inputs = make_inputs(chats, args.device, dtype)
-    del weights, chats
-    options: dict[str, Any] = {"ttt_steps": shape.ttt, "ttt_step_loss_decay": 0.8}
-    options["loss_config"] = resolve_loss_config("kl_div", "fused" if cuda else "eager")
-    losses, rows = [], []
+    return Setting(args, dtype, Shape(**json.loads(args.shape)), loss_config)
+
+
+def timed(how: Setting, model: Any, forward: Callable[[], tuple[Tensor, float]]) -> None:
+    """Time steps and print the medians as JSON.
+
+    Args:
+        how: of the command line.
+        model: what has the gradients.
+        forward: one of it: its loss, and how many rows count.
+    """
+    said: list[tuple[float, float]] = []
 
     def step() -> None:
         for weight in model.parameters():
             if weight.grad is not None:
                 weight.grad.zero_()
-        _, loss, metrics = model(**inputs, **options)
+        loss, rows = forward()
         loss.backward()
-        losses.append(float(loss))
-        rows.append(sum(float(metrics[f"full_acc_{k}_total"]) for k in range(shape.ttt)))
+        said[:] = [(float(loss), rows)]
 
-    found: dict[str, Any] = measure(step, args)
-    print(json.dumps({"who": "speculators", **found, "loss": losses[-1], "rows": int(rows[-1])}))
+    found: dict[str, Any] = measure(step, how.args)
+    loss, rows = said[0]
+    print(json.dumps({"who": "speculators", **found, "loss": loss, "rows": int(rows)}))
+
+
+def main() -> None:
+    """Print the medians as JSON."""
+    how = setting(__doc__)
+    args, dtype, shape = how.args, how.dtype, how.shape
+    weights, chats = load(args.file)
+    model = build(shape, weights, args.device, dtype)
+    inputs = make_inputs(chats, args.device, dtype)
+    del weights, chats
+    options: dict[str, Any] = {"ttt_steps": shape.ttt, "ttt_step_loss_decay": 0.8}
+    options["loss_config"] = how.loss_config
+
+    def forward() -> tuple[Tensor, float]:
+        _, loss, metrics = model(**inputs, **options)
+        return loss, sum(float(metrics[f"full_acc_{k}_total"]) for k in range(shape.ttt))
+
+    timed(how, model, forward)
 
 
 if __name__ == "__main__":

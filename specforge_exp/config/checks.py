@@ -1,5 +1,6 @@
 """Checks that configuration fields share; every message names the field and what is valid."""
 
+import json
 import math
 import re
 from dataclasses import is_dataclass
@@ -85,6 +86,11 @@ def safe_name(key: str, value: str, joint: str = "/") -> None:
             f"{key}={value!r} would be another name's folder: it may not hold {joint} nor end in "
             f"{', '.join(RESERVED)}"
         )
+
+
+def typed(value: Any) -> str:
+    """A value as the command line has it."""
+    return json.dumps(value, separators=(",", ":")).replace('"', "")
 
 
 def finite(key: str, value: Any) -> None:

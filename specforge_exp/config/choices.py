@@ -186,6 +186,10 @@ class DraftConfig:
     """Whether onpolicy=replay can train it."""
     quiet: ClassVar[tuple[str, ...]] = ()
     """Options that a training's numbers do not depend on."""
+    defining: ClassVar[tuple[str, ...]] = ()
+    """Options that say what its weights mean."""
+    unsaid: ClassVar[dict[str, Any]] = {}
+    """What options mean of which a training's record says nothing."""
 
     _target_: str = MISSING
     """Dotted path of the draft's class."""
@@ -214,6 +218,20 @@ class DraftConfig:
         return False
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        """Of export.format, those in which an engine serves it; auto is the first."""
+        return ("sglang",)
+
+    def export_format(self, asked: str) -> str:
+        """The layout that export.format means; InputError when no engine serves it in that."""
+        if asked != "auto" and asked not in self.formats:
+            raise InputError(
+                f"export.format={asked}: no engine reads draft={self.name} with these options in "
+                f"it; choose one of: auto, {', '.join(self.formats)}"
+            )
+        return self.formats[0] if asked == "auto" else asked
+
+    @property
     def origin(self) -> str | None:
         """Folder or hub id of a model that it begins as; None: it begins with the target alone."""
         return None
@@ -234,6 +252,13 @@ class DraftConfig:
     def matters(self) -> dict[str, Any]:
         """The options that a training depends on."""
         return {name: value for name, value in vars(self).items() if name not in self.quiet}
+
+    @classmethod
+    def recalled(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """The defining options and the target's layers, by their keys, of a training's record."""
+        said = {f"draft.{name}": value for name, value in cls.unsaid.items()} | settings
+        names = ["model.aux_layers", *(f"draft.{name}" for name in cls.defining)]
+        return {name: said[name] for name in names if name in said}
 
 
 def open_draft() -> Any:

@@ -68,7 +68,7 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
             **cores(4, 64),
             "timeout": 14400,
             "unique": [str(paths.export_dir(there))],
-            "requires": [model, tokens, trained],
+            "requires": [model, *([] if here.export.source else [tokens, trained])],
         },
         "bench": {  # not resumed: an attempt has to be long enough
             **cores(4, 64, one_gpu(gpu)),
@@ -145,7 +145,8 @@ def command(stage: str, *more: str, away: bool = True) -> str:
         if word.partition("=")[0] in CONFIG_FLAGS:
             flags += words[place : place + 1 + ("=" not in word)]
         elif "=" in word and word[0] != "-" and word != "hydra/launcher=basic" * away:
-            mattering = option != "hydra" and (matters is None or option in matters.split())
+            known = option not in ("hydra", "from") or (option, stage) == ("from", "export")
+            mattering = known and (matters is None or option in matters.split())
             options += [word] * (mattering or word.startswith(HYDRAS))
     line = shlex.join([*program(stage), *flags, *options, *more])
     return line if script else f"{line} {SAME}"

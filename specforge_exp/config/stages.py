@@ -237,6 +237,12 @@ class ExportConfig:
     """Export the checkpoint that trainer.keep_best kept."""
     dtype: str = "bfloat16"
     """Weights in the exported file: bfloat16 or float32."""
+    format: str = "auto"
+    """config.json and names as SGLang and z-lab's code read them, and vLLM too (sglang), or those
+    of the package speculators, which vLLM also starts by itself (speculators); auto: sglang."""
+    source: str | None = None
+    """`python export.py from=`: folder or hub id of a draft in either format, which becomes the
+    run's export with its weights as they are; null: a checkpoint of the run."""
     push: str | None = None
     """owner/name: also upload the draft, with a model card, to this repository of the hub."""
     private: bool = True
@@ -247,7 +253,12 @@ class ExportConfig:
     """Make it again even if it is complete."""
 
     def __post_init__(self) -> None:
-        allow(self, "export.", dtype="bfloat16 float32")
+        allow(self, "export.", dtype="bfloat16 float32", format="auto sglang speculators")
+        if self.source is not None and (self.step or self.best):
+            raise InputError(
+                f"export.source={self.source} is a draft that is there already; export.step and "
+                "export.best choose a checkpoint of the run"
+            )
         if self.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
             raise InputError(f"export.push={self.push} is not the owner/name of a repository")
         if self.dry_run and not self.push:

@@ -5,15 +5,18 @@ Shape suffixes: T packed tokens, B conversations, H hidden, K divisors, V target
 
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Generic, Self, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specforge_exp.config import DraftConfig
+from specforge_exp.drafts.folder import read_export, write_export
 from specforge_exp.drafts.replay import replay_outcome
 from specforge_exp.drafts.rows import number_in_each
+from specforge_exp.drafts.speculators import speculators_layout
 from specforge_exp.losses import Loss
 from specforge_exp.sharding import gradient_of
 from specforge_exp.target import Head, Target
@@ -32,6 +35,12 @@ class Draft(nn.Module, Generic[Options]):
     target_head)`.
     """
 
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Parts, by the beginning of their weights' names, that a start may lack as a whole."""
+    algorithm: ClassVar[str]
+    """speculators' name of it, where that has it."""
+    plain: ClassVar[Any] = None
+    """The class of what it is without all of them; None: it has none."""
     sums_steps = False
     """Whether its loss is the sum of its steps' means; else the mean over all rows."""
 
@@ -71,6 +80,67 @@ class Draft(nn.Module, Generic[Options]):
         draft = cls.new(target, cfg, tensors, 0)
         draft.load_state_dict(tensors)
         return draft
+
+    @classmethod
+    def opened(cls, folder: Path, layers: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """An exported folder of any layout: config.json as `written`, tensors by our names.
+
+        Args:
+            folder: of the draft.
+            layers: of its target.
+
+        Raises:
+            InputError: a file or an entry is missing or broken, or says what is not known here.
+        """
+        return read_export(folder)
+
+    @staticmethod
+    def declared(config: dict[str, Any]) -> dict[str, Any]:
+        """The options, by their keys, that a config.json as of `written` means."""
+        return {}
+
+    def written(self, target: Target, target_path: str) -> dict[str, Any]:
+        """config.json in Hugging Face's layout."""
+        return {}
+
+    def exported(self) -> dict[str, Tensor]:
+        """The tensors in that layout."""
+        return self.state_dict()
+
+    def respelt(
+        self, config: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What speculators' configuration of it has of its own, and the tensors by its names."""
+        raise NotImplementedError
+
+    def write(
+        self,
+        folder: Path,
+        target: Target,
+        target_path: str,
+        dtype: torch.dtype,
+        drafted: int | None = None,
+    ) -> None:
+        """Write the folder that engines load.
+
+        Args:
+            folder: where to.
+            target: the draft's.
+            target_path: its name.
+            dtype: of the weights there.
+            drafted: in speculators' layout, for so many tokens a verification; None: in Hugging
+                Face's.
+        """
+        config, tensors = self.written(target, target_path), self.exported()
+        if drafted is not None:
+            own, tensors = self.respelt(config, tensors)
+            config = speculators_layout(config, own, self.algorithm, drafted, target)
+        write_export(folder, config, tensors, dtype)
+
+    @property
+    def shared(self) -> dict[str, Tensor]:
+        """What it reads of its target, by the names that exports of others have for it."""
+        return {}
 
     def objective(
         self, sample: Sample, target_head: Head, loss: Loss, cfg: Options, window_K: Tensor

@@ -46,12 +46,30 @@ def rope_spellings(config: Any) -> dict[str, Any]:
     }
 
 
-def read_export(folder: Path, keys: Iterable[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def usual_entries(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """config.json with what makers leave out where it is as usual; one spelling of the rotary
+    embedding."""
+    check_keys(folder, config, ("hidden_size", "num_attention_heads"))
+    heads = config["num_attention_heads"]
+    rope = config.get("rope_parameters")
+    if not rope:
+        scaling = dict(config.get("rope_scaling") or {})
+        kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+        rope = {"rope_type": kind, "rope_theta": config.get("rope_theta", 10000.0), **scaling}
+    usual = {
+        "num_hidden_layers": 1, "num_key_value_heads": heads, "rms_norm_eps": 1e-6,
+        "head_dim": config["hidden_size"] // heads,
+    }  # fmt: skip
+    given = {name: value for name, value in config.items() if value is not None}
+    return {**config, **usual, **given, "rope_parameters": {"rope_type": "default", **rope}}
+
+
+def read_export(folder: Path, keys: Iterable[str] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and the tensors of an exported draft.
 
     Args:
         folder: of the draft.
-        keys: what config.json must have; `a.b` is b within a.
+        keys: as in `check_keys`.
 
     Raises:
         InputError: a file cannot be read, or a key is missing.
@@ -61,13 +79,18 @@ def read_export(folder: Path, keys: Iterable[str]) -> tuple[dict[str, Any], dict
         tensors = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be read as an exported draft: {error}") from None
+    check_keys(folder, config, keys)
+    return config, tensors
+
+
+def check_keys(folder: Path, config: dict[str, Any], keys: Iterable[str]) -> None:
+    """Refuse a config.json that lacks one of these; `a.b` is b within a."""
     for key in keys:
         node: Any = config
         for name in key.split("."):
             if not isinstance(node, dict) or name not in node:
                 raise InputError(f"{folder}/config.json has no {key}")
             node = node[name]
-    return config, tensors
 
 
 def check_target(

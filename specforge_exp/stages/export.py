@@ -2,10 +2,12 @@
 
 Reads checkpoints/<run_name>/step-*/; writes checkpoints/<run_name>/export/, which is reloaded and
 compared with the trained draft before it says done. It is of one checkpoint, by its digest: after
-another training under the same name it is refused, not reused.
+another training under the same name it is refused, not reused. With from= it is made of a draft
+that is there already, in any layout.
 """
 
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,15 @@ from specforge_exp.artifacts import (
     writing,
 )
 from specforge_exp.config import Config, locate
+from specforge_exp.config.checks import typed
+from specforge_exp.config.machine import command, on_the_hub
 from specforge_exp.data.tokens import read_split
+from specforge_exp.drafts.speculators import in_speculators_layout
 from specforge_exp.errors import InputError
+from specforge_exp.serving.downloads import download
 from specforge_exp.serving.publishing import model_card, publish
 from specforge_exp.target import DTYPES, Target, load_target, set_up_torch
+from specforge_exp.target.files import text_config
 from specforge_exp.training.checkpoint import (
     OVER,
     Checkpoint,
@@ -49,7 +56,8 @@ def export(cfg: Config) -> Path:
     folder = exported(cfg)
     if cfg.export.push:
         kind, length = locate(cfg.draft._target_), cfg.chain_length
-        served = kind.sglang_options(length), kind.vllm_options(length)
+        flat = not in_speculators_layout(folder)
+        served = kind.sglang_options(length) if flat else {}, kind.vllm_options(length)
         card = model_card(cfg, paths.run_dir(cfg), *served)
         files = [folder / "config.json", folder / "model.safetensors"]
         publish(cfg.export, files, card)
@@ -58,6 +66,8 @@ def export(cfg: Config) -> Path:
 
 def exported(cfg: Config) -> Path:
     """Export the run's draft, unless it is there."""
+    if cfg.export.source is not None:
+        return converted(cfg, str(cfg.export.source))
     folder = paths.export_dir(cfg)
     checkpoint = chosen_checkpoint(cfg)
     if checkpoint.record["inputs"]["the target"] != model_digest(cfg.model.path):
@@ -68,7 +78,7 @@ def exported(cfg: Config) -> Path:
     step = step_folder(paths.run_dir(cfg), checkpoint.step)
     fingerprint = Fingerprint(
         {**checkpoint.record["inputs"], "the checkpoint": sha256(step / "draft.safetensors")},
-        {"export.dtype": cfg.export.dtype, "step": checkpoint.step, "layout": LAYOUT},
+        {"export.dtype": cfg.export.dtype, "step": checkpoint.step, "layout": layout(cfg)},
     )
     if reusable(folder / "run.json", fingerprint, cfg.export.force, "export"):
         return folder
@@ -79,12 +89,71 @@ def exported(cfg: Config) -> Path:
     draft = kind.restored(target, cfg.draft, checkpoint.draft).to(device)
     dtype = DTYPES[cfg.export.dtype]
     with writing(folder, fingerprint, cfg, "export") as unfinished:
-        draft.write(unfinished, target, cfg.model.path, dtype)
+        draft.write(unfinished, target, cfg.model.path, dtype, *drafted(cfg))
         agreement = compare(cfg, draft, kind.load(unfinished, target).to(device), target, dtype)
     log.info(
         "export: complete: %s: step %d, reloaded with equal logits; rounding to %s keeps %.2f %% "
         "of the draft's choices", folder, checkpoint.step, cfg.export.dtype, 100 * agreement,
     )  # fmt: skip
+    return folder
+
+
+def layout(cfg: Config) -> int | str:
+    """What a fingerprint has for export.format."""
+    return f"{LAYOUT}, speculators" if drafted(cfg) else LAYOUT
+
+
+def drafted(cfg: Config) -> list[int]:
+    """How many tokens speculators' layout says that a verification is to have; []: it is not it."""
+    chosen = cfg.draft.export_format(cfg.export.format)
+    return [cfg.chain_length] if chosen == "speculators" else []
+
+
+def converted(cfg: Config, source: str) -> Path:
+    """Make the run's export of a draft in any layout, its weights as they are.
+
+    Raises:
+        InputError: the run is a training, or the draft is not one of draft=, is of another target,
+            or has what is not known here.
+    """
+    folder, own = paths.export_dir(cfg), cfg.draft
+    if step_folders(paths.run_dir(cfg)):
+        raise InputError(
+            f"{paths.run_dir(cfg)} holds checkpoints; give from= a run_name of its own"
+        )
+    theirs = download(source) if on_the_hub(source) else Path(source)
+    file = theirs / "model.safetensors"
+    if not file.is_file():
+        raise InputError(
+            f"from={source} is no folder or hub id of a draft with one model.safetensors, the only "
+            "file of weights that is read"
+        )
+    digests = {"the checkpoint": sha256(file), "its config": sha256(theirs / "config.json")}
+    fingerprint = Fingerprint(
+        {"the target": model_digest(cfg.model.path), **digests}, {"layout": layout(cfg)}
+    )
+    if reusable(folder / "run.json", fingerprint, cfg.export.force, "export"):
+        return folder
+    kind, device = locate(own._target_), set_up_torch(cfg)
+    config, tensors = kind.opened(theirs, text_config(cfg.model).num_hidden_layers)
+    options = kind.declared(config)
+    if not options:
+        raise InputError(f"from={source}: a draft of draft={own.name} is served as it is")
+    fed = replace(cfg.model, aux_layers=options["model.aux_layers"])
+    target = load_target(fed, device, cfg.model.dtype)
+    draft = kind.load(theirs, target)
+    dtype = next(value.dtype for value in tensors.values() if value.is_floating_point())
+    with writing(folder, fingerprint, cfg, "export") as unfinished:
+        draft.write(unfinished, target, cfg.model.path, dtype, *drafted(cfg))
+        again = kind.load(unfinished, target).state_dict()
+        if not all(value.equal(again[name]) for name, value in draft.state_dict().items()):
+            raise InputError(f"from={source}: what was written is not what was read")
+    others = {
+        f"{key}={typed(value)}" for key, value in options.items()
+        if value != vars(own if key[0] == "d" else cfg.model)[key.partition(".")[2]]
+    }  # fmt: skip
+    line = command("bench", *sorted(others), away=False)
+    log.info("export: complete: %s: of %s, weights as they are; bench it: %s", folder, source, line)
     return folder
 
 

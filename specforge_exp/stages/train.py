@@ -204,8 +204,8 @@ def fresh_draft(
     shared = cfg.trainer.shard and ranks.world > 1
     with without_numbers() if shared and ranks.rank else nullcontext():
         draft = kind.new(target, cfg.draft, mapping, cfg.seed)
-        if cfg.trainer.init is not None and not (shared and ranks.rank):
-            begin_with(draft, initial_weights(cfg, cfg.trainer.init))
+    if cfg.trainer.init is not None:
+        begin_with(draft, cfg, target)
     if shared:
         shard_draft(draft, draft.units, device, ranks.world)
     draft.to(device)

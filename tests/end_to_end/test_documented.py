@@ -59,6 +59,7 @@ def words_of(line: str) -> list[str]:
 def check_stage(stage: str, words: list[str]) -> None:
     """The options of a stage compose; lists of values have -m before them."""
     assert stage in STAGES
+    words = [re.sub(r"^from=", "export.source=", word) for word in words]
     if words[:1] == ["status"]:
         words = words[1:]
     options = [word for word in words if not word.startswith("-") and "=" in word]

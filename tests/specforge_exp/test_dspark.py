@@ -10,7 +10,7 @@ import torch
 from conftest import conversation_set, small_target
 from hydra import compose, initialize_config_dir
 from proofs import second_token_pvalue
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_conf import CONF
 from test_dflash import CFG as DFLASH
 from test_dflash import LONG
@@ -21,6 +21,7 @@ from specforge_exp import paths
 from specforge_exp.bench.speculative import Decoding, generate, speculate
 from specforge_exp.bench.table import table
 from specforge_exp.config import Config, LossConfig, from_omegaconf
+from specforge_exp.config.checks import typed
 from specforge_exp.data import synthetic
 from specforge_exp.data.chat import prompt_ids
 from specforge_exp.data.conversations import asks_of
@@ -34,6 +35,7 @@ from specforge_exp.stages.export import export
 from specforge_exp.stages.train import train
 from specforge_exp.target import Target
 from specforge_exp.training.batches import make_batch
+from specforge_exp.training.initial import begin_with
 from specforge_exp.training.objective import Outcome, Sample
 
 CFG = DSparkConfig(
@@ -111,22 +113,36 @@ def test_checkpointing_changes_no_number(target: Target) -> None:
     assert_same(gradients(draft), expected, rel=0)
 
 
-def test_a_start_from_dflash_is_that_draft(target: Target, tmp_path: Path) -> None:
-    """To the bit; what does not fit it is refused by the option's name."""
-    cfg = replace(CFG, sample_from_anchor=False, block_size=5)
+@pytest.mark.parametrize("drafted", [None, 4], ids=["hugging face", "speculators"])
+def test_a_start_from_dflash_is_that_draft(
+    target: Target, cfg: Config, tmp_path: Path, drafted: int | None
+) -> None:
+    """To the bit, from either layout; what does not fit it is refused by the option's name."""
     first = DFlash.new(target, DFLASH, {}, seed=5)
-    first.write(tmp_path, target, "nowhere", torch.float32)
-    draft = DSpark.new(target, replace(cfg, init=str(tmp_path)), {}, seed=9)
+    first.write(tmp_path, target, "nowhere", torch.float32, drafted)
+
+    def begun(options: DSparkConfig) -> DSpark:
+        run = replace(cfg, draft=options, trainer=replace(cfg.trainer, init=str(tmp_path)))
+        draft = DSpark.new(target, options, {}, seed=9)
+        begin_with(draft, run, target)
+        return draft
+
+    options = replace(CFG, sample_from_anchor=False, block_size=5)
     ids, _ = conversation(4, LONG)
     aux, _ = target.features(ids[None])
-    ours, theirs = (d.all_logits(cfg, ids[None], aux) for d in (draft, first))
+    ours, theirs = (d.all_logits(options, ids[None], aux) for d in (begun(options), first))
     assert torch.equal(ours, theirs)
-    with pytest.raises(InputError, match=r"give draft\.sample_from_anchor=false"):
-        DSpark.new(target, replace(CFG, init=str(tmp_path)), {}, seed=9)
-    with pytest.raises(InputError, match=r"layers\.2"):
-        DSpark.new(target, replace(cfg, num_layers=3, init=str(tmp_path)), {}, seed=9)
-    with pytest.raises(InputError, match="cannot be read"):
-        DSpark.new(target, replace(cfg, init=str(tmp_path / "none")), {}, seed=9)
+    for name, value in {
+        "sample_from_anchor": True, "num_layers": 3, "mask_token_id": 3, "block_size": 4,
+        "sliding_window": 9,
+    }.items():  # fmt: skip
+        said = rf"draft\.{name}=(\w+), this draft has {typed(value)}; give draft\.{name}=\1"
+        with pytest.raises(InputError, match=said):
+            begun(replace(options, **{name: value}))
+    part = {"markov_head.markov_w2.weight": torch.zeros(1024, 8)}
+    save_file(first.state_dict() | part, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"has no markov_rank|is not dspark"):
+        begun(options)
 
 
 @pytest.mark.parametrize(
@@ -218,8 +234,9 @@ def test_every_stage_takes_it(cfg: Config, tokens: Path) -> None:
     train(cfg)
     export(cfg)
     shape = {k: v for k, v in vars(DFLASH_RUN).items() if k not in ("_target_", "name")}
-    own = {"name": "dspark", "markov_rank": 8, "init": str(paths.run_dir(cfg))}
+    own = {"name": "dspark", "markov_rank": 8}
     run = replace(cfg, run_name="spark", draft=DSparkConfig(**shape | own), loss=LOSS)
+    run.trainer = replace(cfg.trainer, init=cfg.run_name)
     train(run)
     record = json.loads((paths.run_dir(run) / "run.json").read_text())
     assert {"confidence", "confidence_error/0", "alpha/4"} <= set(record["evaluation"])

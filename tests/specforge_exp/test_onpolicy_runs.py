@@ -16,6 +16,7 @@ from specforge_exp import paths
 from specforge_exp.config import Config
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.errors import InputError
+from specforge_exp.stages.export import export
 from specforge_exp.stages.prep import prep
 from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.stages.train import train
@@ -121,11 +122,13 @@ def test_it_begins_with_another_run(base: Config, run: Config) -> None:
     assert torch.equal(first["draft.fc.weight"], last["fc.weight"])
     with pytest.raises(InputError, match=r"neither a run with a checkpoint"):
         train(replace(cfg, run_name="x", trainer=replace(trainer, init="nothing")))
+    export(run)
     other = Path(paths.run_dir(cfg)) / "other"
     other.mkdir()
     last["d2t"] = last["d2t"] + 1
+    (other / "config.json").write_text((paths.export_dir(run) / "config.json").read_text())
     save_file(last, other / "model.safetensors")
-    with pytest.raises(InputError, match=r"has another vocabulary"):
+    with pytest.raises(InputError, match=r"d2t and t2d name different tokens"):
         train(replace(cfg, run_name="x", trainer=replace(trainer, init=str(other))))
 
 

@@ -27,6 +27,11 @@ class DFlashConfig(DraftConfig):
     steps_option: ClassVar[str] = "block_size"
     replayed: ClassVar[bool] = True
     quiet: ClassVar[tuple[str, ...]] = ("attention", "draft_vocab_size")
+    defining: ClassVar[tuple[str, ...]] = (
+        "num_layers", "num_features", "block_size", "mask_token_id", "sample_from_anchor",
+        "sliding_window", "full_attention_indices", "sliding_window_non_causal", "window",
+    )  # fmt: skip
+    unsaid: ClassVar[dict[str, Any]] = ADDED
 
     _target_: str = "specforge_exp.drafts.dflash.DFlash"
     """Dotted path of the draft's class."""
@@ -113,6 +118,11 @@ class DFlashConfig(DraftConfig):
     def steps(self) -> int:
         """The slots of a block that say a token."""
         return self.block_size - (not self.sample_from_anchor)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Both."""
+        return ("sglang", "speculators")
 
     @property
     def features(self) -> int:

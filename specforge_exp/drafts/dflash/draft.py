@@ -7,7 +7,7 @@ K labels of a block, V vocabulary.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,22 @@ from specforge_exp.drafts.dflash import blocks
 from specforge_exp.drafts.dflash.blocks import Blocks, make_blocks
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.drafts.dflash.decoder import DFlashDecoder
-from specforge_exp.drafts.dflash.export import OWN, SHAPES, export_config, loaded_config
+from specforge_exp.drafts.dflash.export import (
+    as_speculators,
+    check_export,
+    declared,
+    export_config,
+    loaded_config,
+    read_any,
+)
 from specforge_exp.drafts.dflash.model import DFlashModel
 from specforge_exp.drafts.dflash.training import as_chains, needed_flops, weighting
-from specforge_exp.drafts.folder import check_tensors, read_export, write_export
+from specforge_exp.drafts.folder import check_tensors, read_export
 from specforge_exp.drafts.head_loss import Addition, Heads, head_and_loss, text_losses
 from specforge_exp.drafts.outcome import RowSums
 from specforge_exp.drafts.replay import ReplayChains, proposing_chains
 from specforge_exp.drafts.rows import Chains, document_bounds
+from specforge_exp.drafts.speculators import without_targets
 from specforge_exp.drafts.start import copy_matching, start_at_the_end, start_random
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
@@ -51,6 +59,10 @@ class Filled:
 
 class DFlash(DFlashModel):
     """A DFlash draft."""
+
+    algorithm: ClassVar[str] = "dflash"
+    own: ClassVar[list[str]] = []
+    """Entries of config.json that only this kind has."""
 
     @classmethod
     def new(cls, target: Target, cfg: DFlashConfig, mapping: dict[str, Tensor], seed: int) -> Self:
@@ -105,26 +117,45 @@ class DFlash(DFlashModel):
             InputError: a file is missing or broken, a tensor is missing, superfluous or of the
                 wrong shape, or the draft was made for another target.
         """
-        shape, tensors = cls.read(folder, target)
-        draft = cls(shape, target.embed_VH, target.head_weight_VH)
+        config, tensors = cls.opened(folder, len(target.layers))
+        check_export(folder, config, target)
+        draft = cls(cls.shaped(folder, config), target.embed_VH, target.head_weight_VH)
+        tensors = without_targets(folder, tensors, draft.shared)
         check_tensors(folder, draft.state_dict(), tensors)
         draft.load_state_dict(tensors)
         return draft
 
     @classmethod
-    def read(cls, folder: Path, target: Target) -> tuple[Qwen3Config, dict[str, Tensor]]:
-        """Shapes and tensors of an exported folder; raises as `load`."""
-        config, tensors = read_export(folder, [*SHAPES, *OWN])
-        return loaded_config(folder, config, target), tensors
+    def opened(cls, folder: Path, layers: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `export.read_any`."""
+        config, tensors = read_export(folder)
+        return read_any(folder, config, cls.algorithm, cls.own, layers), tensors
+
+    @classmethod
+    def shaped(cls, folder: Path, config: dict[str, Any]) -> Qwen3Config:
+        """See `loaded_config`."""
+        return loaded_config(folder, config)
+
+    @classmethod
+    def declared(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """As `Draft.declared`."""
+        own = {f"draft.{name}": config[name] for name in cls.own}
+        return declared(loaded_config(Path(), config)) | own
+
+    @property
+    def shared(self) -> dict[str, Tensor]:
+        """Embeddings and head."""
+        return {"embed_tokens.weight": self.embed_VH, "lm_head.weight": self.head_VH}
 
     def written(self, target: Target, target_path: str) -> dict[str, Any]:
-        """config.json of an export."""
+        """config.json in Hugging Face's layout."""
         return export_config(self, target, target_path)
 
-    def write(self, folder: Path, target: Target, target_path: str, dtype: torch.dtype) -> None:
-        """Write the folder that SGLang, vLLM and z-lab's code load."""
-        config = self.written(target, target_path)
-        write_export(folder, config, self.state_dict(), dtype)
+    def respelt(
+        self, config: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `as_speculators`; the names are the same."""
+        return as_speculators(config, self.own), tensors
 
     def decoder(self) -> DFlashDecoder:
         """A decoder for one request."""

@@ -13,7 +13,8 @@ from typing import Any
 from transformers import Qwen3Config
 
 from specforge_exp.drafts.dflash.model import DFlashModel
-from specforge_exp.drafts.folder import check_target, rope_spellings
+from specforge_exp.drafts.folder import check_keys, check_target, rope_spellings
+from specforge_exp.drafts.speculators import check_known, flattened
 from specforge_exp.errors import InputError
 from specforge_exp.target import Target
 
@@ -21,9 +22,14 @@ SHAPES = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim rms_norm_eps rope_parameters max_position_embeddings vocab_size"
 ).split()
-OWN = (
-    "block_size num_target_layers dflash_config.mask_token_id dflash_config.target_layer_ids"
-).split()
+KNOWN = {
+    *SHAPES, "block_size", "num_target_layers", "hidden_act", "layer_types", "sliding_window",
+    "sample_from_anchor", "dspark_bonus_anchor", "draft_vocab_size", "target_hidden_size",
+    "dflash_config",
+}  # fmt: skip
+SAME = "block_size mask_token_id sample_from_anchor sliding_window_non_causal window".split()
+"""Options that a draft's shapes have by the same name."""
+AUX = "aux_hidden_state_layer_ids"
 
 
 def export_config(draft: DFlashModel, target: Target, target_path: str) -> dict[str, Any]:
@@ -63,8 +69,88 @@ def export_config(draft: DFlashModel, target: Target, target_path: str) -> dict[
     }
 
 
-def loaded_config(folder: Path, config: dict[str, Any], target: Target) -> Qwen3Config:
-    """Shapes of an exported draft; InputError when it was made for another target."""
+def read_any(
+    folder: Path, config: dict[str, Any], algorithm: str, own: list[str], layers: int
+) -> dict[str, Any]:
+    """config.json in either layout as `export_config` has it.
+
+    Args:
+        folder: of the draft.
+        config: as it was read.
+        algorithm: speculators' name of it.
+        own: entries that only this kind has.
+        layers: of its target, where the draft does not say it.
+
+    Raises:
+        InputError: it is another draft, or has what is not known here.
+    """
+    said = "sample_from_anchor" if own else AUX  # readers of DSpark do not agree on its absence
+    config = flattened(folder, config, algorithm, said)
+    top, nested = {"mask_token_id", "target_layer_ids"}, config.get("dflash_config")
+    given = {name: value for name, value in config.items() if value is not None}
+    if AUX in given or nested is None:  # as speculators writes, or DeepSeek's DSpark
+        ids = [layer - 1 for layer in given[AUX]] if AUX in given else given.get("target_layer_ids")
+        nested = {
+            "mask_token_id": given.get("mask_token_id"), "target_layer_ids": ids,
+            "sample_from_anchor": bool(own) and not given.get("dspark_bonus_anchor", False),
+            "causal": not given.pop("sliding_window_non_causal", False),
+            "window": given.pop("window", "slot"),
+        }  # fmt: skip
+        given.pop(AUX, None)
+    if "sample_from_anchor" in given:
+        nested = {**nested, "sample_from_anchor": given["sample_from_anchor"]}
+    nested = {name: value for name, value in nested.items() if value is not None}
+    usual = {"num_target_layers": layers, "block_size": nested.pop("block_size", None)}
+    config = {**usual, **given, "dflash_config": nested}
+    wanted = [*SHAPES, *own, "block_size", *(f"dflash_config.{name}" for name in sorted(top))]
+    check_keys(folder, {n: v for n, v in config.items() if v is not None}, wanted)
+    check_known(folder, config, KNOWN | top | {*own})
+    inside = top | {"sample_from_anchor", "causal", "window"}
+    check_known(folder, nested, inside, "dflash_config.")
+    for name in ("draft_vocab_size", "target_hidden_size"):
+        same = "vocab_size" if name == "draft_vocab_size" else "hidden_size"
+        if config.get(name, config[same]) != config[same]:
+            raise InputError(
+                f"{folder}/config.json: {name}={config[name]} is not {same}={config[same]}: this "
+                "draft is as wide as its target and speaks through its whole head"
+            )
+    return config
+
+
+def as_speculators(config: dict[str, Any], own: list[str]) -> dict[str, Any]:
+    """What speculators' configuration has of its own."""
+    nested = config["dflash_config"]
+    window = {"window": nested["window"]} if "window" in nested else {}
+    return {
+        "draft_vocab_size": config["vocab_size"],
+        "block_size": config["block_size"],
+        AUX: [layer + 1 for layer in nested["target_layer_ids"]],
+        "mask_token_id": nested["mask_token_id"],
+        "sliding_window_non_causal": nested.get("causal") is False,
+        "sample_from_anchor": nested.get("sample_from_anchor", False),
+        "num_target_layers": config["num_target_layers"],
+        **window,
+        **{name: config[name] for name in own},
+    }
+
+
+def declared(config: Qwen3Config) -> dict[str, Any]:
+    """The options that shapes mean, by their keys."""
+    sliding = [kind == "sliding_attention" for kind in config.layer_types]
+    full = [layer for layer, slides in enumerate(sliding) if not slides]
+    options = {
+        "num_layers": config.num_hidden_layers,
+        "num_features": len(config.target_layers),
+        "sliding_window": config.sliding_window if any(sliding) else None,
+        "full_attention_indices": full if any(sliding) else [],
+        **{name: getattr(config, name) for name in SAME},
+    }
+    layers = {"model.aux_layers": list(config.target_layers)}
+    return {f"draft.{name}": value for name, value in options.items()} | layers
+
+
+def check_export(folder: Path, config: dict[str, Any], target: Target) -> None:
+    """Refuse a draft that was made for another target."""
     text, nested = target.model.config.get_text_config(), config["dflash_config"]
     pairs = {
         "hidden_size": (config["hidden_size"], text.hidden_size),
@@ -73,6 +159,15 @@ def loaded_config(folder: Path, config: dict[str, Any], target: Target) -> Qwen3
         "dflash_config.target_layer_ids": (nested["target_layer_ids"], target.aux_layers),
     }
     check_target(folder, pairs)
+
+
+def loaded_config(folder: Path, config: dict[str, Any]) -> Qwen3Config:
+    """Shapes of an exported draft.
+
+    Raises:
+        InputError: it has layers with a window and no size of it.
+    """
+    nested = config["dflash_config"]
     kinds = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
     sliding = "sliding_attention" in kinds
     if sliding and not config.get("sliding_window"):
@@ -82,7 +177,7 @@ def loaded_config(folder: Path, config: dict[str, Any], target: Target) -> Qwen3
         layer_types=kinds,
         use_sliding_window=sliding,
         sliding_window=config.get("sliding_window"),
-        sliding_window_non_causal=nested.get("causal") is False,
+        sliding_window_non_causal=sliding and nested.get("causal") is False,
         window=nested.get("window", "slot"),
         sample_from_anchor=nested.get("sample_from_anchor", False),
         attention_bias=False,

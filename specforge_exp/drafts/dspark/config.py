@@ -1,7 +1,6 @@
 """The options of a DSpark draft."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from specforge_exp.config.checks import at_least, one_of
@@ -13,7 +12,10 @@ from specforge_exp.errors import InputError
 class DSparkConfig(DFlashConfig):
     """DFlash's options, and its two heads."""
 
-    quiet: ClassVar[tuple[str, ...]] = (*DFlashConfig.quiet, "init")
+    defining: ClassVar[tuple[str, ...]] = (
+        *DFlashConfig.defining, "markov_rank", "markov_head_type", "enable_confidence_head",
+        "confidence_head_with_markov",
+    )  # fmt: skip
     replayed: ClassVar[bool] = False  # a proposal's heads read the proposals before it
 
     _target_: str = "specforge_exp.drafts.dspark.DSpark"
@@ -32,9 +34,6 @@ class DSparkConfig(DFlashConfig):
     """Whether that head reads the token before, too."""
     confidence_weight: float = 1.0
     """Of that head's cross-entropy against the acceptance rates that the draft has."""
-    init: str | None = None
-    """A run with an exported DFlash or DSpark draft, or the export's folder, to start from; the
-    heads that it does not have start without any effect. null: draft.start says."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,11 +46,3 @@ class DSparkConfig(DFlashConfig):
     def confident(self) -> bool:
         """With a confidence head."""
         return self.enable_confidence_head
-
-    @property
-    def origin(self) -> str | None:
-        """The export that `init` means, whose record holds the digests of its files."""
-        if self.init is None:
-            return None
-        inside = Path(self.init) / "export"
-        return str(inside) if (inside / "config.json").exists() else self.init

@@ -10,7 +10,7 @@ vocabulary.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,11 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from specforge_exp.drafts.dflash.draft import DFlash, draft_config
-from specforge_exp.drafts.dflash.export import OWN, SHAPES, export_config, loaded_config
+from specforge_exp.drafts.dflash.export import export_config, loaded_config
 from specforge_exp.drafts.dflash.training import decays, scales
 from specforge_exp.drafts.dspark.config import DSparkConfig
 from specforge_exp.drafts.dspark.decoder import DSparkDecoder
 from specforge_exp.drafts.dspark.heads import ConfidenceHead, MarkovHead
-from specforge_exp.drafts.folder import check_tensors, read_export
 from specforge_exp.drafts.head_loss import Addition
 from specforge_exp.drafts.outcome import RowSums
 from specforge_exp.errors import InputError
@@ -49,6 +48,11 @@ class Conditioned(NamedTuple):
 class DSpark(DFlash):
     """A DSpark draft."""
 
+    algorithm: ClassVar[str] = "dspark"
+    own: ClassVar[list[str]] = HEADS
+    optional: ClassVar[tuple[str, ...]] = ("markov_head.", "confidence_head.")
+    plain: ClassVar[Any] = DFlash
+
     def __init__(self, config: Qwen3Config, embed_VH: Tensor, head_VH: Tensor) -> None:
         super().__init__(config, embed_VH, head_VH)
         H, rank = config.hidden_size, config.markov_rank
@@ -67,14 +71,7 @@ class DSpark(DFlash):
             for name, weight in draft.named_parameters():
                 if name.endswith(".bias") or name.startswith("confidence_head."):
                     weight.zero_()
-        if cfg.origin is not None:
-            start_from_export(draft, Path(cfg.origin), target)
         return draft
-
-    @classmethod
-    def restored(cls, target: Target, cfg: Any, tensors: dict[str, Tensor]) -> Self:
-        """As `Draft.restored`; what it was started from is not needed any more."""
-        return super().restored(target, replace(cfg, init=None), tensors)
 
     @staticmethod
     def shape(target: Target, cfg: Any) -> Qwen3Config:
@@ -94,17 +91,16 @@ class DSpark(DFlash):
         return {"method": "dspark", "num_speculative_tokens": chain_length}
 
     @classmethod
-    def read(cls, folder: Path, target: Target) -> tuple[Qwen3Config, dict[str, Tensor]]:
+    def shaped(cls, folder: Path, config: dict[str, Any]) -> Qwen3Config:
         """As DFlash's, with the heads'."""
-        config, tensors = read_export(folder, [*SHAPES, *OWN, *HEADS])
-        shape = loaded_config(folder, config, target)
+        shape = loaded_config(folder, config)
         if config["markov_head_type"] not in ("vanilla", "gated", "rnn"):
             raise InputError(
                 f"{folder / 'config.json'}: markov_head_type={config['markov_head_type']!r} is not "
                 "vanilla, gated or rnn"
             )
         shape.update({name: config[name] for name in HEADS})
-        return shape, tensors
+        return shape
 
     def written(self, target: Target, target_path: str) -> dict[str, Any]:
         """config.json: DFlash's, and what vLLM reads of a DSpark draft beside it."""
@@ -200,24 +196,3 @@ def judged(
             "confidence_error": error_KR.sum(1),
         },
     )
-
-
-def start_from_export(draft: DSpark, folder: Path, target: Target) -> None:
-    """Begin with the weights of an exported DFlash or DSpark draft.
-
-    Raises:
-        InputError: it is not there, has other shapes or another mask, or is for another target.
-    """
-    config, tensors = read_export(folder, [*SHAPES, *OWN])
-    shape, own = loaded_config(folder, config, target), draft.config
-    for name in ("mask_token_id", "sample_from_anchor"):
-        if getattr(shape, name) != getattr(own, name):
-            raise InputError(
-                f"draft.init={folder} has {name}={getattr(shape, name)}, this draft "
-                f"{getattr(own, name)}: give draft.{name}={str(getattr(shape, name)).lower()}"
-            )
-    heads = tuple(f"{name}." for name in ("markov_head", "confidence_head"))
-    whole = any(name.startswith(heads) for name in tensors)
-    wanted = draft.state_dict().items()
-    check_tensors(folder, {k: v for k, v in wanted if whole or not k.startswith(heads)}, tensors)
-    draft.load_state_dict(tensors, strict=False)

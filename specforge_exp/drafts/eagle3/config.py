@@ -67,6 +67,9 @@ class Variant:
 class EagleConfig(DraftConfig, Variant):
     """What the drafts of this architecture have."""
 
+    defining: ClassVar[tuple[str, ...]] = ("draft_vocab_size", *vars(Variant()))
+    unsaid: ClassVar[dict[str, Any]] = vars(Variant())
+
     start: str = "target"
     """target: a copy of the target's last norm and head and of the projections and norms of its
     last layers, as far as they mean the same there; random: nothing but noise."""
@@ -80,6 +83,11 @@ class EagleConfig(DraftConfig, Variant):
     def features(self) -> int:
         """Three, whatever the target."""
         return 3
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Both."""
+        return ("sglang", "speculators")
 
     def matters(self) -> dict[str, Any]:
         """A variant's options where they change something."""

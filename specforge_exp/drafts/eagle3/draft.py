@@ -18,20 +18,23 @@ from specforge_exp.drafts.eagle3.chains import make_chains, nothing_to_learn
 from specforge_exp.drafts.eagle3.config import Eagle3Config, EagleConfig
 from specforge_exp.drafts.eagle3.decoder import Eagle3Decoder
 from specforge_exp.drafts.eagle3.export import (
+    AUX,
     KEYS,
-    LAYERS,
+    as_speculators,
     check_export,
     export_config,
     exported_tensors,
     exported_variant,
-    own_tensors,
+    read_any,
+    warn_of_unread,
 )
 from specforge_exp.drafts.eagle3.model import Eagle3Model
 from specforge_exp.drafts.eagle3.unroll import Fed, unroll
-from specforge_exp.drafts.folder import check_tensors, read_export, write_export
+from specforge_exp.drafts.folder import check_tensors
 from specforge_exp.drafts.head_loss import Heads, head_and_loss
 from specforge_exp.drafts.replay import ReplayChains, counted_chains, proposing_chains
 from specforge_exp.drafts.rows import Chains
+from specforge_exp.drafts.speculators import without_targets
 from specforge_exp.drafts.start import copy_matching, start_at_the_end, start_random
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
@@ -95,7 +98,7 @@ class Eagle(Eagle3Model[Options]):
             InputError: a file is missing or broken, a tensor is missing, superfluous or of the
                 wrong shape, d2t and t2d disagree, or the draft was made for another target.
         """
-        config, tensors = read_export(folder, [*KEYS, *cls.own, *LAYERS])
+        config, tensors = cls.opened(folder, len(target.layers))
         check_export(folder, config, target)
         for name in ("d2t", "t2d"):
             if name not in tensors:
@@ -106,16 +109,44 @@ class Eagle(Eagle3Model[Options]):
             **{key: config[key] for key in (*KEYS, *cls.own)},
         )
         draft = cls(llama, target.embed_VH, tensors["d2t"], tensors["t2d"], variant)
-        tensors = own_tensors(folder, tensors)
+        tensors = without_targets(folder, tensors, draft.shared)
         check_tensors(folder, draft.state_dict(), tensors)
         draft.load_state_dict(tensors)
         return draft
 
-    def write(self, folder: Path, target: Target, target_path: str, dtype: torch.dtype) -> None:
-        """Write the folder that engines load."""
-        config = export_config(self, target, target_path)
-        config |= {name: getattr(self.config, name) for name in self.own}
-        write_export(folder, config, exported_tensors(self), dtype)
+    @classmethod
+    def opened(cls, folder: Path, layers: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `export.read_any`."""
+        return read_any(folder, cls.algorithm, cls.own, layers)
+
+    @classmethod
+    def declared(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """As `Draft.declared`."""
+        options = vars(exported_variant(Path(), config))
+        options |= {name: config[name] for name in ("draft_vocab_size", *cls.own)}
+        layers = {"model.aux_layers": config["eagle_config"][AUX]}
+        return {f"draft.{name}": value for name, value in options.items()} | layers
+
+    @property
+    def shared(self) -> dict[str, Tensor]:
+        """The embeddings."""
+        return {"embed_tokens.weight": self.embed_VH}
+
+    def written(self, target: Target, target_path: str) -> dict[str, Any]:
+        """config.json in Hugging Face's layout."""
+        own = {name: getattr(self.config, name) for name in self.own}
+        return export_config(self, target, target_path) | own
+
+    def exported(self) -> dict[str, Tensor]:
+        """See `exported_tensors`; says what an engine does not read."""
+        warn_of_unread(self.variant)
+        return exported_tensors(self)
+
+    def respelt(
+        self, config: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `as_speculators`."""
+        return as_speculators(config, tensors, self.own)
 
     def states_and_heads(
         self, sample: Sample, target_head: Head, loss: Loss, cfg: Options, chains: Chains
@@ -149,6 +180,8 @@ class Eagle(Eagle3Model[Options]):
 
 class Eagle3(Eagle[Eagle3Config]):
     """An EAGLE-3 draft."""
+
+    algorithm: ClassVar[str] = "eagle3"
 
     @staticmethod
     def sglang_options(chain_length: int) -> dict[str, Any]:

@@ -8,11 +8,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from specforge_exp.drafts.eagle3.config import Variant
 from specforge_exp.drafts.eagle3.model import Eagle3Model
-from specforge_exp.drafts.folder import check_target, rope_spellings
+from specforge_exp.drafts.folder import check_keys, check_target, read_export, rope_spellings
+from specforge_exp.drafts.speculators import check_known, flattened
 from specforge_exp.errors import InputError
 from specforge_exp.target import Target
 
@@ -27,7 +29,11 @@ KEYS = (
     "num_attention_heads num_key_value_heads rms_norm_eps rope_parameters max_position_embeddings"
 ).split()
 NORMS = ("norm_before_fc", "fc_norm", "norm_before_residual", "norm_output")
-LAYERS = ("eagle_config.eagle_aux_hidden_state_layer_ids", "target_model_name_or_path")
+AUX = "eagle_aux_hidden_state_layer_ids"
+KNOWN = {
+    *SHAPES, *KEYS, *NORMS, AUX, "eagle_config", "layer_types", "sliding_window",
+    "num_aux_hidden_states",
+}  # fmt: skip
 
 
 def export_config(draft: Eagle3Model[Any], target: Target, target_path: str) -> dict[str, Any]:
@@ -50,11 +56,8 @@ def export_config(draft: Eagle3Model[Any], target: Target, target_path: str) -> 
         "num_aux_hidden_states": 3,
         # vLLM reads the number of the layer whose input it takes, SGLang (in eagle_config) that of
         # the layer whose output it takes.
-        "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in target.aux_layers],
-        "eagle_config": {
-            "eagle_aux_hidden_state_layer_ids": list(target.aux_layers),
-            "use_aux_hidden_state": True,
-        },
+        AUX: [layer + 1 for layer in target.aux_layers],
+        "eagle_config": {AUX: list(target.aux_layers), "use_aux_hidden_state": True},
         "target_model_name_or_path": target_path,
         "tie_word_embeddings": False,
         "attention_bias": False,
@@ -65,14 +68,19 @@ def export_config(draft: Eagle3Model[Any], target: Target, target_path: str) -> 
 
 
 def variant_entries(variant: Variant) -> dict[str, Any]:
-    """Entries of config.json for what EAGLE-3.1 changes; says which of it SGLang does not read."""
+    """Entries of config.json for what EAGLE-3.1 changes."""
     entries: dict[str, Any] = {name: True for name in NORMS if vars(variant)[name]}
-    unread = ["norm_before_residual"] if variant.norm_before_residual else []
     if variant.sliding_window is not None:
         kinds = ["full" if window is None else "sliding" for window in variant.windows]
         entries["layer_types"] = [f"{kind}_attention" for kind in kinds]
         entries |= {"sliding_window": variant.sliding_window, "use_sliding_window": True}
-        unread += ["sliding_window", "layer_types"]
+    return entries
+
+
+def warn_of_unread(variant: Variant) -> None:
+    """Say what an engine does not read."""
+    unread = ["norm_before_residual"] if variant.norm_before_residual else []
+    unread += ["sliding_window", "layer_types"] if variant.sliding_window is not None else []
     if len({*variant.windows}) > 1:
         log.warning(
             "draft: vLLM 0.32 does not start with a draft of which some layers have a window and "
@@ -83,7 +91,6 @@ def variant_entries(variant: Variant) -> dict[str, Any]:
             "draft: vLLM reads %s; SGLang 0.5.23 does not and would draft worse: serve this draft "
             "with vLLM", " and ".join(unread),
         )  # fmt: skip
-    return entries
 
 
 def exported_variant(folder: Path, config: dict[str, Any]) -> Variant:
@@ -119,7 +126,7 @@ def exported_tensors(draft: Eagle3Model[Any]) -> dict[str, Tensor]:
 def own_tensors(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Undo `exported_tensors`; InputError where the two names have different norms."""
     for name in [name for name in tensors if name.endswith(".hidden_norm.weight")]:
-        if name.startswith("layers."):
+        if name.startswith("layers.") and not name.startswith("layers.0."):
             twin = tensors.get(name.replace("hidden_norm", "input_layernorm"))
             if twin is None or not twin.equal(tensors[name]):
                 raise InputError(
@@ -127,17 +134,79 @@ def own_tensors(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                     "not compute the same"
                 )
             del tensors[name]
-    return tensors
+    return {name.replace("layers.0.", "midlayer."): value for name, value in tensors.items()}
+
+
+def read_any(
+    folder: Path, algorithm: str, own: tuple[str, ...], layers: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A draft in either layout, as `export_config` and the draft's own names have it.
+
+    Args:
+        folder: of the draft.
+        algorithm: speculators' name of it.
+        own: entries that only this kind has.
+        layers: of its target, for drafts that leave out which of them they read.
+
+    Raises:
+        InputError: it is another draft, or has what is not known here.
+    """
+    read, tensors = read_export(folder)
+    config = flattened(folder, read, algorithm, "norm_before_residual")
+    for other in ("pard_token", "ptd_token_id"):  # vLLM's names of the mask token
+        if other in config and "mask_token_id" in own:
+            config.setdefault("mask_token_id", config.pop(other))
+    check_keys(folder, config, ("vocab_size", "intermediate_size", "max_position_embeddings", *own))
+    check_known(folder, config, KNOWN | {*own})
+    nested = dict(config.get("eagle_config") or {})
+    check_known(folder, nested, {AUX, "use_aux_hidden_state", "norm_before_fc"}, "eagle_config.")
+    if nested.get("use_aux_hidden_state", True) is not True:
+        raise InputError(f"{folder}/config.json: eagle_config.use_aux_hidden_state is not true")
+    usual = {"target_hidden_size": config["hidden_size"], "draft_vocab_size": config["vocab_size"]}
+    config = {**usual, **{name: value for name, value in config.items() if value is not None}}
+    if nested.get("norm_before_fc"):
+        config["norm_before_fc"] = True
+    by_input, ids = config.get(AUX), nested.get(AUX)
+    if by_input and ids and [layer - 1 for layer in by_input] != ids:
+        raise InputError(
+            f"{folder}/config.json: {AUX}={by_input}, by which vLLM feeds the draft, does not name "
+            f"the layers whose outputs eagle_config.{AUX}={ids} names, by which SGLang does"
+        )
+    given = ids or [layer - 1 for layer in by_input or [2, layers // 2, layers - 3]]
+    config["eagle_config"] = {AUX: given, "use_aux_hidden_state": True}
+    exported_variant(folder, config)
+    if config["draft_vocab_size"] == config["vocab_size"]:  # speculators has no mapping then
+        same = torch.arange(config["vocab_size"])
+        tensors.setdefault("d2t", torch.zeros_like(same))
+        tensors.setdefault("t2d", torch.ones_like(same, dtype=torch.bool))
+    return config, own_tensors(folder, tensors)
+
+
+def as_speculators(
+    config: dict[str, Any], tensors: dict[str, Tensor], own: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What speculators' configuration has of its own, and the tensors by its names."""
+    entries = {name: bool(config.get(name)) for name in NORMS}
+    names = (*own, "draft_vocab_size", "target_hidden_size", AUX)
+    entries |= {name: config[name] for name in names}
+    left_out = {name for name in tensors if ".hidden_norm." in name and name.startswith("layers.")}
+    if config["draft_vocab_size"] == config["vocab_size"]:
+        left_out |= {"d2t", "t2d"}
+    named = {
+        name.replace("midlayer.", "layers.0."): value
+        for name, value in tensors.items() if name not in left_out
+    }  # fmt: skip
+    return {**entries, "embed_requires_grad": False}, named
 
 
 def check_export(folder: Path, config: dict[str, Any], target: Target) -> None:
     """Refuse a draft whose sizes or auxiliary layers are another target's."""
     text = target.model.config.get_text_config()
-    layers = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+    layers = config["eagle_config"][AUX]
     pairs = {
         "vocab_size": (config["vocab_size"], text.vocab_size),
         "target_hidden_size": (config["target_hidden_size"], text.hidden_size),
         "auxiliary layers": (layers, target.aux_layers),
     }
     remedy = "; if it was not, export it again: python export.py ... export.force=true"
-    check_target(folder, pairs, f" ({config['target_model_name_or_path']})", remedy)
+    check_target(folder, pairs, f" ({config.get('target_model_name_or_path')})", remedy)

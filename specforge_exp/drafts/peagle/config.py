@@ -13,6 +13,7 @@ class PEagleConfig(EagleConfig):
     """Its depths, and which of them are trained."""
 
     steps_option: ClassVar[str] = "num_depths"
+    defining: ClassVar[tuple[str, ...]] = (*EagleConfig.defining, "mask_token_id")
 
     _target_: str = "specforge_exp.drafts.peagle.PEagle"
     """Dotted path of the draft's class."""
@@ -52,6 +53,11 @@ class PEagleConfig(EagleConfig):
     def steps(self) -> int:
         """Depths."""
         return self.num_depths
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Both, but with fc_norm, which vLLM 0.32 does not read of a P-EAGLE in speculators'."""
+        return super().formats[: 1 if self.fc_norm else 2]
 
     def chain_length(self, length: int | None) -> int:
         """All depths, unless bench.chain_length says less."""

@@ -29,6 +29,7 @@ class PEagle(Eagle[PEagleConfig]):
     """A P-EAGLE draft; `mask_hidden` stands for the target's states that do not exist yet."""
 
     own: ClassVar[tuple[str, ...]] = ("mask_token_id",)
+    algorithm: ClassVar[str] = "peagle"
 
     def __init__(self, *arguments: Any) -> None:
         """See `Eagle3Model`."""

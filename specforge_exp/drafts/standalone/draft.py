@@ -154,8 +154,15 @@ class Standalone(Draft[StandaloneConfig]):
         draft.model.eval()
         return draft
 
-    def write(self, folder: Path, target: Target, target_path: str, dtype: torch.dtype) -> None:
-        """Write a plain Hugging Face folder, with the target's tokenizer."""
+    def write(
+        self,
+        folder: Path,
+        target: Target,
+        target_path: str,
+        dtype: torch.dtype,
+        drafted: int | None = None,
+    ) -> None:
+        """Write a plain Hugging Face folder, with the target's tokenizer; the only layout of it."""
         model = copy.deepcopy(self.model)
         model.set_attn_implementation(target.text._attn_implementation)
         model.config.use_cache = True

@@ -1,0 +1,258 @@
+"""Exports in both layouts: the same draft, read by its own package, and runs made of either."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file, save_file
+from test_conf import composed
+
+from specforge_exp import paths
+from specforge_exp.config import Config, DraftConfig, draft_config_class, locate
+from specforge_exp.drafts.vocabulary import vocabulary_mapping
+from specforge_exp.errors import InputError
+from specforge_exp.stages.bench import bench
+from specforge_exp.stages.export import export
+from specforge_exp.stages.train import train
+from specforge_exp.target import Target
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS: dict[str, dict[str, Any]] = {
+    "eagle3": {"_target_": "Eagle3", "draft_vocab_size": 512, "norm_before_residual": True},
+    "whole": {"_target_": "Eagle3", "draft_vocab_size": None},
+    "eagle31": {
+        "_target_": "Eagle3", "draft_vocab_size": 512, "num_layers": 3, "fc_norm": True,
+        "norm_output": True, "sliding_window": 16, "full_attention_layers": [1],
+    },
+    "peagle": {
+        "_target_": "PEagle", "draft_vocab_size": 512, "num_layers": 2, "num_depths": 4,
+        "norm_before_fc": True, "mask_token_id": 7,
+    },
+    "dflash": {"_target_": "DFlash", "block_size": 6, "num_layers": 2, "num_features": 3},
+    "sliding": {
+        "_target_": "DFlash", "block_size": 6, "num_layers": 2, "num_features": 2,
+        "sliding_window": 16, "full_attention_indices": [1], "sliding_window_non_causal": True,
+        "mask_token_id": 9, "window": "block", "sample_from_anchor": True,
+    },
+    "dspark": {
+        "_target_": "DSpark", "block_size": 5, "num_layers": 2, "num_features": 3,
+        "markov_rank": 8, "markov_head_type": "gated", "confidence_head_with_markov": False,
+    },
+}  # fmt: skip
+kinds = pytest.mark.parametrize("name", KINDS)
+
+
+def options_of(name: str) -> DraftConfig:
+    own = dict(KINDS[name])
+    cls = own.pop("_target_")
+    dotted = f"specforge_exp.drafts.{cls.lower()}.{cls}"
+    return draft_config_class(dotted)(_target_=dotted, name=name, **own)
+
+
+def draft_of(name: str, target: Target) -> tuple[Any, Target]:
+    """A draft with numbers everywhere, and the target as it feeds it."""
+    cfg = options_of(name)
+    kind = locate(cfg._target_)
+    fed = Target(target.model, kind.target_layers(cfg, len(target.layers)))
+    size = min(cfg.draft_vocab_size or 1024, 1024)
+    counts = (torch.arange(1024) % 2).flip(0) if size < 1024 else torch.ones(1024)
+    draft = kind.new(fed, cfg, vocabulary_mapping(counts, size), 3)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in draft.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    return draft, fed
+
+
+def same_weights(one: Any, other: Any) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(ours[n].equal(theirs[n]) for n in ours)
+
+
+@kinds
+def test_both_layouts_are_the_same_draft(name: str, tiny_target: Target, tmp_path: Path) -> None:
+    """Written, read, and written again in the other: the bytes of the weights are the same."""
+    draft, target = draft_of(name, tiny_target)
+    first: dict[Any, Path] = {}
+    for drafted in (None, 4):
+        folder = first[drafted] = tmp_path / f"{drafted}"
+        folder.mkdir()
+        draft.write(folder, target, TINY.path, torch.float32, drafted)
+        loaded = type(draft).load(folder, target)
+        assert same_weights(draft, loaded)
+        said = [type(d).declared(d.written(target, "")) for d in (draft, loaded)]
+        assert said[0] == said[1]
+        for option, value in KINDS[name].items():
+            found = said[0].get(f"draft.{option}", value)
+            assert found == (1024 if value is None else value)
+        for again in (None, 4):
+            other = tmp_path / f"{drafted}-{again}"
+            other.mkdir()
+            loaded.write(other, target, TINY.path, torch.float32, again)
+    for drafted, again in [(None, 4), (4, None), (4, 4), (None, None)]:
+        for file in ("model.safetensors", "config.json"):
+            found = (tmp_path / f"{drafted}-{again}" / file).read_bytes()
+            assert found == (first[again] / file).read_bytes(), (file, drafted, again)
+    config = json.loads((first[4] / "config.json").read_text())
+    how = config["speculators_config"]
+    assert config["speculators_model_type"] == how["algorithm"] == type(draft).algorithm
+    assert how["proposal_methods"][0]["speculative_tokens"] == 4
+    assert how["verifier"] == {"name_or_path": TINY.path, "architectures": ["Qwen3ForCausalLM"]}
+
+
+CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str]] = [
+    ("eagle3", "sglang", lambda c: c.pop("hidden_size"), "has no hidden_size"),
+    ("eagle3", "sglang", lambda c: c.update(attention_bias=True), "attention_bias=True is not"),
+    ("eagle3", "sglang", lambda c: c.update(hidden_act="gelu"), "hidden_act=gelu is not silu"),
+    (
+        "eagle3", "sglang", lambda c: c.update(eagle_aux_hidden_state_layer_ids=[1, 3, 5]),
+        "by which vLLM feeds the draft",
+    ),
+    ("eagle3", "sglang", lambda c: c.update(mask_token_id=7), "mask_token_id=7 is not known"),
+    ("eagle3", "speculators", lambda c: c.pop("norm_before_residual"), "no norm_before_residual"),
+    ("eagle3", "speculators", lambda c: c.update(speculators_model_type="mtp"), "is not eagle3"),
+    ("peagle", "sglang", lambda c: c.pop("mask_token_id"), "has no mask_token_id"),
+    ("dflash", "sglang", lambda c: c["dflash_config"].pop("mask_token_id"), "no dflash_config"),
+    ("dflash", "sglang", lambda c: c["dflash_config"].update(x=1), "dflash_config.x=1 is"),
+    ("dflash", "speculators", lambda c: c.update(draft_vocab_size=64), "draft_vocab_size=64 is"),
+    ("dflash", "speculators", lambda c: c.update(markov_rank=8), "markov_rank=8 is not known"),
+    ("dspark", "speculators", lambda c: c.pop("sample_from_anchor"), "has no sample_from_anchor"),
+    ("dspark", "sglang", lambda c: c.pop("markov_rank"), "has no markov_rank"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "layout", "change", "message"), CHANGES, ids=range(len(CHANGES)))
+def test_what_cannot_be_read_is_refused(
+    name: str,
+    layout: str,
+    change: Callable[[dict[str, Any]], Any],
+    message: str,
+    tiny_target: Target,
+    tmp_path: Path,
+) -> None:
+    """By one line that names the entry."""
+    draft, target = draft_of(name, tiny_target)
+    draft.write(tmp_path, target, TINY.path, torch.float32, 4 if layout == "speculators" else None)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message) as error:
+        type(draft).load(tmp_path, target)
+    assert "\n" not in str(error.value)
+
+
+def test_other_makers_folders(tiny_target: Target, tmp_path: Path) -> None:
+    """What they leave out is as usual; a copy of the target's weights is none of the draft's, and
+    another's is refused."""
+    draft, target = draft_of("eagle3", tiny_target)
+    draft.write(tmp_path, target, TINY.path, torch.float32)
+    file, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    config, tensors = json.loads(file.read_text()), load_file(weights)
+    for name in (
+        "eagle_config", "eagle_aux_hidden_state_layer_ids", "target_model_name_or_path",
+        "rope_parameters", "target_hidden_size", "num_hidden_layers",
+    ):  # fmt: skip
+        del config[name]
+    config |= {"pretraining_tp": 1, "use_cache": True, "transformers_version": "4.57.1"}
+    file.write_text(json.dumps(config))
+    tensors["embed_tokens.weight"] = target.embed_VH.clone()
+    save_file(tensors, weights)
+    assert same_weights(type(draft).load(tmp_path, target), draft)
+    tensors["embed_tokens.weight"][0] += 1
+    save_file(tensors, weights)
+    with pytest.raises(InputError, match=r"embed_tokens\.weight is the draft's own"):
+        type(draft).load(tmp_path, target)
+
+
+@pytest.mark.parametrize("layout", ["sglang", "speculators"])
+@pytest.mark.parametrize("name", ["eagle3", "dspark"])
+def test_an_export_becomes_a_run(
+    cfg: Config, tokens: Path, name: str, layout: str, tmp_path: Path
+) -> None:
+    """from=: bit-equal weights in the other layout, the same tau, and a start for a training."""
+    cfg = replace(cfg, run_name="first", max_steps=2, draft=options_of(name))
+    cfg.bench = replace(cfg.bench, max_tokens=8, bootstrap=20)
+    cfg.export = replace(cfg.export, format=layout)
+    train(cfg)
+    source = export(cfg)
+    tau = bench(cfg)
+    other = {"sglang": "speculators", "speculators": "auto"}[layout]
+    made = replace(
+        cfg, run_name="made", export=replace(cfg.export, source=str(source), format=other)
+    )
+    second = export(made)
+    assert export(made) == second
+    assert bench(replace(made, export=replace(cfg.export, source=None))) == tau
+    back = replace(made, run_name="back", export=replace(made.export, source=str(second)))
+    back.export.format = layout
+    third = export(back)
+    for file in ("model.safetensors", "config.json"):
+        assert (third / file).read_bytes() == (source / file).read_bytes()
+    trainer = replace(cfg.trainer, init="made", dump=[1])
+    on = replace(cfg, run_name="on", max_steps=1, trainer=trainer)
+    train(on)
+    dumped = load_file(paths.run_dir(on) / "dump" / "step-000001-rank0.safetensors")
+    exported = load_file(source / "model.safetensors")
+    assert dumped["draft.fc.weight"].equal(exported["fc.weight"].float())
+    with pytest.raises(InputError, match=r"holds checkpoints; give from="):
+        export(replace(made, run_name="first"))
+    with pytest.raises(InputError, match=r"no folder or hub id of a draft"):
+        export(replace(made, export=replace(made.export, source=str(tmp_path)), run_name="none"))
+    again = replace(cfg, export=replace(cfg.export, format=other))
+    with pytest.raises(InputError, match=r"layout was .*2.*, now .*2"):
+        export(again)
+
+
+def test_options_and_what_they_refuse() -> None:
+    assert composed("draft=dspark", "export.format=speculators").export.format == "speculators"
+    for words, message in [
+        (["draft=standalone", "export.format=speculators"], "choose one of: auto, sglang"),
+        (
+            ["draft=peagle", "draft.fc_norm=true", "export.format=speculators"],
+            "no engine reads draft=peagle",
+        ),
+        (["export.source=x", "export.best=true"], "is a draft that is there already"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            composed(*words)
+
+
+PEERS = os.environ.get("SPECFORGE_PEERS_PYTHON", "")
+
+
+@pytest.mark.skipif(not PEERS, reason="SPECFORGE_PEERS_PYTHON is not set")
+@kinds
+def test_its_own_package_reads_it(name: str, tiny_target: Target, tmp_path: Path) -> None:
+    """speculators loads it without a key that is missing or left over, and has these weights."""
+    draft, target = draft_of(name, tiny_target)
+    draft.write(tmp_path, target, TINY.path, torch.float32, 4)
+    command = [PEERS, "-m", "peers.speculators_load", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT / "benchmarks", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["algorithm"] == type(draft).algorithm and said["differ"] == []
+    assert said["tensors"] == len(load_file(tmp_path / "model.safetensors"))
+
+
+def test_from_is_an_option_of_export_alone(tmp_path: Path) -> None:
+    """As it is typed: the short form reaches the stage, and nothing is left behind."""
+    words = ["from=nowhere/at-all/x", "model=tiny", f"paths.checkpoints={tmp_path}/runs"]
+    for script, message in [
+        ("export", "error: from=nowhere/at-all/x is no folder or hub id of a draft"),
+        ("bench", "error: from is not an option"),
+    ]:
+        command = [sys.executable, str(ROOT / f"{script}.py"), *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert not (tmp_path / "runs").exists()
