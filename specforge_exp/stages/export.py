@@ -28,6 +28,7 @@ from specforge_exp.artifacts import (
 from specforge_exp.config import Config, locate
 from specforge_exp.config.checks import typed
 from specforge_exp.config.machine import command, on_the_hub
+from specforge_exp.config.settings import training_settings
 from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.speculators import in_speculators_layout
 from specforge_exp.errors import InputError
@@ -43,6 +44,7 @@ from specforge_exp.training.checkpoint import (
     step_folder,
     step_folders,
 )
+from specforge_exp.training.initial import refuse_others
 from specforge_exp.training.tracking import best_step
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ def exported(cfg: Config) -> Path:
             f"model.path={cfg.model.path}; name the model it was trained with"
         )
     step = step_folder(paths.run_dir(cfg), checkpoint.step)
+    refuse_other_draft(cfg, step, checkpoint.record["settings"])
     fingerprint = Fingerprint(
         {**checkpoint.record["inputs"], "the checkpoint": sha256(step / "draft.safetensors")},
         {"export.dtype": cfg.export.dtype, "step": checkpoint.step, "layout": layout(cfg)},
@@ -96,6 +99,17 @@ def exported(cfg: Config) -> Path:
         "of the draft's choices", folder, checkpoint.step, cfg.export.dtype, 100 * agreement,
     )  # fmt: skip
     return folder
+
+
+def refuse_other_draft(cfg: Config, step: Path, settings: dict[str, Any]) -> None:
+    """Raise InputError when the options mean another draft than a checkpoint was trained as."""
+    if settings.get("draft._target_", cfg.draft._target_) != cfg.draft._target_:
+        raise InputError(
+            f"{step} is of draft={settings['draft.name']}, not draft={cfg.draft.name}; give "
+            f"draft={settings['draft.name']} and the options that it was trained with"
+        )
+    records = settings, training_settings(cfg)
+    refuse_others(str(step), *(cfg.draft.recalled(record) for record in records))
 
 
 def layout(cfg: Config) -> int | str:

@@ -67,13 +67,7 @@ def begin_with(draft: Any, cfg: Config, target: Target) -> None:
     file = initial_weights(cfg, str(cfg.trainer.init))
     read = of_checkpoint if file.name == "draft.safetensors" else of_export
     tensors, theirs, ours = read(draft, cfg, target, file.parent)
-    for key, value in ours.items():
-        if key in theirs and theirs[key] != value:
-            remedy = f"; give {key}={typed(theirs[key])}" if "." in key else ""
-            raise InputError(
-                f"trainer.init: {file.parent} has {key}={typed(theirs[key])}, this draft has "
-                f"{typed(value)}{remedy}"
-            )
+    refuse_others(f"trainer.init: {file.parent}", theirs, ours)
     own = draft.state_dict()
     absent = tuple(part for part in draft.optional if not any(n.startswith(part) for n in tensors))
     wanted = {name: value for name, value in own.items() if not name.startswith(absent)}
@@ -93,6 +87,16 @@ def begin_with(draft: Any, cfg: Config, target: Target) -> None:
     # A process that is dealt its weights has none yet.
     held = {name: value for name, value in tensors.items() if not own[name].is_meta}
     draft.load_state_dict(held, strict=False)
+
+
+def refuse_others(where: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise InputError where what weights were trained to mean is not what a draft means."""
+    for key, value in ours.items():
+        if key in theirs and theirs[key] != value:
+            remedy = f"; give {key}={typed(theirs[key])}" if "." in key else ""
+            raise InputError(
+                f"{where} has {key}={typed(theirs[key])}, this draft has {typed(value)}{remedy}"
+            )
 
 
 Begun = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]

@@ -1,6 +1,7 @@
 """Export and bench: the whole pipeline on the tiny target, and the figures it gives."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from specforge_exp.bench.acceptance import (
 from specforge_exp.bench.speculative import Generation
 from specforge_exp.config import Config, Source
 from specforge_exp.drafts.eagle3.draft import Eagle3
+from specforge_exp.drafts.peagle.config import PEagleConfig
 from specforge_exp.errors import InputError
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.export import export
@@ -199,6 +201,27 @@ def test_neither_is_reused_for_another_draft(exported: Path, cfg: Config) -> Non
     bench(cfg)
     with pytest.raises(InputError, match=r"holds no checkpoint.*trainer\.resume=false"):
         export(cfg)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sliding_window": 16}, "has draft.sliding_window=null, this draft has 16; give draft.sl"),
+        ({"norm_output": True}, "has draft.norm_output=false, this draft has true; give draft."),
+        ({"num_layers": 2}, "has draft.num_layers=1, this draft has 2"),
+    ],
+)
+def test_another_draft_than_was_trained_is_refused(
+    exported: Path, cfg: Config, change: dict[str, Any], message: str
+) -> None:
+    """Weights of the same shapes would be written as a draft that they are not."""
+    cfg.export.force = True
+    with pytest.raises(InputError, match=re.escape(message)):
+        export(replace(cfg, draft=replace(cfg.draft, **change)))
+    other: Any = PEagleConfig(name="peagle", draft_vocab_size=512)
+    with pytest.raises(InputError, match="is of draft=eagle3, not draft=peagle; give draft=eagle3"):
+        export(replace(cfg, draft=other))
+    assert export(cfg) == exported
 
 
 def test_missing_export_names_the_command(cfg: Config) -> None:

@@ -14,6 +14,7 @@ class StandaloneConfig(DraftConfig):
 
     steps_option: ClassVar[str] = "horizon"
     quiet: ClassVar[tuple[str, ...]] = ("draft_vocab_size",)
+    defining: ClassVar[tuple[str, ...]] = ("path", "config")
 
     _target_: str = "specforge_exp.drafts.standalone.Standalone"
     """Dotted path of the draft's class."""
