@@ -13,6 +13,7 @@ import torch
 from conftest import make_config
 
 from specforge_exp import paths
+from specforge_exp.artifacts import read_record
 from specforge_exp.config import Config
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.errors import InputError
@@ -109,6 +110,27 @@ def test_it_starts_at_a_step(base: Config) -> None:
     assert not any(key.startswith("onpolicy") for line in lines(off) for key in line)
 
 
+def test_replay_alone(base: Config, caplog: pytest.LogCaptureFixture) -> None:
+    """Without the text's loss, shorter and beyond rejections: the steps before it are those
+    without, evaluation has the text's loss, and what the target read is summed up."""
+    own = replace(base.onpolicy, level0=0.0, start=2, length=2, beyond=1)
+    cfg = replace(base, run_name="alone", max_steps=4, onpolicy=own)
+    off = replace(base, run_name="without", max_steps=4, onpolicy=replace(own, name="none"))
+    with caplog.at_level("INFO"):
+        train(cfg)
+    train(off)
+    found, expected = lines(cfg), lines(off)
+    assert [x["loss"] for x in found[:2]] == [x["loss"] for x in expected[:2]]
+    assert all(x["loss"] == pytest.approx(x["onpolicy/loss"]) for x in found[2:])
+    held_out = [read_record(paths.run_dir(c) / "run.json")["evaluation"] for c in (cfg, off)]
+    assert held_out[0]["loss"] == pytest.approx(held_out[1]["loss"], rel=0.2)
+    verified = sum(x["onpolicy/verified_tokens"] for x in found[2:])
+    read = round(sum(x["tokens_per_s"] * x["seconds"] for x in found[2:]))
+    assert verified == sum(x["onpolicy/anchors"] for x in found[2:])  # the first of two tokens
+    said = f"the target read {verified:.0f} proposed tokens beside {read} of conversations "
+    assert said + f"({1 + verified / read:.2f} times as many as without)" in caplog.text
+
+
 def test_it_begins_with_another_run(base: Config, run: Config) -> None:
     """A run's weights are the ones before the first step; another vocabulary is refused."""
     from safetensors.torch import load_file, save_file
@@ -117,6 +139,11 @@ def test_it_begins_with_another_run(base: Config, run: Config) -> None:
     cfg = replace(base, run_name="continued", max_steps=1, trainer=trainer)
     train(cfg)
     first = load_file(paths.run_dir(cfg) / "dump" / "step-000001-rank0.safetensors")
+    [line] = lines(cfg)
+    accepted_RK = first["sample0.accepted_RK"]
+    length = 1 + float(accepted_RK.sum()) / len(first["sample0.anchor_R"])
+    assert line["onpolicy/accepted_length"] == pytest.approx(length)
+    assert first["sample0.tokens_KR"].T.shape == accepted_RK.shape
     last = load_file(step_folders(paths.run_dir(run))[-1] / "draft.safetensors")
     assert torch.equal(first["draft.fc.weight"], last["fc.weight"])
     with pytest.raises(InputError, match=r"neither a run with a checkpoint"):
