@@ -156,9 +156,10 @@ class Rollouts:
             said, before = prompt + answer.tokens, places[-1] + 1
             if answer.tokens[-1] not in decoding.eos:
                 break
+        errors_R = torch.tensor(errors, dtype=torch.long)
         if not said:
-            return Rollout(ids_T, turns_T, torch.zeros(0, dtype=torch.long), decoded_4)
-        return Rollout(torch.tensor(said), torch.tensor(turns), torch.tensor(errors), decoded_4)
+            return Rollout(ids_T, turns_T, errors_R, decoded_4)
+        return Rollout(torch.tensor(said), torch.tensor(turns), errors_R, decoded_4)
 
     def prepare(self, batches: list[Batch], states: States) -> list[Sample]:
         """As `Objective.prepare`: the window's conversations with the round's answers, laid out by
