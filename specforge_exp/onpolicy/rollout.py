@@ -117,13 +117,12 @@ class Rollouts:
             "step %d: %d answers with the draft of now, accepted length %.3f", first,
             len(numbers), total_4[0] / total_4[1].clamp(min=1),
         )  # fmt: skip
-        return {
-            n: Rollout(
-                *(torch.tensor(x, dtype=torch.long) for x in plain[n][:3]),
-                torch.tensor(plain[n][3], dtype=torch.float64) / uses[n],
-            )
-            for n in numbers
-        }
+        made = {}
+        for n in numbers:
+            ids_T, turns_T, errors_R = (torch.tensor(x, dtype=torch.long) for x in plain[n][:3])
+            decoded_4 = torch.tensor(plain[n][3], dtype=torch.float64) / uses[n]
+            made[n] = Rollout(ids_T, turns_T, errors_R, decoded_4)
+        return made
 
     @torch.no_grad()
     def answered(
@@ -132,8 +131,11 @@ class Rollouts:
         """The conversation with other answers, one turn after the other; it ends with an answer
         that does not, or where there is no room. What cannot be answered stays as it is."""
         own, replayer, ids = self.cfg.onpolicy, self.replayer, ids_T.tolist()
-        past, said, turns, errors = Past(replayer.target), [], [], []
+        said: list[int] = []
+        turns: list[int] = []
+        errors: list[int] = []
         decoded_4, before = torch.zeros(4, dtype=torch.float64), 0
+        past = Past(replayer.target)
         for number in turns_T[turns_T > 0].unique().tolist():
             places = (turns_T == number).nonzero()[:, 0].tolist()
             prompt = said + ids[before : places[0]]
