@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import small_target
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from specforge_exp.bench.speculative import Decoding, generate, speculate
 from specforge_exp.config import DraftConfig, LossConfig
@@ -303,8 +304,7 @@ def test_anchors_stand_before_what_was_missed() -> None:
 def chain_of(
     target: Target, draft: Any, ids_T: Tensor, at: int, tokens_K: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of draft and target, [K, V] each, at the prefixes of forced tokens after
-    `at`: by the decoder and by a plain forward."""
+    """Log-probabilities of draft and target, [K, V] each, at prefixes of tokens after `at`."""
     decoder, forced = draft.decoder(), iter(tokens_K.tolist())
     aux_1TA, _ = target.features(ids_T[None, :at])
     decoder.commit(aux_1TA, ids_T[1 : at + 1].tolist())
@@ -317,8 +317,7 @@ def chain_of(
 @pytest.mark.parametrize("options", [{}, {"beyond": 2}, {"length": 2, "decay": 0.5}], ids=str)
 @pytest.mark.parametrize(("kind", "cfg"), KINDS)
 def test_the_loss_is_what_its_formula_says(kind: Any, cfg: Any, options: dict[str, Any]) -> None:
-    """In packed conversations, over a window of two samples: each proposed position by itself,
-    accepted and rejected ones by their own terms, over the window's sum of the decays."""
+    """In packed conversations, over a window of two samples, each proposed position by itself."""
     target = small_target()
     draft = small(target, kind, cfg)
     own = OnPolicyConfig(name="replay", anchors=6, **options)
@@ -363,8 +362,7 @@ def test_the_loss_is_what_its_formula_says(kind: Any, cfg: Any, options: dict[st
 
 @pytest.mark.parametrize(("kind", "cfg"), [KINDS[0], KINDS[2]])
 def test_the_text_is_only_measured(kind: Any, cfg: Any) -> None:
-    """With its weight 0: no gradient of it, nor where nothing is proposed; before onpolicy.start
-    and held out it has its whole weight."""
+    """With its weight 0; before onpolicy.start and held out it has its whole weight."""
     target = small_target()
     draft = small(target, kind, cfg)
     sample = Replayer(OnPolicyConfig(name="replay"), draft, target, K, 512).sample(
@@ -392,8 +390,6 @@ def test_the_text_is_only_measured(kind: Any, cfg: Any) -> None:
 @pytest.mark.parametrize("length", [2, K])
 def test_proposing_is_counted(kind: Any, cfg: Any, length: int) -> None:
     """FLOP of the products, of which only attention's and what is made twice are left out."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     target = small_target(vocabulary=512)
     draft = small(target, kind, cfg)
     replayer = Replayer(OnPolicyConfig(name="replay"), draft, target, length, 512)
