@@ -221,13 +221,17 @@ def test_rollouts_are_what_bench_measures(rolled: Config) -> None:
             requests = []
             for number in window_of(12, 4, rolled.seed, *divmod(step - 1, 3)):
                 ids_T, turns_T = splits.train[number]
-                prompt = ids_T[: int((turns_T > 0).int().argmax())].tolist()
-                drafted = speculate(target, draft.decoder(), draft.draft_ids_D, prompt, decoding)
-                alone = generate(target, prompt, decoding)
-                requests.append(PairedAnswer(drafted, alone, 0.0))
-                assert kept[number].ids_T.tolist()[: len(prompt + alone.tokens)] == (
-                    prompt + alone.tokens
-                )
+                said, before = [], 0
+                for turn in range(1, int(turns_T.max()) + 1):
+                    places = (turns_T == turn).nonzero()[:, 0].tolist()
+                    said += ids_T[before : places[0]].tolist()
+                    drafted = speculate(target, draft.decoder(), draft.draft_ids_D, said, decoding)
+                    alone = generate(target, said, decoding)
+                    requests.append(PairedAnswer(drafted, alone, 0.0))
+                    said, before = said + alone.tokens, places[-1] + 1
+                    if said[-1] not in ends:
+                        break
+                assert kept[number].ids_T.tolist() == said
             expected = accepted_length(requests, "conversations")
             assert lines(rolled)[step - 1]["onpolicy/accepted_length"] == pytest.approx(expected)
 
@@ -243,7 +247,7 @@ def test_resumed_within_a_round(rolled: Config, step: int) -> None:
         shutil.rmtree(checkpoint)
     file = round_file(folder, 0 if step == 2 else 4)
     file.rename(folder / "away")
-    with pytest.raises(InputError, match=rf"within a round .* {file.name} .*trainer.resume=false"):
+    with pytest.raises(InputError, match=rf"within a round .*{file.name} .*trainer.resume=false"):
         train(cfg)
     (folder / "away").rename(file)
     train(cfg)
