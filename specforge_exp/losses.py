@@ -81,6 +81,9 @@ class ProposedLoss:
     """Where it rejects."""
     decay: float
     """The k-th proposed token weighs decay**(k - 1)."""
+    start: int = 0
+    """Steps before the first one in which that counts; until then, and where nothing is trained,
+    the loss on the text has its full weight."""
 
 
 def cross_entropy(logq_ND: Tensor, teacher: TeacherRows) -> Tensor:

@@ -186,7 +186,10 @@ def test_stages_never_import_one_another() -> None:
         ("chat", ["stages.chat"]),
         ("report", ["stages.report", "stages.bench_sweep"]),
         # Published figures stand beside ours; chat decodes and reads streams as bench does.
-        ("bench", ["stages.bench", "report.collect", "chat.local", "chat.remote"]),
+        (
+            "bench",
+            ["stages.bench", "report.collect", "chat.local", "chat.remote", "onpolicy.rollout"],
+        ),
     ],
 )
 def test_a_room_is_known_to_its_stage_alone(room: str, users: list[str]) -> None:

@@ -193,7 +193,7 @@ class Config:
         for key, (value, allowed) in needed.items():
             if value != allowed:
                 raise InputError(
-                    f"onpolicy=replay needs {key}={str(allowed).lower()}, not "
+                    f"onpolicy={self.onpolicy.name} needs {key}={str(allowed).lower()}, not "
                     f"{str(value).lower()}: every process asks its own target to judge what its "
                     "draft has just proposed"
                 )

@@ -247,7 +247,7 @@ class DraftConfig:
     def check_replay(self) -> None:
         """Refuse to be trained on what it proposes, where it cannot."""
         if not self.replayed:
-            raise InputError(f"onpolicy=replay cannot train draft={self.name}; use onpolicy=none")
+            raise InputError(f"onpolicy cannot train draft={self.name}; use onpolicy=none")
 
     def matters(self) -> dict[str, Any]:
         """The options that a training depends on."""

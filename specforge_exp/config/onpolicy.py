@@ -1,6 +1,7 @@
 """Whether a draft is also trained on what it proposes itself, and how (docs/onpolicy.md)."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from specforge_exp.config.checks import above_zero, allow, minimums
 from specforge_exp.errors import InputError
@@ -26,14 +27,16 @@ class ProposedTerms:
 
 @dataclass
 class OnPolicyConfig:
-    """Replay: the draft proposes after some tokens of the text, the target judges, both learn."""
+    """Replay: the draft proposes after some tokens of the text, the target judges, it learns."""
 
     name: str = "none"
-    """none; replay: train on proposals too, at draft-induced prefixes."""
+    """none; replay: train on proposals too, at draft-induced prefixes; rollout: and the text is
+    what draft and target write now, the anchors where the draft was wrong in it."""
     weight: float = 1.0
     """Weight of the replay's loss."""
     level0: float = 1.0
-    """Weight of the loss on the text, beside it; 0: it is only measured."""
+    """Weight of the loss on the text, beside it; 0: it is only measured. Before `start`, and for
+    held-out conversations, it is 1."""
     start: int = 0
     """Optimiser steps before the first one with replay."""
     anchors: int = 32
@@ -55,11 +58,19 @@ class OnPolicyConfig:
     """The loss where the target accepts."""
     rejected: ProposedTerms = field(default_factory=lambda: ProposedTerms(lambda_rkl=1.0))
     """The loss where it rejects."""
+    sync_every: int = 100
+    """rollout: steps between two times that the generator takes the draft's weights and answers the
+    prompts of the following ones."""
+    max_tokens: int | None = None
+    """rollout: tokens of an answer, at most; null: as many as max_length leaves."""
+    dry_run: bool = False
+    """train prints what the target will read, and trains nothing."""
 
     def __post_init__(self) -> None:
-        allow(self, "onpolicy.", name="none replay")
+        allow(self, "onpolicy.", name="none replay rollout")
         minimums(
             self, "onpolicy.", level0=0, start=0, anchors=1, length=1, temperature=0, beyond=0,
+            sync_every=1, max_tokens=2,
         )  # fmt: skip
         above_zero("onpolicy.weight", self.weight)
         above_zero("onpolicy.budget", self.budget)
@@ -79,4 +90,14 @@ class OnPolicyConfig:
     @property
     def replays(self) -> bool:
         """Whether proposals are trained on."""
-        return self.name == "replay"
+        return self.name != "none"
+
+    @property
+    def rolls(self) -> bool:
+        """Whether the answers are the draft's and the target's of now."""
+        return self.name == "rollout"
+
+    def matters(self) -> dict[str, Any]:
+        """The options that a training depends on."""
+        quiet = ["dry_run"] if self.rolls else ["dry_run", "sync_every", "max_tokens"]
+        return {name: value for name, value in asdict(self).items() if name not in quiet}

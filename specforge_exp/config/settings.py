@@ -27,7 +27,7 @@ def training_settings(cfg: Config) -> dict[str, Any]:
     for group, node in groups.items():
         settings |= {f"{group}.{key}": value for key, value in node.items() if key not in QUIET}
     if cfg.onpolicy.replays:
-        settings |= {f"onpolicy.{key}": value for key, value in asdict(cfg.onpolicy).items()}
+        settings |= {f"onpolicy.{key}": value for key, value in cfg.onpolicy.matters().items()}
     else:
         settings |= {"onpolicy.name": None}  # as records have it that know no replay
     return settings | {"model.aux_layers": cfg.model.aux_layers}

@@ -30,7 +30,7 @@ class Draft(nn.Module, Generic[Options]):
     """A draft in training; a subclass has `objective`.
 
     One that onpolicy=replay can train (`replayed` of its options) also has
-    `propose(sample, anchor_R, steps, choose)`, tokens [steps, R] after some positions;
+    `propose(sample, anchor_R, steps, choose)`, tokens [steps, R] after some positions, and FLOP;
     `replayed(cfg, sample, replay)`, chains, states of every step and FLOP; and `heads(sample,
     target_head)`.
     """
@@ -172,9 +172,13 @@ class Draft(nn.Module, Generic[Options]):
         if torch.is_grad_enabled():
             for weight in self.parameters():
                 gradient_of(weight)
-        on_text, gradient = window_K[: cfg.steps], torch.is_grad_enabled() and loss.scale > 0
-        with torch.set_grad_enabled(gradient):
+        if loss.proposed is not None and sample.step < loss.proposed.start:
+            loss = replace(loss, scale=1.0)
+        on_text, measured = window_K[: cfg.steps], torch.is_grad_enabled() and loss.scale == 0
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not measured):
             outcome = self.objective(sample, target_head, loss, cfg, on_text)
+        if measured:  # a third of what forward and backward need
+            outcome = replace(outcome, flops=outcome.flops / 3)
         if sample.replay is not None and loss.proposed is not None:
             more = replay_outcome(self, sample, target_head, loss, cfg, window_K[cfg.steps :])
             outcome = replace(

@@ -5,7 +5,7 @@ target vocabulary, N rows.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,8 @@ class Replayer:
     """Tokens of conversations that the target has read."""
     verified: int = 0
     """Proposed tokens that it has read."""
+    decoded: int = 0
+    """Tokens that it has read to write answers."""
 
     def prepare(self, batches: list[Batch], states: States) -> list[Sample]:
         """As `Objective.prepare`; called for a window when the step before it is done, so the
@@ -72,8 +74,14 @@ class Replayer:
         return [self.sample(batch) for batch in batches]
 
     @torch.no_grad()
-    def sample(self, batch: Batch) -> Sample:
-        """One batch; held-out ones, and those before onpolicy.start, have no proposals."""
+    def sample(self, batch: Batch, errors: list[Tensor] | None = None) -> Sample:
+        """One batch; held-out ones, and those before onpolicy.start, have no proposals.
+
+        Args:
+            batch: of conversations.
+            errors: positions of each of them before a token that the draft missed; None: they are
+                found by proposals from anchors that are drawn uniformly.
+        """
         replays = batch.step >= self.cfg.start
         caches, parts = [], []
         for ids_T in conversations(batch):
@@ -85,10 +93,11 @@ class Replayer:
         if not replays:
             return sample
         self.read += sum(batch.lengths)
-        replay = self.replayed(sample, caches)
-        return Sample(**{**vars(sample), "replay": replay})
+        return replace(sample, replay=self.replayed(sample, caches, errors))
 
-    def replayed(self, sample: Sample, caches: list[Any]) -> Replay | None:
+    def replayed(
+        self, sample: Sample, caches: list[Any], errors: list[Tensor] | None
+    ) -> Replay | None:
         """The proposals of a sample; None: there is no place for any."""
         ids_T, turns_T = sample.ids_T.cpu(), sample.turns_T
         possible_T = possible_anchors(turns_T, *document_bounds(sample.lengths, turns_T.device))
@@ -97,19 +106,22 @@ class Replayer:
         for span, number in zip(parts, sample.numbers, strict=True):
             fits_T = torch.arange(span.stop - span.start) + self.steps <= self.limit
             draws.append(draw(self.cfg, sample.draw, number, possible_T[span] & fits_T, self.steps))
-        anchors = [one.uniform() for one in draws]
-        if self.cfg.errors > 0 and any(len(a) for a in anchors):
+        anchors, flops = [one.uniform() for one in draws], 0.0
+        if errors is None and self.cfg.errors > 0 and any(len(a) for a in anchors):
             numbers = self.numbers(draws, anchors)
-            tokens_KR, _ = self.propose(sample, packed(anchors, parts), numbers[0])
+            tokens_KR, _, flops = self.propose(sample, packed(anchors, parts), numbers[0])
             chains = tokens_KR.split([len(a) for a in anchors], 1)
-            anchors = [
-                one.with_errors(missed(a, c, ids_T[p], turns_T[p]), self.cfg.errors)
-                for one, a, c, p in zip(draws, anchors, chains, parts, strict=True)
+            errors = [
+                missed(a, c, ids_T[p], turns_T[p])
+                for a, c, p in zip(anchors, chains, parts, strict=True)
             ]
+        if errors is not None:
+            pairs = zip(draws, errors, strict=True)
+            anchors = [one.with_errors(own, self.cfg.errors) for one, own in pairs]
         if not any(len(a) for a in anchors):
             return None
-        numbers = self.numbers(draws, anchors)
-        return self.judged(sample, caches, anchors, numbers)
+        replay = self.judged(sample, caches, anchors, self.numbers(draws, anchors))
+        return replace(replay, flops=replay.flops + flops)
 
     def numbers(self, draws: list[Draw], anchors: list[Tensor]) -> Tensor:
         """Random numbers for these anchors of each conversation, [2, K, R]."""
@@ -118,11 +130,11 @@ class Replayer:
 
     def propose(
         self, sample: Sample, anchor_R: Tensor, numbers_KR: Tensor
-    ) -> tuple[Tensor, Chooser]:
-        """Proposed tokens [K, R] on the CPU, and how they were chosen."""
+    ) -> tuple[Tensor, Chooser, float]:
+        """Proposed tokens [K, R] on the CPU, how they were chosen, and FLOP."""
         chooser = Chooser(self.cfg.temperature, numbers_KR)
-        tokens_KR: Tensor = self.draft.propose(sample, anchor_R, self.steps, chooser)
-        return tokens_KR.cpu(), chooser
+        tokens_KR, flops = self.draft.propose(sample, anchor_R, self.steps, chooser)
+        return tokens_KR.cpu(), chooser, flops
 
     def judged(
         self, sample: Sample, caches: list[DynamicCache], anchors: list[Tensor], numbers: Tensor
@@ -130,7 +142,7 @@ class Replayer:
         """Proposals from these anchors of each conversation, and what the target says of them."""
         parts = list(spans(sample.lengths))
         anchor_R = packed(anchors, parts)
-        tokens_KR, chooser = self.propose(sample, anchor_R, numbers[0])
+        tokens_KR, chooser, flops = self.propose(sample, anchor_R, numbers[0])
         last_TH = sample.last_TH
         read_JRH = last_TH.new_zeros(self.steps - 1, len(anchor_R), last_TH.shape[1])
         first = 0
@@ -150,9 +162,10 @@ class Replayer:
         at_K1 = torch.arange(self.steps)[:, None]
         counts_KR = valid_KR & (at_K1 <= accepted_R + self.cfg.beyond)
         accepted_KR = at_K1 < accepted_R
+        flops += 2.0 * self.target.head.weight_VH.numel() * tokens_KR.numel()
         return Replay(
             anchor_R, tokens_KR, read_JRH.flatten(0, 1), counts_KR.T.contiguous(),
-            accepted_KR.T.contiguous(),
+            accepted_KR.T.contiguous(), flops,
         )  # fmt: skip
 
     def valid(self, sample: Sample, anchor_R: Tensor, tokens_KR: Tensor) -> Tensor:
@@ -174,10 +187,11 @@ class Replayer:
 
     def summary(self) -> str:
         """What verification took."""
-        more = self.verified / max(1, self.read)
+        more = 1 + (self.verified + self.decoded) / max(1, self.read)
+        own = f" and {self.decoded} to write them" if self.cfg.rolls else ""
         return (
             f"onpolicy={self.cfg.name}: the target read {self.verified} proposed tokens beside "
-            f"{self.read} of conversations ({1 + more:.2f} times as many as without)"
+            f"{self.read} of conversations{own} ({more:.2f} times as many as without)"
         )
 
 

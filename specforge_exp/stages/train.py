@@ -29,19 +29,23 @@ from specforge_exp.config import Config, LossConfig, locate
 from specforge_exp.config.checks import shared_evenly
 from specforge_exp.config.onpolicy import ProposedTerms
 from specforge_exp.config.settings import training_settings
+from specforge_exp.data.rendering import eos_token_ids
 from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.inference.cluster import Fleet, fleet_of, given
 from specforge_exp.inference.split import Split, joins, make_split
 from specforge_exp.losses import Loss, ProposedLoss, opd
+from specforge_exp.onpolicy.cost import cost_lines
 from specforge_exp.onpolicy.replay import Replayer
+from specforge_exp.onpolicy.rollout import Rollouts
 from specforge_exp.sharding import shard_draft, without_numbers
 from specforge_exp.target import (
     Target,
     check_gpus,
     check_length,
     load_target,
+    load_tokenizer,
     take_what_is_there,
 )
 from specforge_exp.target.segments import check_segments
@@ -52,7 +56,7 @@ from specforge_exp.training.initial import begin_with, initial_weights
 from specforge_exp.training.learnable import listed, nothing_to_learn, refuse_nothing
 from specforge_exp.training.loop import EVAL_TOKENS, Splits, TrainingRun, fit
 from specforge_exp.training.objective import Objective, Outcome, Sample, samples_of
-from specforge_exp.training.progress import DRAFTS, summary
+from specforge_exp.training.progress import DRAFTS, ONPOLICY, summary
 from specforge_exp.training.ranks import Ranks, by_torchrun, started
 from specforge_exp.training.running import (
     Record,
@@ -73,7 +77,7 @@ def train(cfg: Config) -> float | tuple[float, ...]:
 
     With `trainer.gpus` above 1 it starts that many processes, each of which comes back here.
     """
-    if cfg.target.dry_run and not started():
+    if not started() and (cfg.target.dry_run or cfg.onpolicy.dry_run):
         return show_split(take_what_is_there(cfg))
     return objectives(cfg, in_processes("train", cfg, begin, train_here, workers_of(cfg)))
 
@@ -110,7 +114,7 @@ def train_on(cfg: Config, device: torch.device, ranks: Ranks, stream: Stream | N
     states = states_of(cfg, target, splits, run, stream)
     objective = make_objective(cfg, draft, target, states)
     if cfg.onpolicy.replays:
-        objective = replaying(cfg, draft, target, objective)
+        objective = replaying(cfg, draft, target, objective, splits, run)
     evaluation = fit(cfg, draft, objective, splits, run)
     if text := objective.features.summary(ranks):
         log.info("train: %s", text)
@@ -127,6 +131,11 @@ def begin(cfg: Config, world: int) -> Record | None:
         InputError: as `settled`, or tokens are missing.
     """
     shared_evenly(cfg.trainer.batch_size, world, "WORLD_SIZE")
+    if cfg.onpolicy.rolls and cfg.bench_engine != "transformers":
+        raise InputError(
+            f"onpolicy=rollout answers in this process with the draft of now; engine.name="
+            f"{cfg.engine.name} does not serve it: leave engine= out for train"
+        )
     tokens = require(cfg, "preprocess", "index.json")
     check_tokens(tokens, wanted_of(cfg))
     run = TrainingRun(paths.run_dir(cfg), fingerprint_of(cfg, tokens), Ranks(0, world))
@@ -152,14 +161,17 @@ def split_of(cfg: Config, trainers: int | None = None) -> Split:
 
 
 def show_split(cfg: Config) -> float | tuple[float, ...]:
-    """What target.dry_run=true prints; there are no values to return.
+    """What target.dry_run=true and onpolicy.dry_run=true print; there are no values to return.
 
     Raises:
         InputError: tokens are missing, or were made for another training.
     """
     check_gpus(cfg, "train", int(cfg.trainer.gpus))
     check_tokens(require(cfg, "preprocess", "index.json"), wanted_of(cfg))
-    for line in split_of(cfg).lines():
+    lines = split_of(cfg).lines() if cfg.target.dry_run else []
+    if cfg.onpolicy.dry_run:
+        lines += cost_lines(cfg, read_tokens(paths.tokens_dir(cfg))[1].train)
+    for line in lines:
         log.info("train: %s", line)
     return objectives(cfg, {"evaluation": dict.fromkeys(cfg.objectives, float("nan"))})
 
@@ -303,8 +315,15 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
 
     def forward(sample: Sample, window_K: Tensor) -> Outcome:
         outcome: Outcome = draft(sample, head, loss, cfg.draft, window_K)[1]
-        read = len(sample.ids_T) + (len(sample.replay.last_PH) if sample.replay else 0)
-        return replace(outcome, flops=outcome.flops + live * read)
+        flops, sums = outcome.flops + live * len(sample.ids_T), outcome.sums
+        if sample.replay is not None:
+            flops += sample.replay.flops + live * len(sample.replay.last_PH)
+        if sample.decoded_4 is not None:
+            gained, verifications, read, drafted = sample.decoded_4.tolist()
+            flops += (live + 2.0 * head.weight_VH.numel()) * read + 2.0 * count(draft) * drafted
+            own = {"gained": gained, "verifications": verifications, "decoded_tokens": read}
+            sums = sums | {f"{ONPOLICY}{k}": torch.tensor(v) for k, v in own.items()}
+        return replace(outcome, flops=flops, sums=sums)
 
     nothing_2 = torch.zeros(2, dtype=torch.long, device=target.device)
     states_2H = torch.zeros(2, head.weight_VH.shape[1], device=target.device)
@@ -327,29 +346,38 @@ def loss_of(cfg: Config) -> Loss:
         own = LossConfig(name="proposed", temperature=cfg.loss.temperature, **weights)
         return Loss(opd, own, options.weight)
 
-    proposed = ProposedLoss(part(options.accepted), part(options.rejected), options.decay)
+    parts = part(options.accepted), part(options.rejected)
+    proposed = ProposedLoss(*parts, options.decay, options.start)
     return Loss(function, cfg.loss, options.level0, proposed)
 
 
-def replaying(cfg: Config, draft: Any, target: Target, objective: Objective) -> Objective:
-    """The objective with proposals of the draft in its samples.
+def replaying(
+    cfg: Config, draft: Any, target: Target, objective: Objective, splits: Splits, run: TrainingRun
+) -> Objective:
+    """The objective with proposals of the draft in its samples, and with its answers.
 
     Raises:
         InputError: the target cannot judge them in one forward.
     """
+    tokenizer = load_tokenizer(cfg.model)
+    target.tokens = max(tokenizer.get_vocab().values()) + 1  # others are never said, as in bench
     check_segments(target, max(cfg.max_length, 4))
-    ends = getattr(target.model.generation_config, "eos_token_id", None)
-    listed_ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = frozenset(eos_token_ids(cfg.model.path, tokenizer))
     steps = cfg.onpolicy.length or cfg.draft.steps
-    replayer = Replayer(cfg.onpolicy, draft, target, steps, cfg.max_length, frozenset(listed_ends))
+    replayer = Replayer(cfg.onpolicy, draft, target, steps, cfg.max_length, ends)
 
     def summed(ranks: Ranks) -> str:
-        counts = ranks.gather((replayer.read, replayer.verified))
-        read, verified = (sum(column) for column in zip(*counts, strict=True))
-        return replace(replayer, read=read, verified=verified).summary()
+        counts = ranks.gather((replayer.read, replayer.verified, replayer.decoded))
+        read, verified, decoded = (sum(column) for column in zip(*counts, strict=True))
+        return replace(replayer, read=read, verified=verified, decoded=decoded).summary()
 
     nothing = Features(lambda batches: list, summary=summed)
-    return replace(objective, features=nothing, prepare=replayer.prepare)
+    objective = replace(objective, features=nothing, prepare=replayer.prepare)
+    if not cfg.onpolicy.rolls:
+        return objective
+    target.check_decoding()
+    rollouts = Rollouts(cfg, splits.train, replayer, run)
+    return replace(objective, begin=rollouts.begin, prepare=rollouts.prepare)
 
 
 def fingerprint_of(cfg: Config, tokens: Path) -> Fingerprint:

@@ -121,6 +121,6 @@ def check_segments(target: Target, length: int) -> None:
 def refused(target: Target, reason: str) -> InputError:
     """Why proposals cannot be judged."""
     return InputError(
-        f"onpolicy=replay judges many proposals in one forward of the target, which "
+        f"onpolicy judges many proposals in one forward of the target, which "
         f"{target.text.model_type} cannot ({reason}); use onpolicy=none"
     )

@@ -47,7 +47,12 @@ def draw_of(seed: int, epoch: int) -> int:
 def drawing(batch: Batch, number: int) -> torch.Generator:
     """What the objective samples in a conversation of a batch: the same wherever it is packed, and
     after an interruption."""
-    seed = (batch.draw * 2_654_435_761 + number) % 2**32  # a generator takes no more bits
+    return numbers_of(batch.draw, number)
+
+
+def numbers_of(draw: int, number: int) -> torch.Generator:
+    """Random numbers of one conversation."""
+    seed = (draw * 2_654_435_761 + number) % 2**32  # a generator takes no more bits
     return torch.Generator().manual_seed(seed)
 
 

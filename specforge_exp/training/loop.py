@@ -197,6 +197,7 @@ def windows(
     else:
         plans = planned(cfg, tokens, steps, ranks, device)
     for window, states in in_order(objective.features, plans):
+        objective.begin(window.step)
         yield replace(window, samples=objective.prepare(window.batches, states))
 
 
@@ -242,7 +243,8 @@ def add_gradients(
         if not objective.sparing:
             share_again(draft, number == len(samples))
         outcome = objective.forward(sample, window_K)
-        outcome.loss.backward()
+        if outcome.loss.requires_grad:  # with the text's weight 0 and no proposal there is nothing
+            outcome.loss.backward()
         window_log.add(outcome, sum(sample.lengths))
         loss += outcome.loss.detach()
     if not is_sharded(draft):

@@ -28,6 +28,8 @@ class Replay:
     """Whether a proposed token's position counts: the first of each chain that do, bool."""
     accepted_RK: Tensor
     """Whether the target accepts it and all before, bool."""
+    flops: float = 0.0
+    """Of proposing, and of the target's head."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Sample(Batch):
     """Its post-norm last hidden states."""
     replay: Replay | None = None
     """What the draft proposed in it."""
+    decoded_4: Tensor | None = None
+    """Of its answers that draft and target have just written: tokens gained in verifications,
+    verifications, tokens that the target read, tokens that the draft read or proposed; float64."""
 
 
 def samples_of(batches: list[Batch], states: States) -> list[Sample]:
@@ -98,7 +103,7 @@ class Objective:
     features: Features
     """Where what else is needed comes from, as a target's states."""
     prepare: Callable[[list[Batch], States], Sequence[Batch]]
-    """Add it to batches."""
+    """Add it to batches, which may become others."""
     denominators: Callable[[Batch], Tensor]
     """What a batch adds to the divisors of the window, [K]; known before any forward."""
     idle: Batch
@@ -110,5 +115,7 @@ class Objective:
     false: kept in full for a window, as of a draft."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's."""
+    begin: Callable[[int], None] = lambda step: None
+    """What comes before the batches of a step are prepared; every process calls it."""
     decays_all: bool = True
     """Whether the weight decay is for vectors (norms, biases) too."""

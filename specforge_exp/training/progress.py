@@ -72,10 +72,13 @@ class WindowLog:
         target's states were fetched.
         """
         seconds = max(time.monotonic() - self.started, 1e-9)
-        total = self.everywhere(ranks)
+        total, windows = self.everywhere(ranks), max(1, self.windows)
+        sums = dict(total.sums)
+        if ONPOLICY + "loss" in sums:
+            sums[ONPOLICY + "loss"] = sums[ONPOLICY + "loss"] / windows
         return {
-            "loss": self.loss / max(1, self.windows),
-            **means(total.sums),
+            "loss": self.loss / windows,
+            **means(sums),
             "tokens_per_s": total.tokens / seconds,
             "supervised_tokens_per_s": float(total.sums["rows"][0]) / seconds,
             "mfu": total.flops / seconds / self.peak,
@@ -124,12 +127,16 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
 
 def onpolicy(sums: dict[str, Tensor]) -> dict[str, float]:
     """Of what the draft proposed itself: tokens gained per verification, the target's token
-    included; proposed tokens that the target read; the replay's share of the loss, summed."""
-    if ONPOLICY + "anchors" not in sums:
-        return {}
+    included (in its own answers, where it wrote any; those of replay are then another name's);
+    proposed tokens that the target read; the replay's share of the loss."""
     own = {name: float(value) for name, value in sums.items() if name.startswith(ONPOLICY)}
-    accepted, anchors = own.pop(ONPOLICY + "accepted"), own[ONPOLICY + "anchors"]
-    return own | {ONPOLICY + "accepted_length": 1 + accepted / max(1.0, anchors)}
+    length = ONPOLICY + "accepted_length"
+    if anchors := own.get(ONPOLICY + "anchors"):
+        own[length] = 1 + own.pop(ONPOLICY + "accepted") / anchors
+    if verifications := own.get(ONPOLICY + "verifications"):
+        own[ONPOLICY + "replayed_length"] = own.pop(length, 1.0)
+        own[length] = own.pop(ONPOLICY + "gained") / verifications
+    return own
 
 
 def summary(metrics: dict[str, float]) -> str:

@@ -82,9 +82,9 @@ def dump(run: TrainingRun, draft: nn.Module, window: Window) -> None:
     for name, weight in draft.named_parameters():
         tensors[f"draft.{name}"] = whole(weight.detach())
     for number, sample in enumerate(window.samples):
-        for name, value in vars(sample).items():
-            if isinstance(value, Tensor):
-                tensors[f"sample{number}.{name}"] = value
+        replay = vars(sample).get("replay")
+        parts = vars(sample) | (vars(replay) if replay else {})
+        tensors |= {f"sample{number}.{n}": v for n, v in parts.items() if isinstance(v, Tensor)}
         tensors[f"sample{number}.lengths"] = torch.tensor(sample.lengths)
     path = run.folder / "dump" / f"step-{window.step + 1:06d}-rank{run.ranks.rank}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)

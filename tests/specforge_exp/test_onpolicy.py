@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import small_target
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from specforge_exp.bench.speculative import Decoding, generate, speculate
 from specforge_exp.config import DraftConfig, LossConfig
@@ -102,8 +103,8 @@ class Forced:
     def __init__(self, tokens_KR: Tensor) -> None:
         self.tokens_KR = tokens_KR
 
-    def propose(self, sample: Sample, anchor_R: Tensor, steps: int, choose: Any) -> Tensor:
-        return self.tokens_KR
+    def propose(self, sample: Sample, anchor_R: Tensor, steps: int, choose: Any) -> Any:
+        return self.tokens_KR, 0.0
 
 
 def greedy_text(target: Target, seed: int, new: int = 30) -> Tensor:
@@ -223,7 +224,7 @@ def test_proposals_are_the_decoders(kind: Any, cfg: Any) -> None:
     sample = replayer.sample(batch_of(parts, step=-1))
     anchors = [(0, 8), (1, 5), (1, 20)]
     anchor_R = torch.tensor([at + conversation * len(parts[0]) for conversation, at in anchors])
-    tokens_KR, _ = replayer.propose(sample, anchor_R, torch.zeros(K, 3))
+    tokens_KR, *_ = replayer.propose(sample, anchor_R, torch.zeros(K, 3))
     for chain, (conversation, at) in enumerate(anchors):
         ids_T = parts[conversation]
         decoder = draft.decoder()
@@ -298,3 +299,101 @@ def test_anchors_stand_before_what_was_missed() -> None:
     chosen = own.with_errors(torch.tensor([5, 6]), 0.5)
     assert {5, 6} <= set(chosen.tolist())
     assert len(set(chosen.tolist())) == 4
+
+
+def chain_of(
+    target: Target, draft: Any, ids_T: Tensor, at: int, tokens_K: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of draft and target, [K, V] each, at prefixes of tokens after `at`."""
+    decoder, forced = draft.decoder(), iter(tokens_K.tolist())
+    aux_1TA, _ = target.features(ids_T[None, :at])
+    decoder.commit(aux_1TA, ids_T[1 : at + 1].tolist())
+    _, logits = decoder.propose(len(tokens_K), lambda logits: next(forced))
+    plain_T = torch.cat([ids_T[: at + 1], tokens_K[:-1]])
+    served_KV = target.model(plain_T[None]).logits[0, -len(tokens_K) :]
+    return torch.log_softmax(torch.stack(logits), -1), torch.log_softmax(served_KV, -1)
+
+
+@pytest.mark.parametrize("options", [{}, {"beyond": 2}, {"length": 2, "decay": 0.5}], ids=str)
+@pytest.mark.parametrize(("kind", "cfg"), KINDS)
+def test_the_loss_is_what_its_formula_says(kind: Any, cfg: Any, options: dict[str, Any]) -> None:
+    """In packed conversations, over a window of two samples, each proposed position by itself."""
+    target = small_target()
+    draft = small(target, kind, cfg)
+    own = OnPolicyConfig(name="replay", anchors=6, **options)
+    steps = own.length or K
+    replayer = Replayer(own, draft, target, steps, 512)
+    texts = [greedy_text(target, seed) for seed in (1, 2, 3)]
+    together = replayer.sample(batch_of(texts[:2]))
+    samples = [together, replayer.sample(replace(batch_of(texts[2:]), numbers=[2]))]
+    window_K, expected = torch.zeros(2 * K, dtype=torch.float64), []
+    for sample in samples:
+        replay = sample.replay
+        assert replay is not None
+        window_K[K : K + steps] += replay.counts_RK.sum(0)
+        starts = torch.tensor([0, *sample.lengths]).cumsum(0)
+        for row, anchor in enumerate(replay.anchor_R.tolist()):
+            which = int((starts[1:] <= anchor).sum())
+            ids_T, at = sample.ids_T.split(sample.lengths)[which], anchor - int(starts[which])
+            tokens_K = replay.tokens_KR[:, row]
+            logq_KV, logp_KV = chain_of(target, draft, ids_T, at, tokens_K)
+            right = int((logp_KV.argmax(-1) == tokens_K).int().cumprod(0).sum())
+            ends = len(ids_T) - 1 - at  # where all is the text, nothing follows its last token
+            said = (tokens_K[:ends] == ids_T[at + 1 : at + 1 + steps]).all()
+            last = min(steps, right + 1 + own.beyond, ends if said else steps)
+            assert replay.counts_RK[row].tolist() == [k < last for k in range(steps)]
+            for k in range(last):
+                q, p = logq_KV[k], logp_KV[k]
+                value = -(p.exp() * q).sum() if k < right else (q.exp() * (q - p)).sum()
+                expected.append(own.decay**k * float(value))
+    decay_K = own.decay ** torch.arange(steps, dtype=torch.float64)
+    divisor = float((decay_K * window_K[K : K + steps]).sum())
+    scale = float(decay_K.sum()) if kind is Eagle3 else 1.0
+    parts = [Loss(opd, LossConfig(name=n, **{n: 1.0})) for n in ("lambda_ce", "lambda_rkl")]
+    loss = Loss(opd, MIXTURE, 0.0, ProposedLoss(parts[0], parts[1], own.decay))
+    found = 0.0
+    for sample in samples:
+        value, outcome = draft(sample, target.head, loss, cfg, window_K)
+        value.backward()
+        found += float(value.detach())
+        assert float(outcome.sums["onpolicy/loss"]) == pytest.approx(float(value.detach()))
+    assert found == pytest.approx(scale * sum(expected) / divisor, rel=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "cfg"), [KINDS[0], KINDS[2]])
+def test_the_text_is_only_measured(kind: Any, cfg: Any) -> None:
+    """With its weight 0; before onpolicy.start and held out it has its whole weight."""
+    target = small_target()
+    draft = small(target, kind, cfg)
+    sample = Replayer(OnPolicyConfig(name="replay"), draft, target, K, 512).sample(
+        batch_of([greedy_text(target, 1)], step=3)
+    )
+    assert sample.replay is not None
+    proposed = ProposedLoss(Loss(opd, MIXTURE), None, 0.8, start=3)
+    window_K = torch.cat([draft.denominators(cfg, sample), sample.replay.counts_RK.sum(0)])
+    bare = replace(sample, replay=None)
+    value, outcome = draft(bare, target.head, Loss(opd, MIXTURE, 0.0, proposed), cfg, window_K)
+    assert not value.requires_grad
+    assert float(value) == 0
+    plain, whole = draft(bare, target.head, Loss(opd, MIXTURE), cfg, window_K)
+    assert float(plain.detach()) > 0
+    assert outcome.sums["alpha"].tolist() == whole.sums["alpha"].tolist()
+    assert outcome.flops == whole.flops / 3
+    for step in (2, -1):
+        early = replace(bare, step=step)
+        value, _ = draft(early, target.head, Loss(opd, MIXTURE, 0.0, proposed), cfg, window_K)
+        assert float(value.detach()) == float(plain.detach())
+        assert value.requires_grad
+
+
+@pytest.mark.parametrize(("kind", "cfg"), KINDS)
+@pytest.mark.parametrize("length", [2, K])
+def test_proposing_is_counted(kind: Any, cfg: Any, length: int) -> None:
+    """FLOP of the products, of which only attention's and what is made twice are left out."""
+    target = small_target(vocabulary=512)
+    draft = small(target, kind, cfg)
+    replayer = Replayer(OnPolicyConfig(name="replay"), draft, target, length, 512)
+    sample = replayer.sample(batch_of([torch.arange(40)], step=-1))
+    with FlopCounterMode(display=False) as counter:
+        _, _, flops = replayer.propose(sample, torch.arange(6, 30), torch.zeros(length, 24))
+    assert 0.7 < flops / counter.get_total_flops() <= 1

@@ -220,39 +220,41 @@ class DFlash(DFlashModel):
             self.host_ids_D,
         )  # fmt: skip
 
-    def filled(self, sample: Sample, anchor_R: Tensor, counts_RK: Tensor) -> Tensor:
-        """States [K, R, H] of the slots that say a token, of blocks after some positions."""
+    def filled(self, sample: Sample, anchor_R: Tensor, counts_RK: Tensor) -> tuple[Tensor, float]:
+        """States [K, R, H] of the slots that say a token, of blocks after some positions, and FLOP
+        with the way back."""
         start_T, end_T = document_bounds(sample.lengths, anchor_R.device)
         slots = counts_RK.shape[1] + self.first_slot
         drawn = Blocks(anchor_R, start_T, end_T, counts_RK)
         state_QH = self.states(sample.ids_T, sample.aux_TA, drawn, slots)
         state_RSH = state_QH.view(len(anchor_R), slots, -1)
-        return state_RSH[:, self.first_slot :].transpose(0, 1)
+        flops = needed_flops(self, drawn, len(sample.ids_T))
+        return state_RSH[:, self.first_slot :].transpose(0, 1), flops
 
     @torch.no_grad()
     def propose(
         self, sample: Sample, anchor_R: Tensor, steps: int, choose: Callable[[int, Tensor], Tensor]
-    ) -> Tensor:
+    ) -> tuple[Tensor, float]:
         """As EAGLE-3's, each chain by one pass over its block."""
         counts_RK = torch.ones(len(anchor_R), steps, dtype=torch.bool)
-        normed_KRH = self.norm(self.filled(sample, anchor_R, counts_RK))
+        state_KRH, flops = self.filled(sample, anchor_R, counts_RK)
+        normed_KRH = self.norm(state_KRH)
         weight_VH = self.head_VH.to(normed_KRH.dtype)
         chosen = [
             choose(step, (normed_RH @ weight_VH.T).float())
             for step, normed_RH in enumerate(normed_KRH)
         ]
-        return torch.stack(chosen)
+        head = 2.0 * weight_VH.numel() * steps * len(anchor_R)
+        return torch.stack(chosen), head + flops / 3
 
     def replayed(
         self, cfg: DFlashConfig, sample: Sample, replay: Replay
     ) -> tuple[ReplayChains, list[Tensor], float]:
         """Proposed blocks, the states of their slots, and FLOP."""
         anchor_R, counts_RK = replay.anchor_R, replay.counts_RK
-        states = list(self.filled(sample, anchor_R, counts_RK))
-        chains = proposing_chains(sample.lengths, anchor_R, len(states))
-        drawn = Blocks(anchor_R, chains.start_T, chains.end_T, counts_RK)
-        flops = needed_flops(self, drawn, len(sample.ids_T))
-        return replace(chains, supervised=list(counts_RK.T)), states, flops
+        state_KRH, flops = self.filled(sample, anchor_R, counts_RK)
+        chains = proposing_chains(sample.lengths, anchor_R, len(state_KRH))
+        return replace(chains, supervised=list(counts_RK.T)), list(state_KRH), flops
 
     @torch.no_grad()
     def all_logits(self, cfg: DFlashConfig, ids_1T: Tensor, aux_1TA: Tensor) -> Tensor:

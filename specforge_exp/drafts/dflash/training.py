@@ -84,7 +84,7 @@ def dpace(text_KR: Tensor, alpha: float) -> Tensor:
 def needed_flops(draft: DFlashModel, blocks: Blocks, tokens: int) -> float:
     """FLOP that forward and backward need below the head: 6 per weight and use; see EAGLE-3's."""
     H: int = draft.config.hidden_size
-    rows = len(blocks.anchor_R) * draft.config.block_size
+    rows = len(blocks.anchor_R) * (blocks.counts_RK.shape[1] + draft.first_slot)
     layers = sum(weight.numel() for weight in draft.layers.parameters() if weight.dim() > 1)
     keys = sum(
         len(proj.weight) * H

@@ -125,9 +125,7 @@ class Eagle3Config(EagleConfig):
         """The peers' supervision trains states that no proposal has."""
         super().check_replay()
         if self.supervision != "inference":
-            raise InputError(
-                f"onpolicy=replay needs draft.supervision=inference, not {self.supervision}"
-            )
+            raise InputError(f"onpolicy needs draft.supervision=inference, not {self.supervision}")
 
     @property
     def steps(self) -> int:

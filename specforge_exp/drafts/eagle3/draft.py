@@ -240,8 +240,8 @@ class Eagle3(Eagle[Eagle3Config]):
     @torch.no_grad()
     def propose(
         self, sample: Sample, anchor_R: Tensor, steps: int, choose: Callable[[int, Tensor], Tensor]
-    ) -> Tensor:
-        """Chains of tokens [steps, R] after some positions of packed conversations.
+    ) -> tuple[Tensor, float]:
+        """Chains of tokens [steps, R] after some positions of packed conversations, and FLOP.
 
         Args:
             sample: the conversations.
@@ -260,7 +260,8 @@ class Eagle3(Eagle[Eagle3Config]):
 
         chains = proposing_chains(sample.lengths, anchor_R, steps)
         unroll(self, chains, sample.ids_T, sample.aux_TA, Fed(extend=extend))
-        return torch.stack(tokens)
+        head = 2.0 * self.lm_head.weight.numel() * steps * len(anchor_R)
+        return torch.stack(tokens), head + training.needed_flops(self, chains) / 3
 
     def replayed(
         self, cfg: Eagle3Config, sample: Sample, replay: Replay
