@@ -59,7 +59,7 @@ BUDGETS = {
     "specforge_exp/bench": 10_700,
     "specforge_exp/report": 18_450,
     "specforge_exp/chat": 4_000,
-    "": 264_300,
+    "": 264_350,
     "specforge_exp/causal": 5_680,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
