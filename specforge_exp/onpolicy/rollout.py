@@ -120,7 +120,8 @@ class Rollouts:
         made = {}
         for n in numbers:
             ids_T, turns_T, errors_R = (torch.tensor(x, dtype=torch.long) for x in plain[n][:3])
-            decoded_4 = torch.tensor(plain[n][3], dtype=torch.float64) / uses[n]
+            decoded_4 = torch.tensor(plain[n][3], dtype=torch.float64)
+            decoded_4[2:] /= uses[n]  # what it took counts once in a round
             made[n] = Rollout(ids_T, turns_T, errors_R, decoded_4)
         return made
 
