@@ -72,13 +72,18 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 flush=True,
             )
             summary["runs"].append({"case": case, **one})
-        summary["cases"][case] = {
-            "cpu_ratio": ours["cpu_s"] / min(peer["cpu_s"] for peer in peers),
-            "activation_ratio": ours["activation_mb"]
-            / min(peer["activation_mb"] for peer in peers),
-            "loss_rel": max(abs(peer["loss"] / ours["loss"] - 1) for peer in peers),
-        }
+        summary["cases"][case] = ratios(ours, peers)
     return summary
+
+
+def ratios(ours: dict[str, Any], peers: list[dict[str, Any]]) -> dict[str, float]:
+    """Of our step to the better peer's, and the largest difference of a loss."""
+    cpu, memory = (min(peer[key] for peer in peers) for key in ("cpu_s", "activation_mb"))
+    return {
+        "cpu_ratio": ours["cpu_s"] / cpu,
+        "activation_ratio": ours["activation_mb"] / memory,
+        "loss_rel": max(abs(peer["loss"] / ours["loss"] - 1) for peer in peers),
+    }
 
 
 def record(args: argparse.Namespace, folder: Path) -> None:

@@ -332,7 +332,8 @@ class ReportConfig:
 
     metric: str = "simulated_length"
     """What runs are ranked by: accepted_length (of bench), or a value of the last evaluation, e.g.
-    simulated_length, loss or alpha/0. Losses and costs are better when smaller."""
+    simulated_length, loss or alpha/0. Losses and costs are better when smaller. As it is, bench's
+    jobs are ranked by accepted_length, pretrain's and sft's by loss."""
     resamples: int = 2000
     """Resamples behind the 95 % intervals."""
 

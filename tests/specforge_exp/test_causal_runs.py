@@ -150,6 +150,19 @@ def test_refusals(made: Config, stage: str, option: str, words: str, tmp_path: P
 
 
 @pytest.mark.slow
+def test_submitit_runs_the_same(made: Config, whole: dict[str, Any], tmp_path: Path) -> None:
+    """hydra/launcher=submitit_slurm's local form; its job is the training of a single call."""
+    more = ["-m", "hydra/launcher=submitit_local", "sweep_name=submitted"]
+    said = finish(command(made, "pretrain", "submitted", *more), tmp_path / "log")
+    assert re.search(r"^1 +submitted .* completed", said, re.M), said
+    assert losses(made, "submitted") == whole["pretrain"][0]
+    sweep = Path(made.paths.checkpoints) / "sweeps" / "submitted" / "pretrain"
+    assert list(sweep.glob(".submitit/*/*.pkl")) and (sweep / "report.html").exists()
+    table = (sweep / "report.csv").read_text().splitlines()
+    assert "loss" in table[0] and len(table) == 2
+
+
+@pytest.mark.slow
 def test_slurm_requeues_what_was_stopped(
     made: Config, whole: dict[str, Any], tmp_path: Path
 ) -> None:
