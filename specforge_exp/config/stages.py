@@ -194,7 +194,8 @@ class TrainerConfig:
     """train: begin with the weights of a checkpoint (a run's folder or name, or its step-*/) or of
     an exported folder, with a fresh optimiser; null: with a fresh draft."""
     keep_best: bool = False
-    """Also save and keep the evaluation with the longest simulated accepted length."""
+    """Also save and keep the evaluation with the longest simulated accepted length, of a causal
+    model with the lowest loss."""
     resume: bool = True
     """Continue from the newest checkpoint of this run; false: start over."""
     restarts: int = 0
