@@ -140,7 +140,7 @@ def test_two_processes_are_one(made: Config, whole: dict[str, Any], tmp_path: Pa
         ("sft", "trainer.init=other", "sft begins with a model's folder: model.path="),
         ("pretrain", "trainer.init=other", "pretrain begins with a model's folder: model.path="),
         ("sft", "causal.beta2=1", "causal.beta2=1.0 must be below 1"),
-        ("sft", "model=qwen2_5_0_5b", "\n  python preprocess.py experiment=sft_tiny"),
+        ("sft", "model=qwen2_5_0_5b", "preprocess.py experiment=sft_tiny"),
     ],
 )
 def test_refusals(made: Config, stage: str, option: str, words: str, tmp_path: Path) -> None:
