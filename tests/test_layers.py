@@ -260,6 +260,26 @@ def test_budgets(part: str) -> None:
     assert total <= BUDGETS[part], f"{total:.0f} tokens"
 
 
+OF_MODELS = [
+    "specforge_exp/causal/", "specforge_exp/stages/pretrain.py", "specforge_exp/stages/sft.py",
+    "specforge_exp/config/causal.py", "specforge_exp/data/stream.py", "pretrain.py", "sft.py",
+]  # fmt: skip
+"""All that pretrain and sft have of their own; chat and the stand-alone draft come on top."""
+WITH_THEM = ["specforge_exp/chat/", "specforge_exp/stages/chat.py", "specforge_exp/config/chat.py",
+             "specforge_exp/drafts/standalone/", "chat.py"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("parts", "most"), [(OF_MODELS, 10_000), ([*OF_MODELS, *WITH_THEM], 19_050)]
+)
+def test_causal_models_are_little_code(parts: list[str], most: int) -> None:
+    total = sum(tokens(path) for path, name in NAMES.items() if name.startswith(tuple(parts)))
+    assert total <= most, f"{total:.0f} tokens"
+    for stage in ("pretrain", "sft"):
+        text = (ROOT / "specforge_exp" / "stages" / f"{stage}.py").read_text()
+        assert len(text.splitlines()) < 150
+
+
 def class_names(house: str) -> Iterator[tuple[str, str]]:
     """The classes of a house with the file of each."""
     for name, path in MODULES.items():

@@ -1,18 +1,23 @@
-"""Train the tiny chat model that stands in for a large target, and write it beside this file.
+"""Make the tiny chat model that stands in for a large target, and write it beside this file.
 
-    python assets/tiny_target/make.py [--out DIR] [--steps N] [--seed N]
+    python assets/tiny_target/make.py [--out DIR] [--work DIR] [--steps PRETRAIN SFT]
 
-A byte-level BPE tokenizer and a Qwen3 of about 1.1 million parameters are trained from scratch, on
-one thread, on the train split of `specforge_exp.data.synthetic` rendered as ChatML.
+A byte-level BPE tokenizer and the configuration of a Qwen3 of about 1.1 million weights come from
+the train split of `specforge_exp.data.synthetic`, rendered as ChatML. The weights come from two
+trainings on one thread, whose commands are printed: pretrain.py reads the conversations as text,
+sft.py goes on with their answers.
 """
 
 import argparse
 import json
-import math
 import random
+import shlex
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,14 +26,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
 
 from specforge_exp.data import synthetic  # noqa: E402  (run as a script, the root is not on the path)
 
@@ -36,15 +40,28 @@ VOCAB_SIZE = 1024
 PAD, BOT, EOT = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SYSTEM = "You are a helpful assistant."
 SYSTEM_SHARE = 0.25
-TRAIN_COUNT, EVAL_COUNT, BENCH_COUNT = 20000, 100, 50
-ROWS, LENGTH = 4, 384
-PEAK_RATE, WEIGHT_DECAY, WARMUP = 4e-3, 0.05, 60
+READ_COUNT, TUNED_COUNT, EVAL_COUNT, BENCH_COUNT = 20000, 3000, 100, 50
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+BOTH = [
+    "trainer.warmup_ratio=0.03", "trainer.min_lr_ratio=0.02", "trainer.weight_decay=0.05",
+    "causal.beta2=0.98", "trainer.eval_every=200", "trainer.save_every=200",
+]  # fmt: skip
+# A step is a row of about eight conversations, of which the last one is cut off. sft goes on with
+# the weights as they are.
+PRETRAIN = [
+    "max_length=1536", "trainer.batch_size=1", f"pretrain.eval_documents={EVAL_COUNT}",
+    "export.dtype=float32",
+]  # fmt: skip
+SFT = [
+    "model.init=weights", "lr=1e-3", "export.dtype=bfloat16",
+    f"data.train=[{{path: 'synthetic:train', limit: {TUNED_COUNT}}}]",
+    f"data.eval=[{{path: 'synthetic:eval', limit: {EVAL_COUNT}}}]",
+]  # fmt: skip
 
 
 def train_tokenizer(conversations: list[dict]) -> PreTrainedTokenizerFast:
@@ -83,9 +100,10 @@ def train_tokenizer(conversations: list[dict]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
-    """A freshly initialised Qwen3 with eight layers of width 128, in float32."""
+def write_start(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Everything but weights: eight layers of width 128, tokenizer and chat template."""
     config = Qwen3Config(
+        architectures=["Qwen3ForCausalLM"],
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
         intermediate_size=192,
@@ -100,134 +118,69 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
+        dtype="bfloat16",
     )
-    model = Qwen3ForCausalLM(config)
-    model.generation_config = GenerationConfig(
+    config.save_pretrained(folder)
+    GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
-    )
-    return model
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[dict], seed: int
-) -> list[list[int]]:
-    """Token ids of each rendered conversation, some of them with a system message in front."""
-    rng = random.Random(seed)
-    documents = []
-    for conversation in conversations:
-        messages = conversation["conversations"]
-        if rng.random() < SYSTEM_SHARE:
-            messages = [{"role": "system", "content": SYSTEM}, *messages]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        documents.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return documents
-
-
-def batches(documents: list[list[int]], seed: int) -> Iterator[torch.Tensor]:
-    """Endless [ROWS, LENGTH] batches of whole documents in a row, reshuffled every epoch.
-
-    Each row begins with a document, as a prompt does in use; one cut off at the end of a row
-    begins the next row again, so that no ending goes unseen and nothing is padded.
-    """
-    rng = random.Random(seed)
-    rows: list[list[int]] = []
-    row: list[int] = []
-    while True:
-        for document in rng.sample(documents, len(documents)):
-            if len(row) + len(document) > LENGTH:
-                rows.append((row + document)[:LENGTH])
-                row = []
-            row = row + document
-            if len(rows) == ROWS:
-                yield torch.tensor(rows)
-                rows = []
-
-
-def answer_mask(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """True at the answer tokens, the closing mark included, of one document's ids [length]."""
-    header = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    inside = False
-    for position, token in enumerate(ids.tolist()):
-        mask[position] = inside
-        if token == tokenizer.eos_token_id:
-            inside = False
-        elif ids[max(0, position + 1 - len(header)) : position + 1].tolist() == header:
-            inside = True
-    return mask
-
-
-@torch.no_grad()
-def evaluate(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, documents: list[list[int]]
-) -> tuple[float, float]:
-    """Mean negative log-likelihood in nats per token: over all tokens, and over answers only."""
-    model.eval()
-    every, answers = [], []
-    for document in documents:
-        ids = torch.tensor(document)
-        logits = model(input_ids=ids[None]).logits[0, :-1]
-        losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
-        every.append(losses)
-        answers.append(losses[answer_mask(ids, tokenizer)[1:]])
-    model.train()
-    return torch.cat(every).mean().item(), torch.cat(answers).mean().item()
-
-
-def train(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    data: dict[str, list[list[int]]],
-    steps: int,
-    seed: int,
-) -> float:
-    """Train in place on every token and return the held-out answer loss in nats per token."""
-    decayed = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [
-        {"params": decayed, "weight_decay": WEIGHT_DECAY},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            min(1.0, (step + 1) / WARMUP)
-            * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
-        ),
-    )
-    started = time.perf_counter()
-    for step, ids in zip(range(1, steps + 1), batches(data["train"], seed), strict=False):
-        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if step % 200 == 0 or step == steps:
-            every, answers = evaluate(
-                model, tokenizer, data["eval"][: 30 if step < steps else None]
-            )
-            seconds = time.perf_counter() - started
-            print(
-                f"step {step}/{steps}  train {loss.item():.3f}  val {every:.3f}  "
-                f"val answers {answers:.3f}  {seconds:.0f} s",
-                flush=True,
-            )
-    return answers
-
-
-def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write bfloat16 weights, configurations, tokenizer and chat template into `out`."""
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    path = out / "tokenizer_config.json"
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     # The name that releases before transformers 5 know as well.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def write_text(file: Path, conversations: list[dict]) -> None:
+    """Rendered conversations, some of them with a system message in front, a document each."""
+    rng = random.Random(0)
+    with file.open("w") as lines:
+        for conversation in conversations:
+            messages = conversation["conversations"]
+            if rng.random() < SYSTEM_SHARE:
+                messages = [{"role": "system", "content": SYSTEM}, *messages]
+            turns = (f"{BOT}{m['role']}\n{m['content']}{EOT}" for m in messages)
+            lines.write(json.dumps({"text": "\n".join(turns)}) + "\n")
+
+
+def call(words: list[str]) -> None:
+    """Run one of the project's scripts."""
+    subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=ROOT, check=True)
+
+
+def make(out: Path, work: Path, steps: tuple[int, int], run: Callable[[list[str]], None]) -> None:
+    """Make the model below `work` and copy it to `out`.
+
+    Args:
+        out: the folder of the finished model.
+        work: where corpus and checkpoints go.
+        steps: of either training.
+        run: runs a script of the project, given its name and options.
+    """
+    start, text, runs = work / "start", work / "text.jsonl", work / "checkpoints"
+    start.mkdir(parents=True, exist_ok=True)
+    conversations = synthetic.generate("train", READ_COUNT, 0)
+    write_start(start, train_tokenizer(conversations))
+    write_text(text, conversations)
+    places = [f"paths.datasets={work / 'datasets'}", f"paths.checkpoints={runs}"]
+    read = [
+        "experiment=pretrain_tiny", f"model.path={start}", "run_name=read", *BOTH, *PRETRAIN,
+        f"pretrain.sources=[{{path: '{text}'}}]", f"max_steps={steps[0]}", *places,
+    ]  # fmt: skip
+    tuned = [
+        "experiment=sft_tiny", f"model.path={runs / 'read' / 'export'}", "run_name=tuned", *BOTH,
+        *SFT, f"max_steps={steps[1]}", *places,
+    ]  # fmt: skip
+    for words in (
+        ["pretrain.py", *read], ["prep.py", *tuned], ["preprocess.py", *tuned], ["sft.py", *tuned],
+    ):  # fmt: skip
+        print(shlex.join(["python", *words]), flush=True)
+        run(words)
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(runs / "tuned" / "export" / "model.safetensors", out / "model.safetensors")
+    for file in start.iterdir():
+        shutil.copyfile(file, out / file.name)
 
 
 @torch.no_grad()
@@ -251,33 +204,20 @@ def report(out: Path) -> float:
 
 
 def main() -> None:
-    """Train, save, reload and report."""
+    """Make, reload and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE, help="directory to write into")
-    parser.add_argument("--steps", type=int, default=2300, help="optimizer steps")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, help="keep corpus and checkpoints here")
+    parser.add_argument("--steps", type=int, nargs=2, default=(2000, 300), metavar="N")
     options = parser.parse_args()
     started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        work = (options.work or Path(folder)).resolve()
+        make(options.out, work, tuple(options.steps), call)
     torch.set_num_threads(1)
-    torch.manual_seed(options.seed)
-    conversations = synthetic.generate("train", TRAIN_COUNT, options.seed)
-    tokenizer = train_tokenizer(conversations)
-    held_out = synthetic.generate("eval", EVAL_COUNT, options.seed)
-    data = {
-        "train": encode(tokenizer, conversations, options.seed),
-        "eval": encode(tokenizer, held_out, options.seed),
-    }
-    model = build_model(tokenizer)
-    tokens = sum(map(len, data["train"]))
-    print(f"{model.num_parameters()} parameters, {tokens} training tokens, vocab {len(tokenizer)}")
-    answers = train(model, tokenizer, data, options.steps, options.seed)
-    save(model, tokenizer, options.out)
-    share = report(options.out)
-    size = sum(path.stat().st_size for path in options.out.iterdir() if path.is_file())
     summary = {
-        "answer_loss": round(answers, 3),
-        "share_ended": share,
-        "bytes": size,
+        "share_ended": report(options.out),
+        "bytes": sum(path.stat().st_size for path in options.out.iterdir() if path.is_file()),
         "seconds": round(time.perf_counter() - started),
     }
     print(json.dumps(summary))

@@ -65,6 +65,7 @@ def measure(step: Callable[[], Any], args: argparse.Namespace) -> dict[str, floa
     cpu, wall, memory = [], [], []
     for _ in range(args.steps):
         if args.turns:
+            settle()  # or all that wait hold what their last step has freed
             wait_for_turn()
         if cuda:
             torch.cuda.synchronize()

@@ -197,7 +197,7 @@ class Config:
                     f"{str(value).lower()}: every process asks its own target to judge what its "
                     "draft has just proposed"
                 )
-        length, steps = self.onpolicy.length, self.draft.steps
+        length, steps = self.onpolicy.length, self.draft.replay_length
         if length is not None and length > steps:
             raise InputError(
                 f"onpolicy.length={length} is above the {steps} tokens that "

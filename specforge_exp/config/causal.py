@@ -55,7 +55,9 @@ class TextSource:
 class PretrainConfig:
     """python pretrain.py"""
 
-    sources: list[TextSource] = field(default_factory=list)
+    sources: list[TextSource] = field(
+        default_factory=lambda: [TextSource("hub:HuggingFaceFW/fineweb-edu/sample-10BT")]
+    )
     """The mixture; each begins again when it ends."""
     eval_documents: int = 64
     """The first so many documents of each source are held out."""

@@ -208,6 +208,11 @@ class DraftConfig:
         raise NotImplementedError
 
     @property
+    def replay_length(self) -> int:
+        """Most tokens that onpolicy=replay lets it propose after an anchor."""
+        return self.steps
+
+    @property
     def features(self) -> int:
         """Layers of the target that feed it."""
         raise NotImplementedError

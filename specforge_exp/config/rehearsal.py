@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from specforge_exp.config.machine import CONFIG_FLAGS, program
-from specforge_exp.config.resolvers import MATTERS, REPOSITORY, STAGES
+from specforge_exp.config.resolvers import MATTERS, OF_THE_MODEL, REPOSITORY, STAGES
 
 QUICKSTART = "experiment=quickstart"
 CHOSEN = {"experiment", "model", "data", "engine", "resources", "hydra/launcher", "naming"}
@@ -46,18 +46,21 @@ def offers(stage: str, own: str = "", shows: str = "") -> str:
         own: an option with which the command itself works here; "": none does.
         shows: what it prints then.
     """
-    script, words = program(stage), carried()
+    script, words, small = program(stage), carried(), QUICKSTART
+    before = STAGES[1 : STAGES.index(stage)]
+    if stage in OF_THE_MODEL:
+        small, before = f"experiment={stage}_tiny", ("prep", "preprocess") * (stage == "sft")
     lines = [(shlex.join([*script, *sys.argv[1:], own]), shows)] if own else []
-    for earlier in STAGES[1 : STAGES.index(stage)]:
+    for earlier in before:
         mattering = MATTERS.get(earlier, "").split()
         options = [word for word in words if word.partition("=")[0].split(".")[0] in mattering]
         if earlier in ("export", "train"):
             options = words
         if earlier != "regen" or "preprocess.source=prep" not in words:
-            lines.append((shlex.join([*program(earlier), QUICKSTART, *options]), ""))
+            lines.append((shlex.join([*program(earlier), small, *options]), ""))
     flags = ["-m"] * bool({"-m", "--multirun"} & {*sys.argv})
     few = study() and "hydra.sweeper.n_trials=" not in " ".join(words)
-    here = [*script, *flags, QUICKSTART, *words, *["hydra.sweeper.n_trials=4"] * few]
+    here = [*script, *flags, small, *words, *["hydra.sweeper.n_trials=4"] * few]
     lines.append((shlex.join(here), "the same with a tiny target, in minutes"))
     if Path.cwd() == REPOSITORY and (REPOSITORY / "tests" / "modal_local").is_dir():
         away = ["hydra/launcher=modal", *["sweep_name=on_modal"] * study()]  # one is done by then

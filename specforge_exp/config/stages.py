@@ -194,7 +194,8 @@ class TrainerConfig:
     """train: begin with the weights of a checkpoint (a run's folder or name, or its step-*/) or of
     an exported folder, with a fresh optimiser; null: with a fresh draft."""
     keep_best: bool = False
-    """Also save and keep the evaluation with the longest simulated accepted length."""
+    """Also save and keep the evaluation with the longest simulated accepted length, of a causal
+    model with the lowest loss."""
     resume: bool = True
     """Continue from the newest checkpoint of this run; false: start over."""
     restarts: int = 0
@@ -343,7 +344,8 @@ class ReportConfig:
 
     metric: str = "simulated_length"
     """What runs are ranked by: accepted_length (of bench), or a value of the last evaluation, e.g.
-    simulated_length, loss or alpha/0. Losses and costs are better when smaller."""
+    simulated_length, loss or alpha/0. Losses and costs are better when smaller. As it is, bench's
+    jobs are ranked by accepted_length, pretrain's and sft's by loss."""
     resamples: int = 2000
     """Resamples behind the 95 % intervals."""
 

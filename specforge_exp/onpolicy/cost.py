@@ -11,7 +11,7 @@ from specforge_exp.training.loop import total_steps
 def cost_lines(cfg: Config, tokens: TokenSet) -> list[str]:
     """What onpolicy.dry_run prints: bounds, of the conversations' lengths alone."""
     own, total, lengths = cfg.onpolicy, total_steps(cfg, tokens), tokens.lengths
-    steps = own.length or cfg.draft.steps
+    steps = own.length or cfg.draft.replay_length
     replayed = range(own.start, total)
     passes = len(replayed) * cfg.trainer.batch_size * cfg.trainer.accumulate / len(tokens)
     passes = min(passes, float(cfg.epochs))

@@ -214,7 +214,7 @@ def generator_draft(draft: Any, target: Target) -> Any:
     """The draft as it is now, in the target's type as bench has it; what is the target's is not
     copied."""
     shared = {id(tensor): tensor for tensor in draft.buffers()}
-    return copy.deepcopy(draft, shared).to(target.model.dtype).requires_grad_(False)
+    return copy.deepcopy(draft, shared).to(target.model.dtype).requires_grad_(False).eval()
 
 
 def round_file(folder: Path, first: int) -> Path:

@@ -90,7 +90,8 @@ class SweepRun:
     """Seconds of training, over all attempts."""
     curves: dict[str, Curve] = field(default_factory=dict)
     samples: dict[str, StratifiedSample] = field(default_factory=dict)
-    """What intervals of a metric are made from; simulated_length and accepted_length at most."""
+    """What intervals of a metric are made from; simulated_length (of a causal model loss) and
+    accepted_length at most."""
     datasets: dict[str, DataSet] = field(default_factory=dict)
     published: list[Beside] = field(default_factory=list)
     """Other people's figures of the setting that bench measured last."""
@@ -330,15 +331,18 @@ def add_conversations(run: SweepRun, record: dict[str, Any]) -> None:
     Raises:
         ValueError: it is not of the evaluation that the run reports.
     """
-    sample = StratifiedSample((stratum("held-out", record["length"], record["slots"]),))
-    reported = run.evaluation.setdefault("simulated_length", sample.estimate)
+    name, total, terms = "simulated_length", "length", "slots"
+    if "tokens" in record:  # of a causal model
+        name, total, terms = "loss", "loss", "tokens"
+    sample = StratifiedSample((stratum("held-out", record[total], record[terms]),))
+    reported = run.evaluation.setdefault(name, sample.estimate)
     if not math.isclose(sample.estimate, reported, rel_tol=1e-3):
         if not run.final:  # a step ahead of metrics.jsonl, or behind
             return
         raise ValueError(
-            f"it gives a simulated_length of {sample.estimate:.4f}, the run reports {reported:.4f}"
+            f"it gives a {name} of {sample.estimate:.4f}, the run reports {reported:.4f}"
         )
-    run.samples["simulated_length"] = sample
+    run.samples[name] = sample
 
 
 def add_bench(run: SweepRun, bench: dict[str, Any]) -> None:

@@ -65,13 +65,22 @@ def make(sweep_dir: Path, options: ReportConfig) -> None:
     write(collect(sweep_dir), options)
 
 
+def metric_of(sweep: Collected, options: ReportConfig) -> str:
+    """What is asked for, else what the runs are made for: bench's jobs and causal models have
+    another metric than drafts."""
+    if options.metric != ReportConfig.metric:
+        return options.metric
+    if sweep.script == "bench":
+        return ACCEPTED
+    found = [run.evaluation for run in sweep.runs if run.evaluation]
+    return "loss" if found and all("perplexity" in one for one in found) else options.metric
+
+
 def write(sweep: Collected, options: ReportConfig) -> None:
     """Write the four files and print the table."""
     sweep_dir = sweep.folder
     sweep_dir.mkdir(parents=True, exist_ok=True)
-    metric = options.metric
-    if sweep.script == "bench" and metric == ReportConfig.metric:
-        metric = ACCEPTED  # what its jobs return
+    metric = metric_of(sweep, options)
     ranking = rank(sweep, metric, options.resamples)
     by_seed = rank(sweep, metric, options.resamples, by_seed=True)
     html = sweep_dir / "report.html"

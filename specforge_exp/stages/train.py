@@ -307,7 +307,7 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
         counts_K: Tensor = draft.denominators(cfg.draft, batch)
         if not cfg.onpolicy.replays:
             return counts_K
-        proposed_K = torch.zeros(cfg.draft.steps, dtype=torch.float64)
+        proposed_K = torch.zeros(cfg.draft.replay_length, dtype=torch.float64)
         if isinstance(batch, Sample) and batch.replay is not None:
             counted_RK = batch.replay.counts_RK
             proposed_K[: counted_RK.shape[1]] = counted_RK.sum(0).double()
@@ -329,7 +329,7 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
     states_2H = torch.zeros(2, head.weight_VH.shape[1], device=target.device)
     aux_2A = states_2H.repeat(1, len(target.aux_layers))
     idle = Sample(nothing_2, nothing_2.cpu(), [0], [2], 0, aux_2A, states_2H)
-    steps = cfg.draft.steps * (2 if cfg.onpolicy.replays else 1)
+    steps = cfg.draft.steps + cfg.draft.replay_length * cfg.onpolicy.replays
     return Objective(steps, DRAFTS, states, samples_of, denominators, idle, forward)
 
 
@@ -363,7 +363,7 @@ def replaying(
     target.tokens = max(tokenizer.get_vocab().values()) + 1  # others are never said, as in bench
     check_segments(target, max(cfg.max_length, 4))
     ends = frozenset(eos_token_ids(cfg.model.path, tokenizer))
-    steps = cfg.onpolicy.length or cfg.draft.steps
+    steps = cfg.onpolicy.length or cfg.draft.replay_length
     replayer = Replayer(cfg.onpolicy, draft, target, steps, cfg.max_length, ends)
 
     def summed(ranks: Ranks) -> str:

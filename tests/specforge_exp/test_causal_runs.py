@@ -140,6 +140,7 @@ def test_two_processes_are_one(made: Config, whole: dict[str, Any], tmp_path: Pa
         ("sft", "trainer.init=other", "sft begins with a model's folder: model.path="),
         ("pretrain", "trainer.init=other", "pretrain begins with a model's folder: model.path="),
         ("sft", "causal.beta2=1", "causal.beta2=1.0 must be below 1"),
+        ("sft", "model=qwen2_5_0_5b", "preprocess.py experiment=sft_tiny"),
     ],
 )
 def test_refusals(made: Config, stage: str, option: str, words: str, tmp_path: Path) -> None:
@@ -147,6 +148,34 @@ def test_refusals(made: Config, stage: str, option: str, words: str, tmp_path: P
     assert process.wait(120) == 1
     said = (tmp_path / "log").read_text()
     assert words in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_the_best_is_kept_and_exported(made: Config, tmp_path: Path) -> None:
+    """Of a training whose rate is far too high at the end, beside the last one alone."""
+    more = [
+        "max_steps=8", "lr=0.05", "trainer.schedule=constant", "trainer.eval_every=1",
+        "trainer.save_every=2", "trainer.keep_last=1", "export.best=true",
+    ]  # fmt: skip
+    said = finish(command(made, "sft", "best", *more), tmp_path / "log")
+    found = {n["step"]: n["eval/loss"] for n in lines(made, "best") if "eval/loss" in n}
+    best = min(found, key=lambda step: found[step])
+    assert len(found) == 8 and best < 8 and f"exported step {best}: " in said
+    steps = (Path(made.paths.checkpoints) / "best").glob("step-*")
+    assert {int(step.name[5:]) for step in steps} == {best, 8}
+
+
+@pytest.mark.slow
+def test_submitit_runs_the_same(made: Config, whole: dict[str, Any], tmp_path: Path) -> None:
+    """hydra/launcher=submitit_slurm's local form; its job is the training of a single call."""
+    more = ["-m", "hydra/launcher=submitit_local", "sweep_name=submitted"]
+    said = finish(command(made, "pretrain", "submitted", *more), tmp_path / "log")
+    assert re.search(r"^1 +submitted .* completed", said, re.M), said
+    assert losses(made, "submitted") == whole["pretrain"][0]
+    sweep = Path(made.paths.checkpoints) / "sweeps" / "submitted" / "pretrain"
+    assert list(sweep.glob(".submitit/*/*.pkl")) and (sweep / "report.html").exists()
+    table = (sweep / "report.csv").read_text().splitlines()
+    assert "loss" in table[0] and len(table) == 2
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ class StandaloneConfig(DraftConfig):
     """Which small model it is."""
 
     steps_option: ClassVar[str] = "horizon"
+    replayed: ClassVar[bool] = True
     quiet: ClassVar[tuple[str, ...]] = ("draft_vocab_size",)
     defining: ClassVar[tuple[str, ...]] = ("path", "config")
 
@@ -28,7 +29,8 @@ class StandaloneConfig(DraftConfig):
     """init=random: entries of the configuration that differ; without a path by default
     num_hidden_layers: 4."""
     horizon: int = 7
-    """Tokens after a slot that the simulated accepted length looks at."""
+    """Tokens after a slot that the simulated accepted length looks at, and that onpolicy=replay
+    proposes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +49,11 @@ class StandaloneConfig(DraftConfig):
     def steps(self) -> int:
         """One: every position is trained on its next token."""
         return 1
+
+    @property
+    def replay_length(self) -> int:
+        """The horizon: a chain of its own tokens may be of any length."""
+        return self.horizon
 
     @property
     def origin(self) -> str | None:

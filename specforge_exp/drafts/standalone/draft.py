@@ -12,6 +12,7 @@ vocabulary.
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -35,16 +36,18 @@ from specforge_exp.drafts.draft import Draft
 from specforge_exp.drafts.eagle3.chains import turn_masks
 from specforge_exp.drafts.head_loss import Heads, head_and_loss
 from specforge_exp.drafts.outcome import RowSums
+from specforge_exp.drafts.replay import ReplayChains, counted_chains
 from specforge_exp.drafts.rows import Chains, document_bounds
 from specforge_exp.drafts.standalone.config import StandaloneConfig
 from specforge_exp.drafts.standalone.decoder import StandaloneDecoder
+from specforge_exp.drafts.standalone.replay import chain_states, proposals
 from specforge_exp.drafts.weighting import weighted
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
 from specforge_exp.target import Head, Target
 from specforge_exp.target.anatomy import read_end
 from specforge_exp.training.batches import Batch
-from specforge_exp.training.objective import Outcome, Sample
+from specforge_exp.training.objective import Outcome, Replay, Sample
 
 log = logging.getLogger(__name__)
 
@@ -186,15 +189,9 @@ class Standalone(Draft[StandaloneConfig]):
         if self.gradient_checkpointing and not self.model.is_gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         chains = chains_of(sample)
-        enabled = self.compute_dtype != torch.float32
-        with torch.autocast(device.type, self.compute_dtype, enabled=enabled):
+        with self.narrow(device):
             states_TH = causal.states(sample.ids_T, sample.lengths).to(self.compute_dtype)
-        next_T = sample.ids_T.roll(-1).clamp(max=len(self.draft_ids_D) - 1)
-        norm: Any = NormedAlready()
-        heads = Heads(
-            norm, self.model.get_output_embeddings().weight, self.draft_ids_D, target_head,
-            sample.last_TH, next_T, self.host_ids_D,
-        )  # fmt: skip
+        heads = self.heads(sample, target_head)
         scale_K = (1 / window_K.to(device).clamp(min=1)).float()
         outcome = head_and_loss(
             chains, [states_TH[chains.slot_R.to(device) + 1]], heads,
@@ -202,6 +199,39 @@ class Standalone(Draft[StandaloneConfig]):
             lambda sums: along_turns(sums, chains, cfg.horizon),
         )  # fmt: skip
         return replace(outcome, flops=outcome.flops + needed_flops(causal, sample.lengths, 0))
+
+    def narrow(self, device: torch.device) -> torch.autocast:
+        """Products in `compute_dtype`."""
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(device.type, self.compute_dtype, enabled=enabled)
+
+    def heads(self, sample: Sample, target_head: Head) -> Heads:
+        """Both heads, and what the target's reads."""
+        next_T = sample.ids_T.roll(-1).clamp(max=len(self.draft_ids_D) - 1)
+        norm: Any = NormedAlready()
+        return Heads(
+            norm, self.model.get_output_embeddings().weight, self.draft_ids_D, target_head,
+            sample.last_TH, next_T, self.host_ids_D,
+        )  # fmt: skip
+
+    def propose(
+        self, sample: Sample, anchor_R: Tensor, steps: int, choose: Callable[[int, Tensor], Tensor]
+    ) -> tuple[Tensor, float]:
+        """As EAGLE-3's, over keys and values of its own."""
+        tokens_KR = proposals(self, sample, anchor_R, steps, choose)
+        read = [*sample.lengths, *[1] * ((steps - 1) * len(anchor_R))]
+        head = 2.0 * self.model.get_output_embeddings().weight.numel() * tokens_KR.numel()
+        return tokens_KR, head + needed_flops(self.causal, read, 0) / 3
+
+    def replayed(
+        self, cfg: StandaloneConfig, sample: Sample, replay: Replay
+    ) -> tuple[ReplayChains, list[Tensor], float]:
+        """Proposed chains as far as they count, their states after every step, and FLOP."""
+        chains = counted_chains(sample.lengths, replay)
+        proposed_P = replay.tokens_KR[:-1].flatten()
+        states = chain_states(self, sample, replay, chains)
+        read = [*sample.lengths, *[1] * len(proposed_P)]
+        return chains, states, needed_flops(self.causal, read, 0)
 
     @torch.no_grad()
     def all_logits(self, cfg: StandaloneConfig, ids_1T: Tensor, aux_1TA: Tensor) -> Tensor:
