@@ -33,7 +33,8 @@ SILENT = {
 
 def in_speculators_layout(folder: Path) -> bool:
     """Whether an exported draft is."""
-    return MARK in read_object(folder / "config.json")
+    file = folder / "config.json"
+    return file.exists() and MARK in read_object(file)
 
 
 def speculators_layout(

@@ -111,7 +111,7 @@ def test_a_broken_export_is_refused(
         Eagle3.load(exported, tiny_target)
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "eagle_config"])
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size"])
 def test_a_configuration_that_lacks_a_key_is_refused(
     exported: Path, tiny_target: Target, key: str
 ) -> None:
