@@ -33,14 +33,19 @@ SMALL = {
     "chat": ["chat.max_tokens=8"],
 }
 """Options that a stage carries along: for the sake of time, and of what shares a name."""
+EXPORT = "artifacts/checkpoints/quickstart_full-opd/export"
 OWN = {
     " ...": " experiment=quickstart", "model=qwen3_0_6b": "model=tiny draft.draft_vocab_size=512",
     "sweep=<folder>": "sweep=artifacts/checkpoints/sweeps/tiny_quickstart_eagle3",
     "run=<name>": "run=quickstart_full-opd",
-    "draft=<folder>": "draft=artifacts/checkpoints/quickstart_full-opd/export",
-    "path=<folder or hub id>": f"path={TINY.path}", "artifacts/checkpoints/<run>": "a_dflash_run",
+    "draft=<folder>": f"draft={EXPORT}",
+    "path=<folder or hub id>": f"path={TINY.path}", "init=<run>": "init=a_dflash_run",
     "<run, checkpoint or export>": "quickstart_full-opd run_name=goes_on",
     "onpolicy=replay": "onpolicy=replay target.cache=none",
+    "onpolicy=rollout": "onpolicy=rollout onpolicy.max_tokens=8 target.cache=none",
+    "from=<folder or hub id>": f"from={EXPORT}",
+    "theirs draft=dflash model=qwen3_8b": "theirs experiment=quickstart",
+    "theirs draft=dflash": "theirs", "draft=dspark trainer.init=theirs": "trainer.init=theirs",
 }  # fmt: skip
 """What a reader has instead of what is written."""
 TESTED = {
