@@ -18,6 +18,9 @@ from specforge_exp.drafts.dflash import DFlash
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.drafts.eagle3 import Eagle3
 from specforge_exp.drafts.eagle3.config import Eagle3Config
+from specforge_exp.drafts.standalone import Standalone
+from specforge_exp.drafts.standalone.config import StandaloneConfig
+from specforge_exp.drafts.standalone.decoder import StandaloneDecoder
 from specforge_exp.errors import InputError
 from specforge_exp.onpolicy.cost import cost_lines
 from specforge_exp.onpolicy.replay import Replayer
@@ -49,6 +52,13 @@ KINDS = [
         ),
         id="dflash",
     ),
+    pytest.param(
+        Standalone,
+        StandaloneConfig(
+            name="standalone", init="random", config={"num_hidden_layers": 2}, horizon=K
+        ),
+        id="standalone",
+    ),
 ]
 TURNS = [[0] * 5 + [1] * 30, [0] * 4 + [1] * 6 + [0] * 3 + [2] * 9]
 """Of two conversations; their tokens are 0, 1, 2, ..."""
@@ -73,6 +83,8 @@ def rejected(target: Target, draft: Any, ids_T: Tensor, first: int) -> list[int]
     at, places = first, []
     while at < len(ids_T) - 1:
         decoder = draft.decoder()
+        if isinstance(decoder, StandaloneDecoder):
+            decoder.begin(int(ids_T[0]))
         aux_1TA, _ = target.features(ids_T[None, :at])
         decoder.commit(aux_1TA, ids_T[1 : at + 1].tolist())
         drafted, _ = decoder.propose(K, lambda logits: int(logits.argmax()))
@@ -93,7 +105,8 @@ def test_it_says_what_the_target_says(kind: Any, draft_cfg: Any, tmp_path: Path)
     draft = generator_draft(rollouts.replayer.draft, target)
     for weight in draft.parameters():
         assert not weight.requires_grad
-    assert draft.embed_VH.data_ptr() == rollouts.replayer.draft.embed_VH.data_ptr()
+    for buffer, own in zip(draft.buffers(), rollouts.replayer.draft.buffers(), strict=True):
+        assert buffer.data_ptr() == own.data_ptr()
     random = torch.Generator()
     first = generate(target, [0, 1, 2, 3], Decoding(24)).tokens
     stop = max(first, key=first.index)

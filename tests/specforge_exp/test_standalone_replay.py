@@ -72,7 +72,9 @@ def test_proposals_are_plain_forwards(cfg: StandaloneConfig) -> None:
     sample = replayer.sample(onpolicy.batch_of(parts, step=-1))
     anchors = [(0, 8), (1, 5), (1, 20)]
     anchor_R = torch.tensor([at + conversation * len(parts[0]) for conversation, at in anchors])
-    tokens_KR, _ = replayer.propose(sample, anchor_R, torch.zeros(K, 3))
+    draft.model.train()  # as a step before it leaves the model
+    draft.model.gradient_checkpointing_enable({"use_reentrant": False})
+    tokens_KR, *_ = replayer.propose(sample, anchor_R, torch.zeros(K, 3))
     for chain, (conversation, at) in enumerate(anchors):
         ids = parts[conversation][: at + 1].tolist()
         for step in range(K):
