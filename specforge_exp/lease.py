@@ -70,12 +70,28 @@ def lease(folder: Path, wait: bool = False) -> Iterator[None]:
         with suppress(OSError):  # a full disk: there is still the lock
             write(file, {**me, "beat": 0})
         keeper.start()
+        forget_dead(folder)
         yield
     finally:
         ended.set()
         keeper.join()
         path.unlink(missing_ok=True)  # before the lock goes
         os.close(file)
+
+
+def forget_dead(folder: Path) -> None:
+    """Remove `<name>.<pid>.partial` (see `records`) that killed processes left in a folder, or of
+    it where it is a file."""
+    for path in [*folder.glob("*.partial"), *folder.parent.glob(f"{folder.name}.*.partial")]:
+        pid = path.name.split(".")[-2]
+        if not pid.isdigit() or path.is_dir():
+            continue
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (PermissionError, OverflowError):
+            continue
 
 
 def take(path: Path) -> int | None:

@@ -110,3 +110,18 @@ def test_a_half_written_file_has_a_holder(tmp_path: Path, monkeypatch: pytest.Mo
     assert module.name(module.holder_of(file)) == "process ? on ? since ?"
     with lease(tmp_path / "thing"):
         assert json.loads(file.read_text())["pid"] == os.getpid()
+
+
+def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
+    """Of processes that live, and what is no file of `records`, stays."""
+    folder, dead = tmp_path / "run", subprocess.Popen(["true"])
+    dead.wait()
+    folder.mkdir()
+    alive = [folder / f"b.json.{os.getpid()}.partial", folder / "step-3.partial"]
+    gone = [folder / f"a.json.{dead.pid}.partial", tmp_path / f"run.{dead.pid}.partial"]
+    for path in [*alive, *gone]:
+        path.touch()
+    (folder / f"step.{dead.pid}.partial").mkdir()
+    with lease(folder):
+        assert {*folder.iterdir()} == {*alive, folder / f"step.{dead.pid}.partial"}
+    assert not gone[1].exists()
