@@ -1,8 +1,8 @@
 """Runs the tests of one tier: `python tests/tiers.py fast`; without a name, lists the tiers.
 
 `all` is every tier, `rest` every one but `fast`. A tier is some folders and a marker. Its tests
-share two processes; of several tiers three run beside each other, in one process each, the longest
-first, so that some compute while others wait. Tests marked `timing`, which assert how long
+share two processes; of several tiers two run beside each other, in one process each, the longest
+first, so that one computes while the other waits. Tests marked `timing`, which assert how long
 something takes, then run alone in one. Only they are tried a second time, and whatever was is
 named at the end.
 """
@@ -41,13 +41,13 @@ TIERS = {
     "fast": Tier(
         "every module, one launch and one kill of each kind",
         ("modal_sweep", "end_to_end", "hydra_sweeps", "specforge_exp", "test_layers.py"),
-        1250,
+        1350,
         "not slow",
     ),
     "trainer": Tier("the trainer's long runs, killed and resumed", ("specforge_exp",), 1200),
     "modal": Tier("sweeps on a local Modal, killed everywhere", ("modal_sweep",), 450),
     "sweeps": Tier("grids and studies, killed again and again", ("hydra_sweeps",), 250),
-    "end": Tier("whole pipelines as commands, here and on a local Modal", ("end_to_end",), 600),
+    "end": Tier("whole pipelines as commands, here and on a local Modal", ("end_to_end",), 700),
     "local-modal": Tier("the local Modal itself", ("modal_local",), 300, "slow or not slow"),
     "chaos": Tier("random faults; `python tests/chaos/chaos.py` makes any number", ("chaos",), 200),
     "ray": Tier(
@@ -150,8 +150,8 @@ def main(names: list[str]) -> int:
     whole = [name for name in chosen if name == "fast" or len(chosen) == 1]
     outcomes = [run(name, "-n", "2", *TOGETHER) for name in whole]
     halves = sorted(set(chosen) - set(whole), key=lambda name: -TIERS[name].budget)
-    with ThreadPoolExecutor(3) as three:
-        outcomes += three.map(beside, halves)
+    with ThreadPoolExecutor(2) as two:
+        outcomes += two.map(beside, halves)
     outcomes += [alone(name) for name in halves]
     return 0 if all(outcomes) else 1
 

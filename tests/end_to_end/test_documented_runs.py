@@ -113,10 +113,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Reader:
 
 def wrong(reader: Reader, line: str) -> str:
     """What is wrong with a documented command; "": nothing."""
-    for written, own in OWN.items():
-        line = line.replace(written, own)
     if re.search(r"train\.py .*draft(\.|=peagle)", line):
         line += " run_name=another"  # one of several ways; the page goes on with the first
+    for written, own in OWN.items():
+        line = line.replace(written, own)
     for beginning, test in TESTED.items():
         if line.startswith(beginning):
             path, _, name = test.partition("::")

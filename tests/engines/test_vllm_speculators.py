@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from test_bench_served import figures, trained  # noqa: F401
@@ -20,6 +19,7 @@ from test_vllm import (  # noqa: F401
     same,
     serve,
 )
+from test_vllm_eagle import OTHERS
 from test_zlab import exported as dflash  # noqa: F401
 
 from specforge_exp import paths
@@ -31,15 +31,9 @@ from specforge_exp.stages.train import train
 
 pytestmark = pytest.mark.engines
 
-KINDS: dict[str, dict[str, Any]] = {
-    "eagle31": {
-        "_target_": "specforge_exp.drafts.eagle3.Eagle3", "num_layers": 2, "fc_norm": True,
-        "norm_before_residual": True, "norm_output": True, "sliding_window": 16,
-    },
-    "peagle": {
-        "_target_": "specforge_exp.drafts.peagle.PEagle", "num_layers": 2, "num_depths": 5,
-    },
-}  # fmt: skip
+PEAGLE = {k: v for k, v in OTHERS["peagle"].items() if k != "fc_norm"}
+KINDS = {**OTHERS, "peagle": PEAGLE}
+"""With fc_norm vLLM does not read P-EAGLE in this format."""
 
 
 def same_by_itself(cfg: Config, serve: Serve, alone: Served, **environment: str) -> None:  # noqa: F811

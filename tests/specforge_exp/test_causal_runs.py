@@ -113,6 +113,7 @@ def test_killed_at_random_steps(made: Config, stage: str, gpus: int, tmp_path: P
     assert losses(made, f"{name}_killed") == losses(made, f"{name}_whole")
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(made: Config, whole: dict[str, Any], tmp_path: Path) -> None:
     """FSDP2 per layer over gloo, its tied embeddings and head one weight; and replicas."""
     expected = dict(whole["pretrain"][0])
