@@ -49,7 +49,7 @@ BUDGETS = {
     "modal_sweep": 33_000,
     "hydra_sweeps": 28_150,
     "hydra_plugins": 1_050,
-    "specforge_exp": 208_950,
+    "specforge_exp": 209_900,
     "specforge_exp/data": 18_350,
     "specforge_exp/target": 8_050,
     "specforge_exp/drafts": 44_050,
@@ -59,8 +59,8 @@ BUDGETS = {
     "specforge_exp/bench": 10_750,
     "specforge_exp/report": 18_460,
     "specforge_exp/chat": 4_000,
-    "": 271_450,
-    "specforge_exp/causal": 5_680,
+    "": 272_400,
+    "specforge_exp/causal": 6_550,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
 written."""
@@ -270,7 +270,7 @@ WITH_THEM = ["specforge_exp/chat/", "specforge_exp/stages/chat.py", "specforge_e
 
 
 @pytest.mark.parametrize(
-    ("parts", "most"), [(OF_MODELS, 10_000), ([*OF_MODELS, *WITH_THEM], 19_100)]
+    ("parts", "most"), [(OF_MODELS, 10_750), ([*OF_MODELS, *WITH_THEM], 19_950)]
 )
 def test_causal_models_are_little_code(parts: list[str], most: int) -> None:
     total = sum(tokens(path) for path, name in NAMES.items() if name.startswith(tuple(parts)))

@@ -10,6 +10,7 @@ import torch
 
 from specforge_exp.causal.export import export_model
 from specforge_exp.causal.head import Ending
+from specforge_exp.causal.lean import spare
 from specforge_exp.causal.model import Causal, choose_attention, new_model, patch, without_dropout
 from specforge_exp.causal.objective import CAUSAL, causal_lm
 from specforge_exp.config import Config
@@ -70,6 +71,8 @@ def load_causal(cfg: Config, device: torch.device, ranks: Ranks) -> Causal:
     without_dropout(model)
     if device.type == "cuda" and cfg.causal.liger != "off":
         patch(model, cfg.causal.liger)
+    else:
+        spare(model)
     causal = Causal(model, cfg.causal)
     causal.ending, name = ranks.decided(partial(measured, causal, device))
     causal.take_attention(name)
