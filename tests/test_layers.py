@@ -52,7 +52,7 @@ BUDGETS = {
     "specforge_exp": 209_900,
     "specforge_exp/data": 18_350,
     "specforge_exp/target": 8_050,
-    "specforge_exp/drafts": 44_050,
+    "specforge_exp/drafts": 44_150,
     "specforge_exp/training": 20_500,
     "specforge_exp/inference": 4_700,
     "specforge_exp/generation": 24_600,
@@ -60,7 +60,7 @@ BUDGETS = {
     "specforge_exp/report": 18_460,
     "specforge_exp/chat": 4_000,
     "": 272_400,
-    "specforge_exp/causal": 6_550,
+    "specforge_exp/causal": 6_450,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
 written."""
@@ -270,7 +270,7 @@ WITH_THEM = ["specforge_exp/chat/", "specforge_exp/stages/chat.py", "specforge_e
 
 
 @pytest.mark.parametrize(
-    ("parts", "most"), [(OF_MODELS, 10_750), ([*OF_MODELS, *WITH_THEM], 19_950)]
+    ("parts", "most"), [(OF_MODELS, 10_650), ([*OF_MODELS, *WITH_THEM], 19_850)]
 )
 def test_causal_models_are_little_code(parts: list[str], most: int) -> None:
     total = sum(tokens(path) for path, name in NAMES.items() if name.startswith(tuple(parts)))

@@ -4,7 +4,7 @@ Transformers' own keep a normed copy beside the input of every norm, and four te
 feed-forward block; these keep what comes in and compute the rest again. Forward products are the
 same. What a module computes is tried, not concluded from its name.
 
-Shape suffixes: X any dimensions, I inputs, O outputs.
+Shape suffixes: X any dimensions, N all of them, I inputs, O outputs.
 """
 
 from math import prod
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.func import functional_call
 
-from specforge_exp.drafts.layers import unit_rms
+from specforge_exp.drafts.layers import rms_backward, silu_parts, swiglu_backward, unit_rms
 
 PARTS = ["down_proj.weight", "gate_proj.weight", "up_proj.weight"]
 
@@ -32,13 +32,8 @@ class _Norm(Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None]:
         x_XI, weight_I = ctx.saved_tensors
-        unit_XI, scale_X1 = unit_rms(x_XI, ctx.eps)
-        wide_XI = outer[0].float()
-        weights_I = (wide_XI * unit_XI).flatten(0, -2).sum(0)
-        wide_XI = wide_XI * weight_I
-        inner_X1 = (wide_XI * unit_XI).mean(-1, keepdim=True)
-        back_XI = wide_XI.sub_(unit_XI.mul_(inner_X1)).mul_(scale_X1)
-        return back_XI.to(x_XI.dtype), weights_I.to(weight_I.dtype), None
+        back_XI, own_I = rms_backward(x_XI, weight_I, ctx.eps, outer[0])
+        return back_XI, own_I.to(weight_I.dtype), None
 
 
 class _Gated(Function):
@@ -50,14 +45,10 @@ class _Gated(Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate_XI, up_XI, weight_OI = ctx.saved_tensors
-        sigmoid_XI = torch.sigmoid(gate_XI)
-        silu_XI = gate_XI * sigmoid_XI
-        weights_OI = outer[0].flatten(0, -2).T @ (silu_XI * up_XI).flatten(0, -2)
+        parts, outer_NO = silu_parts(gate_XI), outer[0].flatten(0, -2)
+        own_OI = outer_NO.T @ (parts[1] * up_XI).flatten(0, -2)
         inner_XI = outer[0] @ weight_OI.to(gate_XI.dtype)
-        up_back_XI = inner_XI * silu_XI
-        # silu' = sigmoid + silu - silu * sigmoid
-        slope_XI = torch.addcmul(sigmoid_XI + silu_XI, silu_XI, sigmoid_XI, value=-1)
-        return inner_XI.mul_(up_XI).mul_(slope_XI), up_back_XI, weights_OI.to(weight_OI.dtype)
+        return *swiglu_backward(*parts, up_XI, inner_XI), own_OI.to(weight_OI.dtype)
 
 
 def norm(self: Any, x_XI: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ Because of that `torch.autograd.grad` does not see these weights; `loss.backward
 are kept on the context as they are: what is saved for the backward pass comes back from activation
 checkpointing as a detached copy.
 
-Shape suffixes: R rows, I inputs, O outputs.
+Shape suffixes: R rows, X any dimensions, I inputs, O outputs.
 """
 
 from typing import Any
@@ -36,13 +36,10 @@ class RMSNorm(nn.Module):
 
     def backward(self, x_RI: Tensor, gradient_RI: Tensor) -> Tensor:
         """Gradient of the input; the weight's is added to its `.grad`."""
-        unit_RI, scale_R1 = unit_rms(x_RI, self.eps)
-        wide_RI = gradient_RI.float()
+        back_RI, own_I = rms_backward(x_RI, self.weight, self.eps, gradient_RI)
         if self.weight.requires_grad:
-            gradient_of(self.weight).add_((wide_RI * unit_RI).sum(0))
-        wide_RI = wide_RI * self.weight
-        inner_R1 = (wide_RI * unit_RI).mean(-1, keepdim=True)
-        return (wide_RI.sub_(unit_RI.mul_(inner_R1)).mul_(scale_R1)).to(x_RI.dtype)
+            gradient_of(self.weight).add_(own_I)
+        return back_RI
 
 
 def unit_rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -50,6 +47,34 @@ def unit_rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = x.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return wide * scale, scale
+
+
+def rms_backward(
+    x_XI: Tensor, weight_I: Tensor, eps: float, gradient_XI: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x / rms(x) * weight: of x in its dtype, of the weight in fp32."""
+    unit_XI, scale_X1 = unit_rms(x_XI, eps)
+    wide_XI = gradient_XI.float()
+    own_I = (wide_XI * unit_XI).flatten(0, -2).sum(0)
+    wide_XI = wide_XI * weight_I
+    inner_X1 = (wide_XI * unit_XI).mean(-1, keepdim=True)
+    return wide_XI.sub_(unit_XI.mul_(inner_X1)).mul_(scale_X1).to(x_XI.dtype), own_I
+
+
+def silu_parts(gate_XI: Tensor) -> tuple[Tensor, Tensor]:
+    """sigmoid(gate) and silu(gate)."""
+    sigmoid_XI = torch.sigmoid(gate_XI)
+    return sigmoid_XI, gate_XI * sigmoid_XI
+
+
+def swiglu_backward(
+    sigmoid_XI: Tensor, silu_XI: Tensor, up_XI: Tensor, inner_XI: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up; that of silu(gate) * up, `inner_XI`, is written over."""
+    up_back_XI = inner_XI * silu_XI
+    # silu' = sigmoid + silu - silu * sigmoid
+    slope_XI = torch.addcmul(sigmoid_XI + silu_XI, silu_XI, sigmoid_XI, value=-1)
+    return inner_XI.mul_(up_XI).mul_(slope_XI), up_back_XI
 
 
 def add_product(weight_OI: Tensor, columns: slice, outer_RO: Tensor, x_RI: Tensor) -> None:
@@ -146,14 +171,10 @@ class _SwigluDown(Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None]:
         (gate_RI, up_RI), weight_OI = ctx.saved_tensors, ctx.weight
-        sigmoid_RI = torch.sigmoid(gate_RI)
-        silu_RI = gate_RI * sigmoid_RI
-        add_product(weight_OI, slice(None), outer[0], silu_RI * up_RI)
+        parts = silu_parts(gate_RI)
+        add_product(weight_OI, slice(None), outer[0], parts[1] * up_RI)
         inner_RI = outer[0] @ weight_OI.to(gate_RI.dtype)
-        up_gradient_RI = inner_RI * silu_RI
-        # silu' = sigmoid + silu - silu * sigmoid
-        slope_RI = torch.addcmul(sigmoid_RI + silu_RI, silu_RI, sigmoid_RI, value=-1)
-        return inner_RI.mul_(up_RI).mul_(slope_RI), up_gradient_RI, None
+        return *swiglu_backward(*parts, up_RI, inner_RI), None
 
 
 def swiglu_down(gate_RI: Tensor, up_RI: Tensor, weight_OI: Tensor) -> Tensor:
