@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from specforge_exp.config import DraftConfig
 from specforge_exp.drafts.folder import read_export, write_export
+from specforge_exp.drafts.layers import narrowed_once
 from specforge_exp.drafts.replay import replay_outcome
 from specforge_exp.drafts.rows import number_in_each
 from specforge_exp.drafts.speculators import speculators_layout
@@ -162,6 +163,7 @@ class Draft(nn.Module, Generic[Options]):
         empty_B = number_in_each(turns_T > 0, lengths_B) == 0
         return {"without a supervised token": int(empty_B.sum())}
 
+    @narrowed_once()
     def forward(
         self, sample: Sample, target_head: Head, loss: Loss, cfg: Options, window_K: Tensor
     ) -> tuple[Tensor, Outcome]:

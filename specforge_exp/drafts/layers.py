@@ -3,7 +3,9 @@
 A weight is used once per unroll step, so a gradient tensor per use would be written, read and
 thrown away again; here each use adds its product to the one that exists. Norms and activations are
 computed again from their inputs instead of being kept. Weights may be wider than the data (fp32
-weights, bfloat16 data): products run in the data's dtype and are added in the weight's.
+weights, bfloat16 data): products run in the data's dtype and are added in the weight's. Within
+`narrowed_once` a weight is brought to the data's dtype once, for all its uses and their backward
+passes; elsewhere in each use.
 
 Because of that `torch.autograd.grad` does not see these weights; `loss.backward()` does. Weights
 are kept on the context as they are: what is saved for the backward pass comes back from activation
@@ -12,6 +14,9 @@ checkpointing as a detached copy.
 Shape suffixes: R rows, X any dimensions, I inputs, O outputs.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +25,32 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from specforge_exp.sharding import gradient_of
+
+Copies = dict[int, tuple[Tensor, Tensor]]
+"""Weights and narrow copies of them, by the weights' ids."""
+COPIES: ContextVar[Copies | None] = ContextVar("COPIES", default=None)
+
+
+@contextmanager
+def narrowed_once() -> Iterator[None]:
+    """Layers called within share one narrow copy of each weight, which lives as long as their
+    graph. The weights must not change before its backward pass."""
+    token = COPIES.set({})
+    try:
+        yield
+    finally:
+        COPIES.reset(token)
+
+
+def narrow(
+    weight: Tensor, dtype: torch.dtype, copies: Copies | None, columns: slice = slice(None)
+) -> Tensor:
+    """Columns of the weight in the dtype of the data."""
+    if copies is None or weight.dtype == dtype:
+        return weight[:, columns].to(dtype)
+    if id(weight) not in copies:
+        copies[id(weight)] = (weight, weight.to(dtype))
+    return copies[id(weight)][1][:, columns]
 
 
 class RMSNorm(nn.Module):
@@ -92,8 +123,8 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x_RI: Tensor, weight_OI: Tensor) -> Tensor:
         ctx.save_for_backward(x_RI)
-        ctx.weight = weight_OI
-        return x_RI @ weight_OI.to(x_RI.dtype).T
+        ctx.weight, ctx.copies = weight_OI, COPIES.get()
+        return x_RI @ narrow(weight_OI, x_RI.dtype, ctx.copies).T
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, None]:
@@ -101,7 +132,7 @@ class _Linear(Function):
         add_product(weight_OI, slice(None), outer[0], x_RI)
         if not ctx.needs_input_grad[0]:
             return None, None
-        return outer[0] @ weight_OI.to(x_RI.dtype), None
+        return outer[0] @ narrow(weight_OI, x_RI.dtype, ctx.copies), None
 
 
 def linear(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
@@ -116,9 +147,10 @@ class _NormLinear(Function):
         ctx: Any, x_RI: Tensor, norm: RMSNorm, columns: slice, *weights: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x_RI)
-        ctx.norm, ctx.columns, ctx.weights = norm, columns, weights
+        ctx.norm, ctx.columns, ctx.weights, ctx.copies = norm, columns, weights, COPIES.get()
         normed_RI = norm(x_RI)
-        return tuple(normed_RI @ w[:, columns].to(x_RI.dtype).T for w in weights)
+        narrows = (narrow(weight, x_RI.dtype, ctx.copies, columns) for weight in weights)
+        return tuple(normed_RI @ weight.T for weight in narrows)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
@@ -127,7 +159,8 @@ class _NormLinear(Function):
         gradient_RI = torch.zeros_like(normed_RI)
         for weight, outer_RO in zip(weights, outer, strict=True):
             add_product(weight, ctx.columns, outer_RO, normed_RI)
-            gradient_RI.addmm_(outer_RO, weight[:, ctx.columns].to(x_RI.dtype))
+            narrow_OI = narrow(weight, x_RI.dtype, ctx.copies, ctx.columns)
+            gradient_RI.addmm_(outer_RO, narrow_OI)
         del normed_RI
         gradient_RI = ctx.norm.backward(x_RI, gradient_RI)
         return gradient_RI if ctx.needs_input_grad[0] else None, None, None, *(None,) * len(weights)
@@ -165,15 +198,15 @@ class _SwigluDown(Function):
     @staticmethod
     def forward(ctx: Any, gate_RI: Tensor, up_RI: Tensor, weight_OI: Tensor) -> Tensor:
         ctx.save_for_backward(gate_RI, up_RI)
-        ctx.weight = weight_OI
-        return (F.silu(gate_RI) * up_RI) @ weight_OI.to(gate_RI.dtype).T
+        ctx.weight, ctx.copies = weight_OI, COPIES.get()
+        return (F.silu(gate_RI) * up_RI) @ narrow(weight_OI, gate_RI.dtype, ctx.copies).T
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None]:
         (gate_RI, up_RI), weight_OI = ctx.saved_tensors, ctx.weight
         parts = silu_parts(gate_RI)
         add_product(weight_OI, slice(None), outer[0], parts[1] * up_RI)
-        inner_RI = outer[0] @ weight_OI.to(gate_RI.dtype)
+        inner_RI = outer[0] @ narrow(weight_OI, gate_RI.dtype, ctx.copies)
         return *swiglu_backward(*parts, up_RI, inner_RI), None
 
 
