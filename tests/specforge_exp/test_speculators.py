@@ -108,6 +108,35 @@ def test_both_layouts_are_the_same_draft(name: str, tiny_target: Target, tmp_pat
     assert how["verifier"] == {"name_or_path": TINY.path, "architectures": ["Qwen3ForCausalLM"]}
 
 
+@pytest.mark.parametrize("windows", [None, "some", "all"])
+@pytest.mark.parametrize("non_causal", [False, True])
+def test_vllm_reads_whose_slots_see_all(
+    windows: str | None,
+    non_causal: bool,
+    tiny_target: Target,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In speculators' layout vLLM takes one word for all layers: it is right wherever layers are of
+    one kind, and a warning where it is not."""
+    own: dict[str, Any] = {"block_size": 6, "num_layers": 2, "num_features": 2}
+    if windows:
+        own |= {"sliding_window": 16, "sliding_window_non_causal": non_causal}
+        own |= {"full_attention_indices": [1]} if windows == "some" else {}
+    cls = draft_config_class("specforge_exp.drafts.dflash.DFlash")
+    cfg = cls(_target_="specforge_exp.drafts.dflash.DFlash", name="dflash", **own)
+    kind = locate(cfg._target_)
+    target = Target(tiny_target.model, kind.target_layers(cfg, len(tiny_target.layers)))
+    draft = kind.new(target, cfg, vocabulary_mapping(torch.ones(1024), 1024), 3)
+    draft.write(tmp_path, target, TINY.path, torch.float32, 4)
+    config = json.loads((tmp_path / "config.json").read_text())
+    layers = config["transformer_layer_config"]["layer_types"]
+    causal = [layer == "sliding_attention" and not non_causal for layer in layers]
+    in_vllm = [not config["sliding_window_non_causal"]] * len(layers)
+    assert (in_vllm != causal) == ("would draft worse" in caplog.text)
+    assert (in_vllm != causal) == (windows == "some" and not non_causal)
+
+
 CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str]] = [
     ("eagle3", "sglang", lambda c: c.pop("hidden_size"), "has no hidden_size"),
     ("eagle3", "sglang", lambda c: c.update(attention_bias=True), "attention_bias=True is not"),
@@ -123,6 +152,10 @@ CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str]] = [
     ("dflash", "sglang", lambda c: c["dflash_config"].pop("mask_token_id"), "no dflash_config"),
     ("dflash", "sglang", lambda c: c["dflash_config"].update(x=1), "dflash_config.x=1 is"),
     ("dflash", "speculators", lambda c: c.update(draft_vocab_size=64), "draft_vocab_size=64 is"),
+    (
+        "sliding", "speculators", lambda c: c.pop("sliding_window_non_causal"),
+        "has no sliding_window_non_causal",
+    ),
     ("dflash", "speculators", lambda c: c.update(markov_rank=8), "markov_rank=8 is not known"),
     ("dspark", "speculators", lambda c: c.pop("sample_from_anchor"), "has no sample_from_anchor"),
     ("dspark", "sglang", lambda c: c.pop("markov_rank"), "has no markov_rank"),

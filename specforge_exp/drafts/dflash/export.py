@@ -7,6 +7,7 @@ engines let their slots see what is before them unless `dflash_config.causal` is
 `auto_map`, which may name only code that lies in the folder: engines have the draft's.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from specforge_exp.drafts.folder import check_keys, check_target, rope_spellings
 from specforge_exp.drafts.speculators import check_known, flattened
 from specforge_exp.errors import InputError
 from specforge_exp.target import Target
+
+log = logging.getLogger(__name__)
 
 SHAPES = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
@@ -30,6 +33,8 @@ KNOWN = {
 SAME = "block_size mask_token_id sample_from_anchor sliding_window_non_causal window".split()
 """Options that a draft's shapes have by the same name."""
 AUX = "aux_hidden_state_layer_ids"
+NON_CAUSAL = "sliding_window_non_causal"
+SLIDING = "sliding_attention"
 
 
 def export_config(draft: DFlashModel, target: Target, target_path: str) -> dict[str, Any]:
@@ -89,11 +94,13 @@ def read_any(
     top, nested = {"mask_token_id", "target_layer_ids"}, config.get("dflash_config")
     given = {name: value for name, value in config.items() if value is not None}
     if AUX in given or nested is None:  # as speculators writes, or DeepSeek's DSpark
+        if AUX in given and SLIDING in given.get("layer_types", ()):  # nor on this one's
+            check_keys(folder, given, [NON_CAUSAL])
         ids = [layer - 1 for layer in given[AUX]] if AUX in given else given.get("target_layer_ids")
         nested = {
             "mask_token_id": given.get("mask_token_id"), "target_layer_ids": ids,
             "sample_from_anchor": bool(own) and not given.get("dspark_bonus_anchor", False),
-            "causal": not given.pop("sliding_window_non_causal", False),
+            "causal": not given.pop(NON_CAUSAL, False),
             "window": given.pop("window", "slot"),
         }  # fmt: skip
         given.pop(AUX, None)
@@ -118,15 +125,26 @@ def read_any(
 
 
 def as_speculators(config: dict[str, Any], own: list[str]) -> dict[str, Any]:
-    """What speculators' configuration has of its own."""
+    """What speculators' configuration has of its own.
+
+    speculators reads `sliding_window_non_causal` for layers with a window alone, vLLM for all: so
+    it is true where there are none.
+    """
     nested = config["dflash_config"]
+    kinds = set(config["layer_types"])
+    non_causal = SLIDING not in kinds or nested.get("causal") is False
+    if len(kinds) > 1 and not non_causal:
+        log.warning(
+            "draft: vLLM 0.32 takes %s=false of this layout for the layers without a window too "
+            "and would draft worse: serve it vLLM with export.format=sglang", NON_CAUSAL,
+        )  # fmt: skip
     window = {"window": nested["window"]} if "window" in nested else {}
     return {
         "draft_vocab_size": config["vocab_size"],
         "block_size": config["block_size"],
         AUX: [layer + 1 for layer in nested["target_layer_ids"]],
         "mask_token_id": nested["mask_token_id"],
-        "sliding_window_non_causal": nested.get("causal") is False,
+        NON_CAUSAL: non_causal,
         "sample_from_anchor": nested.get("sample_from_anchor", False),
         "num_target_layers": config["num_target_layers"],
         **window,
@@ -136,7 +154,7 @@ def as_speculators(config: dict[str, Any], own: list[str]) -> dict[str, Any]:
 
 def declared(config: Qwen3Config) -> dict[str, Any]:
     """The options that shapes mean, by their keys."""
-    sliding = [kind == "sliding_attention" for kind in config.layer_types]
+    sliding = [kind == SLIDING for kind in config.layer_types]
     full = [layer for layer, slides in enumerate(sliding) if not slides]
     options = {
         "num_layers": config.num_hidden_layers,
@@ -169,7 +187,7 @@ def loaded_config(folder: Path, config: dict[str, Any]) -> Qwen3Config:
     """
     nested = config["dflash_config"]
     kinds = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
-    sliding = "sliding_attention" in kinds
+    sliding = SLIDING in kinds
     if sliding and not config.get("sliding_window"):
         raise InputError(f"{folder / 'config.json'}: layer_types has windows, sliding_window none")
     return Qwen3Config(
