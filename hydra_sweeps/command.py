@@ -1,7 +1,5 @@
 """The command of a sweep: how it was typed, what of it a run alone needs, how it ends."""
 
-import copy
-import importlib
 import logging
 import os
 import shlex
@@ -10,11 +8,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
 from types import FrameType
-from typing import Any, cast
+from typing import cast
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
+from hydra_sweeps.jobs import without_hydra
 from hydra_sweeps.overrides import key_of
 from hydra_sweeps.records import reason
 
@@ -115,14 +115,8 @@ def report(dotted: str | None, master: DictConfig, sweep_dir: Path) -> None:
     """Call hydra.sweeper.report; its failure is a warning."""
     if not dotted:
         return
-    config = copy.deepcopy(master)
-    OmegaConf.set_readonly(config, False)
-    with open_dict(config):
-        del config["hydra"]
     try:
-        module, _, name = dotted.rpartition(".")
-        function: Any = getattr(importlib.import_module(module), name)
-        function(config, sweep_dir)
+        resolve_name(dotted)(without_hydra(master), sweep_dir)
     except (Exception, SystemExit) as error:
         command = f"python report.py sweep={sweep_dir}"
         log.warning(f"no report ({reason(error)}); to try again: {command}")

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -215,6 +216,27 @@ def check_environment(jobs: Sequence[Job], launcher: Any, ignore: Sequence[str] 
                     ".hydra/hydra.yaml; leave it out: jobs on this machine have the environment of "
                     "this command"
                 )
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """A configuration as a task gets it."""
+    keys = [key for key in config if key != "hydra"]
+    return OmegaConf.masked_copy(config, keys)  # type: ignore[arg-type]
+
+
+def check_inputs(dotted: str | None, jobs: Sequence[Job], launcher: Any) -> None:
+    """Call hydra.sweeper.precheck with what is about to run, as `check_environment`.
+
+    Raises:
+        SweepError: it raises something.
+    """
+    if not dotted or not jobs or hasattr(launcher, "session"):
+        return
+    try:
+        script = jobs[0].config.hydra.job.name
+        resolve_name(dotted)(script, [without_hydra(job.config) for job in jobs])
+    except Exception as error:
+        raise SweepError(str(error)) from error
 
 
 def resolved_sweep_dir(master: DictConfig) -> Path:

@@ -23,9 +23,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from specforge_exp import paths
 from specforge_exp.config import REPOSITORY, Config
-from specforge_exp.config.machine import SAME, command
+from specforge_exp.config.machine import command
 from specforge_exp.errors import InputError
 from specforge_exp.lease import lease
 from specforge_exp.records import sync, sync_tree, unsealed, write_record
@@ -119,47 +118,6 @@ def reusable(
         check(folder, command(stage, again, away=False))
     log.info("%s: complete, reused: %s", stage, folder)
     return True
-
-
-def products(cfg: Config) -> dict[str, Path]:
-    """By stage, in order, what it has written when it is complete."""
-    answers = {"regen": paths.regen_dir(cfg) / "train.jsonl"}
-    return {
-        "prep": paths.prompts_dir(cfg) / "train.jsonl",
-        **(answers if cfg.preprocess.source == "regen" else {}),
-        "preprocess": paths.tokens_dir(cfg) / "index.json",
-        "train": paths.run_dir(cfg) / "metrics.jsonl",
-        "export": paths.export_dir(cfg) / "run.json",
-    }
-
-
-def commands(cfg: Config, stage: str) -> str:
-    """The command of a stage, after those of the stages before it whose products it lacks too."""
-    names: list[str] = []
-    for name, product in products(cfg).items():
-        names = [] if product.exists() and name != stage else [*names, name]
-        if name == stage:
-            break
-    hint = "preprocess.source=prep does without regen.py" if "regen" in names else ""
-    lines = [command(name, away=False) for name in names]
-    if SAME in lines[0]:
-        short = ", ".join(line.replace(f" {SAME}", "") for line in lines)
-        return f" {short} {SAME}{hint and f'; {hint}'}"
-    return "".join(f"\n  {line}" for line in lines) + (hint and f"\n  # {hint}")
-
-
-def require(cfg: Config, stage: str, *names: str) -> Path:
-    """The folder that a stage has made, which has these files and is what its record says.
-
-    Raises:
-        InputError: a file is missing or damaged; names the commands that make it, in order.
-    """
-    folder = products(cfg)[stage].parent
-    check(folder, command(stage, f"{stage}.force=true", away=False))
-    for name in names:
-        if not (folder / name).exists():
-            raise InputError(f"{folder / name} does not exist; make it with:{commands(cfg, stage)}")
-    return folder
 
 
 def contents(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

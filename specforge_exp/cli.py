@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -19,10 +20,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from specforge_exp import offline, paths
-from specforge_exp.config import Config, from_omegaconf, repository
+from specforge_exp.config import Config, from_omegaconf, repository, valueless
 from specforge_exp.config.keys import unknown_key
 from specforge_exp.errors import InputError
 
@@ -43,6 +44,11 @@ def reported(func: Any) -> Any:
                 raise
             cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else ""
             sys.exit("\n".join(filter(None, [str(error), str(cause)])))
+        except MissingMandatoryValue as error:  # of the sweeper's own options
+            root = error.parent_node and error.parent_node._get_root()
+            if not (missing := valueless(OmegaConf.to_container(root)) if root else ""):
+                raise
+            sys.exit(f"error: {missing}")
 
     return OF_HYDRA(quiet)
 
@@ -77,7 +83,12 @@ def command(task: Task) -> Callable[[], None]:
         if arguments.help:  # Hydra copies the store for every group; there is one per process
             vars(store)["__deepcopy__"] = lambda memo: store
         utils.run_and_report = reported
-        utils._run_hydra(arguments, parser, task, repository("conf"), "config")
+        try:
+            utils._run_hydra(arguments, parser, task, repository("conf"), "config")
+        except KeyboardInterrupt:  # ended by the signal, as without this, but in one line
+            print("interrupted; run the same command again", file=sys.stderr, flush=True)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
 
     return main
 
@@ -139,6 +150,10 @@ def run(stage: str, cfg: DictConfig) -> object:
     hydra = HydraConfig.get()
     if Path(hydra.runtime.cwd).is_dir():  # paths are relative to it, whatever hydra.job.chdir says
         os.chdir(hydra.runtime.cwd)
+    if (
+        not sys.stderr.isatty()
+    ):  # for the hub's client and transformers, and the processes of a stage
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     single = hydra.mode == RunMode.RUN
     try:
         config = from_omegaconf(cfg)

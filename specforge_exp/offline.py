@@ -2,11 +2,11 @@
 
 import os
 import socket
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from specforge_exp.config import Config
-from specforge_exp.config.machine import on_the_hub
 
 FOUND = "SPECFORGE_OFFLINE"
 """The environment variable that says why this process, and those it starts, do not ask the hub."""
@@ -19,7 +19,7 @@ def settle(cfg: Config) -> None:
 
     The hub's client reads the environment when it is imported. Behind a proxy nothing is tried.
     """
-    models = [path for path in (cfg.model.path, cfg.export.source) if path and on_the_hub(path)]
+    models = [path for path in (cfg.model.path, cfg.export.source) if not Path(path or "").exists()]
     wanted = models or cfg.export.push or "hub:" in str([cfg.data, cfg.bench])
     if not wanted or os.environ.get("HF_HUB_OFFLINE") or getproxies():
         return

@@ -28,7 +28,7 @@ NAMES = {path: path.relative_to(ROOT).as_posix() for path in SOURCES}
 FLOORS = {
     "specforge_exp": [
         # Records: what torch is not needed for.
-        "config errors offline records paths lease artifacts data.conversations data.files "
+        "config errors offline records paths lease artifacts inputs data.conversations data.files "
         "data.formats data.sources data.synthetic",
         # Rooms, and what stands on the square.
         "losses target sharding interrupt data causal drafts training onpolicy inference serving "
@@ -47,19 +47,19 @@ FLOORS = {
 """Every house from its floor upwards; the longer name of a file counts."""
 BUDGETS = {
     "modal_sweep": 33_000,
-    "hydra_sweeps": 28_150,
+    "hydra_sweeps": 28_350,
     "hydra_plugins": 1_050,
-    "specforge_exp": 210_300,
-    "specforge_exp/data": 18_350,
+    "specforge_exp": 211_300,
+    "specforge_exp/data": 18_400,
     "specforge_exp/target": 8_050,
     "specforge_exp/drafts": 44_600,
-    "specforge_exp/training": 20_500,
+    "specforge_exp/training": 20_550,
     "specforge_exp/inference": 4_700,
     "specforge_exp/generation": 24_600,
-    "specforge_exp/bench": 10_750,
-    "specforge_exp/report": 18_460,
+    "specforge_exp/bench": 10_770,
+    "specforge_exp/report": 18_500,
     "specforge_exp/chat": 4_000,
-    "": 272_850,
+    "": 274_050,
     "specforge_exp/causal": 6_450,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
@@ -270,7 +270,7 @@ WITH_THEM = ["specforge_exp/chat/", "specforge_exp/stages/chat.py", "specforge_e
 
 
 @pytest.mark.parametrize(
-    ("parts", "most"), [(OF_MODELS, 10_650), ([*OF_MODELS, *WITH_THEM], 19_850)]
+    ("parts", "most"), [(OF_MODELS, 10_650), ([*OF_MODELS, *WITH_THEM], 19_860)]
 )
 def test_causal_models_are_little_code(parts: list[str], most: int) -> None:
     total = sum(tokens(path) for path, name in NAMES.items() if name.startswith(tuple(parts)))

@@ -49,5 +49,8 @@ class ExperimentSweeperConf:
     choices in which they differ. null: they are refused."""
     record: dict[str, Any] = field(default_factory=dict)
     """Kept in sweep.json with every run, resolved in its configuration."""
+    precheck: str | None = None
+    """Dotted path of a function (script, configurations) that is called with what is to run here
+    before the first job starts; what it raises refuses the sweep."""
     report: str | None = None
     """Dotted path of a function (cfg, sweep_dir) that is called at the end."""

@@ -30,6 +30,7 @@ from hydra_sweeps.jobs import (
     Job,
     Source,
     check_environment,
+    check_inputs,
     failure,
     resolved_sweep_dir,
     show_failure,
@@ -106,12 +107,14 @@ def run_grid(
     check_environment(jobs, launcher, options.ignore)
     folder = sweep_dir.absolute()
     grid = Grid(options, launcher, master, folder, fresh(options, master), jobs)
+    earlier = record.read(folder)
+    done = finished(grid, earlier) if earlier else {}
     if options.dry_run:
-        earlier = record.read(folder)
-        print(plan(jobs, finished(grid, earlier) if earlier else {}, sweep_dir), flush=True)
+        print(plan(jobs, done, sweep_dir), flush=True)
         return []
     if any(OmegaConf.select(master, f"hydra.launcher.{name}") for name in ("dry_run", "setup")):
         return [launcher.launch([job.overrides for job in jobs], initial_job_idx=0)]
+    check_inputs(options.precheck, [job for job in jobs if job.number not in done], launcher)
     with record.locked(folder), raising_sigterm():
         return carry_out(grid)
 

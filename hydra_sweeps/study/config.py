@@ -68,6 +68,9 @@ class OptunaAsyncConf:
     """The config group that chooses a search; with -m a run's own command leaves it out."""
     record: dict[str, Any] = field(default_factory=dict)
     """Kept in sweep.json with every run, resolved in its configuration."""
+    precheck: str | None = None
+    """Dotted path of a function (script, configurations) that is called with what is to run here
+    before the first job starts; what it raises refuses the sweep."""
     report: str | None = None
     """Dotted path of a function (cfg, sweep_dir) that is called at the end."""
 

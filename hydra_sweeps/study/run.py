@@ -13,7 +13,14 @@ from hydra_sweeps import record
 from hydra_sweeps.choices import refuse_other_choices
 from hydra_sweeps.command import hydra_overrides, raising_sigterm, report, stopping
 from hydra_sweeps.errors import SweepError
-from hydra_sweeps.jobs import Job, Source, check_environment, compose, resolved_sweep_dir
+from hydra_sweeps.jobs import (
+    Job,
+    Source,
+    check_environment,
+    check_inputs,
+    compose,
+    resolved_sweep_dir,
+)
 from hydra_sweeps.record import Sweep
 from hydra_sweeps.records import write_whole
 from hydra_sweeps.runner import is_basic, open_runner
@@ -60,6 +67,9 @@ def run_study(
         return []
     if OmegaConf.select(master, "hydra.launcher.setup"):
         return list(launcher.launch([job.overrides for job in examples], initial_job_idx=0))
+    if count_missing(options, space, known_trials(place)):
+        plain = compose(source, space.overrides, 0)  # an example is far out, and may be refused
+        check_inputs(options.precheck, [plain, *examples], launcher)
     fresh = fresh_record(options, master, place)
     with record.locked(sweep_dir), raising_sigterm():
         optuna = open_study(options, place)

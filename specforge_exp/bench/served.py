@@ -24,6 +24,7 @@ from specforge_exp.bench.acceptance import PairedAnswer, overlap
 from specforge_exp.bench.asking import Asking, Conversation, SetAnswers
 from specforge_exp.bench.clients import Client
 from specforge_exp.config import Config, locate
+from specforge_exp.config.machine import script
 from specforge_exp.data.chat import Message
 from specforge_exp.drafts.speculators import in_speculators_layout
 from specforge_exp.errors import InputError
@@ -136,7 +137,7 @@ def server_of(cfg: Config, alone: bool, folder: Path) -> Server:
         if cfg.engine.name == "sglang" and in_speculators_layout(paths.export_dir(cfg)):
             raise InputError(
                 f"{paths.export_dir(cfg)} is in speculators' format, which SGLang does not read; "
-                "python export.py export.format=sglang export.force=true"
+                f"{script('export')} export.format=sglang export.force=true"
             )
         draft = Speculation(str(paths.export_dir(cfg).resolve()), options)
     return make_servers(cfg, folder, draft)[0]

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from specforge_exp.artifacts import require
 from specforge_exp.config import REPOSITORY, Config, Source
 from specforge_exp.data.conversations import read_jsonl
 from specforge_exp.data.sources import load
 from specforge_exp.errors import InputError
+from specforge_exp.inputs import require
 
 SHIPPED = REPOSITORY / "assets" / "bench"
 """One file for each data set of the suite, in its raw schema, of our own writing."""

@@ -226,10 +226,8 @@ class Config:
 
 def from_omegaconf(cfg: DictConfig) -> Config:
     """Resolve what Hydra composed into a `Config`; raises InputError for what does not fit."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        listed = ", ".join(f"{key}=..." for key in missing)
-        raise InputError(f"these options have no value; give them on the command line: {listed}")
+    if missing := valueless(OmegaConf.to_container(cfg)):
+        raise InputError(missing)
     try:
         # A launcher's copy without Hydra's node has forgotten its type.
         typed = OmegaConf.merge(Config, cfg)
@@ -239,6 +237,20 @@ def from_omegaconf(cfg: DictConfig) -> Config:
         raise InputError(first_line(error)) from None
     assert isinstance(config, Config)
     return config
+
+
+def valueless(content: Any) -> str:
+    """Which options have to be given, also those that others are made of; "": all are there."""
+
+    def lacking(node: Any, at: str) -> list[str]:
+        parts = dict(enumerate(node)) if isinstance(node, list) else node
+        if not isinstance(parts, dict):
+            return [f"{at[1:]}=..."] * (node == MISSING)
+        return [key for name, part in parts.items() for key in lacking(part, f"{at}.{name}")]
+
+    listed = ", ".join(sorted(key for key in lacking(content, "") if not key.startswith("hydra.")))
+    what = "these options have no value; give them on the command line or in their group's file: "
+    return listed and what + listed
 
 
 def draft_options(draft: DictConfig) -> DictConfig:
@@ -298,11 +310,12 @@ def check_job(cfg: DictConfig) -> None:
         )
 
 
-def locate(dotted: str) -> Any:
-    """Import `package.module.name`; raises InputError when there is no such thing."""
+def locate(dotted: str, group: str = "draft.") -> Any:
+    """Import the `package.module.name` of a group's _target_; InputError when there is none."""
     try:
         return resolve_name(dotted)
-    except (ImportError, AttributeError, ValueError):
+    except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
-            f"_target_={dotted} does not name an importable function or class"
+            f"{group}_target_={dotted} cannot be imported ({first_line(error)}); a file of this "
+            "folder is found with PYTHONPATH=. before the command"
         ) from None

@@ -163,7 +163,8 @@ class LossConfig:
         weights = self.weights()
         if min(weights.values()) < 0:
             raise InputError(f"loss weights must not be negative: {weights}")
-        if self.name != MISSING and not any(weights.values()):
+        ours = self._target_ == LossConfig._target_  # another function may have other knobs
+        if ours and self.name != MISSING and not any(weights.values()):
             raise InputError(f"at least one loss weight must be above 0: {', '.join(weights)}")
         above_zero("loss.temperature", self.temperature)
 
@@ -257,6 +258,20 @@ class DraftConfig:
     def matters(self) -> dict[str, Any]:
         """The options that a training depends on."""
         return {name: value for name, value in vars(self).items() if name not in self.quiet}
+
+    def vocabulary(self, whole: int) -> int:
+        """Of so many tokens of the target, how many it can propose.
+
+        Raises:
+            InputError: draft_vocab_size, where it matters, is above all of them.
+        """
+        size = self.draft_vocab_size or whole
+        if size > whole and "draft_vocab_size" in self.matters():
+            raise InputError(
+                f"draft.draft_vocab_size={size} is above the target's vocabulary of {whole}; "
+                "draft.draft_vocab_size=null takes all of it"
+            )
+        return min(size, whole)
 
     @classmethod
     def recalled(cls, settings: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from specforge_exp.config.resolvers import MATTERS, PACKAGE, REPOSITORY, STAGES
 CONFIG_FLAGS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
 HYDRAS = ("hydra/launcher=", "hydra.searchpath=")
 """Options of Hydra's node that go with a command."""
+ASKING = ("prep.check=true", "regen.status=true")
+"""Options with which a stage only says something."""
 SAME = "(with the same options)"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -119,11 +121,16 @@ def prefetched(path: str) -> str | None:
 def program(stage: str) -> list[str]:
     """What is typed before a stage's options: its script beside the one that runs, or `specforge`
     where that is the installed package's."""
-    script = Path(sys.argv[0])
-    if script.is_absolute() and script.parent == REPOSITORY != PACKAGE.parent:
+    running = Path(sys.argv[0])
+    if running.is_absolute() and running.parent == REPOSITORY != PACKAGE.parent:
         return ["specforge", stage]
-    beside = script.stem in (*STAGES, "report")
-    return ["python", str(script.with_name(f"{stage}.py")) if beside else f"{stage}.py"]
+    beside = running.stem in (*STAGES, "report")
+    return ["python", str(running.with_name(f"{stage}.py")) if beside else f"{stage}.py"]
+
+
+def script(stage: str) -> str:
+    """`program`, for a shell."""
+    return shlex.join(program(stage))
 
 
 def command(stage: str, *more: str, away: bool = True) -> str:
@@ -136,17 +143,20 @@ def command(stage: str, *more: str, away: bool = True) -> str:
         more: options that it has besides.
         away: with -m, so that a launcher runs it; else with -m where this command line has it.
     """
-    script = Path(sys.argv[0]).stem in (*STAGES, "report", "chat")
-    words, matters = sys.argv[1:] if script else [], MATTERS.get(stage)
+    ours = Path(sys.argv[0]).stem in (*STAGES, "report", "chat")
+    ours = ours and not any(word.startswith("sweep=") for word in sys.argv)  # it is of other runs
+    words, matters = sys.argv[1:] if ours else [], MATTERS.get(stage)
     flags = ["-m"] if away or {"-m", "--multirun"} & {*words} else []
     options = []
     for place, word in enumerate(words):
         option = re.split(r"[./@=]", word.lstrip("+~"))[0]
         if word.partition("=")[0] in CONFIG_FLAGS:
             flags += words[place : place + 1 + ("=" not in word)]
-        elif "=" in word and word[0] != "-" and word != "hydra/launcher=basic" * away:
+        elif (
+            "=" in word and word[0] != "-" and word not in (*ASKING, "hydra/launcher=basic" * away)
+        ):
             known = option not in ("hydra", "from") or (option, stage) == ("from", "export")
             mattering = known and (matters is None or option in matters.split())
             options += [word] * (mattering or word.startswith(HYDRAS))
     line = shlex.join([*program(stage), *flags, *options, *more])
-    return line if script else f"{line} {SAME}"
+    return line if ours else f"{line} {SAME}"

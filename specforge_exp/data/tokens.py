@@ -26,12 +26,12 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from torch import Tensor
 
-from specforge_exp.artifacts import SAME, check, read_object
+from specforge_exp.artifacts import check, read_object
+from specforge_exp.config.machine import command
 from specforge_exp.data.chat import Encoded
 from specforge_exp.errors import InputError
 
 Ints = NDArray[Any]
-AGAIN = f"make it again with: python preprocess.py preprocess.force=true {SAME}"
 
 
 def arrays_of(conversations: list[Encoded]) -> dict[str, Ints]:
@@ -147,17 +147,22 @@ class TokenSet:
                 yield shard.turns[ends[0] : ends[-1]].long(), ends.diff()
 
 
+def again() -> str:
+    """The remedy for tokens that cannot be used."""
+    return f"make it again with: {command('preprocess', 'preprocess.force=true', away=False)}"
+
+
 def damaged(path: Path, problem: object) -> InputError:
     """A token file that cannot be used, and the command that makes it again."""
-    return InputError(f"{path} cannot be read ({problem}); {AGAIN}")
+    return InputError(f"{path} cannot be read ({problem}); {again()}")
 
 
 def read_index(folder: Path) -> dict[str, Any]:
     """index.json of a folder that is what its record says; InputError when it is not."""
-    check(folder, AGAIN.partition(": ")[2])
-    index = read_object(folder / "index.json", AGAIN)
+    check(folder, again().partition(": ")[2])
+    index = read_object(folder / "index.json", again())
     if "train" not in index:
-        raise InputError(f"{folder / 'index.json'} is no index; {AGAIN}")
+        raise InputError(f"{folder / 'index.json'} is no index; {again()}")
     return index
 
 

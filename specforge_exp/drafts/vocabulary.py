@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from specforge_exp.data.tokens import again
 from specforge_exp.errors import InputError, first_line
 
 
@@ -22,8 +23,6 @@ def vocabulary_mapping(counts_V: Tensor, size: int) -> dict[str, Tensor]:
     Returns:
         d2t [D] int64 and t2d [V] bool.
     """
-    if not 1 <= size <= len(counts_V):
-        raise InputError(f"draft_vocab_size={size} must be in 1..{len(counts_V)}")
     order_V = torch.argsort(counts_V, descending=True, stable=True)
     ids_D = order_V[:size].sort().values
     t2d_V = torch.zeros(len(counts_V), dtype=torch.bool)
@@ -33,12 +32,11 @@ def vocabulary_mapping(counts_V: Tensor, size: int) -> dict[str, Tensor]:
 
 def read_mapping(path: Path) -> dict[str, Tensor]:
     """The mapping that preprocess wrote; InputError when it cannot be read or is none."""
-    remedy = "make it again with: python preprocess.py preprocess.force=true"
     try:
         mapping: dict[str, Tensor] = torch.load(path, weights_only=True)
         check_mapping(mapping["d2t"], mapping["t2d"])
     except Exception as error:  # also whatever a zip file and its pickle may lack
-        raise InputError(f"{path} cannot be read ({first_line(error)}); {remedy}") from None
+        raise InputError(f"{path} cannot be read ({first_line(error)}); {again()}") from None
     return mapping
 
 

@@ -40,7 +40,7 @@ from specforge_exp.training.batches import (
     share,
     window_of,
 )
-from specforge_exp.training.checkpoint import step_folders
+from specforge_exp.training.checkpoint import ROUNDS, step_folders
 from specforge_exp.training.features import States
 from specforge_exp.training.loop import total_steps
 from specforge_exp.training.objective import Sample
@@ -219,7 +219,7 @@ def generator_draft(draft: Any, target: Target) -> Any:
 
 def round_file(folder: Path, first: int) -> Path:
     """Where the round that begins with a step lies."""
-    return folder / "rollouts" / f"step-{first:06d}.safetensors"
+    return folder / ROUNDS / f"step-{first:06d}.safetensors"
 
 
 def write_round(file: Path, answers: dict[int, Rollout]) -> None:
@@ -261,6 +261,6 @@ def read_round(file: Path, step: int) -> dict[int, Rollout]:
 def forget_rounds(folder: Path, every: int) -> None:
     """Remove the rounds that no checkpoint continues in."""
     oldest = min((int(path.name[5:]) for path in step_folders(folder)), default=0)
-    for file in (folder / "rollouts").glob("step-*.safetensors"):
+    for file in (folder / ROUNDS).glob("step-*.safetensors"):
         if int(file.stem[5:]) + every <= oldest:
             file.unlink()

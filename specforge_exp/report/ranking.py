@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 
+from specforge_exp.config.machine import script
 from specforge_exp.errors import InputError
 from specforge_exp.report.collect import ACCEPTED, Collected, SweepRun
 from specforge_exp.report.statistics import (
@@ -191,7 +192,7 @@ def check_metric(sweep: Collected, metric: str) -> None:
     if metric == ACCEPTED:
         raise InputError(
             f"report.metric={ACCEPTED} comes from bench.json, which no run of {sweep.folder} has; "
-            f"python bench.py sweep={sweep.folder}"
+            f"{script('bench')} sweep={sweep.folder}"
         )
     shown = [name for name in metrics if "/" not in name or name.endswith("/0")]
     raise InputError(

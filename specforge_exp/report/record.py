@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from specforge_exp.config.machine import script
 from specforge_exp.errors import InputError
 
 FILE = "sweep.json"
@@ -64,7 +65,7 @@ def no_sweep(folder: Path, root: Path) -> str:
     """What to say about a folder without a sweep.json."""
     sweeps = [str(file.parent) for file in sorted(root.glob(f"**/{FILE}"))]
     there = "; there are: " + ", ".join(sweeps) if sweeps else f"; there is none below {root}"
-    return f"{folder} holds no {FILE}, which python train.py -m ... writes{there}"
+    return f"{folder} holds no {FILE}, which {script('train')} -m ... writes{there}"
 
 
 def returned_values(sweep: dict[str, Any], run: dict[str, Any]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from specforge_exp.config.machine import script
 from specforge_exp.errors import InputError
 from specforge_exp.report.collect import Collected, SweepRun, labels, read_folder
 from specforge_exp.report.drawing import Chart, by_loss, colours, new_figure
@@ -33,7 +34,7 @@ def collect_runs(names: list[str], checkpoints: str) -> Collected:
         script="train",
         kind="grid",
         state="complete" if all(run.final for run in runs) else "running",
-        command=f"python report.py run={names[0] if len(names) == 1 else names}",
+        command=f"{script('report')} run={names[0] if len(names) == 1 else names}",
         started=min(finished),
         updated=max(finished),
         directions={},

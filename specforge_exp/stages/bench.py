@@ -19,7 +19,6 @@ from specforge_exp.artifacts import (
     disk_errors,
     model_digest,
     read_record,
-    require,
     reusable,
     sha256,
 )
@@ -34,6 +33,7 @@ from specforge_exp.config.machine import command
 from specforge_exp.data.conversations import asks_of
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
+from specforge_exp.inputs import require
 from specforge_exp.lease import lease
 from specforge_exp.records import write_record
 from specforge_exp.target import check_gpus, load_tokenizer

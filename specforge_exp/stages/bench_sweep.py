@@ -13,8 +13,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from specforge_exp import paths
-from specforge_exp.artifacts import SAME, read_record
+from specforge_exp.artifacts import read_record
 from specforge_exp.config import Config, from_omegaconf
+from specforge_exp.config.machine import SAME, script
 from specforge_exp.errors import InputError, first_line
 from specforge_exp.report.origin import run_folder
 from specforge_exp.report.record import find_sweep, read_sweep
@@ -66,7 +67,7 @@ def bench_sweep(cfg: Config) -> float:
         gc.collect()  # the next run loads its own target
     if results:
         print(ranking(results))
-        log.info("all about them: python report.py sweep=%s", shlex.quote(str(sweep_dir)))
+        log.info("all about them: %s sweep=%s", script("report"), shlex.quote(str(sweep_dir)))
     if failed:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
         raise InputError(f"{len(failed)} of {len(runs)} runs could not be benched:{reasons}")

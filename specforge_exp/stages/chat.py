@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 from specforge_exp import paths
-from specforge_exp.artifacts import check, require
+from specforge_exp.artifacts import check
 from specforge_exp.chat.dialogue import Answering, Dialogue
 from specforge_exp.config import Config
 from specforge_exp.config.machine import command
 from specforge_exp.errors import InputError
+from specforge_exp.inputs import require
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,8 @@ import torch
 
 from specforge_exp import paths
 from specforge_exp.artifacts import (
-    SAME,
     Fingerprint,
     check,
-    commands,
     model_digest,
     reusable,
     sha256,
@@ -32,6 +30,7 @@ from specforge_exp.config.settings import training_settings
 from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.speculators import in_speculators_layout
 from specforge_exp.errors import InputError
+from specforge_exp.inputs import commands, lacking
 from specforge_exp.serving.downloads import download
 from specforge_exp.serving.publishing import model_card, publish
 from specforge_exp.target import DTYPES, Target, load_target, set_up_torch
@@ -178,11 +177,11 @@ def chosen_checkpoint(cfg: Config) -> Checkpoint:
         InputError: it is gone or damaged; names it, the others that are there and the command that
             makes it again.
     """
-    run, options, over = paths.run_dir(cfg), cfg.export, f"python train.py {OVER} {SAME}"
+    run, options, over = paths.run_dir(cfg), cfg.export, command("train", OVER, away=False)
     steps = [int(folder.name[5:]) for folder in step_folders(run)]
     if not steps:
-        command = over if (run / "run.json").exists() else commands(cfg, "train")
-        raise InputError(f"{run} holds no checkpoint; make one with: {command}")
+        made = f" {over}" if (run / "run.json").exists() else commands(lacking(cfg, "train"))
+        raise InputError(f"{run} holds no checkpoint; make one with:{made}")
     if options.step and options.step not in steps:
         raise InputError(f"{step_folder(run, options.step)} does not exist; steps there: {steps}")
     if options.best:

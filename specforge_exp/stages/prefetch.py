@@ -6,11 +6,9 @@ that it is whole. What an interrupted download has got is kept.
 """
 
 import logging
-import sys
 from pathlib import Path
 
 from huggingface_hub import constants
-from huggingface_hub.utils import disable_progress_bars
 
 from specforge_exp.artifacts import disk_errors
 from specforge_exp.config import Config
@@ -27,8 +25,6 @@ def prefetch(cfg: Config) -> Path:
     if Path(name).is_dir():
         log.info("prefetch: model.path=%s is a folder of this machine: nothing to do", name)
         return Path(name)
-    if not sys.stderr.isatty():
-        disable_progress_bars()
     log.info("prefetch: %s from %s to %s", name, constants.ENDPOINT, constants.HF_HUB_CACHE)
     with disk_errors(Path(constants.HF_HUB_CACHE)):
         folder = download(name)

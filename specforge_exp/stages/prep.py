@@ -8,8 +8,6 @@ eval.rejected.jsonl. Records go to disk as they are read: memory holds two hashe
 import hashlib
 import itertools
 import logging
-import shlex
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +30,7 @@ from specforge_exp.artifacts import (
     writing,
 )
 from specforge_exp.config import Config, Source
+from specforge_exp.config.machine import command
 from specforge_exp.data.conversations import encode
 from specforge_exp.data.files import Rejected
 from specforge_exp.data.messages import joined
@@ -104,9 +103,14 @@ def prep(cfg: Config) -> Path:
         with opened(partial, "train") as train, opened(partial, "eval") as held_out:
             fill(cfg, train, held_out)
         for name, split in (("train", train), ("eval", held_out)):
-            report(name, split, folder)
             if not split.kept and (name == "train" or cfg.data.eval):
-                raise InputError(f"data.{name} is left without a conversation: {split.account()}")
+                first = f"; the first: {said(split.first)}" if split.first else ""
+                raise InputError(
+                    f"data.{name} is left without a conversation: {split.account()}{first}. A "
+                    'record is {"conversations": [{"role": "user", "content": "..."}, ...]}; '
+                    "data.format= and docs/data.md have others"
+                )
+            report(name, split, folder)
         counts = {"train": train.kept, "eval": held_out.kept}
         account = {"train": train.account(), "eval": held_out.account()}
         write_json(partial / "account.json", {"conversations": counts, "account": account})
@@ -254,14 +258,17 @@ def rank(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
+def said(rejected: Rejected) -> str:
+    """Where a record stands that is none, and why."""
+    return f"{rejected.where}: {rejected.reason}"
+
+
 def report(name: str, split: PromptSplit, folder: Path) -> None:
     """Say where the records of a split went."""
     log.info("prep: %s: %s", name, split.account())
     if split.first:
-        log.warning(
-            "prep: set aside in %s.rejected.jsonl, the first: %s: %s",
-            folder / name, split.first.where, split.first.reason,
-        )  # fmt: skip
+        where = folder / f"{name}.rejected.jsonl"
+        log.warning("prep: set aside in %s, the first: %s", where, said(split.first))
     if split.cuts["about a picture"]:
         log.warning(
             "prep: %s: %d conversations are about a picture; only their text is used, `image` "
@@ -276,13 +283,11 @@ def state(cfg: Config, folder: Path, settings: dict[str, Any]) -> Path:
     Raises:
         InputError: it is not there; the message is the command that makes it.
     """
-    options = [a for a in sys.argv[1:] if "=" in a and not a.startswith("prep.check=")]
-    command = shlex.join(["python", "prep.py", *options])
-    made = folder / "run.json"
+    made, again = folder / "run.json", command("prep", "prep.force=true", away=False)
     if not made.exists():
-        raise InputError(f"{folder} does not exist; make it with: {command}")
-    record = read_record(made, f"make it again with: {command} prep.force=true")
-    check(folder, f"{command} prep.force=true")
+        raise InputError(f"{folder} does not exist; make it with: {command('prep', away=False)}")
+    record = read_record(made, f"make it again with: {again}")
+    check(folder, again)
     account = folder / "account.json"
     counts = read_object(account).get("conversations", {}) if account.exists() else {}
     size = sum(file.stat().st_size for file in folder.glob("*.jsonl")) / 1e6
@@ -304,7 +309,6 @@ def state(cfg: Config, folder: Path, settings: dict[str, Any]) -> Path:
     except InputError as error:
         changes.append(str(error))
     if changes:
-        again = f"{command} prep.force=true"
         log.warning("prep: it was made of something else: %s; again: %s", "; ".join(changes), again)
     else:
         log.info("prep: its inputs have not changed")

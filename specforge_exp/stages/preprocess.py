@@ -21,7 +21,6 @@ from specforge_exp import paths
 from specforge_exp.artifacts import (
     Fingerprint,
     model_digest,
-    require,
     reusable,
     sha256,
     writing,
@@ -31,6 +30,7 @@ from specforge_exp.data.blocks import LineBlock, cut, encode_blocks, intact, rea
 from specforge_exp.data.tokens import Ints, ShardWriter, packing
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
+from specforge_exp.inputs import require
 from specforge_exp.records import write_json
 from specforge_exp.target import check_length, text_config
 from specforge_exp.training.learnable import listed, nothing_to_learn, refuse_nothing
@@ -77,9 +77,10 @@ def preprocess(cfg: Config) -> Path:
     if reusable(folder / "run.json", fingerprint, cfg.preprocess.force, "preprocess"):
         return folder
     too_long = check_length(cfg.model, cfg.max_length)
+    vocabulary = text_config(cfg.model).vocab_size
+    size = cfg.draft.vocabulary(vocabulary)
     counts: dict[str, Any] = {}
     with writing(folder, fingerprint, cfg, "preprocess", "blocks/*", counts) as partial:
-        vocabulary = text_config(cfg.model).vocab_size
         blocks = {name: cut(path) for name, path in files.items()}
         encode_files(cfg, [block for part in blocks.values() for block in part], partial / "blocks")
         splits = {
@@ -88,11 +89,11 @@ def preprocess(cfg: Config) -> Path:
         }
         index = {name: split.shards for name, split in splits.items()}
         write_json(partial / "index.json", index)
-        size = cfg.draft.draft_vocab_size or vocabulary
         mapping = vocabulary_mapping(torch.from_numpy(splits["train"].counts_V), size)
         torch.save(mapping, partial / "vocab_mapping.pt")
         row = cfg.trainer.pack_tokens or cfg.max_length
-        in_draft_V = mapping["t2d"].numpy()
+        limited = size < vocabulary and "draft_vocab_size" in cfg.draft.matters()
+        in_draft_V = mapping["t2d"].numpy() | (not limited)
         report = {name: describe(split, in_draft_V, row) for name, split in splits.items()}
         counts["left_out"] = {n: {key: entry[key] for key in UNUSED} for n, entry in report.items()}
         warnings = [text for name in splits for text in doubts(name, report[name])]
@@ -100,10 +101,11 @@ def preprocess(cfg: Config) -> Path:
         write_json(
             partial / "report.json", {"draft_vocab_size": size, **report, "warnings": warnings}
         )
-    log.info(
-        "preprocess: the draft's %d tokens cover %.2f %% of the answers, %.2f %% of the held-out",
-        size, 100 * report["train"]["coverage"], 100 * report["eval"]["coverage"],
-    )  # fmt: skip
+    if limited:
+        log.info(
+            "preprocess: the draft's %d tokens cover %.2f %% of the answers, %.2f %% of the "
+            "held-out", size, 100 * report["train"]["coverage"], 100 * report["eval"]["coverage"],
+        )  # fmt: skip
     for text in warnings:
         log.warning("preprocess: warning: %s", text)
     log.info("preprocess: complete: %s%s", folder, left_out(report))

@@ -19,12 +19,12 @@ from specforge_exp import paths
 from specforge_exp.artifacts import (
     Fingerprint,
     model_digest,
-    require,
     reusable,
     sha256,
     writing,
 )
 from specforge_exp.config import Config
+from specforge_exp.config.machine import command
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Engine
 from specforge_exp.generation.openai_engine import OpenAIEngine
@@ -34,6 +34,7 @@ from specforge_exp.generation.rules import rules_of, sampling_of
 from specforge_exp.generation.run import RateLimit, Regeneration, answer_missing
 from specforge_exp.generation.server_engine import ServerEngine, layout
 from specforge_exp.generation.store import Store
+from specforge_exp.inputs import require
 from specforge_exp.interrupt import Interrupt
 from specforge_exp.serving.gpus import tp_size_of
 from specforge_exp.target import check_gpus
@@ -174,7 +175,7 @@ def status(folder: Path) -> str:
     except (OSError, ValueError):
         if (folder / "run.json").exists():
             return f"complete: {folder}"
-        return "nothing yet; start it with: python regen.py (with the same options)"
+        return f"nothing yet; start it with: {command('regen', away=False)}"
     age = time.time() - datetime.fromisoformat(progress["time"]).timestamp()
     parts = [
         f"{progress['done']} of {progress['total']} done, {progress['failed']} failed",

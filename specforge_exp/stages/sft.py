@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from specforge_exp import paths
-from specforge_exp.artifacts import Fingerprint, model_digest, require, sha256
+from specforge_exp.artifacts import Fingerprint, model_digest, sha256
 from specforge_exp.causal.training import check_start, exported, train_causal
 from specforge_exp.config import Config
 from specforge_exp.config.settings import causal_settings
 from specforge_exp.data.tokens import read_split
+from specforge_exp.inputs import require
 from specforge_exp.target import check_length, text_config
 from specforge_exp.training.loop import Splits, TrainingRun
 from specforge_exp.training.ranks import Ranks

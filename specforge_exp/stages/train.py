@@ -22,7 +22,6 @@ from specforge_exp import paths
 from specforge_exp.artifacts import (
     Fingerprint,
     model_digest,
-    require,
     sha256,
 )
 from specforge_exp.config import Config, LossConfig, locate
@@ -35,6 +34,7 @@ from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.inference.cluster import Fleet, fleet_of, given
 from specforge_exp.inference.split import Split, joins, make_split
+from specforge_exp.inputs import require
 from specforge_exp.losses import Loss, ProposedLoss, opd
 from specforge_exp.onpolicy.cost import cost_lines
 from specforge_exp.onpolicy.replay import Replayer
@@ -128,9 +128,10 @@ def begin(cfg: Config, world: int) -> Record | None:
     """What is settled before a training: the record of a complete run, or None: it is to be made.
 
     Raises:
-        InputError: as `settled`, or tokens are missing.
+        InputError: as `settled`, or tokens are missing, or the loss is none.
     """
     shared_evenly(cfg.trainer.batch_size, world, "WORLD_SIZE")
+    loss_of(cfg)
     if cfg.onpolicy.rolls and cfg.bench_engine != "transformers":
         raise InputError(
             f"onpolicy=rollout answers in this process with the draft of now; engine.name="
@@ -335,7 +336,7 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
 
 def loss_of(cfg: Config) -> Loss:
     """What is to be made small, on the text and on what the draft proposes."""
-    function, options = locate(cfg.loss._target_), cfg.onpolicy
+    function, options = locate(cfg.loss._target_, "loss."), cfg.onpolicy
     if not options.replays:
         return Loss(function, cfg.loss)
 

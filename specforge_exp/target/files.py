@@ -12,6 +12,10 @@ from specforge_exp.offline import offline
 
 def text_config(cfg: ModelConfig) -> Any:
     """The configuration of the language model; InputError when it cannot be read."""
+    if Path(cfg.path).is_file():  # which transformers would open
+        raise InputError(
+            f"model.path={cfg.path} is a file; a model is a folder with config.json, or a hub id"
+        )
     try:
         return AutoConfig.from_pretrained(cfg.path, trust_remote_code=False).get_text_config()
     except (OSError, ValueError) as error:
@@ -52,5 +56,5 @@ def not_loadable(cfg: ModelConfig, error: Exception) -> str:
             "that the installed transformers has itself"
         )
     if (why := offline()) and kind != "folder" and isinstance(error, OSError):
-        return f"{why}, and model.path={cfg.path} is not in the cache; a folder of it works too"
+        return f"{why}, and model.path={cfg.path} is not in the cache, nor a folder here"
     return f"model.path={cfg.path} cannot be loaded as a {kind}: {first_line(error)}"

@@ -1,13 +1,12 @@
 """Loading a target's weights, all of them and nothing else."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.distributed import DistributedConfig
-from transformers.utils import logging as transformers_logging
 
 from specforge_exp.config import ModelConfig
 from specforge_exp.errors import InputError
@@ -52,8 +51,6 @@ def load_target(
         InputError: it cannot be found or read, weights of it are missing, it has too few layers, or
             its states and logits cannot be followed.
     """
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     aux_layers = aux_layer_ids(text_config(cfg).num_hidden_layers, cfg.aux_layers, feeds)
@@ -94,7 +91,7 @@ def from_files(
         loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(
             cfg.path, trust_remote_code=False, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not quantised:
             raise
         raise InputError(not_loadable(cfg, error) + quantised) from None

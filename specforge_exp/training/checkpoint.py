@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from specforge_exp.artifacts import (
-    SAME,
     Fingerprint,
     check,
     contents,
@@ -25,6 +24,7 @@ from specforge_exp.artifacts import (
     read_record,
     sha256,
 )
+from specforge_exp.config.machine import command
 from specforge_exp.errors import InputError
 from specforge_exp.records import sync, sync_tree, write_record
 from specforge_exp.sharding import as_in, whole
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 OVER = "trainer.resume=false"
 METRICS = "metrics.jsonl"
+ROUNDS = "rollouts"
+"""The folder of onpolicy=rollout's answers, in a run's own."""
 FILES = ("draft.safetensors", "optimizer.safetensors", "loop.safetensors")
 
 
@@ -142,7 +144,7 @@ def last_step(run_dir: Path, stage: str = "train") -> int | None:
     """
     newest = max((int(path.name[5:]) for path in step_folders(run_dir)), default=None)
     record, file = run_dir / "run.json", "evaluation.json"
-    again = f"name export.step=, or train again: python {stage}.py {OVER} {SAME}"
+    again = f"name export.step=, or train again: {command(stage, OVER, away=False)}"
     if record.exists() and file in read_record(record, again).get("files", {}):
         newest = read_object(run_dir / file, again).get("step", newest)
     return newest
@@ -155,11 +157,11 @@ def check_step(folder: Path, over: str = "", stage: str = "train") -> dict[str, 
         InputError: a file is missing or not what was written; names the command that helps, the
             stage's with the options `over`.
     """
-    command = f"python {stage}.py {over}{SAME}"
-    remedy = f"make it again with: {command}"
+    again = command(stage, *over.split(), away=False)
+    remedy = f"make it again with: {again}"
     if not folder.exists():
         raise InputError(f"{folder} does not exist; {remedy}")
-    check(folder, command, "state.json")
+    check(folder, again, "state.json")
     return read_record(folder / "state.json", remedy)
 
 
@@ -206,11 +208,12 @@ def restore(checkpoint: Checkpoint, draft: nn.Module, optimizer: torch.optim.Opt
 
 
 def start_over(folder: Path) -> int:
-    """Forget a run's record, numbers and checkpoints, the record first; returns the steps done."""
+    """Forget a run's record, numbers, checkpoints and rollouts, the record first; returns the steps
+    done."""
     for name in ("run.json", "evaluation.json", "metrics.jsonl"):
         (folder / name).unlink(missing_ok=True)
-    for checkpoint in step_folders(folder):
-        shutil.rmtree(checkpoint)
+    for made in (*step_folders(folder), *folder.glob(ROUNDS)):
+        shutil.rmtree(made)
     return 0
 
 

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from specforge_exp import paths
-from specforge_exp.artifacts import SAME, check
+from specforge_exp.artifacts import check
 from specforge_exp.config import Config
 from specforge_exp.config.checks import typed
+from specforge_exp.config.machine import SAME, script
 from specforge_exp.drafts.folder import usual_entries
 from specforge_exp.drafts.speculators import without_targets
 from specforge_exp.drafts.vocabulary import check_mapping
@@ -43,7 +44,7 @@ def initial_weights(cfg: Config, init: str) -> Path:
     if step is None and (folder / "export" / "model.safetensors").is_file():
         folder = folder / "export"
     if (folder / "model.safetensors").is_file():
-        check(folder, f"python export.py export.force=true {SAME}")
+        check(folder, f"{script('export')} export.force=true {SAME}")
         return folder / "model.safetensors"
     if not (folder / "draft.safetensors").is_file():
         if step is None:

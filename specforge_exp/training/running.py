@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from specforge_exp import paths
-from specforge_exp.artifacts import SAME, Fingerprint, contents, describe, read_record, reusable
+from specforge_exp.artifacts import Fingerprint, contents, describe, read_record, reusable
 from specforge_exp.config import Config
 from specforge_exp.config.checks import shared_evenly
+from specforge_exp.config.machine import command
 from specforge_exp.data.tokens import TokenSet
 from specforge_exp.errors import InputError
 from specforge_exp.lease import lease
@@ -104,7 +105,7 @@ def check_tokens(tokens: Path, wanted: dict[str, Any]) -> None:
     if changes:
         raise InputError(
             f"{tokens} was made with other options: {'; '.join(changes)}. Train with those, or "
-            f"make it again with: python preprocess.py preprocess.force=true {SAME}"
+            f"make it again with: {command('preprocess', 'preprocess.force=true', away=False)}"
         )
 
 

@@ -248,6 +248,13 @@ def test_remedies_are_whole_commands(
     assert command(stage) == f"python {stage}.py -m {said}"
 
 
+def test_a_remedy_asks_for_nothing_and_is_of_its_own_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["regen.py", "data=local", "regen.status=true"])
+    assert command("regen", away=False) == "python regen.py data=local"
+    monkeypatch.setattr(sys, "argv", ["bench.py", "sweep=there", "bench.max_tokens=8"])
+    assert command("train", away=False) == "python train.py (with the same options)"
+
+
 def test_a_job_validates_without_hydras_node() -> None:
     check_job(for_validation())
     check_job(for_validation("experiment=smoke", "model=tiny"))

@@ -7,9 +7,10 @@ import pytest
 from damage import DAMAGES, damaged
 
 from specforge_exp import artifacts, paths
-from specforge_exp.artifacts import Fingerprint, check, require, reusable, writing
+from specforge_exp.artifacts import Fingerprint, check, reusable, writing
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
+from specforge_exp.inputs import require
 
 ONE = Fingerprint({"the input": "abc"}, {"lr": 1, "names": ["a"]})
 TWO = Fingerprint({"the input": "xyz"}, {"lr": 2, "names": ["a"]})

@@ -129,6 +129,7 @@ def test_weights_are_checked() -> None:
         LossConfig(name="none")
     with pytest.raises(InputError, match="must not be negative"):
         LossConfig(name="negative", lambda_ce=1.0, beta=-0.1)
+    LossConfig(name="of_mine", _target_="mine.loss")  # which has knobs of its own
 
 
 TERM_WEIGHTS = st.fixed_dictionaries(

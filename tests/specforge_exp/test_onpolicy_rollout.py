@@ -35,6 +35,7 @@ from specforge_exp.onpolicy.rollout import (
 )
 from specforge_exp.target import Target
 from specforge_exp.training.batches import Batch
+from specforge_exp.training.checkpoint import start_over
 from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.watching import TrainingRun
 
@@ -160,6 +161,8 @@ def test_a_round(temperature: float, tmp_path: Path) -> None:
     rollouts.begin(1)
     file = round_file(tmp_path, 1)
     made, kept = rollouts.answers, read_round(file, 2)
+    start_over(tmp_path)
+    assert not file.exists()
     assert sorted(made) == sorted(kept) == [0, 1]
     for number, answer in made.items():
         for mine, read in zip(vars(answer).values(), vars(kept[number]).values(), strict=True):

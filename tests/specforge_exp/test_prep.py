@@ -227,6 +227,14 @@ def test_an_empty_data_set_is_an_error(tmp_path: Path, data: str) -> None:
         prep(config(tmp_path, sources["train"], eval=sources["eval"]))
 
 
+def test_a_refusal_says_what_a_record_is_and_names_no_file_that_is_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(InputError, match=r"bad\.jsonl:1: not JSON.* A record is \{.conversations"):
+        prep(config(tmp_path, [write(tmp_path / "bad.jsonl", "{")]))
+    assert "rejected.jsonl" not in caplog.text
+
+
 def test_no_source_and_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data\.train names no source"):
         prep(config(tmp_path, []))
@@ -329,7 +337,8 @@ def test_the_exit_code_of_check(tmp_path: Path) -> None:
 
     missing = run("prep.check=true")
     assert missing.returncode == 1
-    assert f"make it with: python prep.py data=synthetic {options[0]}" in missing.stderr
+    made = f"make it with: python {REPOSITORY}/prep.py data=synthetic {options[0]}"
+    assert made in missing.stderr
     assert run().returncode == 0
     there = run("prep.check=true")
     assert there.returncode == 0

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from specforge_exp import paths
 from specforge_exp.config import Config
 from specforge_exp.data import blocks
 from specforge_exp.data.tokens import read_split
+from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.errors import InputError
 from specforge_exp.stages.preprocess import doubts, preprocess
 
@@ -65,6 +67,25 @@ def test_shards_hold_every_conversation(cfg: Config, source: Path, tiny_tokenize
     assert mapping["t2d"].sum() == 512
     ids, turns = tokens[0]
     assert mapping["t2d"][ids[turns > 0]].all()
+
+
+def test_a_vocabulary_above_the_targets_costs_no_work(cfg: Config, source: Path) -> None:
+    cfg.draft = replace(cfg.draft, draft_vocab_size=5000)
+    with pytest.raises(InputError, match=r"draft\.draft_vocab_size=5000 .* of 1024; draft"):
+        preprocess(cfg)
+    assert not list(paths.tokens_dir(cfg).parent.glob("*.tokens*"))
+
+
+def test_a_draft_with_the_targets_head_has_all_of_its_tokens(
+    cfg: Config, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No vocabulary covers too little, and none is too large."""
+    for size in (2, 5000):
+        cfg.draft = DFlashConfig(name="dflash", draft_vocab_size=size, min_loss_tokens=1)
+        cfg.preprocess.force = True
+        folder = preprocess(cfg)
+        assert json.loads((folder / "report.json").read_text())["train"]["coverage"] == 1.0
+    assert "vocabulary" not in caplog.text and "cover" not in caplog.text
 
 
 def test_the_whole_vocabulary(cfg: Config, source: Path) -> None:
@@ -350,7 +371,7 @@ def test_a_tokenizer_of_another_model(cfg: Config, source: Path) -> None:
     shutil.copytree(cfg.model.path, model)
     settings = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**settings, "vocab_size": 100}))
-    cfg.model.path = str(model)
+    cfg.model.path, cfg.draft.draft_vocab_size = str(model), None
     with pytest.raises(InputError, match="none of the target's 100"):
         preprocess(cfg)
 

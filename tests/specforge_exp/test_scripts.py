@@ -3,6 +3,7 @@
 import ast
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,31 @@ def test_engines_asks_before_it_installs(tmp_path: Path) -> None:
     done = subprocess.run(script, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and not list(tmp_path.iterdir())
     assert "private person" in done.stdout and "make engines ENGINES=1" in done.stdout
+
+
+STOPPED = """
+import sys
+from specforge_exp.cli import command
+def task(cfg):
+    raise KeyboardInterrupt
+sys.argv = ["train.py"]
+command(task)()
+"""
+
+
+def test_ctrl_c_is_one_line_and_still_the_signal() -> None:
+    done = run("-c", STOPPED)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == "interrupted; run the same command again\n"
+
+
+@pytest.mark.parametrize("more", [[], ["-m", "lr=1e-3,2e-3"]])
+def test_a_group_without_a_name_is_said(more: list[str]) -> None:
+    """run_name, and with -m the sweeper's own options, are made of it."""
+    done = run("train.py", "experiment=quickstart", "loss.name=???", *more)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: these options have no value; ")
+    assert done.stderr.endswith(": loss.name=...\n")
 
 
 def test_tab_completes_options_in_a_shell() -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -233,6 +234,15 @@ def test_missing_weights_are_named(saved: Saved, tmp_path: Path, missing: str) -
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=f"1 missing .*: {missing}"):
         loaded(folder)
+
+
+def test_weights_that_are_cut_short_are_refused(saved: Saved, tmp_path: Path) -> None:
+    folder = copied(saved("Llama 2"), tmp_path / "model")
+    os.truncate(folder / "model.safetensors", 5000)
+    with pytest.raises(InputError, match=r"cannot be loaded as a folder: .*header"):
+        loaded(folder)
+    with pytest.raises(InputError, match=r"config\.json is a file; a model is a folder"):
+        loaded(folder / "config.json")
 
 
 def test_weights_that_are_not_used_are_named(saved: Saved, tmp_path: Path) -> None:

@@ -176,6 +176,13 @@ def test_a_target_that_is_not_there(run: Config) -> None:
         train(run)
 
 
+def test_a_loss_that_is_none_is_refused_before_anything_is_read(cfg: Config) -> None:
+    cfg.loss = replace(cfg.loss, _target_="of_mine.loss")
+    with pytest.raises(InputError, match=r"loss\._target_=of_mine\.loss .*'of_mine'.*PYTHON"):
+        train(cfg)
+    assert not paths.run_dir(cfg).exists()
+
+
 def test_no_pickle_is_read(run: Config) -> None:
     run.max_steps = 2
     train(run)

@@ -280,18 +280,12 @@ def draft_config(target_config: Any, cfg: EagleConfig) -> LlamaConfig:
         InputError: the draft's vocabulary is larger than the target's.
     """
     shape = draft_shape(target_config)
-    size = cfg.draft_vocab_size or shape["vocab_size"]
-    if size > shape["vocab_size"]:
-        raise InputError(
-            f"draft.draft_vocab_size={size} is above the target's vocabulary of "
-            f"{shape['vocab_size']}; null takes all of it"
-        )
     return LlamaConfig(
         **shape,
         architectures=["LlamaForCausalLMEagle3"],
         target_hidden_size=shape["hidden_size"],
         num_hidden_layers=cfg.num_layers,
-        draft_vocab_size=size,
+        draft_vocab_size=cfg.vocabulary(shape["vocab_size"]),
         pad_token_id=None,
     )
 

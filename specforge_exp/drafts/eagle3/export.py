@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specforge_exp.config.machine import script
 from specforge_exp.drafts.eagle3.config import Variant
 from specforge_exp.drafts.eagle3.model import Eagle3Model
 from specforge_exp.drafts.folder import check_keys, check_target, read_export, rope_spellings
@@ -208,5 +209,5 @@ def check_export(folder: Path, config: dict[str, Any], target: Target) -> None:
         "target_hidden_size": (config["target_hidden_size"], text.hidden_size),
         "auxiliary layers": (layers, target.aux_layers),
     }
-    remedy = "; if it was not, export it again: python export.py ... export.force=true"
+    remedy = f"; if it was not, export it again: {script('export')} ... export.force=true"
     check_target(folder, pairs, f" ({config.get('target_model_name_or_path')})", remedy)

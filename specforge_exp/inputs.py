@@ -1,0 +1,91 @@
+"""What a stage reads: where it lies, whole, and the commands that make what is missing."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from specforge_exp import paths
+from specforge_exp.artifacts import check
+from specforge_exp.config import STAGES, Config, from_omegaconf
+from specforge_exp.config.machine import SAME, command
+from specforge_exp.errors import InputError
+
+
+def products(cfg: Config) -> dict[str, Path]:
+    """By stage, in order, what it has written when it is complete."""
+    answers = {"regen": paths.regen_dir(cfg) / "train.jsonl"}
+    return {
+        "prep": paths.prompts_dir(cfg) / "train.jsonl",
+        **(answers if cfg.preprocess.source == "regen" else {}),
+        "preprocess": paths.tokens_dir(cfg) / "index.json",
+        "train": paths.run_dir(cfg) / "metrics.jsonl",
+        "export": paths.export_dir(cfg) / "run.json",
+    }
+
+
+def read_by(cfg: Config, stage: str) -> str | None:
+    """The stage whose product a stage reads; None: none, or it only says something."""
+    reads = {"preprocess": cfg.preprocess.source, "train": "preprocess", "sft": "preprocess"}
+    reads |= {"bench": "export"} | ({} if cfg.export.source else {"export": "train"})
+    reads |= {} if cfg.regen.status or cfg.regen.dry_run else {"regen": "prep"}
+    return reads.get(stage)
+
+
+def lacking(cfg: Config, stage: str) -> list[str]:
+    """A stage, after those before it whose products it lacks too."""
+    names: list[str] = []
+    for name, product in products(cfg).items():
+        names = [] if product.exists() and name != stage else [*names, name]
+        if name == stage:
+            break
+    return names
+
+
+def commands(stages: Iterable[str]) -> str:
+    """The commands of these stages, as the end of a message."""
+    hint = "preprocess.source=prep does without regen.py" if "regen" in stages else ""
+    lines = [command(name, away=False) for name in stages]
+    if SAME in lines[0]:
+        short = ", ".join(line.replace(f" {SAME}", "") for line in lines)
+        return f" {short} {SAME}{hint and f'; {hint}'}"
+    return "".join(f"\n  {line}" for line in lines) + (hint and f"\n  # {hint}")
+
+
+def require(cfg: Config, stage: str, *names: str) -> Path:
+    """The folder that a stage has made, which has these files and is what its record says.
+
+    Raises:
+        InputError: a file is missing or damaged; names the commands that make it, in order.
+    """
+    folder = products(cfg)[stage].parent
+    check(folder, command(stage, f"{stage}.force=true", away=False))
+    for name in names:
+        if not (folder / name).exists():
+            raise InputError(
+                f"{folder / name} does not exist; make it with:{commands(lacking(cfg, stage))}"
+            )
+    return folder
+
+
+def check_jobs(stage: str, jobs: Sequence[DictConfig]) -> None:
+    """What hydra.sweeper.precheck names: refuse jobs whose inputs are missing before one starts.
+
+    A job whose configuration is not valid fails alone.
+
+    Raises:
+        InputError: names what is missing, once, and the commands that make it, in order.
+    """
+    missing: dict[Path, list[str]] = {}
+    for job in jobs:
+        with suppress(InputError):
+            cfg = from_omegaconf(job)
+            source = read_by(cfg, stage)
+            if source and not products(cfg)[source].exists():
+                missing[products(cfg)[source]] = lacking(cfg, source)
+    if missing:
+        first, others = next(iter(missing)), len(missing) - 1
+        what = f"{first} and {others} more do" if others else f"{first} does"
+        made = [name for name in STAGES if any(name in names for names in missing.values())]
+        raise InputError(f"{what} not exist, so no job was started; make it with:{commands(made)}")

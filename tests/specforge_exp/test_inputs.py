@@ -1,0 +1,74 @@
+"""Jobs of -m whose inputs are missing: one message before one starts, its commands in order."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import warm
+from conftest import REPOSITORY, TINY
+from omegaconf import OmegaConf
+
+from specforge_exp import paths
+from specforge_exp.config import Config
+from specforge_exp.errors import InputError
+from specforge_exp.inputs import check_jobs
+
+SMALL = ["model=tiny", "experiment=quickstart"]
+
+
+def job(folder: Path, **options: object) -> object:
+    """A composed configuration whose artifacts would lie in `folder`."""
+    cfg = OmegaConf.structured(Config)
+    roots = {"datasets": str(folder / "d"), "checkpoints": str(folder / "c")}
+    given = {
+        "run_name": "r", "model": {"name": "tiny", "path": TINY.path}, "paths": roots,
+        "data": {"name": "one", "train": [{"path": "synthetic:train", "limit": 2}]},
+        "loss": {"name": "l", "lambda_ce": 1.0},
+        "draft": {"_target_": "specforge_exp.drafts.eagle3.Eagle3", "name": "eagle3"},
+    }  # fmt: skip
+    return OmegaConf.merge(cfg, given, options)
+
+
+def refused(stage: str, jobs: list[object]) -> list[str]:
+    """The lines of a refusal; [] of jobs that may start."""
+    try:
+        check_jobs(stage, jobs)  # type: ignore[arg-type]
+    except InputError as error:
+        return str(error).splitlines()
+    return []
+
+
+def test_what_is_missing_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "data.name=one,two", "lr=1,2"])
+    jobs = [job(tmp_path, lr=lr, data={"name": name}) for name in ("one", "two") for lr in (1, 2)]
+    first, *commands, hint = refused("train", jobs)
+    assert first.startswith(f"{tmp_path}/d/one--tiny.tokens/index.json and 1 more do not exist")
+    assert commands == [
+        f"  python {stage}.py -m data.name=one,two" for stage in ("prep", "regen", "preprocess")
+    ]
+    assert hint == "  # preprocess.source=prep does without regen.py"
+    made = tmp_path / "d" / "one--tiny.tokens"
+    made.mkdir(parents=True)
+    (made / "index.json").write_text("{}")
+    assert refused("train", jobs[:2]) == []
+    assert refused("train", jobs)[0].startswith(f"{tmp_path}/d/two--tiny.tokens/index.json does")
+
+
+def test_each_stage_asks_for_its_own(tmp_path: Path, cfg: Config) -> None:
+    assert refused("prep", [job(tmp_path)]) == []
+    assert "c/r/metrics.jsonl" in refused("export", [job(tmp_path)])[0]
+    assert refused("export", [job(tmp_path, export={"source": "a"})]) == []
+    assert "d/one/train.jsonl" in refused("regen", [job(tmp_path)])[0]
+    assert refused("regen", [job(tmp_path, regen={"dry_run": True})]) == []
+    # What is wrong with one job alone is its own failure.
+    assert refused("train", [job(tmp_path, lr=-1.0)]) == []
+    assert paths.tokens_dir(cfg).name == "small--tiny.tokens"
+
+
+@pytest.mark.parametrize("more", [["loss=baseline,full-opd"], ["hparams_search=opd"]])
+def test_a_sweep_and_a_study_start_nothing(more: list[str], tmp_path: Path) -> None:
+    done = warm.run([str(REPOSITORY / "train.py"), "-m", *SMALL, *more], cwd=tmp_path, kind="apps")
+    assert done.returncode == 1 and "so no job was started; make it with:" in done.stderr
+    assert done.stderr.count("prep.py -m ") == done.stderr.count("regen.py -m ") == 1
+    assert "Traceback" not in done.stderr and "#0" not in done.stdout
+    assert list(tmp_path.iterdir()) == []
