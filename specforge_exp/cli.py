@@ -150,9 +150,7 @@ def run(stage: str, cfg: DictConfig) -> object:
     hydra = HydraConfig.get()
     if Path(hydra.runtime.cwd).is_dir():  # paths are relative to it, whatever hydra.job.chdir says
         os.chdir(hydra.runtime.cwd)
-    if (
-        not sys.stderr.isatty()
-    ):  # for the hub's client and transformers, and the processes of a stage
+    if not sys.stderr.isatty():  # libraries of this process and of those that it starts
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     single = hydra.mode == RunMode.RUN
     try:
