@@ -12,7 +12,7 @@ from test_bench_served import figures
 from test_vllm import Serve, measured, same, serve  # noqa: F401
 
 from specforge_exp import paths
-from specforge_exp.config import Config, ModelConfig, Source
+from specforge_exp.config import Config, EngineConfig, ModelConfig, Source
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.export import export
 from specforge_exp.stages.prep import prep
@@ -60,6 +60,11 @@ def test_smollm2_on_vllm(smollm2: Config, serve: Serve) -> None:  # noqa: F811
     alone = serve(*model)
     served = serve(*model, "--speculative-config", json.dumps(speculation))
     same(measured(smollm2, served, alone), expected)
-    four = replace(smollm2, bench=replace(smollm2.bench, concurrency=4, force=True))
-    same(measured(four, served, alone), expected)
+    engine = EngineConfig(
+        name="openai", urls=[f"{served.url}/v1"], served_name="tiny", concurrency=4
+    )
+    together = replace(smollm2.bench, alone_url=alone.url, concurrency=4, force=True)
+    four = replace(smollm2, engine=engine, bench=together)
+    bench(four)
+    same(figures(four), expected)
     assert "LlamaForCausalLMEagle3" in served.log.read_text()
