@@ -198,7 +198,13 @@ def visit_chunk(work: Pass, teacher: Teacher, listed_N: Tensor, at_N: Tensor) ->
 def add_to(logits_ND: Tensor, addition: Addition, flat_N: Tensor) -> None:
     """Add what is added to the logits of these states, in place."""
     feature_NF = addition.feature_QF[flat_N]
-    logits_ND.add_(feature_NF @ addition.weight_DF.to(feature_NF.dtype).T)
+    weight_DF = addition.weight_DF.to(feature_NF.dtype)
+    width = max(1, TILE[logits_ND.device.type] // weight_DF.shape[1])
+    for weight_LF, logits_NL in zip(weight_DF.split(width), logits_ND.split(width, 1), strict=True):
+        if logits_NL.dtype == weight_LF.dtype:
+            logits_NL.addmm_(feature_NF, weight_LF.T)
+        else:
+            logits_NL.add_(feature_NF @ weight_LF.T)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ Because of that `torch.autograd.grad` does not see these weights; `loss.backward
 are kept on the context as they are: what is saved for the backward pass comes back from activation
 checkpointing as a detached copy.
 
-Shape suffixes: R rows, X any dimensions, I inputs, O outputs.
+Shape suffixes: R rows, X any dimensions, I inputs, O outputs, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -138,6 +138,33 @@ class _Linear(Function):
 def linear(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
     """x W^T, in x's dtype: [R, O]."""
     out: Tensor = _Linear.apply(x_RI, weight_OI)
+    return out
+
+
+class _Embedding(Function):
+    @staticmethod
+    def forward(ctx: Any, ids_X: Tensor, weight_VI: Tensor) -> Tensor:
+        ctx.save_for_backward(ids_X)
+        ctx.weight = weight_VI
+        return F.embedding(ids_X, weight_VI)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[None, None]:
+        (ids_X,), weight_VI = ctx.saved_tensors, ctx.weight
+        if weight_VI.requires_grad:
+            rows_RI = outer[0].flatten(0, -2).to(weight_VI.dtype)
+            gradient_VI, ids_R = gradient_of(weight_VI), ids_X.flatten()
+            # Of the two, the one that always adds in the same order: a run is repeated to the bit.
+            if ids_R.device.type == "cpu":
+                gradient_VI.index_add_(0, ids_R, rows_RI)
+            else:
+                gradient_VI.index_put_((ids_R,), rows_RI, accumulate=True)
+        return None, None
+
+
+def embedding(ids_X: Tensor, weight_VI: Tensor) -> Tensor:
+    """Rows of a learnt weight, [..., I] in its dtype; no gradient of its size is made."""
+    out: Tensor = _Embedding.apply(ids_X, weight_VI)
     return out
 
 

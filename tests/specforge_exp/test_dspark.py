@@ -28,6 +28,7 @@ from specforge_exp.data.conversations import asks_of
 from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.drafts.dspark.config import DSparkConfig
 from specforge_exp.drafts.dspark.draft import DSpark
+from specforge_exp.drafts.dspark.heads import MarkovHead
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss, opd
 from specforge_exp.stages.bench import bench
@@ -102,6 +103,20 @@ def test_the_loss_of_confidence_is_against_the_rates_that_are_reported(target: T
     torch.testing.assert_close(
         (with_it.loss - without.loss).detach(), expected.float(), rtol=1e-4, atol=1e-6
     )
+
+
+def test_tokens_before_make_no_gradient_as_large_as_the_vocabulary() -> None:
+    """Their rows are added to the one that exists, as torch's own would be."""
+    head, ids = MarkovHead(11, 4, 8, "vanilla"), torch.tensor([[3, 7, 3], [0, 3, 10]])
+    weight, outer = head.markov_w1.weight, torch.randn(2, 3, 4)
+    made: list[torch.Tensor | None] = []
+    torch.nn.functional.embedding(ids, weight).backward(outer)
+    expected, weight.grad = weight.grad, torch.ones_like(weight)
+    weight.register_hook(made.append)
+    head.embedded(ids, torch.float32).backward(outer)
+    assert made == [None]
+    assert expected is not None
+    torch.testing.assert_close(weight.grad, 1 + expected)
 
 
 def test_checkpointing_changes_no_number(target: Target) -> None:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from specforge_exp.drafts.layers import embedding
+
 
 def project(linear: nn.Linear, *parts: Tensor) -> Tensor:
     """The projection of parts side by side, in their dtype."""
@@ -33,7 +35,7 @@ class MarkovHead(nn.Module):
 
     def embedded(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """[...] -> [..., F]."""
-        return F.embedding(ids, self.markov_w1.weight).to(dtype)
+        return embedding(ids, self.markov_w1.weight).to(dtype)
 
     def step(
         self, before_RF: Tensor, hidden_RH: Tensor, memory_RF: Tensor | None
