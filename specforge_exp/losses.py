@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from specforge_exp.config import LossConfig
+from specforge_exp.errors import InputError, first_line
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,30 @@ class RowLoss:
 
 LossFunction = Callable[[Tensor, TeacherRows, LossConfig], RowLoss]
 """What a loss's `_target_` names."""
+
+
+def check_function(function: LossFunction, cfg: LossConfig) -> None:
+    """Try a loss of the user's own on three rows of five tokens.
+
+    Raises:
+        InputError: it fails, has no gradient, or gives something else than a value per row.
+    """
+    logits_ND = torch.linspace(-1.0, 1.0, 15).view(3, 5).requires_grad_()
+    logp_ND = logits_ND.detach().flip(1).log_softmax(-1)
+    teacher = TeacherRows(logp_ND, torch.zeros(3), torch.arange(3))
+    try:
+        rows = function(logits_ND, teacher, cfg)
+        rows.loss_N.sum().backward()
+        shapes = {"loss_N": rows.loss_N.shape} | {k: v.shape for k, v in rows.parts.items()}
+        odd = [f"{name} has the shape {[*size]}" for name, size in shapes.items() if size != (3,)]
+        why = f"for three rows {', '.join(odd)}" if odd else ""
+    except Exception as error:
+        why = f"on three rows it fails: {type(error).__name__}: {first_line(error)}"
+    if why:
+        raise InputError(
+            f"loss._target_={cfg._target_}: {why}; a loss takes (logits_ND, teacher, cfg) and "
+            "returns a RowLoss with a value per row, as specforge_exp.losses.opd"
+        )
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.inference.cluster import Fleet, fleet_of, given
 from specforge_exp.inference.split import Split, joins, make_split
 from specforge_exp.inputs import require
-from specforge_exp.losses import Loss, ProposedLoss, opd
+from specforge_exp.losses import Loss, ProposedLoss, check_function, opd
 from specforge_exp.onpolicy.cost import cost_lines
 from specforge_exp.onpolicy.replay import Replayer
 from specforge_exp.onpolicy.rollout import Rollouts
@@ -337,6 +337,8 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
 def loss_of(cfg: Config) -> Loss:
     """What is to be made small, on the text and on what the draft proposes."""
     function, options = locate(cfg.loss._target_, "loss."), cfg.onpolicy
+    if function is not opd:
+        check_function(function, cfg.loss)
     if not options.replays:
         return Loss(function, cfg.loss)
 

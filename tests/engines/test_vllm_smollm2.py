@@ -58,7 +58,8 @@ def test_smollm2_on_vllm(smollm2: Config, serve: Serve) -> None:  # noqa: F811
     export_dir, chain = str(paths.export_dir(smollm2)), smollm2.chain_length
     speculation = {"method": "eagle3", "model": export_dir, "num_speculative_tokens": chain}
     alone = serve(*model)
-    served = serve(*model, "--speculative-config", json.dumps(speculation))
+    by_request = ("--per-request-spec-decode-metrics", "detailed")
+    served = serve(*model, *by_request, "--speculative-config", json.dumps(speculation))
     same(measured(smollm2, served, alone), expected)
     engine = EngineConfig(
         name="openai", urls=[f"{served.url}/v1"], served_name="tiny", concurrency=4

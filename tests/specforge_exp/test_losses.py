@@ -1,6 +1,7 @@
 """The OPD losses against their closed forms and the laws that hold between them."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from specforge_exp import losses
 from specforge_exp.config import LossConfig
 from specforge_exp.errors import InputError
-from specforge_exp.losses import TeacherRows, opd
+from specforge_exp.losses import RowLoss, TeacherRows, check_function, cross_entropy, opd
 
 N, V, D = 5, 23, 11
 
@@ -167,3 +168,35 @@ def test_without_a_gradient_the_values_are_the_same() -> None:
     )
     for name, value in made.items():
         assert torch.equal(value, only[name])
+
+
+def two_arguments(logits_ND: Tensor, teacher: TeacherRows) -> RowLoss:
+    return RowLoss(cross_entropy(logits_ND.log_softmax(-1), teacher), {})
+
+
+def a_mean(logits_ND: Tensor, teacher: TeacherRows, cfg: LossConfig) -> RowLoss:
+    return RowLoss(cross_entropy(logits_ND.log_softmax(-1), teacher).mean(), {})
+
+
+def detached(logits_ND: Tensor, teacher: TeacherRows, cfg: LossConfig) -> RowLoss:
+    return RowLoss(cross_entropy(logits_ND.detach().log_softmax(-1), teacher), {})
+
+
+def no_row_loss(logits_ND: Tensor, teacher: TeacherRows, cfg: LossConfig) -> Any:
+    return cross_entropy(logits_ND.log_softmax(-1), teacher)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (two_arguments, "it fails: TypeError: two_arguments"),
+        (a_mean, r"for three rows loss_N has the shape \[\]"),
+        (detached, "it fails: RuntimeError: element 0 of tensors does not require grad"),
+        (no_row_loss, "it fails: AttributeError"),
+    ],
+)
+def test_a_loss_of_ones_own_is_tried_first(function: Any, message: str) -> None:
+    mixed = LossConfig(name="mixed", lambda_ce=0.5, lambda_rkl=0.5)
+    check_function(opd, mixed)
+    with pytest.raises(InputError, match=f"^loss._target_=.*{message}"):
+        check_function(function, mixed)
