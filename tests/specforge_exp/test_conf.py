@@ -267,7 +267,7 @@ def test_bad_input_is_one_clear_error(
     [
         ("train.py", ["run_name=../../out/x"], "run_name='../../out/x' may only hold"),
         ("train.py", ["experiment=quickstart"], "/preprocess.py experiment=quickstart\n"),
-        ("prep.py", ["data=ultrachat", "prep.check=true"], "make it with: python prep.py"),
+        ("prep.py", ["data=ultrachat", "prep.check=true"], "/prep.py data=ultrachat\n"),
         ("report.py", ["sweep=."], "holds no sweep.json"),
         ("bench.py", ["experiment=quickstart"], "/train.py experiment=quickstart\n"),
     ],

@@ -61,6 +61,7 @@ def regenerate(cfg: Config, folder: Path, urls: list[str]) -> None:
     assert len(merged(store)[0]) == len(QUESTIONS)
 
 
+@pytest.mark.timing  # a server that others slow down hands prefixes on
 def test_prefixes_are_computed_once(cfg: Config, tmp_path: Path, workers: list[str]) -> None:
     regenerate(cfg, tmp_path, workers)
     assert share_of_ideal(counted(workers)) >= 0.95

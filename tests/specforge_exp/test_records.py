@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,10 @@ def test_a_whole_line_of_something_else_is_named(tmp_path: Path, name: str, line
         reader(file)
 
 
+SECOND = re.compile(rb"T\d\d:\d\d:\d\d")
+"""When a result was written, in it."""
+
+
 def test_a_damaged_manifest_is_made_again_and_a_damaged_shard_named(tmp_path: Path) -> None:
     source = write(tmp_path / "train.jsonl", "a", "b", "c")
     store = make_store(tmp_path / "out", source)
@@ -118,7 +123,8 @@ def test_a_damaged_manifest_is_made_again_and_a_damaged_shard_named(tmp_path: Pa
     shard.unlink()
     again = make_store(tmp_path / "out", source)
     answer_all(again, Instant())
-    assert shard.read_bytes() == content and len(merged(again)[0]) == 3
+    anew = [SECOND.sub(b"", text) for text in (shard.read_bytes(), content)]
+    assert anew[0] == anew[1] and len(merged(again)[0]) == 3
     shard.write_bytes(b"{}\n" + content)
     manifest.unlink()
     with pytest.raises(InputError, match=rf"{shard.name}: .*remove the file: only its"):
