@@ -9,7 +9,7 @@ import math
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import count, islice
@@ -111,6 +111,26 @@ def quiet_optuna() -> Any:
     return optuna
 
 
+def answered(place: Place, ask: Callable[[], Any]) -> Any:
+    """What a storage answers; two processes that make it at once disturb each other.
+
+    Raises:
+        SweepError: it cannot be opened.
+        KeyError, ValueError: what Optuna says of its content.
+    """
+    for attempt in range(OPENINGS, 0, -1):
+        try:
+            return ask()
+        except (KeyError, ValueError):
+            raise
+        except Exception as error:
+            if attempt == 1 or place.alone or isinstance(error, ImportError):
+                text = f"the storage {place.storage} cannot be opened: {error}"
+                raise SweepError(text) from None
+            time.sleep(0.5)
+    raise AssertionError("the last attempt returns or raises")
+
+
 def open_study(options: OptunaAsyncConf, place: Place) -> Any:
     """Make a study, or open the one that is there.
 
@@ -119,24 +139,20 @@ def open_study(options: OptunaAsyncConf, place: Place) -> Any:
     """
     optuna, directions = quiet_optuna(), options.directions
     place.check()
-    for attempt in range(OPENINGS, 0, -1):  # two that make one storage at once disturb each other
-        try:
-            study = optuna.create_study(
-                storage=connection(place.storage),
-                study_name=place.name,
-                directions=directions,
-                load_if_exists=True,
-            )
-            stored = [direction.name.lower() for direction in study.directions]
-            break
-        except ValueError as error:
-            stored = [str(error)]
-            break
-        except Exception as error:
-            if attempt == 1 or place.alone:
-                text = f"the storage {place.storage} cannot be opened: {error}"
-                raise SweepError(text) from None
-            time.sleep(0.5)
+
+    def create() -> Any:
+        return optuna.create_study(
+            storage=connection(place.storage),
+            study_name=place.name,
+            directions=directions,
+            load_if_exists=True,
+        )
+
+    try:
+        study = answered(place, create)
+        stored = [direction.name.lower() for direction in study.directions]
+    except ValueError as error:
+        stored = [str(error)]
     if stored != directions:
         raise SweepError(
             f"the study {place} has other directions ({', '.join(stored)}) than "
@@ -181,7 +197,7 @@ def known_trials(place: Place) -> list[Any]:
         return []
     place.check()
     try:
-        return list(look(place).get_trials(deepcopy=False))
+        return list(answered(place, lambda: look(place)).get_trials(deepcopy=False))
     except KeyError:
         return []
 

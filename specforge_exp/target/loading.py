@@ -1,5 +1,6 @@
 """Loading a target's weights, all of them and nothing else."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.distributed import DistributedConfig
+from transformers.utils import logging as transformers_logging
 
 from specforge_exp.config import ModelConfig
 from specforge_exp.errors import InputError
@@ -51,6 +53,8 @@ def load_target(
         InputError: it cannot be found or read, weights of it are missing, it has too few layers, or
             its states and logits cannot be followed.
     """
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     aux_layers = aux_layer_ids(text_config(cfg).num_hidden_layers, cfg.aux_layers, feeds)

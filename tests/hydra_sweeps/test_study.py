@@ -47,6 +47,11 @@ def fresh_hydra(hydra_restore_singletons: Any) -> Iterator[None]:
         (["hydra.sweeper.name_key=null", "hydra.sweep.subdir=one"], "all trials would write to"),
         (["hydra.sweeper.record.x=${nothing}"], "nothing"),
         (["hydra.sweeper.storage=sqlite:////nowhere/at/all.db"], "cannot be opened"),
+        (["hydra.sweeper.storage=postgresql://127.0.0.1:9/x"], "//127.0.0.1:9/x cannot be opened"),
+        (
+            ["hydra.sweeper.storage=postgresql://127.0.0.1:9/x", "hydra.sweeper.dry_run=true"],
+            "//127.0.0.1:9/x cannot be opened",
+        ),
         (["hydra.sweeper.custom_search_space=tests.study_app.toy.broken"], "toy.broken: KeyError"),
         (["hydra.sweeper.custom_search_space=tests.study_app.toy.leaves"], "leaves: SystemExit: 3"),
     ],
