@@ -67,7 +67,7 @@ def run_study(
         return []
     if OmegaConf.select(master, "hydra.launcher.setup"):
         return list(launcher.launch([job.overrides for job in examples], initial_job_idx=0))
-    if count_missing(options, space, known_trials(place)):
+    if options.precheck and count_missing(options, space, known_trials(place)):
         plain = compose(source, space.overrides, 0)  # an example is far out, and may be refused
         check_inputs(options.precheck, [plain, *examples], launcher)
     fresh = fresh_record(options, master, place)
