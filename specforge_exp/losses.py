@@ -60,15 +60,24 @@ LossFunction = Callable[[Tensor, TeacherRows, LossConfig], RowLoss]
 """What a loss's `_target_` names."""
 
 
-def check_function(function: LossFunction, cfg: LossConfig) -> None:
-    """Try a loss of the user's own on three rows of five tokens.
+def check_function(
+    function: LossFunction, cfg: LossConfig, size: int, device: torch.device
+) -> None:
+    """Try a loss of the user's own on three rows.
+
+    Args:
+        function: the loss.
+        cfg: its weights and options.
+        size: tokens that the draft can propose.
+        device: where it will be computed.
 
     Raises:
         InputError: it fails, has no gradient, or gives something else than a value per row.
     """
-    logits_ND = torch.linspace(-1.0, 1.0, 15).view(3, 5).requires_grad_()
+    logits_ND = torch.linspace(-1.0, 1.0, 3 * size, device=device).view(3, size).requires_grad_()
     logp_ND = logits_ND.detach().flip(1).log_softmax(-1)
-    teacher = TeacherRows(logp_ND, torch.zeros(3), torch.arange(3))
+    next_N = torch.zeros(3, dtype=torch.long, device=device)
+    teacher = TeacherRows(logp_ND, torch.zeros(3, device=device), next_N)
     try:
         rows = function(logits_ND, teacher, cfg)
         rows.loss_N.sum().backward()

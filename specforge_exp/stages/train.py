@@ -299,8 +299,9 @@ def states_of(
 
 def make_objective(cfg: Config, draft: Any, target: Target, states: Features) -> Objective:
     """The draft's objective on this target, as the training loop wants it."""
-    loss = loss_of(cfg)
-    head = target.head
+    loss, head = loss_of(cfg), target.head
+    if loss.function is not opd:
+        check_function(loss.function, cfg.loss, len(draft.draft_ids_D), target.device)
     runs_target = cfg.target.placement == "inprocess" and cfg.target.cache == "none"
     live = 2.0 * target.parameters if runs_target else 0.0
 
@@ -337,8 +338,6 @@ def make_objective(cfg: Config, draft: Any, target: Target, states: Features) ->
 def loss_of(cfg: Config) -> Loss:
     """What is to be made small, on the text and on what the draft proposes."""
     function, options = locate(cfg.loss._target_, "loss."), cfg.onpolicy
-    if function is not opd:
-        check_function(function, cfg.loss)
     if not options.replays:
         return Loss(function, cfg.loss)
 

@@ -197,6 +197,7 @@ def no_row_loss(logits_ND: Tensor, teacher: TeacherRows, cfg: LossConfig) -> Any
 )
 def test_a_loss_of_ones_own_is_tried_first(function: Any, message: str) -> None:
     mixed = LossConfig(name="mixed", lambda_ce=0.5, lambda_rkl=0.5)
-    check_function(opd, mixed)
+    place = (5, torch.device("cpu"))
+    check_function(opd, mixed, *place)
     with pytest.raises(InputError, match=f"^loss._target_=.*{message}"):
-        check_function(function, mixed)
+        check_function(function, mixed, *place)
