@@ -81,7 +81,12 @@ class Terminal:
         return f"{self.dialogue.model} · {settings} · {self.status}"
 
     def run(self) -> None:
-        """Read and answer."""
+        """Read and answer; what is typed meanwhile waits for the next prompt."""
+        with untouched():
+            self.talk()
+
+    def talk(self) -> None:
+        """Take turns until the last."""
         going = True
         while going:
             try:
@@ -115,8 +120,7 @@ class Terminal:
         messages = self.dialogue.messages
         self.dialogue.messages = [*messages, question(text)]
         try:
-            with unechoed():
-                spoken = show(self.console, self.answering(self.dialogue))
+            spoken = show(self.console, self.answering(self.dialogue))
             if spoken.text:
                 answer = {"role": "assistant", "content": spoken.text}
                 messages = [*self.dialogue.messages, answer]
@@ -167,11 +171,11 @@ def undisturbed() -> Iterator[None]:
 
 
 @contextmanager
-def unechoed() -> Iterator[None]:
-    """Keep what is typed meanwhile from the screen; the next prompt shows it."""
+def untouched() -> Iterator[None]:
+    """Between two prompts, keep what is typed from the screen, and Enter apart from Ctrl-J."""
     before = termios.tcgetattr(sys.stdin)
-    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    quiet = [before[0] & ~termios.ICRNL, *before[1:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
     try:
         yield
     finally:
