@@ -37,15 +37,15 @@ def repository(path: str) -> str:
 
 
 def gpu_count(
-    gpu: Any, device: str = "auto", placement: str = "inprocess", workers: int = 0
+    gpu: Any, device: str = "auto", placement: str = "inprocess", workers: int = 0, each: int = 1
 ) -> int:
-    """`H100:8` -> 8, less the workers of placement=ray; a list counts as its first; without a GPU,
-    or on device=cpu, 1."""
+    """`H100:8` -> 8, less what the workers of placement=ray have; a list counts as its first;
+    without a GPU, or on device=cpu, 1."""
     first = gpu[0] if isinstance(gpu, Sequence) and not isinstance(gpu, str) else gpu
     count = str(first).partition(":")[2]
     if not count.isdigit() or device == "cpu":
         return 1
-    return max(1, int(count) - workers * (placement == "ray"))
+    return max(1, int(count) - workers * each * (placement == "ray"))
 
 
 def both_secrets(one: Mapping[str, list[str]], other: Mapping[str, list[str]]) -> dict[str, Any]:

@@ -30,6 +30,8 @@ def training_settings(cfg: Config) -> dict[str, Any]:
         settings |= {f"onpolicy.{key}": value for key, value in cfg.onpolicy.matters().items()}
     else:
         settings |= {"onpolicy.name": None}  # as records have it that know no replay
+    if cfg.target.engine != "transformers":  # all others have the same states
+        settings |= {f"target.{key}": vars(cfg.target)[key] for key in ("engine", "args")}
     return settings | {"model.aux_layers": cfg.model.aux_layers}
 
 

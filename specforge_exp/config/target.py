@@ -1,9 +1,17 @@
 """Where training runs the target, and what is kept of its states."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from specforge_exp.config.checks import above_zero, allow, minimums
 from specforge_exp.errors import InputError
+
+OURS = {
+    "model", "served_model_name", "dtype", "max_model_len", "enable_prefix_caching",
+    "no_enable_prefix_caching", "speculative_config", "kv_transfer_config", "host", "port",
+    "tensor_parallel_size",
+}  # fmt: skip
+"""Options of a vLLM server that its states depend on."""
 
 
 @dataclass
@@ -25,9 +33,15 @@ class TargetConfig:
     """ray: processes that run the target, on the last GPUs of the machine; trainer.gpus are the
     first. With RAY_ADDRESS in the environment they live in that cluster."""
     engine: str = "transformers"
-    """ray: what runs the target; transformers, whose states are those of inprocess to the bit."""
+    """ray: what runs the target: transformers, whose states are those of inprocess to the bit, or
+    vllm, a server of each worker's own, whose states are others in the last digits."""
     tp_size: int = 1
-    """ray: GPUs of one worker; only 1 yet."""
+    """ray: GPUs of one worker; more than one with engine=vllm."""
+    python: str | None = None
+    """engine=vllm: the Python that has vLLM, whose versions differ from those of training; null:
+    this one."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """engine=vllm: more of the server's options, e.g. gpu_memory_utilization: 0.8."""
     store: str = "ray"
     """ray: what holds states between worker and trainer: ray, its shared memory."""
     buffer_gb: float = 8.0
@@ -37,7 +51,7 @@ class TargetConfig:
 
     def __post_init__(self) -> None:
         allow(self, "target.", cache="none memory disk", placement="inprocess ray")
-        allow(self, "target.", engine="transformers", store="ray")
+        allow(self, "target.", engine="transformers vllm", store="ray")
         minimums(self, "target.", workers=1, tp_size=1)
         above_zero("target.buffer_gb", self.buffer_gb)
         if self.shard and self.cache == "memory":
@@ -45,11 +59,16 @@ class TargetConfig:
                 "target.shard=true needs target.cache=none or disk: with memory each process would "
                 "keep, and ask for, other conversations"
             )
-        if self.tp_size > 1:
+        if self.engine == "transformers" and (self.tp_size > 1 or self.python or self.args):
+            key = "tp_size" if self.tp_size > 1 else "python" if self.python else "args"
             raise InputError(
-                f"target.tp_size={self.tp_size}: a worker has one GPU yet; a target that does not "
-                "fit one is shared by the trainers with target.shard=true"
+                f"target.{key} needs target.placement=ray and target.engine=vllm; with transformers"
+                " a target that does not fit one GPU is shared by the trainers: target.shard=true"
             )
+        if self.engine == "vllm" and self.placement != "ray":
+            raise InputError("target.engine=vllm needs target.placement=ray: it runs in a worker")
+        if ours := [key for key in self.args if key.replace("-", "_") in OURS]:
+            raise InputError(f"target.args.{ours[0]} is set by what the states need")
         if self.placement == "ray" and self.cache == "disk":
             raise InputError(
                 "target.placement=ray needs target.cache=none or memory: states on disk are made "
@@ -63,3 +82,8 @@ class TargetConfig:
         if self.placement == "inprocess" and (self.workers > 1 or self.dry_run):
             key = "workers" if self.workers > 1 else "dry_run"
             raise InputError(f"target.{key} needs target.placement=ray")
+
+    @property
+    def gpus(self) -> int:
+        """That the workers have, together."""
+        return self.workers * self.tp_size

@@ -104,11 +104,17 @@ def fleet_of(cfg: Config, split: Split) -> Iterator[Fleet]:
                 fleet.address, split.workers, cfg.model.name,
             )  # fmt: skip
             workers = make_workers(ray, cfg, split)  # they live as long as this name
-            speeds = begin(ray, workers, fleet)
+            trials = begin(ray, workers, fleet)
             log.info(
                 "train: workers are ready: Ray took %.1f s, loading %.1f s",
                 there - began, time.monotonic() - there,
             )  # fmt: skip
+            if cfg.target.engine != "transformers":
+                log.info(
+                    "train: %s's states differ from transformers' by %.2g %% of their size",
+                    cfg.target.engine, 100 * max(trial["apart"] for trial in trials),
+                )  # fmt: skip
+            speeds = [trial["tokens_per_s"] for trial in trials]
             for line in split.lines(sum(speeds) / len(speeds)):
                 log.info("train: %s", line)
             os.environ[FLEET] = json.dumps(asdict(fleet))
@@ -232,39 +238,40 @@ def make_workers(ray: Any, cfg: Config, split: Split) -> list[Any]:
     Raises:
         InputError: a joined cluster has fewer places.
     """
-    there = ray.cluster_resources()
+    there, folder = ray.cluster_resources(), ray._private.worker._global_node.get_session_dir_path()
     on_gpu = bool(split.gpus) or (joins() and cfg.device != "cpu" and "GPU" in there)
     kind = "GPU" if on_gpu else "CPU"
-    if there.get(kind, 0) < split.workers:
+    each = cfg.target.tp_size if on_gpu else 1
+    if there.get(kind, 0) < each * split.workers:
         raise InputError(
-            f"target.workers={split.workers}, but Ray has {there.get(kind, 0):g} {kind}s; "
-            f"ray start --num-{kind.lower()}s=... on more machines"
+            f"target.workers={split.workers} with target.tp_size={each}, but Ray has "
+            f"{there.get(kind, 0):g} {kind}s; ray start --num-{kind.lower()}s=... on more machines"
         )
     actor = ray.remote(
-        max_restarts=-1, max_task_retries=REPEATS, num_gpus=int(on_gpu), num_cpus=int(not on_gpu),
+        max_restarts=-1, max_task_retries=REPEATS, num_gpus=each * on_gpu, num_cpus=int(not on_gpu),
         scheduling_strategy="SPREAD",
     )(TargetWorker)  # fmt: skip
     return [
-        actor.options(name=f"worker-{number}").remote(cfg, split.threads)
+        actor.options(name=f"worker-{number}").remote(cfg, split.threads, folder)
         for number in range(split.workers)
     ]
 
 
-def begin(ray: Any, workers: list[Any], fleet: Fleet) -> list[float]:
-    """Wait until each has loaded the target; tokens/s of each.
+def begin(ray: Any, workers: list[Any], fleet: Fleet) -> list[dict[str, Any]]:
+    """Wait until each has loaded the target; what each says of its trial.
 
     Raises:
         InputError: one refuses the target or dies of it, or the cluster has ended.
     """
-    waiting, speeds = [worker.begin.remote() for worker in workers], []
+    waiting, trials = [worker.begin.remote() for worker in workers], []
     with tqdm(total=len(workers), desc="workers", unit="target", disable=None) as bar:
         while waiting:
             ready, waiting = ray.wait(waiting, timeout=1)
             fleet.check()
             for answer in ready:
-                speeds.append(answer_of(ray, answer)["tokens_per_s"])
+                trials.append(answer_of(ray, answer))
                 bar.update()
-    return speeds
+    return trials
 
 
 def answer_of(ray: Any, answer: Any) -> Any:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,14 @@ def make_split(cfg: Config, trainers: int, lengths: Any, forward: int) -> Split:
         forward: tokens of the largest forward of an evaluation, at most.
 
     Raises:
-        InputError: the buffer is too small for a step, or shared memory for the buffer.
+        InputError: the buffer is too small for a step, or vLLM is wanted and not there.
     """
     options, dtype = cfg.target, cfg.model.dtype
+    if options.engine == "vllm" and not (options.python or find_spec("vllm")):
+        raise InputError(
+            "target.engine=vllm needs vLLM, whose versions are not ours: pip install vllm in an "
+            "environment of its own and name its Python with target.python=..."
+        )
     on_gpus = cfg.device != "cpu" and torch.cuda.is_available()
     if dtype == "auto":
         dtype = "bfloat16" if on_gpus else "float32"
@@ -94,7 +100,7 @@ def make_split(cfg: Config, trainers: int, lengths: Any, forward: int) -> Split:
 
     ends = 2 * text.vocab_size * width
     store = int(ROOM * (buffer + trainers * (token_bytes * forward + ends)))
-    gpus = visible_gpus()[-options.workers :] if on_gpus and not joins() else []
+    gpus = visible_gpus()[-options.gpus :] if on_gpus and not joins() else []
     return Split(
         trainers, options.workers, gpus, cfg.threads or max(1, torch.get_num_threads() // trainers),
         token_bytes, buffer, max(store, SMALLEST_STORE),

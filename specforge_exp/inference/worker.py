@@ -1,10 +1,13 @@
 """A worker: one target in a process of its own, which Ray starts again when it dies."""
 
 import os
+import tempfile
 import time
 from functools import cached_property, partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from numpy import int32
 from numpy.typing import NDArray
@@ -12,6 +15,9 @@ from numpy.typing import NDArray
 from specforge_exp.config import Config, locate
 from specforge_exp.inference.states import Bytes, crossing, packed
 from specforge_exp.target import Target, load_target, set_up_torch
+
+if TYPE_CHECKING:
+    from specforge_exp.inference.served import ServedStates
 
 TRIAL_TOKENS = 512
 """Of the conversation that measures how fast a worker is."""
@@ -23,34 +29,52 @@ class TargetWorker:
     Args:
         cfg: the training's.
         threads: CPU threads, as many as a trainer that has the target itself would use.
+        cluster: folder that is removed with the cluster.
     """
 
-    def __init__(self, cfg: Config, threads: int) -> None:
-        self.cfg, self.threads = cfg, threads
+    def __init__(self, cfg: Config, threads: int, cluster: str) -> None:
+        self.cfg, self.threads, self.cluster = cfg, threads, cluster
 
     @cached_property
     def target(self) -> Target:
-        """The target, loaded; InputError when it cannot be."""
+        """The target, loaded; on the CPU where vLLM has the GPU. InputError when it cannot be."""
         torch.set_num_threads(self.threads)
-        device = set_up_torch(self.cfg)
+        device, dtype = set_up_torch(self.cfg), self.cfg.model.dtype
+        if self.cfg.target.engine == "vllm":
+            if dtype == "auto":
+                dtype = "bfloat16" if device.type == "cuda" else "float32"
+            device = torch.device("cpu")
         kind = locate(self.cfg.draft._target_)
         feeds = partial(kind.target_layers, self.cfg.draft)
-        return load_target(self.cfg.model, device, self.cfg.model.dtype, 1, feeds)
+        return load_target(self.cfg.model, device, dtype, 1, feeds)
+
+    @cached_property
+    def served(self) -> "ServedStates | None":
+        """The server that runs the target, if one does."""
+        if self.cfg.target.engine != "vllm":
+            return None
+        from specforge_exp.inference.served import ServedStates  # loads an HTTP client
+
+        folder = Path(tempfile.mkdtemp(prefix="states-", dir=self.cluster))
+        return ServedStates(self.cfg, self.target, folder)
 
     def begin(self) -> dict[str, Any]:
-        """Load the target and try it: the process's id, tokens/s of one conversation.
+        """Load the target and try it: the process's id, tokens/s of one conversation, and how far
+        the states of another engine than transformers are from its own.
 
         Raises:
             InputError: it cannot be loaded or followed, or bench could not decode it.
         """
-        if self.cfg.bench_engine == "transformers":
+        apart = self.served.agreement(self.target) if self.served else 0.0
+        if self.cfg.bench_engine == "transformers" and not self.served:
             self.target.check_decoding()
         size = min(self.cfg.max_length, TRIAL_TOKENS)
-        ids_1T = torch.zeros(1, size, dtype=torch.long, device=self.target.device)
+        run = self.served.states if self.served else self.computed
         for _ in range(2):  # the first one warms up
             began = time.monotonic()
-            packed(*(x_1T[0] for x_1T in self.target.features(ids_1T)))
-        return {"pid": os.getpid(), "tokens_per_s": size / (time.monotonic() - began)}
+            run([np.zeros(size, dtype=int32)])
+            seconds = time.monotonic() - began
+        return {"pid": os.getpid(), "tokens_per_s": size / seconds, "apart": apart}
 
     def ends(self) -> dict[str, Any]:
         """What `Ends` is made of, its tensors as bytes."""
@@ -77,11 +101,18 @@ class TargetWorker:
         return [crossing(weights) for weights in self.target.last_layers(number)]
 
     def states(self, conversations: list[NDArray[int32]]) -> list[Bytes | float]:
-        """The states of each conversation, run one by one, and then the seconds that it took."""
-        began, device = time.monotonic(), self.target.device
-        states: list[Bytes | float] = []
+        """The states of each conversation, and then the seconds that it took."""
+        began = time.monotonic()
+        if not self.served:
+            return [*self.computed(conversations), time.monotonic() - began]
+        self.__dict__.pop("target", None)  # loaded again, should its ends be asked for again
+        return [*self.served.states(conversations), time.monotonic() - began]
+
+    def computed(self, conversations: list[NDArray[int32]]) -> list[Bytes]:
+        """The states of each conversation, run one by one."""
+        states, device = [], self.target.device
         for ids in conversations:
             ids_1T = torch.tensor(ids, dtype=torch.long, device=device)[None]
             aux_1TA, last_1TH = self.target.features(ids_1T)
             states.append(packed(aux_1TA[0], last_1TH[0]))
-        return [*states, time.monotonic() - began]
+        return states

@@ -47,7 +47,7 @@ def take_what_is_there(cfg: Config) -> Config:
 def lent(cfg: Config) -> int:
     """GPUs of this machine that workers have and no trainer."""
     here = cfg.target.placement == "ray" and not os.environ.get("RAY_ADDRESS")
-    return cfg.target.workers if here else 0
+    return cfg.target.gpus if here else 0
 
 
 def most_even(batch_size: int, gpus: int) -> int:
@@ -70,12 +70,14 @@ def check_gpus(cfg: Config, stage: str, processes: int = 1) -> None:
         )
     workers = lent(cfg) if stage == "train" and "LOCAL_RANK" not in os.environ else 0
     if workers and cfg.device != "cpu" and 0 < here < processes + workers:
-        fewer = min(workers, here - 1)
-        fit = f"trainer.gpus={most_even(cfg.trainer.batch_size, here - fewer)}"
+        fewer = min(workers, here - 1) // cfg.target.tp_size
+        left = here - fewer * cfg.target.tp_size
+        fit = f"trainer.gpus={most_even(cfg.trainer.batch_size, left)}"
         remedy = f"{fit} target.workers={fewer}" if fewer else "target.placement=inprocess"
         raise InputError(
-            f"trainer.gpus={processes} and target.workers={workers} need {processes + workers} "
-            f"GPUs, but this machine has {here}: {remedy}"
+            f"trainer.gpus={processes} and target.workers={cfg.target.workers} of "
+            f"target.tp_size={cfg.target.tp_size} need {processes + workers} GPUs, but this "
+            f"machine has {here}: {remedy}"
         )
     if 0 < here < processes:
         even = most_even(cfg.trainer.batch_size, here)

@@ -320,9 +320,9 @@ def test_resolvers_mean_the_machine_that_asks(tmp_path: Path) -> None:
         "    wrapper = pickle.load(open(name, 'rb'))\n"
         "    return wrapper(root, None, None, args, [str(a) for a in args])\n"
         "print(ask('repository', 'assets/x'), ask('folder_name', 'a/b c'))\n"
-        "print(ask('gpu_count', 'L4:4'))"
+        "print(ask('gpu_count', 'L4:4'), ask('gpu_count', 'H100:8', 'auto', 'ray', 2, 2))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert done.stdout.split() == [f"{tmp_path}/assets/x", "b-c", "4"], done.stderr
+    assert done.stdout.split() == [f"{tmp_path}/assets/x", "b-c", "4", "4"], done.stderr

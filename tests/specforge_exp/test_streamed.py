@@ -113,6 +113,9 @@ def test_a_buffer_that_is_too_small_is_refused(run: Config) -> None:
     small = replace(run, target=TargetConfig(placement="ray", buffer_gb=1e-4))
     with pytest.raises(InputError, match=r"two of them must fit: target.buffer_gb=0\.\d+ or more"):
         split_of(small)
+    served = replace(run, target=TargetConfig(placement="ray", engine="vllm"))
+    with pytest.raises(InputError, match=r"needs vLLM.*target\.python="):
+        split_of(served)
     split = split_of(run)
     assert split.token_bytes == WIDTH and split.buffer <= 3e6 and split.store > split.buffer
 
@@ -127,7 +130,7 @@ def test_the_ends_of_a_target_are_enough_for_a_draft(run: Config) -> None:
     mapping, _ = read_tokens(paths.tokens_dir(run))
     for start in ("target", "random"):
         draft = replace(run.draft, start=start)
-        worker = TargetWorker(replace(run, draft=draft), 1)
+        worker = TargetWorker(replace(run, draft=draft), 1, "")
         assert worker.begin()["tokens_per_s"] > 0
         parts = worker.ends()
         ends = make_ends(
@@ -148,8 +151,10 @@ def test_the_ends_of_a_target_are_enough_for_a_draft(run: Config) -> None:
     [
         ({"placement": "ray", "cache": "disk"}, "needs target.cache=none or memory"),
         ({"placement": "ray", "shard": True}, "exclude each other"),
-        ({"placement": "ray", "tp_size": 2}, "target.tp_size=2: a worker has one GPU"),
-        ({"placement": "ray", "engine": "vllm"}, "target.engine=vllm is not valid; .*transformers"),
+        ({"placement": "ray", "tp_size": 2}, "target.tp_size needs .* target.engine=vllm"),
+        ({"placement": "ray", "python": "p"}, "target.python needs .* target.engine=vllm"),
+        ({"engine": "vllm"}, "target.engine=vllm needs target.placement=ray"),
+        ({"placement": "ray", "engine": "sglang"}, "target.engine=sglang .*transformers, vllm"),
         ({"placement": "ray", "store": "mooncake"}, "target.store=mooncake is not valid; .*ray"),
         ({"workers": 2}, "target.workers needs target.placement=ray"),
         ({"dry_run": True}, "target.dry_run needs target.placement=ray"),
