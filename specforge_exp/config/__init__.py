@@ -182,14 +182,16 @@ class Config:
             )
 
     def check_onpolicy(self) -> None:
-        """Refuse what replay cannot go with: the target must run, here, with the draft whole."""
+        """Refuse what replay cannot go with: the target must run, with the draft whole."""
         self.draft.check_replay()
         needed = {
             "target.cache": (self.target.cache, "none"),
-            "target.placement": (self.target.placement, "inprocess"),
+            "target.engine": (self.target.engine, "transformers"),
             "target.shard": (self.target.shard, False),
             "trainer.shard": (self.trainer.shard, False),
         }
+        if self.onpolicy.rolls:
+            needed["target.placement"] = (self.target.placement, "inprocess")
         for key, (value, allowed) in needed.items():
             if value != allowed:
                 raise InputError(

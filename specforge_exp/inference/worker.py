@@ -11,14 +11,18 @@ import numpy as np
 import torch
 from numpy import int32
 from numpy.typing import NDArray
+from transformers.cache_utils import DynamicCache
 
 from specforge_exp.config import Config, locate
-from specforge_exp.inference.states import Bytes, crossing, packed
+from specforge_exp.inference.states import Bytes, bytes_of, crossing, packed
 from specforge_exp.target import Target, load_target, set_up_torch
+from specforge_exp.target.segments import check_segments, verify_segments
 
 if TYPE_CHECKING:
     from specforge_exp.inference.served import ServedStates
 
+KEPT_TOKENS = 2**16
+"""Of conversations whose keys and values wait for proposals: 9 GB for an 8B target."""
 TRIAL_TOKENS = 512
 """Of the conversation that measures how fast a worker is."""
 
@@ -34,6 +38,8 @@ class TargetWorker:
 
     def __init__(self, cfg: Config, threads: int, cluster: str) -> None:
         self.cfg, self.threads, self.cluster = cfg, threads, cluster
+        self.texts: dict[bytes, DynamicCache] = {}
+        """Keys and values of what was read to be judged, the oldest first."""
 
     @cached_property
     def target(self) -> Target:
@@ -68,6 +74,8 @@ class TargetWorker:
         apart = self.served.agreement(self.target) if self.served else 0.0
         if self.cfg.bench_engine == "transformers" and not self.served:
             self.target.check_decoding()
+        if self.cfg.onpolicy.replays:
+            check_segments(self.target, max(self.cfg.max_length, 4))
         size = min(self.cfg.max_length, TRIAL_TOKENS)
         run = self.served.states if self.served else self.computed
         for _ in range(2):  # the first one warms up
@@ -110,9 +118,23 @@ class TargetWorker:
 
     def computed(self, conversations: list[NDArray[int32]]) -> list[Bytes]:
         """The states of each conversation, run one by one."""
-        states, device = [], self.target.device
-        for ids in conversations:
-            ids_1T = torch.tensor(ids, dtype=torch.long, device=device)[None]
-            aux_1TA, last_1TH = self.target.features(ids_1T)
-            states.append(packed(aux_1TA[0], last_1TH[0]))
-        return states
+        return [self.read(ids, False) for ids in conversations]
+
+    def read(self, ids: NDArray[int32], judged: bool) -> Bytes:
+        """The states of one conversation; its keys and values are kept for `verify`."""
+        cache = self.target.new_cache() if judged else None
+        ids_1T = torch.tensor(ids, dtype=torch.long, device=self.target.device)[None]
+        aux_1TA, last_1TH = self.target.features(ids_1T, cache)
+        if cache is not None:
+            self.texts[ids.tobytes()] = cache
+            while sum(map(len, self.texts)) > KEPT_TOKENS * ids.itemsize:
+                self.texts.pop(next(iter(self.texts)))
+        return packed(aux_1TA[0], last_1TH[0])
+
+    def verify(self, ids: NDArray[int32], anchors: Any, tokens: Any) -> Bytes:
+        """Last states [J, R, H] of proposals [J, R] after anchors [R] of a conversation."""
+        if ids.tobytes() not in self.texts:  # another process may have read it
+            self.read(ids, True)
+        cache = self.texts.pop(ids.tobytes())
+        anchor_R, tokens_JR = (torch.from_numpy(np.array(x)) for x in (anchors, tokens))
+        return bytes_of(verify_segments(self.target, cache, anchor_R, tokens_JR))

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
+from specforge_exp.config import Config
 from specforge_exp.config.onpolicy import OnPolicyConfig
+from specforge_exp.data.rendering import eos_token_ids
 from specforge_exp.drafts.rows import document_bounds, possible_anchors
 from specforge_exp.onpolicy.anchors import Draw, draw, missed
-from specforge_exp.target import Head, Target
-from specforge_exp.target.segments import verify_segments
+from specforge_exp.onpolicy.judges import Here, Judge
+from specforge_exp.target import Head, Target, load_tokenizer
+from specforge_exp.target.segments import check_segments
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.features import States, conversations, joined
 from specforge_exp.training.objective import Replay, Sample, samples_of
@@ -66,6 +68,13 @@ class Replayer:
     """Proposed tokens that it has read."""
     decoded: int = 0
     """Tokens that it has read to write answers."""
+    elsewhere: Judge | None = None
+    """Who judges when the target's layers are in other processes."""
+
+    @property
+    def judge(self) -> Judge:
+        """Who judges."""
+        return self.elsewhere or Here(self.target)
 
     def prepare(self, batches: list[Batch], states: States) -> list[Sample]:
         """As `Objective.prepare`; called for a window when the step before it is done, so the
@@ -83,20 +92,15 @@ class Replayer:
                 found by proposals from anchors that are drawn uniformly.
         """
         replays = batch.step >= self.cfg.start
-        caches, parts = [], []
-        for ids_T in conversations(batch):
-            cache = self.target.new_cache() if replays else None
-            aux_1TA, last_1TH = self.target.features(ids_T[None].to(self.target.device), cache)
-            caches.append(cache)
-            parts.append((aux_1TA[0], last_1TH[0]))
+        parts, texts = self.judge.read(list(conversations(batch)), replays)
         (sample,) = samples_of([batch], [joined(parts)])
         if not replays:
             return sample
         self.read += sum(batch.lengths)
-        return replace(sample, replay=self.replayed(sample, caches, errors))
+        return replace(sample, replay=self.replayed(sample, texts, errors))
 
     def replayed(
-        self, sample: Sample, caches: list[Any], errors: list[Tensor] | None
+        self, sample: Sample, texts: list[Any], errors: list[Tensor] | None
     ) -> Replay | None:
         """The proposals of a sample; None: there is no place for any."""
         ids_T, turns_T = sample.ids_T.cpu(), sample.turns_T
@@ -120,7 +124,7 @@ class Replayer:
             anchors = [one.with_errors(own, self.cfg.errors) for one, own in pairs]
         if not any(len(a) for a in anchors):
             return None
-        replay = self.judged(sample, caches, anchors, self.numbers(draws, anchors))
+        replay = self.judged(sample, texts, anchors, self.numbers(draws, anchors))
         return replace(replay, flops=replay.flops + flops)
 
     def numbers(self, draws: list[Draw], anchors: list[Tensor]) -> Tensor:
@@ -137,20 +141,21 @@ class Replayer:
         return tokens_KR.cpu(), chooser, flops
 
     def judged(
-        self, sample: Sample, caches: list[DynamicCache], anchors: list[Tensor], numbers: Tensor
+        self, sample: Sample, texts: list[Any], anchors: list[Tensor], numbers: Tensor
     ) -> Replay:
-        """Proposals from these anchors of each conversation, and what the target says of them."""
+        """Proposals from these anchors of each conversation, and what the target says of them, who
+        has read the texts."""
         parts = list(spans(sample.lengths))
         anchor_R = packed(anchors, parts)
         tokens_KR, chooser, flops = self.propose(sample, anchor_R, numbers[0])
         last_TH = sample.last_TH
-        read_JRH = last_TH.new_zeros(self.steps - 1, len(anchor_R), last_TH.shape[1])
-        first = 0
-        for cache, own_R in zip(caches, anchors, strict=True):
-            rows = slice(first, first + len(own_R))
-            if len(own_R) and self.steps > 1:
-                read_JRH[:, rows] = verify_segments(self.target, cache, own_R, tokens_KR[:-1, rows])
-            first += len(own_R)
+        chains = tokens_KR[:-1].split([len(own_R) for own_R in anchors], 1)
+        asked = [n for n, own_R in enumerate(anchors) if len(own_R) and self.steps > 1]
+        three = [texts, anchors, chains]
+        read = self.judge.verify(*([each[n] for n in asked] for each in three))
+        alone = len(anchor_R) if self.steps == 1 else 0
+        none_JRH = last_TH.new_zeros(self.steps - 1, alone, last_TH.shape[1])
+        read_JRH = torch.cat([none_JRH, *read], 1)
         self.verified += (self.steps - 1) * len(anchor_R)
         taught_KRH = torch.cat([last_TH[anchor_R.to(last_TH.device)][None], read_JRH])
         log_q_KR = torch.stack(chooser.log_q).cpu() if chooser.log_q else None
@@ -193,6 +198,21 @@ class Replayer:
             f"onpolicy={self.cfg.name}: the target read {self.verified} proposed tokens beside "
             f"{self.read} of conversations{own} ({more:.2f} times as many as without)"
         )
+
+
+def replayer_of(cfg: Config, draft: Any, target: Target, elsewhere: Judge | None) -> Replayer:
+    """What makes samples with proposals of the draft; workers have tried the target themselves.
+
+    Raises:
+        InputError: the target cannot judge them in one forward.
+    """
+    tokenizer = load_tokenizer(cfg.model)
+    target.tokens = max(tokenizer.get_vocab().values()) + 1  # others are never said, as in bench
+    if not elsewhere:
+        check_segments(target, max(cfg.max_length, 4))
+    ends = frozenset(eos_token_ids(cfg.model.path, tokenizer))
+    steps, limit = cfg.onpolicy.length or cfg.draft.replay_length, cfg.max_length
+    return Replayer(cfg.onpolicy, draft, target, steps, limit, ends, elsewhere=elsewhere)
 
 
 def spans(lengths: list[int]) -> Iterator[slice]:

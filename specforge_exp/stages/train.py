@@ -28,7 +28,6 @@ from specforge_exp.config import Config, LossConfig, locate
 from specforge_exp.config.checks import shared_evenly
 from specforge_exp.config.onpolicy import ProposedTerms
 from specforge_exp.config.settings import training_settings
-from specforge_exp.data.rendering import eos_token_ids
 from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
@@ -37,7 +36,8 @@ from specforge_exp.inference.split import Split, joins, make_split
 from specforge_exp.inputs import require
 from specforge_exp.losses import Loss, ProposedLoss, check_function, opd
 from specforge_exp.onpolicy.cost import cost_lines
-from specforge_exp.onpolicy.replay import Replayer
+from specforge_exp.onpolicy.judges import Elsewhere
+from specforge_exp.onpolicy.replay import Replayer, replayer_of
 from specforge_exp.onpolicy.rollout import Rollouts
 from specforge_exp.sharding import shard_draft, without_numbers
 from specforge_exp.target import (
@@ -45,10 +45,8 @@ from specforge_exp.target import (
     check_gpus,
     check_length,
     load_target,
-    load_tokenizer,
     take_what_is_there,
 )
-from specforge_exp.target.segments import check_segments
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.feature_cache import from_disk, make_cache
 from specforge_exp.training.features import Features, computed, computed_together, remembered
@@ -114,7 +112,9 @@ def train_on(cfg: Config, device: torch.device, ranks: Ranks, stream: Stream | N
     states = states_of(cfg, target, splits, run, stream)
     objective = make_objective(cfg, draft, target, states)
     if cfg.onpolicy.replays:
-        objective = replaying(cfg, draft, target, objective, splits, run)
+        judge = Elsewhere(stream, ranks.rank) if stream else None
+        replayer = replayer_of(cfg, draft, target, judge)
+        objective = replaying(cfg, replayer, objective, splits, run)
     evaluation = fit(cfg, draft, objective, splits, run)
     if text := objective.features.summary(ranks):
         log.info("train: %s", text)
@@ -354,19 +354,13 @@ def loss_of(cfg: Config) -> Loss:
 
 
 def replaying(
-    cfg: Config, draft: Any, target: Target, objective: Objective, splits: Splits, run: TrainingRun
+    cfg: Config, replayer: Replayer, objective: Objective, splits: Splits, run: TrainingRun
 ) -> Objective:
     """The objective with proposals of the draft in its samples, and with its answers.
 
     Raises:
-        InputError: the target cannot judge them in one forward.
+        InputError: the target cannot be decoded, where it is to answer.
     """
-    tokenizer = load_tokenizer(cfg.model)
-    target.tokens = max(tokenizer.get_vocab().values()) + 1  # others are never said, as in bench
-    check_segments(target, max(cfg.max_length, 4))
-    ends = frozenset(eos_token_ids(cfg.model.path, tokenizer))
-    steps = cfg.onpolicy.length or cfg.draft.replay_length
-    replayer = Replayer(cfg.onpolicy, draft, target, steps, cfg.max_length, ends)
 
     def summed(ranks: Ranks) -> str:
         counts = ranks.gather((replayer.read, replayer.verified, replayer.decoded))
@@ -377,7 +371,7 @@ def replaying(
     objective = replace(objective, features=nothing, prepare=replayer.prepare)
     if not cfg.onpolicy.rolls:
         return objective
-    target.check_decoding()
+    replayer.target.check_decoding()
     rollouts = Rollouts(cfg, splits.train, replayer, run)
     return replace(objective, begin=rollouts.begin, prepare=rollouts.prepare)
 

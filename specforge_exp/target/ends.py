@@ -42,7 +42,8 @@ class Ends(Target):
     @property
     def head(self) -> Head:
         """As in `Target`."""
-        return Head(self.head_weight_VH, self.weights.get("bias"), **self.numbers)
+        numbers = self.numbers | {"tokens": self.tokens}
+        return Head(self.head_weight_VH, self.weights.get("bias"), **numbers)
 
     @property
     def embed_VH(self) -> Tensor:

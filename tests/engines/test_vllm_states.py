@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 from conftest import make_config
-from ray_runs import DFLASH, begin, composed, processes, said
+from ray_runs import DFLASH, begin, command_line, composed, processes, said
 from test_ranks import listening, with_all_below
 from test_resume import lines, wait_for_step
 from test_vllm import ENVIRONMENT, PYTHON
 
 from specforge_exp import paths
-from specforge_exp.inference.cluster import CLUSTERS
 from specforge_exp.stages.prep import prep
 from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.stages.train import train
@@ -56,6 +55,7 @@ def test_a_training_on_the_states_of_vllm(
     wait_for_step(process, cfg, name, 5)
     (server,) = processes(process.pid, "^[^ ]+ -m vllm.entrypoints")
     assert {end[-8:] for end in listening(with_all_below(process.pid))} == {"0100007F"}
+    (states,) = re.findall(r'"shared_storage_path": "([^"]+)"', command_line(server))
     os.kill(server, signal.SIGKILL)
     assert process.wait(600) == 0, said(folder, name)
     text = said(folder, name)
@@ -69,4 +69,4 @@ def test_a_training_on_the_states_of_vllm(
         (key,) = {"loss", "eval/loss"} & set(one)
         assert other[key] == pytest.approx(one[key], rel=1e-4)
     assert json.loads((run / "run.json").read_text())["settings"]["target.engine"] == "vllm"
-    assert not CLUSTERS.exists() or not any(CLUSTERS.iterdir())
+    assert not Path(states).exists()

@@ -167,3 +167,23 @@ def test_the_launching_process_is_killed(folder: Path) -> None:
     with nothing_left(run.pid):
         kill(run.pid)
         assert run.wait() == -signal.SIGKILL
+
+
+def test_proposals_are_judged_by_workers(folder: Path) -> None:
+    """Replay, with a worker killed that keeps what it has read: the numbers of one process."""
+    replay = (
+        "onpolicy=replay",
+        "onpolicy.anchors=8",
+        "onpolicy.errors=0.5",
+        "trainer.init=eagle3-1",
+    )
+    train(composed(folder, "replay-1", *replay))
+    process, cfg = (
+        begin(folder, "replay-12", *replay, "target.workers=2"),
+        composed(folder, "replay-12"),
+    )
+    wait_for_step(process, cfg, "replay-12", 4)
+    kill(processes(process.pid, "^ray::TargetWorker")[0])
+    assert process.wait(300) == 0, said(folder, "replay-12")
+    assert_equal(cfg, "replay-12", "replay-1")
+    assert "proposed tokens beside" in said(folder, "replay-12")

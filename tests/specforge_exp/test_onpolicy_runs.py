@@ -175,7 +175,14 @@ REFUSED: list[tuple[str, Callable[[Config], dict[str, Any]]]] = [
     ("target.cache=none, not disk", lambda c: {"target": replace(c.target, cache="disk")}),
     (
         "target.placement=inprocess, not ray",
-        lambda c: {"target": replace(c.target, placement="ray")},
+        lambda c: {
+            "target": replace(c.target, placement="ray"),
+            "onpolicy": replace(c.onpolicy, name="rollout"),
+        },
+    ),
+    (
+        "target.engine=transformers, not vllm",
+        lambda c: {"target": replace(c.target, placement="ray", engine="vllm")},
     ),
     ("target.shard=false, not true", lambda c: {"target": replace(c.target, shard=True)}),
     ("trainer.shard=false, not true", lambda c: {"trainer": replace(c.trainer, shard=True)}),

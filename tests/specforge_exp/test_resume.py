@@ -54,7 +54,7 @@ def losses(cfg: Config, name: str) -> list[tuple[int, float]]:
 
 def wait_for_step(process: warm.Started, cfg: Config, name: str, step: int) -> None:
     """Until that step is logged; a process that ends on its own is an error."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not any(line["step"] >= step for line in lines(cfg, name)):
         assert process.poll() is None
         assert time.monotonic() < deadline
