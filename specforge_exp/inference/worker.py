@@ -10,7 +10,8 @@ from numpy import int32
 from numpy.typing import NDArray
 
 from specforge_exp.config import Config, locate
-from specforge_exp.inference.states import Bytes, crossing, packed
+from specforge_exp.inference.states import crossing, packed
+from specforge_exp.inference.store import Bytes, Store, store_at
 from specforge_exp.target import Target, load_target, set_up_torch
 
 TRIAL_TOKENS = 512
@@ -23,10 +24,16 @@ class TargetWorker:
     Args:
         cfg: the training's.
         threads: CPU threads, as many as a trainer that has the target itself would use.
+        master: what holds the states: Mooncake's address, or "": Ray.
     """
 
-    def __init__(self, cfg: Config, threads: int) -> None:
-        self.cfg, self.threads = cfg, threads
+    def __init__(self, cfg: Config, threads: int, master: str = "") -> None:
+        self.cfg, self.threads, self.master = cfg, threads, master
+
+    @cached_property
+    def store(self) -> Store:
+        """Where states are put."""
+        return store_at(self.master)
 
     @cached_property
     def target(self) -> Target:
@@ -41,10 +48,12 @@ class TargetWorker:
         """Load the target and try it: the process's id, tokens/s of one conversation.
 
         Raises:
-            InputError: it cannot be loaded or followed, or bench could not decode it.
+            InputError: it cannot be loaded or followed, or bench could not decode it; or its
+                states have no store.
         """
         if self.cfg.bench_engine == "transformers":
             self.target.check_decoding()
+        assert self.store  # one that refuses says so now
         size = min(self.cfg.max_length, TRIAL_TOKENS)
         ids_1T = torch.zeros(1, size, dtype=torch.long, device=self.target.device)
         for _ in range(2):  # the first one warms up
@@ -76,12 +85,17 @@ class TargetWorker:
         """`Target.last_layers`, as bytes."""
         return [crossing(weights) for weights in self.target.last_layers(number)]
 
-    def states(self, conversations: list[NDArray[int32]]) -> list[Bytes | float]:
-        """The states of each conversation, run one by one, and then the seconds that it took."""
+    def states(self, conversations: list[NDArray[int32]], key: str) -> list[Any]:
+        """What the store gives for the states of each conversation, run one by one, and then the
+        seconds that it took.
+
+        Raises:
+            LostStates: the store takes none.
+        """
         began, device = time.monotonic(), self.target.device
-        states: list[Bytes | float] = []
+        states: list[Bytes] = []
         for ids in conversations:
             ids_1T = torch.tensor(ids, dtype=torch.long, device=device)[None]
             aux_1TA, last_1TH = self.target.features(ids_1T)
             states.append(packed(aux_1TA[0], last_1TH[0]))
-        return [*states, time.monotonic() - began]
+        return [*self.store.put(key, states), time.monotonic() - began]

@@ -3,12 +3,14 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 
 import pytest
 from conftest import make_config
@@ -26,7 +28,8 @@ from ray_runs import (
     said,
 )
 from test_ranks import listening, with_all_below
-from test_resume import wait_for_step
+from test_resume import lines, wait_for_step
+from test_store import NEEDS_MOONCAKE
 
 from specforge_exp.config import Config
 from specforge_exp.inference.cluster import CLUSTERS
@@ -167,3 +170,78 @@ def test_the_launching_process_is_killed(folder: Path) -> None:
     with nothing_left(run.pid):
         kill(run.pid)
         assert run.wait() == -signal.SIGKILL
+
+
+@NEEDS_MOONCAKE
+def test_mooncake_and_everybody_killed(folder: Path) -> None:
+    """The master: one line within a minute, nothing left, and the same command continues. Then a
+    worker: what it has put stays; and the holder: what it held is asked for again. Equal losses."""
+    run = begin(folder, "m-11", "target.store=mooncake")
+    cfg = composed(folder, "m-11")
+    wait_for_step(run, cfg, "m-11", 5)
+    with nothing_left(run.pid):
+        kill(processes(run.pid, "mooncake_master")[0])
+        assert run.wait(60) == 1
+    text = said(folder, "m-11")
+    [line] = re.findall(r"error: .*", text)
+    assert re.fullmatch(
+        r"error: Mooncake's master \(process \d+\) has ended; run the same .*", line
+    )
+    assert "Traceback" not in text and "asking again" not in text
+    again = begin(folder, "m-11", "target.store=mooncake")
+    wait_for_step(again, cfg, "m-11", 9)
+    [holder] = processes(again.pid, "inference.holder")
+    kill(processes(again.pid, "^ray::TargetWorker")[0])
+    wait_for_step(again, cfg, "m-11", 14)
+    assert processes(again.pid, "inference.holder") == [holder]
+    text = said(folder, "m-11")
+    assert text.count("asking again") <= 1  # for the call that it was killed in
+    kill(holder)
+    with nothing_left(again.pid):
+        assert again.wait(300) == 0, said(folder, "m-11")
+    text, account = said(folder, "m-11"), counted(said(folder, "m-11"))
+    assert "another takes its place" in text and "LostStates: Mooncake has lost" in text
+    [step] = re.findall(r"continuing after step (\d+)", text)
+    assert account["taken"] == planned(int(step), STEPS) == account["asked"] - account["again"]
+    assert_equal(cfg, "m-11", "eagle3-1")
+
+
+@contextmanager
+def crowded(core: int) -> Iterator[None]:
+    """Eight processes that never wait, on one core."""
+    code = f"import os\nos.sched_setaffinity(0, [{core}])\nwhile True: pass"
+    crowd = [subprocess.Popen([sys.executable, "-ISc", code]) for _ in range(8)]
+    try:
+        yield
+    finally:
+        for process in crowd:
+            process.kill()
+            process.wait()
+
+
+def test_waiting_and_busy_point_at_the_slow_side(folder: Path) -> None:
+    """Worker and trainer have a core each, which first one and then the other shares with many."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        pytest.skip("one core: both sides are slowed alike")
+    words = ("max_steps=9999", "epochs=9999", "trainer.eval_every=9999", "trainer.save_every=9999")
+    run = begin(folder, "slow", *words)
+    cfg = composed(folder, "slow")
+    wait_for_step(run, cfg, "slow", 1)
+    sides = ("^ray::TargetWorker", "multiprocessing.forkserver")
+    for core, side in zip(cores, sides, strict=True):
+        for pid in processes(run.pid, side):
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                os.sched_setaffinity(int(thread.name), [core])
+    medians = []
+    for core in cores:
+        with crowded(core):
+            before = len(lines(cfg, "slow"))
+            wait_for_step(run, cfg, "slow", before + 12)
+            rows = lines(cfg, "slow")[before + 6 :]
+        medians.append([median(row[k] for row in rows) for k in ("data_wait", "worker_busy")])
+    run.terminate()
+    run.wait(60)
+    slow_worker, slow_trainer = medians
+    print(medians)
+    assert slow_worker[0] > slow_trainer[0] and slow_worker[1] > slow_trainer[1], medians
