@@ -30,7 +30,8 @@ class TargetConfig:
     """ray: GPUs of one worker; only 1 yet."""
     store: str = "ray"
     """ray: what holds states between worker and trainer: ray, its shared memory; or
-    mooncake, a process of its own, which RDMA reaches from other machines (extra mooncake). Changes no number."""
+    mooncake, a process of its own, which RDMA reaches from other machines (extra mooncake).
+    Changes no number."""
     buffer_gb: float = 8.0
     """ray: 1e9 bytes of states that may be asked for and not used yet, all trainers together."""
     dry_run: bool = False

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError, first_line
-from specforge_exp.inference.holder import MASTER, start_mooncake
+from specforge_exp.inference.holder import hold
 from specforge_exp.inference.split import Split, check_shared_memory, joins
 from specforge_exp.inference.store import check_mooncake, silent
 from specforge_exp.inference.worker import TargetWorker
@@ -100,13 +100,14 @@ def fleet_of(cfg: Config, split: Split) -> Iterator[Fleet]:
         InputError: Ray is missing or does not start, or a worker cannot load the target.
     """
     ray, cluster, ended = import_ray(), None, Event()
-    if cfg.target.store == "mooncake":
+    if split.segment:
         check_mooncake()
     with ended_cleanly():
         try:
             began = time.monotonic()
             cluster = start_or_join(ray, split)
-            fleet = with_store(cfg, split, cluster, ended)
+            address, held = hold(cluster.folder, split.segment, ended)
+            fleet = replace(cluster.fleet, store=address, node=cluster.fleet.node | held)
             there = time.monotonic()
             log.info(
                 "train: %s Ray at %s; %d workers load %s", "started" if fleet.node else "joined",
@@ -179,25 +180,6 @@ def start(ray: Any, split: Split, namespace: str) -> Cluster:
     names = {"raylet": "Ray's raylet", "gcs_server": "Ray's server"}
     node = {name: processes[key][0].process.pid for key, name in names.items()}
     return Cluster(Fleet(address, namespace, split.workers, split.ahead, node), watcher, folder)
-
-
-def with_store(cfg: Config, split: Split, cluster: Cluster, ended: Event) -> Fleet:
-    """The cluster's fleet, with what holds its states until `ended` is set.
-
-    Raises:
-        InputError: Mooncake does not start, or the environment names no master.
-    """
-    fleet = cluster.fleet
-    if cfg.target.store == "ray":
-        return fleet
-    if cluster.folder is None:
-        if not os.environ.get(MASTER):
-            raise InputError(
-                f"target.store=mooncake with RAY_ADDRESS needs {MASTER}=HOST:PORT, see docs/ray.md"
-            )
-        return replace(fleet, store=os.environ[MASTER])
-    address, pid = start_mooncake(cluster.folder, split.segment, ended)
-    return replace(fleet, store=address, node={**fleet.node, "Mooncake's master": pid})
 
 
 def watch(folder: Path) -> subprocess.Popen[bytes]:

@@ -8,6 +8,7 @@ folder, by which `leftovers` ends them.
 """
 
 import logging
+import os
 import select
 import socket
 import subprocess
@@ -28,94 +29,106 @@ STARTS = 5
 WAIT = 20.0
 """Seconds in which a process must be up."""
 ROOT = Path(__file__).parents[2]
+LOG = "mooncake.log"
+Process = subprocess.Popen[bytes]
 
 
-def start_mooncake(folder: Path, size: int, stop: Event) -> tuple[str, int]:
-    """A master, and a holder of so many bytes until `stop` is set; the master's address and
-    process.
+def hold(folder: Path | None, size: int, ended: Event) -> tuple[str, dict[str, int]]:
+    """Something that holds states of so many bytes until `ended` is set.
+
+    Args:
+        folder: the cluster's; null: it is there already, and so is a master.
+        size: of a holder's memory; 0: Ray holds them.
+        ended: the cluster is about to end.
+
+    Returns:
+        The master's address, "" without one, and its process by name if it was started.
 
     Raises:
-        InputError: they do not start.
+        InputError: they do not start, or nothing says where the master is.
     """
+    if not size:
+        return "", {}
+    if folder is None:
+        if MASTER not in os.environ:
+            raise InputError(
+                f"target.store=mooncake with RAY_ADDRESS needs {MASTER}=HOST:PORT, see docs/ray.md"
+            )
+        return os.environ[MASTER], {}
     for _ in range(STARTS):
         with socket.socket() as probe:
             probe.bind((LOOPBACK, 0))
-            port = probe.getsockname()[1]
-        address = f"{LOOPBACK}:{port}"
-        master = start_master(folder, port)
-        holder = start_holder(folder, address, size) if answers(master, port) else None
-        if holder:
-            keep = (folder, address, size, stop, holder, master)
+            address = f"{LOOPBACK}:{probe.getsockname()[1]}"
+        master = start_master(folder, address)
+        holder = start_holder(folder, address, size)
+        if holder and master.poll() is None:
+            keep = folder, address, size, ended, holder, master
             Thread(target=keep_holding, args=keep, daemon=True).start()
-            return address, master.pid
-        master.kill()
-        master.wait()
-    said = (folder / "mooncake.log").read_text().strip().splitlines()
+            return address, {"Mooncake's master": master.pid}
+        for process in filter(None, (holder, master)):
+            process.kill()
+            process.wait()
+    said = (folder / LOG).read_text().strip().splitlines()
     raise InputError(f"Mooncake does not start: {said[-1][:300] if said else 'no answer'}")
 
 
-def start_master(folder: Path, port: int) -> subprocess.Popen[bytes]:
+def start_master(folder: Path, address: str) -> Process:
     """A master on loopback."""
     package = find_spec("mooncake")
     assert package and package.origin
-    command = [
-        str(Path(package.origin).with_name("mooncake_master")), f"--rpc_address={LOOPBACK}",
-        f"--rpc_port={port}", f"--metrics_host={LOOPBACK}", "--metrics_port=0", "--minloglevel=2",
-        f"--log_dir={folder}",
-    ]  # fmt: skip
-    with (folder / "mooncake.log").open("ab") as output:
+    port = address.rpartition(":")[2]
+    return start(
+        folder, str(Path(package.origin).with_name("mooncake_master")),
+        f"--rpc_address={LOOPBACK}", f"--rpc_port={port}", f"--metrics_host={LOOPBACK}",
+        "--metrics_port=0", "--minloglevel=2", f"--log_dir={folder}",
+    )  # fmt: skip
+
+
+def start(folder: Path, *command: str) -> Process:
+    """A process of the cluster's; what it prints can be read, what it reports goes to the log."""
+    with (folder / LOG).open("ab") as log_file:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-
-
-def answers(master: subprocess.Popen[bytes], port: int) -> bool:
-    """Whether a master is there, within `WAIT`."""
-    until = time.monotonic() + WAIT
-    while master.poll() is None and time.monotonic() < until:
-        with socket.socket() as trial:
-            if trial.connect_ex((LOOPBACK, port)) == 0:
-                return True
-        time.sleep(0.05)
-    return False
-
-
-def start_holder(folder: Path, address: str, size: int) -> subprocess.Popen[bytes] | None:
-    """A holder that is up; None when it does not come."""
-    command = [sys.executable, "-m", __name__, address, str(size), str(folder)]
-    with (folder / "mooncake.log").open("ab") as output:
-        holder = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=output,
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log_file,
             start_new_session=True,
         )  # fmt: skip
+
+
+def start_holder(folder: Path, address: str, size: int) -> Process | None:
+    """A holder that is up; None when it does not come."""
+    words = ("-m", "specforge_exp.inference.holder", address, str(size), str(folder))
+    holder = start(folder, sys.executable, *words)
     assert holder.stdout
-    with holder.stdout as said:
-        if select.select([said], [], [], WAIT)[0] and said.readline():
-            return holder
+    if select.select([holder.stdout], [], [], WAIT)[0] and holder.stdout.readline():
+        return holder
     holder.kill()
     holder.wait()
     return None
 
 
 def keep_holding(
-    folder: Path, address: str, size: int, stop: Event,
-    holder: subprocess.Popen[bytes] | None, master: subprocess.Popen[bytes],
-) -> None:  # fmt: skip
+    folder: Path, address: str, size: int, ended: Event, holder: Process | None, master: Process
+) -> None:
     """Start a holder again whenever it dies, as long as there is a master."""
-    while not stop.is_set() and master.poll() is None:
+    while not ended.wait(0.5) and master.poll() is None:
         if holder is None or holder.poll() is not None:
             log.warning("train: Mooncake's holder of states has ended; another takes its place")
             holder = start_holder(folder, address, size)
-        stop.wait(0.5)
-    for process in (holder, master):
-        if process:
-            process.wait()
+    for process in filter(None, (holder, master)):
+        process.wait()
 
 
 def main() -> None:
     """Hold memory until killed."""
     master, size = sys.argv[1:3]
-    client = connect(master, int(size))
+    until = time.monotonic() + WAIT / 2
+    while True:
+        try:
+            client = connect(master, int(size))
+            break
+        except InputError:  # it has just been started
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
     print("up", flush=True)
     Event().wait()
     client.close()

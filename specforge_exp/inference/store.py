@@ -15,10 +15,10 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,35 +44,23 @@ class LostStates(Exception):
     """The store does not have states any more, or takes none; they can be computed again."""
 
 
-class Store(Protocol):
-    """Holds the states of a call, one array for each conversation."""
+class Store:
+    """Holds the states of a call, one array for each conversation: Ray's, where they are what the
+    call returns, and go when the trainer forgets the answers."""
 
-    def put(self, key: str, states: list[Bytes]) -> Sequence[Any]:
+    def put(self, key: str, states: list[Bytes]) -> list[Any]:
         """In a worker: keep them; what to return for each. LostStates when there is no room."""
+        return states
 
-    def take(self, key: str, held: Sequence[Any]) -> list[Bytes]:
+    def take(self, key: str, held: list[Any]) -> list[Bytes]:
         """In a trainer: what was put, which is forgotten. LostStates when it is not there."""
+        return held
 
     def forget(self, key: str, number: int) -> None:
         """In a trainer: remove what so many conversations may have left."""
 
 
-class RayStore:
-    """What a call returns are the states; they go when the trainer forgets the answers."""
-
-    def put(self, key: str, states: list[Bytes]) -> list[Bytes]:
-        """The states themselves."""
-        return states
-
-    def take(self, key: str, held: Sequence[Bytes]) -> list[Bytes]:
-        """The states themselves, in memory that is for reading only."""
-        return list(held)
-
-    def forget(self, key: str, number: int) -> None:
-        """Nothing is left."""
-
-
-class MooncakeStore:
+class MooncakeStore(Store):
     """A client of a master, with no memory for others.
 
     Args:
@@ -87,9 +75,9 @@ class MooncakeStore:
         self.pinned.with_hard_pin = True
         self.tokens: dict[str, str] = {}
 
-    def put(self, key: str, states: list[Bytes]) -> list[tuple[int, ...]]:
+    def put(self, key: str, states: list[Bytes]) -> list[Any]:
         """The shapes."""
-        owner, token, _ = key.split("/")
+        owner, token, _ = key.rsplit("/", 2)
         if self.tokens.get(owner) != token:  # it was started again: what it had asked for is left
             self.client.remove_by_regex(f"^{re.escape(owner)}/(?!{token}/)", True)
             self.tokens[owner] = token
@@ -109,7 +97,7 @@ class MooncakeStore:
                 time.sleep(PAUSE)
                 self.client.remove(name, True)
 
-    def take(self, key: str, held: Sequence[tuple[int, ...]]) -> list[Bytes]:
+    def take(self, key: str, held: list[Any]) -> list[Bytes]:
         """The states, in memory of their own."""
         try:
             return [self.take_one(f"{key}/{number}", shape) for number, shape in enumerate(held)]
@@ -149,7 +137,7 @@ def mark(name: str) -> Bytes:
 
 def store_at(master: str) -> Store:
     """Ray's store, or that of Mooncake's master at an address."""
-    return MooncakeStore(master) if master else RayStore()
+    return MooncakeStore(master) if master else Store()
 
 
 def connect(master: str, segment: int = 0) -> Any:

@@ -12,7 +12,6 @@ import logging
 import os
 import time
 from dataclasses import dataclass
-from hashlib import sha256
 from secrets import token_hex
 from threading import Lock
 from typing import Any
@@ -66,9 +65,8 @@ class Stream:
         self.tokens: dict[int, TokenSet] = {}
         self.lock = Lock()  # one thread asks, others take
         self.store = store_at(fleet.store)
-        run, rank = (os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "RANK"))
-        owner = f"{fleet.namespace}-{sha256(run.encode()).hexdigest()[:8]}-{rank}"
-        self.name = f"{owner}/{token_hex(4)}"
+        mine = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "RANK")]
+        self.name = "/".join([fleet.namespace, *mine, token_hex(4)])
         self.load = [0] * len(self.workers)
         self.asked = self.taken = self.again = 0
         self.busy = self.busy_before = 0.0

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from threading import Event, Thread
 
 import pytest
 from conftest import make_config
@@ -27,9 +27,9 @@ from ray_runs import (
     processes,
     said,
 )
+from test_mooncake import NEEDS_MOONCAKE
 from test_ranks import listening, with_all_below
 from test_resume import lines, wait_for_step
-from test_store import NEEDS_MOONCAKE
 
 from specforge_exp.config import Config
 from specforge_exp.inference.cluster import CLUSTERS
@@ -207,38 +207,39 @@ def test_mooncake_and_everybody_killed(folder: Path) -> None:
 
 
 @contextmanager
-def crowded(core: int) -> Iterator[None]:
-    """Eight processes that never wait, on one core."""
-    code = f"import os\nos.sched_setaffinity(0, [{core}])\nwhile True: pass"
-    crowd = [subprocess.Popen([sys.executable, "-ISc", code]) for _ in range(8)]
+def throttled(pid: int) -> Iterator[None]:
+    """A process that stands still seven eighths of the time."""
+    over = Event()
+
+    def throttle() -> None:
+        while not over.wait(0.01):
+            os.kill(pid, signal.SIGSTOP)
+            over.wait(0.07)
+            os.kill(pid, signal.SIGCONT)
+
+    thread = Thread(target=throttle)
+    thread.start()
     try:
         yield
     finally:
-        for process in crowd:
-            process.kill()
-            process.wait()
+        over.set()
+        thread.join()
 
 
 def test_waiting_and_busy_point_at_the_slow_side(folder: Path) -> None:
-    """Worker and trainer have a core each, which first one and then the other shares with many."""
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    if len(cores) < 2:
-        pytest.skip("one core: both sides are slowed alike")
+    """First the worker is slow, then the trainer."""
     words = ("max_steps=9999", "epochs=9999", "trainer.eval_every=9999", "trainer.save_every=9999")
-    run = begin(folder, "slow", *words)
+    run = begin(folder, "slow", *words, "target.buffer_gb=0.005")
     cfg = composed(folder, "slow")
     wait_for_step(run, cfg, "slow", 1)
-    sides = ("^ray::TargetWorker", "multiprocessing.forkserver")
-    for core, side in zip(cores, sides, strict=True):
-        for pid in processes(run.pid, side):
-            for thread in Path(f"/proc/{pid}/task").iterdir():
-                os.sched_setaffinity(int(thread.name), [core])
+    [worker] = processes(run.pid, "^ray::TargetWorker")
+    _, trainer = sorted(processes(run.pid, "multiprocessing.forkserver"))
     medians = []
-    for core in cores:
-        with crowded(core):
+    for slow in (worker, trainer):
+        with throttled(slow):
             before = len(lines(cfg, "slow"))
-            wait_for_step(run, cfg, "slow", before + 12)
-            rows = lines(cfg, "slow")[before + 6 :]
+            wait_for_step(run, cfg, "slow", before + 10)
+            rows = lines(cfg, "slow")[before + 5 :]
         medians.append([median(row[k] for row in rows) for k in ("data_wait", "worker_busy")])
     run.terminate()
     run.wait(60)

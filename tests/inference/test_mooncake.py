@@ -1,4 +1,4 @@
-"""Mooncake's store: what was put is taken or said to be lost, and nobody reaches it from outside."""
+"""Mooncake's store: what was put is taken or said to be lost, and nobody comes in from outside."""
 
 import os
 import signal
@@ -16,8 +16,8 @@ import pytest
 from specforge_exp.errors import InputError
 from specforge_exp.inference import store as stores
 from specforge_exp.inference.cluster import end_leftovers, running, watch
-from specforge_exp.inference.holder import start_mooncake
-from specforge_exp.inference.store import Bytes, LostStates, MooncakeStore, RayStore, check_mooncake
+from specforge_exp.inference.holder import hold
+from specforge_exp.inference.store import Bytes, LostStates, MooncakeStore, Store, check_mooncake
 
 pytestmark = pytest.mark.ray
 SEGMENT = 32 * 2**20
@@ -44,7 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def master(folder: Path) -> Iterator[str]:
     """A master and a holder; afterwards the watcher leaves nothing of them."""
     watcher, ended = watch(folder), Event()
-    address, pid = start_mooncake(folder, SEGMENT, ended)
+    address, started = hold(folder, SEGMENT, ended)
+    [pid] = started.values()
     yield address
     ended.set()
     end_leftovers(watcher)
@@ -74,7 +75,7 @@ def some(*rows: int) -> list[Bytes]:
 @NEEDS_MOONCAKE
 def test_what_is_put_is_taken_once(master: str) -> None:
     worker, trainer = MooncakeStore(master), MooncakeStore(master)
-    for store in (worker, RayStore()):
+    for store in (worker, Store()):
         other = trainer if store is worker else store
         states = some(1, 700, 30)
         held = store.put("run-0/aa/0", states)
