@@ -44,7 +44,7 @@ class LostStates(Exception):
     """The store does not have states any more, or takes none; they can be computed again."""
 
 
-class Store:
+class StateStore:
     """Holds the states of a call, one array for each conversation: Ray's, where they are what the
     call returns, and go when the trainer forgets the answers."""
 
@@ -60,7 +60,7 @@ class Store:
         """In a trainer: remove what so many conversations may have left."""
 
 
-class MooncakeStore(Store):
+class MooncakeStore(StateStore):
     """A client of a master, with no memory for others.
 
     Args:
@@ -135,9 +135,9 @@ def mark(name: str) -> Bytes:
     return np.frombuffer(name.encode()[-NAME:].rjust(NAME), np.uint8)
 
 
-def store_at(master: str) -> Store:
+def store_at(master: str) -> StateStore:
     """Ray's store, or that of Mooncake's master at an address."""
-    return MooncakeStore(master) if master else Store()
+    return MooncakeStore(master) if master else StateStore()
 
 
 def connect(master: str, segment: int = 0) -> Any:

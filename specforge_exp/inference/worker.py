@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from specforge_exp.config import Config, locate
 from specforge_exp.inference.states import crossing, packed
-from specforge_exp.inference.store import Bytes, Store, store_at
+from specforge_exp.inference.store import Bytes, StateStore, store_at
 from specforge_exp.target import Target, load_target, set_up_torch
 
 TRIAL_TOKENS = 512
@@ -31,7 +31,7 @@ class TargetWorker:
         self.cfg, self.threads, self.master = cfg, threads, master
 
     @cached_property
-    def store(self) -> Store:
+    def store(self) -> StateStore:
         """Where states are put."""
         return store_at(self.master)
 

@@ -17,7 +17,13 @@ from specforge_exp.errors import InputError
 from specforge_exp.inference import store as stores
 from specforge_exp.inference.cluster import end_leftovers, running, watch
 from specforge_exp.inference.holder import hold
-from specforge_exp.inference.store import Bytes, LostStates, MooncakeStore, Store, check_mooncake
+from specforge_exp.inference.store import (
+    Bytes,
+    LostStates,
+    MooncakeStore,
+    StateStore,
+    check_mooncake,
+)
 
 pytestmark = pytest.mark.ray
 SEGMENT = 32 * 2**20
@@ -75,7 +81,7 @@ def some(*rows: int) -> list[Bytes]:
 @NEEDS_MOONCAKE
 def test_what_is_put_is_taken_once(master: str) -> None:
     worker, trainer = MooncakeStore(master), MooncakeStore(master)
-    for store in (worker, Store()):
+    for store in (worker, StateStore()):
         other = trainer if store is worker else store
         states = some(1, 700, 30)
         held = store.put("run-0/aa/0", states)

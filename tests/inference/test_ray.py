@@ -244,5 +244,4 @@ def test_waiting_and_busy_point_at_the_slow_side(folder: Path) -> None:
     run.terminate()
     run.wait(60)
     slow_worker, slow_trainer = medians
-    print(medians)
     assert slow_worker[0] > slow_trainer[0] and slow_worker[1] > slow_trainer[1], medians
