@@ -78,17 +78,17 @@ def start_master(folder: Path, address: str) -> Process:
     assert package and package.origin
     port = address.rpartition(":")[2]
     return start(
-        folder, str(Path(package.origin).with_name("mooncake_master")),
+        folder, subprocess.DEVNULL, str(Path(package.origin).with_name("mooncake_master")),
         f"--rpc_address={LOOPBACK}", f"--rpc_port={port}", f"--metrics_host={LOOPBACK}",
         "--metrics_port=0", "--minloglevel=2", f"--log_dir={folder}",
     )  # fmt: skip
 
 
-def start(folder: Path, *command: str) -> Process:
-    """A process of the cluster's; what it prints can be read, what it reports goes to the log."""
+def start(folder: Path, output: int, *command: str) -> Process:
+    """A process of the cluster's; where its output goes is given, what it reports goes to the log."""
     with (folder / LOG).open("ab") as log_file:
         return subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log_file,
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=log_file,
             start_new_session=True,
         )  # fmt: skip
 
@@ -96,7 +96,7 @@ def start(folder: Path, *command: str) -> Process:
 def start_holder(folder: Path, address: str, size: int) -> Process | None:
     """A holder that is up; None when it does not come."""
     words = ("-m", "specforge_exp.inference.holder", address, str(size), str(folder))
-    holder = start(folder, sys.executable, *words)
+    holder = start(folder, subprocess.PIPE, sys.executable, *words)
     assert holder.stdout
     if select.select([holder.stdout], [], [], WAIT)[0] and holder.stdout.readline():
         return holder
