@@ -85,7 +85,7 @@ def start_master(folder: Path, address: str) -> Process:
 
 
 def start(folder: Path, output: int, *command: str) -> Process:
-    """A process of the cluster's; where its output goes is given, what it reports goes to the log."""
+    """A process of the cluster's; what it reports goes to the log, what it prints to `output`."""
     with (folder / LOG).open("ab") as log_file:
         return subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=log_file,
