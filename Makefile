@@ -9,7 +9,7 @@ help:  ## list the targets
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,modal,optuna,data,ray]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,modal,optuna,data,ray,mooncake]'
 	@touch $@
 
 install: .venv/.ready  ## set up .venv with the tested versions

@@ -1,4 +1,5 @@
-"""The target in the trainer's process, from a disk cache, and in a Ray worker: what each costs.
+"""The target in the trainer's process, from a disk cache, and in a worker whose states cross by
+Ray's store or by Mooncake's: what each costs.
 
     python benchmarks/disaggregated.py [--json] [--model tiny|smollm2] [--steps 60]
 
@@ -6,9 +7,10 @@ One trainer and one worker train EAGLE-3 on the same conversations with the same
 after the other; the losses must be equal to the bit. `tiny` is the target that comes with the
 repository; `smollm2` has the shape of SmolLM2-135M with random numbers, which cost the same.
 Reported are CPU seconds of the trainer from the first step to the last, of the worker and of Ray's
-own processes from the worker's first conversation on, wall seconds of the whole command, and the
-most bytes of states held. `overhead` is what the split costs in trainer and worker beyond the
-trainer that has the target itself, as a share of the worker's CPU. The last line is JSON.
+and Mooncake's own processes from the worker's first conversation on, wall seconds of the whole
+command, and the most bytes of states held. `overhead` is what a split costs in trainer, worker and
+Mooncake's processes beyond the trainer that has the target itself, as a share of the worker's CPU.
+Without Mooncake its line is left out. The last line is JSON.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,10 @@ NAMES = {
     "inprocess": [],
     "disk": ["target.cache=disk"],
     "ray": ["target.placement=ray", "target.buffer_gb=0.2"],
+    "mooncake": ["target.placement=ray", "target.buffer_gb=0.2", "target.store=mooncake"],
 }
 TICKS = os.sysconf("SC_CLK_TCK")
+KINDS = ("launcher", "trainer", "worker", "ray", "store")
 
 
 def smollm2(folder: Path) -> Path:
@@ -66,8 +71,10 @@ def kind_of(pid: int) -> str:
         return ""
     if line.startswith("ray::TargetWorker"):
         return "worker"
-    if "spawn_main" in line:
+    if "spawn_main" in line or "multiprocessing.forkserver" in line:
         return "trainer"
+    if "mooncake_master" in line or "inference.holder" in line:
+        return "store"
     return "launcher" if "train.py" in line else "ray" if line else ""
 
 
@@ -81,7 +88,7 @@ def used(pid: int) -> dict[str, float]:
             continue
         number = int(stat.parent.name)
         parents[number], ticks[number] = int(fields[1]), int(fields[11]) + int(fields[12])
-    family, seconds = [pid], dict.fromkeys(("launcher", "trainer", "worker", "ray"), 0.0)
+    family, seconds = [pid], dict.fromkeys(KINDS, 0.0)
     for member in family:
         family += [child for child, parent in parents.items() if parent == member]
         if kind := kind_of(member):
@@ -123,6 +130,7 @@ def train(words: list[str], metrics: Path) -> dict[str, Any]:
         "trainer_cpu_s": round(last[trainer] - first[trainer], 2),
         "worker_cpu_s": round(last["worker"] - ready["worker"], 2) if apart else 0.0,
         "ray_cpu_s": round(last["ray"] - ready["ray"], 2) if apart else 0.0,
+        "store_cpu_s": round(last["store"] - ready["store"], 2) if apart else 0.0,
         "wall_s": round(time.monotonic() - began, 1),
         "peak_held_mb": float(account[0][1]) if account else 0.0,
         "worker_conversations": int(account[0][0]) if account else 0,
@@ -133,6 +141,8 @@ def measure(folder: Path, model: list[str], steps: int) -> dict[str, dict[str, A
     """All ways to train, by name."""
     results: dict[str, dict[str, Any]] = {}
     for name, options in NAMES.items():
+        if name == "mooncake" and find_spec(name) is None:
+            continue
         run = folder / "checkpoints" / name
         words = [
             "experiment=quickstart", *model, "loss=baseline", "target.cache=none",
@@ -149,6 +159,15 @@ def losses(run: Path) -> list[float]:
     """Every loss of a training."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line]
+
+
+def overhead(own: dict[str, Any], away: dict[str, Any], conversations: int) -> float:
+    """What a split costs, as a share of the worker's CPU; the trainer's part has these."""
+    share = conversations / away["worker_conversations"]
+    worker: float = share * away["worker_cpu_s"]
+    both: float = away["trainer_cpu_s"] + worker + share * away["store_cpu_s"]
+    beyond: float = both - own["trainer_cpu_s"]
+    return round(beyond / worker, 3)
 
 
 def main() -> None:
@@ -173,16 +192,14 @@ def main() -> None:
             )  # fmt: skip
         results = measure(folder, model, args.steps)
     equal = len({tuple(result.pop("losses")) for result in results.values()}) == 1
-    own, away = results["inprocess"], results["ray"]
-    share = (args.steps - 1) * 8 / away["worker_conversations"]  # of these the trainer's part has
-    both = away["trainer_cpu_s"] + share * away["worker_cpu_s"]
-    overhead = (both - own["trainer_cpu_s"]) / (share * away["worker_cpu_s"])
+    for name in ("ray", "mooncake"):
+        if away := results.get(name):
+            away["overhead"] = overhead(results["inprocess"], away, (args.steps - 1) * 8)
     if not args.json:
         for kind, result in results.items():
             print(kind, *(f"{name} {value}" for name, value in result.items()), sep="  ")
-        print(f"overhead of trainer and worker: {overhead:.1%} of the worker's CPU")
-    print(json.dumps({"model": args.model, "load": os.getloadavg()[0], "runs": results,
-                      "overhead": round(overhead, 3), "equal": equal}))  # fmt: skip
+    load = os.getloadavg()[0]
+    print(json.dumps({"model": args.model, "load": load, "runs": results, "equal": equal}))
 
 
 if __name__ == "__main__":

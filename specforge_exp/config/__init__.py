@@ -288,7 +288,13 @@ def check_job(cfg: DictConfig) -> None:
     """
     config = from_omegaconf(cfg)
     volumes, extras = config.resources["volumes"], config.resources["image"].get("extras", [])
-    if config.target.placement == "ray" and "ray" not in extras:
+    options = config.target
+    if options.store == "mooncake":
+        raise InputError(
+            "target.store=mooncake is for machines of your own: a container has one, on which "
+            "target.store=ray is faster"
+        )
+    if options.placement == "ray" and "ray" not in extras:
         raise InputError(
             "target.placement=ray needs Ray in the containers: resources.image.extras="
             f"[{','.join([*extras, 'ray'])}]"

@@ -43,7 +43,9 @@ class TargetConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """engine=vllm: more of the server's options, e.g. gpu_memory_utilization: 0.8."""
     store: str = "ray"
-    """ray: what holds states between worker and trainer: ray, its shared memory."""
+    """ray: what holds states between worker and trainer: ray, its shared memory; or
+    mooncake, a process of its own, which RDMA reaches from other machines (extra mooncake).
+    Changes no number."""
     buffer_gb: float = 8.0
     """ray: 1e9 bytes of states that may be asked for and not used yet, all trainers together."""
     dry_run: bool = False
@@ -51,7 +53,7 @@ class TargetConfig:
 
     def __post_init__(self) -> None:
         allow(self, "target.", cache="none memory disk", placement="inprocess ray")
-        allow(self, "target.", engine="transformers vllm", store="ray")
+        allow(self, "target.", engine="transformers vllm", store="ray mooncake")
         minimums(self, "target.", workers=1, tp_size=1)
         above_zero("target.buffer_gb", self.buffer_gb)
         if self.shard and self.cache == "memory":
@@ -79,8 +81,9 @@ class TargetConfig:
                 "target.placement=ray and target.shard=true exclude each other: with ray the "
                 "trainers hold none of the target"
             )
-        if self.placement == "inprocess" and (self.workers > 1 or self.dry_run):
-            key = "workers" if self.workers > 1 else "dry_run"
+        moved = {"workers": self.workers > 1, "dry_run": self.dry_run, "store": self.store != "ray"}
+        if self.placement == "inprocess" and any(moved.values()):
+            key = next(key for key, given in moved.items() if given)
             raise InputError(f"target.{key} needs target.placement=ray")
 
     @property

@@ -18,15 +18,18 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from tqdm import tqdm
 
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError, first_line
+from specforge_exp.inference.holder import hold
 from specforge_exp.inference.split import Split, check_shared_memory, joins
+from specforge_exp.inference.store import check_mooncake, silent
 from specforge_exp.inference.worker import TargetWorker
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,8 @@ class Fleet:
     """Bytes that one trainer may have asked for and not used yet."""
     node: dict[str, int]
     """Processes of a cluster that was started here, by name: without them there is none."""
+    store: str = ""
+    """What holds states: the address of Mooncake's master; "": Ray."""
 
     def check(self) -> None:
         """Refuse to wait for a cluster that has ended.
@@ -65,7 +70,7 @@ class Fleet:
         """
         for name, pid in self.node.items():
             if not running(pid):
-                raise InputError(f"Ray's {name} (process {pid}) has ended; {RESUME}")
+                raise InputError(f"{name} (process {pid}) has ended; {RESUME}")
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class Cluster:
     fleet: Fleet
     watcher: subprocess.Popen[bytes] | None
     """Ends what is left of a cluster that was started here; see `leftovers`."""
+    folder: Path | None = None
+    """That of a cluster that was started here."""
 
 
 def running(pid: int) -> bool:
@@ -92,18 +99,21 @@ def fleet_of(cfg: Config, split: Split) -> Iterator[Fleet]:
     Raises:
         InputError: Ray is missing or does not start, or a worker cannot load the target.
     """
-    ray, cluster = import_ray(), None
+    ray, cluster, ended = import_ray(), None, Event()
+    if split.segment:
+        check_mooncake()
     with ended_cleanly():
         try:
             began = time.monotonic()
             cluster = start_or_join(ray, split)
-            fleet = cluster.fleet
+            address, held = hold(cluster.folder, split.segment, ended)
+            fleet = replace(cluster.fleet, store=address, node=cluster.fleet.node | held)
             there = time.monotonic()
             log.info(
                 "train: %s Ray at %s; %d workers load %s", "started" if fleet.node else "joined",
                 fleet.address, split.workers, cfg.model.name,
             )  # fmt: skip
-            workers = make_workers(ray, cfg, split)  # they live as long as this name
+            workers = make_workers(ray, cfg, split, fleet.store)  # they live as long as this name
             trials = begin(ray, workers, fleet)
             log.info(
                 "train: workers are ready: Ray took %.1f s, loading %.1f s",
@@ -125,6 +135,7 @@ def fleet_of(cfg: Config, split: Split) -> Iterator[Fleet]:
                 raise
         finally:
             os.environ.pop(FLEET, None)
+            ended.set()
             ray.shutdown()
             if cluster and cluster.watcher:
                 end_leftovers(cluster.watcher)
@@ -172,9 +183,9 @@ def start(ray: Any, split: Split, namespace: str) -> Cluster:
         elif split.gpus:
             del os.environ["CUDA_VISIBLE_DEVICES"]
     processes = ray._private.worker._global_node.all_processes
-    names = {"raylet": "raylet", "gcs_server": "server"}
+    names = {"raylet": "Ray's raylet", "gcs_server": "Ray's server"}
     node = {name: processes[key][0].process.pid for key, name in names.items()}
-    return Cluster(Fleet(address, namespace, split.workers, split.ahead, node), watcher)
+    return Cluster(Fleet(address, namespace, split.workers, split.ahead, node), watcher, folder)
 
 
 def watch(folder: Path) -> subprocess.Popen[bytes]:
@@ -218,21 +229,19 @@ def connect(ray: Any, address: str, namespace: str) -> str:
 def init(ray: Any, address: str, namespace: str, **options: Any) -> str:
     """`ray.init` without its output and its handler of SIGTERM, which would hide the training's;
     returns the cluster's address."""
-    handler, stderr = signal.getsignal(signal.SIGTERM), os.dup(2)
-    with Path(os.devnull).open("w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        info = ray.init(
-            address, namespace=namespace, log_to_driver=False, logging_level="CRITICAL", **options
-        )
+        with silent():
+            info = ray.init(
+                address, namespace=namespace, log_to_driver=False, logging_level="CRITICAL",
+                **options,
+            )  # fmt: skip
         return str(info.address_info["gcs_address"])
     finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
         signal.signal(signal.SIGTERM, handler)
 
 
-def make_workers(ray: Any, cfg: Config, split: Split) -> list[Any]:
+def make_workers(ray: Any, cfg: Config, split: Split, store: str) -> list[Any]:
     """Workers that load nothing yet.
 
     Raises:
@@ -252,7 +261,7 @@ def make_workers(ray: Any, cfg: Config, split: Split) -> list[Any]:
         scheduling_strategy="SPREAD",
     )(TargetWorker)  # fmt: skip
     return [
-        actor.options(name=f"worker-{number}").remote(cfg, split.threads, folder)
+        actor.options(name=f"worker-{number}").remote(cfg, split.threads, folder, store)
         for number in range(split.workers)
     ]
 

@@ -19,6 +19,8 @@ SMALLEST_STORE = 80 * 2**20
 """Bytes below which Ray refuses a store."""
 ROOM = 1.1
 """Of a store: what its objects need beside their own bytes."""
+GAPS = 1.3
+"""The same of Mooncake's, whose objects lie in one piece each between others that come and go."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,21 @@ class Split:
     buffer: int
     """Bytes that all trainers together may have asked for and not used yet."""
     store: int
-    """Bytes of the store that holds them."""
+    """Bytes of the store that holds them: Ray's, or with a `segment` what else crosses."""
+    segment: int = 0
+    """Bytes of Mooncake's memory that holds them; 0: Ray's store does."""
 
     @property
     def ahead(self) -> int:
         """One trainer's part of the buffer."""
         return self.buffer // self.trainers
+
+    @property
+    def memory(self) -> str:
+        """Whose bytes those of the states are."""
+        if self.segment:
+            return "the machines that hold" if joins() else "a process of Mooncake's"
+        return "shared memory"
 
     def lines(self, tokens_per_s: float | None = None) -> list[str]:
         """For people. How long a full buffer lasts is known when the workers' speed is."""
@@ -56,7 +67,7 @@ class Split:
             f"target.placement=ray: {self.trainers} trainers, {self.workers} workers ({where}); "
             f"{self.token_bytes:,} bytes per token",
             f"buffer: {self.buffer / 1e9:.2f} GB = {tokens:,} tokens{seconds}; the store has "
-            f"{self.store / 1e9:.2f} GB of shared memory",
+            f"{(self.segment or self.store) / 1e9:.2f} GB of {self.memory}",
         ]
 
 
@@ -99,11 +110,13 @@ def make_split(cfg: Config, trainers: int, lengths: Any, forward: int) -> Split:
     from specforge_exp.serving.gpus import visible_gpus  # loads an HTTP client
 
     ends = 2 * text.vocab_size * width
-    store = int(ROOM * (buffer + trainers * (token_bytes * forward + ends)))
+    states, both = buffer + trainers * token_bytes * forward, trainers * ends
+    apart = options.store == "mooncake"
+    store = int(ROOM * (both if apart else states + both))
     gpus = visible_gpus()[-options.gpus :] if on_gpus and not joins() else []
     return Split(
         trainers, options.workers, gpus, cfg.threads or max(1, torch.get_num_threads() // trainers),
-        token_bytes, buffer, max(store, SMALLEST_STORE),
+        token_bytes, buffer, max(store, SMALLEST_STORE), int(GAPS * states) if apart else 0,
     )  # fmt: skip
 
 

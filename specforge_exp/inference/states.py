@@ -1,7 +1,7 @@
 """How states cross from a worker to a trainer: as plain bytes.
 
 NumPy has no bfloat16 and Ray pickles a torch tensor in full, ten times slower than an array, which
-it maps from shared memory.
+it maps from shared memory; Mooncake moves bytes only.
 
 Shape suffixes: T tokens, H hidden, A auxiliary states, F both side by side.
 """
@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Bytes = NDArray[np.uint8]
+from specforge_exp.inference.store import Bytes
 
 
 def bytes_of(x: Tensor) -> Bytes:

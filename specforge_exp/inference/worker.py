@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from transformers.cache_utils import DynamicCache
 
 from specforge_exp.config import Config, locate
-from specforge_exp.inference.states import Bytes, bytes_of, crossing, packed
+from specforge_exp.inference.states import bytes_of, crossing, packed
+from specforge_exp.inference.store import Bytes, StateStore, store_at
 from specforge_exp.target import Target, load_target, set_up_torch
 from specforge_exp.target.segments import check_segments, verify_segments
 
@@ -34,12 +35,18 @@ class TargetWorker:
         cfg: the training's.
         threads: CPU threads, as many as a trainer that has the target itself would use.
         cluster: folder that is removed with the cluster.
+        master: what holds the states: Mooncake's address, or "": Ray.
     """
 
-    def __init__(self, cfg: Config, threads: int, cluster: str) -> None:
-        self.cfg, self.threads, self.cluster = cfg, threads, cluster
+    def __init__(self, cfg: Config, threads: int, cluster: str, master: str = "") -> None:
+        self.cfg, self.threads, self.cluster, self.master = cfg, threads, cluster, master
         self.texts: dict[bytes, DynamicCache] = {}
         """Keys and values of what was read to be judged, the oldest first."""
+
+    @cached_property
+    def store(self) -> StateStore:
+        """Where states are put."""
+        return store_at(self.master)
 
     @cached_property
     def target(self) -> Target:
@@ -69,13 +76,15 @@ class TargetWorker:
         the states of another engine than transformers are from its own.
 
         Raises:
-            InputError: it cannot be loaded or followed, or bench could not decode it.
+            InputError: it cannot be loaded or followed, or bench could not decode it; or its
+                states have no store.
         """
         apart = self.served.agreement(self.target) if self.served else 0.0
         if self.cfg.bench_engine == "transformers" and not self.served:
             self.target.check_decoding()
         if self.cfg.onpolicy.replays:
             check_segments(self.target, max(self.cfg.max_length, 4))
+        assert self.store  # one that refuses says so now
         size = min(self.cfg.max_length, TRIAL_TOKENS)
         run = self.served.states if self.served else self.computed
         for _ in range(2):  # the first one warms up
@@ -108,13 +117,18 @@ class TargetWorker:
         """`Target.last_layers`, as bytes."""
         return [crossing(weights) for weights in self.target.last_layers(number)]
 
-    def states(self, conversations: list[NDArray[int32]]) -> list[Bytes | float]:
-        """The states of each conversation, and then the seconds that it took."""
+    def states(self, conversations: list[NDArray[int32]], key: str) -> list[Any]:
+        """What the store gives for the states of each conversation, and then the seconds that it
+        took.
+
+        Raises:
+            LostStates: the store takes none.
+        """
         began = time.monotonic()
-        if not self.served:
-            return [*self.computed(conversations), time.monotonic() - began]
-        self.__dict__.pop("target", None)  # loaded again, should its ends be asked for again
-        return [*self.served.states(conversations), time.monotonic() - began]
+        if self.served:
+            self.__dict__.pop("target", None)  # loaded again, should its ends be asked for again
+        run = self.served.states if self.served else self.computed
+        return [*self.store.put(key, run(conversations)), time.monotonic() - began]
 
     def computed(self, conversations: list[NDArray[int32]]) -> list[Bytes]:
         """The states of each conversation, run one by one."""

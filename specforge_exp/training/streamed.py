@@ -2,15 +2,17 @@
 
 There is no controller and no queue. A trainer knows the conversations that it will use as far ahead
 as it likes; it sends them to the worker that has the least to do for it, one call per forward, and
-Ray holds what comes back until it is taken. Only results of calls are held, so that a worker's
-death loses nothing that cannot be asked for again: states are a pure function of tokens.
+the store holds what comes back until it is taken. Nothing is held in workers, so that the death of
+one loses nothing that cannot be asked for again: states are a pure function of tokens.
 
 Shape suffixes: T tokens, H hidden, A auxiliary states.
 """
 
 import logging
+import os
 import time
 from dataclasses import dataclass
+from secrets import token_hex
 from threading import Lock
 from typing import Any
 
@@ -22,6 +24,7 @@ from specforge_exp.data.tokens import TokenSet
 from specforge_exp.errors import InputError
 from specforge_exp.inference.cluster import RESUME, Fleet, join_fleet, reason, refusal
 from specforge_exp.inference.states import crossed, unpacked
+from specforge_exp.inference.store import LostStates, store_at
 from specforge_exp.target import Ends, make_ends
 from specforge_exp.training.batches import Batch, moved
 from specforge_exp.training.features import Features, States, Take, joined
@@ -41,6 +44,7 @@ PATIENCE = 600.0
 class Call:
     """A forward's conversations on their way."""
 
+    key: str
     numbers: list[int]
     worker: int
     size: int
@@ -60,6 +64,9 @@ class Stream:
         self.ray, self.workers = join_fleet(fleet)
         self.tokens: dict[int, TokenSet] = {}
         self.lock = Lock()  # one thread asks, others take
+        self.store = store_at(fleet.store)
+        mine = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "RANK")]
+        self.name = "/".join([fleet.namespace, *mine, token_hex(4)])
         self.load = [0] * len(self.workers)
         self.asked = self.taken = self.again = 0
         self.busy = self.busy_before = 0.0
@@ -100,9 +107,10 @@ class Stream:
         with self.lock:
             worker = min(range(len(self.load)), key=lambda i: (self.load[i], i))
             self.load[worker] += size
+            key = f"{self.name}/{self.asked}"
             self.asked += len(numbers)
         method = self.workers[worker].states.options(num_returns=len(ids) + 1)
-        return Call(numbers, worker, size, method.remote(ids))
+        return Call(key, numbers, worker, size, method.remote(ids, key))
 
     def take(self, call: Call) -> tuple[Tensor, Tensor]:
         """The states of a forward, asked for again when they are lost.
@@ -112,12 +120,15 @@ class Stream:
         """
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                *states, seconds = self.wait(call.answers)
+                *held, seconds = self.wait(call.answers)
+                states = self.store.take(call.key, held)
                 break
-            except self.ray.exceptions.RayError as error:
+            except (self.ray.exceptions.RayError, LostStates) as error:
+                self.fleet.check()
                 if attempt == ATTEMPTS:
                     raise self.failed(call, error) from None
                 log.warning("train: asking again for states: %s", reason(error))
+                self.store.forget(call.key, len(call.numbers))
                 self.settle(call)
                 call.__dict__ |= vars(self.send(call.numbers))
                 with self.lock:

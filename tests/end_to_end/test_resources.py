@@ -268,6 +268,10 @@ def test_a_job_validates_without_hydras_node() -> None:
         ("paths.datasets=here", "SPECFORGE_DATASETS=here"),
         ("model.path=assets/tiny_target", "a folder of this machine"),
         ("target.placement=ray trainer.batch_size=14", "image.extras=[data,wandb,modal,ray]"),
+        (
+            "target.placement=ray target.store=mooncake trainer.batch_size=14",
+            "of your own",
+        ),
     ],
 )
 def test_jobs_that_a_container_cannot_run(

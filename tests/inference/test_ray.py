@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
+from threading import Event, Thread
 
 import pytest
 from conftest import make_config
@@ -25,8 +27,9 @@ from ray_runs import (
     processes,
     said,
 )
+from test_mooncake import NEEDS_MOONCAKE
 from test_ranks import listening, with_all_below
-from test_resume import wait_for_step
+from test_resume import lines, wait_for_step
 
 from specforge_exp.config import Config
 from specforge_exp.inference.cluster import CLUSTERS
@@ -187,3 +190,78 @@ def test_proposals_are_judged_by_workers(folder: Path) -> None:
     assert process.wait(300) == 0, said(folder, "replay-12")
     assert_equal(cfg, "replay-12", "replay-1")
     assert "proposed tokens beside" in said(folder, "replay-12")
+
+
+@NEEDS_MOONCAKE
+def test_mooncake_and_everybody_killed(folder: Path) -> None:
+    """The master: one line within a minute, nothing left, and the same command continues. Then a
+    worker: what it has put stays; and the holder: what it held is asked for again. Equal losses."""
+    run = begin(folder, "m-11", "target.store=mooncake")
+    cfg = composed(folder, "m-11")
+    wait_for_step(run, cfg, "m-11", 5)
+    with nothing_left(run.pid):
+        kill(processes(run.pid, "mooncake_master")[0])
+        assert run.wait(60) == 1
+    text = said(folder, "m-11")
+    [line] = re.findall(r"error: .*", text)
+    assert re.fullmatch(
+        r"error: Mooncake's master \(process \d+\) has ended; run the same .*", line
+    )
+    assert "Traceback" not in text and "asking again" not in text
+    again = begin(folder, "m-11", "target.store=mooncake")
+    wait_for_step(again, cfg, "m-11", 9)
+    [holder] = processes(again.pid, "inference.holder")
+    kill(processes(again.pid, "^ray::TargetWorker")[0])
+    wait_for_step(again, cfg, "m-11", 14)
+    assert processes(again.pid, "inference.holder") == [holder]
+    text = said(folder, "m-11")
+    assert text.count("asking again") <= 1  # for the call that it was killed in
+    kill(holder)
+    with nothing_left(again.pid):
+        assert again.wait(300) == 0, said(folder, "m-11")
+    text, account = said(folder, "m-11"), counted(said(folder, "m-11"))
+    assert "another takes its place" in text and "LostStates: Mooncake has lost" in text
+    [step] = re.findall(r"continuing after step (\d+)", text)
+    assert account["taken"] == planned(int(step), STEPS) == account["asked"] - account["again"]
+    assert_equal(cfg, "m-11", "eagle3-1")
+
+
+@contextmanager
+def throttled(pid: int) -> Iterator[None]:
+    """A process that stands still seven eighths of the time."""
+    over = Event()
+
+    def throttle() -> None:
+        while not over.wait(0.01):
+            os.kill(pid, signal.SIGSTOP)
+            over.wait(0.07)
+            os.kill(pid, signal.SIGCONT)
+
+    thread = Thread(target=throttle)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_waiting_and_busy_point_at_the_slow_side(folder: Path) -> None:
+    """First the worker is slow, then the trainer."""
+    words = ("max_steps=9999", "epochs=9999", "trainer.eval_every=9999", "trainer.save_every=9999")
+    run = begin(folder, "slow", *words, "target.buffer_gb=0.005")
+    cfg = composed(folder, "slow")
+    wait_for_step(run, cfg, "slow", 1)
+    [worker] = processes(run.pid, "^ray::TargetWorker")
+    _, trainer = sorted(processes(run.pid, "multiprocessing.forkserver"))
+    medians = []
+    for slow in (worker, trainer):
+        with throttled(slow):
+            before = len(lines(cfg, "slow"))
+            wait_for_step(run, cfg, "slow", before + 10)
+            rows = lines(cfg, "slow")[before + 5 :]
+        medians.append([median(row[k] for row in rows) for k in ("data_wait", "worker_busy")])
+    run.terminate()
+    run.wait(60)
+    slow_worker, slow_trainer = medians
+    assert slow_worker[0] > slow_trainer[0] and slow_worker[1] > slow_trainer[1], medians

@@ -118,6 +118,9 @@ def test_a_buffer_that_is_too_small_is_refused(run: Config) -> None:
         split_of(served)
     split = split_of(run)
     assert split.token_bytes == WIDTH and split.buffer <= 3e6 and split.store > split.buffer
+    apart = split_of(replace(run, target=replace(run.target, store="mooncake")))
+    assert split.segment == 0 and apart.segment >= 1.3 * split.buffer
+    assert "of a process of Mooncake's" in apart.lines()[1]
 
 
 def test_the_ends_of_a_target_are_enough_for_a_draft(run: Config) -> None:
@@ -155,7 +158,11 @@ def test_the_ends_of_a_target_are_enough_for_a_draft(run: Config) -> None:
         ({"placement": "ray", "python": "p"}, "target.python needs .* target.engine=vllm"),
         ({"engine": "vllm"}, "target.engine=vllm needs target.placement=ray"),
         ({"placement": "ray", "engine": "sglang"}, "target.engine=sglang .*transformers, vllm"),
-        ({"placement": "ray", "store": "mooncake"}, "target.store=mooncake is not valid; .*ray"),
+        (
+            {"placement": "ray", "store": "redis"},
+            "target.store=redis is not valid; .*mooncake",
+        ),
+        ({"store": "mooncake"}, "target.store needs target.placement=ray"),
         ({"workers": 2}, "target.workers needs target.placement=ray"),
         ({"dry_run": True}, "target.dry_run needs target.placement=ray"),
         ({"buffer_gb": 0.0}, "target.buffer_gb=0.0 must be above 0"),
