@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -29,6 +30,7 @@ from specforge_exp.config import (
     Source,
 )
 from specforge_exp.drafts.eagle3.config import Eagle3Config
+from specforge_exp.paths import tokens_dir
 
 if TYPE_CHECKING:
     from specforge_exp.data.tokens import TokenSet
@@ -119,15 +121,25 @@ def cfg(tmp_path: Path) -> Config:
     return make_config(tmp_path)
 
 
-@pytest.fixture
-def tokens(cfg: Config) -> Path:
-    """Token shards of the synthetic corpus with its own answers; returns their folder."""
+@pytest.fixture(scope="session")
+def made_tokens(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The configuration of what `tokens` copies."""
     from specforge_exp.stages.prep import prep
     from specforge_exp.stages.preprocess import preprocess
 
+    cfg = make_config(tmp_path_factory.mktemp("tokens"))
     cfg.preprocess.source = "prep"
     prep(cfg)
-    return preprocess(cfg)
+    preprocess(cfg)
+    return cfg
+
+
+@pytest.fixture
+def tokens(cfg: Config, made_tokens: Config) -> Path:
+    """Token shards of the synthetic corpus with its own answers; returns their folder."""
+    cfg.preprocess.source = "prep"
+    shutil.copytree(made_tokens.paths.datasets, cfg.paths.datasets, dirs_exist_ok=True)
+    return tokens_dir(cfg)
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
