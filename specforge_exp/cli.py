@@ -81,8 +81,8 @@ def command(task: Task) -> Callable[[], None]:
             sys.exit("error: --experimental-rerun reads a pickle; run the command again instead")
         if stage == "chat" and arguments.multirun:
             sys.exit("error: a chat is one conversation, so chat takes no -m")
-        if arguments.help:  # Hydra copies the store for every group; there is one per process
-            vars(store)["__deepcopy__"] = lambda memo: store
+        # Hydra copies the store for every composition and group; there is one per process.
+        vars(store)["__deepcopy__"] = lambda memo: store
         utils.run_and_report = reported
         try:
             utils._run_hydra(arguments, parser, task, repository("conf"), "config")
