@@ -1,6 +1,7 @@
 """What the scripts share: `command` makes a stage's main of conf/ and the command line, `run` calls
 the stage. It is where Hydra begins; the rest of the package does not know it."""
 
+import gc
 import logging
 import os
 import re
@@ -64,12 +65,12 @@ def command(task: Task) -> Callable[[], None]:
         version.setbase("1.3")
         store = ConfigStore.instance()
         store.store(name="schema", node=Config)
-        words, chatting = sys.argv[1:], Path(sys.argv[0]).stem == "chat"
+        words, stage = sys.argv[1:], Path(sys.argv[0]).stem
         if words[:1] == ["status"]:
             words[0] = "regen.status=true"
-        if chatting:
+        if stage == "chat":
             words = ["chat.draft=false" if word == "--no-draft" else word for word in words]
-        if Path(sys.argv[0]).stem == "export":
+        if stage == "export":
             words = [re.sub(r"^from=", "export.source=", word) for word in words]
         parser = utils.get_args_parser()
         arguments = parser.parse_intermixed_args(words)  # flags may stand anywhere
@@ -78,10 +79,10 @@ def command(task: Task) -> Callable[[], None]:
             sys.exit(f"error: {problem}")
         if arguments.experimental_rerun:
             sys.exit("error: --experimental-rerun reads a pickle; run the command again instead")
-        if chatting and arguments.multirun:
+        if stage == "chat" and arguments.multirun:
             sys.exit("error: a chat is one conversation, so chat takes no -m")
-        if arguments.help:  # Hydra copies the store for every group; there is one per process
-            vars(store)["__deepcopy__"] = lambda memo: store
+        # Hydra copies the store for every composition and group; there is one per process.
+        vars(store)["__deepcopy__"] = lambda memo: store
         utils.run_and_report = reported
         try:
             utils._run_hydra(arguments, parser, task, repository("conf"), "config")
@@ -157,7 +158,11 @@ def run(stage: str, cfg: DictConfig) -> object:
         config = from_omegaconf(cfg)
         offline.settle(config)
         with leaving_nothing(config), recorded(cfg, config) if single else nullcontext():
-            return resolve_name(stage)(config)  # loads torch
+            gc.disable()  # nothing looks for garbage in what is loaded to stay, here or in a fork
+            function = resolve_name(stage)  # loads torch
+            gc.freeze()
+            gc.enable()
+            return function(config)
     except InputError as error:
         if single and os.environ.get("HYDRA_FULL_ERROR") != "1":
             sys.exit(f"error: {error}")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 INSTALL = "needs Chromium: apt-get install --no-install-recommends chromium (as .ci/run does)"
@@ -21,11 +21,19 @@ def complains(said: ConsoleMessage) -> bool:
 
 
 @contextmanager
-def opened(html: Path, height: int = 900) -> Iterator[Page]:
-    """A tab on a file, with a profile of its own; what the page asks for is in `page.asked`."""
+def chromium() -> Iterator[Browser]:
+    """The browser, for any number of tabs."""
     with sync_playwright() as tools:
-        chromium = tools.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = chromium.new_page(viewport={"width": 1440, "height": height})
+        browser = tools.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def opened(browser: Browser, html: Path, height: int = 900) -> Iterator[Page]:
+    """A tab on a file, with a profile of its own; what the page asks for is in `page.asked`."""
+    with browser.new_context(viewport={"width": 1440, "height": height}) as profile:
+        page = profile.new_page()
         asked: list[str] = []
         complaints: list[str] = []
         page.asked, page.complaints = asked, complaints  # type: ignore[attr-defined]
@@ -35,4 +43,3 @@ def opened(html: Path, height: int = 900) -> Iterator[Page]:
         page.goto(html.resolve().as_uri())
         page.wait_for_function("document.documentElement.dataset.drawn")
         yield page
-        chromium.close()

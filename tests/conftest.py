@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -28,6 +30,7 @@ from specforge_exp.config import (
     Source,
 )
 from specforge_exp.drafts.eagle3.config import Eagle3Config
+from specforge_exp.paths import tokens_dir
 
 if TYPE_CHECKING:
     from specforge_exp.data.tokens import TokenSet
@@ -35,6 +38,15 @@ if TYPE_CHECKING:
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background jobs:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # programs of the tests inherit it
+gc.disable()  # while tests are collected nearly nothing becomes garbage
+
+
+def pytest_collection_finish() -> None:
+    """No test looks for garbage in what was imported: that is a tenth of what a tier takes."""
+    gc.freeze()
+    gc.enable()
+
+
 PLANTED = "s3cr3t-that-no-file-may-hold"
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ModelConfig(name="tiny", path=str(REPOSITORY / "assets" / "tiny_target"))
@@ -109,15 +121,25 @@ def cfg(tmp_path: Path) -> Config:
     return make_config(tmp_path)
 
 
-@pytest.fixture
-def tokens(cfg: Config) -> Path:
-    """Token shards of the synthetic corpus with its own answers; returns their folder."""
+@pytest.fixture(scope="session")
+def made_tokens(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The configuration of what `tokens` copies."""
     from specforge_exp.stages.prep import prep
     from specforge_exp.stages.preprocess import preprocess
 
+    cfg = make_config(tmp_path_factory.mktemp("tokens"))
     cfg.preprocess.source = "prep"
     prep(cfg)
-    return preprocess(cfg)
+    preprocess(cfg)
+    return cfg
+
+
+@pytest.fixture
+def tokens(cfg: Config, made_tokens: Config) -> Path:
+    """Token shards of the synthetic corpus with its own answers; returns their folder."""
+    cfg.preprocess.source = "prep"
+    shutil.copytree(made_tokens.paths.datasets, cfg.paths.datasets, dirs_exist_ok=True)
+    return tokens_dir(cfg)
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:

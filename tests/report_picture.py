@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from browser import opened
+from browser import chromium, opened
 from sweep_folders import grid, write_sweep
 
 from specforge_exp.config import ReportConfig
@@ -20,7 +20,7 @@ PICTURE = Path(__file__).resolve().parent.parent / "docs" / "report.png"
 
 def picture(html: Path, path: Path) -> None:
     """Save what a screen of 1440 x 2130 pixels shows."""
-    with opened(html, height=2130) as page:
+    with chromium() as browser, opened(browser, html, height=2130) as page:
         page.wait_for_timeout(300)
         page.screenshot(path=path)
 

@@ -45,18 +45,18 @@ TIERS = {
         "not slow",
     ),
     "trainer": Tier("the trainer's long runs, killed and resumed", ("specforge_exp",), 1200),
-    "modal": Tier("sweeps on a local Modal, killed everywhere", ("modal_sweep",), 450),
-    "sweeps": Tier("grids and studies, killed again and again", ("hydra_sweeps",), 250),
+    "modal": Tier("sweeps on a local Modal, killed everywhere", ("modal_sweep",), 250),
+    "sweeps": Tier("grids and studies, killed again and again", ("hydra_sweeps",), 70),
     "end": Tier("whole pipelines as commands, here and on a local Modal", ("end_to_end",), 700),
-    "local-modal": Tier("the local Modal itself", ("modal_local",), 300, "slow or not slow"),
-    "chaos": Tier("random faults; `python tests/chaos/chaos.py` makes any number", ("chaos",), 200),
+    "local-modal": Tier("the local Modal itself", ("modal_local",), 80, "slow or not slow"),
+    "chaos": Tier("random faults; `python tests/chaos/chaos.py` makes any number", ("chaos",), 155),
     "ray": Tier(
         "the target in workers of its own, killed everywhere",
         ("inference",),
-        400,
+        270,
         "slow or not slow",
     ),
-    "bench": Tier("the benchmarks' own halves", ("benchmarks",), 150, "slow or not slow"),
+    "bench": Tier("the benchmarks' own halves", ("benchmarks",), 115, "slow or not slow"),
 }
 
 

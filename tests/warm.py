@@ -10,6 +10,7 @@ tests; what it forks does not know it.
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import multiprocessing.process
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import IO, Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-STAGES = "prep regen preprocess train export bench bench_sweep".split()
+STAGES = "prep regen preprocess train export bench bench_sweep pretrain sft".split()
 
 
 def preload(kind: str) -> None:
@@ -45,6 +46,8 @@ def preload(kind: str) -> None:
         names += [f"specforge_exp.stages.{name}" for name in STAGES]
     for name in names:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # no fork looks through what is imported, or copies its pages by that
 
 
 def become(order: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@
 (several machines) joins as it is. On a CPU the same code runs over gloo.
 """
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -204,6 +205,7 @@ def work(
     Its environment is the launching process's of now, not of when the first one was forked.
     """
     os.environ.update(environment)
+    gc.freeze()  # nothing looks for garbage in what was imported before the fork
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.environ[STORE] = str(refusal.with_name("store"))
     for transport in ("GLOO", "NCCL"):  # one machine: nothing listens beyond loopback

@@ -36,15 +36,18 @@ def app() -> Iterator[tuple[ConfigLoaderImpl, DictConfig]]:
     GlobalHydra.instance().clear()
 
 
+COMPOSED: dict[tuple[str, ...], str] = {}
+"""By overrides: several ways lead to the same ones."""
+
+
 def configs(app: tuple[ConfigLoaderImpl, DictConfig], runs: Sequence[Sequence[str]]) -> list[str]:
     """What each run's x, y and z are, types and all; each configuration once."""
     loader, master = app
-    composed = []
-    for overrides in runs:
-        config = loader.load_sweep_config(master, list(overrides))
+    for key in {tuple(overrides) for overrides in runs} - COMPOSED.keys():
+        config = loader.load_sweep_config(master, list(key))
         content = OmegaConf.to_container(OmegaConf.masked_copy(config, ["x", "y", "z"]))
-        composed.append(repr(content))
-    return list(dict.fromkeys(composed))
+        COMPOSED[key] = repr(content)
+    return list(dict.fromkeys(COMPOSED[tuple(overrides)] for overrides in runs))
 
 
 def of_hydra(app: tuple[ConfigLoaderImpl, DictConfig], *arguments: str) -> list[str]:

@@ -35,14 +35,26 @@ from specforge_exp.stages.train import train
 from specforge_exp.target import Target
 
 
+@pytest.fixture(scope="module")
+def made(made_tokens: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The configuration of what `exported` copies."""
+    checkpoints = str(tmp_path_factory.mktemp("exported"))
+    cfg = replace(made_tokens, paths=replace(made_tokens.paths, checkpoints=checkpoints))
+    cfg.max_steps = 3
+    train(cfg)
+    export(cfg)
+    return cfg
+
+
 @pytest.fixture
-def exported(cfg: Config, tokens: Path) -> Path:
+def exported(cfg: Config, tokens: Path, made: Config) -> Path:
+    """A draft of three steps; returns its export, in a run of the test's own."""
     cfg.max_steps = 3
     cfg.bench.max_tokens = 12
     cfg.bench.bootstrap = 50
     cfg.bench.datasets = {"stories": Source(path="synthetic:bench/stories", limit=3)}
-    train(cfg)
-    return export(cfg)
+    shutil.copytree(made.paths.checkpoints, cfg.paths.checkpoints)
+    return paths.export_dir(cfg)
 
 
 NAMES = {

@@ -52,10 +52,11 @@ def command(cfg: Config, stage: str, name: str, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(made: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Uninterrupted runs: their losses, and what they said."""
+    """Uninterrupted runs, which load torch themselves: their losses, and what they said."""
     log = tmp_path_factory.mktemp("logs") / "log"
     said = {
-        stage: finish(command(made, stage, f"{stage}_whole"), log) for stage in ("sft", "pretrain")
+        stage: finish(command(made, stage, f"{stage}_whole"), log, kind="apps")
+        for stage in ("sft", "pretrain")
     }
     return {stage: (losses(made, f"{stage}_whole"), text) for stage, text in said.items()}
 

@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import pytest
 import warm
@@ -19,7 +19,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import DictConfig, OmegaConf
 
 from specforge_exp import paths
 from specforge_exp.config import Config, LossConfig, from_omegaconf, locate
@@ -148,16 +147,16 @@ def numbers(kind: type) -> list[tuple[str, str]]:
     ]
 
 
-@cache
-def with_draft(draft: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", [f"draft={draft}", "lr=1e-4"])
-
-
 def changed(draft: str, key: str, value: object) -> Config:
-    cfg = with_draft(draft).copy()
-    OmegaConf.update(cfg, key, value)
-    return from_omegaconf(cfg)
+    """A configuration with another value, checked as when it is made."""
+
+    def replaced(node: Any, names: list[str]) -> Any:
+        first, *more = names
+        new = replaced(getattr(node, first), more) if more else value
+        return replace(node, **{first: new})
+
+    changed: Config = replaced(composed(f"draft={draft}", "lr=1e-4"), key.split("."))
+    return changed
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

@@ -19,6 +19,7 @@ from specforge_exp.drafts.draft import Draft
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.eagle3.draft import Eagle3
 from specforge_exp.losses import Loss, opd
+from specforge_exp.sharding import without_numbers
 from specforge_exp.target import Head
 from specforge_exp.training.objective import Sample
 
@@ -66,7 +67,9 @@ def eagle3() -> tuple[Draft[Any], Any]:
         **SHAPE, num_hidden_layers=1, target_hidden_size=H, draft_vocab_size=D
     )  # fmt: skip
     t2d = torch.arange(V) < D
-    draft = Eagle3(config, torch.empty(V, H, device=META), torch.zeros(D, dtype=torch.long), t2d)
+    with without_numbers():
+        no = torch.empty(V, H, device=META)
+        draft = Eagle3(config, no, torch.zeros(D, dtype=torch.long), t2d)
     assert len(draft.host_ids_D) == D
     return draft.to(META), Eagle3Config(name="eagle3", ttt_length=7)
 
@@ -78,7 +81,8 @@ def dflash() -> tuple[Draft[Any], Any]:
         window="slot",
     )  # fmt: skip
     embed_VH = torch.empty(V, H, device=META)
-    draft = DFlash(config, embed_VH, embed_VH)
+    with without_numbers():
+        draft = DFlash(config, embed_VH, embed_VH)
     draft.host_ids_D = torch.arange(V)
     return draft.to(META), DFlashConfig(name="dflash")
 

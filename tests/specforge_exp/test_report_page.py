@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import CHROMIUM, INSTALL, opened
-from playwright.sync_api import Page
+from browser import CHROMIUM, INSTALL, chromium, opened
+from playwright.sync_api import Browser, Page
 from sweep_folders import grid, study, write_sweep
 
 from specforge_exp.config import ReportConfig
@@ -43,9 +43,15 @@ def twelve(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sweep / "report.html"
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as found:
+        yield found
+
+
 @pytest.fixture
-def page(twelve: Path) -> Iterator[Page]:
-    with opened(twelve) as found:
+def page(browser: Browser, twelve: Path) -> Iterator[Page]:
+    with opened(browser, twelve) as found:
         yield found
 
 
@@ -153,12 +159,12 @@ def test_a_row_gives_its_command(page: Page) -> None:
     page.wait_for_function("document.querySelector('button.copy.done') !== null")
 
 
-def test_a_study_on_the_page(tmp_path: Path) -> None:
+def test_a_study_on_the_page(browser: Browser, tmp_path: Path) -> None:
     goals = (("simulated_length", "maximize"), ("gpu_hours", "minimize"))
     objectives = [{"name": name, "direction": goes} for name, goes in goals]
     sweep = write_sweep(tmp_path, study(), kind="study", objectives=objectives)
     make(sweep, ReportConfig(resamples=50))
-    with opened(sweep / "report.html") as page:
+    with opened(browser, sweep / "report.html") as page:
         check_quiet(page)
         found = page.evaluate(COLOURED)
         assert {"pareto", "history", "slice-lr", "slice-loss", "slice-loss.beta"} < set(found)
@@ -167,19 +173,19 @@ def test_a_study_on_the_page(tmp_path: Path) -> None:
         assert page.locator("table.runs tbody tr:visible").count() == 1
 
 
-def test_an_empty_sweep_opens(tmp_path: Path) -> None:
+def test_an_empty_sweep_opens(browser: Browser, tmp_path: Path) -> None:
     plans = grid(("baseline",))
     for plan in plans:
         plan.status = "planned"
     sweep = write_sweep(tmp_path, plans, state="running")
     make(sweep, ReportConfig())
-    with opened(sweep / "report.html") as page:
+    with opened(browser, sweep / "report.html") as page:
         check_quiet(page)
         assert "No run has finished" in page.locator(".head h2").inner_text()
 
 
 @pytest.mark.slow
-def test_two_hundred_runs_of_a_thousand_points(tmp_path: Path) -> None:
+def test_two_hundred_runs_of_a_thousand_points(browser: Browser, tmp_path: Path) -> None:
     plans = [plan for _ in range(17) for plan in grid(points=1000)][:200]
     for number, plan in enumerate(plans):
         plan.name += f"_v{number}"
@@ -190,7 +196,7 @@ def test_two_hundred_runs_of_a_thousand_points(tmp_path: Path) -> None:
     assert html.stat().st_size < 5e6
     with (sweep / "curves.csv").open() as file:
         assert sum(line.split(",")[2] == "loss" for line in file) == 200 * 1000
-    with opened(html) as page:
+    with opened(browser, html) as page:
         check_quiet(page)
         assert all(count > 1000 for count in page.evaluate(COLOURED).values())
         assert computing(page) < 2.5

@@ -35,9 +35,9 @@ def command(cfg: Config, name: str, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def start(arguments: list[str], log: Path) -> warm.Started:
+def start(arguments: list[str], log: Path, kind: str | None = None) -> warm.Started:
     """Run in a session of its own, so that all of its processes can be killed together."""
-    return warm.start(arguments, session=True, log=log)
+    return warm.start(arguments, session=True, log=log, kind=kind)
 
 
 def lines(cfg: Config, name: str) -> list[dict[str, Any]]:
@@ -61,8 +61,8 @@ def wait_for_step(process: warm.Started, cfg: Config, name: str, step: int) -> N
         time.sleep(0.005)
 
 
-def finish(arguments: list[str], log: Path) -> str:
-    process = start(arguments, log)
+def finish(arguments: list[str], log: Path, kind: str | None = None) -> str:
+    process = start(arguments, log, kind)
     assert process.wait(timeout=300) == 0, log.read_text()
     return log.read_text()
 

@@ -29,11 +29,24 @@ def losses(cfg: Config) -> dict[int, float]:
 @pytest.fixture
 def run(cfg: Config, tokens: Path) -> Config:
     """Twelve conversations, batches of 2, two of them a window: three steps an epoch."""
+    return nine_steps(cfg)
+
+
+def nine_steps(cfg: Config) -> Config:
     cfg.trainer = TrainerConfig(
         batch_size=2, accumulate=2, log_every=1, eval_every=4, save_every=2, keep_last=2
     )
     cfg.epochs = 3
     return cfg
+
+
+@pytest.fixture(scope="module")
+def whole(made_tokens: Config) -> dict[int, float]:
+    """The losses when a window is one forward."""
+    cfg = nine_steps(replace(made_tokens, run_name="whole"))
+    cfg.trainer = replace(cfg.trainer, batch_size=4, accumulate=1)
+    train(cfg)
+    return losses(cfg)
 
 
 def test_training_learns_and_leaves_a_record(run: Config) -> None:
@@ -240,10 +253,8 @@ def test_the_best_checkpoint_is_kept(run: Config) -> None:
 
 
 @pytest.mark.parametrize("layout", ["accumulated", "packed", "checkpointed"])
-def test_layout_changes_no_loss(run: Config, layout: str) -> None:
+def test_layout_changes_no_loss(run: Config, whole: dict[int, float], layout: str) -> None:
     """Windows of four conversations: in one forward, in four, packed, recomputed."""
-    whole = replace(run, run_name="whole", trainer=replace(run.trainer, batch_size=4, accumulate=1))
-    train(whole)
     options = {
         "accumulated": {"batch_size": 1, "accumulate": 4},
         "packed": {"batch_size": 2, "accumulate": 2, "pack_tokens": 300},
@@ -251,7 +262,7 @@ def test_layout_changes_no_loss(run: Config, layout: str) -> None:
     }[layout]
     other = replace(run, run_name=layout, trainer=replace(run.trainer, **options))
     train(other)
-    assert losses(other) == pytest.approx(losses(whole), rel=1e-5)
+    assert losses(other) == pytest.approx(whole, rel=1e-5)
 
 
 def test_metrics_have_the_same_keys_everywhere(run: Config) -> None:
