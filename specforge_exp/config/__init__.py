@@ -291,6 +291,11 @@ def check_job(cfg: DictConfig) -> None:
             "target.placement=ray needs Ray in the containers: resources.image.extras="
             f"[{','.join([*extras, 'ray'])}]"
         )
+    if config.target.share == "sweep":
+        raise InputError(
+            "target.share=sweep is for runs of one machine, and each job has a container of "
+            "its own: target.share=none"
+        )
     written = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(written, dict)
     for root in ("datasets", "checkpoints"):

@@ -26,13 +26,12 @@ from tqdm import tqdm
 
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError, first_line
+from specforge_exp.inference import FLEET
 from specforge_exp.inference.split import Split, check_shared_memory, joins
 from specforge_exp.inference.worker import TargetWorker
 
 log = logging.getLogger(__name__)
 
-FLEET = "SPECFORGE_EXP_FLEET"
-"""Environment variable: what a trainer joins."""
 FENCED = "SPECFORGE_EXP_RAY_FENCED"
 """Environment variable: Ray has been told to stay on this machine, which it reads when imported."""
 CLUSTERS = Path(f"/tmp/sf-ray-{os.getuid()}")
@@ -295,6 +294,17 @@ def reason(error: Any) -> str:
 def given() -> Fleet:
     """What the process that started this one wants it to join."""
     return Fleet(**json.loads(os.environ[FLEET]))
+
+
+@contextmanager
+def joined(cfg: Config) -> Iterator[Fleet]:
+    """The workers that a sweep has for its runs, for the trainers that this process starts."""
+    fleet = given()
+    try:
+        yield fleet
+    except InputError:
+        fleet.check()  # as in `fleet_of`
+        raise
 
 
 def join_fleet(fleet: Fleet) -> tuple[Any, list[Any]]:

@@ -69,11 +69,15 @@ class Stream:
         """What a worker tells of the target, for the draft and its losses."""
 
         def last_layers(number: int) -> list[dict[str, Tensor]]:
-            answer = self.wait(self.workers[0].last_layers.remote(number))
+            answer = self.wait(self.of_target("last_layers", number))
             return [crossed(weights, self.device) for weights in answer]
 
-        parts = self.wait(self.workers[0].ends.remote())
+        parts = self.wait(self.of_target("ends"))
         return make_ends(parts, crossed(parts["weights"], self.device), last_layers)
+
+    def of_target(self, method: str, *args: Any) -> Any:
+        """Ask a worker about the target itself."""
+        return getattr(self.workers[0], method).remote(*args)
 
     def features(self, splits: dict[int, TokenSet]) -> Features:
         """States of these conversations, training (1) and held-out (-1)."""
