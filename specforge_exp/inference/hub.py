@@ -4,9 +4,9 @@ What a run asks for is a pure function of its plan, so its forwards have numbers
 run of a *stream* names the same conversations. The hub owns what workers have computed for a
 stream, from the oldest forward that one of its members has not taken up to the newest; it hands
 the same object to all of them and lets go of it when the last one has taken it. A member that runs
-ahead waits when the buffer is full, one that is behind never does. Whoever asks for something else,
-comes when the first forwards are gone, or keeps the others waiting without doing anything, goes on
-in a stream of its own: what a run gets is always what it has asked for.
+ahead waits when the buffer is full, one that is behind never does. Whoever comes when the first
+forwards are gone, keeps the others waiting without doing anything, or asks for something else all
+the same, goes on in a stream of its own: what a run gets is always what it has asked for.
 
 It lives in an actor, whose methods run one at a time up to their next `await`. Loads no torch.
 """
@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-Who = tuple[str, int, int, int]
-"""A trainer: its run, its rank, how many there are in the run, its process."""
+Who = tuple[str, str, int, int]
+"""A trainer: its run, the name of its plan, how many trainers the run has, its process."""
 Ids = list[bytes]
 """The tokens of each conversation of a forward, as int32."""
 POLL = 20.0
@@ -36,8 +36,6 @@ class Forward:
     ids: Ids
     answers: list[Any] | None = None
     """References; None: no worker has been asked yet."""
-    worker: int | None = None
-    """Who is at it, until somebody has taken it."""
 
     @property
     def tokens(self) -> int:
@@ -60,25 +58,15 @@ class Shared:
     """Nothing is let go of: runs are to come that want it from its beginning."""
     whole: bool = True
     """Nothing has been let go of."""
-    parent: "Shared | None" = None
-    """What its members have left, as they asked for something else."""
-    at: int = 0
-    """The number of the first that was something else."""
-
-    @property
-    def awaited(self) -> dict[Who, "Member"]:
-        """Members, and those of the parent that may still come to it."""
-        before = self.parent.members.items() if self.parent else ()
-        return self.members | {who: member for who, member in before if member.next <= self.at}
 
     @property
     def least(self) -> int:
         """How far the slowest is."""
-        return 0 if self.gathering else min(member.taken for member in self.awaited.values())
+        return 0 if self.gathering else min(member.taken for member in self.members.values())
 
     def wanted(self, number: int) -> bool:
         """Whether somebody has not taken a forward yet."""
-        members = self.awaited.values()
+        members = self.members.values()
         return self.gathering or any(m.next <= number or number in m.asked for m in members)
 
 
@@ -121,13 +109,14 @@ class Hub:
         self.places, self.patience = places, patience
         self.members: dict[Who, Member] = {}
         self.streams: list[Shared] = []
-        self.ranks: dict[str, set[int]] = {}
-        """Of each run that has come: of its trainers those that have."""
+        self.plans: dict[str, set[str]] = {}
+        """Of each run that has come: the plans of its trainers."""
         self.there: set[str] = set()
         """Runs of which all trainers have come."""
         self.coming: set[str] | None = None
         """Runs that have not ended; None: not known yet."""
         self.load = [0] * len(workers)
+        """Tokens that each has been asked about."""
         self.computed = self.used = 0
         self.answers: dict[tuple[Any, ...], Any] = {}
         self.changed = asyncio.Event()
@@ -145,7 +134,7 @@ class Hub:
         member.active = time.monotonic()
         known = member.stream.forwards.get(number)
         if known and known.ids != ids:
-            self.fork(who, number, ids)
+            self.part(who, "it asks for other states than the runs it shared with")
         if number not in member.stream.forwards:
             member.stream.forwards[number] = Forward(ids)
             member.stream.waiting.append(number)
@@ -178,7 +167,6 @@ class Hub:
         member.active = time.monotonic()
         member.asked.discard(number)
         member.taken += 1
-        self.settle(member.stream.forwards[number])
         self.let_go(member.stream, [number])
         self.go_on()
 
@@ -203,18 +191,18 @@ class Hub:
 
     async def summary(self) -> tuple[int, int, int]:
         """Runs, conversations that the target was run on, and those whose states runs took."""
-        return len(self.ranks), self.computed, self.used
+        return len(self.plans), self.computed, self.used
 
     def join(self, who: Who, ids: Ids) -> Member:
         """Find the stream that begins with this forward, or begin one."""
-        run, rank, world, _ = who
-        ranks = self.ranks.setdefault(run, set())
-        again = rank in ranks
-        ranks.add(rank)
-        if len(ranks) == world:
+        run, plan, trainers, _ = who
+        plans = self.plans.setdefault(run, set())
+        again = plan in plans
+        plans.add(plan)
+        if len(plans) == trainers:
             self.there.add(run)
         for stream in self.streams:
-            alike = next(iter(stream.members))[1:3] == (rank, world)
+            alike = next(iter(stream.members))[1] == plan
             if alike and stream.whole and 0 in stream.forwards and stream.forwards[0].ids == ids:
                 break
         else:
@@ -256,42 +244,20 @@ class Hub:
                 absent = len((self.coming or set()) - self.there)
                 self.begin(stream, f": {absent} that are to come have been waited for {said}")
                 continue
-            for who, member in stream.awaited.items():
+            for who, member in list(stream.members.items()):
                 slowest = member.taken == stream.least
                 if slowest and member.waits is None and member.active < late:
-                    numbers = sorted(member.asked)  # anew: what is there is not to be kept for it
-                    own = {n: Forward(member.stream.forwards[n].ids) for n in numbers}
-                    self.move(who, Shared(forwards=own, waiting=deque(numbers), whole=False))
-                    member.note = f"has its states alone: it did nothing {said} and others waited"
+                    self.part(who, f"it did nothing {said} and others waited")
 
-    def fork(self, who: Who, number: int, ids: Ids) -> None:
-        """Let a trainer go another way than its stream, with others that go the same."""
+    def part(self, who: Who, why: str) -> None:
+        """Give a trainer a stream of its own, with what it has asked for and not taken."""
         member = self.members[who]
-        left = member.stream
-        for stream in self.streams:
-            same = stream.forwards.get(number)
-            if stream.parent is left and same and same.ids == ids:
-                break
-        else:
-            stream = Shared(whole=False, parent=left, at=number)
-        self.move(who, stream)
-        member.note = "asks for other states than the runs it shared with, and leaves them"
-
-    def move(self, who: Who, stream: Shared) -> None:
-        """Give a trainer another stream, which takes over what it has not taken."""
-        member = self.members[who]
-        for number in sorted(member.asked):
-            forward = member.stream.forwards[number]
-            if number not in stream.forwards:
-                stream.forwards[number] = forward
-                if forward.answers is None:
-                    stream.waiting.append(number)
-                else:
-                    stream.held += forward.tokens * self.token_bytes
+        numbers = sorted(member.asked)  # anew: what is there is not to be kept for it
+        own = {n: Forward(member.stream.forwards[n].ids) for n in numbers}
         self.leave(who)
-        member.stream, stream.members[who] = stream, member
-        if stream not in self.streams:
-            self.streams.append(stream)
+        member.stream = Shared({who: member}, own, deque(numbers), whole=False)
+        member.note = f"has its states alone: {why}"
+        self.streams.append(member.stream)
 
     def leave(self, who: Who) -> None:
         """Take a trainer out of its stream; nothing is kept for it."""
@@ -299,8 +265,6 @@ class Hub:
         del stream.members[who]
         if not stream.members:
             self.streams.remove(stream)
-            for forward in stream.forwards.values():
-                self.settle(forward)
             return
         for number in list(stream.waiting):
             if not any(number in member.asked for member in stream.members.values()):
@@ -317,21 +281,12 @@ class Hub:
                     stream.waiting.remove(number)
                 else:
                     stream.held -= forward.tokens * self.token_bytes
-                self.settle(forward)
                 stream.whole = False
-
-    def settle(self, forward: Forward) -> None:
-        """Its worker has that much less to do."""
-        if forward.worker is not None:
-            self.load[forward.worker] -= forward.tokens
-            forward.worker = None
 
     def go_on(self) -> None:
         """Ask workers for what there is room for, and for what a slowest member waits for."""
         before = self.computed
         for stream in self.streams:
-            if stream.parent:
-                self.let_go(stream, list(stream.forwards))
             while stream.waiting and self.has_room(stream, stream.forwards[stream.waiting[0]]):
                 self.hold(stream, stream.waiting[0])
             least = stream.least
@@ -351,14 +306,11 @@ class Hub:
         return stream.held + size <= part and held + size <= self.buffer
 
     def hold(self, stream: Shared, number: int) -> None:
-        """Have a forward; the worker that has the least to do is asked for it."""
+        """Ask a worker, each for as many tokens."""
         forward = stream.forwards[number]
         stream.waiting.remove(number)
         stream.held += forward.tokens * self.token_bytes
-        if forward.answers is not None:  # the stream that it has left has asked
-            return
         worker = min(range(len(self.load)), key=lambda i: (self.load[i], i))
-        forward.worker = worker
         self.load[worker] += forward.tokens
         self.computed += len(forward.ids)
         ids = [np.frombuffer(one, np.int32) for one in forward.ids]

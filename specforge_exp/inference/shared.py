@@ -141,13 +141,15 @@ def refuse_unlike(configs: list[Config]) -> None:
 
 def split_for(configs: list[Config], places: int) -> Split:
     """The split with the largest store that one of the runs needs, for so many at a time."""
-
-    def step(cfg: Config) -> tuple[Any, ...]:
-        options = cfg.trainer
-        return tokens_dir(cfg), options.batch_size, options.accumulate, options.pack_tokens
-
-    unlike = {step(cfg): cfg for cfg in configs}.values()
+    unlike = {plan_of(cfg): cfg for cfg in configs}.values()
     return max((split_of(cfg, runs=places) for cfg in unlike), key=lambda split: split.store)
+
+
+def plan_of(cfg: Config) -> tuple[Any, ...]:
+    """What decides which conversations a run takes in which order."""
+    names = ("batch_size", "accumulate", "pack_tokens", "eval_every")
+    options = [vars(cfg.trainer)[name] for name in names]
+    return str(tokens_dir(cfg)), cfg.seed, cfg.epochs, cfg.max_steps, *options
 
 
 class SharedStream(Stream):
@@ -156,12 +158,12 @@ class SharedStream(Stream):
     Args:
         fleet: the workers.
         device: where the states go.
-        run: its name.
+        cfg: the run's.
         ranks: this trainer among those of its run.
     """
 
-    def __init__(self, fleet: Fleet, device: torch.device, run: str, ranks: Ranks) -> None:
-        self.who = run, ranks.rank, ranks.world, os.getpid()
+    def __init__(self, fleet: Fleet, device: torch.device, cfg: Config, ranks: Ranks) -> None:
+        self.who = cfg.run_name, f"{plan_of(cfg)} {ranks}", ranks.world, os.getpid()
         self.forwards = 0
         self.hub: Any = None
         super().__init__(fleet, device)

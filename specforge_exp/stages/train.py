@@ -99,7 +99,7 @@ def train_here(cfg: Config, device: torch.device, ranks: Ranks) -> Record:
     with ExitStack() as stack:
         stream: Stream | None = None
         if cfg.target.share == "sweep":
-            stream = SharedStream(given(), device, cfg.run_name, ranks)
+            stream = SharedStream(given(), device, cfg, ranks)
         elif cfg.target.placement == "ray":
             stream = Stream(fleet_in(cfg, ranks, stack), device)
         return train_on(cfg, device, ranks, stream)

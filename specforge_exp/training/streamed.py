@@ -171,10 +171,10 @@ class Stream:
         """worker_busy: the share of the time in which workers computed what was taken;
         states_held_mb: the most asked for and not used, by all trainers."""
         busy, self.busy_before = self.busy - self.busy_before, self.busy
-        both = ranks.gather((busy, self.account.most))
+        busy, most = map(sum, zip(*ranks.gather((busy, self.account.most)), strict=True))
         return {
-            "worker_busy": sum(row[0] for row in both) / (seconds * len(self.workers)),
-            "states_held_mb": sum(row[1] for row in both) / 2**20,
+            "worker_busy": busy / (seconds * len(self.workers)),
+            "states_held_mb": most / 2**20,
         }
 
     def summary(self, ranks: Ranks) -> str:

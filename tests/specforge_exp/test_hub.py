@@ -1,16 +1,24 @@
 """Runs that share states: each gets what it asks for, nobody waits for ever, nothing runs twice."""
 
 import asyncio
+import os
 import random
 from collections import deque
 from collections.abc import Coroutine
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from specforge_exp.config import Config, TargetConfig, check_job
+from specforge_exp.errors import InputError
+from specforge_exp.inference import FLEET
 from specforge_exp.inference.hub import Hub, Who
+from specforge_exp.inference.sweep import fleet_of_sweep
+from specforge_exp.inputs import check_trials
 
 SIZE = 10
 """Tokens of a forward, each of which has one byte of states."""
@@ -38,8 +46,8 @@ def hub_of(places: int, buffer: int = 4, patience: float = 60.0) -> tuple[Hub, W
     return Hub([worker], buffer * SIZE, 1, places, patience), worker
 
 
-def who(run: str, rank: int = 0, world: int = 1, pid: int = 0) -> Who:
-    return run, rank, world, pid or hash(run)
+def who(run: str, pid: int = 0) -> Who:
+    return run, "plan", 1, pid or hash(run)
 
 
 async def pause(chance: random.Random, most: int = 4) -> None:
@@ -83,11 +91,10 @@ def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 @pytest.mark.parametrize("seed", range(25))
 def test_one_forward_for_all_whoever_dies(seed: int) -> None:
-    """Runs of all speeds: one dies, one leaves the order, one comes late. Nobody waits for them,
-    and the target runs once for those that share."""
+    """Runs of all speeds: one dies, one comes late. Nobody waits for them, and the target runs
+    once for those that share."""
     chance = random.Random(seed)
     plan = [*range(30)]
-    other = [*range(12), *range(500, 518)]
     runs = [who(f"run{i}") for i in range(5)]
     hub, worker = hub_of(len(runs))
     done: set[str] = set()
@@ -100,8 +107,7 @@ def test_one_forward_for_all_whoever_dies(seed: int) -> None:
 
     async def sweep() -> None:
         await hub.look([run[0] for run in runs], [])
-        tasks = [asyncio.create_task(going(me, plan)) for me in runs[:3]]
-        tasks.append(asyncio.create_task(going(runs[3], other)))
+        tasks = [asyncio.create_task(going(me, plan)) for me in runs[:4]]
         victim = asyncio.create_task(going(runs[4], plan))
         while hub.members.keys() != {*runs} and not done:
             await asyncio.sleep(0)
@@ -120,10 +126,9 @@ def test_one_forward_for_all_whoever_dies(seed: int) -> None:
             await asyncio.sleep(0)
 
     run(sweep())
-    assert hub.streams == [] and hub.load == [0]
+    assert hub.streams == []
     counts = [worker.asked.count(n) for n in plan]
     assert max(counts) <= 2  # the late one's too
-    assert [worker.asked.count(n) for n in other[12:]] == [1] * 18
 
 
 def test_starters_are_waited_for_as_far_as_the_buffer_goes() -> None:
@@ -182,7 +187,8 @@ def test_what_each_run_is_told() -> None:
         await hub.ask(names[0], 1, forward(1))
         await hub.ask(names[1], 1, forward(7))
         told = await hub.take(names[1], 1)
-        assert told is not None and "other states than the runs it shared with" in told[1]
+        assert told is not None and told[0] == [7]
+        assert told[1].startswith("has its states alone: it asks for other states than the runs")
         again = who("one", pid=5)  # it was killed, and comes back
         await hub.look([], [names[0]])
         await hub.ask(again, 0, forward(4))
@@ -190,3 +196,62 @@ def test_what_each_run_is_told() -> None:
         assert told == ([4], "has its states alone")
 
     run(sweep())
+
+
+SHARING = {"placement": "ray", "share": "sweep"}
+
+
+def refusal(*targets: dict[str, Any], places: int | None = 4, **more: Any) -> str:
+    """Why runs with these options of the target, and others, cannot share a fleet."""
+    from test_inputs import job
+
+    jobs = [job(Path("/nowhere"), target=target, **more) for target in targets]
+    with (
+        pytest.raises(InputError) as error,
+        fleet_of_sweep("train", jobs, Path("/nowhere"), places),  # type: ignore[arg-type]
+    ):
+        pass
+    return str(error.value)
+
+
+def test_who_cannot_share(tmp_path: Path, cfg: Config) -> None:
+    """Before anything is started."""
+    from test_inputs import job
+
+    alone = {"placement": "ray"}
+    assert "for all runs of a sweep or for none" in refusal(SHARING, alone)
+    for places in (None, 1):
+        assert "hydra.sweeper.n_jobs=2, or as many as fit" in refusal(
+            SHARING, SHARING, places=places
+        )
+    for nobody in (("bench", SHARING), ("train", alone), ("train", SHARING | {"dry_run": True})):
+        stage, options = nobody
+        with fleet_of_sweep(stage, [job(tmp_path, target=options)], tmp_path, None):  # type: ignore[list-item]
+            assert FLEET not in os.environ
+    with pytest.raises(InputError, match=r"for grids: trials of a study begin one after the other"):
+        check_trials("train", [job(tmp_path, target=SHARING)])  # type: ignore[list-item]
+    with pytest.raises(InputError, match=r"each job has a container of its own: target.share=none"):
+        resources = {"image": {"extras": ["ray"]}, "volumes": {}}
+        check_job(job(tmp_path, target=SHARING, resources=resources))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"target.share needs target.placement=ray"):
+        TargetConfig(share="sweep")
+
+
+def test_a_run_alone_cannot_share(cfg: Config, tokens: Path) -> None:
+    from specforge_exp.stages.train import train
+
+    cfg.target = TargetConfig(**SHARING)
+    with pytest.raises(InputError, match=r"train.py -m ... hydra.sweeper.n_jobs=4. A run alone"):
+        train(cfg)
+
+
+def test_one_fleet_has_one_target(cfg: Config) -> None:
+    from specforge_exp.inference.shared import plan_of, refuse_unlike
+
+    cfg.target = TargetConfig(**SHARING)
+    other = replace(cfg, run_name="other", lr=2.0, seed=3, loss=replace(cfg.loss, lambda_rkl=1.0))
+    refuse_unlike([cfg, other])
+    assert plan_of(cfg) != plan_of(other) and plan_of(cfg) == plan_of(replace(other, seed=cfg.seed))
+    layers = replace(other, model=replace(cfg.model, aux_layers=[0, 1, 2]))
+    with pytest.raises(InputError, match=r"other \[0, 1, 2\]; give each a command of its own"):
+        refuse_unlike([cfg, layers])
