@@ -292,19 +292,18 @@ def reason(error: Any) -> str:
 
 
 def given() -> Fleet:
-    """What the process that started this one wants it to join."""
+    """What the process that started this one wants it to join.
+
+    Raises:
+        InputError: nothing, since it is a run alone.
+    """
+    if FLEET not in os.environ:
+        raise InputError(
+            "target.share=sweep is for the runs of a grid that go on at the same time on this "
+            "machine: python train.py -m ... hydra.sweeper.n_jobs=4. A run alone goes on with "
+            "target.share=none"
+        )
     return Fleet(**json.loads(os.environ[FLEET]))
-
-
-@contextmanager
-def joined(cfg: Config) -> Iterator[Fleet]:
-    """The workers that a sweep has for its runs, for the trainers that this process starts."""
-    fleet = given()
-    try:
-        yield fleet
-    except InputError:
-        fleet.check()  # as in `fleet_of`
-        raise
 
 
 def join_fleet(fleet: Fleet) -> tuple[Any, list[Any]]:

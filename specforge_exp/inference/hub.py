@@ -44,7 +44,7 @@ class Forward:
 
 
 @dataclass(eq=False)
-class Shared:
+class Fanout:
     """A stream and its members."""
 
     members: dict[Who, "Member"] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Shared:
 class Member:
     """A trainer."""
 
-    stream: Shared
+    stream: Fanout
     next: int = 0
     """The number of what it asks for next."""
     asked: set[int] = field(default_factory=set)
@@ -108,7 +108,7 @@ class Hub:
         self.workers, self.buffer, self.token_bytes = workers, buffer, token_bytes
         self.places, self.patience = places, patience
         self.members: dict[Who, Member] = {}
-        self.streams: list[Shared] = []
+        self.streams: list[Fanout] = []
         self.plans: dict[str, set[str]] = {}
         """Of each run that has come: the plans of its trainers."""
         self.there: set[str] = set()
@@ -206,7 +206,7 @@ class Hub:
             if alike and stream.whole and 0 in stream.forwards and stream.forwards[0].ids == ids:
                 break
         else:
-            stream = Shared(gathering=True)
+            stream = Fanout(gathering=True)
             self.streams.append(stream)
         stream.members[who] = self.members[who] = member = Member(stream)
         if again:  # it has been here before: nobody is to come
@@ -225,7 +225,7 @@ class Hub:
             for stream in streams:
                 self.begin(stream)
 
-    def begin(self, stream: Shared, why: str = "") -> None:
+    def begin(self, stream: Fanout, why: str = "") -> None:
         """Wait for nobody to come to a stream any more."""
         stream.gathering = False
         others = len(stream.members) - 1
@@ -255,7 +255,7 @@ class Hub:
         numbers = sorted(member.asked)  # anew: what is there is not to be kept for it
         own = {n: Forward(member.stream.forwards[n].ids) for n in numbers}
         self.leave(who)
-        member.stream = Shared({who: member}, own, deque(numbers), whole=False)
+        member.stream = Fanout({who: member}, own, deque(numbers), whole=False)
         member.note = f"has its states alone: {why}"
         self.streams.append(member.stream)
 
@@ -272,7 +272,7 @@ class Hub:
                 del stream.forwards[number]
         self.let_go(stream, list(stream.forwards))
 
-    def let_go(self, stream: Shared, numbers: list[int]) -> None:
+    def let_go(self, stream: Fanout, numbers: list[int]) -> None:
         """Forget those of these forwards that every member has taken."""
         for number in numbers:
             if not stream.wanted(number):
@@ -298,14 +298,14 @@ class Hub:
             self.changed.set()
             self.changed = asyncio.Event()
 
-    def has_room(self, stream: Shared, forward: Forward) -> bool:
+    def has_room(self, stream: Fanout, forward: Forward) -> bool:
         """Whether a stream may hold it too: each has its part of the buffer."""
         size = forward.tokens * self.token_bytes
         held = sum(other.held for other in self.streams)
         part = self.buffer // len(self.streams)
         return stream.held + size <= part and held + size <= self.buffer
 
-    def hold(self, stream: Shared, number: int) -> None:
+    def hold(self, stream: Fanout, number: int) -> None:
         """Ask a worker, each for as many tokens."""
         forward = stream.forwards[number]
         stream.waiting.remove(number)

@@ -11,7 +11,8 @@ Shape suffixes: T tokens, H hidden, A auxiliary states.
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from specforge_exp.config import Config, locate
 from specforge_exp.errors import InputError
-from specforge_exp.inference.cluster import Fleet, fleet_of, join_fleet, reason, running
+from specforge_exp.inference.cluster import Fleet, fleet_of, given, join_fleet, reason, running
 from specforge_exp.inference.hub import Hub
 from specforge_exp.inference.split import Split, split_of
 from specforge_exp.paths import tokens_dir
@@ -152,6 +153,17 @@ def plan_of(cfg: Config) -> tuple[Any, ...]:
     return str(tokens_dir(cfg)), cfg.seed, cfg.epochs, cfg.max_steps, *options
 
 
+@contextmanager
+def joined(cfg: Config) -> Iterator[Fleet]:
+    """The workers that a sweep has for its runs, for the trainers that this process starts."""
+    fleet = given()
+    try:
+        yield fleet
+    except InputError:
+        fleet.check()  # as in `fleet_of`
+        raise
+
+
 class SharedStream(Stream):
     """One trainer's side of a fleet that other runs have too.
 
@@ -168,14 +180,14 @@ class SharedStream(Stream):
         self.hub: Any = None
         super().__init__(fleet, device)
 
-    def of_target(self, method: str, *args: Any) -> Any:
+    def of_target(self, what: str, *args: Any) -> Any:
         """As `Stream`, but what one run has asked for all have."""
         try:
             self.hub = self.hub or self.ray.get_actor(HUB, self.fleet.namespace)
-            return self.wait(self.hub.once.remote(method, *args))[0]
+            return self.wait(self.hub.once.remote(what, *args))[0]
         except (ValueError, self.ray.exceptions.RayError) as error:
             self.lose(error)
-            return super().of_target(method, *args)
+            return super().of_target(what, *args)
 
     def ask(self, batches: list[Batch]) -> Take:
         """Tell the hub what is going to be taken, in the order of the plan."""

@@ -8,7 +8,6 @@ trains: by the process that starts the others, or by torchrun's first one for al
 """
 
 import logging
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
@@ -33,9 +32,8 @@ from specforge_exp.data.rendering import eos_token_ids
 from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
-from specforge_exp.inference import FLEET
-from specforge_exp.inference.cluster import Fleet, fleet_of, given, joined
-from specforge_exp.inference.shared import SharedStream
+from specforge_exp.inference.cluster import Fleet, fleet_of, given
+from specforge_exp.inference.shared import SharedStream, joined
 from specforge_exp.inference.split import joins, split_of
 from specforge_exp.inputs import require
 from specforge_exp.losses import Loss, ProposedLoss, check_function, opd
@@ -136,7 +134,7 @@ def begin(cfg: Config, world: int) -> Record | None:
     """What is settled before a training: the record of a complete run, or None: it is to be made.
 
     Raises:
-        InputError: as `settled`, or tokens are missing, or the loss is none.
+        InputError: as `settled` and `given`, or tokens are missing, or the loss is none.
     """
     shared_evenly(cfg.trainer.batch_size, world, "WORLD_SIZE")
     loss_of(cfg)
@@ -150,12 +148,8 @@ def begin(cfg: Config, world: int) -> Record | None:
     run = TrainingRun(paths.run_dir(cfg), fingerprint_of(cfg, tokens), Ranks(0, world))
     if record := settled(cfg, "train", run):
         return record
-    if cfg.target.share == "sweep" and FLEET not in os.environ:
-        raise InputError(
-            "target.share=sweep is for the runs of a grid that go on at the same time on this "
-            "machine: python train.py -m ... hydra.sweeper.n_jobs=4. A run alone goes on with "
-            "target.share=none"
-        )
+    if cfg.target.share == "sweep":
+        given()
     if warning := check_length(cfg.model, cfg.max_length):
         log.warning("train: warning: %s", warning)
     return None
