@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -237,6 +237,28 @@ def check_inputs(dotted: str | None, jobs: Sequence[Job], launcher: Any) -> None
         resolve_name(dotted)(script, [without_hydra(job.config) for job in jobs])
     except Exception as error:
         raise SweepError(str(error)) from error
+
+
+@contextmanager
+def surrounded(
+    dotted: str | None, jobs: Sequence[Job], folder: Path, places: int | None
+) -> Iterator[None]:
+    """Open hydra.sweeper.around for what is about to run.
+
+    Raises:
+        SweepError: it refuses.
+    """
+    with ExitStack() as stack:
+        if dotted and jobs:
+            configs = [without_hydra(job.config) for job in jobs]
+            try:
+                opened = resolve_name(dotted)(
+                    jobs[0].config.hydra.job.name, configs, folder, places
+                )
+                stack.enter_context(opened)
+            except Exception as error:
+                raise SweepError(str(error)) from error
+        yield
 
 
 def resolved_sweep_dir(master: DictConfig) -> Path:

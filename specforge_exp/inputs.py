@@ -89,3 +89,17 @@ def check_jobs(stage: str, jobs: Sequence[DictConfig]) -> None:
         what = f"{first} and {others} more do" if others else f"{first} does"
         made = [name for name in STAGES if any(name in names for names in missing.values())]
         raise InputError(f"{what} not exist, so no job was started; make it with:{commands(made)}")
+
+
+def check_trials(stage: str, jobs: Sequence[DictConfig]) -> None:
+    """`check_jobs` for the trials of a study, which come when they come.
+
+    Raises:
+        InputError: as `check_jobs`, or they are to share workers.
+    """
+    if stage == "train" and any(job.target.share == "sweep" for job in jobs):
+        raise InputError(
+            "target.share=sweep is for grids: trials of a study begin one after the other; "
+            "target.share=none"
+        )
+    check_jobs(stage, jobs)

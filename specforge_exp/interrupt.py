@@ -1,6 +1,8 @@
-"""SIGTERM and SIGINT ask for a checkpoint; the signal is raised again once it is written."""
+"""SIGTERM and SIGINT ask for a checkpoint, or for an end; the signal is raised again after it."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -41,3 +43,26 @@ class Interrupt:
         number = self.number or otherwise
         signal.signal(number, self.before.get(number, signal.SIG_DFL))
         signal.raise_signal(number)
+
+
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextmanager
+def ended_cleanly() -> Iterator[None]:
+    """SIGTERM ends this block first, and then the process."""
+    terminated = False
+
+    def end(number: int, frame: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except Terminated:
+        terminated = True
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if terminated:
+        signal.raise_signal(signal.SIGTERM)

@@ -52,5 +52,9 @@ class ExperimentSweeperConf:
     precheck: str | None = None
     """Dotted path of a function (script, configurations) that is called with what is to run here
     before the first job starts; what it raises refuses the sweep."""
+    around: str | None = None
+    """Dotted path of a context manager (script, configurations, the sweep's folder, n_jobs or null
+    where that is not how jobs run) that is open while what is to run runs; what it raises before
+    refuses the sweep."""
     report: str | None = None
     """Dotted path of a function (cfg, sweep_dir) that is called at the end."""

@@ -34,6 +34,7 @@ from hydra_sweeps.jobs import (
     failure,
     resolved_sweep_dir,
     show_failure,
+    surrounded,
 )
 from hydra_sweeps.processes import check_value
 from hydra_sweeps.record import Run, Sweep
@@ -191,7 +192,8 @@ def carry_out(grid: Grid) -> list[Sequence[JobReturn]]:
     grid.sweep = record.begin(grid.sweep_dir, grid.sweep)
     set_up(grid)
     grid.write()
-    with stopping(grid.interrupt, grid.table):
+    around = grid.options.around, grid.pending, grid.sweep_dir, grid.options.n_jobs
+    with stopping(grid.interrupt, grid.table), surrounded(*around):
         run_pending(grid)
     grid.sweep.state = "complete"
     grid.write()

@@ -187,6 +187,7 @@ class Config:
         needed = {
             "target.cache": (self.target.cache, "none"),
             "target.engine": (self.target.engine, "transformers"),
+            "target.share": (self.target.share, "none"),
             "target.shard": (self.target.shard, False),
             "trainer.shard": (self.trainer.shard, False),
         }
@@ -298,6 +299,11 @@ def check_job(cfg: DictConfig) -> None:
         raise InputError(
             "target.placement=ray needs Ray in the containers: resources.image.extras="
             f"[{','.join([*extras, 'ray'])}]"
+        )
+    if config.target.share == "sweep":
+        raise InputError(
+            "target.share=sweep is for runs of one machine, and each job has a container of "
+            "its own: target.share=none"
         )
     written = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(written, dict)

@@ -48,14 +48,22 @@ class TargetConfig:
     Changes no number."""
     buffer_gb: float = 8.0
     """ray: 1e9 bytes of states that may be asked for and not used yet, all trainers together."""
+    share: str = "none"
+    """ray: none: a training has workers of its own; sweep: the runs of a grid that go on at the
+    same time here have them together, and the target runs once for those that want the same states
+    in the same order. Changes no number."""
+    share_patience: float = 300.0
+    """sweep: seconds that runs whose buffer is full wait for one that is to come or does nothing;
+    then it has its states alone."""
     dry_run: bool = False
     """ray: print which GPUs train and which run the target, and the buffer; start nothing."""
 
     def __post_init__(self) -> None:
         allow(self, "target.", cache="none memory disk", placement="inprocess ray")
-        allow(self, "target.", engine="transformers vllm", store="ray mooncake")
+        allow(self, "target.", engine="transformers vllm", store="ray mooncake", share="none sweep")
         minimums(self, "target.", workers=1, tp_size=1)
         above_zero("target.buffer_gb", self.buffer_gb)
+        above_zero("target.share_patience", self.share_patience)
         if self.shard and self.cache == "memory":
             raise InputError(
                 "target.shard=true needs target.cache=none or disk: with memory each process would "
@@ -81,9 +89,19 @@ class TargetConfig:
                 "target.placement=ray and target.shard=true exclude each other: with ray the "
                 "trainers hold none of the target"
             )
-        moved = {"workers": self.workers > 1, "dry_run": self.dry_run, "store": self.store != "ray"}
-        if self.placement == "inprocess" and any(moved.values()):
-            key = next(key for key, given in moved.items() if given)
+        given = {
+            "workers": self.workers > 1,
+            "dry_run": self.dry_run,
+            "store": self.store != "ray",
+            "share": self.share != "none",
+        }
+        if self.share == "sweep" and self.store != "ray":
+            raise InputError(
+                f"target.share=sweep needs target.store=ray, not {self.store}: what several runs "
+                "take lies in Ray's store"
+            )
+        if self.placement == "inprocess" and any(given.values()):
+            key = next(key for key, value in given.items() if value)
             raise InputError(f"target.{key} needs target.placement=ray")
 
     @property

@@ -27,15 +27,15 @@ from tqdm import tqdm
 
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError, first_line
+from specforge_exp.inference import FLEET
 from specforge_exp.inference.holder import hold
 from specforge_exp.inference.split import Split, check_shared_memory, joins
 from specforge_exp.inference.store import check_mooncake, silent
 from specforge_exp.inference.worker import TargetWorker
+from specforge_exp.interrupt import ended_cleanly
 
 log = logging.getLogger(__name__)
 
-FLEET = "SPECFORGE_EXP_FLEET"
-"""Environment variable: what a trainer joins."""
 FENCED = "SPECFORGE_EXP_RAY_FENCED"
 """Environment variable: Ray has been told to stay on this machine, which it reads when imported."""
 CLUSTERS = Path(f"/tmp/sf-ray-{os.getuid()}")
@@ -309,7 +309,17 @@ def reason(error: Any) -> str:
 
 
 def given() -> Fleet:
-    """What the process that started this one wants it to join."""
+    """What the process that started this one wants it to join.
+
+    Raises:
+        InputError: nothing, since it is a run alone.
+    """
+    if FLEET not in os.environ:
+        raise InputError(
+            "target.share=sweep is for the runs of a grid that go on at the same time on this "
+            "machine: python train.py -m ... hydra.sweeper.n_jobs=4. A run alone goes on with "
+            "target.share=none"
+        )
     return Fleet(**json.loads(os.environ[FLEET]))
 
 
@@ -372,26 +382,3 @@ def forget_dead() -> None:
             pass
         finally:
             os.close(file)
-
-
-class Terminated(BaseException):
-    """SIGTERM came."""
-
-
-@contextmanager
-def ended_cleanly() -> Iterator[None]:
-    """SIGTERM ends this block first, and then the process."""
-    terminated = False
-
-    def end(number: int, frame: Any) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    except Terminated:
-        terminated = True
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if terminated:
-        signal.raise_signal(signal.SIGTERM)

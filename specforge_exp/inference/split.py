@@ -10,9 +10,13 @@ from typing import Any
 import torch
 
 from specforge_exp.config import Config
+from specforge_exp.data.tokens import read_split
+from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
+from specforge_exp.inputs import require
 from specforge_exp.target import DTYPES, text_config
 from specforge_exp.training.batches import largest_share
+from specforge_exp.training.loop import EVAL_TOKENS
 
 SHARED_MEMORY = Path("/dev/shm")
 SMALLEST_STORE = 80 * 2**20
@@ -71,7 +75,20 @@ class Split:
         ]
 
 
-def make_split(cfg: Config, trainers: int, lengths: Any, forward: int) -> Split:
+def split_of(cfg: Config, trainers: int | None = None, runs: int = 1) -> Split:
+    """`make_split` for the run's tokens and the trainers of trainer.gpus or so many.
+
+    Raises:
+        InputError: tokens are missing, or as `make_split`.
+    """
+    tokens = require(cfg, "preprocess", "index.json")
+    vocabulary = len(read_mapping(tokens / "vocab_mapping.pt")["t2d"])
+    train, held_out = (read_split(tokens, name, vocabulary) for name in ("train", "eval"))
+    forward = max(cfg.trainer.pack_tokens or EVAL_TOKENS, int(max(held_out.lengths, default=0)))
+    return make_split(cfg, trainers or int(cfg.trainer.gpus), train.lengths, forward, runs)
+
+
+def make_split(cfg: Config, trainers: int, lengths: Any, forward: int, runs: int = 1) -> Split:
     """Deal out this machine, or count the trainers here and the workers of a cluster.
 
     Args:
@@ -79,6 +96,7 @@ def make_split(cfg: Config, trainers: int, lengths: Any, forward: int) -> Split:
         trainers: its processes.
         lengths: tokens of each training conversation.
         forward: tokens of the largest forward of an evaluation, at most.
+        runs: trainings that share the workers, and what the buffer holds.
 
     Raises:
         InputError: the buffer is too small for a step, or vLLM is wanted and not there.
@@ -110,9 +128,10 @@ def make_split(cfg: Config, trainers: int, lengths: Any, forward: int) -> Split:
     from specforge_exp.serving.gpus import visible_gpus  # loads an HTTP client
 
     ends = 2 * text.vocab_size * width
+    more = (runs - 1) * trainers * max(token_bytes * forward, share)
     states, both = buffer + trainers * token_bytes * forward, trainers * ends
     apart = options.store == "mooncake"
-    store = int(ROOM * (both if apart else states + both))
+    store = int(ROOM * (both if apart else states + both + more))
     gpus = visible_gpus()[-options.gpus :] if on_gpus and not joins() else []
     return Split(
         trainers, options.workers, gpus, cfg.threads or max(1, torch.get_num_threads() // trainers),

@@ -32,7 +32,8 @@ from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.inference.cluster import Fleet, fleet_of, given
-from specforge_exp.inference.split import Split, joins, make_split
+from specforge_exp.inference.shared import SharedStream, joined
+from specforge_exp.inference.split import joins, split_of
 from specforge_exp.inputs import require
 from specforge_exp.losses import Loss, ProposedLoss, check_function, opd
 from specforge_exp.onpolicy.cost import cost_lines
@@ -52,7 +53,7 @@ from specforge_exp.training.feature_cache import from_disk, make_cache
 from specforge_exp.training.features import Features, computed, computed_together, remembered
 from specforge_exp.training.initial import begin_with, initial_weights
 from specforge_exp.training.learnable import listed, nothing_to_learn, refuse_nothing
-from specforge_exp.training.loop import EVAL_TOKENS, Splits, TrainingRun, fit
+from specforge_exp.training.loop import Splits, TrainingRun, fit
 from specforge_exp.training.objective import Objective, Outcome, Sample, samples_of
 from specforge_exp.training.progress import DRAFTS, ONPOLICY, summary
 from specforge_exp.training.ranks import Ranks, by_torchrun, started
@@ -84,14 +85,19 @@ def workers_of(cfg: Config) -> Callable[[Config], AbstractContextManager[Any]] |
     """What the trainers share and outlives each of them; None: nothing."""
     if cfg.target.placement != "ray":
         return None
+    if cfg.target.share == "sweep":
+        return joined
     return lambda cfg: fleet_of(cfg, split_of(cfg))
 
 
 def train_here(cfg: Config, device: torch.device, ranks: Ranks) -> Record:
     """This process's part of a training that has not ended; the run's record."""
     with ExitStack() as stack:
-        streams = cfg.target.placement == "ray"
-        stream = Stream(fleet_in(cfg, ranks, stack), device) if streams else None
+        stream: Stream | None = None
+        if cfg.target.share == "sweep":
+            stream = SharedStream(given(), device, cfg, ranks)
+        elif cfg.target.placement == "ray":
+            stream = Stream(fleet_in(cfg, ranks, stack), device)
         return train_on(cfg, device, ranks, stream)
 
 
@@ -128,7 +134,7 @@ def begin(cfg: Config, world: int) -> Record | None:
     """What is settled before a training: the record of a complete run, or None: it is to be made.
 
     Raises:
-        InputError: as `settled`, or tokens are missing, or the loss is none.
+        InputError: as `settled` and `given`, or tokens are missing, or the loss is none.
     """
     shared_evenly(cfg.trainer.batch_size, world, "WORLD_SIZE")
     loss_of(cfg)
@@ -142,6 +148,8 @@ def begin(cfg: Config, world: int) -> Record | None:
     run = TrainingRun(paths.run_dir(cfg), fingerprint_of(cfg, tokens), Ranks(0, world))
     if record := settled(cfg, "train", run):
         return record
+    if cfg.target.share == "sweep":
+        given()
     if warning := check_length(cfg.model, cfg.max_length):
         log.warning("train: warning: %s", warning)
     return None
@@ -152,13 +160,6 @@ def read_tokens(tokens: Path) -> tuple[dict[str, Tensor], Splits]:
     mapping = read_mapping(tokens / "vocab_mapping.pt")
     names = ("train", "eval")
     return mapping, Splits(*(read_split(tokens, name, len(mapping["t2d"])) for name in names))
-
-
-def split_of(cfg: Config, trainers: int | None = None) -> Split:
-    """What trains and what runs the target, for the trainers of trainer.gpus or so many."""
-    _, splits = read_tokens(paths.tokens_dir(cfg))
-    forward = max(cfg.trainer.pack_tokens or EVAL_TOKENS, int(max(splits.eval.lengths, default=0)))
-    return make_split(cfg, trainers or int(cfg.trainer.gpus), splits.train.lengths, forward)
 
 
 def show_split(cfg: Config) -> float | tuple[float, ...]:

@@ -76,11 +76,17 @@ class Stream:
         """What a worker tells of the target, for the draft and its losses."""
 
         def last_layers(number: int) -> list[dict[str, Tensor]]:
-            answer = self.wait(self.workers[0].last_layers.remote(number))
-            return [crossed(weights, self.device) for weights in answer]
+            return [
+                crossed(weights, self.device)
+                for weights in self.wait(self.of_target("last_layers", number))
+            ]
 
-        parts = self.wait(self.workers[0].ends.remote())
+        parts = self.wait(self.of_target("ends"))
         return make_ends(parts, crossed(parts["weights"], self.device), last_layers)
+
+    def of_target(self, what: str, *args: Any) -> Any:
+        """Ask a worker about the target itself."""
+        return getattr(self.workers[0], what).remote(*args)
 
     def features(self, splits: dict[int, TokenSet]) -> Features:
         """States of these conversations, training (1) and held-out (-1)."""
@@ -178,16 +184,16 @@ class Stream:
         """worker_busy: the share of the time in which workers computed what was taken;
         states_held_mb: the most asked for and not used, by all trainers."""
         busy, self.busy_before = self.busy - self.busy_before, self.busy
-        both = ranks.gather((busy, self.account.most))
+        busy, most = map(sum, zip(*ranks.gather((busy, self.account.most)), strict=True))
         return {
-            "worker_busy": sum(row[0] for row in both) / (seconds * len(self.workers)),
-            "states_held_mb": sum(row[1] for row in both) / 2**20,
+            "worker_busy": busy / (seconds * len(self.workers)),
+            "states_held_mb": most / 2**20,
         }
 
     def summary(self, ranks: Ranks) -> str:
         """What was asked for and taken, by all trainers of this attempt."""
         rows = ranks.gather((self.asked, self.taken, self.again, self.account.most))
-        asked, taken, again, most = (sum(column) for column in zip(*rows, strict=True))
+        asked, taken, again, most = map(sum, zip(*rows, strict=True))
         return (
             f"states of {asked} conversations asked for, {taken} taken, {again} asked for again, "
             f"at most {most / 2**20:.1f} MB held"

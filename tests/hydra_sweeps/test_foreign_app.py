@@ -50,6 +50,33 @@ def run(app: Path, *arguments: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+AROUND = """
+import contextlib
+
+@contextlib.contextmanager
+def around(script, jobs, folder, places):
+    if places is None:
+        raise ValueError("no places")
+    print("open", script, [job.x for job in jobs], folder.name, places)
+    yield
+    print("closed")
+"""
+
+
+def test_something_around_what_is_to_run(app: Path) -> None:
+    """Not around what is done; its refusal leaves nothing."""
+    (app / "own.py").write_text(AROUND)
+    grid = ["-m", "hydra/sweeper=experiment", "hydra.sweeper.around=own.around", "x=1,2"]
+    said = run(app, *grid, code=1)
+    assert "no places" in said and not (app / "sweep").exists()
+    said = run(app, *grid, "hydra.sweeper.n_jobs=2")
+    assert said.startswith("open app [1, 2] sweep 2\n") and said.index("closed") < said.index(
+        "rank"
+    )
+    assert "open app [3] sweep 1\n" in run(app, *grid[:-1], "x=1,3", "hydra.sweeper.n_jobs=1")
+    assert "open" not in run(app, *grid[:-1], "x=1,3")
+
+
 def test_a_grid(app: Path) -> None:
     grid = ["-m", "hydra/sweeper=experiment", "x=1,2", "y=3,4"]
     assert run(app, *grid, "hydra.sweeper.dry_run=true").endswith("\n4 runs\n")

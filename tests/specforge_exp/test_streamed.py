@@ -163,6 +163,10 @@ def test_the_ends_of_a_target_are_enough_for_a_draft(run: Config) -> None:
             "target.store=redis is not valid; .*mooncake",
         ),
         ({"store": "mooncake"}, "target.store needs target.placement=ray"),
+        (
+            {"placement": "ray", "store": "mooncake", "share": "sweep"},
+            "target.share=sweep needs target.store=ray",
+        ),
         ({"workers": 2}, "target.workers needs target.placement=ray"),
         ({"dry_run": True}, "target.dry_run needs target.placement=ray"),
         ({"buffer_gb": 0.0}, "target.buffer_gb=0.0 must be above 0"),

@@ -1,0 +1,143 @@
+"""Runs of a sweep with one fleet: each has the numbers of a process with the target, whatever
+happens to the others, and the target runs once for those that go together."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, make_config
+from ray_runs import (
+    RAY,
+    STEPS,
+    alive,
+    assert_equal,
+    composed,
+    kill,
+    options,
+    planned,
+    processes,
+    start,
+)
+from test_ranks import with_all_below
+from test_ray import nothing_left
+from test_resume import lines, wait_for_step
+
+from specforge_exp.stages.prep import prep
+from specforge_exp.stages.preprocess import preprocess
+from specforge_exp.stages.train import train
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(
+        find_spec("ray") is None or sys.platform != "linux",
+        reason="Ray is not installed: pip install -e '.[ray]'",
+    ),
+]
+LOSSES = ("baseline", "full-opd", "mixed", "rkl-only")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokens, and what runs without workers give."""
+    folder = tmp_path_factory.mktemp("shared")
+    cfg = make_config(folder)
+    cfg.preprocess.source = "prep"
+    prep(cfg)
+    preprocess(cfg)
+    for loss in LOSSES:
+        train(composed(folder, f"alone-{loss}", f"loss={loss}"))
+    return folder
+
+
+def sweep(folder: Path, log: str) -> subprocess.Popen[str]:
+    """All losses, three at a time, with one fleet."""
+    words = [word for word in options(folder, "${loss.name}", *RAY) if word != "loss=baseline"]
+    words += ["loss=glob(*)", "target.share=sweep", "hydra.sweeper.n_jobs=3", "sweep_name=s"]
+    command = [sys.executable, str(REPOSITORY / "train.py"), "-m", *words]
+    return start(command, folder / log)
+
+
+def trainer(folder: Path, pid: int, loss: str) -> int:
+    """The process that trains a run: the last that its launcher has forked."""
+    out = str(folder / "checkpoints" / "sweeps" / "s" / "train" / loss / "train.out")
+
+    def writes(pid: int) -> bool:
+        files = Path(f"/proc/{pid}/fd").iterdir()
+        return any(os.path.realpath(file) == out for file in files)
+
+    return max(p for p in processes(pid, "multiprocessing.forkserver") if writes(p))
+
+
+def counted(text: str) -> tuple[int, int]:
+    """Conversations that the target ran on, and those that runs used."""
+    [found] = re.findall(r"the target ran on (\d+) .* runs used the states of (\d+)", text)
+    return int(found[0]), int(found[1])
+
+
+def last_step(folder: Path, loss: str) -> int:
+    return max(line["step"] for line in lines(composed(folder, loss), loss))
+
+
+def test_one_dies_one_stops_and_one_comes_late(folder: Path) -> None:
+    """Three share one stream. One is killed; meanwhile one stands still, which holds the other
+    back, but not the fourth, which begins when the killed one has left its place."""
+    run = sweep(folder, "first.log")
+    cfg = composed(folder, "baseline")
+    deadline = time.monotonic() + 120
+    while not lines(cfg, "baseline"):  # the fleet starts first
+        assert run.poll() is None and time.monotonic() < deadline, (
+            folder / "first.log"
+        ).read_text()
+        time.sleep(0.05)
+    slow = trainer(folder, run.pid, "mixed")
+    wait_for_step(run, cfg, "mixed", 3)
+    os.kill(slow, signal.SIGSTOP)
+    wait_for_step(run, cfg, "full-opd", 5)
+    kill(trainer(folder, run.pid, "full-opd"))
+    wait_for_step(run, cfg, "rkl-only", STEPS)  # the fourth
+    assert last_step(folder, "mixed") <= last_step(folder, "baseline") < STEPS
+    assert len(processes(run.pid, "^ray::TargetWorker")) == 1
+    with nothing_left(run.pid):
+        os.kill(slow, signal.SIGCONT)
+        assert run.wait(300) == 1
+    text = (folder / "first.log").read_text()
+    assert "full-opd failed: " in text and "Traceback" not in text
+    computed, used = counted(text)
+    assert computed == 2 * planned(0, STEPS)  # the three's, and the fourth's
+    assert 3 * planned(0, STEPS) < used < 4 * planned(0, STEPS)
+    for loss in LOSSES:
+        if loss != "full-opd":
+            assert_equal(composed(folder, loss), loss, f"alone-{loss}")
+    out = folder / "checkpoints" / "sweeps" / "s" / "train" / "rkl-only" / "train.out"
+    assert "this run has its states alone" in out.read_text()
+
+    # The same command continues the killed one after its checkpoint, in a stream of its own; the
+    # sweep's process is killed meanwhile, and then it continues again.
+    again = sweep(folder, "second.log")
+    done = last_step(folder, "full-opd")
+    wait_for_step(again, cfg, "full-opd", done + 2)
+    family = with_all_below(again.pid)
+    with nothing_left(again.pid):
+        kill(again.pid)
+        assert again.wait() == -signal.SIGKILL
+        deadline = time.monotonic() + 60  # the job saves, then the fleet ends
+        while alive(family) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    third = sweep(folder, "third.log")
+    assert third.wait(300) == 0, (folder / "third.log").read_text()
+    assert_equal(composed(folder, "full-opd"), "full-opd", "alone-full-opd")
+    text = (
+        folder / "checkpoints" / "sweeps" / "s" / "train" / "full-opd" / "train.out"
+    ).read_text()
+    steps = [int(step) for step in re.findall(r"continuing after step (\d+)", text)]
+    assert len(steps) == 2 and 0 < steps[0] <= steps[1]
+    assert counted((folder / "third.log").read_text()) == (planned(steps[1], STEPS),) * 2
+    record = json.loads((folder / "checkpoints/sweeps/s/train/sweep.json").read_text())
+    assert {run["status"] for run in record["runs"]} == {"completed"}
