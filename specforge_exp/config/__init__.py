@@ -305,6 +305,11 @@ def check_job(cfg: DictConfig) -> None:
             "target.share=sweep is for runs of one machine, and each job has a container of "
             "its own: target.share=none"
         )
+    if config.target.engine == "vllm" and not config.target.python:
+        raise InputError(
+            "target.engine=vllm: the containers' own Python has no vLLM; make an image with one "
+            "beside it (resources.image) and name that: target.python=..."
+        )
     written = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(written, dict)
     for root in ("datasets", "checkpoints"):

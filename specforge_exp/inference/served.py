@@ -77,7 +77,9 @@ class ServedStates:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        path = os.pathsep.join([str(self.folder), *os.environ.get("PYTHONPATH", "").split()])
+        path, other = str(self.folder), os.environ.get("PYTHONPATH")
+        if other and self.cfg.target.python is None:
+            path = f"{path}{os.pathsep}{other}"  # else of another Python
         self.server = Server(
             self.command(port), port, self.folder / "vllm.log", ALONE | {"PYTHONPATH": path}
         )

@@ -141,7 +141,7 @@ class TargetWorker:
         aux_1TA, last_1TH = self.target.features(ids_1T, cache)
         if cache is not None:
             self.texts[ids.tobytes()] = cache
-            while sum(map(len, self.texts)) > KEPT_TOKENS * ids.itemsize:
+            while len(self.texts) > 1 and sum(map(len, self.texts)) > KEPT_TOKENS * ids.itemsize:
                 self.texts.pop(next(iter(self.texts)))
         return packed(aux_1TA[0], last_1TH[0])
 

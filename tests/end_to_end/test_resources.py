@@ -272,6 +272,11 @@ def test_a_job_validates_without_hydras_node() -> None:
             "target.placement=ray target.store=mooncake trainer.batch_size=14",
             "of your own",
         ),
+        (
+            "target.placement=ray target.engine=vllm trainer.batch_size=14 "
+            "resources.image.extras=[ray]",
+            "target.python=",
+        ),
     ],
 )
 def test_jobs_that_a_container_cannot_run(

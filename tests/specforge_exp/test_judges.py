@@ -1,0 +1,36 @@
+"""A worker judges proposals as the process that has the target, whatever it has had to forget."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_config
+
+from specforge_exp.inference import worker
+from specforge_exp.inference.states import tensor_of, unpacked
+from specforge_exp.onpolicy.judges import Here
+from specforge_exp.target import Target
+
+
+@pytest.mark.parametrize("kept", [2**16, 40, 1])
+def test_a_worker_and_this_process(
+    tmp_path: Path, tiny_target: Target, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    """With room for all texts, for one of them, and for less than one."""
+    monkeypatch.setattr(worker, "KEPT_TOKENS", kept)
+    own = worker.TargetWorker(make_config(tmp_path), torch.get_num_threads(), "")
+    texts = [torch.arange(3, 33), torch.arange(500, 520)]
+    anchors = [torch.tensor([4, 20]), torch.tensor([7])]
+    chains = [torch.arange(6).view(3, 2), torch.arange(9, 12).view(3, 1)]
+    here = Here(tiny_target)
+    states, caches = here.read(texts, True)
+    expected = here.verify(caches, anchors, chains)
+    ids = [ids_T.numpy().astype(np.int32) for ids_T in texts]
+    for one, (aux_TA, last_TH) in zip(ids, states, strict=True):
+        read = unpacked(own.read(one, True), torch.float32, 128)
+        assert read[0].equal(aux_TA) and read[1].equal(last_TH)
+    for one, anchor_R, tokens_JR, last_JRH in zip(ids, anchors, chains, expected, strict=True):
+        data = own.verify(one, anchor_R.numpy(), tokens_JR.numpy())
+        assert tensor_of(data, torch.float32).equal(last_JRH)
+    assert not own.texts or kept == 1
