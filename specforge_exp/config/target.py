@@ -55,6 +55,9 @@ class TargetConfig:
     share_patience: float = 300.0
     """sweep: seconds that runs whose buffer is full wait for one that is to come or does nothing;
     then it has its states alone."""
+    profile: list[int] = field(default_factory=list)
+    """ray, transformers: [start, calls]: torch.profiler over so many calls after the start-th of
+    each worker, a trace of each in the run's folder, profile/; []: none."""
     dry_run: bool = False
     """ray: print which GPUs train and which run the target, and the buffer; start nothing."""
 
@@ -75,6 +78,14 @@ class TargetConfig:
                 f"target.{key} needs target.placement=ray and target.engine=vllm; with transformers"
                 " a target that does not fit one GPU is shared by the trainers: target.shard=true"
             )
+        window = self.profile
+        if window and (len(window) != 2 or window[0] < 0 or window[1] < 1):
+            raise InputError(f"target.profile={window} is not [start, calls], e.g. [10,3]")
+        if window and self.engine == "vllm":
+            raise InputError(
+                "target.profile is for target.engine=transformers; vLLM has a profiler of its own: "
+                "+target.args.profiler_config=..."
+            )
         if self.engine == "vllm" and self.placement != "ray":
             raise InputError("target.engine=vllm needs target.placement=ray: it runs in a worker")
         if ours := [key for key in self.args if key.replace("-", "_") in OURS]:
@@ -94,6 +105,7 @@ class TargetConfig:
             "dry_run": self.dry_run,
             "store": self.store != "ray",
             "share": self.share != "none",
+            "profile": bool(self.profile),
         }
         if self.share == "sweep" and self.store != "ray":
             raise InputError(

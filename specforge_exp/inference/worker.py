@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from transformers.cache_utils import DynamicCache
 
 from specforge_exp.config import Config, locate
+from specforge_exp.inference.profiling import profiled
 from specforge_exp.inference.states import bytes_of, crossing, packed
 from specforge_exp.inference.store import Bytes, StateStore, store_at
+from specforge_exp.paths import run_dir
 from specforge_exp.target import Target, load_target, set_up_torch
 from specforge_exp.target.segments import check_segments, verify_segments
 
@@ -40,6 +42,7 @@ class TargetWorker:
 
     def __init__(self, cfg: Config, threads: int, cluster: str, master: str = "") -> None:
         self.cfg, self.threads, self.cluster, self.master = cfg, threads, cluster, master
+        self.calls = 0
         self.texts: dict[bytes, DynamicCache] = {}
         """Keys and values of what was read to be judged, the oldest first."""
 
@@ -128,7 +131,10 @@ class TargetWorker:
         if self.served:
             self.__dict__.pop("target", None)  # loaded again, should its ends be asked for again
         run = self.served.states if self.served else self.computed
-        return [*self.store.put(key, run(conversations)), time.monotonic() - began]
+        with profiled(self.cfg.target.profile, self.calls, run_dir(self.cfg) / "profile"):
+            states = run(conversations)
+        self.calls += 1
+        return [*self.store.put(key, states), time.monotonic() - began]
 
     def computed(self, conversations: list[NDArray[int32]]) -> list[Bytes]:
         """The states of each conversation, run one by one."""

@@ -1,5 +1,8 @@
-"""A worker judges proposals as the process that has the target, whatever it has had to forget."""
+"""A worker by itself: it judges proposals as the process that has the target, whatever it has had
+to forget, and keeps traces of calls."""
 
+import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +10,11 @@ import pytest
 import torch
 from conftest import make_config
 
+from specforge_exp.config import TargetConfig
 from specforge_exp.inference import worker
 from specforge_exp.inference.states import tensor_of, unpacked
 from specforge_exp.onpolicy.judges import Here
+from specforge_exp.paths import run_dir
 from specforge_exp.target import Target
 
 
@@ -34,3 +39,16 @@ def test_a_worker_and_this_process(
         data = own.verify(one, anchor_R.numpy(), tokens_JR.numpy())
         assert tensor_of(data, torch.float32).equal(last_JRH)
     assert not own.texts or kept == 1
+
+
+def test_calls_of_a_worker_are_profiled(tmp_path: Path) -> None:
+    """Those that are named, one trace for each."""
+    cfg = make_config(tmp_path)
+    cfg.target = TargetConfig(placement="ray", profile=[1, 2])
+    own = worker.TargetWorker(cfg, torch.get_num_threads(), "")
+    for _ in range(4):
+        own.states([np.arange(9, dtype=np.int32)], "")
+    traces = sorted((run_dir(cfg) / "profile").iterdir())
+    assert [trace.name[:11] for trace in traces] == ["call-000001", "call-000002"]
+    events = json.loads(gzip.decompress(traces[0].read_bytes()))["traceEvents"]
+    assert any(event["name"] == "aten::mm" for event in events)
