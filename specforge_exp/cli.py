@@ -143,6 +143,23 @@ def leaving_nothing(config: Config) -> Iterator[None]:
         raise
 
 
+def loaded(stage: str) -> Callable[[Config], object]:
+    """A stage's function, with torch and all else that it needs.
+
+    Nothing looks for garbage in what is loaded to stay, here or in a fork. In a process that has it
+    already there may be garbage of the job before, which is not to stay.
+    """
+    there = stage.partition(":")[0] in sys.modules
+    gc.disable()
+    try:
+        function: Callable[[Config], object] = resolve_name(stage)
+    finally:
+        gc.enable()
+    if not there:
+        gc.freeze()
+    return function
+
+
 def run(stage: str, cfg: DictConfig) -> object:
     """Call a stage, named as `package.module:function`, with the typed configuration.
 
@@ -158,11 +175,7 @@ def run(stage: str, cfg: DictConfig) -> object:
         config = from_omegaconf(cfg)
         offline.settle(config)
         with leaving_nothing(config), recorded(cfg, config) if single else nullcontext():
-            gc.disable()  # nothing looks for garbage in what is loaded to stay, here or in a fork
-            function = resolve_name(stage)  # loads torch
-            gc.freeze()
-            gc.enable()
-            return function(config)
+            return loaded(stage)(config)
     except InputError as error:
         if single and os.environ.get("HYDRA_FULL_ERROR") != "1":
             sys.exit(f"error: {error}")

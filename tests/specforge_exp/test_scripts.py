@@ -1,17 +1,21 @@
 """The eleven scripts: one shape, quick answers, and what the command line adds to Hydra's own."""
 
 import ast
+import gc
 import os
 import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from weakref import ref
 
 import pytest
 from conftest import REPOSITORY
 
 from specforge_exp.__main__ import STAGES
+from specforge_exp.cli import loaded
+from specforge_exp.config import Config
 
 TORCHLESS = """
 import runpy, sys
@@ -153,3 +157,14 @@ def test_tab_completes_options_in_a_shell() -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert asked.stdout.split() == ["loss=full-opd"], asked.stderr
+
+
+def test_what_a_job_leaves_is_forgotten_beside_the_next_one() -> None:
+    stage = "specforge_exp.stages.prep:prep"
+    assert loaded(stage).__name__ == "prep"
+    left = Config.__new__(Config)
+    left.__dict__["itself"], gone = left, ref(left)
+    del left
+    loaded(stage)
+    gc.collect()
+    assert gone() is None and gc.isenabled()
