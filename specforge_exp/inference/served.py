@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -35,8 +36,7 @@ MODULE = "specforge_exp_states"
 TRIED = 48
 """Tokens whose states are compared."""
 MOST = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
-"""Of the states' size that the two may differ by, at the median token: neighbouring layers differ
-by more, other kernels by less."""
+"""Of the states' size that the two may differ by, at the median token."""
 ALONE = {
     "HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # for the one token that it adds
@@ -163,24 +163,33 @@ class ServedStates:
         layer that differs most.
 
         Raises:
-            InputError: by more than other kernels explain.
+            InputError: by more than other kernels explain, or some are nearer to another layer's.
         """
-        size = target.text.vocab_size
+        size, count = target.text.vocab_size, target.text.num_hidden_layers
         ids_T = torch.arange(TRIED) * max(1, size // TRIED) % size
-        own_TF = torch.cat([x_1TX[0] for x_1TX in target.features(ids_T[None])], -1)
+        layers = target.aux_layers
+        near = sorted(
+            {i for layer in layers for i in range(layer - 1, layer + 2)} & {*range(count)}
+        )
+        parts = replace(target, aux_layers=near).features(ids_T[None])
+        own_TKH = torch.cat([x_1TX[0] for x_1TX in parts], -1).unflatten(-1, (len(near) + 1, -1))
         (data,) = self.states([ids_T.numpy().astype(int32)])
-        other_TF = torch.from_numpy(data).view(own_TF.dtype)
-        hidden = target.text.hidden_size
-        own_TKH, other_TKH = (x.float().unflatten(-1, (-1, hidden)) for x in (own_TF, other_TF))
-        apart_TK = (own_TKH - other_TKH).norm(dim=-1) / own_TKH.norm(dim=-1)
-        apart = float(apart_TK.median(0).values.max())
-        if not apart <= MOST[own_TF.dtype]:
-            raise InputError(
-                f"target.engine=vllm: its states of {target.text.model_type} differ from "
-                f"transformers' by {apart:.1%}, so the draft would learn another target: "
-                "target.engine=transformers"
-            )
-        return apart
+        other_TKH = torch.from_numpy(data).view(self.dtype).unflatten(-1, (len(layers) + 1, -1))
+        apart, most = [], MOST[self.dtype]
+        for column, layer in enumerate([*layers, None]):
+            those_T1H = other_TKH[:, column, None].float()
+            apart_TK = (own_TKH.float() - those_T1H).norm(dim=-1) / those_T1H.norm(dim=-1)
+            apart_K = apart_TK.median(0).values
+            place = len(near) if layer is None else near.index(layer)
+            apart.append(float(apart_K[place]))
+            nearest = int(apart_K[: len(near)].argmin()) if layer is not None else place
+            if not apart[-1] <= most or nearest != place:
+                raise InputError(
+                    f"target.engine=vllm: its states of {target.text.model_type} differ from "
+                    f"transformers' by {apart[-1]:.1%}, so the draft would learn another target: "
+                    "target.engine=transformers"
+                )
+        return max(apart)
 
 
 def taken(file: Path) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from numpy import int32
 from specforge_exp.config.settings import training_settings
 from specforge_exp.config.target import TargetConfig
 from specforge_exp.errors import InputError
+from specforge_exp.inference import served
 from specforge_exp.inference.served import ServedStates
 from specforge_exp.inference.states import Bytes, unpacked
 from specforge_exp.target import Target
@@ -60,6 +61,11 @@ def test_states_of_other_layers_are_refused(
     server.layers = [2, 4, 5, 8]
     with pytest.raises(InputError, match=r"qwen3 differ from transformers' by .*another target"):
         server.agreement(target)
+    monkeypatch.setitem(served.MOST, torch.float32, 1e9)  # they are nearer to another layer's
+    with pytest.raises(InputError, match="another target"):
+        server.agreement(target)
+    monkeypatch.setattr(Captured, "first", 1)
+    assert server.agreement(target) == 0.0
 
 
 def test_what_a_server_is_started_with(tmp_path: Path) -> None:
