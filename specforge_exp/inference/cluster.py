@@ -26,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from specforge_exp.config import Config
+from specforge_exp.config.machine import command
 from specforge_exp.errors import InputError, first_line
 from specforge_exp.inference import FLEET
 from specforge_exp.inference.holder import hold
@@ -317,8 +318,8 @@ def given() -> Fleet:
     if FLEET not in os.environ:
         raise InputError(
             "target.share=sweep is for the runs of a grid that go on at the same time on this "
-            "machine: python train.py -m ... hydra.sweeper.n_jobs=4. A run alone goes on with "
-            "target.share=none"
+            "machine (-m, hydra.sweeper.n_jobs=4); a run alone: "
+            f"{command('train', 'target.share=none', away=False)}"
         )
     return Fleet(**json.loads(os.environ[FLEET]))
 

@@ -241,7 +241,7 @@ def test_a_run_alone_cannot_share(cfg: Config, tokens: Path) -> None:
     from specforge_exp.stages.train import train
 
     cfg.target = TargetConfig(**SHARING)
-    with pytest.raises(InputError, match=r"train.py -m ... hydra.sweeper.n_jobs=4. A run alone"):
+    with pytest.raises(InputError, match=r"a run alone: python \S*train\.py target\.share=none"):
         train(cfg)
 
 
