@@ -41,7 +41,7 @@ TIERS = {
     "fast": Tier(
         "every module, one launch and one kill of each kind",
         ("modal_sweep", "end_to_end", "hydra_sweeps", "specforge_exp", "test_layers.py"),
-        1350,
+        1150,
         "not slow",
     ),
     "trainer": Tier("the trainer's long runs, killed and resumed", ("specforge_exp",), 1200),
