@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_config
-from ray_runs import DFLASH, begin, command_line, composed, processes, said
+from ray_runs import DFLASH, RAY, begin, command_line, composed, processes, said
 from test_ranks import listening, with_all_below
 from test_resume import lines, wait_for_step
 from test_vllm import ENVIRONMENT, PYTHON
@@ -40,14 +40,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("draft", "more"), [("eagle3", ()), ("dflash", DFLASH)])
+@pytest.mark.parametrize(
+    ("draft", "more"),
+    [("eagle3", ()), ("dflash", DFLASH), ("eagle3", ("target.tp_size=2",))],
+    ids=["eagle3", "dflash", "two-processes"],
+)
 def test_a_training_on_the_states_of_vllm(
     folder: Path, monkeypatch: pytest.MonkeyPatch, draft: str, more: tuple[str, ...]
 ) -> None:
     for key, value in ENVIRONMENT.items():
         monkeypatch.setenv(key, value)
-    name = f"{draft}-served"
-    cfg, process = composed(folder, name, *more), begin(folder, name, *more, *SERVED)
+    name = f"{draft}-served-{len(more)}"
+    cfg = composed(folder, name, *RAY, *more, *SERVED)
+    process = begin(folder, name, *more, *SERVED)
     run = paths.run_dir(cfg)
     while "workers are ready" not in said(folder, name):
         assert process.poll() is None, said(folder, name)
