@@ -292,20 +292,20 @@ def check_job(cfg: DictConfig) -> None:
     options = config.target
     if options.store == "mooncake":
         raise InputError(
-            "target.store=mooncake is for machines of your own: a container has one, on which "
-            "target.store=ray is faster"
+            "target.store=mooncake is for several machines of your own, a job has one container: "
+            "target.store=ray"
         )
     if options.placement == "ray" and "ray" not in extras:
         raise InputError(
             "target.placement=ray needs Ray in the containers: resources.image.extras="
             f"[{','.join([*extras, 'ray'])}]"
         )
-    if config.target.share == "sweep":
+    if options.share == "sweep":
         raise InputError(
             "target.share=sweep is for runs of one machine, and each job has a container of "
             "its own: target.share=none"
         )
-    if config.target.engine == "vllm" and not config.target.python:
+    if options.engine == "vllm" and not options.python:
         raise InputError(
             "target.engine=vllm: the containers' own Python has no vLLM; make an image with one "
             "beside it (resources.image) and name that: target.python=..."

@@ -35,12 +35,15 @@ def fleet_of_sweep(
     Raises:
         InputError: they cannot share one, or it does not start.
     """
+    if stage != "train" or not any(job.target.share == "sweep" for job in jobs):
+        yield
+        return
     configs = []
     for job in jobs:
         with suppress(InputError):  # it fails alone
             configs.append(from_omegaconf(job))
     share = [cfg.target.share == "sweep" and not cfg.target.dry_run for cfg in configs]
-    if stage != "train" or not any(share):
+    if not any(share):
         yield
         return
     if not all(share):

@@ -73,7 +73,10 @@ def check_gpus(cfg: Config, stage: str, processes: int = 1) -> None:
         fewer = min(workers, here - 1) // cfg.target.tp_size
         left = here - fewer * cfg.target.tp_size
         fit = f"trainer.gpus={most_even(cfg.trainer.batch_size, left)}"
-        remedy = f"{fit} target.workers={fewer}" if fewer else "target.placement=inprocess"
+        alone = "target.placement=inprocess"
+        if cfg.target.engine != "transformers":
+            alone = "a machine with more, or a smaller target.tp_size"
+        remedy = f"{fit} target.workers={fewer}" if fewer else alone
         raise InputError(
             f"trainer.gpus={processes} and target.workers={cfg.target.workers} of "
             f"target.tp_size={cfg.target.tp_size} need {processes + workers} GPUs, but this "

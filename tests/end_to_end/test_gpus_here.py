@@ -63,6 +63,9 @@ def test_remedies_compose(words: list[str], monkeypatch: pytest.MonkeyPatch) -> 
         assert ("2 runs" in done.stdout) == (len(words) > 3)
 
 
+VLLM = ["target.placement=ray", "target.engine=vllm"]
+
+
 @pytest.mark.parametrize(
     ("gpus", "overrides", "refused"),
     [
@@ -78,6 +81,9 @@ def test_remedies_compose(words: list[str], monkeypatch: pytest.MonkeyPatch) -> 
         (4, ["target.placement=ray", "target.workers=4"], "this machine has 4: trainer.gpus=1 "
                                                            "target.workers=3"),
         (1, ["target.placement=ray", "trainer.gpus=1"], "has 1: target.placement=inprocess"),
+        (8, [*VLLM, "target.workers=2", "target.tp_size=2"], None),
+        (4, [*VLLM, "target.workers=2", "target.tp_size=2"], "trainer.gpus=2 target.workers=1"),
+        (4, [*VLLM, "target.tp_size=4"], "has 4: a machine with more, or a smaller target.tp_size"),
     ],
 )  # fmt: skip
 def test_gpus_here(

@@ -9,15 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import make_config
-from ray_runs import DFLASH, RAY, begin, command_line, composed, processes, said
+from ray_runs import DFLASH, RAY, begin, command_line, composed, prepared, processes, said
 from test_ranks import listening, with_all_below
 from test_resume import lines, wait_for_step
 from test_vllm import ENVIRONMENT, PYTHON
 
 from specforge_exp import paths
-from specforge_exp.stages.prep import prep
-from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.stages.train import train
 
 pytestmark = pytest.mark.engines
@@ -30,11 +27,7 @@ SERVED = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokens, and two trainings without workers."""
-    folder = tmp_path_factory.mktemp("states")
-    cfg = make_config(folder)
-    cfg.preprocess.source = "prep"
-    prep(cfg)
-    preprocess(cfg)
+    folder = prepared(tmp_path_factory.mktemp("states"))
     train(composed(folder, "eagle3"))
     train(composed(folder, "dflash", *DFLASH))
     return folder

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, make_config
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from safetensors import safe_open
@@ -16,6 +16,8 @@ from test_resume import lines
 
 from specforge_exp import paths
 from specforge_exp.config import Config, from_omegaconf
+from specforge_exp.stages.prep import prep
+from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.training.checkpoint import step_folders
 
 STEPS = 24
@@ -24,6 +26,15 @@ UNLIKE += ("data_wait", "worker_busy", "states_held_mb")
 """What two runs of the same numbers log differently."""
 DFLASH = ("draft=dflash", "draft.block_size=4", "draft.num_layers=2", "draft.num_features=2")
 RAY = ("target.placement=ray", "target.buffer_gb=0.012")
+
+
+def prepared(folder: Path) -> Path:
+    """The folder, with the tokens of all trainings."""
+    cfg = make_config(folder)
+    cfg.preprocess.source = "prep"
+    prep(cfg)
+    preprocess(cfg)
+    return folder
 
 
 def options(folder: Path, name: str, *more: str) -> list[str]:

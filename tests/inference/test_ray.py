@@ -13,7 +13,6 @@ from statistics import median
 from threading import Event, Thread
 
 import pytest
-from conftest import make_config
 from ray_runs import (
     DFLASH,
     STEPS,
@@ -24,6 +23,7 @@ from ray_runs import (
     counted,
     kill,
     planned,
+    prepared,
     processes,
     said,
 )
@@ -33,8 +33,6 @@ from test_resume import lines, wait_for_step
 
 from specforge_exp.config import Config
 from specforge_exp.inference.cluster import CLUSTERS
-from specforge_exp.stages.prep import prep
-from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.stages.train import train
 from specforge_exp.training.ranks import launch
 
@@ -50,11 +48,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokens, and below checkpoints what runs without workers give."""
-    folder = tmp_path_factory.mktemp("ray")
-    cfg = make_config(folder)
-    cfg.preprocess.source = "prep"
-    prep(cfg)
-    preprocess(cfg)
+    folder = prepared(tmp_path_factory.mktemp("ray"))
     train(composed(folder, "eagle3-1"))
     train(composed(folder, "dflash-1", *DFLASH))
     launch(both, composed(folder, "eagle3-2", "trainer.gpus=2"))

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, make_config
+from conftest import REPOSITORY
 from ray_runs import (
     RAY,
     STEPS,
@@ -22,6 +22,7 @@ from ray_runs import (
     kill,
     options,
     planned,
+    prepared,
     processes,
     start,
 )
@@ -29,8 +30,6 @@ from test_ranks import with_all_below
 from test_ray import nothing_left
 from test_resume import lines, wait_for_step
 
-from specforge_exp.stages.prep import prep
-from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.stages.train import train
 
 pytestmark = [
@@ -46,11 +45,7 @@ LOSSES = ("baseline", "full-opd", "mixed", "rkl-only")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokens, and what runs without workers give."""
-    folder = tmp_path_factory.mktemp("shared")
-    cfg = make_config(folder)
-    cfg.preprocess.source = "prep"
-    prep(cfg)
-    preprocess(cfg)
+    folder = prepared(tmp_path_factory.mktemp("shared"))
     for loss in LOSSES:
         train(composed(folder, f"alone-{loss}", f"loss={loss}"))
     return folder
@@ -90,7 +85,7 @@ def test_one_dies_one_stops_and_one_comes_late(folder: Path) -> None:
     back, but not the fourth, which begins when the killed one has left its place."""
     run = sweep(folder, "first.log")
     cfg = composed(folder, "baseline")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not lines(cfg, "baseline"):  # the fleet starts first
         assert run.poll() is None and time.monotonic() < deadline, (
             folder / "first.log"
