@@ -55,14 +55,15 @@ def report(
         found.loss.backward()
         outcomes[:] = [(float(found.loss), int(found.sums["rows"].sum()), found.flops)]
 
-    rate = matmul_rate(args.device, draft.compute_dtype)
+    rate = 0.0 if args.instructions else matmul_rate(args.device, draft.compute_dtype)
     found: dict[str, Any] = measure(step, args)
     if args.profile:
         found["profile"] = profiled(step, args.device)
-    rate = (rate + matmul_rate(args.device, draft.compute_dtype)) / 2
     value, rows, flops = outcomes[0]
     found |= {"loss": value - extra, "rows": rows, "flops": flops}
-    found["matmul_share"] = flops / found["wall_s"] / rate
+    if not args.instructions:
+        rate = (rate + matmul_rate(args.device, draft.compute_dtype)) / 2
+        found["matmul_share"] = flops / found["wall_s"] / rate
     print(json.dumps({"who": "ours+checkpointing" if args.checkpointing else "ours", **found}))
 
 

@@ -4,12 +4,16 @@
     python benchmarks/train_step.py --growth          # time and memory, 512 to 4096 tokens
     python benchmarks/train_step.py --draft dflash|dspark|peagle [--json]
     python benchmarks/train_step.py --tokens 2048 --alone   # longer conversations; ours alone
+    python benchmarks/train_step.py --instructions --hidden 128 ...   # what load does not move
 
 Everybody gets the same weights, inputs and supervised rows, in a process of its own; they take
-turns step by step, so that a slow minute of the machine slows all. Measured are the medians of
-process CPU time (on CUDA: wall time between synchronisations), wall time and activation memory (see
-peers/measure.py). EAGLE-3's ratios are to SpecForge with its compact teacher; DFlash's to the
-better peer, which may be one for time and the other for memory.
+turns step by step, so that a slow minute of the machine slows all. At the default size each holds
+10 to 16 GB, so where less than 48 GB are free, or with --apart, one ends before the next begins.
+Measured are the medians of process CPU time (on CUDA: wall time between synchronisations), wall
+time and activation memory (see peers/measure.py). EAGLE-3's ratios are to SpecForge with its
+compact teacher; DFlash's to the better peer, which may be one for time and the other for memory.
+With --instructions ratios of time are ratios of counted instructions of one step, by valgrind's
+callgrind (which has no AVX-512): 50 times slower, so only for small sizes.
 
     unmasked     one conversation of 512 tokens, everything supervised
     half_prompt  the same, its first half a prompt
@@ -46,13 +50,17 @@ time, against a 2048^3 product in the same process.
 import argparse
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from peers import dflash_inputs
+from peers.counted import callgrind
 from peers.inputs import Shape, make_chats, make_weights, save, vocabulary
 from peers.speculators_record import all_weights
 
@@ -70,6 +78,8 @@ DFLASH_CASES = {
 DSPARK_CASES = {"one": ([512], "dspark"), "several": ([64, 128, 192, 256], "dspark")}
 DSPARK = {"block_size": 7, "loss_gamma": 4.0, "sample_from_anchor": True, "markov_rank": 256}
 PEAGLE_CASES = {"one_layer": 1, "four_layers": 4}
+AT_ONCE = 48 * 2**30
+"""Bytes that have to be free for processes of the default size to take turns."""
 DFLASH_EVERY = 8
 """Tokens for each anchor."""
 PEERS = ("specforge", "speculators")
@@ -107,6 +117,9 @@ class Step:
         command = [str(python), "-m", who, str(file), "--shape", json.dumps(args.shape)]
         command += ["--threads", str(args.threads), "--steps", str(args.steps), "--turns"]
         command += ["--device", args.device, *more]
+        if args.instructions:
+            output = file.with_name("".join([who, *more, ".callgrind"]))
+            command = [*callgrind(output), *command, "--instructions", str(output)]
         variables = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
         if args.device == "cpu":
             variables["TORCHDYNAMO_DISABLE"] = "1"
@@ -124,14 +137,18 @@ class Step:
         for line in self.process.stdout:
             if line == "ready\n" or line.startswith("{"):
                 return str(line)
-        self.process.wait()
-        raise SystemExit(f"{self.who} failed:\n{self.log.read_text()[-3000:]}")
+        code = self.process.wait()
+        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        if code == -signal.SIGKILL:
+            how += ", as the kernel does where memory is short; --apart holds one process at a time"
+        raise SystemExit(f"{self.who} failed: {how}\n{self.log.read_text()[-3000:]}")
 
     def take_turn(self) -> None:
         """One step, to its end."""
         assert self.process.stdin
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it is gone; what is heard says how
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         self.said = self.hear()
 
     def end(self) -> None:
@@ -140,8 +157,16 @@ class Step:
         self.process.communicate()
 
 
+def short_of_memory() -> bool:
+    """Whether three processes of the default size may not fit beside each other."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024 < AT_ONCE
+
+
 def run(file: Path, args: argparse.Namespace, *steps: tuple[str, ...]) -> list[Any]:
-    """Measure modules, each with its options, in turns."""
+    """Measure modules, each with its options: in turns, or one after the other (args.apart)."""
+    if args.apart and len(steps) > 1:
+        return [result for step in steps for result in run(file, args, step)]
     measured: list[Step] = []
     try:
         for who, *more in steps:
@@ -188,7 +213,6 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for case in args.cases
     }
     weights |= vocabulary(shape, weights, list(chats.values()))
-    time = "cpu_s" if args.device == "cpu" else "wall_s"
     print(HEADING)
     summary: dict[str, Any] = {"cases": {}, "matmul_share": None, "runs": []}
     for case in args.cases:
@@ -200,16 +224,16 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         results = run(file, args, *steps, ("our_step", *profile), *more)
         base, ours = results[0], results[len(steps)]
         for checked in results[len(steps) + 1 :]:
-            summary["matmul_share"] = ours["matmul_share"]
+            summary["matmul_share"] = ours.get("matmul_share")
             summary["checkpointing"] = {
-                "cpu_ratio_to_ours": checked[time] / ours[time],
+                "cpu_ratio_to_ours": checked[args.time] / ours[args.time],
                 "activation_ratio": checked["activation_mb"] / base["activation_mb"],
             }
         for result in results:
-            show(case, result, base, time)
+            show(case, result, base, args.time)
             summary["runs"].append({"case": case, **result})
         summary["cases"][case] = {
-            "cpu_ratio": ours[time] / base[time],
+            "cpu_ratio": ours[args.time] / base[args.time],
             "activation_ratio": ours["activation_mb"] / base["activation_mb"],
         }
         if ours["rows"] != base["rows"] or abs(ours["loss"] / base["loss"] - 1) > 1e-4:
@@ -221,7 +245,6 @@ def compare_dflash(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All cases of DFlash or DSpark: prints the table and returns the summary."""
     shape = dflash_inputs.Shape(**args.shape)
     weights = dflash_inputs.make_weights(shape, seed=0)
-    time = "cpu_s" if args.device == "cpu" else "wall_s"
     print(HEADING)
     summary: dict[str, Any] = {"cases": {}, "matmul_share": None, "runs": []}
     file = folder / "inputs.npz"
@@ -236,16 +259,16 @@ def compare_dflash(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         profile = ("--profile",) if args.profile else ()
         *others, ours = run(file, args, *steps[:-1], (*steps[-1], *profile))
         peers = others or [ours]
-        best = {key: min(peer[key] for peer in peers) for key in (time, "activation_mb")}
+        best = {key: min(peer[key] for peer in peers) for key in (args.time, "activation_mb")}
         for result in [*others, ours]:
-            show(case, result, best, time)
+            show(case, result, best, args.time)
             summary["runs"].append({"case": case, **result})
         summary["cases"][case] = {
-            "cpu_ratio": ours[time] / best[time],
+            "cpu_ratio": ours[args.time] / best[args.time],
             "activation_ratio": ours["activation_mb"] / best["activation_mb"],
             "loss_rel": max(abs(peer["loss"] / ours["loss"] - 1) for peer in peers),
         }
-        summary["matmul_share"] = summary["matmul_share"] or ours["matmul_share"]
+        summary["matmul_share"] = summary["matmul_share"] or ours.get("matmul_share")
         rows = {result["rows"] for result in [*peers, ours]}
         if len(rows) > 1 or summary["cases"][case]["loss_rel"] > 1e-5:
             print(f"warning: {case}: rows or loss differ from a peer's", file=sys.stderr)
@@ -256,7 +279,6 @@ def compare_peagle(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All cases of P-EAGLE: prints the table and returns the summary."""
     args.ttt = 8
     shape, file = Shape(**shape_of(args)), folder / "inputs.npz"
-    time = "cpu_s" if args.device == "cpu" else "wall_s"
     print(HEADING)
     summary: dict[str, Any] = {"cases": {}, "matmul_share": None, "runs": []}
     for case in args.cases:
@@ -270,14 +292,14 @@ def compare_peagle(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         *others, ours = run(file, args, *((who,) for who in peers), ("our_peagle_step", *profile))
         base = (others or [ours])[0]
         for result in [*others, ours]:
-            show(case, result, base, time)
+            show(case, result, base, args.time)
             summary["runs"].append({"case": case, **result})
         summary["cases"][case] = {
-            "cpu_ratio": ours[time] / base[time],
+            "cpu_ratio": ours[args.time] / base[args.time],
             "activation_ratio": ours["activation_mb"] / base["activation_mb"],
             "loss_rel": abs(base["loss"] / ours["loss"] - 1),
         }
-        summary["matmul_share"] = summary["matmul_share"] or ours["matmul_share"]
+        summary["matmul_share"] = summary["matmul_share"] or ours.get("matmul_share")
         if ours["rows"] != base["rows"] or summary["cases"][case]["loss_rel"] > 1e-5:
             print(f"warning: {case}: rows or loss differ from the peer's", file=sys.stderr)
     return summary
@@ -337,6 +359,10 @@ def main() -> None:
         "--tokens", type=int, default=512, help="instead of 512, all lengths in proportion"
     )
     parser.add_argument("--alone", action="store_true", help="without the peers")
+    parser.add_argument("--apart", action="store_true", help="one process alive at a time")
+    parser.add_argument(
+        "--instructions", action="store_true", help="count a step's, instead of timing it"
+    )
     parser.add_argument("--profile", action="store_true", help="count what our step launches")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
@@ -356,6 +382,13 @@ def main() -> None:
     if not set(args.cases) <= set(cases) or (args.growth and args.draft != "eagle3"):
         parser.error(f"--draft {args.draft} has the cases {', '.join(cases)}")
     args.shape = shape_of(args)
+    usual = DSPARK if args.draft == "dspark" else {}
+    args.apart = args.apart or (args.shape == usual and short_of_memory())
+    args.time = "cpu_s" if args.device == "cpu" else "wall_s"
+    if args.instructions:
+        args.time, args.steps = "instructions", 1
+        if not shutil.which("valgrind") or args.device != "cpu":
+            parser.error("--instructions takes valgrind, and a CPU")
     with tempfile.TemporaryDirectory() as folder:
         summary = (growth if args.growth else measured)(args, Path(folder))
     if args.json:

@@ -3,11 +3,15 @@
 Activation memory is the peak resident size during a step minus the size before it, with parameters
 and gradients held: warm up, free what the set-up left, trim the allocator, reset the peak counter.
 On CUDA it is the allocator's peak minus what is allocated before the step.
+
+Other work on the machine moves CPU time (caches, page faults), but no count of instructions: under
+valgrind's callgrind, which can be switched on for a step alone, `--instructions` counts one.
 """
 
 import argparse
 import ctypes
 import gc
+import resource
 import statistics
 import sys
 import time
@@ -16,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from peers.counted import instructions
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -28,6 +34,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--turns", action="store_true", help="wait for a line before every step")
+    parser.add_argument("--instructions", type=Path, help="callgrind's output, if it runs this")
     return parser
 
 
@@ -58,11 +65,15 @@ def measure(step: Callable[[], Any], args: argparse.Namespace) -> dict[str, floa
     Args:
         step: one forward and backward pass.
         args: what `arguments` parsed.
+
+    Returns:
+        cpu_s, of it sys_s in the kernel, wall_s, activation_mb, minor_faults (pages of memory that
+        the kernel gave) and, with --instructions, these.
     """
     cuda = args.device.startswith("cuda")
     for _ in range(args.warmup):
         step()
-    cpu, wall, memory = [], [], []
+    cpu, wall, memory, kernel, faults = [], [], [], [], []
     for _ in range(args.steps):
         if args.turns:
             settle()  # or all that wait hold what their last step has freed
@@ -74,16 +85,23 @@ def measure(step: Callable[[], Any], args: argparse.Namespace) -> dict[str, floa
         else:
             settle()
             before = status("VmRSS")
+        own = resource.getrusage(resource.RUSAGE_SELF)
         c, t = time.process_time(), time.perf_counter()
         step()
         if cuda:
             torch.cuda.synchronize()
         cpu.append(time.process_time() - c)
         wall.append(time.perf_counter() - t)
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        kernel.append(after.ru_stime - own.ru_stime)
+        faults.append(after.ru_minflt - own.ru_minflt)
         peak = torch.cuda.max_memory_allocated() if cuda else status("VmHWM")
         memory.append(peak - before)
-    return {
+    counted = {"instructions": instructions(step, args.instructions)} if args.instructions else {}
+    return counted | {
         "cpu_s": statistics.median(cpu),
+        "sys_s": statistics.median(kernel),
+        "minor_faults": statistics.median(faults),
         "wall_s": statistics.median(wall),
         "activation_mb": statistics.median(memory) / 2**20,
     }

@@ -5,12 +5,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from shutil import which
 
 import parity
 import pytest
 import torch
 import train_step
 from our_step import packed
+from peers.counted import callgrind
 from peers.inputs import Shape, load, make_chats, make_weights, save, vocabulary
 from peers.measure import arguments, measure
 
@@ -78,8 +80,9 @@ def test_our_step_prints_one_line_of_json(file: Path) -> None:
 def test_steps_take_turns(file: Path) -> None:
     """One step for every line that a process is given, and nothing before it."""
     args = argparse.Namespace(
-        shape=vars(SHAPE), threads=1, steps=2, device="cpu", peers_python=None
-    )
+        shape=vars(SHAPE), threads=1, steps=2, device="cpu", peers_python=None, apart=False,
+        instructions=False,
+    )  # fmt: skip
     first, second = (train_step.Step("our_step", file, args) for _ in range(2))
     try:
         assert first.said == second.said == "ready\n"
@@ -89,9 +92,13 @@ def test_steps_take_turns(file: Path) -> None:
         second.take_turn()
         assert json.loads(first.said)["who"] == "ours"
         assert second.said == "ready\n"
+        second.process.kill()
+        with pytest.raises(SystemExit, match=r"ended by SIGKILL, .* --apart holds"):
+            second.take_turn()
     finally:
         first.end()
         second.end()
+    args.apart = True
     found = train_step.run(file, args, ("our_step",), ("our_step", "--checkpointing"))
     assert [each["who"] for each in found] == ["ours", "ours+checkpointing"]
     with pytest.raises(SystemExit, match=r"our_step failed:(.|\n)*unrecognized arguments: --no"):
@@ -109,3 +116,20 @@ def test_activation_memory_is_what_a_step_holds() -> None:
     found = measure(step, arguments("").parse_args(["-", "--steps", "3"]))
     assert 100 < found["activation_mb"] < 180
     assert found["cpu_s"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not which("valgrind"), reason="there is no valgrind")
+def test_twice_the_work_has_twice_the_instructions(tmp_path: Path) -> None:
+    """Whatever else the machine does, and without what the process does around a step."""
+    counts = f"""
+from pathlib import Path
+from shutil import which
+from peers.counted import instructions
+out = Path({str(tmp_path / "out")!r})
+print(*(instructions(lambda: sum(range(n)), out) for n in (10**5, 10**6)))
+"""
+    command = [*callgrind(tmp_path / "out"), sys.executable, "-c", counts]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    few, many = map(int, done.stdout.split())
+    assert 6 < many / few < 11
