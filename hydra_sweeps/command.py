@@ -118,5 +118,4 @@ def report(dotted: str | None, master: DictConfig, sweep_dir: Path) -> None:
     try:
         resolve_name(dotted)(without_hydra(master), sweep_dir)
     except (Exception, SystemExit) as error:
-        command = f"python report.py sweep={sweep_dir}"
-        log.warning(f"no report ({reason(error)}); to try again: {command}")
+        log.warning(f"no report: {reason(error)}")

@@ -6,12 +6,14 @@ report.md, report.csv and curves.csv into <sweep>; with run= into the run's fold
 """
 
 import logging
+import shlex
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from specforge_exp.artifacts import disk_errors
 from specforge_exp.config import Config, ReportConfig
+from specforge_exp.config.machine import script
 from specforge_exp.errors import InputError
 from specforge_exp.report.collect import ACCEPTED, Collected, collect
 from specforge_exp.report.page import page
@@ -53,11 +55,15 @@ def at_end(cfg: DictConfig, sweep_dir: str | Path) -> None:
     """The same at the end of a sweep, from the configuration that Hydra composed.
 
     Raises:
-        InputError: as `report`.
+        InputError: with the command that makes it later.
     """
     options = OmegaConf.to_object(OmegaConf.merge(ReportConfig, cfg.get("report") or {}))
     assert isinstance(options, ReportConfig)
-    make(Path(sweep_dir), options)
+    try:
+        make(Path(sweep_dir), options)
+    except Exception as error:
+        again = f"{script('report')} {shlex.quote(f'sweep={sweep_dir}')}"
+        raise InputError(f"{again} makes it later ({type(error).__name__}: {error})") from error
 
 
 def make(sweep_dir: Path, options: ReportConfig) -> None:

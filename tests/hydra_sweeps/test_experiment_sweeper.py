@@ -297,7 +297,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert "REPORTED sweep" in sweep(tmp_path, own, "kind=raises", code=1)[0]
     for wrong in (["note='no report'", own], ["hydra.sweeper.report=no.where"]):
         printed, errors = sweep(tmp_path, *wrong)
-        assert f"python report.py sweep={tmp_path}/sweep" in printed + errors
+        assert "no report: " in printed + errors
 
 
 def test_the_smallest_is_best(tmp_path: Path) -> None:

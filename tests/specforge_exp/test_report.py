@@ -351,6 +351,10 @@ def test_at_end_of_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     at_end(OmegaConf.create({"report": {"metric": "loss", "resamples": 20}}), str(sweep_dir))
     assert "held-out loss" in capsys.readouterr().out
     assert (sweep_dir / "report.html").is_file()
+    (sweep_dir / "report.html").unlink()
+    (sweep_dir / "report.html").mkdir()  # what the page cannot take the place of
+    with pytest.raises(InputError, match=f"report.py sweep={sweep_dir} makes it later"):
+        at_end(OmegaConf.create({"report": {"resamples": 20}}), sweep_dir)
 
 
 def script(*options: str) -> subprocess.CompletedProcess[str]:
