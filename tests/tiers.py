@@ -1,10 +1,10 @@
 """Runs the tests of one tier: `python tests/tiers.py fast`; without a name, lists the tiers.
 
 `all` is every tier, `rest` every one but `fast`. A tier is some folders and a marker. Its tests
-share two processes; of several tiers two run beside each other, in one process each, the longest
-first, so that one computes while the other waits. Tests marked `timing`, which assert how long
-something takes, then run alone in one. Only they are tried a second time, and whatever was is
-named at the end.
+share three processes; of several tiers three run beside each other, in one process each, the
+longest first: for two cores, so that two compute while one waits. Tests marked `timing`, which
+assert how long something takes, then run alone in one. Only they are tried a second time, and
+whatever was is named at the end.
 """
 
 import ctypes
@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NOTHING_COLLECTED = 5
 BESIDE = "--beside"
+AT_ONCE = 3
 TOGETHER = ("--dist", "loadfile", "--no-loadscope-reorder")
 SUBREAPER = 36
 """PR_SET_CHILD_SUBREAPER: orphans become this process's, so that their CPU time is counted."""
@@ -148,10 +149,10 @@ def main(names: list[str]) -> int:
     several = {"all": list(TIERS), "rest": [name for name in TIERS if name != "fast"]}
     chosen = [tier for name in names for tier in several.get(name, [name])]
     whole = [name for name in chosen if name == "fast" or len(chosen) == 1]
-    outcomes = [run(name, "-n", "2", *TOGETHER) for name in whole]
+    outcomes = [run(name, "-n", str(AT_ONCE), *TOGETHER) for name in whole]
     halves = sorted(set(chosen) - set(whole), key=lambda name: -TIERS[name].budget)
-    with ThreadPoolExecutor(2) as two:
-        outcomes += two.map(beside, halves)
+    with ThreadPoolExecutor(AT_ONCE) as some:
+        outcomes += some.map(beside, halves)
     outcomes += [alone(name) for name in halves]
     return 0 if all(outcomes) else 1
 

@@ -150,6 +150,7 @@ def test_a_server_gives_the_figures_of_this_process(
         bench(refused)
 
 
+@pytest.mark.slow
 def test_several_at_a_time_change_no_count(exported: Config) -> None:
     """SGLang's histogram, and each step of vLLM's, that come with every answer."""
     sglang = served(exported, concurrency=3, alone=False)

@@ -66,6 +66,7 @@ def stream(run: Config) -> Iterator[Stream]:
 
 @pytest.mark.ray
 @NEEDS_RAY
+@pytest.mark.slow
 def test_order_bound_and_loss(run: Config, stream: Stream, tiny_target: Target) -> None:
     """What is taken is what a process with the target computes, in the order of asking; states
     that the store has lost are asked for again; a slow trainer leaves the worker idle."""
@@ -102,6 +103,7 @@ def test_order_bound_and_loss(run: Config, stream: Stream, tiny_target: Target) 
 
 @pytest.mark.ray
 @NEEDS_RAY
+@pytest.mark.slow
 def test_a_conversation_that_always_fails_is_named(stream: Stream) -> None:
     stream.features({1: conversation_set([[1] * 4, [1] * 4])})
     stream.tokens[1].shards[0].ids[6] = 99_999  # the target has no such token
