@@ -54,16 +54,32 @@ class Fingerprint:
         return "".join(f"_{key.rpartition('.')[-1]}{new[key]}" for key in [*new][:3]) or "_2"
 
     def changes(self, record: dict[str, Any]) -> list[str]:
-        """What differs from the fingerprint that `record` (a run.json) holds, one line each."""
-        changes = []
-        for name, now in json.loads(json.dumps(self.settings)).items():
-            before = record.get("settings", {}).get(name)
-            if before != now:
-                changes.append(f"{name} was {before}, now {now}")
-        for name, now in self.inputs.items():
-            if record.get("inputs", {}).get(name) != now:
-                changes.append(f"{name} has changed")
+        """What differs from the fingerprint that `record` (a run.json) holds, one line each; an
+        option that one of both does not have is null there."""
+        changes, given = differing(self.settings, record), record.get("inputs", {})
+        for name in {**self.inputs, **given}:
+            if given.get(name) != self.inputs.get(name):
+                gone = name not in self.inputs
+                changes.append(f"{name} is not read any more" if gone else f"{name} has changed")
         return changes
+
+
+def differing(
+    settings: dict[str, Any], record: dict[str, Any], only: Iterable[str] | None = None
+) -> list[str]:
+    """What differs from the settings that `record` (a run.json) holds, one line each.
+
+    Args:
+        settings: those of now.
+        record: what is compared with them.
+        only: the settings to compare; None: all that one of both has.
+    """
+    now, before = json.loads(json.dumps(settings)), record.get("settings", {})
+    return [
+        f"{name} was {before.get(name)}, now {now.get(name)}"
+        for name in only or {**now, **before}
+        if before.get(name) != now.get(name)
+    ]
 
 
 def read_object(path: Path, again: str = "remove it and run again") -> dict[str, Any]:

@@ -28,11 +28,15 @@ def training_settings(cfg: Config) -> dict[str, Any]:
         settings |= {f"{group}.{key}": value for key, value in node.items() if key not in QUIET}
     if cfg.onpolicy.replays:
         settings |= {f"onpolicy.{key}": value for key, value in cfg.onpolicy.matters().items()}
-    else:
-        settings |= {"onpolicy.name": None}  # as records have it that know no replay
     if cfg.target.engine != "transformers":  # all others have the same states
         settings |= {f"target.{key}": vars(cfg.target)[key] for key in ("engine", "args")}
-    return settings | {"model.aux_layers": cfg.model.aux_layers}
+    return settings | packed_by(cfg) | {"model.aux_layers": cfg.model.aux_layers}
+
+
+def packed_by(cfg: Config) -> dict[str, Any]:
+    """The option that the last digits of the target's states depend on; {}: it is off."""
+    pack_tokens = cfg.target.pack_tokens
+    return {} if pack_tokens is None else {"target.pack_tokens": pack_tokens}
 
 
 def causal_settings(cfg: Config, stage: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from specforge_exp import paths
 from specforge_exp.artifacts import (
     Fingerprint,
     check,
+    differing,
     read_object,
     read_record,
     reusable,
@@ -81,6 +82,9 @@ class PromptSplit:
         return f"read {self.read} = {' + '.join(parts)}{cuts}"
 
 
+FILES = "number of local files"
+
+
 def prep(cfg: Config) -> Path:
     """Write train.jsonl and eval.jsonl of this data set; returns their folder."""
     folder = paths.prompts_dir(cfg)
@@ -95,7 +99,7 @@ def prep(cfg: Config) -> Path:
     if cfg.prep.check:
         return state(cfg, folder, settings)
     files = [file for source in [*cfg.data.train, *cfg.data.eval] for file in local_files(source)]
-    settings["number of local files"] = len(files)
+    settings[FILES] = len(files)
     fingerprint = Fingerprint({str(file): sha256(file) for file in files}, settings)
     if reusable(folder / "run.json", fingerprint, cfg.prep.force, "prep"):
         return folder
@@ -296,7 +300,8 @@ def state(cfg: Config, folder: Path, settings: dict[str, Any]) -> Path:
         "prep: %s: %s training and %s held-out conversations, %.1f MB, made %s",
         folder, counts.get("train", "?"), counts.get("eval", "?"), size, f"{when:%Y-%m-%d %H:%M}",
     )  # fmt: skip
-    changes = Fingerprint({}, settings).changes(record)
+    counted = {FILES: record["settings"].get(FILES)}  # they are looked at below
+    changes = differing(settings | counted, record)
     try:
         times = {
             str(file): file.stat().st_mtime

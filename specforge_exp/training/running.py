@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from specforge_exp import paths
-from specforge_exp.artifacts import Fingerprint, contents, describe, read_record, reusable
+from specforge_exp.artifacts import contents, describe, differing, read_record, reusable
 from specforge_exp.config import Config
 from specforge_exp.config.checks import shared_evenly
 from specforge_exp.config.machine import command
@@ -101,7 +101,7 @@ def settled(cfg: Config, stage: str, run: TrainingRun) -> Record | None:
 
 def check_tokens(tokens: Path, wanted: dict[str, Any]) -> None:
     """Refuse tokens that preprocess made with other options than these of the training."""
-    changes = Fingerprint({}, wanted).changes(read_record(tokens / "run.json"))
+    changes = differing(wanted, read_record(tokens / "run.json"), wanted)
     if changes:
         raise InputError(
             f"{tokens} was made with other options: {'; '.join(changes)}. Train with those, or "

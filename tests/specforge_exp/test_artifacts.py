@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from damage import DAMAGES, damaged
+from hypothesis import given
+from hypothesis import strategies as st
 
 from specforge_exp import artifacts, paths
 from specforge_exp.artifacts import Fingerprint, check, reusable, writing
@@ -42,6 +45,27 @@ def test_what_has_changed_is_named(tmp_path: Path, cfg: Config) -> None:
     assert "names" not in str(caught.value).split(";")[0]
     assert "prep.force=true" in str(caught.value)
     assert not reusable(folder / "run.json", TWO, True, "prep")
+
+
+NAMED = st.dictionaries(st.sampled_from("abcd"), st.sampled_from(["x", "y"]), max_size=4)
+
+
+@given(NAMED, NAMED, NAMED, NAMED)
+def test_what_is_not_there_any_more_has_changed_too(
+    settings: dict[str, Any], inputs: dict[str, str], held: dict[str, Any], read: dict[str, str]
+) -> None:
+    """An artifact is of today's options and inputs, all of them and no others."""
+    record = {"settings": held, "inputs": read}
+    changes = Fingerprint(inputs, settings).changes(record)
+    assert (not changes) == (settings == held and inputs == read)
+    reverse = Fingerprint(read, held).changes({"settings": settings, "inputs": inputs})
+    assert len(changes) == len(reverse)
+
+
+def test_an_option_that_is_null_by_itself_is_no_change() -> None:
+    """Options that are new since a record was written."""
+    assert Fingerprint({}, {"a": None}).changes({"settings": {}}) == []
+    assert Fingerprint({}, {}).changes({"settings": {"a": None}}) == []
 
 
 def test_interrupted_leaves_no_artifact(tmp_path: Path, cfg: Config) -> None:

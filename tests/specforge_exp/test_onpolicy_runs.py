@@ -159,6 +159,8 @@ def test_it_begins_with_another_run(base: Config, run: Config) -> None:
     assert first["sample0.tokens_KR"].T.shape == accepted_RK.shape
     last = load_file(step_folders(paths.run_dir(run))[-1] / "draft.safetensors")
     assert torch.equal(first["draft.fc.weight"], last["fc.weight"])
+    with pytest.raises(InputError, match=r"trainer.init is not read any more"):
+        train(replace(cfg, trainer=replace(trainer, init=None)))
     with pytest.raises(InputError, match=r"neither a run with a checkpoint"):
         train(replace(cfg, run_name="x", trainer=replace(trainer, init="nothing")))
     export(run)
