@@ -51,7 +51,7 @@ BUDGETS = {
     "hydra_plugins": 1_050,
     "specforge_exp": 224_800,
     "specforge_exp/data": 18_400,
-    "specforge_exp/target": 8_150,
+    "specforge_exp/target": 9_700,
     "specforge_exp/drafts": 44_800,
     "specforge_exp/training": 20_700,
     "specforge_exp/inference": 15_350,

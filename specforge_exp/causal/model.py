@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
-from specforge_exp.causal import packing
 from specforge_exp.causal.head import Ending, NextToken, RowValues, next_token_loss
 from specforge_exp.config import ModelConfig
 from specforge_exp.config.causal import CausalConfig
 from specforge_exp.drafts.rows import number_in_each
 from specforge_exp.errors import InputError
 from specforge_exp.sharding import save_shared_once
+from specforge_exp.target import packing
 from specforge_exp.target.anatomy import find_layers
 from specforge_exp.target.files import not_loadable
 from specforge_exp.target.loading import check_weights, from_files
@@ -190,11 +190,12 @@ def choose_attention(model: Any, decoder: Any, cfg: CausalConfig, device: torch.
     mine = packing.NAMES.get(own, own)
     several = [mine, own] if cfg.packing else [own]
     names = {"auto": several, "documents": [mine]}.get(cfg.attention, [cfg.attention])
-    for name in names:
-        model.set_attn_implementation(name)
-        if not cfg.packing or packing.follows(model, decoder, name != own and name == mine):
-            return name
-    raise InputError(
-        f"{model.config.model_type} does not keep packed conversations apart (attention: "
-        f"{', '.join(names)}); causal.packing=false runs them one by one"
-    )
+    if not cfg.packing:
+        model.set_attn_implementation(names[0])
+        return names[0]
+    if (found := packing.first_that_follows(model, decoder, names)) is None:
+        raise InputError(
+            f"{model.config.model_type} does not keep packed conversations apart (attention: "
+            f"{', '.join(names)}); causal.packing=false runs them one by one"
+        )
+    return found

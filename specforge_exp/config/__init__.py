@@ -189,6 +189,7 @@ class Config:
             "target.engine": (self.target.engine, "transformers"),
             "target.share": (self.target.share, "none"),
             "target.shard": (self.target.shard, False),
+            "target.pack_tokens": (self.target.pack_tokens, None),
             "trainer.shard": (self.trainer.shard, False),
         }
         if self.onpolicy.rolls:

@@ -26,6 +26,11 @@ class TargetConfig:
     """Share each of its layers among the processes of trainer.gpus, by transformers' tensor
     parallelism: for a target that does not fit one GPU. All of them then run every conversation."""
 
+    pack_tokens: int | None = None
+    """inprocess: tokens of conversations that it reads in one forward, apart from each other:
+    fewer, larger operations. The last digits of a conversation's states then depend on what it is
+    read with, so on trainer.gpus too. null: one by one."""
+
     placement: str = "inprocess"
     """inprocess: each trainer has the target; ray: it runs in workers of their own, on other GPUs,
     and the trainers hold none of it (docs/ray.md). Changes no number."""
@@ -67,6 +72,9 @@ class TargetConfig:
         minimums(self, "target.", workers=1, tp_size=1)
         above_zero("target.buffer_gb", self.buffer_gb)
         above_zero("target.share_patience", self.share_patience)
+        minimums(self, "target.", pack_tokens=1)
+        if self.pack_tokens is not None:
+            self.check_packing()
         if self.shard and self.cache == "memory":
             raise InputError(
                 "target.shard=true needs target.cache=none or disk: with memory each process would "
@@ -115,6 +123,23 @@ class TargetConfig:
         if self.placement == "inprocess" and any(given.values()):
             key = next(key for key, value in given.items() if value)
             raise InputError(f"target.{key} needs target.placement=ray")
+
+    def check_packing(self) -> None:
+        """Refuse what conversations read together do not go with."""
+        needed = {"cache": self.cache != "memory", "shard": not self.shard}
+        needed["placement"] = self.placement == "inprocess"
+        reasons = {
+            "cache": "states kept would be those of other company after an interruption; disk "
+            "packs the same conversations always",
+            "shard": "processes that share a target read one conversation at a time",
+            "placement": "workers read one conversation at a time",
+        }
+        for key, fits in needed.items():
+            if not fits:
+                raise InputError(
+                    f"target.pack_tokens={self.pack_tokens} and target.{key}="
+                    f"{str(vars(self)[key]).lower()} exclude each other: {reasons[key]}"
+                )
 
     @property
     def gpus(self) -> int:

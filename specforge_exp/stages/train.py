@@ -27,7 +27,7 @@ from specforge_exp.artifacts import (
 from specforge_exp.config import Config, LossConfig, locate
 from specforge_exp.config.checks import shared_evenly
 from specforge_exp.config.onpolicy import ProposedTerms
-from specforge_exp.config.settings import training_settings
+from specforge_exp.config.settings import packed_by, training_settings
 from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
@@ -279,9 +279,9 @@ def states_of(
         sent_for = stream.features(splits_by_sign)
         return remembered(sent_for) if cfg.target.cache == "memory" else sent_for
 
-    def features(ids_1T: Tensor) -> tuple[Tensor, Tensor]:
-        return target.features(ids_1T.to(target.device))
-
+    if cfg.target.pack_tokens is not None:
+        target.take_packing()
+    features = partial(target.states, most=cfg.target.pack_tokens)
     together = cfg.target.shard and run.ranks.world > 1
     if cfg.target.cache == "none":
         return computed_together(features, run.ranks) if together else computed(features)
@@ -291,7 +291,8 @@ def states_of(
     made_of = Fingerprint(
         run.fingerprint.inputs,
         {"model.path": cfg.model.path, "model.aux_layers": target.aux_layers,
-         "model.dtype": str(target.model.dtype), "max_length": cfg.max_length},
+         "model.dtype": str(target.model.dtype), "max_length": cfg.max_length,
+         **packed_by(cfg)},
     )  # fmt: skip
     make_cache(folder, features, splits_by_sign, made_of, run.ranks, together)
     target.forget_layers()

@@ -82,6 +82,7 @@ def make_ends(
         fetch_layers: asks for weights of the last layers.
     """
     return Ends(
-        SimpleNamespace(**parts["model"]), parts["aux_layers"], parts["head"]["tokens"], weights,
-        parts["head"], parts["same_norm"], parts["parameters"], fetch_layers,
+        SimpleNamespace(**parts["model"]), parts["aux_layers"], parts["head"]["tokens"],
+        weights=weights, numbers=parts["head"], same_norm=parts["same_norm"],
+        counted=parts["parameters"], fetch_layers=fetch_layers,
     )  # fmt: skip

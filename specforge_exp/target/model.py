@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T tokens, H hidden, A auxiliary states, V vocabulary, N rows.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
+from transformers.utils import is_flash_attn_2_available
 
 from specforge_exp.errors import InputError
 from specforge_exp.sharding import whole
+from specforge_exp.target import packing
 from specforge_exp.target.anatomy import (
     few_tokens,
     find_layers,
@@ -33,6 +36,8 @@ class Target:
     aux_layers: list[int]
     tokens: int | None = None
     """How many ids the tokenizer has; None: as many as the model."""
+    documents: bool = False
+    """Whether its attention is `packing.by_document`."""
 
     @property
     def device(self) -> torch.device:
@@ -116,11 +121,59 @@ class Target:
             ids_BT: tokens; padding belongs on the right, where causal attention hides it.
             cache: keys and values of the tokens before these; extended in place.
         """
-        with outputs_of({index: self.layers[index] for index in self.aux_layers}) as captured:
+        with self.captured() as captured:
             out = self.decoder(ids_BT, past_key_values=cache, use_cache=cache is not None)
         last_BTH: Tensor = out.last_hidden_state
-        aux = [captured[i] for i in self.aux_layers]
-        return torch.cat(aux, -1) if aux else last_BTH[..., :0], last_BTH
+        return self.joined(captured, last_BTH), last_BTH
+
+    def captured(self) -> AbstractContextManager[dict[int, Tensor]]:
+        """What the layers that feed the draft put out meanwhile, by their numbers."""
+        return outputs_of({index: self.layers[index] for index in self.aux_layers})
+
+    def joined(self, captured: dict[int, Tensor], last: Tensor) -> Tensor:
+        """Auxiliary states [..., A] of what was captured beside last states [..., H]."""
+        aux = [captured[index].view_as(last) for index in self.aux_layers]
+        return torch.cat(aux, -1) if aux else last[..., :0]
+
+    def take_packing(self) -> None:
+        """Use an attention that keeps packed conversations apart.
+
+        Raises:
+            InputError: it has none.
+        """
+        own: str = self.text._attn_implementation
+        names = [packing.NAMES.get(own, own), own]
+        if self.device.type == "cuda" and is_flash_attn_2_available():
+            names.insert(0, "flash_attention_2")
+        name = packing.first_that_follows(self.model, self.decoder, list(dict.fromkeys(names)))
+        if name is None:
+            raise InputError(
+                f"{self.text.model_type} does not keep packed conversations apart (attention: "
+                f"{', '.join(names)}); target.pack_tokens=null runs them one by one"
+            )
+        self.documents = name in packing.NAMES.values()
+
+    @torch.no_grad()
+    def states(self, texts: list[Tensor], most: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """`features` of conversations [T], each seeing itself alone: [T, A] and [T, H].
+
+        Args:
+            texts: their tokens.
+            most: tokens of those in one forward, after `take_packing`; None: one by one.
+        """
+        if most is None:
+            pairs = [self.features(ids_T[None].to(self.device)) for ids_T in texts]
+            return [(aux_1TA[0], last_1TH[0]) for aux_1TA, last_1TH in pairs]
+        sizes = list(map(len, texts))
+        states: dict[int, tuple[Tensor, Tensor]] = {}
+        for numbers in packing.together(sizes, most):
+            lengths = [sizes[n] for n in numbers]
+            ids_T = torch.cat([texts[n] for n in numbers]).to(self.device)
+            with self.captured() as captured:
+                last_TH = packing.last_states(self.decoder, ids_T, lengths, self.documents)
+            parts = (x_TH.split(lengths) for x_TH in (self.joined(captured, last_TH), last_TH))
+            states |= dict(zip(numbers, zip(*parts, strict=True), strict=True))
+        return [states[number] for number in range(len(texts))]
 
     def check_states(self) -> None:
         """Refuse a target whose layers give no states of its width to feed a draft with.

@@ -18,6 +18,7 @@ from torch import Tensor
 from specforge_exp.config import Config, TrainerConfig
 from specforge_exp.data.stream import RowStream, TextRow
 from specforge_exp.data.tokens import Ints, TokenSet
+from specforge_exp.target.packing import together
 from specforge_exp.training.ranks import Ranks
 
 
@@ -97,21 +98,11 @@ def lay_out(
     With `pack_tokens` longest-first into the first forward with room, else into `accumulate`
     parts. A conversation longer than `pack_tokens` is a forward of its own.
     """
-    longest_first = sorted(numbers, key=lambda n: (-lengths[n], n))
     if cfg.pack_tokens is None:
+        longest_first = sorted(numbers, key=lambda n: (-lengths[n], n))
         parts = [longest_first[i :: cfg.accumulate] for i in range(cfg.accumulate)]
         return [part for part in parts if part]
-    forwards: list[list[int]] = []
-    room: list[int] = []
-    for number in longest_first:
-        fits = next((i for i, left in enumerate(room) if left >= lengths[number]), None)
-        if fits is None:
-            forwards.append([])
-            room.append(cfg.pack_tokens)
-            fits = len(room) - 1
-        forwards[fits].append(number)
-        room[fits] -= lengths[number]
-    return forwards
+    return together({number: int(lengths[number]) for number in numbers}, cfg.pack_tokens)
 
 
 def make_batch(

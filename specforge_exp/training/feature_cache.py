@@ -118,7 +118,7 @@ def make_cache(
         if any(ranks.gather(there)):
             return
         shards = plan(splits, SHARD_TOKENS)
-        sizes = [x.shape[-1] * x.element_size() for x in target(torch.zeros(1, 1).long())]
+        sizes = [x.shape[-1] * x.element_size() for x in target([torch.zeros(1).long()])[0]]
         if first:
             announce(folder, splits, shards, sizes)
             write_record(made_of, vars(fingerprint))
@@ -176,11 +176,10 @@ def shard_states(
 ) -> dict[str, Tensor]:
     """Compute one shard."""
     aux, last = [], []
-    for sign, number in shard:
-        ids, turns = splits[sign][number]
-        aux_1TA, last_1TH = target(ids[None])
-        aux.append(aux_1TA[0].cpu())
-        last.append(last_1TH[0].cpu()[compared(turns)])
+    texts, turns = zip(*(splits[sign][number] for sign, number in shard), strict=True)
+    for (aux_TA, last_TH), turns_T in zip(target(list(texts)), turns, strict=True):
+        aux.append(aux_TA.cpu())
+        last.append(last_TH.cpu()[compared(turns_T)])
     return {"aux": torch.cat(aux), "last": torch.cat(last)}
 
 

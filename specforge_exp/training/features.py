@@ -4,7 +4,8 @@ They are had in two steps: `ask` sends for those of some batches, what it return
 they may be on their way while others are trained on, always in the order they were asked for.
 
 The target sees one conversation at a time, whatever the batch: so its states do not depend on
-what a conversation is trained with, and what was kept is to the bit what would be computed.
+what a conversation is trained with, and what was kept is to the bit what would be computed. With
+target.pack_tokens it sees several, apart from each other, and they do in their last digits.
 
 Shape suffixes: T packed tokens, H hidden, A auxiliary states.
 """
@@ -25,8 +26,9 @@ States = list[tuple[Tensor, Tensor]]
 """For each batch auxiliary states [T, A] and post-norm last states [T, H]."""
 Take = Callable[[], States]
 """Waits for what was asked for, and gives it; once."""
-HiddenStates = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""tokens [1, T] -> auxiliary states [1, T, A] and post-norm last states [1, T, H]."""
+HiddenStates = Callable[[list[Tensor]], States]
+"""tokens [T] of conversations -> auxiliary states [T, A] and post-norm last states [T, H] of
+each."""
 Thing = TypeVar("Thing")
 
 
@@ -119,15 +121,16 @@ def conversations(batch: Batch) -> tuple[Tensor, ...]:
 def computed(target: HiddenStates) -> Features:
     """Run the target every time."""
 
-    def run(ids_T: Tensor) -> tuple[Tensor, Tensor]:
-        aux_1TA, last_1TH = target(ids_T[None])
-        return aux_1TA[0], last_1TH[0]
+    def compute(batches: list[Batch]) -> States:
+        return rejoined(batches, target([ids_T for b in batches for ids_T in conversations(b)]))
 
-    return Features(
-        lambda batches: (
-            lambda: [joined([run(ids_T) for ids_T in conversations(batch)]) for batch in batches]
-        )
-    )
+    return Features(lambda batches: lambda: compute(batches))
+
+
+def rejoined(batches: list[Batch], states: States) -> States:
+    """Of batches, from those of all their conversations."""
+    following = iter(states)
+    return [joined([next(following) for _ in batch.lengths]) for batch in batches]
 
 
 def computed_together(target: HiddenStates, ranks: Ranks) -> Features:
@@ -138,11 +141,9 @@ def computed_together(target: HiddenStates, ranks: Ranks) -> Features:
         states: States = []
         for rank, theirs in enumerate(ranks.gather(mine)):
             for ids in theirs:
-                aux_1TA, last_1TH = target(torch.tensor([ids]))
-                if rank == ranks.rank:
-                    states.append((aux_1TA[0], last_1TH[0]))
-        following = iter(states)
-        return [joined([next(following) for _ in batch.lengths]) for batch in batches]
+                one = target([torch.tensor(ids)])
+                states += one if rank == ranks.rank else []
+        return rejoined(batches, states)
 
     return Features(lambda batches: lambda: compute(batches))
 

@@ -258,11 +258,11 @@ def test_states_that_are_kept_are_nobodys_to_change(
     """R26: what a step does to its states, alone or beside others, is not in the next epoch's."""
     tokens = conversation_set([[0, 1, 1, 1], [1] * 6])
     batch = make_batch(tokens, together, CPU, draw=1)
-    lookup = remembered(computed(target.features))
+    lookup = remembered(computed(target.states))
     if cache == "disk":
         splits = {1: tokens}
         [shard] = shards = plan(splits, 99)
-        states = shard_states(target.features, splits, shard)
+        states = shard_states(target.states, splits, shard)
         write_shard(tmp_path / "00000.safetensors", states, "")
         (tmp_path / "index.json").write_text(json.dumps(index_of(splits, shards)))
         lookup = from_disk(tmp_path, 3, target.embed_VH.shape[1])

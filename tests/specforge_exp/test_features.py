@@ -25,7 +25,14 @@ from specforge_exp.stages.train import train
 from specforge_exp.target import Target
 from specforge_exp.training.batches import Batch, make_batch
 from specforge_exp.training.feature_cache import compared, is_whole, plan, write_shard
-from specforge_exp.training.features import Features, Take, computed, in_order, remembered
+from specforge_exp.training.features import (
+    Features,
+    States,
+    Take,
+    computed,
+    in_order,
+    remembered,
+)
 
 CPU = torch.device("cpu")
 
@@ -171,16 +178,16 @@ def test_the_target_sees_one_conversation_at_a_time(random_target: Target) -> No
     """Its states do not depend on the batch, and memory asks once per conversation."""
     calls: list[int] = []
 
-    def features(ids: Tensor) -> tuple[Tensor, Tensor]:
-        calls.append(ids.shape[1])
-        return random_target.features(ids)
+    def states(texts: list[Tensor]) -> States:
+        calls.extend(map(len, texts))
+        return random_target.states(texts)
 
     tokens = conversation_set([[1] * 5, [1] * 9, [1] * 7])
     together, alone = (make_batch(tokens, n, CPU, draw=1) for n in ([0, 1, 2], [1]))
-    ((aux, last),) = computed(features).ask([together])()
-    assert torch.equal(aux[5:14], computed(features).ask([alone])()[0][0])
+    ((aux, last),) = computed(states).ask([together])()
+    assert torch.equal(aux[5:14], computed(states).ask([alone])()[0][0])
     calls.clear()
-    lookup = remembered(computed(features))
+    lookup = remembered(computed(states))
     for _ in range(2):
         (found,) = lookup.ask([together])()
         assert torch.equal(found[0], aux)

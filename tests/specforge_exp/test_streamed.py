@@ -72,7 +72,7 @@ def test_order_bound_and_loss(run: Config, stream: Stream, tiny_target: Target) 
     that the store has lost are asked for again; a slow trainer leaves the worker idle."""
     _, splits = read_tokens(paths.tokens_dir(run))
     source = stream.features({1: splits.train, -1: splits.eval})
-    live = computed(tiny_target.features)
+    live = computed(tiny_target.states)
 
     def windows() -> Iterator[tuple[list[int], list[Any]]]:
         for first in range(0, 12, 2):

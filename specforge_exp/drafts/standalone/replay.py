@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from specforge_exp.causal import packing
 from specforge_exp.drafts.replay import ReplayChains
 from specforge_exp.drafts.rows import document_bounds
+from specforge_exp.target import packing
 from specforge_exp.target.segments import seeing
 from specforge_exp.training.objective import Replay, Sample
 

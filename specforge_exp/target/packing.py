@@ -10,6 +10,7 @@ Shape suffixes: B batch, T packed tokens, S heads, E size of a head, H hidden.
 """
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ NAMES = {"sdpa": "documents", "eager": "documents_eager"}
 LENGTHS = [5, 1, 9, 3]
 """Of the conversations that `follows` packs."""
 TOLERANCE = 1e-4
+"""In fp32. Narrower numbers differ by more than this anyway: there packed conversations must be
+eight times nearer to themselves alone than to one long text."""
 
 
 def by_document(
@@ -91,12 +94,47 @@ def follows(model: Any, decoder: Any, documents: bool) -> bool:
     """Whether packed conversations give the states that they give one by one."""
     size = model.config.get_text_config().vocab_size
     ids_T = torch.arange(7, 7 + sum(LENGTHS), device=model.device) * 31 % size
+
+    def states(lengths: list[int]) -> Tensor:
+        return last_states(decoder, ids_T, lengths, documents).float()
+
     try:
-        packed_TH = last_states(decoder, ids_T, LENGTHS, documents)
+        packed_TH, text_TH = states(LENGTHS), states([len(ids_T)])
         alone = [
             last_states(decoder, part, [len(part)], documents) for part in ids_T.split(LENGTHS)
         ]
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
-    difference = (packed_TH - torch.cat(alone)).norm() / packed_TH.norm()
-    return bool(difference <= TOLERANCE)
+    alone_TH = torch.cat(alone).float()
+    apart = float((packed_TH - alone_TH).norm() / alone_TH.norm())
+    if model.dtype == torch.float32:
+        return apart <= TOLERANCE
+    return 8 * apart <= float((text_TH - alone_TH).norm() / alone_TH.norm())
+
+
+def first_that_follows(model: Any, decoder: Any, names: list[str]) -> str | None:
+    """The first of these attentions with which a model keeps packed conversations apart; it has
+    it then. None: with none of them, and it has the last."""
+    register()
+    for name in names:
+        model.set_attn_implementation(name)
+        if follows(model, decoder, name in NAMES.values()):
+            return name
+    return None
+
+
+def together(lengths: Sequence[int] | Mapping[int, int], most: int) -> list[list[int]]:
+    """Conversations by number, longest first each in the first forward of `most` tokens that has
+    room; a longer one is a forward of its own."""
+    numbers = lengths.keys() if isinstance(lengths, Mapping) else range(len(lengths))
+    forwards: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(numbers, key=lambda n: (-lengths[n], n)):
+        fits = next((i for i, left in enumerate(room) if left >= lengths[number]), None)
+        if fits is None:
+            forwards.append([])
+            room.append(most)
+            fits = len(room) - 1
+        forwards[fits].append(number)
+        room[fits] -= lengths[number]
+    return forwards
