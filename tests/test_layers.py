@@ -49,7 +49,7 @@ BUDGETS = {
     "modal_sweep": 33_000,
     "hydra_sweeps": 28_580,
     "hydra_plugins": 1_050,
-    "specforge_exp": 224_800,
+    "specforge_exp": 224_900,
     "specforge_exp/data": 18_400,
     "specforge_exp/target": 9_700,
     "specforge_exp/drafts": 44_800,
@@ -59,7 +59,7 @@ BUDGETS = {
     "specforge_exp/bench": 10_770,
     "specforge_exp/report": 18_500,
     "specforge_exp/chat": 4_000,
-    "": 287_750,
+    "": 287_850,
     "specforge_exp/causal": 6_450,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be

@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specforge_exp.config import Config, locate
+from specforge_exp.config import Config
 from specforge_exp.errors import InputError
 from specforge_exp.inference.cluster import Fleet, fleet_of, given, join_fleet, reason, running
 from specforge_exp.inference.hub import Hub
 from specforge_exp.inference.split import Split, split_of
 from specforge_exp.paths import tokens_dir
-from specforge_exp.target import check_gpus, take_what_is_there, text_config
-from specforge_exp.target.loading import aux_layer_ids
+from specforge_exp.target import check_gpus, take_what_is_there
+from specforge_exp.target.loading import fed_by
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.features import Take
 from specforge_exp.training.ranks import Ranks
@@ -122,13 +121,11 @@ def refuse_unlike(configs: list[Config]) -> None:
     """
 
     def wanted(cfg: Config) -> dict[str, Any]:
-        feeds = partial(locate(cfg.draft._target_).target_layers, cfg.draft)
-        layers = text_config(cfg.model).num_hidden_layers
         parts = {"model": asdict(cfg.model), "target": asdict(cfg.target)}
         options = {f"{part}.{k}": v for part, node in parts.items() for k, v in node.items()}
         options |= {"device": cfg.device, "threads": cfg.threads, "engine.name": cfg.bench_engine}
         options |= {"trainer.gpus": cfg.trainer.gpus}
-        return options | {"model.aux_layers": aux_layer_ids(layers, cfg.model.aux_layers, feeds)}
+        return options | {"model.aux_layers": fed_by(cfg)}
 
     first = wanted(configs[0])
     for cfg in configs[1:]:

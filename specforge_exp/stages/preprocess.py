@@ -33,6 +33,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.inputs import require
 from specforge_exp.records import write_json
 from specforge_exp.target import check_length, text_config
+from specforge_exp.target.loading import fed_by
 from specforge_exp.training.learnable import listed, nothing_to_learn, refuse_nothing
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,10 @@ def preprocess(cfg: Config) -> Path:
     fingerprint = Fingerprint(inputs, settings)
     if reusable(folder / "run.json", fingerprint, cfg.preprocess.force, "preprocess"):
         return folder
+    try:
+        fed_by(cfg)
+    except InputError as error:
+        log.warning("preprocess: warning: these tokens train no draft, only models: %s", error)
     too_long = check_length(cfg.model, cfg.max_length)
     vocabulary = text_config(cfg.model).vocab_size
     size = cfg.draft.vocabulary(vocabulary)

@@ -30,7 +30,7 @@ from specforge_exp.generation.engine import Engine
 from specforge_exp.generation.openai_engine import OpenAIEngine
 from specforge_exp.generation.plan import make_plan
 from specforge_exp.generation.progress import Progress
-from specforge_exp.generation.rules import rules_of, sampling_of
+from specforge_exp.generation.rules import revision, rules_of, sampling_of
 from specforge_exp.generation.run import RateLimit, Regeneration, answer_missing
 from specforge_exp.generation.server_engine import ServerEngine, layout
 from specforge_exp.generation.store import Store
@@ -38,6 +38,7 @@ from specforge_exp.inputs import require
 from specforge_exp.interrupt import Interrupt
 from specforge_exp.serving.gpus import tp_size_of
 from specforge_exp.target import check_gpus
+from specforge_exp.target.loading import fed_by
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,10 @@ def unmet(check: Callable[[], object]) -> list[str]:
 
 
 def check_engine(cfg: Config) -> None:
-    """Refuse what a run would find out late: the servers' size, an account; InputError."""
+    """Refuse what a run, or train after it, would find out late: a target that has too few layers
+    for the draft, the servers' size, an account; InputError."""
+    if revision(cfg.model.path):  # what is on a hub alone is not fetched for this
+        fed_by(cfg)
     if cfg.engine.name not in ("modal", "sglang"):
         return
     tp_size_of(cfg)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
-from specforge_exp.config import ModelConfig
+from specforge_exp.config import Config, ModelConfig, locate
 from specforge_exp.errors import InputError
 from specforge_exp.target.files import not_loadable, text_config
 from specforge_exp.target.machine import DTYPES
@@ -30,6 +31,16 @@ def aux_layer_ids(
             raise InputError(f"model.aux_layers={chosen}: this target has layers 0..{layers - 1}")
         return list(chosen)
     return feeds(layers) if feeds else []
+
+
+def fed_by(cfg: Config) -> list[int]:
+    """`aux_layer_ids` of a run, by the target's config.json alone.
+
+    Raises:
+        InputError: as there, or config.json cannot be read.
+    """
+    feeds = partial(locate(cfg.draft._target_).target_layers, cfg.draft)
+    return aux_layer_ids(text_config(cfg.model).num_hidden_layers, cfg.model.aux_layers, feeds)
 
 
 def load_target(

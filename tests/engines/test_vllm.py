@@ -22,6 +22,7 @@ from urllib.request import urlopen
 
 import pytest
 from conftest import TINY
+from mending import NORM, OVERLAY, SPREAD
 from scipy.stats import chi2_contingency
 from test_bench_served import EXACT, figures, trained  # noqa: F401
 from test_server_engine import free_port
@@ -256,74 +257,6 @@ def test_regen_starts_vllm(trained: Config, by_itself: Config, tmp_path: Path) -
     ours = regenerated(trained, tmp_path / "here", EngineConfig(name="transformers"))
     del by_itself.engine.args["generation_config"]
     assert regenerated(trained, tmp_path / "there", by_itself.engine) == ours
-
-
-NORM = """
-import torch, vllm
-from vllm import _custom_ops as ops
-from vllm.platforms import current_platform
-current_platform.import_kernels()
-torch.manual_seed(0)
-key, weight = torch.randn(3, 7, 2, 32), torch.rand(3, 32) + 0.5
-found = torch.empty_like(key)
-ops.rms_norm(found, key, weight, 1e-6)
-normed = key * torch.rsqrt(key.pow(2).mean(-1, keepdim=True) + 1e-6)
-right = normed * weight[:, None, None]
-print("differs" if (found - right).abs().max() > 1e-3 else "right")
-"""
-"""A norm of several layers' keys at once, each with its own weight: what vLLM's DFlash asks for."""
-SPREAD = """
-import torch, vllm
-from vllm.platforms import current_platform
-current_platform.import_kernels()
-from vllm.utils import cpu_triton_utils
-found = torch.full((3,), 7.0)
-cpu_triton_utils._expand_kernel_impl(found, torch.tensor([0.5, 2.0]), torch.tensor([1, 3]), 0, 1)
-print("right" if found.tolist() == [0.5, 2.0, 2.0] else "differs")
-"""
-"""Requests' temperatures, dealt to their drafted tokens: what sampling with any draft asks for."""
-OVERLAY = """
-import importlib.abc, importlib.util, sys
-
-def custom_ops(module):
-    whole = module.rms_norm
-
-    def rms_norm(out, input, weight, epsilon):
-        if weight is None or weight.dim() < 2:
-            return whole(out, input, weight, epsilon)
-        for layer in range(len(weight)):
-            whole(out[layer], input[layer], weight[layer], epsilon)
-
-    module.rms_norm = rms_norm
-
-def cpu_triton_utils(module):
-    def spread(output, input_val, cu_num_tokens, replace_from, replace_to, MAX_NUM_TOKENS=None):
-        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1)).long()
-        values = input_val.masked_fill(input_val == replace_from, replace_to)
-        output.copy_(values.repeat_interleave(counts))
-
-    module._expand_kernel_impl = spread
-
-MENDED = {"vllm._custom_ops": custom_ops, "vllm.utils.cpu_triton_utils": cpu_triton_utils}
-
-class Mended(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name not in MENDED:
-            return None
-        mend = MENDED.pop(name)
-        spec = importlib.util.find_spec(name)
-        run = spec.loader.exec_module
-
-        def exec_module(module):
-            run(module)
-            mend(module)
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Mended())
-"""
-"""In every process of a server that finds it as sitecustomize: both of them, right."""
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,15 @@ def outcome(draft: DSpark, target: Target, sample: Sample, cfg: DSparkConfig = C
 
 
 @pytest.mark.parametrize("from_anchor", [True, False])
+def test_vllm_reads_what_the_anchor_says(target: Target, from_anchor: bool) -> None:
+    """Beside dflash_config: inside it vLLM refuses that of any draft."""
+    draft = small_draft(target, replace(CFG, sample_from_anchor=from_anchor))
+    config = draft.written(target, "")
+    assert config["sample_from_anchor"] is from_anchor
+    assert "sample_from_anchor" not in config["dflash_config"]
+
+
+@pytest.mark.parametrize("from_anchor", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_serving_is_training(target: Target, kind: str, from_anchor: bool, tmp_path: Path) -> None:
     """A decoder that picks the text's tokens has the training's logits, after a round trip."""

@@ -180,6 +180,17 @@ def test_target_without_chat_template(cfg: Config, source: Path, tmp_path: Path)
         preprocess(cfg)
 
 
+def test_a_target_too_shallow_for_the_draft(
+    cfg: Config, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A word, not the end: a model without a draft is taught by the same tokens."""
+    cfg.model.path = shutil.copytree(cfg.model.path, tmp_path / "m").as_posix()
+    file = tmp_path / "m" / "config.json"
+    shallow = {"num_hidden_layers": 6, "layer_types": ["full_attention"] * 6}
+    file.write_text(json.dumps(json.loads(file.read_text()) | shallow))
+    assert preprocess(cfg) and "train no draft, only models: the target has 6" in caplog.text
+
+
 def chats(count: int) -> list[Record]:
     """Conversations of different lengths; every fifth has no answer."""
     texts = (

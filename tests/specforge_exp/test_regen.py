@@ -253,6 +253,23 @@ def test_the_models_own_sampling(cfg: Config, tmp_path: Path) -> None:
     assert sampling_of(cfg).temperature == 0.0
 
 
+def test_a_target_too_shallow_for_the_draft(
+    cfg: Config, prompts: list[Record], tmp_path: Path
+) -> None:
+    """By its config.json alone, before a word is said: train would refuse it after all of them."""
+    config = json.loads((Path(cfg.model.path) / "config.json").read_text())
+    config |= {"num_hidden_layers": 6, "layer_types": config["layer_types"][:6]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cfg.model.path = str(tmp_path)
+    with pytest.raises(InputError, match=r"has 6 layers; .* at least 7.*model\.aux_layers"):
+        regen(cfg)
+    cfg.model.aux_layers = [0, 2, 6]
+    with pytest.raises(InputError, match=r"layers 0\.\.5"):
+        stage.check_engine(cfg)
+    cfg.model.aux_layers = [0, 2, 5]
+    stage.check_engine(cfg)
+
+
 def test_missing_prompts_name_the_command(cfg: Config) -> None:
     with pytest.raises(InputError, match=r"train\.jsonl does not exist.*python prep\.py"):
         regen(cfg)

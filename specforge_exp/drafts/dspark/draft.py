@@ -103,9 +103,11 @@ class DSpark(DFlash):
         return shape
 
     def written(self, target: Target, target_path: str) -> dict[str, Any]:
-        """config.json: DFlash's, and what vLLM reads of a DSpark draft beside it."""
-        config = self.config
-        return export_config(self, target, target_path) | {
+        """config.json: DFlash's, and what vLLM reads of a DSpark draft beside it; inside
+        `dflash_config` vLLM refuses `sample_from_anchor` of any draft."""
+        config, common = self.config, export_config(self, target, target_path)
+        common["dflash_config"].pop("sample_from_anchor", None)
+        return common | {
             "architectures": ["Qwen3DSparkModel"],
             **{name: getattr(config, name) for name in HEADS},
             "mask_token_id": config.mask_token_id,
