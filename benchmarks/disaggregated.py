@@ -168,9 +168,10 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def overhead(own: dict[str, Any], away: dict[str, Any], conversations: int) -> float:
-    """What a split costs, as a share of the worker's CPU; the trainer's part has these."""
-    share = conversations / away["worker_conversations"]
+def overhead(own: dict[str, Any], away: dict[str, Any], steps: int) -> float:
+    """What a split costs, as a share of the worker's CPU. The trainer's seconds hold the
+    conversations of all steps but the first, and those of the held-out round."""
+    share = ((steps - 1) * BATCH + HELD_OUT) / away["worker_conversations"]
     worker: float = share * away["worker_cpu_s"]
     both: float = away["trainer_cpu_s"] + worker + share * away["store_cpu_s"]
     beyond: float = both - own["trainer_cpu_s"]
@@ -202,9 +203,7 @@ def main() -> None:
     equal = len({tuple(result.pop("losses")) for result in results.values()}) == 1
     for name in ("ray", "mooncake"):
         if away := results.get(name):
-            away["overhead"] = overhead(
-                results["inprocess"], away, (args.steps - 1) * BATCH + HELD_OUT
-            )
+            away["overhead"] = overhead(results["inprocess"], away, args.steps)
     if not args.json:
         for kind, result in results.items():
             print(kind, *(f"{name} {value}" for name, value in result.items()), sep="  ")
