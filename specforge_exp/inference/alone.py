@@ -87,7 +87,8 @@ def said(cfg: Config, figures: dict[str, float]) -> str:
         "workers": "nothing was trained",
         "trainer": "the states were random numbers, so no loss means anything",
     }
-    listed = ", ".join(f"{name} {value:,.3f}" for name, value in figures.items())
+    numbers = {name: f"{value:,.3f}".rstrip("0").rstrip(".") for name, value in figures.items()}
+    listed = ", ".join(map(" ".join, numbers.items()))
     return f"target.alone={cfg.target.alone}: {listed}; {what[cfg.target.alone]}, nothing is kept"
 
 
