@@ -78,7 +78,7 @@ def train(cfg: Config) -> float | tuple[float, ...]:
     """
     if not started() and (cfg.target.dry_run or cfg.onpolicy.dry_run):
         return show_split(take_what_is_there(cfg))
-    parts = begin, train_here, workers_of(cfg), not cfg.keeps_nothing
+    parts = begin, train_here, workers_of(cfg), cfg.target.alone == "none"
     return objectives(cfg, in_processes("train", cfg, *parts))
 
 
@@ -156,7 +156,7 @@ def begin(cfg: Config, world: int) -> Record | None:
     tokens = require(cfg, "preprocess", "index.json")
     check_tokens(tokens, wanted_of(cfg))
     run = TrainingRun(paths.run_dir(cfg), fingerprint_of(cfg, tokens), Ranks(0, world))
-    if not cfg.keeps_nothing and (record := settled(cfg, "train", run)):
+    if cfg.target.alone == "none" and (record := settled(cfg, "train", run)):
         return record
     if cfg.target.share == "sweep":
         given()
