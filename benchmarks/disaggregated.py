@@ -1,16 +1,20 @@
 """The target in the trainer's process, from a disk cache, and in a worker whose states cross by
 Ray's store or by Mooncake's: what each costs.
 
-    python benchmarks/disaggregated.py [--json] [--model tiny|smollm2] [--steps 60]
+    python benchmarks/disaggregated.py [--json] [--model tiny|smollm2|FOLDER] [--steps 60]
 
 One trainer and one worker train EAGLE-3 on the same conversations with the same order, one run
 after the other; the losses must be equal to the bit. `tiny` is the target that comes with the
-repository; `smollm2` has the shape of SmolLM2-135M with random numbers, which cost the same.
-Reported are CPU seconds of the trainer from the first step to the last, of the worker and of Ray's
-and Mooncake's own processes from the worker's first conversation on, wall seconds of the whole
-command, and the most bytes of states held. `overhead` is what a split costs in trainer, worker and
-Mooncake's processes beyond the trainer that has the target itself, as a share of the worker's CPU.
-Without Mooncake its line is left out. The last line is JSON.
+repository; `smollm2` has the shape of SmolLM2-135M with random numbers, which cost the same; a
+folder is a model of its own. Reported are CPU seconds of the trainer from the end of the first step
+to the end of the training, the held-out round there included, of the worker and of Ray's and
+Mooncake's own processes from when the worker is ready, wall seconds of the whole command, and the
+most bytes of states held. `overhead` compares like with like: for the conversations that the
+trainer's seconds hold, those of the held-out round among them, what trainer, worker and Mooncake's
+processes take together beyond the trainer that has the target itself, as a share of the worker's
+own. Of a worker's seconds those are the conversations' share. Ray's own processes stand beside it:
+what they take goes with the wall's seconds. Runs beside other work do not compare, as CPU seconds
+rise with the load. Without Mooncake its line is left out. The last line is JSON.
 """
 
 import argparse
@@ -35,6 +39,9 @@ NAMES = {
 }
 TICKS = os.sysconf("SC_CLK_TCK")
 KINDS = ("launcher", "trainer", "worker", "ray", "store")
+BATCH = 8
+HELD_OUT = 8
+"""Conversations, evaluated once, at the end."""
 
 
 def smollm2(folder: Path) -> Path:
@@ -147,7 +154,7 @@ def measure(folder: Path, model: list[str], steps: int) -> dict[str, dict[str, A
         words = [
             "experiment=quickstart", *model, "loss=baseline", "target.cache=none",
             f"paths.datasets={folder / 'datasets'}", f"paths.checkpoints={run.parent}",
-            f"run_name={name}", f"max_steps={steps}", "epochs=9", "trainer.batch_size=8",
+            f"run_name={name}", f"max_steps={steps}", "epochs=9", f"trainer.batch_size={BATCH}",
             "trainer.log_every=1", "trainer.eval_every=9999", *options,
         ]  # fmt: skip
         results[name] = train(words, run / "metrics.jsonl")
@@ -161,9 +168,10 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def overhead(own: dict[str, Any], away: dict[str, Any], conversations: int) -> float:
-    """What a split costs, as a share of the worker's CPU; the trainer's part has these."""
-    share = conversations / away["worker_conversations"]
+def overhead(own: dict[str, Any], away: dict[str, Any], steps: int) -> float:
+    """What a split costs, as a share of the worker's CPU. The trainer's seconds hold the
+    conversations of all steps but the first, and those of the held-out round."""
+    share = ((steps - 1) * BATCH + HELD_OUT) / away["worker_conversations"]
     worker: float = share * away["worker_cpu_s"]
     both: float = away["trainer_cpu_s"] + worker + share * away["store_cpu_s"]
     beyond: float = both - own["trainer_cpu_s"]
@@ -174,16 +182,17 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="only the last line")
-    parser.add_argument("--model", choices=("tiny", "smollm2"), default="tiny")
+    parser.add_argument("--model", default="tiny", help="tiny, smollm2 or a folder")
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = ["preprocess.source=prep", "data.name=bench"]
-        for split, number in (("train", 8 * args.steps), ("eval", 8)):
+        for split, number in (("train", BATCH * args.steps), ("eval", HELD_OUT)):
             model.append(f"data.{split}=[{{path: 'synthetic:{split}', limit: {number}}}]")
-        if args.model == "smollm2":
-            model += ["model=local", f"model.path={smollm2(folder)}", "model.name=smollm2"]
+        if args.model != "tiny":
+            path = smollm2(folder) if args.model == "smollm2" else Path(args.model).resolve()
+            model += ["model=local", f"model.path={path}", "model.name=other"]
         for stage in ("prep", "preprocess"):
             words = ["experiment=quickstart", *model, f"paths.datasets={folder / 'datasets'}"]
             subprocess.run(
@@ -194,7 +203,7 @@ def main() -> None:
     equal = len({tuple(result.pop("losses")) for result in results.values()}) == 1
     for name in ("ray", "mooncake"):
         if away := results.get(name):
-            away["overhead"] = overhead(results["inprocess"], away, (args.steps - 1) * 8)
+            away["overhead"] = overhead(results["inprocess"], away, args.steps)
     if not args.json:
         for kind, result in results.items():
             print(kind, *(f"{name} {value}" for name, value in result.items()), sep="  ")

@@ -99,12 +99,13 @@ def recorded(cfg: DictConfig, config: Config) -> Iterator[None]:
     """Keep configuration and log of a single call in the folder of its run.
 
     Other stages have no such folder, and their artifact says in run.json what made it. A job of -m
-    has its record in the sweep. A refused call leaves no folder that was not there.
+    has its record in the sweep. A refused call leaves no folder that was not there, one that keeps
+    nothing touches none.
     """
     hydra, folder = HydraConfig.get(), paths.run_dir(config)
     stage, new = hydra.job.name, not folder.exists()
     stages = ("train",) if new else ("train", "export", "bench")
-    if stage not in stages or config.sweep:
+    if stage not in stages or config.sweep or config.keeps_nothing:
         yield
         return
     record = folder / ".hydra" / stage

@@ -75,8 +75,14 @@ def check_jobs(stage: str, jobs: Sequence[DictConfig]) -> None:
     A job whose configuration is not valid fails alone.
 
     Raises:
-        InputError: names what is missing, once, and the commands that make it, in order.
+        InputError: names what is missing, once, and the commands that make it, in order; or they
+            are no runs.
     """
+    if stage == "train" and any(job.target.alone != "none" for job in jobs):
+        raise InputError(
+            "target.alone is for one command without -m: it is no run, and a sweep would record it "
+            "as one; target.alone=none"
+        )
     missing: dict[Path, list[str]] = {}
     for job in jobs:
         with suppress(InputError):

@@ -54,7 +54,7 @@ TIERS = {
     "ray": Tier(
         "the target in workers of its own, killed everywhere",
         ("inference",),
-        450,
+        540,
         "slow or not slow",
     ),
     "bench": Tier("the benchmarks' own halves", ("benchmarks",), 115, "slow or not slow"),

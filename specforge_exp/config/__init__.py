@@ -21,6 +21,7 @@ from specforge_exp.config.checks import (
     check_objectives,
     finite,
     minimums,
+    refuse_others,
     safe_name,
 )
 from specforge_exp.config.choices import (
@@ -152,6 +153,8 @@ class Config:
             self.check_draft()
             if self.onpolicy.replays:
                 self.check_onpolicy()
+        if self.target.alone != "none":
+            self.check_alone()
 
     def check_draft(self) -> None:
         """Refuse what the draft cannot do."""
@@ -185,6 +188,7 @@ class Config:
         """Refuse what replay cannot go with: the target must run, with the draft whole."""
         self.draft.check_replay()
         needed = {
+            "target.alone": (self.target.alone, "none"),
             "target.cache": (self.target.cache, "none"),
             "target.engine": (self.target.engine, "transformers"),
             "target.share": (self.target.share, "none"),
@@ -194,13 +198,8 @@ class Config:
         }
         if self.onpolicy.rolls:
             needed["target.placement"] = (self.target.placement, "inprocess")
-        for key, (value, allowed) in needed.items():
-            if value != allowed:
-                raise InputError(
-                    f"onpolicy={self.onpolicy.name} needs {key}={str(allowed).lower()}, not "
-                    f"{str(value).lower()}: every process asks its own target to judge what its "
-                    "draft has just proposed"
-                )
+        why = "every process asks its own target to judge what its draft has just proposed"
+        refuse_others(f"onpolicy={self.onpolicy.name}", needed, why)
         length, steps = self.onpolicy.length, self.draft.replay_length
         if length is not None and length > steps:
             raise InputError(
@@ -208,6 +207,25 @@ class Config:
                 f"draft.{self.draft.steps_option}={vars(self.draft)[self.draft.steps_option]} is "
                 "trained on"
             )
+
+    def check_alone(self) -> None:
+        """Refuse what one side alone cannot go with: it neither reads a run nor leaves one."""
+        needed = {
+            "target.share": (self.target.share, "none"),
+            "target.dry_run": (self.target.dry_run, False),
+            "target.profile": (self.target.profile, []),
+            "trainer.resume": (self.trainer.resume, True),
+            "trainer.restarts": (self.trainer.restarts, 0),
+            "trainer.profile": (self.trainer.profile, []),
+            "trainer.dump": (self.trainer.dump, []),
+        }
+        why = "it is no run, and reads and writes none"
+        refuse_others(f"target.alone={self.target.alone}", needed, why)
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether train only shows what it would do, or tries one side of it."""
+        return self.target.dry_run or self.onpolicy.dry_run or self.target.alone != "none"
 
     @property
     def bench_engine(self) -> str:

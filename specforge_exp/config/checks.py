@@ -45,6 +45,15 @@ def minimums(options: Any, prefix: str, **least: float) -> None:
         at_least(prefix + name, vars(options)[name], minimum)
 
 
+def refuse_others(what: str, needed: dict[str, tuple[Any, Any]], why: str) -> None:
+    """Refuse an option that is not what another, `what`, needs: by key what it is and should be."""
+    for key, (value, allowed) in needed.items():
+        if value != allowed:
+            raise InputError(
+                f"{what} needs {key}={str(allowed).lower()}, not {str(value).lower()}: {why}"
+            )
+
+
 def shared_evenly(batch_size: int, processes: int, name: str) -> None:
     """Refuse a batch that would leave processes without a conversation, naming the sizes that fit.
 

@@ -63,12 +63,17 @@ class TargetConfig:
     profile: list[int] = field(default_factory=list)
     """ray, transformers: [start, calls]: torch.profiler over so many calls after the start-th of
     each worker, a trace of each in the run's folder, profile/; []: none."""
+    alone: str = "none"
+    """ray, for looking at one side, over max_steps steps, or 20: workers: states are asked for and
+    taken as fast as they come, nothing is trained; trainer: without workers, on random numbers in
+    the shape of states. Both print speeds and write nothing; none: a training."""
     dry_run: bool = False
     """ray: print which GPUs train and which run the target, and the buffer; start nothing."""
 
     def __post_init__(self) -> None:
         allow(self, "target.", cache="none memory disk", placement="inprocess ray")
         allow(self, "target.", engine="transformers vllm", store="ray mooncake", share="none sweep")
+        allow(self, "target.", alone="none workers trainer")
         minimums(self, "target.", workers=1, tp_size=1)
         above_zero("target.buffer_gb", self.buffer_gb)
         above_zero("target.share_patience", self.share_patience)
@@ -113,6 +118,7 @@ class TargetConfig:
             "dry_run": self.dry_run,
             "store": self.store != "ray",
             "share": self.share != "none",
+            "alone": self.alone != "none",
             "profile": bool(self.profile),
         }
         if self.share == "sweep" and self.store != "ray":

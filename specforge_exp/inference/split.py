@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from specforge_exp.config import Config
-from specforge_exp.data.tokens import read_split
-from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.inputs import require
 from specforge_exp.target import DTYPES, text_config
 from specforge_exp.training.batches import largest_share
 from specforge_exp.training.loop import EVAL_TOKENS
+from specforge_exp.training.running import read_tokens
 
 SHARED_MEMORY = Path("/dev/shm")
 SMALLEST_STORE = 80 * 2**20
@@ -82,10 +81,9 @@ def split_of(cfg: Config, trainers: int | None = None, runs: int = 1) -> Split:
         InputError: tokens are missing, or as `make_split`.
     """
     tokens = require(cfg, "preprocess", "index.json")
-    vocabulary = len(read_mapping(tokens / "vocab_mapping.pt")["t2d"])
-    train, held_out = (read_split(tokens, name, vocabulary) for name in ("train", "eval"))
-    forward = max(cfg.trainer.pack_tokens or EVAL_TOKENS, int(max(held_out.lengths, default=0)))
-    return make_split(cfg, trainers or int(cfg.trainer.gpus), train.lengths, forward, runs)
+    _, splits = read_tokens(tokens)
+    forward = max(cfg.trainer.pack_tokens or EVAL_TOKENS, int(max(splits.eval.lengths, default=0)))
+    return make_split(cfg, trainers or int(cfg.trainer.gpus), splits.train.lengths, forward, runs)
 
 
 def make_split(cfg: Config, trainers: int, lengths: Any, forward: int, runs: int = 1) -> Split:

@@ -53,8 +53,10 @@ def fleet_of_sweep(
             "target.share=sweep is for runs that go on at the same time on this machine: "
             f"hydra/launcher=basic and hydra.sweeper.n_jobs={len(configs)}, or as many as fit"
         )
-    own_token = TOKEN not in os.environ
-    os.environ.setdefault(TOKEN, secrets.token_hex(32))
+    # A cluster that is there has a secret of its own, perhaps in a file.
+    own_token = TOKEN not in os.environ and "RAY_ADDRESS" not in os.environ
+    if own_token:
+        os.environ[TOKEN] = secrets.token_hex(32)
     ours, theirs = get_context("spawn").Pipe()
     process = get_context("spawn").Process(target=keep, args=(theirs, configs, folder, places))
     try:

@@ -251,7 +251,8 @@ def read_folder(run: SweepRun, folder: Path) -> None:
         *((file.name, add_bench) for file in own_bench(run, folder)),
         ("tracker.json", add_tracker),
     ]
-    written = record_of(folder).get("files", {})
+    made = record_of(folder)  # a checkpoint's speaks of its own files, not of these
+    written = made.get("files", {}) if "evaluation" in made else {}
     for name, add in parts:
         file = folder / name
         if not file.is_file():
@@ -259,8 +260,12 @@ def read_folder(run: SweepRun, folder: Path) -> None:
         try:
             if name in written and content_of(file) != written[name]:
                 raise ValueError("it is not what run.json says was written")
-            lines = file.suffix == ".jsonl"
-            add(run, metric_lines(file) if lines else unsealed(json.loads(file.read_bytes())))
+            add(
+                run,
+                metric_lines(file)
+                if file.suffix == ".jsonl"
+                else unsealed(json.loads(file.read_bytes())),
+            )
         except (InputError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             plain = isinstance(error, InputError | OSError | ValueError)
             reason = str(error).replace(f"{file}:", "line ") if plain else repr(error)

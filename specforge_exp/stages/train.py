@@ -28,9 +28,8 @@ from specforge_exp.config import Config, LossConfig, locate
 from specforge_exp.config.checks import shared_evenly
 from specforge_exp.config.onpolicy import ProposedTerms
 from specforge_exp.config.settings import packed_by, training_settings
-from specforge_exp.data.tokens import read_split
-from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
+from specforge_exp.inference.alone import RandomStates, trainer_alone, workers_alone
 from specforge_exp.inference.cluster import Fleet, fleet_of, given
 from specforge_exp.inference.shared import SharedStream, joined
 from specforge_exp.inference.split import joins, split_of
@@ -64,6 +63,7 @@ from specforge_exp.training.running import (
     count,
     ended,
     in_processes,
+    read_tokens,
     settled,
 )
 from specforge_exp.training.streamed import Stream
@@ -78,12 +78,13 @@ def train(cfg: Config) -> float | tuple[float, ...]:
     """
     if not started() and (cfg.target.dry_run or cfg.onpolicy.dry_run):
         return show_split(take_what_is_there(cfg))
-    return objectives(cfg, in_processes("train", cfg, begin, train_here, workers_of(cfg)))
+    parts = begin, train_here, workers_of(cfg), cfg.target.alone == "none"
+    return objectives(cfg, in_processes("train", cfg, *parts))
 
 
 def workers_of(cfg: Config) -> Callable[[Config], AbstractContextManager[Any]] | None:
     """What the trainers share and outlives each of them; None: nothing."""
-    if cfg.target.placement != "ray":
+    if cfg.target.placement != "ray" or cfg.target.alone == "trainer":
         return None
     if cfg.target.share == "sweep":
         return joined
@@ -94,7 +95,9 @@ def train_here(cfg: Config, device: torch.device, ranks: Ranks) -> Record:
     """This process's part of a training that has not ended; the run's record."""
     with ExitStack() as stack:
         stream: Stream | None = None
-        if cfg.target.share == "sweep":
+        if cfg.target.alone == "trainer":
+            stream = RandomStates(cfg, device, ranks)
+        elif cfg.target.share == "sweep":
             stream = SharedStream(given(), device, cfg, ranks)
         elif cfg.target.placement == "ray":
             stream = Stream(fleet_in(cfg, ranks, stack), device)
@@ -107,6 +110,9 @@ def train_on(cfg: Config, device: torch.device, ranks: Ranks, stream: Stream | N
     run = TrainingRun(folder, fingerprint_of(cfg, tokens), ranks)
     mapping, splits = read_tokens(tokens)
     reasons = ranks.decided(partial(check_learnable, cfg, splits))
+    if stream and cfg.target.alone == "workers":
+        log.info("train: %s", workers_alone(cfg, splits, stream, ranks))
+        return {"evaluation": no_values(cfg)}
     target = stream.ends if stream else whole_target(cfg, device, ranks)
     draft = fresh_draft(cfg, target, device, ranks, mapping)
     log.info(
@@ -114,6 +120,10 @@ def train_on(cfg: Config, device: torch.device, ranks: Ranks, stream: Stream | N
         cfg.run_name, len(splits.train), len(splits.eval), count(draft) / 1e6,
         ranks.world, device,
     )  # fmt: skip
+    if stream and cfg.target.alone == "trainer":
+        objective = make_objective(cfg, draft, target, stream.features({}))
+        log.info("train: %s", trainer_alone(cfg, draft, objective, splits, ranks))
+        return {"evaluation": no_values(cfg)}
     folder.mkdir(parents=True, exist_ok=True)
     states = states_of(cfg, target, splits, run, stream)
     objective = make_objective(cfg, draft, target, states)
@@ -146,20 +156,13 @@ def begin(cfg: Config, world: int) -> Record | None:
     tokens = require(cfg, "preprocess", "index.json")
     check_tokens(tokens, wanted_of(cfg))
     run = TrainingRun(paths.run_dir(cfg), fingerprint_of(cfg, tokens), Ranks(0, world))
-    if record := settled(cfg, "train", run):
+    if cfg.target.alone == "none" and (record := settled(cfg, "train", run)):
         return record
     if cfg.target.share == "sweep":
         given()
     if warning := check_length(cfg.model, cfg.max_length):
         log.warning("train: warning: %s", warning)
     return None
-
-
-def read_tokens(tokens: Path) -> tuple[dict[str, Tensor], Splits]:
-    """The draft's vocabulary and the conversations."""
-    mapping = read_mapping(tokens / "vocab_mapping.pt")
-    names = ("train", "eval")
-    return mapping, Splits(*(read_split(tokens, name, len(mapping["t2d"])) for name in names))
 
 
 def show_split(cfg: Config) -> float | tuple[float, ...]:
@@ -175,7 +178,12 @@ def show_split(cfg: Config) -> float | tuple[float, ...]:
         lines += cost_lines(cfg, read_tokens(paths.tokens_dir(cfg))[1].train)
     for line in lines:
         log.info("train: %s", line)
-    return objectives(cfg, {"evaluation": dict.fromkeys(cfg.objectives, float("nan"))})
+    return objectives(cfg, {"evaluation": no_values(cfg)})
+
+
+def no_values(cfg: Config) -> dict[str, float]:
+    """What there is of `objectives` where nothing was trained to its end."""
+    return dict.fromkeys(cfg.objectives, float("nan"))
 
 
 def fleet_in(cfg: Config, ranks: Ranks, stack: ExitStack) -> Fleet:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from specforge_exp import paths
 from specforge_exp.artifacts import contents, describe, differing, read_record, reusable
 from specforge_exp.config import Config
 from specforge_exp.config.checks import shared_evenly
 from specforge_exp.config.machine import command
-from specforge_exp.data.tokens import TokenSet
+from specforge_exp.data.tokens import TokenSet, read_split
+from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.lease import lease
 from specforge_exp.records import metric_lines, write_record
@@ -26,7 +28,7 @@ from specforge_exp.training.checkpoint import (
     step_folder,
     step_folders,
 )
-from specforge_exp.training.loop import TrainingRun
+from specforge_exp.training.loop import Splits, TrainingRun
 from specforge_exp.training.ranks import (
     Ranks,
     by_torchrun,
@@ -51,6 +53,7 @@ def in_processes(
     begin: Begin,
     here: Here,
     workers: Callable[[Config], AbstractContextManager[Any]] | None = None,
+    writes: bool = True,
 ) -> Record:
     """Run a training, in `trainer.gpus` processes or in torchrun's; its record.
 
@@ -60,26 +63,28 @@ def in_processes(
         begin: what is settled before.
         here: a process's part.
         workers: what the processes share, entered before they are started; None: nothing.
+        writes: whether the run's folder is written to.
     """
     cfg = take_what_is_there(cfg)
     check_gpus(cfg, stage, 1 if started() else int(cfg.trainer.gpus))
     if not started() and (record := begin(cfg, 1)):
         return record
     apart = workers is not None or cfg.trainer.restarts or int(cfg.trainer.gpus) > 1
+    inside = partial(in_this_process, begin, here, writes)
     if apart and not started():
         with workers(cfg) if workers else nullcontext():
-            launched: Record = launch(partial(in_this_process, begin, here), cfg, here.__module__)
+            launched: Record = launch(inside, cfg, here.__module__)
         return launched
-    return in_this_process(begin, here, cfg)
+    return inside(cfg)
 
 
-def in_this_process(begin: Begin, here: Here, cfg: Config) -> Record:
+def in_this_process(begin: Begin, here: Here, writes: bool, cfg: Config) -> Record:
     """As `in_processes`, of one of them."""
     device = local_device(set_up_torch(cfg))
     ranks = join(device)
     if by_torchrun() and (record := ranks.decided(partial(begin, cfg, ranks.world))):
         return record
-    with nullcontext() if ranks.rank else lease(paths.run_dir(cfg)):
+    with nullcontext() if ranks.rank or not writes else lease(paths.run_dir(cfg)):
         return here(cfg, device, ranks)
 
 
@@ -97,6 +102,13 @@ def settled(cfg: Config, stage: str, run: TrainingRun) -> Record | None:
     if reusable(record, run.fingerprint, False, stage, OVER) and not torn(run.folder, stage):
         return read_record(record)
     return None
+
+
+def read_tokens(tokens: Path) -> tuple[dict[str, Tensor], Splits]:
+    """The draft's vocabulary and the conversations."""
+    mapping = read_mapping(tokens / "vocab_mapping.pt")
+    names = ("train", "eval")
+    return mapping, Splits(*(read_split(tokens, name, len(mapping["t2d"])) for name in names))
 
 
 def check_tokens(tokens: Path, wanted: dict[str, Any]) -> None:

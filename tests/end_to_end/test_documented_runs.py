@@ -48,6 +48,7 @@ OWN = {
     "theirs draft=dflash": "theirs", "draft=dspark trainer.init=theirs": "trainer.init=theirs",
 }  # fmt: skip
 """What a reader has instead of what is written."""
+ON_RAY = "python train.py experiment=quickstart target.placement=ray"
 TESTED = {
     "make quickstart": "end_to_end/test_pipeline.py::test_six_commands",
     "make test": "tiers.py::main",
@@ -58,7 +59,9 @@ TESTED = {
     "modal-sweep setup": "modal_sweep/test_modal_launcher.py::test_setup_makes_volumes",
     "modal-sweep": "modal_sweep/test_modal_sweep.py::test_a_sweep_from_its_submission",
     "specforge train": "end_to_end/test_installed.py::test_two_steps",
-    "python train.py experiment=quickstart target.placement=ray": "inference/test_ray.py::test_a_",
+    f"{ON_RAY} target.alone=workers": "specforge_exp/test_streamed.py::test_workers_alone",
+    f"{ON_RAY} target.alone=trainer": "specforge_exp/test_alone.py::test_a_trainer_alone",
+    ON_RAY: "inference/test_ray.py::test_a_",
 }
 """Beginnings of commands, and of the tests that run them."""
 HERE = re.compile(

@@ -30,7 +30,9 @@ from test_ranks import with_all_below
 from test_ray import nothing_left
 from test_resume import lines, wait_for_step
 
+from specforge_exp.config import Config
 from specforge_exp.stages.train import train
+from specforge_exp.training.ranks import launch
 
 pytestmark = [
     pytest.mark.ray,
@@ -53,21 +55,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sweep(folder: Path, log: str) -> subprocess.Popen[str]:
     """All losses, three at a time, with one fleet."""
-    words = [word for word in options(folder, "${loss.name}", *RAY) if word != "loss=baseline"]
-    words += ["loss=glob(*)", "target.share=sweep", "hydra.sweeper.n_jobs=3", "sweep_name=s"]
-    command = [sys.executable, str(REPOSITORY / "train.py"), "-m", *words]
-    return start(command, folder / log)
+    return begin(folder, log, "", "loss=glob(*)", "hydra.sweeper.n_jobs=3", "sweep_name=s")
 
 
-def trainer(folder: Path, pid: int, loss: str) -> int:
-    """The process that trains a run: the last that its launcher has forked."""
-    out = str(folder / "checkpoints" / "sweeps" / "s" / "train" / loss / "train.out")
+def begin(folder: Path, log: str, prefix: str, *more: str) -> subprocess.Popen[str]:
+    """Runs that are named after their loss."""
+    words = options(folder, f"{prefix}${{loss.name}}", *RAY, "target.share=sweep", *more)
+    words.remove("loss=baseline")
+    return start([sys.executable, str(REPOSITORY / "train.py"), "-m", *words], folder / log)
+
+
+def printed(folder: Path, name: str) -> Path:
+    """Where a run's output goes."""
+    return folder / "checkpoints" / "sweeps" / "s" / "train" / name / "train.out"
+
+
+def trainers(folder: Path, pid: int, name: str) -> list[int]:
+    """The processes that a run has forked: a launcher's server, and what trains."""
+    out = str(printed(folder, name))
 
     def writes(pid: int) -> bool:
         files = Path(f"/proc/{pid}/fd").iterdir()
         return any(os.path.realpath(file) == out for file in files)
 
-    return max(p for p in processes(pid, "multiprocessing.forkserver") if writes(p))
+    return sorted(p for p in processes(pid, "multiprocessing.forkserver") if writes(p))
 
 
 def counted(text: str) -> tuple[int, int]:
@@ -91,11 +102,11 @@ def test_one_dies_one_stops_and_one_comes_late(folder: Path) -> None:
             folder / "first.log"
         ).read_text()
         time.sleep(0.05)
-    slow = trainer(folder, run.pid, "mixed")
+    slow = trainers(folder, run.pid, "mixed")[-1]
     wait_for_step(run, cfg, "mixed", 3)
     os.kill(slow, signal.SIGSTOP)
     wait_for_step(run, cfg, "full-opd", 5)
-    kill(trainer(folder, run.pid, "full-opd"))
+    kill(trainers(folder, run.pid, "full-opd")[-1])
     wait_for_step(run, cfg, "rkl-only", STEPS)  # the fourth
     assert last_step(folder, "mixed") <= last_step(folder, "baseline") < STEPS
     assert len(processes(run.pid, "^ray::TargetWorker")) == 1
@@ -110,8 +121,7 @@ def test_one_dies_one_stops_and_one_comes_late(folder: Path) -> None:
     for loss in LOSSES:
         if loss != "full-opd":
             assert_equal(composed(folder, loss), loss, f"alone-{loss}")
-    out = folder / "checkpoints" / "sweeps" / "s" / "train" / "rkl-only" / "train.out"
-    assert "this run has its states alone" in out.read_text()
+    assert "this run has its states alone" in printed(folder, "rkl-only").read_text()
 
     # The same command continues the killed one after its checkpoint, in a stream of its own; the
     # sweep's process is killed meanwhile, and then it continues again.
@@ -128,11 +138,47 @@ def test_one_dies_one_stops_and_one_comes_late(folder: Path) -> None:
     third = sweep(folder, "third.log")
     assert third.wait(300) == 0, (folder / "third.log").read_text()
     assert_equal(composed(folder, "full-opd"), "full-opd", "alone-full-opd")
-    text = (
-        folder / "checkpoints" / "sweeps" / "s" / "train" / "full-opd" / "train.out"
-    ).read_text()
+    text = printed(folder, "full-opd").read_text()
     steps = [int(step) for step in re.findall(r"continuing after step (\d+)", text)]
     assert len(steps) == 2 and 0 < steps[0] <= steps[1]
     assert counted((folder / "third.log").read_text()) == (planned(steps[1], STEPS),) * 2
     record = json.loads((folder / "checkpoints/sweeps/s/train/sweep.json").read_text())
     assert {run["status"] for run in record["runs"]} == {"completed"}
+
+
+def pair(cfg: Config) -> None:
+    """In each of two processes, without workers."""
+    for loss in ("baseline", "mixed"):
+        train(composed(Path(cfg.paths.checkpoints).parent, f"two-{loss}", f"loss={loss}", GPUS))
+
+
+GPUS = "trainer.gpus=2"
+
+
+def test_two_trainers_each_one_killed_and_the_hub_too(folder: Path) -> None:
+    """The run whose trainer dies starts again from its checkpoint, with states of its own, while
+    the other stands still; then the hub is killed, and both go on without it."""
+    launch(pair, composed(folder, "pair", GPUS))
+    more = "loss=baseline,mixed", GPUS, "trainer.restarts=1", "hydra.sweeper.n_jobs=2"
+    run = begin(folder, "pairs.log", "p-", *more, "sweep_name=s")
+    cfg = composed(folder, "p-mixed")
+    for loss in ("baseline", "mixed"):
+        wait_for_step(run, cfg, f"p-{loss}", 4)
+    still = trainers(folder, run.pid, "p-baseline")[-2:]
+    for pid in still:
+        os.kill(pid, signal.SIGSTOP)
+    kill(trainers(folder, run.pid, "p-mixed")[-1])
+    deadline = time.monotonic() + 300
+    while "this run has its states alone" not in printed(folder, "p-mixed").read_text():
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    with nothing_left(run.pid):
+        kill(processes(run.pid, "^ray::Hub")[0])
+        for pid in still:
+            os.kill(pid, signal.SIGCONT)
+        assert run.wait(300) == 0, (folder / "pairs.log").read_text()
+    assert "continuing after step" in printed(folder, "p-mixed").read_text()
+    text = printed(folder, "p-baseline").read_text()
+    assert "shares states with no other any more" in text and "Traceback" not in text
+    for loss in ("baseline", "mixed"):
+        assert_equal(cfg, f"p-{loss}", f"two-{loss}")

@@ -15,7 +15,7 @@ import pytest
 
 from specforge_exp.config import Config, TargetConfig, check_job
 from specforge_exp.errors import InputError
-from specforge_exp.inference import FLEET
+from specforge_exp.inference import FLEET, sweep
 from specforge_exp.inference.hub import Hub, Who
 from specforge_exp.inference.sweep import fleet_of_sweep
 from specforge_exp.inputs import check_trials
@@ -235,6 +235,25 @@ def test_who_cannot_share(tmp_path: Path, cfg: Config) -> None:
         check_job(job(tmp_path, target=SHARING, resources=resources))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"target.share needs target.placement=ray"):
         TargetConfig(share="sweep")
+
+
+def test_a_cluster_that_is_there_keeps_its_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_inputs import job
+
+    process = SimpleNamespace(start=lambda: None, join=lambda: None)
+    pipe = SimpleNamespace(close=lambda: None)
+    context = SimpleNamespace(Pipe=lambda: (pipe, pipe), Process=lambda **words: process)
+    monkeypatch.setattr(sweep, "get_context", lambda kind: context)
+    monkeypatch.setattr(sweep, "answered", lambda pipe: "{}")
+    monkeypatch.delenv(sweep.TOKEN, raising=False)
+    jobs: Any = [job(tmp_path, target=SHARING)] * 2
+    with fleet_of_sweep("train", jobs, tmp_path, 2):
+        assert len(os.environ[sweep.TOKEN]) == 64
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    with fleet_of_sweep("train", jobs, tmp_path, 2):
+        assert sweep.TOKEN not in os.environ
 
 
 def test_a_run_alone_cannot_share(cfg: Config, tokens: Path) -> None:

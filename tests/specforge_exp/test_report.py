@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from sweep_folders import Plan, grid, write_sweep
 
+from specforge_exp.artifacts import contents
 from specforge_exp.config import ReportConfig
 from specforge_exp.errors import InputError
+from specforge_exp.records import write_record
 from specforge_exp.report.charts import charts
 from specforge_exp.report.collect import collect
 from specforge_exp.report.ranking import BEST, SAME, UNKNOWN, WORSE, headline, rank
@@ -235,6 +238,21 @@ def test_a_running_sweep_has_a_report(tmp_path: Path) -> None:
     ranking = rank(found, "simulated_length", 50)
     assert len(ranking.ranked) == 9 and [e.rank for e in ranking.entries[9:]] == [None] * 3
     assert "running at step" in (sweep_dir / "report.md").read_text()
+
+
+def test_a_killed_run_has_curves_beyond_its_checkpoint(tmp_path: Path) -> None:
+    """Its newest checkpoint knows the metrics of then, which are not what it has logged since."""
+    sweep_dir = write_sweep(tmp_path, [replace(grid(("baseline",))[0], status="failed")])
+    folder = next(path for path in tmp_path.iterdir() if path.name != "sweeps")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for step, kept in (("000100", 12), ("000200", 23)):
+        (folder / f"step-{step}").mkdir()
+        (folder / f"step-{step}" / "metrics.jsonl").write_text("".join(lines[:kept]))
+        files = contents(folder / f"step-{step}", ["metrics.jsonl"])
+        state = {"step": int(step), "settings": {}, "inputs": {}, "files": files}
+        write_record(folder / f"step-{step}" / "state.json", state)
+    found = collect(sweep_dir)
+    assert found.problems == [] and len(found.runs[0].curves["loss"].steps) == 45
 
 
 def test_nothing_has_finished_yet(tmp_path: Path) -> None:

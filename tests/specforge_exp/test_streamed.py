@@ -1,11 +1,13 @@
 """States that workers compute: in the plan's order, within the buffer, asked for again if lost."""
 
+import re
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from specforge_exp.config import Config, TargetConfig, TrainerConfig
 from specforge_exp.errors import InputError
 from specforge_exp.stages.prep import prep
 from specforge_exp.stages.preprocess import preprocess
-from specforge_exp.stages.train import fleet_of, read_tokens, split_of, train
+from specforge_exp.stages.train import fleet_of, read_tokens, split_of, train, train_on
 from specforge_exp.target import Target, load_target
 from specforge_exp.training.batches import make_batch
 from specforge_exp.training.features import computed, in_order
@@ -60,8 +62,18 @@ def test_one_trainer_and_one_worker(run: Config) -> None:
 
 @pytest.fixture(scope="module")
 def stream(run: Config) -> Iterator[Stream]:
-    with fleet_of(run, split_of(run)) as fleet:
-        yield Stream(fleet, CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_debug_dump_period_milliseconds", "50")  # for `stored`
+        with fleet_of(run, split_of(run)) as fleet:
+            yield Stream(fleet, CPU)
+
+
+def stored(stream: Stream) -> int:
+    """Bytes that the store holds, as its own process says."""
+    folder = Path(stream.ray._private.worker._global_node.get_session_dir_path())
+    text = (folder / "logs" / "debug_state.txt").read_text()
+    found = re.search(r"pinned objects size: (\d+)", text)
+    return int(found[1]) if found else 0
 
 
 @pytest.mark.ray
@@ -72,7 +84,7 @@ def test_order_bound_and_loss(run: Config, stream: Stream, tiny_target: Target) 
     that the store has lost are asked for again; a slow trainer leaves the worker idle."""
     _, splits = read_tokens(paths.tokens_dir(run))
     source = stream.features({1: splits.train, -1: splits.eval})
-    live = computed(tiny_target.states)
+    live, most = computed(tiny_target.states), 0
 
     def windows() -> Iterator[tuple[list[int], list[Any]]]:
         for first in range(0, 12, 2):
@@ -80,6 +92,7 @@ def test_order_bound_and_loss(run: Config, stream: Stream, tiny_target: Target) 
             yield numbers, [make_batch(splits.train, numbers, CPU, 1)]
 
     def epoch(seconds: float) -> float:
+        nonlocal most
         began, order = time.monotonic(), []
         for numbers, states in in_order(source, windows()):
             order += numbers
@@ -87,18 +100,36 @@ def test_order_bound_and_loss(run: Config, stream: Stream, tiny_target: Target) 
             for own, other in zip(states[0], expected[0], strict=True):
                 assert own.equal(other)
             time.sleep(seconds)  # a trainer that takes its time
+            most = max(most, stored(stream))
         assert order == list(range(12))
         return source.measured(time.monotonic() - began, Ranks())["worker_busy"]
 
     assert epoch(0.0) > epoch(0.5) > 0
     longest = max(splits.train.lengths[i] + splits.train.lengths[i + 1] for i in range(0, 12, 2))
-
-    assert source.held == 0 and source.most <= stream.fleet.ahead + longest * WIDTH
+    bound = stream.fleet.ahead + longest * WIDTH
+    assert source.held == 0 and source.most <= bound
+    assert 0 < most <= bound + 12 * 1024  # what each object has beside its bytes
     calls = [stream.send([number]) for number in [*range(12)] * 3]
     stream.ray.cancel(calls[-1].answers[0])  # while the worker has the others to do
     sizes = [len(stream.take(call)[0]) for call in calls]
     assert sizes == [*splits.train.lengths] * 3
     assert stream.again == 1 and stream.asked == stream.taken + stream.again
+
+
+@pytest.mark.ray
+@NEEDS_RAY
+@pytest.mark.slow
+def test_workers_alone(run: Config, stream: Stream, caplog: pytest.LogCaptureFixture) -> None:
+    """All of the first three steps is asked for and taken; nothing is trained or written."""
+    alone = replace(run, run_name="alone", max_steps=3, target=replace(run.target, alone="workers"))
+    taken = stream.taken
+    stream.measured(1.0, Ranks())  # forgets what others were busy with
+    with caplog.at_level("INFO"):
+        record = train_on(alone, CPU, Ranks(), stream)
+    assert stream.taken - taken == 6 and str(record["evaluation"]["simulated_length"]) == "nan"
+    found = re.search(r"workers: .* tokens_per_s (\S+), .* worker_busy (\S+), .*kept", caplog.text)
+    assert found and 0 < float(found[2]) < 2
+    assert not paths.run_dir(alone).exists()
 
 
 @pytest.mark.ray
