@@ -205,7 +205,7 @@ def add_transposed(sum_LME: Tensor, x_MRL: Tensor, y_MRE: Tensor) -> None:
         sum_LME.transpose(0, 1).baddbmm_(x_MRL.transpose(1, 2), y_MRE)
 
 
-class Turn(NamedTuple):
+class LayerStep(NamedTuple):
     """A step of a layer."""
 
     seen: Visible
@@ -221,7 +221,7 @@ class Turn(NamedTuple):
         return x_2JRME[:, : self.number, : len(self.angles[0])]
 
 
-def placed(turn: Turn, M: int, half_RX: Tensor, token_RX: Tensor | None) -> Tensor:
+def placed(turn: LayerStep, M: int, half_RX: Tensor, token_RX: Tensor | None) -> Tensor:
     """The rotated queries of a step with the 1/sqrt(E) [R, M, G, E]; its own keys and values go to
     their place."""
     R, E = turn.angles[0].shape
@@ -240,19 +240,20 @@ class _TurnedKeys(Function):
     @staticmethod
     def forward(ctx: Any, kv_TX: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         ctx.angles = angles
-        kv_TXE = kv_TX.clone().view(len(kv_TX), -1, angles[0].shape[1])
-        turn_heads(kv_TXE[:, : kv_TXE.shape[1] // 2], angles)
-        return kv_TXE
+        kv_T2ME = kv_TX.unflatten(1, (2, -1, angles[0].shape[1]))
+        kv_2TME = kv_T2ME.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        turn_heads(kv_2TME[0], angles)
+        return kv_2TME
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
-        back_TXE = outer[0].clone()
-        turn_heads(back_TXE[:, : back_TXE.shape[1] // 2], ctx.angles, back=True)
-        return back_TXE.flatten(1), None
+        back_T2ME = outer[0].transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        turn_heads(back_T2ME[:, 0], ctx.angles, back=True)
+        return back_T2ME.flatten(1), None
 
 
 def turned_keys(kv_TX: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Step-0 keys, rotated, and values [T, 2 M, E]; angles as in `Turn`."""
+    """Step-0 keys, rotated, and values [2, T, M, E]; angles as in `LayerStep`."""
     out: Tensor = _TurnedKeys.apply(kv_TX, angles)
     return out
 
@@ -260,34 +261,34 @@ def turned_keys(kv_TX: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 class _ChainAttention(Function):
     @staticmethod
     def forward(
-        ctx: Any, turn: Turn, kv_TXE: Tensor, half_RX: Tensor, *more: Tensor | None
+        ctx: Any, turn: LayerStep, kv_2TME: Tensor, half_RX: Tensor, *more: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        M = kv_TXE.shape[1] // 2
+        M = kv_2TME.shape[2]
         q_RMGE = placed(turn, M, half_RX, more[0])
-        out_RMGE, lse_RMG1 = shared_forward(turn.seen, q_RMGE, kv_TXE[:, :M], kv_TXE[:, M:])
+        out_RMGE, lse_RMG1 = shared_forward(turn.seen, q_RMGE, *kv_2TME)
         if turn.number:
             k_JRME, v_JRME = turn.known(turn.own.kv_2JRME)
             lse_RMG1 = own_forward(out_RMGE, lse_RMG1, own_scores(q_RMGE, k_JRME), v_JRME)
-        ctx.save_for_backward(kv_TXE, q_RMGE, out_RMGE, lse_RMG1)
+        ctx.save_for_backward(kv_2TME, q_RMGE, out_RMGE, lse_RMG1)
         ctx.turn, ctx.rows = turn, len(half_RX)
         return out_RMGE.flatten(1), half_RX.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        kv_TXE, q_RMGE, out_RMGE, lse_RMG1 = ctx.saved_tensors
+        kv_2TME, q_RMGE, out_RMGE, lse_RMG1 = ctx.saved_tensors
         turn, own = ctx.turn, ctx.turn.own
         R, M, _, E = q_RMGE.shape
         outer_RMGE = outer[0].reshape(q_RMGE.shape)
         sums = lse_RMG1, (outer_RMGE.float() * out_RMGE).sum(-1, keepdim=True)
-        if own.back_TXE is None:
-            own.back_TXE = torch.zeros_like(kv_TXE)
+        if own.back_2TME is None:
+            own.back_2TME = torch.zeros_like(kv_2TME)
             own.back_2JRME = torch.zeros_like(own.kv_2JRME)
-        in_order = IN_ORDER[kv_TXE.device.type]
-        back_TXE = torch.zeros_like(kv_TXE) if in_order else own.back_TXE
-        forward, back = ((x[:, :M], x[:, M:]) for x in (kv_TXE, back_TXE))
-        dq_RMGE = shared_backward(turn.seen, (q_RMGE, *forward), outer_RMGE, sums, back)
+        in_order = IN_ORDER[kv_2TME.device.type]
+        back_2TME = torch.zeros_like(kv_2TME) if in_order else own.back_2TME
+        forward, (dk_TME, dv_TME) = (q_RMGE, *kv_2TME), back_2TME
+        dq_RMGE = shared_backward(turn.seen, forward, outer_RMGE, sums, (dk_TME, dv_TME))
         if in_order:
-            own.back_TXE += back_TXE
+            own.back_2TME += back_2TME
         heads = q_RMGE.shape[2] * M
         back_RXE = dq_RMGE.flatten(1, 2)
         if turn.number:
@@ -300,12 +301,12 @@ class _ChainAttention(Function):
         back_RX = back_RXE.flatten(1)
         half_RX = back_RX if ctx.rows == R else back_RX.sum_to_size(1, back_RX.shape[1])
         token_RX = back_RX if ctx.needs_input_grad[3] else None
-        return None, None if turn.number else own.back_TXE, half_RX, token_RX, None
+        return None, None if turn.number else own.back_2TME, half_RX, token_RX, None
 
 
 def chain_attention(
-    turn: Turn,
-    kv_TXE: Tensor,
+    turn: LayerStep,
+    kv_2TME: Tensor,
     half_RX: Tensor,
     token_RX: Tensor | None,
     before: Tensor | None,
@@ -314,7 +315,7 @@ def chain_attention(
 
     Args:
         turn: the step.
-        kv_TXE: the step-0 keys (rotated) and values, 2 M heads.
+        kv_2TME: the step-0 keys (rotated) and values.
         half_RX: queries, and unless at step 0 keys and values of the rows, not rotated; one row,
             where all have the same.
         token_RX: is added to them.
@@ -323,5 +324,5 @@ def chain_attention(
     Returns:
         [R, N * E], and what the next step is given as `before`.
     """
-    out: tuple[Tensor, Tensor] = _ChainAttention.apply(turn, kv_TXE, half_RX, token_RX, before)
+    out: tuple[Tensor, Tensor] = _ChainAttention.apply(turn, kv_2TME, half_RX, token_RX, before)
     return out

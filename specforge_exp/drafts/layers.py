@@ -17,7 +17,7 @@ Shape suffixes: R rows, X any dimensions, I inputs, O outputs, V vocabulary.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,22 +45,33 @@ def narrowed_once() -> Iterator[None]:
         COPIES.reset(token)
 
 
-def narrow(
-    weights: tuple[Tensor, ...], dtype: torch.dtype, copies: Copies | None, columns: slice
-) -> list[Tensor]:
-    """Columns of the weights in the dtype of the data; those that have to be copied become one
-    matrix, the rows of each weight after those of the one before."""
+class Group(NamedTuple):
+    """Weights that read the same, and which of them, of which columns, a product takes."""
+
+    weights: tuple[Tensor, ...]
+    columns: slice = slice(None)
+    which: slice = slice(None)
+
+    @property
+    def chosen(self) -> tuple[Tensor, ...]:
+        """Those that are taken."""
+        return self.weights[self.which]
+
+
+def narrow(group: Group, dtype: torch.dtype, copies: Copies | None) -> list[Tensor]:
+    """The weights of a product in the dtype of the data; those that have to be copied are one
+    matrix, part of a copy of the whole group."""
+    weights, columns = group.weights, group.columns
     if all(weight.dtype == dtype for weight in weights):
-        return [weight[:, columns] for weight in weights]
+        return [weight[:, columns] for weight in group.chosen]
+    copies = {} if copies is None else copies
     key = (columns.start, columns.stop, *map(id, weights))
-    if copies is not None and key in copies:
-        return [copies[key][1]]
-    parts = [weight.detach()[:, columns] for weight in weights]
-    out = parts[0].new_empty(sum(map(len, parts)), parts[0].shape[1], dtype=dtype)
-    torch.cat(parts, out=out)
-    if copies is not None:
-        copies[key] = (weights, out)
-    return [out]
+    if key not in copies:
+        parts = [weight.detach()[:, columns] for weight in weights]
+        out = parts[0].new_empty(sum(sizes(parts)), parts[0].shape[1], dtype=dtype)
+        copies[key] = (weights, torch.cat(parts, out=out))
+    first = sum(sizes(weights[: group.which.start or 0]))
+    return [copies[key][1][first : first + sum(sizes(group.chosen))]]
 
 
 def sizes(parts: Sequence[Tensor]) -> list[int]:
@@ -181,13 +192,12 @@ def swiglu_backward(
 
 def add_product(weight_OI: Tensor, columns: slice, outer_RO: Tensor, x_RI: Tensor) -> None:
     """Add outer^T x to those columns of the weight's gradient."""
-    add_products((weight_OI,), columns, outer_RO, x_RI)
+    add_products(Group((weight_OI,), columns), outer_RO, x_RI)
 
 
-def add_products(
-    weights: tuple[Tensor, ...], columns: slice, outer_RO: Tensor, x_RI: Tensor
-) -> None:
-    """Add outer^T x, part by part, to those columns of the weights' gradients."""
+def add_products(group: Group, outer_RO: Tensor, x_RI: Tensor) -> None:
+    """Add outer^T x, part by part, to the gradients of the group's weights."""
+    weights, columns = group.chosen, group.columns
     wanted = [weight.requires_grad for weight in weights]
     if not any(wanted):
         return
@@ -206,24 +216,24 @@ def add_products(
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x_RI: Tensor, group: Group, *weights: Tensor) -> Tensor:
         ctx.save_for_backward(x_RI)
-        ctx.weights, ctx.copies = weights, COPIES.get()
-        return times(x_RI, narrow(weights, x_RI.dtype, ctx.copies, slice(None)))
+        ctx.group, ctx.copies = group, COPIES.get()
+        return times(x_RI, narrow(group, x_RI.dtype, ctx.copies))
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        (x_RI,), weights = ctx.saved_tensors, ctx.weights
-        add_products(weights, slice(None), outer[0], x_RI)
+        (x_RI,), group = ctx.saved_tensors, ctx.group
+        add_products(group, outer[0], x_RI)
         back_RI = None
         if ctx.needs_input_grad[0]:
-            back_RI = times_back(outer[0], narrow(weights, x_RI.dtype, ctx.copies, slice(None)))
-        return back_RI, *(None,) * len(weights)
+            back_RI = times_back(outer[0], narrow(group, x_RI.dtype, ctx.copies))
+        return back_RI, None, *(None,) * len(group.weights)
 
 
-def linear(x_RI: Tensor, *weights: Tensor) -> Tensor:
-    """x W^T for each weight, side by side, in x's dtype: [R, O]."""
-    out: Tensor = _Linear.apply(x_RI, *weights)
+def linear(x_RI: Tensor, *weights: Tensor, which: slice = slice(None)) -> Tensor:
+    """x W^T for each of a group's weights that is taken, side by side, in x's dtype: [R, O]."""
+    out: Tensor = _Linear.apply(x_RI, Group(weights, which=which), *weights)
     return out
 
 
@@ -256,25 +266,33 @@ def embedding(ids_X: Tensor, weight_VI: Tensor) -> Tensor:
 
 class _NormLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, norm: RMSNorm, columns: slice, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x_RI: Tensor, norm: RMSNorm, group: Group, *weights: Tensor) -> Tensor:
         unit_RI, scale_R1 = unit_rms(x_RI, norm.eps)
         ctx.save_for_backward(x_RI, scale_R1)
-        ctx.norm, ctx.columns, ctx.weights, ctx.copies = norm, columns, weights, COPIES.get()
-        return times(norm(x_RI, unit_RI), narrow(weights, x_RI.dtype, ctx.copies, columns))
+        ctx.norm, ctx.group, ctx.copies = norm, group, COPIES.get()
+        return times(norm(x_RI, unit_RI), narrow(group, x_RI.dtype, ctx.copies))
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        (x_RI, scale_R1), weights = ctx.saved_tensors, ctx.weights
+        (x_RI, scale_R1), group = ctx.saved_tensors, ctx.group
         unit_RI = x_RI * scale_R1
-        add_products(weights, ctx.columns, outer[0], ctx.norm(x_RI, unit_RI))
-        back_RI = times_back(outer[0], narrow(weights, x_RI.dtype, ctx.copies, ctx.columns))
+        add_products(group, outer[0], ctx.norm(x_RI, unit_RI))
+        back_RI = times_back(outer[0], narrow(group, x_RI.dtype, ctx.copies))
         back_RI = ctx.norm.backward(x_RI, back_RI, (unit_RI, scale_R1))
-        return back_RI if ctx.needs_input_grad[0] else None, None, None, *(None,) * len(weights)
+        back = back_RI if ctx.needs_input_grad[0] else None
+        return back, None, None, *(None,) * len(group.weights)
 
 
-def norm_linear(x_RI: Tensor, norm: RMSNorm, columns: slice, *weights: Tensor) -> Tensor:
-    """norm(x) W[:, columns]^T for each weight, side by side; keeps x only."""
-    out: Tensor = _NormLinear.apply(x_RI, norm, columns, *weights)
+def norm_linear(
+    x_RI: Tensor,
+    norm: RMSNorm,
+    columns: slice,
+    *weights: Tensor,
+    which: slice = slice(None),
+) -> Tensor:
+    """norm(x) W[:, columns]^T for each of a group's weights that is taken, side by side; keeps x
+    only."""
+    out: Tensor = _NormLinear.apply(x_RI, norm, Group(weights, columns, which), *weights)
     return out
 
 
@@ -304,14 +322,14 @@ class _SwigluDown(Function):
         ctx.save_for_backward(both_RI)
         ctx.weight, ctx.copies = weight_OI, COPIES.get()
         gate_RI, up_RI = both_RI.chunk(2, 1)
-        narrowed = narrow((weight_OI,), both_RI.dtype, ctx.copies, slice(None))
+        narrowed = narrow(Group((weight_OI,)), both_RI.dtype, ctx.copies)
         return times(F.silu(gate_RI) * up_RI, narrowed)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
         (both_RI,), weight_OI = ctx.saved_tensors, ctx.weight
         gate_RI, up_RI = both_RI.chunk(2, 1)
-        (narrowed_OI,) = narrow((weight_OI,), both_RI.dtype, ctx.copies, slice(None))
+        (narrowed_OI,) = narrow(Group((weight_OI,)), both_RI.dtype, ctx.copies)
         back_RI = torch.empty_like(both_RI)
         if IN_ORDER[both_RI.device.type]:
             parts = silu_parts(gate_RI)

@@ -23,7 +23,7 @@ class OwnKeys:
     """Keys, then values."""
     back_2JRME: Tensor | None = None
     """Their gradients."""
-    back_TXE: Tensor | None = None
+    back_2TME: Tensor | None = None
     """Of the step-0 keys and values."""
 
 

@@ -105,13 +105,13 @@ def window(draft: Draft[Any], cfg: Any, conversations: int) -> Counter[str]:
     return launches.counts
 
 
-@pytest.mark.parametrize(("conversations", "most"), [(1, 1180), (4, 2125)])
+@pytest.mark.parametrize(("conversations", "most"), [(1, 1175), (4, 2120)])
 def test_a_window_of_eagle3(conversations: int, most: int) -> None:
     assert sum(window(*eagle3(), conversations).values()) <= most
 
 
 def test_a_window_of_dflash() -> None:
-    assert sum(window(*dflash(), 1).values()) <= 2490
+    assert sum(window(*dflash(), 1).values()) <= 2495
 
 
 def test_a_step_that_waits_is_seen() -> None:
@@ -131,12 +131,12 @@ def test_a_weight_is_narrowed_once(made: Any, monkeypatch: pytest.MonkeyPatch) -
     seen: Counter[str] = Counter()
     whole = layers.narrow
 
-    def narrow(weights: Any, dtype: Any, copies: Any, columns: slice) -> Any:
+    def narrow(group: layers.Group, dtype: torch.dtype, copies: Any) -> Any:
         assert copies is not None
-        if (columns.start, columns.stop, *map(id, weights)) not in copies:
-            for weight in weights:
-                seen[f"{wide[id(weight)]} {columns}"] += 1
-        return whole(weights, dtype, copies, columns)
+        if (group.columns.start, group.columns.stop, *map(id, group.weights)) not in copies:
+            for weight in group.weights:
+                seen[f"{wide[id(weight)]} {group.columns}"] += 1
+        return whole(group, dtype, copies)
 
     monkeypatch.setattr(layers, "narrow", narrow)
     window(draft, cfg, 1)

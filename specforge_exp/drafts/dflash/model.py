@@ -64,15 +64,17 @@ class DFlashLayer(nn.Module):
         masked slot before the rotation does not depend on the slot.
         """
         attn, mlp, E = self.self_attn, self.mlp, self.head_dim
-        keys = (attn.k_proj.weight, attn.v_proj.weight)
-        weights = (attn.q_proj.weight, *keys)
+        weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
         ours_QX = norm_linear(state_QH, self.input_layernorm, slice(None), *weights)
         if len(state_QH) != len(layout.angles_Q.cos_PE):
             state_QH, ours_QX = (spread(x, layout.slots) for x in (state_QH, ours_QX))
         M = len(attn.k_proj.weight) // E
         ours_QXE = ours_QX.unflatten(-1, (-1, E))
         q_QNE, k_QME, v_QME = ours_QXE.split([ours_QXE.shape[1] - 2 * M, M, M], 1)
-        k_TME, v_TME = linear(context_TH, *keys).unflatten(-1, (-1, E)).chunk(2, 1)
+        k_TME, v_TME = (
+            linear(context_TH, *weights, which=slice(n, n + 1)).unflatten(-1, (-1, E))
+            for n in (1, 2)
+        )
         norms = attn.q_norm, attn.k_norm
         attend = flex_block_attention if isinstance(layout.seen, Hidden) else block_attention
         attended_QNE = attend(layout, norms, q_QNE, (k_TME, v_TME), (k_QME, v_QME))

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from specforge_exp.drafts.chain_attention import (
+    LayerStep,
     OwnKeys,
-    Turn,
     Visible,
     chain_attention,
     turned_keys,
@@ -75,7 +75,7 @@ class Shared(NamedTuple):
     by_token: Tensor | None
     """The first layer's: the embedding's half of q, k and v per position, [T + 1, X]; the last row
     is the token outside. Then those of `Fed.more_P` and `Fed.extend`."""
-    kv_TXE: Tensor
+    kv_2TME: Tensor
     """Step-0 keys (rotated) and values."""
     own: OwnKeys
     tokens: tuple[Tensor, ...] = ()
@@ -105,9 +105,9 @@ def unroll(
         if number:
             by_token = None
             state_TH, before[-1] = run(draft, carried.every, shared[-1], state_TH, None)
-        kv_TXE = make_shared(draft, carried.every, by_token, state_TH, number)
-        own = OwnKeys(kv_TXE.new_empty(*room, kv_TXE.shape[1] // 2, kv_TXE.shape[2]))
-        shared.append(Shared(number, by_token, kv_TXE, own))
+        kv_2TME = make_shared(draft, carried.every, by_token, state_TH, number)
+        own = OwnKeys(kv_2TME.new_empty(*room, *kv_2TME.shape[2:]))
+        shared.append(Shared(number, by_token, kv_2TME, own))
         before.append(None)
     if not (IN_ORDER[ids_T.device.type] or fed.extend or draft.gradient_checkpointing):
         shared[0] = with_tokens(shared[0], carried.steps[1:])
@@ -228,8 +228,9 @@ def make_shared(
 ) -> Tensor:
     """The step-0 keys and values of a layer that is given these states."""
     layer = draft.stack[number]
-    weights = (layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight)
-    kv_TX = norm_linear(state_TH, layer.state_norm, slice(-state_TH.shape[-1], None), *weights)
+    attn, columns = layer.self_attn, slice(-state_TH.shape[-1], None)
+    weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
+    kv_TX = norm_linear(state_TH, layer.state_norm, columns, *weights, which=slice(1, 3))
     if by_token is not None:
         kv_TX = kv_TX + by_token[:, -kv_TX.shape[1] :][every.reads_R]
     return turned_keys(kv_TX, every.angles)
@@ -254,8 +255,8 @@ def step(
     layer = draft.stack[shared.number]
     attn, mlp = layer.self_attn, layer.mlp
     weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
-    used = weights if rows.number else weights[:1]
-    half_RX = norm_linear(state_RH, layer.state_norm, slice(-state_RH.shape[-1], None), *used)
+    used, columns = slice(None if rows.number else 1), slice(-state_RH.shape[-1], None)
+    half_RX = norm_linear(state_RH, layer.state_norm, columns, *weights, which=used)
     token_RX = None
     if shared.tokens and rows.number:
         token_RX = shared.tokens[rows.number - 1]
@@ -264,8 +265,8 @@ def step(
     if layer.first and draft.variant.norm_before_residual:
         state_RH = normed(state_RH, layer.hidden_norm)
     seen = rows.seen[draft.variant.windows[shared.number]]
-    turn = Turn(seen, rows.angles, shared.own, rows.number)
-    attended_RX, before = chain_attention(turn, shared.kv_TXE, half_RX, token_RX, before)
+    turn = LayerStep(seen, rows.angles, shared.own, rows.number)
+    attended_RX, before = chain_attention(turn, shared.kv_2TME, half_RX, token_RX, before)
     state_RH = state_RH + linear(attended_RX, attn.o_proj.weight)
     norm = layer.post_attention_layernorm
     both_RI = norm_linear(state_RH, norm, slice(None), mlp.gate_proj.weight, mlp.up_proj.weight)
