@@ -241,7 +241,7 @@ class _TurnedKeys(Function):
     def forward(ctx: Any, kv_TX: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         ctx.angles = angles
         kv_T2ME = kv_TX.unflatten(1, (2, -1, angles[0].shape[1]))
-        kv_2TME = kv_T2ME.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        kv_2TME: Tensor = kv_T2ME.transpose(0, 1).clone(memory_format=torch.contiguous_format)
         turn_heads(kv_2TME[0], angles)
         return kv_2TME
 
