@@ -78,6 +78,8 @@ class Shared(NamedTuple):
     kv_2TME: Tensor
     """Step-0 keys (rotated) and values."""
     own: OwnKeys
+    queries: Tensor | None = None
+    """The part of `by_token` that step 0 reads."""
     tokens: tuple[Tensor, ...] = ()
     """What the rows of the steps from 1 on read of `by_token`, where it is taken at once."""
 
@@ -98,16 +100,20 @@ def unroll(
     ids_P = F.pad(ids_T, (0, 1), value=fed.token)
     ids_P = ids_P if fed.more_P is None else torch.cat([ids_P, fed.more_P])
     by_token: Tensor | None = token_halves(draft, ids_P, dtype)
+    assert by_token is not None
+    sizes = [len(draft.midlayer.self_attn.q_proj.weight), -1]
+    sizes[1] = by_token.shape[1] - sizes[0]
+    parts: Any = by_token.split(sizes, 1)
     room = 2, len(chains.counts) - 1, chains.counts[min(1, len(chains.counts) - 1)]
     shared: list[Shared] = []
     before: list[Tensor | None] = []
     for number in range(len(draft.stack)):
         if number:
-            by_token = None
+            by_token, parts = None, (None, None)
             state_TH, before[-1] = run(draft, carried.every, shared[-1], state_TH, None)
-        kv_2TME = make_shared(draft, carried.every, by_token, state_TH, number)
+        kv_2TME = make_shared(draft, carried.every, parts[1], state_TH, number)
         own = OwnKeys(kv_2TME.new_empty(*room, *kv_2TME.shape[2:]))
-        shared.append(Shared(number, by_token, kv_2TME, own))
+        shared.append(Shared(number, by_token, kv_2TME, own, parts[0]))
         before.append(None)
     if not (IN_ORDER[ids_T.device.type] or fed.extend or draft.gradient_checkpointing):
         shared[0] = with_tokens(shared[0], carried.steps[1:])
@@ -232,7 +238,7 @@ def make_shared(
     weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
     kv_TX = norm_linear(state_TH, layer.state_norm, columns, *weights, which=slice(1, 3))
     if by_token is not None:
-        kv_TX = kv_TX + by_token[:, -kv_TX.shape[1] :][every.reads_R]
+        kv_TX = kv_TX + by_token[every.reads_R]
     return turned_keys(kv_TX, every.angles)
 
 
@@ -261,7 +267,8 @@ def step(
     if shared.tokens and rows.number:
         token_RX = shared.tokens[rows.number - 1]
     elif shared.by_token is not None:
-        token_RX = shared.by_token[:, : half_RX.shape[1]][rows.reads_R]
+        source = shared.by_token if rows.number or shared.queries is None else shared.queries
+        token_RX = source[rows.reads_R]
     if layer.first and draft.variant.norm_before_residual:
         state_RH = normed(state_RH, layer.hidden_norm)
     seen = rows.seen[draft.variant.windows[shared.number]]
