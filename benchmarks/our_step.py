@@ -16,6 +16,7 @@ from peers.inputs import Chats, Shape, load
 from peers.measure import arguments, matmul_rate, measure
 
 from specforge_exp.config import LossConfig
+from specforge_exp.drafts import layers
 from specforge_exp.drafts.draft import Draft
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.losses import Loss, opd
@@ -64,7 +65,8 @@ def report(
     if not args.instructions:
         rate = (rate + matmul_rate(args.device, draft.compute_dtype)) / 2
         found["matmul_share"] = flops / found["wall_s"] / rate
-    print(json.dumps({"who": "ours+checkpointing" if args.checkpointing else "ours", **found}))
+    ways = [way for way in ("checkpointing", "in_order") if getattr(args, way, False)]
+    print(json.dumps({"who": "+".join(["ours", *ways]), **found}))
 
 
 def profiled(step: Callable[[], None], device: str) -> dict[str, Any]:
@@ -100,7 +102,11 @@ def main() -> None:
     parser.add_argument("--supervision", default="specforge")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--profile", action="store_true", help="count what a step launches")
+    parser.add_argument(
+        "--in-order", action="store_true", help="on a GPU as on a CPU: more kernels"
+    )
     args = parser.parse_args()
+    layers.IN_ORDER["cuda"] |= args.in_order
     torch.set_num_threads(args.threads)
     cuda = args.device.startswith("cuda")
     dtype = torch.bfloat16 if cuda else torch.float32

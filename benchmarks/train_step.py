@@ -42,6 +42,8 @@ is speculators):
 Losses are compared at one divisor, the sum of the labels' weights; the summary has `loss_rel`, the
 largest relative difference of a peer's to ours.
 
+On CUDA our step takes part twice, by few kernels and, `in_order`, in the order of a CPU's sums.
+
 The peers run in a virtual environment that the first run makes (a few minutes, 2 GB), eagerly on a
 CPU. matmul_share is the needed FLOP (objective.flops: nothing for what is computed twice) over wall
 time, against a 2048^3 product in the same process.
@@ -221,13 +223,16 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         steps: list[tuple[str, ...]] = [] if args.alone else [(f"peers.{p}_step",) for p in PEERS]
         profile = ["--profile"] if args.profile else []
         more = [("our_step", "--checkpointing")] if case == "unmasked" else []
+        if args.device != "cpu":
+            more.append(("our_step", "--in-order"))
         results = run(file, args, *steps, ("our_step", *profile), *more)
         base, ours = results[0], results[len(steps)]
-        for checked in results[len(steps) + 1 :]:
+        if case == "unmasked":
             summary["matmul_share"] = ours.get("matmul_share")
-            summary["checkpointing"] = {
-                "cpu_ratio_to_ours": checked[args.time] / ours[args.time],
-                "activation_ratio": checked["activation_mb"] / base["activation_mb"],
+        for other in results[len(steps) + 1 :]:
+            summary[other["who"].removeprefix("ours+")] = {
+                "cpu_ratio_to_ours": other[args.time] / ours[args.time],
+                "activation_ratio": other["activation_mb"] / base["activation_mb"],
             }
         for result in results:
             show(case, result, base, args.time)
@@ -346,9 +351,7 @@ def main() -> None:
         "--draft", choices=["eagle3", "dflash", "dspark", "peagle"], default="eagle3"
     )
     parser.add_argument("--json", action="store_true", help="print the summary as the last line")
-    parser.add_argument(
-        "--growth", action="store_true", help="512 to 4096 tokens instead of the cases"
-    )
+    parser.add_argument("--growth", action="store_true", help="512 to 4096 tokens, no cases")
     parser.add_argument(
         "--cases",
         nargs="+",
@@ -360,9 +363,7 @@ def main() -> None:
     )
     parser.add_argument("--alone", action="store_true", help="without the peers")
     parser.add_argument("--apart", action="store_true", help="one process alive at a time")
-    parser.add_argument(
-        "--instructions", action="store_true", help="count a step's, instead of timing it"
-    )
+    parser.add_argument("--instructions", action="store_true", help="count a step's, not its time")
     parser.add_argument("--profile", action="store_true", help="count what our step launches")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")

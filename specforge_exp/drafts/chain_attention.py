@@ -6,7 +6,7 @@ pass from the log-sum-exp over all keys, shared and own: with that and the merge
 gradients of the shared part are those of plain attention. Memory is linear in rows and positions.
 
 Shape suffixes: R rows, T positions, L keys of a block, N query heads, M key-value heads,
-G = N / M, E head size, J own keys.
+G = N / M, E head size, J own keys, X heads of several kinds.
 """
 
 from typing import Any, NamedTuple
@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+from specforge_exp.drafts.layers import IN_ORDER, minus, times_in
+from specforge_exp.drafts.own_keys import OwnKeys, own_backward, own_forward, own_scores
 
 BLOCK_ROWS = {"cpu": 128, "cuda": 2**20}
 """The most rows whose scores exist together."""
@@ -42,6 +45,8 @@ class Visible(NamedTuple):
     """Consecutive rows of one document each."""
     first_R: Tensor | None = None
     """The first position that each sees, in that order; None: its document's."""
+    at_T: Tensor | None = None
+    """All positions, where they are on the device already."""
 
 
 def visible(
@@ -73,17 +78,36 @@ def visible(
 def rotate(x_BSNE: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> Tensor:
     """Apply rotary position embeddings (the two halves of E are the pairs); keeps x's dtype."""
     half = x_BSNE.shape[-1] // 2
-    turned_BSNE = torch.cat([-x_BSNE[..., half:], x_BSNE[..., :half]], -1)
     cos_BS1E, sin_BS1E = cos_BSE.unsqueeze(-2), sin_BSE.unsqueeze(-2)
+    if not (torch.is_grad_enabled() or IN_ORDER[x_BSNE.device.type]):
+        out_BSNE, sin_BS1F = x_BSNE * cos_BS1E, sin_BS1E[..., :half]
+        out_BSNE[..., :half].addcmul_(x_BSNE[..., half:], sin_BS1F, value=-1)
+        out_BSNE[..., half:].addcmul_(x_BSNE[..., :half], sin_BS1F)
+        return out_BSNE.to(x_BSNE.dtype)
+    turned_BSNE = torch.cat([-x_BSNE[..., half:], x_BSNE[..., :half]], -1)
     return (x_BSNE * cos_BS1E + turned_BSNE * sin_BS1E).to(x_BSNE.dtype)
 
 
+def turn_heads(x_RNE: Tensor, angles: tuple[Tensor, Tensor], back: bool = False) -> None:
+    """Rotate heads in place, as `rotate`; the first half of the sines is negative."""
+    cos_R1E, sin_R1E = (x_RE.unsqueeze(1) for x_RE in angles)
+    sign, (one, other) = -1 if back else 1, x_RNE.chunk(2, -1)
+    swapped_RNE, kept_RNE = torch.cat([other, one], -1), x_RNE * cos_R1E
+    if IN_ORDER[x_RNE.device.type]:
+        torch.add(kept_RNE, swapped_RNE * sin_R1E, alpha=sign, out=x_RNE)
+    else:
+        torch.addcmul(kept_RNE, swapped_RNE, sin_R1E, value=sign, out=x_RNE)
+
+
 def block_scores(q_MRGE: Tensor, k_TME: Tensor, seen: Visible, block: RowBlock) -> Tensor:
-    """Scores [M, R, G, L] in fp32, -inf where a row must not look; q carries the 1/sqrt(E)."""
+    """Scores [M, R, G, L], -inf where a row must not look; q carries the 1/sqrt(E)."""
     first, last, low, high = block
     M, _, G, _ = q_MRGE.shape
-    flat = (q_MRGE[:, first:last].flatten(1, 2) @ k_TME[low:high].permute(1, 2, 0)).float()
-    at_L = torch.arange(low, high, device=q_MRGE.device)
+    flat = q_MRGE[:, first:last].flatten(1, 2) @ k_TME[low:high].permute(1, 2, 0)
+    if seen.at_T is None:
+        at_L = torch.arange(low, high, device=q_MRGE.device)
+    else:
+        at_L = seen.at_T[low:high]
     hidden_RL = at_L > seen.slot_R[first:last, None]
     if seen.first_R is not None:
         hidden_RL |= at_L < seen.first_R[first:last, None]
@@ -92,7 +116,9 @@ def block_scores(q_MRGE: Tensor, k_TME: Tensor, seen: Visible, block: RowBlock) 
 
 def to_slots(x_RMGE: Tensor, seen: Visible) -> Tensor:
     """[R, M, G, E] -> [M, R, G, E], contiguous, rows in the order of their slots."""
-    return x_RMGE[seen.order_R].transpose(0, 1).contiguous()
+    if IN_ORDER[x_RMGE.device.type]:  # on a CPU the faster way
+        return x_RMGE[seen.order_R].transpose(0, 1).contiguous()
+    return x_RMGE.transpose(0, 1).index_select(1, seen.order_R)
 
 
 def from_slots(x_MRGE: Tensor, seen: Visible) -> Tensor:
@@ -101,6 +127,15 @@ def from_slots(x_MRGE: Tensor, seen: Visible) -> Tensor:
     return torch.empty_like(x_RMGE, memory_format=torch.contiguous_format).index_copy_(
         0, seen.order_R, x_RMGE
     )
+
+
+def softmax(scores_MRGL: Tensor, own_R: Tensor, lse_MRG1: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights in a dtype; their logsumexp is written. Every row must see its column `own_R`."""
+    wide = scores_MRGL.float()
+    log_MRGL = torch.log_softmax(wide, -1)
+    at_MRG1 = own_R[:, None, None].expand(*wide.shape[:3], 1)
+    torch.sub(wide.gather(-1, at_MRG1), log_MRGL.gather(-1, at_MRG1), out=lse_MRG1)
+    return torch.exp(log_MRGL, out=torch.empty_like(wide, dtype=dtype))
 
 
 def shared_forward(
@@ -113,10 +148,16 @@ def shared_forward(
     for block in seen.blocks:
         rows = slice(block.first, block.last)
         scores = block_scores(q_MRGE, k_TME, seen, block)
+        values = v_TME[block.low : block.high].transpose(0, 1)
+        if not IN_ORDER[scores.device.type]:
+            own_R = seen.slot_R[rows] - block.low if block.low else seen.slot_R[rows]
+            weights = softmax(scores, own_R, lse_MRG1[:, rows], values.dtype)
+            torch.bmm(weights.flatten(1, 2), values, out=out_MRGE[:, rows].flatten(1, 2))
+            continue
+        scores = scores.float()
         top = scores.amax(-1, keepdim=True)
         weights = scores.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
-        values = v_TME[block.low : block.high].transpose(0, 1)
         shared = (weights.flatten(1, 2).to(values.dtype) @ values).view_as(out_MRGE[:, rows])
         out_MRGE[:, rows] = shared / total.to(shared.dtype)
         lse_MRG1[:, rows] = top + total.log()
@@ -127,103 +168,161 @@ def shared_backward(
     seen: Visible,
     forward: tuple[Tensor, Tensor, Tensor],
     outer_RMGE: Tensor,
-    lse_RMG1: Tensor,
-    delta_RMG1: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from the gradient of the merged output, by block."""
+    sums: tuple[Tensor, Tensor],
+    back: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Gradient of q from that of the merged output, by block.
+
+    Args:
+        seen: as in the forward pass.
+        forward: q, k and v.
+        outer_RMGE: the gradient.
+        sums: logsumexp over all keys, and the sum of output times gradient, [R, M, G, 1] each.
+        back: gets the gradients of k and v added.
+    """
     q_RMGE, k_TME, v_TME = forward
     q_MRGE, outer_MRGE = to_slots(q_RMGE, seen), to_slots(outer_RMGE, seen)
-    lse_MRG1, delta_MRG1 = to_slots(lse_RMG1, seen), to_slots(delta_RMG1, seen)
-    dq_MRGE = torch.empty_like(q_MRGE)
-    dk_TME, dv_TME = torch.zeros_like(k_TME), torch.zeros_like(v_TME)
+    lse_MRG1, delta_MRG1 = (to_slots(x_RMG1, seen) for x_RMG1 in sums)
+    dq_MRGE, (dk_TME, dv_TME) = torch.empty_like(q_MRGE), back
     for block in seen.blocks:
         rows, span = slice(block.first, block.last), slice(block.low, block.high)
-        weights = block_scores(q_MRGE, k_TME, seen, block).sub_(lse_MRG1[:, rows]).exp_()
-        outer = outer_MRGE[:, rows].flatten(1, 2)
-        narrow = weights.flatten(1, 2).to(outer.dtype)
-        dv_TME[span] += (narrow.transpose(1, 2) @ outer).transpose(0, 1)
-        inner = (outer @ v_TME[span].permute(1, 2, 0)).view_as(weights).float()
-        weights.mul_(inner.sub_(delta_MRG1[:, rows]))
-        narrow = weights.flatten(1, 2).to(outer.dtype)
-        dq_MRGE[:, rows] = (narrow @ k_TME[span].transpose(0, 1)).view_as(dq_MRGE[:, rows])
-        q_flat = q_MRGE[:, rows].flatten(1, 2)
-        dk_TME[span] += (narrow.transpose(1, 2) @ q_flat).transpose(0, 1)
-    return from_slots(dq_MRGE, seen), dk_TME, dv_TME
+        weights = minus(block_scores(q_MRGE, k_TME, seen, block), lse_MRG1[:, rows]).exp_()
+        outer, q_flat = outer_MRGE[:, rows].flatten(1, 2), q_MRGE[:, rows].flatten(1, 2)
+        inner = (outer @ v_TME[span].permute(1, 2, 0)).view_as(weights)
+        add_transposed(dv_TME[span], weights.flatten(1, 2).to(outer.dtype), outer)
+        inner = minus(inner, delta_MRG1[:, rows])
+        slope = times_in(weights, inner, outer.dtype).flatten(1, 2)
+        torch.bmm(slope, k_TME[span].transpose(0, 1), out=dq_MRGE[:, rows].flatten(1, 2))
+        add_transposed(dk_TME[span], slope, q_flat)
+    return from_slots(dq_MRGE, seen)
 
 
-def own_scores(q_RMGE: Tensor, keys: list[Tensor]) -> Tensor:
-    """Scores of a row's own keys [R, M, G, J] in fp32."""
-    columns = [(q_RMGE.float() * k_RME.float().unsqueeze(2)).sum(-1) for k_RME in keys]
-    return torch.stack(columns, -1)
+def add_transposed(sum_LME: Tensor, x_MRL: Tensor, y_MRE: Tensor) -> None:
+    """Add x^T y of every head."""
+    if IN_ORDER[x_MRL.device.type]:
+        sum_LME.add_((x_MRL.transpose(1, 2) @ y_MRE).transpose(0, 1))
+    else:
+        sum_LME.transpose(0, 1).baddbmm_(x_MRL.transpose(1, 2), y_MRE)
+
+
+class LayerStep(NamedTuple):
+    """A step of a layer."""
+
+    seen: Visible
+    """What its rows see of the step-0 keys."""
+    angles: tuple[Tensor, Tensor]
+    """cos and sin [R, E] of its rows, the first half of the sines negative."""
+    own: OwnKeys
+    number: int
+    """0: the rows have no keys of their own."""
+
+    def known(self, x_2JRME: Tensor) -> Tensor:
+        """The part of its rows, of the steps up to this one."""
+        return x_2JRME[:, : self.number, : len(self.angles[0])]
+
+
+def placed(turn: LayerStep, M: int, half_RX: Tensor, token_RX: Tensor | None) -> Tensor:
+    """The rotated queries of a step with the 1/sqrt(E) [R, M, G, E]; its own keys and values go to
+    their place."""
+    R, E = turn.angles[0].shape
+    x_RX = half_RX.expand(R, -1).clone() if token_RX is None else half_RX + token_RX
+    x_RXE = x_RX.view(R, -1, E)
+    N = x_RXE.shape[1] - (2 * M if turn.number else 0)
+    turn_heads(x_RXE[:, : N + M] if turn.number else x_RXE, turn.angles)
+    if turn.number:
+        kv_R2ME = x_RXE[:, N:].unflatten(1, (2, M))
+        turn.own.kv_2JRME[:, turn.number - 1, :R] = kv_R2ME.transpose(0, 1)
+    q_RNE: Tensor = x_RXE[:, :N] * E**-0.5
+    return q_RNE.view(R, M, -1, E)
+
+
+class _TurnedKeys(Function):
+    @staticmethod
+    def forward(ctx: Any, kv_TX: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        ctx.angles = angles
+        kv_T2ME = kv_TX.unflatten(1, (2, -1, angles[0].shape[1]))
+        kv_2TME: Tensor = kv_T2ME.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        turn_heads(kv_2TME[0], angles)
+        return kv_2TME
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
+        back_T2ME = outer[0].transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        turn_heads(back_T2ME[:, 0], ctx.angles, back=True)
+        return back_T2ME.flatten(1), None
+
+
+def turned_keys(kv_TX: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Step-0 keys, rotated, and values [2, T, M, E]; angles as in `LayerStep`."""
+    out: Tensor = _TurnedKeys.apply(kv_TX, angles)
+    return out
 
 
 class _ChainAttention(Function):
     @staticmethod
     def forward(
-        ctx: Any, seen: Visible, q_RNE: Tensor, k_TME: Tensor, v_TME: Tensor, *own: Tensor
-    ) -> Tensor:
-        M, E = k_TME.shape[1:]
-        keys, values = list(own[: len(own) // 2]), own[len(own) // 2 :]
-        q_RMGE = q_RNE.unflatten(1, (M, -1)) * E**-0.5
-        out_RMGE, lse_RMG1 = shared_forward(seen, q_RMGE, k_TME, v_TME)
-        if keys:
-            own_RMGJ = own_scores(q_RMGE, keys)
-            merged_RMG1 = torch.logaddexp(lse_RMG1, torch.logsumexp(own_RMGJ, -1, keepdim=True))
-            out_RMGE.mul_((lse_RMG1 - merged_RMG1).exp())
-            weights_RMGJ = own_RMGJ.sub_(merged_RMG1).exp_().to(out_RMGE.dtype)
-            for j, v_RME in enumerate(values):
-                out_RMGE.addcmul_(weights_RMGJ[..., j, None], v_RME.unsqueeze(2))
-            lse_RMG1 = merged_RMG1
-        out_RNE = out_RMGE.flatten(1, 2)
-        ctx.save_for_backward(q_RNE, k_TME, v_TME, out_RNE, lse_RMG1, *own)
-        ctx.seen = seen
-        return out_RNE
+        ctx: Any, turn: LayerStep, kv_2TME: Tensor, half_RX: Tensor, *more: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        M = kv_2TME.shape[2]
+        q_RMGE = placed(turn, M, half_RX, more[0])
+        out_RMGE, lse_RMG1 = shared_forward(turn.seen, q_RMGE, *kv_2TME)
+        if turn.number:
+            k_JRME, v_JRME = turn.known(turn.own.kv_2JRME)
+            lse_RMG1 = own_forward(out_RMGE, lse_RMG1, own_scores(q_RMGE, k_JRME), v_JRME)
+        ctx.save_for_backward(kv_2TME, q_RMGE, out_RMGE, lse_RMG1)
+        ctx.turn, ctx.rows = turn, len(half_RX)
+        return out_RMGE.flatten(1), half_RX.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        q_RNE, k_TME, v_TME, out_RNE, lse_RMG1, *own = ctx.saved_tensors
-        M, E = k_TME.shape[1:]
-        q_RMGE = q_RNE.unflatten(1, (M, -1)) * E**-0.5
-        outer_RMGE = outer[0].unflatten(1, (M, -1))
-        out_RMGE = out_RNE.unflatten(1, (M, -1))
-        delta_RMG1 = (outer_RMGE.float() * out_RMGE.float()).sum(-1, keepdim=True)
-        forward = (q_RMGE, k_TME, v_TME)
-        dq_RMGE, dk_TME, dv_TME = shared_backward(
-            ctx.seen, forward, outer_RMGE, lse_RMG1, delta_RMG1
-        )
-        keys, values = own[: len(own) // 2], own[len(own) // 2 :]
-        dkeys: list[Tensor] = []
-        dvalues: list[Tensor] = []
-        if keys:
-            weights_RMGJ = own_scores(q_RMGE, keys).sub_(lse_RMG1).exp_()
-            for j, (k_RME, v_RME) in enumerate(zip(keys, values, strict=True)):
-                weight = weights_RMGJ[..., j, None]
-                inner = (outer_RMGE.float() * v_RME.float().unsqueeze(2)).sum(-1, keepdim=True)
-                slope = (weight * (inner - delta_RMG1)).to(q_RNE.dtype)
-                dq_RMGE.addcmul_(slope, k_RME.unsqueeze(2))
-                dkeys.append((slope * q_RMGE).sum(2))
-                dvalues.append((weight.to(q_RNE.dtype) * outer_RMGE).sum(2))
-        return None, dq_RMGE.mul_(E**-0.5).flatten(1, 2), dk_TME, dv_TME, *dkeys, *dvalues
+        kv_2TME, q_RMGE, out_RMGE, lse_RMG1 = ctx.saved_tensors
+        turn, own = ctx.turn, ctx.turn.own
+        R, M, _, E = q_RMGE.shape
+        outer_RMGE = outer[0].reshape(q_RMGE.shape)
+        sums = lse_RMG1, (outer_RMGE.float() * out_RMGE).sum(-1, keepdim=True)
+        if own.back_2TME is None:
+            own.back_2TME = torch.zeros_like(kv_2TME)
+            own.back_2JRME = torch.zeros_like(own.kv_2JRME)
+        in_order = IN_ORDER[kv_2TME.device.type]
+        back_2TME = torch.zeros_like(kv_2TME) if in_order else own.back_2TME
+        forward, (dk_TME, dv_TME) = (q_RMGE, *kv_2TME), back_2TME
+        dq_RMGE = shared_backward(turn.seen, forward, outer_RMGE, sums, (dk_TME, dv_TME))
+        if in_order:
+            own.back_2TME += back_2TME
+        heads = q_RMGE.shape[2] * M
+        back_RXE = dq_RMGE.flatten(1, 2)
+        if turn.number:
+            mine, back_2JRME = (turn.known(x) for x in (own.kv_2JRME, own.back_2JRME))
+            own_backward((q_RMGE, *mine), outer_RMGE, sums, dq_RMGE, back_2JRME)
+            back_RXE = torch.cat([back_RXE.mul_(E**-0.5), *back_2JRME[:, -1]], 1)
+            turn_heads(back_RXE[:, : heads + M], turn.angles, back=True)
+        else:
+            turn_heads(back_RXE.mul_(E**-0.5), turn.angles, back=True)
+        back_RX = back_RXE.flatten(1)
+        half_RX = back_RX if ctx.rows == R else back_RX.sum_to_size(1, back_RX.shape[1])
+        token_RX = back_RX if ctx.needs_input_grad[3] else None
+        return None, None if turn.number else own.back_2TME, half_RX, token_RX, None
 
 
 def chain_attention(
-    seen: Visible,
-    q_RNE: Tensor,
-    shared: tuple[Tensor, Tensor],
-    own_keys: list[Tensor],
-    own_values: list[Tensor],
-) -> Tensor:
-    """Attention of one unroll step.
+    turn: LayerStep,
+    kv_2TME: Tensor,
+    half_RX: Tensor,
+    token_RX: Tensor | None,
+    before: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one step of a layer.
 
     Args:
-        seen: what the rows see of the step-0 keys.
-        q_RNE: rotated queries of the chains that are still alive.
-        shared: step-0 keys (rotated) and values, [T, M, E] each.
-        own_keys: rotated keys of steps 1..k of the same rows, [R, M, E] each.
-        own_values: likewise.
+        turn: the step.
+        kv_2TME: the step-0 keys (rotated) and values.
+        half_RX: queries, and unless at step 0 keys and values of the rows, not rotated; one row,
+            where all have the same.
+        token_RX: is added to them.
+        before: the second result of the step before: its backward pass comes after this one's.
 
     Returns:
-        [R, N, E].
+        [R, N * E], and what the next step is given as `before`.
     """
-    out: Tensor = _ChainAttention.apply(seen, q_RNE, *shared, *own_keys, *own_values)
+    out: tuple[Tensor, Tensor] = _ChainAttention.apply(turn, kv_2TME, half_RX, token_RX, before)
     return out

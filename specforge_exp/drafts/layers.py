@@ -14,10 +14,10 @@ checkpointing as a detached copy.
 Shape suffixes: R rows, X any dimensions, I inputs, O outputs, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,12 @@ from torch.autograd import Function
 
 from specforge_exp.sharding import gradient_of
 
-Copies = dict[int, tuple[Tensor, Tensor]]
-"""Weights and narrow copies of them, by the weights' ids."""
+Copies = dict[tuple[Any, ...], tuple[tuple[Tensor, ...], Tensor]]
+"""Weights and narrow copies of them, by their ids and columns."""
 COPIES: ContextVar[Copies | None] = ContextVar("COPIES", default=None)
+IN_ORDER = {"cpu": True, "cuda": False}
+"""Whether sums keep the order of the formulas: a CPU's numbers stay the same to the bit. Elsewhere
+a step is as few kernels as possible."""
 
 
 @contextmanager
@@ -42,15 +45,61 @@ def narrowed_once() -> Iterator[None]:
         COPIES.reset(token)
 
 
-def narrow(
-    weight: Tensor, dtype: torch.dtype, copies: Copies | None, columns: slice = slice(None)
-) -> Tensor:
-    """Columns of the weight in the dtype of the data."""
-    if copies is None or weight.dtype == dtype:
-        return weight[:, columns].to(dtype)
-    if id(weight) not in copies:
-        copies[id(weight)] = (weight, weight.to(dtype))
-    return copies[id(weight)][1][:, columns]
+class Group(NamedTuple):
+    """Weights that read the same, and which of them, of which columns, a product takes."""
+
+    weights: tuple[Tensor, ...]
+    columns: slice = slice(None)
+    which: slice = slice(None)
+
+    @property
+    def chosen(self) -> tuple[Tensor, ...]:
+        """Those that are taken."""
+        return self.weights[self.which]
+
+
+def narrow(group: Group, dtype: torch.dtype, copies: Copies | None) -> list[Tensor]:
+    """The weights of a product in the dtype of the data; those that have to be copied are one
+    matrix, part of a copy of the whole group."""
+    weights, columns = group.weights, group.columns
+    if all(weight.dtype == dtype for weight in weights):
+        return [weight[:, columns] for weight in group.chosen]
+    copies = {} if copies is None else copies
+    key = (columns.start, columns.stop, *map(id, weights))
+    if key not in copies:
+        parts = [weight.detach()[:, columns] for weight in weights]
+        out = parts[0].new_empty(sum(sizes(parts)), parts[0].shape[1], dtype=dtype)
+        copies[key] = (weights, torch.cat(parts, out=out))
+    first = sum(sizes(weights[: group.which.start or 0]))
+    return [copies[key][1][first : first + sum(sizes(group.chosen))]]
+
+
+def sizes(parts: Sequence[Tensor]) -> list[int]:
+    """Rows of each."""
+    return [len(part) for part in parts]
+
+
+def times(x_RI: Tensor, parts: list[Tensor]) -> Tensor:
+    """x W^T for each of `narrow`'s matrices, side by side."""
+    if len(parts) == 1:
+        return x_RI @ parts[0].T
+    out_RO = x_RI.new_empty(len(x_RI), sum(sizes(parts)))
+    for part, out in zip(parts, out_RO.split(sizes(parts), 1), strict=True):
+        torch.mm(x_RI, part.T, out=out)
+    return out_RO
+
+
+def times_back(outer_RO: Tensor, parts: list[Tensor]) -> Tensor:
+    """Gradient of x from that of `times`."""
+    first, *rest = outer_RO.split(sizes(parts), 1)
+    back_RI: Tensor = first @ parts[0]
+    for part, outer in zip(parts[1:], rest, strict=True):
+        back_RI.addmm_(outer, part)
+    return back_RI
+
+
+Parts = tuple[Tensor, Tensor]
+"""What `unit_rms` gives."""
 
 
 class RMSNorm(nn.Module):
@@ -61,35 +110,68 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Keeps shape and dtype."""
-        return (unit_rms(x, self.eps)[0] * self.weight).to(x.dtype)
+    def forward(self, x: Tensor, unit: Tensor | None = None) -> Tensor:
+        """Keeps shape and dtype; `unit` where that of `unit_rms` is known."""
+        return product(unit_rms(x, self.eps)[0] if unit is None else unit, self.weight, x.dtype)
 
-    def backward(self, x_RI: Tensor, gradient_RI: Tensor) -> Tensor:
+    def backward(self, x_RI: Tensor, gradient_RI: Tensor, parts: Parts | None = None) -> Tensor:
         """Gradient of the input; the weight's is added to its `.grad`."""
-        back_RI, own_I = rms_backward(x_RI, self.weight, self.eps, gradient_RI)
+        back_RI, own_I = rms_backward(x_RI, self.weight, self.eps, gradient_RI, parts)
         if self.weight.requires_grad:
             gradient_of(self.weight).add_(own_I)
         return back_RI
 
 
-def unit_rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """x y, multiplied as it is and written in another dtype by the same kernel."""
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        return (x * y).to(dtype)
+    shape = torch.broadcast_shapes(x.shape, y.shape)
+    return torch.mul(x, y, out=torch.empty(shape, dtype=dtype, device=x.device))
+
+
+def minus(x: Tensor, y: Tensor) -> Tensor:
+    """x - y in fp32, in x's place where it is that."""
+    return x.sub_(y) if x.dtype == y.dtype else x - y
+
+
+def times_in(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """x y in a dtype, in x's place where it is that; fp32."""
+    return x.mul_(y) if x.dtype == dtype else product(x, y, dtype)
+
+
+def rms_scale(x: Tensor, eps: float) -> Tensor:
+    """1 / rms(x) [..., 1]; fp32."""
+    if IN_ORDER[x.device.type]:
+        return torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return torch.rsub(norm.square(), eps, alpha=-1 / x.shape[-1]).rsqrt()
+
+
+def unit_rms(x: Tensor, eps: float) -> Parts:
     """x divided by its root mean square, and 1 / that; fp32."""
-    wide = x.float()
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return wide * scale, scale
+    scale = rms_scale(x, eps)
+    return x * scale, scale
 
 
 def rms_backward(
-    x_XI: Tensor, weight_I: Tensor, eps: float, gradient_XI: Tensor
+    x_XI: Tensor, weight_I: Tensor, eps: float, gradient_XI: Tensor, parts: Parts | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x / rms(x) * weight: of x in its dtype, of the weight in fp32."""
-    unit_XI, scale_X1 = unit_rms(x_XI, eps)
-    wide_XI = gradient_XI.float()
-    own_I = (wide_XI * unit_XI).flatten(0, -2).sum(0)
-    wide_XI = wide_XI * weight_I
-    inner_X1 = (wide_XI * unit_XI).mean(-1, keepdim=True)
-    return wide_XI.sub_(unit_XI.mul_(inner_X1)).mul_(scale_X1).to(x_XI.dtype), own_I
+    """Gradients of x / rms(x) * weight: of x in its dtype, of the weight in fp32.
+
+    `parts` where `unit_rms` of x is known; the first is written over.
+    """
+    unit_XI, scale_X1 = unit_rms(x_XI, eps) if parts is None else parts
+    each_XI = gradient_XI * unit_XI
+    own_I = each_XI.flatten(0, -2).sum(0)
+    weight_I = weight_I.float()
+    wide_XI = gradient_XI * weight_I
+    if IN_ORDER[x_XI.device.type]:
+        inner_X1 = torch.mul(wide_XI, unit_XI, out=each_XI).mean(-1, keepdim=True)
+        wide_XI.sub_(unit_XI.mul_(inner_X1))
+    else:
+        wide_XI.addcmul_(unit_XI, (each_XI @ weight_I)[..., None], value=-1 / len(weight_I))
+    return product(wide_XI, scale_X1, x_XI.dtype), own_I
 
 
 def silu_parts(gate_XI: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,45 +181,59 @@ def silu_parts(gate_XI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def swiglu_backward(
-    sigmoid_XI: Tensor, silu_XI: Tensor, up_XI: Tensor, inner_XI: Tensor
+    sigmoid_XI: Tensor, silu_XI: Tensor, up_XI: Tensor, inner_XI: Tensor, out: Any = (None, None)
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up; that of silu(gate) * up, `inner_XI`, is written over."""
-    up_back_XI = inner_XI * silu_XI
+    """Gradients of gate and up, in `out`; that of silu(gate) * up, `inner_XI`, is written over."""
+    up_back_XI = torch.mul(inner_XI, silu_XI, out=out[1])
     # silu' = sigmoid + silu - silu * sigmoid
     slope_XI = torch.addcmul(sigmoid_XI + silu_XI, silu_XI, sigmoid_XI, value=-1)
-    return inner_XI.mul_(up_XI).mul_(slope_XI), up_back_XI
+    return torch.mul(inner_XI.mul_(up_XI), slope_XI, out=out[0]), up_back_XI
 
 
 def add_product(weight_OI: Tensor, columns: slice, outer_RO: Tensor, x_RI: Tensor) -> None:
     """Add outer^T x to those columns of the weight's gradient."""
-    if not weight_OI.requires_grad:
+    add_products(Group((weight_OI,), columns), outer_RO, x_RI)
+
+
+def add_products(group: Group, outer_RO: Tensor, x_RI: Tensor) -> None:
+    """Add outer^T x, part by part, to the gradients of the group's weights."""
+    weights, columns = group.chosen, group.columns
+    wanted = [weight.requires_grad for weight in weights]
+    if not any(wanted):
         return
-    gradient_OI = gradient_of(weight_OI)[:, columns]
-    if gradient_OI.dtype == x_RI.dtype:
-        gradient_OI.addmm_(outer_RO.T, x_RI)
-    else:
-        gradient_OI.add_(outer_RO.T @ x_RI)
+    gradients = [gradient_of(w)[:, columns] if w.requires_grad else None for w in weights]
+    outers = outer_RO.split(sizes(weights), 1)
+    if all(g is None or g.dtype == x_RI.dtype for g in gradients):
+        for gradient, outer in zip(gradients, outers, strict=True):
+            if gradient is not None:
+                gradient.addmm_(outer.T, x_RI)
+        return
+    parts = (outer_RO.T @ x_RI).split(sizes(weights))
+    for gradient, part in zip(gradients, parts, strict=True):
+        if gradient is not None:
+            gradient.add_(part)
 
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, weight_OI: Tensor) -> Tensor:
+    def forward(ctx: Any, x_RI: Tensor, group: Group, *weights: Tensor) -> Tensor:
         ctx.save_for_backward(x_RI)
-        ctx.weight, ctx.copies = weight_OI, COPIES.get()
-        return x_RI @ narrow(weight_OI, x_RI.dtype, ctx.copies).T
+        ctx.group, ctx.copies = group, COPIES.get()
+        return times(x_RI, narrow(group, x_RI.dtype, ctx.copies))
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, None]:
-        (x_RI,), weight_OI = ctx.saved_tensors, ctx.weight
-        add_product(weight_OI, slice(None), outer[0], x_RI)
-        if not ctx.needs_input_grad[0]:
-            return None, None
-        return outer[0] @ narrow(weight_OI, x_RI.dtype, ctx.copies), None
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        (x_RI,), group = ctx.saved_tensors, ctx.group
+        add_products(group, outer[0], x_RI)
+        back_RI = None
+        if ctx.needs_input_grad[0]:
+            back_RI = times_back(outer[0], narrow(group, x_RI.dtype, ctx.copies))
+        return back_RI, None, *(None,) * len(group.weights)
 
 
-def linear(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
-    """x W^T, in x's dtype: [R, O]."""
-    out: Tensor = _Linear.apply(x_RI, weight_OI)
+def linear(x_RI: Tensor, *weights: Tensor, which: slice = slice(None)) -> Tensor:
+    """x W^T for each of a group's weights that is taken, side by side, in x's dtype: [R, O]."""
+    out: Tensor = _Linear.apply(x_RI, Group(weights, which=which), *weights)
     return out
 
 
@@ -170,34 +266,33 @@ def embedding(ids_X: Tensor, weight_VI: Tensor) -> Tensor:
 
 class _NormLinear(Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_RI: Tensor, norm: RMSNorm, columns: slice, *weights: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x_RI)
-        ctx.norm, ctx.columns, ctx.weights, ctx.copies = norm, columns, weights, COPIES.get()
-        normed_RI = norm(x_RI)
-        narrows = (narrow(weight, x_RI.dtype, ctx.copies, columns) for weight in weights)
-        return tuple(normed_RI @ weight.T for weight in narrows)
+    def forward(ctx: Any, x_RI: Tensor, norm: RMSNorm, group: Group, *weights: Tensor) -> Tensor:
+        unit_RI, scale_R1 = unit_rms(x_RI, norm.eps)
+        ctx.save_for_backward(x_RI, scale_R1)
+        ctx.norm, ctx.group, ctx.copies = norm, group, COPIES.get()
+        return times(norm(x_RI, unit_RI), narrow(group, x_RI.dtype, ctx.copies))
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        (x_RI,), weights = ctx.saved_tensors, ctx.weights
-        normed_RI = ctx.norm(x_RI)
-        gradient_RI = torch.zeros_like(normed_RI)
-        for weight, outer_RO in zip(weights, outer, strict=True):
-            add_product(weight, ctx.columns, outer_RO, normed_RI)
-            narrow_OI = narrow(weight, x_RI.dtype, ctx.copies, ctx.columns)
-            gradient_RI.addmm_(outer_RO, narrow_OI)
-        del normed_RI
-        gradient_RI = ctx.norm.backward(x_RI, gradient_RI)
-        return gradient_RI if ctx.needs_input_grad[0] else None, None, None, *(None,) * len(weights)
+        (x_RI, scale_R1), group = ctx.saved_tensors, ctx.group
+        unit_RI = x_RI * scale_R1
+        add_products(group, outer[0], ctx.norm(x_RI, unit_RI))
+        back_RI = times_back(outer[0], narrow(group, x_RI.dtype, ctx.copies))
+        back_RI = ctx.norm.backward(x_RI, back_RI, (unit_RI, scale_R1))
+        back = back_RI if ctx.needs_input_grad[0] else None
+        return back, None, None, *(None,) * len(group.weights)
 
 
 def norm_linear(
-    x_RI: Tensor, norm: RMSNorm, columns: slice, *weights: Tensor
-) -> tuple[Tensor, ...]:
-    """norm(x) W[:, columns]^T for each weight; keeps x only."""
-    out: tuple[Tensor, ...] = _NormLinear.apply(x_RI, norm, columns, *weights)
+    x_RI: Tensor,
+    norm: RMSNorm,
+    columns: slice,
+    *weights: Tensor,
+    which: slice = slice(None),
+) -> Tensor:
+    """norm(x) W[:, columns]^T for each of a group's weights that is taken, side by side; keeps x
+    only."""
+    out: Tensor = _NormLinear.apply(x_RI, norm, Group(weights, columns, which), *weights)
     return out
 
 
@@ -223,21 +318,34 @@ def normed(x_RI: Tensor, norm: RMSNorm) -> Tensor:
 
 class _SwigluDown(Function):
     @staticmethod
-    def forward(ctx: Any, gate_RI: Tensor, up_RI: Tensor, weight_OI: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_RI, up_RI)
+    def forward(ctx: Any, both_RI: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(both_RI)
         ctx.weight, ctx.copies = weight_OI, COPIES.get()
-        return (F.silu(gate_RI) * up_RI) @ narrow(weight_OI, gate_RI.dtype, ctx.copies).T
+        gate_RI, up_RI = both_RI.chunk(2, 1)
+        narrowed = narrow(Group((weight_OI,)), both_RI.dtype, ctx.copies)
+        return times(F.silu(gate_RI) * up_RI, narrowed)
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None]:
-        (gate_RI, up_RI), weight_OI = ctx.saved_tensors, ctx.weight
-        parts = silu_parts(gate_RI)
-        add_product(weight_OI, slice(None), outer[0], parts[1] * up_RI)
-        inner_RI = outer[0] @ narrow(weight_OI, gate_RI.dtype, ctx.copies)
-        return *swiglu_backward(*parts, up_RI, inner_RI), None
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
+        (both_RI,), weight_OI = ctx.saved_tensors, ctx.weight
+        gate_RI, up_RI = both_RI.chunk(2, 1)
+        (narrowed_OI,) = narrow(Group((weight_OI,)), both_RI.dtype, ctx.copies)
+        back_RI = torch.empty_like(both_RI)
+        if IN_ORDER[both_RI.device.type]:
+            parts = silu_parts(gate_RI)
+            add_product(weight_OI, slice(None), outer[0], parts[1] * up_RI)
+            swiglu_backward(*parts, up_RI, outer[0] @ narrowed_OI, back_RI.chunk(2, 1))
+            return back_RI, None
+        silu_RI = F.silu(gate_RI)
+        add_product(weight_OI, slice(None), outer[0], silu_RI * up_RI)
+        inner_RI = outer[0] @ narrowed_OI
+        gate_back_RI, up_back_RI = back_RI.chunk(2, 1)
+        torch.mul(inner_RI, silu_RI, out=up_back_RI)
+        torch.ops.aten.silu_backward(inner_RI.mul_(up_RI), gate_RI, grad_input=gate_back_RI)
+        return back_RI, None
 
 
-def swiglu_down(gate_RI: Tensor, up_RI: Tensor, weight_OI: Tensor) -> Tensor:
-    """(silu(gate) * up) W^T; keeps gate and up only."""
-    out: Tensor = _SwigluDown.apply(gate_RI, up_RI, weight_OI)
+def swiglu_down(both_RI: Tensor, weight_OI: Tensor) -> Tensor:
+    """(silu(gate) * up) W^T of gate and up side by side; keeps those only."""
+    out: Tensor = _SwigluDown.apply(both_RI, weight_OI)
     return out

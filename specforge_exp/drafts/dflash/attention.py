@@ -85,9 +85,9 @@ class _BlockAttention(Function):
         delta_QN1 = (outer[0].float() * out_QNE.float()).sum(-1, keepdim=True)
         delta_QMG1 = delta_QN1.unflatten(1, (M, -1))
         keys = (turned(k_norm, k_TME, angles_T), v_TME)
-        dq_QMGE, dk_TME, dv_TME = shared_backward(
-            layout.seen, (q_QMGE, *keys), outer_QMGE, lse_QMG1, delta_QMG1
-        )
+        dk_TME, dv_TME = torch.zeros_like(k_TME), torch.zeros_like(v_TME)
+        sums = lse_QMG1, delta_QMG1
+        dq_QMGE = shared_backward(layout.seen, (q_QMGE, *keys), outer_QMGE, sums, (dk_TME, dv_TME))
         q_RMXE, outer_RMXE = by_block(q_QMGE, slots), by_block(outer_QMGE, slots)
         turned_QME = turned(k_norm, k_QME, angles_Q)
         weights = own_scores(q_RMXE, turned_QME, layout).sub_(by_block(lse_QMG1, slots)).exp_()

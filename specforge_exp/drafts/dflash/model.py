@@ -64,22 +64,26 @@ class DFlashLayer(nn.Module):
         masked slot before the rotation does not depend on the slot.
         """
         attn, mlp, E = self.self_attn, self.mlp, self.head_dim
-        keys = (attn.k_proj.weight, attn.v_proj.weight)
-        weights = (attn.q_proj.weight, *keys)
-        ours = [*norm_linear(state_QH, self.input_layernorm, slice(None), *weights)]
+        weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
+        ours_QX = norm_linear(state_QH, self.input_layernorm, slice(None), *weights)
         if len(state_QH) != len(layout.angles_Q.cos_PE):
-            state_QH, *ours = (spread(x, layout.slots) for x in (state_QH, *ours))
-        q_QNE, k_QME, v_QME = (x.unflatten(-1, (-1, E)) for x in ours)
-        k_TME, v_TME = (linear(context_TH, weight).unflatten(-1, (-1, E)) for weight in keys)
+            state_QH, ours_QX = (spread(x, layout.slots) for x in (state_QH, ours_QX))
+        M = len(attn.k_proj.weight) // E
+        ours_QXE = ours_QX.unflatten(-1, (-1, E))
+        q_QNE, k_QME, v_QME = ours_QXE.split([ours_QXE.shape[1] - 2 * M, M, M], 1)
+        k_TME, v_TME = (
+            linear(context_TH, *weights, which=slice(n, n + 1)).unflatten(-1, (-1, E))
+            for n in (1, 2)
+        )
         norms = attn.q_norm, attn.k_norm
         attend = flex_block_attention if isinstance(layout.seen, Hidden) else block_attention
         attended_QNE = attend(layout, norms, q_QNE, (k_TME, v_TME), (k_QME, v_QME))
         state_QH = state_QH + linear(attended_QNE.flatten(1), attn.o_proj.weight)
-        gate_QI, up_QI = norm_linear(
+        both_QI = norm_linear(
             state_QH, self.post_attention_layernorm, slice(None),
             mlp.gate_proj.weight, mlp.up_proj.weight,
         )  # fmt: skip
-        return state_QH + swiglu_down(gate_QI, up_QI, mlp.down_proj.weight)
+        return state_QH + swiglu_down(both_QI, mlp.down_proj.weight)
 
 
 class DFlashModel(Draft[DFlashConfig]):
@@ -148,7 +152,8 @@ class DFlashModel(Draft[DFlashConfig]):
     def layouts(self, blocks: Blocks, slots: int, like: Tensor) -> dict[bool, BlockLayout]:
         """Where the rows stand and what they see, in layers with a window (True) and without."""
         device = like.device
-        at_T = torch.arange(len(blocks.start_T)) - blocks.start_T
+        place_T = torch.arange(len(blocks.start_T))
+        at_T = place_T - blocks.start_T
         anchor_Q = blocks.anchor_R.repeat_interleave(slots)
         start_Q, slot_Q = blocks.start_T[anchor_Q], torch.arange(slots).repeat(len(blocks.anchor_R))
         at_T, at_Q = moved_together([at_T, at_T[anchor_Q] + slot_Q], device)
@@ -166,9 +171,11 @@ class DFlashModel(Draft[DFlashConfig]):
                 seen = hide(anchor_there_Q, low_Q, slots, len(at_T), causal)
             else:
                 rows = visible(anchor_Q - 1, start_Q, device, first_Q)
-                numbers = [x for x in (rows.order_R, rows.slot_R, rows.first_R) if x is not None]
-                order_Q, before_Q, *window = moved_together(numbers, device)
-                seen = Visible(order_Q, before_Q, rows.blocks, *window)
+                numbers = [rows.order_R, rows.slot_R, place_T]
+                numbers += [] if rows.first_R is None else [rows.first_R]
+                order_Q, before_Q, there_T, *window = moved_together(numbers, device)
+                window_Q = window[0] if window else None
+                seen = Visible(order_Q, before_Q, rows.blocks, window_Q, there_T)
             made[sliding] = BlockLayout(seen, slots, causal, angles_T, angles_Q)
         return made
 

@@ -9,7 +9,7 @@ Shape suffixes: T packed tokens, R carried rows, H hidden, A = 3 H, M key-value 
 X heads * E, P rotary positions or tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from specforge_exp.drafts.chain_attention import Visible, chain_attention, rotate, visible
+from specforge_exp.drafts.chain_attention import (
+    LayerStep,
+    OwnKeys,
+    Visible,
+    chain_attention,
+    turned_keys,
+    visible,
+)
 from specforge_exp.drafts.eagle3.model import Eagle3Model
-from specforge_exp.drafts.layers import linear, norm_linear, normed, swiglu_down
+from specforge_exp.drafts.layers import IN_ORDER, linear, norm_linear, normed, swiglu_down
 from specforge_exp.drafts.rows import Chains
 from specforge_exp.training.batches import moved_together
 
@@ -43,14 +50,13 @@ class Fed(NamedTuple):
 class StepRows(NamedTuple):
     """The rows of a step, on the draft's device."""
 
+    number: int
     reads_R: Tensor
     """Position of the token that each reads, T for the token outside."""
-    at_R: Tensor
-    """Its place in the conversation, for the rotation."""
+    angles: tuple[Tensor, Tensor]
+    """cos and sin [R, E] of their places, the first half of the sines negative."""
     seen: dict[int | None, Visible]
     """By the window of a layer."""
-    own: bool
-    """Whether they have keys of their own: not at step 0, whose keys all positions share."""
 
 
 class Carried(NamedTuple):
@@ -66,13 +72,16 @@ class Shared(NamedTuple):
     """What every step of a layer reads."""
 
     number: int
-    by_token: tuple[Tensor, ...]
-    """The first layer's: the embedding's half of q, k and v per position, [T + 1, X] each; the last
-    row is the token outside. Then those of `Fed.more_P` and `Fed.extend`."""
-    angles: tuple[Tensor, Tensor]
-    """cos and sin, [P, E] each."""
-    keys: tuple[Tensor, Tensor]
-    """Step-0 keys (rotated) and values, [T, M, E] each."""
+    by_token: Tensor | None
+    """The first layer's: the embedding's half of q, k and v per position, [T + 1, X]; the last row
+    is the token outside. Then those of `Fed.more_P` and `Fed.extend`."""
+    kv_2TME: Tensor
+    """Step-0 keys (rotated) and values."""
+    own: OwnKeys
+    queries: Tensor | None = None
+    """The part of `by_token` that step 0 reads."""
+    tokens: tuple[Tensor, ...] = ()
+    """What the rows of the steps from 1 on read of `by_token`, where it is taken at once."""
 
 
 def unroll(
@@ -87,34 +96,51 @@ def unroll(
     dtype, fc = draft.compute_dtype, draft.fc.weight
     state_TH = linear(draft.read(aux_TA.to(dtype)), fc)
     fed_1H = None if fed.aux_1A is None else linear(draft.read(fed.aux_1A.to(dtype)), fc)
-    carried = carry(draft, chains, fed, ids_T.device)
-    angles = rotation(draft, max(chains.lengths) + len(chains.counts), state_TH)
+    carried = carry(draft, chains, fed, state_TH)
     ids_P = F.pad(ids_T, (0, 1), value=fed.token)
     ids_P = ids_P if fed.more_P is None else torch.cat([ids_P, fed.more_P])
-    by_token = token_halves(draft, ids_P, dtype)
+    by_token: Tensor | None = token_halves(draft, ids_P, dtype)
+    assert by_token is not None
+    sizes = [len(draft.midlayer.self_attn.q_proj.weight), -1]
+    sizes[1] = by_token.shape[1] - sizes[0]
+    parts: Any = by_token.split(sizes, 1)
+    room = 2, len(chains.counts) - 1, chains.counts[min(1, len(chains.counts) - 1)]
     shared: list[Shared] = []
+    before: list[Tensor | None] = []
     for number in range(len(draft.stack)):
         if number:
-            by_token, (state_TH,) = (), run(draft, carried.every, shared[-1], state_TH, [])
-        shared.append(make_shared(draft, carried.every, by_token, angles, state_TH, number))
+            by_token, parts = None, (None, None)
+            state_TH, before[-1] = run(draft, carried.every, shared[-1], state_TH, None)
+        kv_2TME = make_shared(draft, carried.every, parts[1], state_TH, number)
+        own = OwnKeys(kv_2TME.new_empty(*room, *kv_2TME.shape[2:]))
+        shared.append(Shared(number, by_token, kv_2TME, own, parts[0]))
+        before.append(None)
+    if not (IN_ORDER[ids_T.device.type] or fed.extend or draft.gradient_checkpointing):
+        shared[0] = with_tokens(shared[0], carried.steps[1:])
     state_RH = state_TH[carried.slot_R]
     states: list[Tensor] = []
-    own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in shared]
     for index, rows in enumerate(chains.counts):
         if index:
-            state_RH = draft.recycled(state_RH[:rows]) if fed_1H is None else fed_1H[:rows]
+            state_RH = state_RH if rows == len(state_RH) else state_RH[:rows]
+            state_RH = draft.recycled(state_RH) if fed_1H is None else fed_1H[:rows]
         for layer in shared if index else shared[-1:]:
             if rows:
-                mine = own[layer.number]
-                earlier = [(k_RME[:rows], v_RME[:rows]) for k_RME, v_RME in mine]
-                state_RH, *pair = run(draft, carried.steps[index], layer, state_RH, earlier)
-                mine += [(pair[0], pair[1])] if index else []
+                at = layer.number
+                state_RH, before[at] = run(draft, carried.steps[index], layer, state_RH, before[at])
         states.append(state_RH)
         if fed.extend:
             more = token_halves(draft, fed.extend(index, state_RH), dtype)
-            pairs = zip(shared[0].by_token, more, strict=True)
-            shared[0] = shared[0]._replace(by_token=tuple(torch.cat(pair) for pair in pairs))
+            assert shared[0].by_token is not None
+            shared[0] = shared[0]._replace(by_token=torch.cat([shared[0].by_token, more]))
     return states
+
+
+def with_tokens(shared: Shared, steps: list[StepRows]) -> Shared:
+    """Take what all steps read together: one operator, and one in the backward pass."""
+    if shared.by_token is None or not steps:
+        return shared
+    tokens_QX = shared.by_token[torch.cat([rows.reads_R for rows in steps])]
+    return shared._replace(tokens=tokens_QX.split([len(rows.reads_R) for rows in steps]))
 
 
 def run(
@@ -122,17 +148,17 @@ def run(
     rows: StepRows,
     shared: Shared,
     state_RH: Tensor,
-    earlier: list[tuple[Tensor, Tensor]],
-) -> tuple[Tensor, ...]:
+    before: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """`step`, or its checkpoint."""
-    arguments = (draft, rows, shared, state_RH, earlier)
+    arguments = (draft, rows, shared, state_RH, before)
     if draft.gradient_checkpointing and torch.is_grad_enabled():
-        out: tuple[Tensor, ...] = checkpoint(step, *arguments, use_reentrant=False)
+        out: tuple[Tensor, Tensor] = checkpoint(step, *arguments, use_reentrant=False)
         return out
     return step(*arguments)
 
 
-def carry(draft: Eagle3Model[Any], chains: Chains, fed: Fed, device: torch.device) -> Carried:
+def carry(draft: Eagle3Model[Any], chains: Chains, fed: Fed, like: Tensor) -> Carried:
     """What the draft reads of its rows, in one copy."""
     slot_T = torch.arange(len(chains.start_T))
     outside, windows = len(slot_T), draft.variant.windows
@@ -144,45 +170,55 @@ def carry(draft: Eagle3Model[Any], chains: Chains, fed: Fed, device: torch.devic
         if index and fed.aux_1A is not None:
             reads_R = torch.full_like(reads_R, outside)
         passes.append((chains.slot_R[:rows], reads_R, index, windows if index else windows[-1:]))
-    numbers, blocks = [chains.slot_R], []
+    at_Q = torch.cat([at_T[slot_R] + index for slot_R, _, index, _ in passes])
+    numbers, blocks = [chains.slot_R, slot_T, at_Q], []
     for slot_R, reads_R, index, kinds in passes:
-        numbers += [reads_R, at_T[slot_R] + index]
+        numbers.append(reads_R)
         for window in dict.fromkeys(kinds):
             first_R = None
             if window is not None:
                 first_R = slot_R + (index if fed.windows_move else 0) + 1 - window
-            seen = visible(slot_R, chains.start_T[slot_R], device, first_R)
+            seen = visible(slot_R, chains.start_T[slot_R], like.device, first_R)
             blocks.append(seen.blocks)
             numbers += [seen.order_R, seen.slot_R]
             numbers += [] if seen.first_R is None else [seen.first_R]
-    moved, cut = iter(moved_together(numbers, device)), iter(blocks)
-    slot_R = next(moved)
+    moved, cut = iter(moved_together(numbers, like.device)), iter(blocks)
+    slot_R, slot_T, reach = next(moved), next(moved), max(chains.lengths) + len(chains.counts)
+    angles = rotation(draft, reach, like, next(moved), [len(slot_R) for slot_R, *_ in passes])
     first, *steps = (
         StepRows(
+            index,
             next(moved),
-            next(moved),
+            next(angles),
             {
                 window: Visible(
-                    next(moved), next(moved), next(cut), None if window is None else next(moved)
+                    next(moved),
+                    next(moved),
+                    next(cut),
+                    None if window is None else next(moved),
+                    slot_T,
                 )
                 for window in dict.fromkeys(kinds)
             },
-            index > 0,
         )
         for _, _, index, kinds in passes
     )
     return Carried(slot_R, first, steps)
 
 
-def rotation(draft: Eagle3Model[Any], reach: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The rotary angles of the first `reach` places."""
+def rotation(
+    draft: Eagle3Model[Any], reach: int, like: Tensor, at_Q: Tensor, sizes: list[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rotary angles of places below `reach`, cut into parts; the first half of the sines is
+    negative."""
     reach_P = torch.arange(reach, device=like.device)
     cos_1PE, sin_1PE = draft.rotary(like.float(), reach_P[None])
-    return cos_1PE[0], sin_1PE[0]
+    sin_1PE[..., : sin_1PE.shape[-1] // 2].neg_()
+    return zip(cos_1PE[0, at_Q].split(sizes), sin_1PE[0, at_Q].split(sizes), strict=True)
 
 
-def token_halves(draft: Eagle3Model[Any], ids_P: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The embedding's half of the first layer's projections."""
+def token_halves(draft: Eagle3Model[Any], ids_P: Tensor, dtype: torch.dtype) -> Tensor:
+    """The embedding's half of the first layer's projections, side by side."""
     attn, norm = draft.midlayer.self_attn, draft.midlayer.input_layernorm
     embedded = F.embedding(ids_P, draft.embed_VH).to(dtype)
     weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
@@ -192,20 +228,18 @@ def token_halves(draft: Eagle3Model[Any], ids_P: Tensor, dtype: torch.dtype) -> 
 def make_shared(
     draft: Eagle3Model[Any],
     every: StepRows,
-    by_token: tuple[Tensor, ...],
-    angles: tuple[Tensor, Tensor],
+    by_token: Tensor | None,
     state_TH: Tensor,
     number: int,
-) -> Shared:
+) -> Tensor:
     """The step-0 keys and values of a layer that is given these states."""
-    layer, shape = draft.stack[number], (-1, draft.config.head_dim)
-    weights = (layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight)
-    pair = norm_linear(state_TH, layer.state_norm, slice(-state_TH.shape[-1], None), *weights)
-    if by_token:
-        pair = (pair[0] + by_token[1][every.reads_R], pair[1] + by_token[2][every.reads_R])
-    k_TME, v_TME = (x.unflatten(-1, shape) for x in pair)
-    cos_TE, sin_TE = (x_PE[every.at_R] for x_PE in angles)
-    return Shared(number, by_token, angles, (rotate(k_TME, cos_TE, sin_TE), v_TME))
+    layer = draft.stack[number]
+    attn, columns = layer.self_attn, slice(-state_TH.shape[-1], None)
+    weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
+    kv_TX = norm_linear(state_TH, layer.state_norm, columns, *weights, which=slice(1, 3))
+    if by_token is not None:
+        kv_TX = kv_TX + by_token[every.reads_R]
+    return turned_keys(kv_TX, every.angles)
 
 
 def step(
@@ -213,42 +247,34 @@ def step(
     rows: StepRows,
     shared: Shared,
     state_RH: Tensor,
-    earlier: list[tuple[Tensor, Tensor]],
-) -> tuple[Tensor, ...]:
-    """One pass of a layer over the rows of a step: the next state, own keys and values.
+    before: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One pass of a layer over the rows of a step: the next state, and the next `before`.
 
     Args:
         draft: the weights.
         rows: the rows.
         shared: see `Shared`.
         state_RH: the states that the rows are fed; one row, where all are fed the same.
-        earlier: the rows' own keys and values of the steps from 1 to the one before.
+        before: see `chain_attention`.
     """
     layer = draft.stack[shared.number]
     attn, mlp = layer.self_attn, layer.mlp
     weights = (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight)
-    used = weights if rows.own else weights[:1]
-    halves = norm_linear(state_RH, layer.state_norm, slice(-state_RH.shape[-1], None), *used)
-    if shared.by_token:
-        pairs = zip(halves, shared.by_token, strict=False)
-        halves = tuple(half_RX + token_TX[rows.reads_R] for half_RX, token_TX in pairs)
+    used, columns = slice(None if rows.number else 1), slice(-state_RH.shape[-1], None)
+    half_RX = norm_linear(state_RH, layer.state_norm, columns, *weights, which=used)
+    token_RX = None
+    if shared.tokens and rows.number:
+        token_RX = shared.tokens[rows.number - 1]
+    elif shared.by_token is not None:
+        source = shared.by_token if rows.number or shared.queries is None else shared.queries
+        token_RX = source[rows.reads_R]
     if layer.first and draft.variant.norm_before_residual:
         state_RH = normed(state_RH, layer.hidden_norm)
-    cos_RE, sin_RE = (x_PE[rows.at_R] for x_PE in shared.angles)
-    q_RNE, *pair = (half_RX.unflatten(-1, (-1, draft.config.head_dim)) for half_RX in halves)
-    if pair:
-        pair = [rotate(pair[0], cos_RE, sin_RE), pair[1]]
-        earlier = [*earlier, (pair[0], pair[1])]
-    attended_RNE = chain_attention(
-        rows.seen[draft.variant.windows[shared.number]],
-        rotate(q_RNE, cos_RE, sin_RE),
-        shared.keys,
-        [k_RME for k_RME, _ in earlier],
-        [v_RME for _, v_RME in earlier],
-    )
-    state_RH = state_RH + linear(attended_RNE.flatten(1), attn.o_proj.weight)
+    seen = rows.seen[draft.variant.windows[shared.number]]
+    turn = LayerStep(seen, rows.angles, shared.own, rows.number)
+    attended_RX, before = chain_attention(turn, shared.kv_2TME, half_RX, token_RX, before)
+    state_RH = state_RH + linear(attended_RX, attn.o_proj.weight)
     norm = layer.post_attention_layernorm
-    gate_RI, up_RI = norm_linear(
-        state_RH, norm, slice(None), mlp.gate_proj.weight, mlp.up_proj.weight
-    )
-    return state_RH + swiglu_down(gate_RI, up_RI, mlp.down_proj.weight), *pair
+    both_RI = norm_linear(state_RH, norm, slice(None), mlp.gate_proj.weight, mlp.up_proj.weight)
+    return state_RH + swiglu_down(both_RI, mlp.down_proj.weight), before
