@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,23 @@ def random_target(folder: Path, toy: bool) -> Path:
     return path
 
 
+def seconds_of(run: Callable[[], Any], args: argparse.Namespace) -> float:
+    """Median of some calls, the first left out."""
+    times = []
+    for _ in range(3 if args.rehearse else 20):
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
 def target(args: argparse.Namespace) -> dict[str, Any]:
-    """The target's forward over 2048 tokens: seconds, and FLOP beside a plain product's."""
+    """The target's forward over 2048 tokens: seconds, and FLOP beside a plain product's; and over
+    as many of eight conversations, one by one and together (target.pack_tokens)."""
     from specforge_exp.config import ModelConfig
     from specforge_exp.target import load_target
 
@@ -89,18 +105,17 @@ def target(args: argparse.Namespace) -> dict[str, Any]:
                 if "embed" not in name and "lm_head" not in name)  # fmt: skip
     tokens = 64 if args.rehearse else 2048
     ids = torch.randint(0, 512, (1, tokens), device=device)
-    times = []
-    for _ in range(3 if args.rehearse else 20):
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        loaded.features(ids)
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    seconds = statistics.median(times[1:])
+    seconds = seconds_of(lambda: loaded.features(ids), args)
+    texts = list(ids[0].split(tokens // 8))
+    alone = seconds_of(lambda: loaded.states(texts), args)
+    loaded.take_packing()
+    together = seconds_of(lambda: loaded.states(texts, tokens), args)
     rate = matmul_rate(args.device, loaded.model.dtype)
-    return {"tokens": tokens, "forward_s": seconds, "mfu": 2 * count * tokens / seconds / rate}
+    return {
+        "tokens": tokens, "forward_s": seconds, "mfu": 2 * count * tokens / seconds / rate,
+        "eight_alone_s": alone, "eight_together_s": together,
+        "attention": loaded.text._attn_implementation,
+    }  # fmt: skip
 
 
 def train_command(args: argparse.Namespace, name: str, *more: str) -> list[str]:
