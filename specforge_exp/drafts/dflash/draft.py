@@ -4,6 +4,7 @@ Shape suffixes: T tokens, S slots, R blocks, Q rows (slots of blocks), H hidden,
 K labels of a block, V vocabulary.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,8 @@ from specforge_exp.losses import Loss
 from specforge_exp.target import Head, Target, draft_shape
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.objective import Outcome, Replay, Sample
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,11 @@ class DFlash(DFlashModel):
 
     def written(self, target: Target, target_path: str) -> dict[str, Any]:
         """config.json in Hugging Face's layout."""
+        if self.config.sample_from_anchor:
+            log.warning(
+                "draft: vLLM 0.32 has no DFlash with draft.sample_from_anchor=true: one of its "
+                "runners refuses it, the other does not read it, which makes a worse draft"
+            )
         return export_config(self, target, target_path)
 
     def respelt(
