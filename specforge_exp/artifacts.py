@@ -77,7 +77,7 @@ def differing(
     now, before = json.loads(json.dumps(settings)), record.get("settings", {})
     return [
         f"{name} was {before.get(name)}, now {now.get(name)}"
-        for name in only or {**now, **before}
+        for name in ({**now, **before} if only is None else only)
         if before.get(name) != now.get(name)
     ]
 

@@ -166,7 +166,7 @@ class Target:
             return [(aux_1TA[0], last_1TH[0]) for aux_1TA, last_1TH in pairs]
         sizes = list(map(len, texts))
         states: dict[int, tuple[Tensor, Tensor]] = {}
-        for numbers in packing.together(sizes, most):
+        for numbers in packing.together(dict(enumerate(sizes)), most):
             lengths = [sizes[n] for n in numbers]
             ids_T = torch.cat([texts[n] for n in numbers]).to(self.device)
             with self.captured() as captured:

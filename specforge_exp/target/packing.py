@@ -10,7 +10,7 @@ Shape suffixes: B batch, T packed tokens, S heads, E size of a head, H hidden.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -123,13 +123,12 @@ def first_that_follows(model: Any, decoder: Any, names: list[str]) -> str | None
     return None
 
 
-def together(lengths: Sequence[int] | Mapping[int, int], most: int) -> list[list[int]]:
+def together(lengths: Mapping[int, int], most: int) -> list[list[int]]:
     """Conversations by number, longest first each in the first forward of `most` tokens that has
     room; a longer one is a forward of its own."""
-    numbers = lengths.keys() if isinstance(lengths, Mapping) else range(len(lengths))
     forwards: list[list[int]] = []
     room: list[int] = []
-    for number in sorted(numbers, key=lambda n: (-lengths[n], n)):
+    for number in sorted(lengths, key=lambda n: (-lengths[n], n)):
         fits = next((i for i, left in enumerate(room) if left >= lengths[number]), None)
         if fits is None:
             forwards.append([])

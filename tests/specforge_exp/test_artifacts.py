@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specforge_exp import artifacts, paths
-from specforge_exp.artifacts import Fingerprint, check, reusable, writing
+from specforge_exp.artifacts import Fingerprint, check, differing, reusable, writing
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
 from specforge_exp.inputs import require
@@ -66,6 +66,7 @@ def test_an_option_that_is_null_by_itself_is_no_change() -> None:
     """Options that are new since a record was written."""
     assert Fingerprint({}, {"a": None}).changes({"settings": {}}) == []
     assert Fingerprint({}, {}).changes({"settings": {"a": None}}) == []
+    assert differing({}, {"settings": {"a": 1}}, ()) == []
 
 
 def test_interrupted_leaves_no_artifact(tmp_path: Path, cfg: Config) -> None:

@@ -50,7 +50,7 @@ def test_together_is_one_by_one_or_refused(family: str) -> None:
 
 
 def test_forwards_have_room_and_miss_nothing() -> None:
-    forwards = together(LENGTHS, 20)
+    forwards = together(dict(enumerate(LENGTHS)), 20)
     assert sorted(n for one in forwards for n in one) == [*range(len(LENGTHS))]
     assert [[LENGTHS[n] for n in one] for one in forwards] == [[21], [14, 3, 1], [9]]
 
