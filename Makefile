@@ -27,7 +27,7 @@ smollm2: .venv/.ready  ## the same six stages with SmolLM2-135M and real prompts
 test: .venv/.ready  ## the fast tier: every module, one launch and one kill of each kind
 	$(BIN)/python tests/tiers.py fast
 
-test-%: .venv/.ready  ## one tier more: trainer modal sweeps end local-modal ray bench; all of them: test-all
+test-%: .venv/.ready  ## one tier more: trainer resume modal sweeps end local-modal ray bench; all of them: test-all
 	$(BIN)/python tests/tiers.py $*
 
 engines: .venv/.ready  ## a real vLLM on this CPU with our drafts; asks for ENGINES=1 and says why

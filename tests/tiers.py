@@ -1,10 +1,10 @@
 """Runs the tests of one tier: `python tests/tiers.py fast`; without a name, lists the tiers.
 
-`all` is every tier, `rest` every one but `fast`. A tier is some folders and a marker. Its tests
-share three processes; of several tiers three run beside each other, in one process each, the
-longest first: for two cores, so that two compute while one waits. Tests marked `timing`, which
-assert how long something takes, then run alone in one. Only they are tried a second time, and
-whatever was is named at the end.
+`all` is every tier, `rest` every one but `fast`. A tier is some folders and a marker; a file that
+one names is in no other with that marker. Its tests share three processes; of several tiers three
+run beside each other, in one process each, the longest first: for two cores, so that two compute
+while one waits. Tests marked `timing`, which assert how long something takes, then run alone in
+one. Only they are tried a second time, and whatever was is named at the end.
 """
 
 import ctypes
@@ -38,6 +38,9 @@ class Tier:
     marker: str = "slow"
 
 
+RESUMED = tuple(
+    f"specforge_exp/test_{name}.py" for name in ("resume", "ranks", "causal_runs", "streamed")
+)
 TIERS = {
     "fast": Tier(
         "every module, one launch and one kill of each kind",
@@ -45,7 +48,8 @@ TIERS = {
         1150,
         "not slow",
     ),
-    "trainer": Tier("the trainer's long runs, killed and resumed", ("specforge_exp",), 1200),
+    "trainer": Tier("the trainer's long tests but those", ("specforge_exp",), 750),
+    "resume": Tier("runs killed and resumed, several ranks, streams", RESUMED, 450),
     "modal": Tier("sweeps on a local Modal, killed everywhere", ("modal_sweep",), 250),
     "sweeps": Tier("grids and studies, killed again and again", ("hydra_sweeps",), 70),
     "end": Tier("whole pipelines as commands, here and on a local Modal", ("end_to_end",), 700),
@@ -71,6 +75,9 @@ def pytest(name: str, marker: str, *options: str) -> int:
     tier = TIERS[name]
     expression = f"({tier.marker}) and ({marker}) and not gpu and not live and not engines"
     folders = [str(ROOT / "tests" / folder) for folder in tier.folders]
+    others = [each for each in TIERS.values() if each.marker == tier.marker and each is not tier]
+    files = {ROOT / "tests" / one for each in others for one in each.folders if one.endswith(".py")}
+    options = (*options, *(f"--ignore={file}" for file in sorted(files)))
     command = [sys.executable, "-m", "pytest", "-m", expression, "-o", f"cache_dir={cache(name)}"]
     # What was compiled once is read, by the tests and by what they start, as with a user.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
