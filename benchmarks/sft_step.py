@@ -64,8 +64,8 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for case in args.cases:
         write_inputs(folder, SMOLLM2, CASES[case])
         steps = [*(("peers.sft_step", "--who", who) for who in PEERS), ("our_sft_step",)]
-        # One process at a time: full logits of a peer are up to 9 GB.
-        *peers, ours = (run(folder, args, step)[0] for step in steps)
+        # One process at a time (args.apart): full logits of a peer are up to 9 GB.
+        *peers, ours = run(folder, args, *steps)
         for one in (*peers, ours):
             print(
                 f"{case:8} {one['who']:13} {one['rows']:5} {one['tokens']:6} {one['loss']:9.5f} "
@@ -94,8 +94,8 @@ def record(args: argparse.Namespace, folder: Path) -> None:
     subprocess.run([*map(str, words), "--record", str(args.record.resolve())], cwd=HERE, check=True)
 
 
-def main() -> None:
-    """Parse, measure, print."""
+def parsed(words: list[str] | None = None) -> argparse.Namespace:
+    """What was asked for; with what `train_step.run` wants to know besides."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -107,9 +107,14 @@ def main() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     parser.add_argument("--venv", type=Path, default=cache / "specforge_exp" / "trl")
     parser.add_argument("--peers-python", type=Path, help="an interpreter that has the peers")
-    args = parser.parse_args()
+    parser.set_defaults(device="cpu", shape={}, apart=True, instructions=False)
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    args = parsed()
     args.peers_python = args.peers_python or peers_python(args.venv, INSTALLS)
-    args.device, args.shape = "cpu", {}
     with tempfile.TemporaryDirectory() as folder:
         if args.record:
             record(args, Path(folder))

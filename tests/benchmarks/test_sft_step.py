@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from our_sft_step import prepare
-from sft_step import TINY, ratios, write_inputs
+from sft_step import TINY, parsed, ratios, write_inputs
+from train_step import run
 from transformers import AutoModelForCausalLM
 
 LENGTHS = [12, 5, 20]
@@ -33,6 +34,13 @@ def test_our_step_is_the_loss_that_the_peers_report(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     expected = model(ids_BT, attention_mask=seen_BT, labels=labels_BT).loss
     assert outcome.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_our_step_is_measured(tmp_path: Path) -> None:
+    """By the script's own arguments."""
+    write_inputs(tmp_path, TINY, LENGTHS)
+    (measured,) = run(tmp_path, parsed(["--steps", "1", "--threads", "1"]), ("our_sft_step",))
+    assert measured["rows"] == 6 + 3 + 10 and measured["cpu_s"] > 0
 
 
 def test_ratios_are_to_the_better_peer() -> None:
