@@ -318,20 +318,26 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def changed_target(record: dict[str, Any], path: str) -> list[str]:
+    """A line that says so where `record` (a run.json) is of another target than this one."""
+    theirs = record["inputs"].get("the target")
+    changed = theirs is not None and theirs != model_digest(path)
+    return [f"its target was another than model.path={path} is now"] if changed else []
+
+
 def model_digest(path: str) -> str:
     """Digest that tells a local model folder from another; a hub id stands for itself.
 
-    Weights count by name and size, small files (config, tokenizer) by content.
+    Files count as in `content_of`: weights above WHOLE by some of their blocks.
     """
     folder = Path(path)
     if not folder.is_dir():
         return path
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*")):
-        if file.suffix in (".json", ".jinja", ".safetensors"):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size} ".encode())
-            digest.update(sha256(file).encode() if size < WHOLE else b"")
+        if file.suffix in (".json", ".jinja", ".safetensors", ".bin", ".model"):
+            size, content = content_of(file).values()
+            digest.update(f"{file.name} {size} {content}".encode())
     return digest.hexdigest()
 
 

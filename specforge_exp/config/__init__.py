@@ -160,6 +160,7 @@ class Config:
         """Refuse what the draft cannot do."""
         self.draft.chain_length(self.bench.chain_length)
         self.draft.export_format(self.export.format)
+        self.draft.check_loss(self.loss)
         if self.bench.verify == "confidence" and not self.draft.confident:
             raise InputError(
                 f"bench.verify=confidence: draft={self.draft.name} has no confidence head; "

@@ -255,6 +255,9 @@ class DraftConfig:
         if not self.replayed:
             raise InputError(f"onpolicy cannot train draft={self.name}; use onpolicy=none")
 
+    def check_loss(self, loss: LossConfig) -> None:
+        """Refuse a loss of which this draft would leave a part out."""
+
     def matters(self) -> dict[str, Any]:
         """The options that a training depends on."""
         return {name: value for name, value in vars(self).items() if name not in self.quiet}

@@ -30,6 +30,8 @@ def training_settings(cfg: Config) -> dict[str, Any]:
         settings |= {f"onpolicy.{key}": value for key, value in cfg.onpolicy.matters().items()}
     if cfg.target.engine != "transformers":  # all others have the same states
         settings |= {f"target.{key}": vars(cfg.target)[key] for key in ("engine", "args")}
+    if cfg.model.dtype != "auto":
+        settings["model.dtype"] = cfg.model.dtype
     return settings | packed_by(cfg) | {"model.aux_layers": cfg.model.aux_layers}
 
 

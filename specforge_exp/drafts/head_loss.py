@@ -139,10 +139,12 @@ def visit_rows(
     buffer_ND = torch.empty(min(size, len(rows.flat_Q)), len(heads.weight_DH), device=device)
     gradient_QH = torch.zeros_like(state_QH) if gradient else None
     gradient_QF = torch.zeros_like(addition.feature_QF) if addition and gradient else None
+    # One more position stands for all that lies outside a conversation.
+    last_TH = torch.cat([heads.last_TH, torch.zeros_like(heads.last_TH[:1])])
+    heads = replace(heads, next_T=torch.cat([heads.next_T, heads.next_T[:1]]))
     work = Pass(
         rows, state_QH, heads, weighting, sums, gradient_QH, buffer_ND, addition, gradient_QF
     )
-    last_TH = torch.cat([heads.last_TH, torch.zeros_like(heads.last_TH[:1])])
     before = [*rows.before[::positions], len(rows.flat_Q)]
     for index, position_P in enumerate(rows.position_P.split(positions)):
         teacher = make_teacher(

@@ -20,7 +20,9 @@ from tqdm import tqdm
 from specforge_exp import paths
 from specforge_exp.artifacts import (
     Fingerprint,
+    changed_target,
     model_digest,
+    read_record,
     reusable,
     sha256,
     writing,
@@ -103,6 +105,7 @@ def preprocess(cfg: Config) -> Path:
         counts["left_out"] = {n: {key: entry[key] for key in UNUSED} for n, entry in report.items()}
         warnings = [text for name in splits for text in doubts(name, report[name])]
         warnings += [too_long] if too_long else []
+        warnings += others_answers(cfg, source)
         write_json(
             partial / "report.json", {"draft_vocab_size": size, **report, "warnings": warnings}
         )
@@ -115,6 +118,18 @@ def preprocess(cfg: Config) -> Path:
         log.warning("preprocess: warning: %s", text)
     log.info("preprocess: complete: %s%s", folder, left_out(report))
     return folder
+
+
+def others_answers(cfg: Config, source: Path) -> list[str]:
+    """What is to be said about answers that another target of the same name has given."""
+    record = source / "run.json"
+    if cfg.preprocess.source != "regen" or not record.exists():
+        return []
+    remedy = "its answers teach the draft another model: regen.force=true answers again"
+    return [
+        f"{source}: {change}; {remedy}"
+        for change in changed_target(read_record(record), cfg.model.path)
+    ]
 
 
 def encode_files(cfg: Config, blocks: list[LineBlock], folder: Path) -> None:

@@ -74,7 +74,10 @@ def tokens_of(cfg: Config) -> Tokens:
         raise InputError(not_loadable(cfg.model, error)) from None
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise InputError(f"{path}: its tokenizer has no tokenizer.json, or no end-of-text token")
-    return Tokens(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # tokenizer.json may ask for either, and the library's own call ignores
+    backend.no_padding()  # what it asks for
+    return Tokens(backend.to_str(), tokenizer.eos_token_id)
 
 
 def fingerprint_of(cfg: Config) -> Fingerprint:

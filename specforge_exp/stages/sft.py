@@ -56,7 +56,7 @@ def begin(cfg: Config, world: int) -> Record | None:
     """
     check_start(cfg, "sft")
     tokens = require(cfg, "preprocess", "index.json")
-    check_tokens(tokens, {"max_length": cfg.max_length})
+    check_tokens(cfg, tokens, {"max_length": cfg.max_length})
     if warning := check_length(cfg.model, cfg.max_length):
         log.warning("sft: warning: %s", warning)
     run = TrainingRun(paths.run_dir(cfg), fingerprint_of(cfg, tokens), Ranks(0, world))

@@ -154,7 +154,7 @@ def begin(cfg: Config, world: int) -> Record | None:
             f"{cfg.engine.name} does not serve it: leave engine= out for train"
         )
     tokens = require(cfg, "preprocess", "index.json")
-    check_tokens(tokens, wanted_of(cfg))
+    check_tokens(cfg, tokens, wanted_of(cfg))
     run = TrainingRun(paths.run_dir(cfg), fingerprint_of(cfg, tokens), Ranks(0, world))
     if cfg.target.alone == "none" and (record := settled(cfg, "train", run)):
         return record
@@ -172,7 +172,7 @@ def show_split(cfg: Config) -> float | tuple[float, ...]:
         InputError: tokens are missing, or were made for another training.
     """
     check_gpus(cfg, "train", int(cfg.trainer.gpus))
-    check_tokens(require(cfg, "preprocess", "index.json"), wanted_of(cfg))
+    check_tokens(cfg, require(cfg, "preprocess", "index.json"), wanted_of(cfg))
     lines = split_of(cfg).lines() if cfg.target.dry_run else []
     if cfg.onpolicy.dry_run:
         lines += cost_lines(cfg, read_tokens(paths.tokens_dir(cfg))[1].train)

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from specforge_exp import paths
-from specforge_exp.artifacts import contents, describe, differing, read_record, reusable
+from specforge_exp.artifacts import (
+    changed_target,
+    contents,
+    describe,
+    differing,
+    read_record,
+    reusable,
+)
 from specforge_exp.config import Config
 from specforge_exp.config.checks import shared_evenly
 from specforge_exp.config.machine import command
@@ -20,7 +27,7 @@ from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.lease import lease
 from specforge_exp.records import metric_lines, write_record
-from specforge_exp.target import check_gpus, set_up_torch, take_what_is_there
+from specforge_exp.target import check_gpus, set_up_torch, take_what_is_there, text_config
 from specforge_exp.training.checkpoint import (
     OVER,
     check_step,
@@ -111,9 +118,14 @@ def read_tokens(tokens: Path) -> tuple[dict[str, Tensor], Splits]:
     return mapping, Splits(*(read_split(tokens, name, len(mapping["t2d"])) for name in names))
 
 
-def check_tokens(tokens: Path, wanted: dict[str, Any]) -> None:
-    """Refuse tokens that preprocess made with other options than these of the training."""
-    changes = differing(wanted, read_record(tokens / "run.json"), wanted)
+def check_tokens(cfg: Config, tokens: Path, wanted: dict[str, Any]) -> None:
+    """Refuse tokens that preprocess made with other options than these of the training, or for
+    another model of the same name."""
+    record = read_record(tokens / "run.json")
+    other = changed_target(record, cfg.model.path)
+    if other:
+        text_config(cfg.model)  # it says so where there is none
+    changes = [*differing(wanted, record, wanted), *other]
     if changes:
         raise InputError(
             f"{tokens} was made with other options: {'; '.join(changes)}. Train with those, or "

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specforge_exp import artifacts, paths
-from specforge_exp.artifacts import Fingerprint, check, differing, reusable, writing
+from specforge_exp.artifacts import (
+    Fingerprint,
+    check,
+    differing,
+    model_digest,
+    reusable,
+    writing,
+)
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
 from specforge_exp.inputs import require
@@ -276,3 +283,18 @@ def test_a_missing_input_names_all_commands_that_are_missing(cfg: Config) -> Non
     assert said("export") == (
         "python preprocess.py, python train.py, python export.py (with the same options)"
     )
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_target_trained_further_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Its weights have the names and the sizes that they had, and too many bytes to read all."""
+    monkeypatch.setattr(artifacts, "WHOLE", 1000)
+    monkeypatch.setattr(artifacts, "BLOCK", 64)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(bytes(5000))
+    before = model_digest(str(tmp_path))
+    assert before == model_digest(str(tmp_path))
+    (tmp_path / name).write_bytes(bytes([1]) * 5000)
+    assert before != model_digest(str(tmp_path))

@@ -125,6 +125,22 @@ def test_wrong_values_are_named(override: str, named: str) -> None:
     assert named in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("draft", "loss", "named"),
+    [
+        ("supervision=speculators", "extra/lk-lambda", "leave out loss.lambda_lk=1.0:"),
+        ("supervision=speculators", "full-opd", "leave out loss.beta=0.1:"),
+        ("supervision=specforge", "mixed", "leave out loss.lambda_rkl=0.5:"),
+        ("supervision=specforge", "baseline loss._target_=a.loss", "loss._target_=a.loss"),
+    ],
+)
+def test_no_part_of_a_loss_is_left_out(draft: str, loss: str, named: str) -> None:
+    """A peer's way to supervise has the peer's own terms alone."""
+    with pytest.raises(InputError, match=re.escape(named)):
+        composed(f"draft.{draft}", *f"loss={loss}".split())
+    composed(f"draft.{draft}", "loss=extra/lk-alpha")
+
+
 def options(node: object, key: str = "") -> Iterator[tuple[str, object, str]]:
     """Every field of the configuration that is no node: its key, its type and its value."""
     for field in fields(node):  # type: ignore[arg-type]

@@ -9,10 +9,12 @@ import pytest
 from conftest import write_jsonl
 
 from specforge_exp import paths
+from specforge_exp.artifacts import model_digest
 from specforge_exp.config import Config
 from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.errors import InputError
+from specforge_exp.records import write_record
 from specforge_exp.stages.preprocess import preprocess
 
 Record = dict[str, Any]
@@ -146,3 +148,19 @@ def test_the_record_says_what_trains_nothing(
     last = caplog.messages[-1]
     assert "1 set aside (no assistant token within max_length)" in last
     assert "1 cut at max_length, 2 answers (behind max_length)" in last
+
+
+def test_answers_of_another_target_are_told_of(
+    cfg: Config, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg.preprocess.source = "regen"
+    for number, target in enumerate(("another", model_digest(cfg.model.path))):
+        answers = paths.regen_dir(cfg)
+        shutil.copytree(source, answers, dirs_exist_ok=True)
+        write_record(answers / "run.json", {"inputs": {"the target": target}, "settings": {}})
+        cfg.preprocess.force = True
+        folder = preprocess(cfg)
+        warnings = json.loads((folder / "report.json").read_text())["warnings"]
+        told = [text for text in warnings if "target was another than model.path" in text]
+        assert len(told) == 1 - number
+        assert all(text in caplog.text for text in told)

@@ -1,16 +1,20 @@
 """Rows of text: fixed lengths, every token predicted once, and the same from any place on."""
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import TINY
+from tokenizers import Tokenizer
 
+from specforge_exp.config import Config
 from specforge_exp.config.causal import PretrainConfig, TextSource
-from specforge_exp.data.stream import RowStream, Tokens, held_out, texts
+from specforge_exp.data.stream import RowStream, Tokens, encode, held_out, texts
 from specforge_exp.errors import InputError
+from specforge_exp.stages.pretrain import tokens_of
 
 SIZES = (1, 3, 40, 7, 200, 2, 25, 90, 11)
 
@@ -147,3 +151,21 @@ def test_refusals_name_the_source(
         list(texts(TextSource(sources[0].path, field="body"), 0))
     with pytest.raises(InputError, match=r"nothing is no \.jsonl"):
         list(texts(TextSource(str(tmp_path / "nothing")), 0))
+
+
+def test_documents_are_whole_whatever_the_tokenizer_asks_for(
+    cfg: Config, tokens: Tokens, tmp_path: Path
+) -> None:
+    """Some tokenizer.json cut every text, or fill it up to the longest beside it."""
+    tokenizer = Tokenizer.from_file(str(Path(TINY.path) / "tokenizer.json"))
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(pad_id=0, pad_token=tokenizer.id_to_token(0))
+    folder = tmp_path / "model"
+    shutil.copytree(TINY.path, folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    cfg.model.path = str(folder)
+    texts = ["a text of more than five tokens, by far", "hi"]
+    made, plain = tokens_of(cfg), Tokenizer.from_str(tokens.backend)
+    found = encode(Tokenizer.from_str(made.backend), made.end, texts)
+    wanted = encode(plain, made.end, texts)
+    assert [ids.tolist() for ids in found] == [ids.tolist() for ids in wanted]

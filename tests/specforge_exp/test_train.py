@@ -1,6 +1,7 @@
 """The training loop: it learns, resumes where it was, and refuses what does not belong."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from specforge_exp import paths
-from specforge_exp.config import Config, TrainerConfig
+from specforge_exp.config import Config, LossConfig, TrainerConfig
 from specforge_exp.errors import InputError
 from specforge_exp.stages.export import chosen_checkpoint
+from specforge_exp.stages.preprocess import preprocess
+from specforge_exp.stages.sft import sft
 from specforge_exp.stages.train import train
 from specforge_exp.training import loop
 from specforge_exp.training.checkpoint import newest_checkpoint, read_checkpoint, step_folders
@@ -179,6 +182,8 @@ def test_too_few_layers(run: Config, tmp_path: Path) -> None:
     config["layer_types"] = config.get("layer_types", [])[:5] or None
     (shallow / "config.json").write_text(json.dumps(config))
     run.model = replace(run.model, path=str(shallow))
+    run.preprocess.force = True
+    preprocess(run)
     with pytest.raises(InputError, match=r"5 layers.*model\.aux_layers"):
         train(run)
 
@@ -280,3 +285,43 @@ def test_metrics_have_the_same_keys_everywhere(run: Config) -> None:
 def test_a_batch_that_does_not_divide_is_refused(gpus: int, size: int) -> None:
     with pytest.raises(InputError, match=rf"batch_size={size} .*trainer\.gpus={gpus}"):
         TrainerConfig(gpus=gpus, batch_size=size)
+
+
+def test_a_target_of_other_numbers_is_another_run(run: Config) -> None:
+    """Its states in bfloat16 are not those that a checkpoint, or a result, was made of."""
+    run.max_steps = 2
+    train(run)
+    run.model = replace(run.model, dtype="bfloat16")
+    with pytest.raises(InputError, match=r"model\.dtype was None, now bfloat16"):
+        train(run)
+    (paths.run_dir(run) / "run.json").unlink()
+    with pytest.raises(InputError, match=r"model\.dtype was None, now bfloat16"):
+        train(run)
+
+
+def test_tokens_of_another_target_are_refused(run: Config, tmp_path: Path) -> None:
+    """Its tokenizer gives two words each other's number: nothing else would notice."""
+    other = tmp_path / "other"
+    shutil.copytree(run.model.path, other)
+    text = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = text["model"]["vocab"]
+    first, second = list(vocabulary)[400:402]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(text))
+    run.model = replace(run.model, path=str(other))
+    for stage in (train, sft):
+        with pytest.raises(InputError, match=r"target was another than .*preprocess\.force"):
+            stage(run)
+
+
+@pytest.mark.parametrize("term", ["lambda_ce", "lambda_lk", "lambda_lk_alpha"])
+def test_specforges_terms_are_means_however_many_forwards(run: Config, term: str) -> None:
+    """What lies behind the last token has no row of its own; means of forwards are not added up."""
+    run.draft = replace(run.draft, supervision="specforge")
+    run.loss = LossConfig(name="sf", **{term: 1.0})
+    run.max_steps = 1
+    for name, forwards in (("one", 1), ("four", 4)):
+        own = replace(run.trainer, batch_size=4 // forwards, accumulate=forwards)
+        train(replace(run, run_name=name, trainer=own))
+    one, four = (losses(replace(run, run_name=name))[1] for name in ("one", "four"))
+    assert four == pytest.approx(one, rel=0.01)

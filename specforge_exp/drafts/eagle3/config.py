@@ -4,8 +4,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from specforge_exp.config.checks import at_least, one_of
-from specforge_exp.config.choices import DraftConfig
+from specforge_exp.config.choices import DraftConfig, LossConfig
 from specforge_exp.errors import InputError
+
+PEERS_TERMS = {
+    "specforge": ("lambda_ce", "lambda_lk_alpha", "lambda_lk"),
+    "speculators": ("lambda_ce", "lambda_rkl", "lambda_tv", "lambda_lk_alpha"),
+}
+"""The loss's weights that a peer's way to supervise has a term for."""
 
 
 @dataclass
@@ -88,6 +94,18 @@ class EagleConfig(DraftConfig, Variant):
     def formats(self) -> tuple[str, ...]:
         """Both."""
         return ("sglang", "speculators")
+
+    def check_loss(self, loss: LossConfig) -> None:
+        """A peer's way to supervise has the peer's own terms."""
+        terms = {"_target_": LossConfig._target_, **dict.fromkeys(loss.weights(), 0)}
+        known = PEERS_TERMS.get(vars(self)["supervision"], terms)
+        for name, plain in terms.items():
+            if name not in known and vars(loss)[name] != plain:
+                raise InputError(
+                    f"draft.supervision={vars(self)['supervision']} would leave out loss.{name}="
+                    f"{vars(loss)[name]}: it has the peer's terms, of {', '.join(known)}; "
+                    "draft.supervision=inference has all"
+                )
 
     def matters(self) -> dict[str, Any]:
         """A variant's options where they change something."""

@@ -229,11 +229,12 @@ class Eagle3(Eagle[Eagle3Config]):
         chains = make_chains(cfg.supervision, sample.turns_T, sample.lengths, cfg.ttt_length)
         states, heads = self.states_and_heads(sample, target_head, loss, cfg, chains)
         window_K = window_K.to(sample.ids_T.device)
-        weights = training.weighting(loss, cfg, window_K, None)
+        tokens = len(sample.ids_T)
+        weights = training.weighting(loss, cfg, window_K, tokens, None)
         if cfg.supervision == "specforge" and (loss.cfg.lambda_lk or loss.cfg.lambda_lk_alpha):
             with torch.no_grad():
                 first = head_and_loss(chains, states, heads, weights)
-            weights = training.weighting(loss, cfg, window_K, first)
+            weights = training.weighting(loss, cfg, window_K, tokens, first)
         outcome = head_and_loss(chains, states, heads, weights)
         return replace(outcome, flops=outcome.flops + training.needed_flops(self, chains))
 

@@ -3,7 +3,8 @@
 How the sums of a step are averaged, by `draft.supervision` (`chains` says which rows count):
 
     inference    the mean over supervised slots of the optimiser window
-    specforge    SpecForge 0.2.0: cross-entropy over all B*T positions; LK by means over the mask
+    specforge    SpecForge 0.2.0: cross-entropy over all B*T positions; LK by means over the mask of
+                 each forward, which weigh by its tokens
     speculators  speculators 0.9.0: divided by the count + 1e-5; the acceptance terms compare with
                  p renormalised on the draft's vocabulary
 
@@ -59,18 +60,21 @@ def needed_flops(draft: Eagle3Model[Any], chains: Chains) -> float:
     return 6.0 * needed
 
 
-def weighting(loss: Loss, cfg: Eagle3Config, window_K: Tensor, first: Outcome | None) -> Weighting:
+def weighting(
+    loss: Loss, cfg: Eagle3Config, window_K: Tensor, tokens: int, first: Outcome | None
+) -> Weighting:
     """The weights of the terms at every step.
 
     Args:
         loss: the function and its configuration.
         cfg: supervision and decay.
         window_K: the window's divisors.
+        tokens: of the forward.
         first: of a first pass; SpecForge's LK terms are means over what it counts.
     """
     decay_K = cfg.ttt_decay ** torch.arange(cfg.ttt_length, device=window_K.device)
     if cfg.supervision == "specforge":
-        return specforge_weighting(loss.cfg, decay_K / window_K, decay_K, first)
+        return specforge_weighting(loss.cfg, decay_K / window_K, decay_K, tokens, first)
     if cfg.supervision == "speculators":
         return speculators_weighting(loss.cfg, decay_K / (window_K + 1e-5), decay_K)
     return weighted(loss, (decay_K / window_K.clamp(min=1)).float(), decay_K)
@@ -88,7 +92,7 @@ def speculators_weighting(cfg: LossConfig, scale_K: Tensor, decay_K: Tensor) -> 
 
 
 def specforge_weighting(
-    cfg: LossConfig, scale_K: Tensor, decay_K: Tensor, first: Outcome | None
+    cfg: LossConfig, scale_K: Tensor, decay_K: Tensor, tokens: int, first: Outcome | None
 ) -> Weighting:
     """SpecForge's terms: CE over all positions, LK by means over the mask.
 
@@ -98,7 +102,7 @@ def specforge_weighting(
     if first is not None:
         count_K = first.sums["rows"].clamp(min=1e-8)
         lean_K = (-first.sums["alpha"] / count_K).exp()
-        share_K = decay_K / count_K
+        share_K = scale_K * tokens / count_K
         if cfg.lambda_lk:
             terms["ce"] = terms["ce"] + cfg.lambda_lk * lean_K * scale_K
             terms["tv"] = cfg.lambda_lk * (1 - lean_K) * share_K
