@@ -68,9 +68,11 @@ def acceptance_by_position(requests: list[PairedAnswer], chain_length: int) -> l
     """Share of verifications whose j-th drafted token stood, j = 1..chain_length.
 
     Not conditional on the tokens before it: 1 + their sum is the accepted length where nothing
-    was cut off at the end of an answer.
+    was cut off at the end of an answer. [] where a server did not say what stood.
     """
     accepted = np.array([a for r in requests for a in r.with_draft.accepted])
+    if any(r.verifications and not r.with_draft.accepted for r in requests):
+        return []
     if not len(accepted):
         return [0.0] * chain_length
     return [float((accepted >= j).mean()) for j in range(1, chain_length + 1)]

@@ -187,8 +187,16 @@ async def carry_out(title: str, conversations: Sequence[Converse], size: int) ->
 
 
 def check_speculated(cfg: Config, name: str, conversations: list[list[Exchange]]) -> None:
-    """Raise InputError when no answer of a data set took a verification."""
+    """Raise InputError when no answer of a data set took a verification, or when bench.average
+    needs to know how many drafted tokens stood and the server does not say."""
     answers = [exchange.answer for turns in conversations for exchange in turns]
+    silent = sum(a.verified > 0 and not a.generation.accepted for a in answers)
+    if silent and cfg.bench.average == "responses":
+        raise InputError(
+            f"bench {name}: bench.average=responses needs to know how many drafted tokens each "
+            f"verification kept, which the server does not say of {silent} of {len(answers)} "
+            "answers; bench.average=conversations needs their number alone"
+        )
     if any(a.verified for a in answers) or all(len(a.generation.tokens) < 2 for a in answers):
         return
     where = cfg.engine.urls[0] if cfg.engine.name == "openai" else "the server"

@@ -1,11 +1,16 @@
 """The prompts that bench asks, and where they come from."""
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from specforge_exp import paths
+from specforge_exp.artifacts import content_of
 from specforge_exp.config import REPOSITORY, Config, Source
 from specforge_exp.data.conversations import read_jsonl
-from specforge_exp.data.sources import load
+from specforge_exp.data.sources import load, local_files
 from specforge_exp.errors import InputError
 from specforge_exp.inputs import require
 
@@ -36,10 +41,10 @@ def bench_sets(cfg: Config) -> BenchSets:
     own = cfg.bench
     if not own.suite:
         if own.datasets:
-            return loaded(own.datasets)
+            return loaded(asked_for(cfg))
         path = require(cfg, "prep", "eval.jsonl") / "eval.jsonl"
         return BenchSets({"held-out": list(read_jsonl(path))}, {"held-out": "held-out"})
-    sources = {name: own.suite[name] for name in own.only or own.suite}
+    sources = asked_for(cfg)
     why = None
     if own.samples != "shipped":
         try:
@@ -55,6 +60,37 @@ def bench_sets(cfg: Config) -> BenchSets:
     }
     samples = loaded(sources | shipped)
     return replace(samples, origins=samples.origins | dict.fromkeys(shipped, "shipped"), why=why)
+
+
+def asked_for(cfg: Config) -> dict[str, Source]:
+    """The sources of the data sets; {}: the run's held-out conversations."""
+    own = cfg.bench
+    return {name: own.suite[name] for name in own.only or own.suite} or own.datasets
+
+
+def prompt_digests(cfg: Config, before: Mapping[str, str]) -> dict[str, str]:
+    """What tells the files with the prompts from others of their names, by data set.
+
+    The hub's and the templates' are known by the source alone. A file that is not here, as where
+    only the run's folder was brought, stands for what `before` has of it.
+
+    Args:
+        cfg: names the data sets.
+        before: what this gave when they were asked.
+    """
+    held_out = {"held-out": Source(path=str(paths.prompts_dir(cfg) / "eval.jsonl"))}
+    digests: dict[str, str] = {}
+    for name, source in (asked_for(cfg) or held_out).items():
+        key = f"the file of bench data set {name}"
+        try:
+            files = local_files(source)
+        except InputError:
+            digests |= {key: before[key]} if key in before else {}
+            continue
+        if files:
+            text = json.dumps([content_of(file) for file in files])
+            digests[key] = hashlib.sha256(text.encode()).hexdigest()
+    return digests
 
 
 def loaded(sources: dict[str, Source]) -> BenchSets:

@@ -34,7 +34,7 @@ def table(result: dict[str, Any], published: list[str]) -> str:
         )
     lines.append(f"average tau {result['average']:.2f}")
     rates = [
-        f"{name} {' '.join(f'{rate:.2f}' for rate in d['acceptance_by_position'])}"
+        f"{name} {' '.join(f'{rate:.2f}' for rate in d['acceptance_by_position']) or '-'}"
         for name, d in sets.items()
     ]
     lines.append("accepted at position 1.. : " + " | ".join(rates))

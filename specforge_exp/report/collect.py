@@ -93,6 +93,8 @@ class SweepRun:
     """What intervals of a metric are made from; simulated_length (of a causal model loss) and
     accepted_length at most."""
     datasets: dict[str, DataSet] = field(default_factory=dict)
+    measured: str = ""
+    """How bench measured accepted_length; numbers measured otherwise are no comparison."""
     published: list[Beside] = field(default_factory=list)
     """Other people's figures of the setting that bench measured last."""
     not_known: list[str] = field(default_factory=list)
@@ -366,11 +368,12 @@ def add_bench(run: SweepRun, bench: dict[str, Any]) -> None:
             strata.append(stratum(name, gained, [length is not None for length in lengths]))
     run.evaluation[ACCEPTED] = float(bench["average"])
     run.published = beside(bench)
+    keys = "chain_length temperature max_tokens turns average thinking".split()
+    how = {key: bench.get("settings", {}).get(key) for key in keys}
+    how |= {f"data set {n}": f.get("source") for n, f in bench["datasets"].items()}
+    run.measured = ", ".join(f"{key} {value}" for key, value in how.items())
     if run.datasets and len(strata) == len(run.datasets):
-        keys = "chain_length temperature max_tokens turns average thinking".split()
-        how = [bench.get("settings", {}).get(key) for key in keys]
-        how += [figures.get("source") for figures in bench["datasets"].values()]
-        run.samples[ACCEPTED] = StratifiedSample(tuple(strata), str(how))
+        run.samples[ACCEPTED] = StratifiedSample(tuple(strata), run.measured)
 
 
 def add_tracker(run: SweepRun, tracker: dict[str, Any]) -> None:

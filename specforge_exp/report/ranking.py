@@ -18,6 +18,7 @@ from specforge_exp.report.statistics import (
 from specforge_exp.report.text import interval_text, measure
 
 BEST, SAME, WORSE, UNKNOWN = "best", "not distinguishable", "worse", "no interval"
+OTHERWISE = "measured otherwise"
 """Verdicts on an entry beside the best one; better cannot be."""
 
 
@@ -38,6 +39,10 @@ class RankingRow:
     """Beside the best."""
     verdict: str = ""
     """Empty without a rank."""
+    seeds: int = 0
+    """Finished runs that have the metric."""
+    measured: frozenset[str] = frozenset()
+    """How those measured it, where that is told."""
 
     @property
     def value(self) -> float | None:
@@ -148,6 +153,8 @@ def rank(sweep: Collected, metric: str, resamples: int, by_seed: bool = False) -
         entry.rank = place
         entry.against = compare(entry.spread, ranked[0].spread)
         entry.verdict = BEST if place == 1 else verdict(entry, ranked[0])
+        if place > 1 and len(entry.measured | ranked[0].measured) > 1:
+            entry.verdict = OTHERWISE
     return Ranking(metric, minimised, entries)
 
 
@@ -163,7 +170,7 @@ def verdict(entry: RankingRow, best: RankingRow) -> str:
         return UNKNOWN
     one, other = entry.interval, best.interval
     overlap = one is not None and other is not None and one[0] <= other[1] and other[0] <= one[1]
-    repeated = len(entry.finished) > 1 and len(best.finished) > 1
+    repeated = entry.seeds > 1 and best.seeds > 1
     return WORSE if distinguishable and (repeated or not overlap) else SAME
 
 
@@ -175,9 +182,12 @@ def entry_of(runs: list[SweepRun], metric: str, resamples: int) -> RankingRow:
     states = [run.status for run in runs]
     status = next(s for s in ("completed", "running", *states) if s in states)
     entry = RankingRow(runs[0].name, label, runs, status)
-    spreads = [spread_of(run, metric, resamples) for run in entry.finished or runs]
-    measured = [spread for spread in spreads if spread is not None]
+    spreads = [(run, spread_of(run, metric, resamples)) for run in entry.finished or runs]
+    measured = [spread for _, spread in spreads if spread is not None]
     if measured:
+        entry.seeds = len(measured) if entry.finished else 0
+        told = {run.measured for run, spread in spreads if spread is not None}
+        entry.measured = frozenset(told) if metric == ACCEPTED else frozenset()
         entry.spread = (
             over_seeds(measured, resamples) if entry.finished else Spread(measured[0].value)
         )
@@ -210,11 +220,12 @@ def headline(ranking: Ranking) -> list[str]:
     sentence = f"{best.label} is best: {ranking.metric} {measure(best.value)}"
     if between := best.interval:
         sentence += f" (95 % interval {interval_text(between)})"
-    lines = [sentence + "."]
+    lines = [sentence + ".", *otherwise(ranking)]
     if len(ranked) == 1:
         return [*lines, "It is the only finished one.", *noise(ranking)]
     same = [entry.label for entry in ranked if entry.verdict == SAME]
     unknown = sum(entry.verdict == UNKNOWN for entry in ranked)
+    alike = all(entry.verdict != OTHERWISE for entry in ranked)
     others = len(ranked) - 1
     if unknown == others:
         lines.append("No intervals are known, so nothing can be said about chance.")
@@ -222,7 +233,7 @@ def headline(ranking: Ranking) -> list[str]:
     if same:
         named = ", ".join(same[:3]) + (f" and {len(same) - 3} more" if len(same) > 3 else "")
         lines.append(f"Not distinguishable from it: {named} ({len(same)} of {others} others).")
-    elif not unknown:
+    elif not unknown and alike:
         lines.append(
             "The other is distinguishably worse."
             if others == 1
@@ -233,14 +244,28 @@ def headline(ranking: Ranking) -> list[str]:
     return lines + noise(ranking)
 
 
+def otherwise(ranking: Ranking) -> list[str]:
+    """That accepted lengths were not all measured alike, and in what they differ."""
+    ways = sorted({way for entry in ranking.ranked for way in entry.measured})
+    if len(ways) < 2:
+        return []
+    parts = [way.split(", ") for way in ways]
+    own = [[part for part in each if not all(part in way for way in parts)] for each in parts]
+    named = " beside ".join(", ".join(each) or "no other" for each in own)
+    return [
+        f"NOT COMPARABLE, measured otherwise: {named}; {script('bench')} sweep=<folder> "
+        "bench.force=true measures all alike."
+    ]
+
+
 def noise(ranking: Ranking) -> list[str]:
     """What the intervals leave out."""
-    if all(len(entry.finished) < 2 for entry in ranking.ranked):
+    if all(entry.seeds < 2 for entry in ranking.ranked):
         return [
             "Training noise is not in the intervals: every configuration was trained with one "
             "seed (a grid repeats each with seeds=3)."
         ]
-    few = [entry.label for entry in ranking.ranked if len(entry.finished) < 2]
+    few = [entry.label for entry in ranking.ranked if entry.seeds < 2]
     sentences = ["Intervals include the spread between seeds."]
     return sentences + (
         [f"One seed only, without training noise: {', '.join(few)}."] if few else []

@@ -106,8 +106,7 @@ def columns(sweep: Collected, ranking: Ranking, seeds: bool) -> list[Column]:
     elif ranking.several_seeds:
         table.append(
             Column(
-                "seeds", "seeds", lambda e: len(e.finished),
-                lambda e: f"{len(e.finished)} of {len(e.runs)}",
+                "seeds", "seeds", lambda e: e.seeds, lambda e: f"{e.seeds} of {len(e.runs)}",
             )
         )  # fmt: skip
     title = title_of(ranking.metric)
@@ -225,7 +224,7 @@ def group_columns(group: RankingRow) -> dict[str, Any]:
     against = group.against
     between = (against and against.interval) or (None, None)
     return {
-        "group": group.label, "group_rank": group.rank, "group_seeds": len(group.finished),
+        "group": group.label, "group_rank": group.rank, "group_seeds": group.seeds,
         "group_value": group.value, "group_low": low, "group_high": high,
         "difference": against and against.value, "difference_low": between[0],
         "difference_high": between[1], "verdict": group.verdict,

@@ -26,7 +26,7 @@ from specforge_exp.bench import in_process, served
 from specforge_exp.bench.acceptance import summarise, training_ngrams
 from specforge_exp.bench.asking import Asking, BenchEngine, Conversation, asking_of
 from specforge_exp.bench.published import same_setting
-from specforge_exp.bench.sets import BenchSets, bench_sets
+from specforge_exp.bench.sets import BenchSets, bench_sets, prompt_digests
 from specforge_exp.bench.table import table
 from specforge_exp.config import Config
 from specforge_exp.config.machine import command
@@ -42,6 +42,8 @@ from specforge_exp.training.tracking import best_step
 
 log = logging.getLogger(__name__)
 
+AGAIN = "make it again with bench.force=true"
+
 
 def bench(cfg: Config) -> float:
     """Measure the accepted length; returns its average over the data sets."""
@@ -54,6 +56,8 @@ def bench(cfg: Config) -> float:
     }
     settings = settings_of(cfg)
     inputs["the draft"] = exported_draft(cfg)
+    before = {} if cfg.bench.force or not file.exists() else read_record(file, AGAIN)["inputs"]
+    inputs |= prompt_digests(cfg, before)
     fingerprint = Fingerprint(inputs, settings)
     if reusable(file, fingerprint, cfg.bench.force, "bench"):
         result = read_record(file)
@@ -95,6 +99,8 @@ def settings_of(cfg: Config) -> dict[str, Any]:
     if cfg.bench.verify == "all":
         del settings["verify"], settings["verify_cost"]
     settings |= {"chain_length": cfg.chain_length, "seed": cfg.seed, "max_length": cfg.max_length}
+    if cfg.model.chat_template_kwargs:
+        settings["model.chat_template_kwargs"] = dict(cfg.model.chat_template_kwargs)
     if cfg.bench_engine != "transformers":
         names = ("urls", "served_name", "tp_size", "command", "args", "python")
         settings["engine"] = {name: vars(cfg.engine)[name] for name in ("name", *names)}

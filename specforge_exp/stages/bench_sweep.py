@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 def bench_sweep(cfg: Config) -> float:
     """Bench the run of `cfg`, or with `sweep` export and bench every finished run of that sweep.
 
-    A run of a sweep keeps its own configuration; bench, export, device and threads are `cfg`'s.
+    A run of a sweep keeps its own configuration; bench, export, engine, device and threads are
+    `cfg`'s.
 
     Returns:
         The run's accepted length, averaged over the data sets; a sweep's best one.
@@ -79,7 +80,7 @@ def config_of(cfg: Config, sweep_dir: Path, sweep: dict[str, Any], run: dict[str
 
     Raises:
         InputError: the run is not here, or what is here is another's, or was made with options that
-            this version does not have.
+            this version does not have, or its draft cannot do what bench's options say.
     """
     folder, strange = run_folder(sweep_dir, sweep, run)
     made_of = folder and [*folder.glob("step-*[0-9]"), *folder.glob("export/run.json")]
@@ -103,7 +104,9 @@ def config_of(cfg: Config, sweep_dir: Path, sweep: dict[str, Any], run: dict[str
             f"({error}); bench it with the commit that made it ({record.get('git')}), or train it "
             f"again with: {run.get('command')} trainer.resume=false"
         ) from None
-    own.bench, own.export, own.device, own.threads = cfg.bench, cfg.export, cfg.device, cfg.threads
+    for name in ("bench", "export", "engine", "device", "threads"):
+        setattr(own, name, getattr(cfg, name))
+    own.__post_init__()
     own.run_name, own.paths.checkpoints = folder.name, str(folder.parent)
     datasets = Path(sweep.get("cwd") or ".") / own.paths.datasets
     own.paths.datasets = str(datasets) if datasets.is_dir() else cfg.paths.datasets

@@ -112,8 +112,8 @@ def refuse_other_draft(cfg: Config, step: Path, settings: dict[str, Any]) -> Non
 
 
 def layout(cfg: Config) -> int | str:
-    """What a fingerprint has for export.format."""
-    return f"{LAYOUT}, speculators" if drafted(cfg) else LAYOUT
+    """What a fingerprint has for export.format, and for bench.chain_length where that says it."""
+    return "".join([f"{LAYOUT}, speculators, {n} tokens" for n in drafted(cfg)]) or LAYOUT
 
 
 def drafted(cfg: Config) -> list[int]:

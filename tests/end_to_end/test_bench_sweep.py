@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,21 @@ def test_every_finished_run_is_benched_with_its_own_options(
     assert bench_sweep(two_runs) == best
     assert (checkpoints / "one" / "bench.json").stat().st_mtime_ns == before
     assert caplog.text.count("bench: complete, reused") == 2
+
+
+def test_the_engine_is_the_command_lines(two_runs: Config, tmp_path: Path) -> None:
+    """What serves and how is asked of bench, not of the training; what a draft cannot do with it is
+    refused for its run."""
+    folder = Path(two_runs.paths.checkpoints) / "sweeps" / "s" / "train"
+    two_runs.sweep = str(write_sweep(folder, [entry(0, "one")], tmp_path))
+    engine, two_runs.engine = two_runs.engine, replace(
+        two_runs.engine, name="openai", urls=["http://127.0.0.1:1"]
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"127\.0\.0\.1:1.* cannot be reached"):
+        bench_sweep(two_runs)
+    two_runs.engine, two_runs.bench.verify = engine, "confidence"
+    with pytest.raises(InputError, match=r"one: bench\.verify=confidence: draft=eagle3 has no"):
+        bench_sweep(two_runs)
 
 
 def test_a_run_that_fails_does_not_end_the_others(

@@ -172,6 +172,42 @@ def test_bench_measures_once(
         bench(replace(cfg, bench=replace(cfg.bench, chain_length=4)))
 
 
+def test_other_prompts_are_another_measurement(exported: Path, cfg: Config, tmp_path: Path) -> None:
+    """The file of a data set, the held-out conversations and what the template is told count as
+    well; where only the run's folder is at hand its figures are."""
+    cfg.bench.datasets = {"own": Source(path=str(tmp_path / "own.jsonl"))}
+    own, line = tmp_path / "own.jsonl", '{{"conversations":[{{"role":"user","content":"{}"}}]}}\n'
+    own.write_text(line.format("Tell me a story."))
+    average = bench(cfg)
+    own.write_text(line.format("What is 2 + 3?"))
+    with pytest.raises(InputError, match=r"the file of bench data set own has changed.*force=true"):
+        bench(cfg)
+    own.unlink()
+    assert bench(cfg) == average
+    own.write_text(line.format("Tell me a story."))
+    told = replace(cfg.model, chat_template_kwargs={"enable_thinking": False})
+    with pytest.raises(InputError, match=r"model\.chat_template_kwargs was None, now"):
+        bench(replace(cfg, model=told))
+    cfg.bench = replace(cfg.bench, datasets={}, force=True)
+    average, cfg.bench.force = bench(cfg), False
+    assert bench(cfg) == average
+    other = replace(cfg, data=replace(cfg.data, name="other"))
+    shutil.copytree(paths.prompts_dir(cfg), paths.prompts_dir(other))
+    (paths.prompts_dir(other) / "eval.jsonl").write_text(line.format("Another question."))
+    with pytest.raises(InputError, match="the file of bench data set held-out has changed"):
+        bench(other)
+
+
+def test_the_length_that_an_export_names_is_part_of_it(exported: Path, cfg: Config) -> None:
+    """vLLM starts a draft in speculators' layout with the number that its config.json has."""
+    cfg.export = replace(cfg.export, format="speculators", force=True)
+    cfg.bench.chain_length = 3
+    export(cfg)
+    cfg.export.force, cfg.bench.chain_length = False, 4
+    with pytest.raises(InputError, match=r"layout was .* 3 tokens, now .* 4 tokens"):
+        export(cfg)
+
+
 def test_bench_in_bfloat16_sampled_and_without_tokens(
     exported: Path, cfg: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:

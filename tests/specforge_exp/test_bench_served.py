@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from test_server_engine import free_port, gone
 
 from specforge_exp import paths
+from specforge_exp.bench.acceptance import PairedAnswer, summarise
 from specforge_exp.bench.clients import AnswerStream, accepted_of
-from specforge_exp.bench.served import server_of
+from specforge_exp.bench.served import Exchange, check_speculated, server_of
 from specforge_exp.config import Config, EngineConfig, Source
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.errors import InputError
@@ -307,6 +308,21 @@ def test_counts_that_do_not_fit_stay_as_they_are() -> None:
     assert stream.end(3, [2, 2, 2]).generation.gained == [3, 3, 3]
     stream.add([9, 1, 2], whole=False)
     assert stream.end(1, [2]).generation.gained == [3]
+
+
+def test_what_a_server_does_not_say_is_not_counted_as_nothing(cfg: Config) -> None:
+    """It counted three verifications and sent their tokens in two pieces: nobody knows how many
+    drafted tokens each kept, so there is no rate by position, and no mean that is made of it."""
+    stream = AnswerStream()
+    for piece in ([1], [2, 3, 4, 5, 6, 7], [8, 9, 10]):
+        stream.add(piece, whole=False)
+    answer = stream.end(3, None)
+    found = summarise([PairedAnswer(answer.generation, None, 0.0, False, 3)], 5, 10, True)
+    assert found["accepted_length"] == 3.0 and found["acceptance_by_position"] == []
+    check_speculated(cfg, "own", [[Exchange([0], answer)]])
+    cfg.bench.average = "responses"
+    with pytest.raises(InputError, match=r"average=responses needs .* of 1 of 1 answers"):
+        check_speculated(cfg, "own", [[Exchange([0], answer)]])
 
 
 def test_counts_by_position() -> None:

@@ -1,0 +1,50 @@
+"""What a ranking says of accepted lengths that were not measured alike, or not for every seed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from sweep_folders import grid, write_sweep
+
+from specforge_exp.report.collect import collect
+from specforge_exp.report.ranking import OTHERWISE, headline, rank
+from specforge_exp.report.table import markdown
+
+DATA_SETS = ("stories", "arithmetic", "code")
+
+
+@pytest.mark.parametrize("one_set", [False, True])
+def test_what_was_measured_otherwise_is_no_comparison(tmp_path: Path, one_set: bool) -> None:
+    """Far apart, and by another temperature, or with a data set less: not worse, but not alike."""
+    plans = grid(("baseline", "full-opd"), bench=DATA_SETS)
+    sweep_dir = write_sweep(tmp_path, plans)
+    file = tmp_path / plans[0].name / "bench.json"
+    bench = json.loads(file.read_text())
+    for figures in bench["datasets"].values():
+        figures["lengths"] = [length / 3 for length in figures["lengths"]]
+    if one_set:
+        del bench["datasets"]["code"]
+    else:
+        bench["settings"] = bench.get("settings", {}) | {"temperature": 1.0}
+    file.write_text(json.dumps(bench))
+    found = rank(collect(sweep_dir), "accepted_length", 300)
+    verdicts = {entry.name: entry.verdict for entry in found.ranked}
+    assert verdicts.pop(plans[0].name) == OTHERWISE and OTHERWISE not in verdicts.values()
+    said = " ".join(headline(found))
+    assert "NOT COMPARABLE" in said and ("data set code" if one_set else "temperature 1.0") in said
+    assert "others are distinguishably worse" not in said
+    assert "NOT COMPARABLE" not in " ".join(headline(rank(collect(sweep_dir), "loss", 300)))
+
+
+def test_a_seed_without_the_metric_does_not_count(tmp_path: Path) -> None:
+    """One of three was benched: its value is that of one seed, and so is what is said of it."""
+    plans = grid(("baseline",), seeds=3, bench=DATA_SETS)
+    sweep_dir = write_sweep(tmp_path, plans)
+    for plan in plans:
+        if plan.record["seed"]:
+            (tmp_path / plan.name / "bench.json").unlink()
+    sweep = collect(sweep_dir)
+    found = rank(sweep, "accepted_length", 300)
+    assert [entry.seeds for entry in found.ranked] == [1, 1, 1]
+    assert "1 of 3" in markdown(sweep, found, rank(sweep, "accepted_length", 300, by_seed=True))
+    assert "Training noise is not in the intervals" in " ".join(headline(found))
