@@ -1,4 +1,4 @@
-"""Regenerate on a local Modal with the tiny target, in a process that kills itself again and again.
+"""Regenerate on a local Modal, in a process that kills itself again and again.
 
     python regen_driver.py FOLDER CONVERSATIONS SEED KILLS [spawned | COMMAND of the server]
 
@@ -34,6 +34,29 @@ from specforge_exp.stages.regen import regen
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 POISON, REFUSED = "the poisoned kettle", "the refused kettle"
 CRASH = "the kettle that takes its container along"
+QUICK = """
+import sys
+from collections import Counter
+from threading import main_thread
+from types import SimpleNamespace
+from specforge_exp.generation.engine import Answer
+
+class Engine:
+    def __init__(self, cfg, **more):
+        slots = SimpleNamespace(count=cfg.engine.concurrency)
+        self.batcher = SimpleNamespace(slots=slots, context=512, thread=main_thread())
+
+    async def answer(self, request):
+        text = "answer to " + request.messages[-1]["content"]
+        return Answer({"role": "assistant", "content": text}, "stop", 10, 4)
+
+    async def close(self):
+        pass
+
+name = "specforge_exp.generation.local.transformers_engine"
+sys.modules[name] = SimpleNamespace(TransformersEngine=Engine)
+"""
+"""Before SERVE: it answers without a target, as what is counted here needs none."""
 SERVE = f"""
 import os
 from specforge_exp.generation.local import serve
@@ -53,18 +76,19 @@ serve.ChatServer = ChatServer
 serve.main()
 """
 COMMAND = ["python", "-c", SERVE, "--model", "{model}", "--port", "{port}", "--threads", "1"]
+"""With the target."""
 CHUNK = 8
 HOME = "/root/.cache"
 
 
 def config(folder: Path, seed: int) -> Config:
-    """Short greedy answers by the tiny target, in one container at a time."""
+    """Answers that name their prompt, in one container at a time."""
     return Config(
         run_name="driver", device="cpu", threads=1, max_length=256, seed=seed,
         model=ModelConfig(name="tiny", path=str(REPOSITORY / "assets" / "tiny_target")),
         engine=EngineConfig(
-            name="modal", command=COMMAND, image="debian_slim", num_servers=1, concurrency=CHUNK,
-            usd_per_gpu_hour=4.0,
+            name="modal", command=[*COMMAND[:2], QUICK + SERVE, *COMMAND[3:]],
+            image="debian_slim", num_servers=1, concurrency=CHUNK, usd_per_gpu_hour=4.0,
         ),
         data=DataConfig(name="small"), loss=LossConfig(lambda_ce=1.0), draft=Eagle3Config(),
         paths=PathsConfig(str(folder / "datasets"), str(folder / "checkpoints")),

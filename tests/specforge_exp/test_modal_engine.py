@@ -82,7 +82,8 @@ def test_nothing_is_lost_or_done_twice(modal_here: LocalModal, tmp_path: Path) -
     }  # fmt: skip
     for number, record in zip([int(r["id"][1:]) for r in answered], answered, strict=True):
         prompt, answer = record["conversations"]
-        assert prompt["content"] == texts[number] and answer["content"].strip()
+        assert prompt["content"] == texts[number]
+        assert answer["content"] == f"answer to {texts[number]}"
     left = sorted(path.name for path in (tmp_path / "datasets" / "small--tiny").iterdir())
     assert left == ["eval.jsonl", "failed.jsonl", "run.json", "train.jsonl"]
 
