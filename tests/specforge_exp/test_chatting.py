@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from chat_screen import TerminalScreen, waiting
 from conftest import REPOSITORY, TINY, make_config
 
@@ -250,9 +251,7 @@ def squeezed(text: str) -> str:
 
 
 def run(words: list[str], text: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        words, input=text, capture_output=True, text=True, check=False, cwd=cwd, timeout=240
-    )
+    return warm.run(words, cwd, timeout=240, kind="stages", typed=text)
 
 
 @pytest.mark.slow

@@ -2,12 +2,12 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import parity
 import pytest
+import warm
 
 from specforge_exp.errors import InputError
 
@@ -17,8 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "parity.py"
 
 
 def run(*files: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *map(str, files)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return warm.run([str(SCRIPT), *map(str, files)], kind="stages")
 
 
 def test_peers_are_reproduced() -> None:
