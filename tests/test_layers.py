@@ -49,8 +49,8 @@ BUDGETS = {
     "modal_sweep": 33_000,
     "hydra_sweeps": 28_580,
     "hydra_plugins": 1_050,
-    "specforge_exp": 231_890,
-    "specforge_exp/data": 18_400,
+    "specforge_exp": 232_270,
+    "specforge_exp/data": 18_690,
     "specforge_exp/target": 9_720,
     "specforge_exp/drafts": 47_870,
     "specforge_exp/training": 20_795,
@@ -59,7 +59,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_120,
     "specforge_exp/report": 18_780,
     "specforge_exp/chat": 4_000,
-    "": 294_820,
+    "": 295_200,
     "specforge_exp/causal": 6_450,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be

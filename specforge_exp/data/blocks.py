@@ -11,7 +11,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -118,10 +118,13 @@ def encode_block(block: LineBlock, chat: Chat, cfg: Config, folder: Path) -> Non
             if isinstance(result, Encoded) and place % CHECKED == 0:
                 check(record, result, chat, account)
             try:
-                conversations += sequences_of(result, cfg, account, record["id"])
+                sequences = sequences_of(result, cfg, account, record["id"])
             except Unrenderable as error:
                 account[f"set aside: {error}"] += 1
                 rejected.append({"reason": str(error), **record})
+            else:
+                cut = cut_answers(record, cfg)
+                conversations += [open_ended(each, cut, chat, account) for each in sequences]
     for encoded in conversations:
         account["turns"] += len(encoded.spans)
         account["closed"] += sum(encoded.ids[last - 1] in chat.eos for _, last in encoded.spans)
@@ -132,6 +135,31 @@ def encode_block(block: LineBlock, chat: Chat, cfg: Config, folder: Path) -> Non
     metadata["sha256"] = digest_of(arrays, metadata["account"].encode(), lines)
     with replacing(folder / f"{block.name}.safetensors") as partial:
         save_file(arrays, partial, metadata)
+
+
+def cut_answers(record: dict[str, Any], cfg: Config) -> set[int]:
+    """Which answers, from 1, ended because regen.max_tokens was reached."""
+    reasons = record.get("finish_reasons", []) if cfg.preprocess.source == "regen" else []
+    if "length" not in reasons:
+        return set()
+    answers = [m for m in record["conversations"] if m["role"] == "assistant"]
+    calls = {number for number, m in enumerate(answers, 1) if m.get("tool_calls")}
+    if reasons[-1] == "tool_calls":  # the last is the model's own; calls before it are the data's
+        calls.discard(len(answers))
+    own = [number for number in range(1, len(answers) + 1) if number not in calls]
+    if len(own) != len(reasons):  # a call was cut, too: which is not told
+        return set(range(1, len(answers) + 1))
+    return {number for number, why in zip(own, reasons, strict=True) if why == "length"}
+
+
+def open_ended(encoded: Encoded, cut: set[int], chat: Chat, account: Counter[str]) -> Encoded:
+    """Without the end of the answers that were cut: a template writes one, the model did not."""
+    spans = []
+    for number, (first, last) in zip(encoded.numbers, encoded.spans, strict=True):
+        ended = number in cut and encoded.ids[last - 1] in chat.eos
+        spans.append((first, last - ended))
+        account["cut"] += number in cut
+    return replace(encoded, spans=spans)
 
 
 def sequences_of(
@@ -175,7 +203,7 @@ def fit(encoded: Encoded, cfg: Config, account: Counter[str], name: str) -> Enco
     account["truncated"] += overlong == "truncate"
     if behind:
         account["turns left out: behind max_length"] += behind
-    return Encoded(encoded.ids[:most], spans)
+    return Encoded(encoded.ids[:most], spans, encoded.numbers[: len(spans)])
 
 
 def check(record: dict[str, Any], encoded: Encoded, chat: Chat, account: Counter[str]) -> None:

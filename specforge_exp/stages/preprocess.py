@@ -76,6 +76,8 @@ def preprocess(cfg: Config) -> Path:
         "draft.draft_vocab_size": cfg.draft.draft_vocab_size,
         "model.chat_template_kwargs": cfg.model.chat_template_kwargs,
     }
+    if cfg.preprocess.source == "regen":
+        settings["the end of a cut answer"] = "not supervised"
     fingerprint = Fingerprint(inputs, settings)
     if reusable(folder / "run.json", fingerprint, cfg.preprocess.force, "preprocess"):
         return folder
@@ -251,6 +253,7 @@ def describe(split: TokenSplit, in_draft_V: Ints, row: int) -> dict[str, Any]:
         "lengths": dict(zip(("p5", "p50", "p95", "max"), quantiles.tolist(), strict=True)),
         "turns": account["turns"],
         "turns_with_end": account["closed"],
+        "turns_cut": account["cut"],
         "answers_checked": account["checked"],
         "answers_misread": account["misread"],
         "thoughts_not_shown": account["thoughtless"],
@@ -270,9 +273,11 @@ def doubts(name: str, entry: dict[str, Any]) -> list[str]:
             f"{name}: it can never propose the others; raise draft.draft_vocab_size"
         )
     if not entry["turns_with_end"]:
+        why = "see eos_token_id in the model's generation_config.json and tokenizer"
+        why = "all were cut at regen.max_tokens; raise it" if entry["turns_cut"] else why
         warnings.append(
             f"no answer of {name} ends with an end-of-turn token, so the draft never learns to "
-            "stop: see eos_token_id in the model's generation_config.json and tokenizer"
+            f"stop: {why}"
         )
     share = entry["supervised_share"]
     if share < 0.01 or share == 1:

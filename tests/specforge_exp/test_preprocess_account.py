@@ -11,6 +11,7 @@ from conftest import write_jsonl
 from specforge_exp import paths
 from specforge_exp.artifacts import model_digest
 from specforge_exp.config import Config
+from specforge_exp.data.blocks import cut_answers
 from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.errors import InputError
@@ -164,3 +165,51 @@ def test_answers_of_another_target_are_told_of(
         told = [text for text in warnings if "target was another than model.path" in text]
         assert len(told) == 1 - number
         assert all(text in caplog.text for text in told)
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+DONE = {"role": "tool", "content": "4"}
+
+
+@pytest.mark.parametrize(
+    ("between", "reasons", "cut"),
+    [
+        ([], ["stop", "length"], {2}),
+        ([], ["length", "stop"], {1}),
+        ([], ["stop", "stop"], set()),
+        ([CALL, DONE], ["stop", "length"], {3}),  # the call is the data's: nobody was asked for it
+        ([CALL, DONE], ["length", "stop", "tool_calls"], {1, 2, 3}),  # not told: none has an end
+    ],
+)
+def test_which_answers_were_cut(
+    cfg: Config, between: list[Record], reasons: list[str], cut: set[int]
+) -> None:
+    cfg.preprocess.source = "regen"
+    first, second = say("Hi", "Hello.")["conversations"], say("More", "No.")["conversations"]
+    record = {"conversations": [*first, *between, *second], "finish_reasons": reasons}
+    assert cut_answers(record, cfg) == cut
+    cfg.preprocess.source = "prep"
+    assert cut_answers(record, cfg) == set()
+
+
+def test_the_end_of_a_cut_answer_is_nothing_to_learn(
+    cfg: Config, source: Path, tiny_tokenizer: Any
+) -> None:
+    """A template ends each answer; one that stopped at regen.max_tokens was not ended by the
+    target, and labels would teach that it was."""
+    cfg.preprocess.source = "regen"
+    record = say("Hi", "Hello there", "Go on", "Well then", name="a")
+    answers = paths.regen_dir(cfg)
+    answers.mkdir()
+    put(answers, [{**record, "finish_reasons": ["length", "stop"]}])
+    folder = preprocess(cfg)
+    ((ids_T, turns_T),) = list(read_split(folder, "train"))
+    said = [tiny_tokenizer.decode(ids_T[turns_T == number]) for number in (1, 2)]
+    assert said == ["Hello there", "Well then<|im_end|>"]
+    report = json.loads((folder / "report.json").read_text())
+    assert (report["train"]["turns_cut"], report["train"]["turns_with_end"]) == (1, 1)
+
+    put(answers, [{**record, "finish_reasons": ["length", "length"]}])
+    cfg.preprocess.force = True
+    warnings = json.loads((preprocess(cfg) / "report.json").read_text())["warnings"]
+    assert [text for text in warnings if "all were cut at regen.max_tokens; raise it" in text]
