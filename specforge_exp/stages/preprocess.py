@@ -29,12 +29,13 @@ from specforge_exp.artifacts import (
 )
 from specforge_exp.config import Config
 from specforge_exp.data.blocks import LineBlock, cut, encode_blocks, intact, read_encoded
+from specforge_exp.data.chat import Unrenderable, prompt_text
 from specforge_exp.data.tokens import Ints, ShardWriter, packing
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.inputs import require
 from specforge_exp.records import write_json
-from specforge_exp.target import check_length, text_config
+from specforge_exp.target import check_length, load_tokenizer, text_config
 from specforge_exp.target.loading import fed_by
 from specforge_exp.training.learnable import listed, nothing_to_learn, refuse_nothing
 
@@ -123,15 +124,31 @@ def preprocess(cfg: Config) -> Path:
 
 
 def others_answers(cfg: Config, source: Path) -> list[str]:
-    """What is to be said about answers that another target of the same name has given."""
+    """What is to be said about answers that another target of the same name has given, or to
+    prompts that are shown otherwise here."""
     record = source / "run.json"
     if cfg.preprocess.source != "regen" or not record.exists():
         return []
+    made = read_record(record)
     remedy = "its answers teach the draft another model: regen.force=true answers again"
-    return [
-        f"{source}: {change}; {remedy}"
-        for change in changed_target(read_record(record), cfg.model.path)
-    ]
+    warnings = [f"{source}: {change}; {remedy}" for change in changed_target(made, cfg.model.path)]
+    own = cfg.model.chat_template_kwargs
+    asked = dict(made["settings"].get("model.chat_template_kwargs", own))
+    thinking = made["settings"].get("regen.thinking", "model")
+    if thinking != "model":
+        asked["enable_thinking"] = thinking != "off"
+    tokenizer, probe = load_tokenizer(cfg.model), [{"role": "user", "content": "x"}]
+    try:
+        alike = prompt_text(tokenizer, probe, asked) == prompt_text(tokenizer, probe, own)
+    except Unrenderable:
+        return warnings
+    if not alike:
+        warnings.append(
+            f"{source}: its prompts were asked with {asked} for the chat template, which shows "
+            f"them otherwise with model.chat_template_kwargs={own}: give all stages the same, or "
+            "the draft learns answers behind prompts that were not theirs"
+        )
+    return warnings
 
 
 def encode_files(cfg: Config, blocks: list[LineBlock], folder: Path) -> None:

@@ -213,3 +213,27 @@ def test_the_end_of_a_cut_answer_is_nothing_to_learn(
     cfg.preprocess.force = True
     warnings = json.loads((preprocess(cfg) / "report.json").read_text())["warnings"]
     assert [text for text in warnings if "all were cut at regen.max_tokens; raise it" in text]
+
+
+def test_answers_to_prompts_of_another_look_are_told_of(cfg: Config, source: Path) -> None:
+    """regen.thinking changes what the template shows; preprocess has the model's options."""
+    silent = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    spoken = "{% if m.role == 'assistant' %}" + silent + "{% endif %}{{ m.content }}<|im_end|>\n"
+    other_template(
+        cfg,
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n" + spoken + "{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n" + silent + "{% endif %}",
+    )
+    cfg.preprocess.source = "regen"
+    answers = paths.regen_dir(cfg)
+    shutil.copytree(source, answers)
+    inputs = {"the target": model_digest(cfg.model.path)}
+    off = {"enable_thinking": False}
+    for thinking, asked, own, told in (
+        ("off", {}, {}, 1), ("off", {}, off, 0), ("model", off, {}, 1), ("on", off, {}, 0),
+    ):  # fmt: skip
+        settings = {"regen.thinking": thinking, "model.chat_template_kwargs": asked}
+        write_record(answers / "run.json", {"inputs": inputs, "settings": settings})
+        cfg.preprocess.force, cfg.model.chat_template_kwargs = True, own
+        warnings = json.loads((preprocess(cfg) / "report.json").read_text())["warnings"]
+        assert len([text for text in warnings if "its prompts were asked with" in text]) == told
