@@ -96,6 +96,11 @@ async def serving(cfg: Config, alone: bool) -> AsyncIterator[Client]:
     key = os.environ.get(options.api_key) if options.name == "openai" else None
     async with connections(options.timeout, key) as http:
         if options.name == "openai":
+            if len(options.urls) > 1:
+                raise InputError(
+                    f"bench measures one server, engine.urls has {len(options.urls)}: give the one "
+                    "with the draft, and in bench.alone_url one without"
+                )
             url = cfg.bench.alone_url if alone else options.urls[0]
             yield await clients.client_of(http, str(url), options.served_name, several)
             return

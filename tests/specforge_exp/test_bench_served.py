@@ -1,5 +1,6 @@
 """bench against servers that speculate for real: the same figures as in this process."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from test_server_engine import free_port, gone
 from specforge_exp import paths
 from specforge_exp.bench.acceptance import PairedAnswer, summarise
 from specforge_exp.bench.clients import AnswerStream, accepted_of
-from specforge_exp.bench.served import Exchange, check_speculated, server_of
+from specforge_exp.bench.served import Exchange, check_speculated, server_of, serving
 from specforge_exp.config import Config, EngineConfig, Source
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.errors import InputError
@@ -323,6 +324,20 @@ def test_what_a_server_does_not_say_is_not_counted_as_nothing(cfg: Config) -> No
     cfg.bench.average = "responses"
     with pytest.raises(InputError, match=r"average=responses needs .* of 1 of 1 answers"):
         check_speculated(cfg, "own", [[Exchange([0], answer)]])
+
+
+def test_one_server_is_measured(cfg: Config) -> None:
+    """Of several the first alone would be."""
+    cfg.engine = EngineConfig(
+        name="openai", urls=["http://127.0.0.1:9/v1", "http://127.0.0.1:8/v1"]
+    )
+
+    async def entered() -> None:
+        async with serving(cfg, alone=False):
+            pass
+
+    with pytest.raises(InputError, match=r"one server, engine\.urls has 2"):
+        asyncio.run(entered())
 
 
 def test_counts_by_position() -> None:
