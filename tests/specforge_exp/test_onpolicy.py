@@ -144,7 +144,7 @@ def restricted(draft: Any, cfg: Any, sample: Sample, head: Head) -> Tensor:
         rows = [len(anchor_R)] * K
         chains = Chains(start_T, end_T, sample.lengths, anchor_R - 1, rows, list(counted.T))
         states = unroll(draft, chains, sample.ids_T, sample.aux_TA)
-        weights = eagle3_weighting(loss, cfg, window_K, None)
+        weights = eagle3_weighting(loss, cfg, window_K, len(sample.ids_T), None)
     else:
         blocks = Blocks(anchor_R, start_T, end_T, counted)
         chains = as_chains(blocks, sample.lengths)

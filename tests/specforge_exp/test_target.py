@@ -65,6 +65,14 @@ def copied(folder: Path, to: Path, **config: Any) -> Path:
     return to
 
 
+def read_by(cfg: Config, model: Path, tokenizer: Path) -> Path:
+    """Tokens for another model, with the tokenizer of this one; its path."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (model / name).write_bytes((tokenizer / name).read_bytes())
+    cfg.model.path, cfg.preprocess.force = str(model), True
+    return preprocess(cfg)
+
+
 @pytest.mark.parametrize(
     ("family", "scale", "softcap"),
     [("Granite 3", 1 / 8, None), ("Cohere 2", 0.25, None), ("Gemma 2", 1.0, 3.0)],
@@ -308,11 +316,9 @@ def test_the_stages_say_that_the_context_is_shorter(
     cfg: Config, tokens: Path, saved: Saved, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tiny = Path(cfg.model.path)
-    cfg.model.path = str(copied(tiny, tmp_path / "short", max_position_embeddings=128))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (tmp_path / "short" / name).write_bytes((tiny / name).read_bytes())
-    cfg.preprocess.force, cfg.max_steps = True, 1
-    report = json.loads((preprocess(cfg) / "report.json").read_text())
+    cfg.max_steps = 1
+    short = copied(tiny, tmp_path / "short", max_position_embeddings=128)
+    report = json.loads((read_by(cfg, short, tiny) / "report.json").read_text())
     assert any("above the 128 positions" in text for text in report["warnings"])
     caplog.clear()
     caplog.set_level("INFO")
@@ -320,10 +326,9 @@ def test_the_stages_say_that_the_context_is_shorter(
     assert "above the 128 positions" in caplog.text
     (said,) = [text for text in caplog.messages if "not copied" in text]  # Qwen3 norms its heads
     assert said.endswith("same sense: self_attn.q_proj.weight, self_attn.k_proj.weight")
-    model = copied(Path(cfg.model.path), tmp_path / "switch", rope_parameters=longrope(32))
-    cfg.model.path, cfg.run_name = str(model), "switch"
+    switch = copied(tiny, tmp_path / "switch", rope_parameters=longrope(32))
     with pytest.raises(InputError, match="rotary embedding"):
-        train(cfg)
+        read_by(cfg, switch, tiny)
 
 
 def test_what_bench_cannot_decode_is_refused_before_training(
@@ -331,7 +336,8 @@ def test_what_bench_cannot_decode_is_refused_before_training(
 ) -> None:
     config = FAMILIES["Qwen3-Next"]()
     config.vocab_size = 1024
-    cfg.model.path, cfg.max_steps = str(save(config, tmp_path / "next")), 1
+    cfg.max_steps, tiny = 1, Path(cfg.model.path)
+    read_by(cfg, Path(save(config, tmp_path / "next")), tiny)
     with pytest.raises(InputError, match=r"qwen3_next cannot be decoded .*linear_attention"):
         train(cfg)
     cfg.engine.name = "sglang"  # bench asks a server, which can
