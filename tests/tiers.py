@@ -49,7 +49,7 @@ TIERS = {
         "not slow",
     ),
     "trainer": Tier("the trainer's long tests but those", ("specforge_exp",), 750),
-    "resume": Tier("runs killed and resumed, several ranks, streams", RESUMED, 450),
+    "resume": Tier("runs killed and resumed, several ranks, streams", RESUMED, 500),
     "modal": Tier("sweeps on a local Modal, killed everywhere", ("modal_sweep",), 250),
     "sweeps": Tier("grids and studies, killed again and again", ("hydra_sweeps",), 70),
     "end": Tier("whole pipelines as commands, here and on a local Modal", ("end_to_end",), 700),
