@@ -31,5 +31,4 @@ if [ ! -e "$FOLDER/.ready" ]; then
 fi
 "$PYTHON" runs/fetch_smollm2.py --out "$CACHE/smollm2-135m-instruct" --prompts "$CACHE/prompts"
 export SPECFORGE_VLLM_PYTHON=$FOLDER/bin/python SPECFORGE_SMOLLM2=$CACHE
-# Two files at a time: a server mostly waits while it starts.
-exec "$PYTHON" -m pytest -n 2 --dist loadfile -m engines tests/engines "$@"
+exec "$PYTHON" -m pytest -m engines tests/engines "$@"
