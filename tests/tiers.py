@@ -48,7 +48,7 @@ TIERS = {
         1150,
         "not slow",
     ),
-    "trainer": Tier("the trainer's long tests but those", ("specforge_exp",), 750),
+    "trainer": Tier("the trainer's long tests but those of resume", ("specforge_exp",), 750),
     "resume": Tier("runs killed and resumed, several ranks, streams", RESUMED, 500),
     "modal": Tier("sweeps on a local Modal, killed everywhere", ("modal_sweep",), 250),
     "sweeps": Tier("grids and studies, killed again and again", ("hydra_sweeps",), 70),

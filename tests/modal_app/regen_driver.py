@@ -36,7 +36,6 @@ POISON, REFUSED = "the poisoned kettle", "the refused kettle"
 CRASH = "the kettle that takes its container along"
 QUICK = """
 import sys
-from collections import Counter
 from threading import main_thread
 from types import SimpleNamespace
 from specforge_exp.generation.engine import Answer
