@@ -5,8 +5,11 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import pytest
 from conftest import REPOSITORY, make_config
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -54,14 +57,33 @@ def composed(folder: Path, name: str, *more: str) -> Config:
         return from_omegaconf(compose("config", options(folder, name, *more)))
 
 
+STARTED: list[subprocess.Popen[str]] = []
+"""Since the test began."""
+
+
 def start(arguments: list[str], log: Path) -> subprocess.Popen[str]:
     """Run in a session of its own. Its processes are killed one by one here, so nobody else's may
     be their parent; and Ray, which they start, is to be its own."""
     with log.open("w") as output:
-        return subprocess.Popen(
+        run = subprocess.Popen(
             arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=REPOSITORY, stdout=output,
             stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
+    STARTED.append(run)
+    return run
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on() -> Iterator[None]:
+    """Kills what a test has left, as it failed: the next one would find it in its way."""
+    yield
+    for run in STARTED:
+        if run.poll() is None:
+            for pid in with_all_below(run.pid):
+                with suppress(ProcessLookupError):
+                    kill(pid)
+            run.wait()
+    STARTED.clear()
 
 
 def begin(folder: Path, name: str, *more: str) -> subprocess.Popen[str]:

@@ -22,6 +22,7 @@ from ray_runs import (
     composed,
     counted,
     kill,
+    nothing_goes_on,  # noqa: F401 (for every test)
     planned,
     prepared,
     processes,

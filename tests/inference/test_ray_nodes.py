@@ -18,6 +18,7 @@ from ray_runs import (
     assert_equal,
     composed,
     counted,
+    nothing_goes_on,  # noqa: F401 (for every test)
     options,
     planned,
     processes,

@@ -20,6 +20,7 @@ from ray_runs import (
     assert_equal,
     composed,
     kill,
+    nothing_goes_on,  # noqa: F401 (for every test)
     options,
     planned,
     prepared,
@@ -102,8 +103,8 @@ def test_one_dies_one_stops_and_one_comes_late(folder: Path) -> None:
             folder / "first.log"
         ).read_text()
         time.sleep(0.05)
-    slow = trainers(folder, run.pid, "mixed")[-1]
-    wait_for_step(run, cfg, "mixed", 3)
+    wait_for_step(run, cfg, "mixed", 3)  # the others wait for nobody before their buffer is full
+    _, slow = trainers(folder, run.pid, "mixed")
     os.kill(slow, signal.SIGSTOP)
     wait_for_step(run, cfg, "full-opd", 5)
     kill(trainers(folder, run.pid, "full-opd")[-1])
