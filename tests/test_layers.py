@@ -49,9 +49,9 @@ BUDGETS = {
     "modal_sweep": 33_000,
     "hydra_sweeps": 28_580,
     "hydra_plugins": 1_050,
-    "specforge_exp": 232_540,
+    "specforge_exp": 233_180,
     "specforge_exp/data": 18_690,
-    "specforge_exp/target": 9_720,
+    "specforge_exp/target": 10_070,
     "specforge_exp/drafts": 47_870,
     "specforge_exp/training": 20_795,
     "specforge_exp/inference": 16_600,
@@ -59,7 +59,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_170,
     "specforge_exp/report": 18_780,
     "specforge_exp/chat": 4_000,
-    "": 295_480,
+    "": 296_110,
     "specforge_exp/causal": 6_450,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be

@@ -195,6 +195,7 @@ class Config:
             "target.share": (self.target.share, "none"),
             "target.shard": (self.target.shard, False),
             "target.pack_tokens": (self.target.pack_tokens, None),
+            "target.compile": (self.target.compile, False),
             "trainer.shard": (self.trainer.shard, False),
         }
         if self.onpolicy.rolls:

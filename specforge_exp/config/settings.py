@@ -32,13 +32,13 @@ def training_settings(cfg: Config) -> dict[str, Any]:
         settings |= {f"target.{key}": vars(cfg.target)[key] for key in ("engine", "args")}
     if cfg.model.dtype != "auto":
         settings["model.dtype"] = cfg.model.dtype
-    return settings | packed_by(cfg) | {"model.aux_layers": cfg.model.aux_layers}
+    return settings | states_by(cfg) | {"model.aux_layers": cfg.model.aux_layers}
 
 
-def packed_by(cfg: Config) -> dict[str, Any]:
-    """The option that the last digits of the target's states depend on; {}: it is off."""
-    pack_tokens = cfg.target.pack_tokens
-    return {} if pack_tokens is None else {"target.pack_tokens": pack_tokens}
+def states_by(cfg: Config) -> dict[str, Any]:
+    """The options that the last digits of the target's states depend on; {}: they are off."""
+    options = {"pack_tokens": cfg.target.pack_tokens, "compile": cfg.target.compile or None}
+    return {f"target.{key}": value for key, value in options.items() if value is not None}
 
 
 def causal_settings(cfg: Config, stage: str) -> dict[str, Any]:

@@ -31,6 +31,10 @@ class TargetConfig:
     fewer, larger operations. The last digits of a conversation's states then depend on what it is
     read with, so on trainer.gpus too. null: one by one."""
 
+    compile: bool = False
+    """transformers: torch.compile its layers, once, when it is loaded: fewer, larger kernels. The
+    last digits of its states change."""
+
     placement: str = "inprocess"
     """inprocess: each trainer has the target; ray: it runs in workers of their own, on other GPUs,
     and the trainers hold none of it (docs/ray.md). Changes no number."""
@@ -78,8 +82,8 @@ class TargetConfig:
         above_zero("target.buffer_gb", self.buffer_gb)
         above_zero("target.share_patience", self.share_patience)
         minimums(self, "target.", pack_tokens=1)
-        if self.pack_tokens is not None:
-            self.check_packing()
+        self.check_packing()
+        self.check_compiling()
         if self.shard and self.cache == "memory":
             raise InputError(
                 "target.shard=true needs target.cache=none or disk: with memory each process would "
@@ -132,6 +136,8 @@ class TargetConfig:
 
     def check_packing(self) -> None:
         """Refuse what conversations read together do not go with."""
+        if self.pack_tokens is None:
+            return
         needed = {"cache": self.cache != "memory", "shard": not self.shard}
         needed["placement"] = self.placement == "inprocess"
         reasons = {
@@ -140,11 +146,29 @@ class TargetConfig:
             "shard": "processes that share a target read one conversation at a time",
             "placement": "workers read one conversation at a time",
         }
+        self.refuse_beside("pack_tokens", needed, reasons)
+
+    def check_compiling(self) -> None:
+        """Refuse what compiled layers do not go with."""
+        if not self.compile:
+            return
+        needed = {"pack_tokens": self.pack_tokens is None, "shard": not self.shard}
+        needed["engine"] = self.engine == "transformers"
+        reasons = {
+            "pack_tokens": "each number of conversations would be compiled by itself",
+            "shard": "processes that share a target exchange data within its layers",
+            "engine": "vLLM compiles the target itself; target.args are its options",
+        }
+        self.refuse_beside("compile", needed, reasons)
+
+    def refuse_beside(self, option: str, needed: dict[str, bool], reasons: dict[str, str]) -> None:
+        """InputError for the first option that does not fit beside another, with the reason."""
         for key, fits in needed.items():
             if not fits:
+                own, other = (str(vars(self)[name]).lower() for name in (option, key))
                 raise InputError(
-                    f"target.pack_tokens={self.pack_tokens} and target.{key}="
-                    f"{str(vars(self)[key]).lower()} exclude each other: {reasons[key]}"
+                    f"target.{option}={own} and target.{key}={other} exclude each other: "
+                    f"{reasons[key]}"
                 )
 
     @property

@@ -62,7 +62,10 @@ class TargetWorker:
             device = torch.device("cpu")
         kind = locate(self.cfg.draft._target_)
         feeds = partial(kind.target_layers, self.cfg.draft)
-        return load_target(self.cfg.model, device, dtype, 1, feeds)
+        target = load_target(self.cfg.model, device, dtype, 1, feeds)
+        if self.cfg.target.compile:
+            target.compile_layers()
+        return target
 
     @cached_property
     def served(self) -> "ServedStates | None":

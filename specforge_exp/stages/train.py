@@ -27,7 +27,7 @@ from specforge_exp.artifacts import (
 from specforge_exp.config import Config, LossConfig, locate
 from specforge_exp.config.checks import shared_evenly
 from specforge_exp.config.onpolicy import ProposedTerms
-from specforge_exp.config.settings import packed_by, training_settings
+from specforge_exp.config.settings import states_by, training_settings
 from specforge_exp.errors import InputError
 from specforge_exp.inference.alone import RandomStates, trainer_alone, workers_alone
 from specforge_exp.inference.cluster import Fleet, fleet_of, given
@@ -286,9 +286,10 @@ def states_of(
     if stream:
         sent_for = stream.features(splits_by_sign)
         return remembered(sent_for) if cfg.target.cache == "memory" else sent_for
-
     if cfg.target.pack_tokens is not None:
         target.take_packing()
+    if cfg.target.compile:
+        target.compile_layers()
     features = partial(target.states, most=cfg.target.pack_tokens)
     together = cfg.target.shard and run.ranks.world > 1
     if cfg.target.cache == "none":
@@ -300,7 +301,7 @@ def states_of(
         run.fingerprint.inputs,
         {"model.path": cfg.model.path, "model.aux_layers": target.aux_layers,
          "model.dtype": str(target.model.dtype), "max_length": cfg.max_length,
-         **packed_by(cfg)},
+         **states_by(cfg)},
     )  # fmt: skip
     make_cache(folder, features, splits_by_sign, made_of, run.ranks, together)
     target.forget_layers()

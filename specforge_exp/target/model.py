@@ -3,8 +3,9 @@
 Shape suffixes: B batch, T tokens, H hidden, A auxiliary states, V vocabulary, N rows.
 """
 
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +28,33 @@ from specforge_exp.target.anatomy import (
 )
 from specforge_exp.target.head import Head
 
+FAILURES = (AttributeError, IndexError, OSError, RuntimeError, TypeError, ValueError)
+"""What a model raises that cannot be run in some way."""
+
+
+def apart(states: Tensor, expected: Tensor) -> float:
+    """Length of the difference of states, relative to that of the expected ones."""
+    return float((states - expected).norm() / expected.norm())
+
+
+def tolerance(states: Tensor) -> float:
+    """By how much the same states may be apart: narrower numbers than fp32 add up errors."""
+    return 1e-3 if states.dtype == torch.float32 else 0.2
+
+
+@contextmanager
+def running(forwards: list[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+    """Modules run with these forwards meanwhile, and with their own again afterwards: what looks
+    into a module must not find it compiled."""
+    own = [(module, module.forward) for module, _ in forwards]
+    for module, forward in forwards:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, forward in own:
+            module.forward = forward
+
 
 @dataclass
 class Target:
@@ -38,6 +66,8 @@ class Target:
     """How many ids the tokenizer has; None: as many as the model."""
     documents: bool = False
     """Whether its attention is `packing.by_document`."""
+    compiled: list[tuple[Any, Callable[..., Any]]] = field(default_factory=list)
+    """Its layers and how texts without a cache run them; []: as they are."""
 
     @property
     def device(self) -> torch.device:
@@ -111,6 +141,7 @@ class Target:
         decoder, name = find_layers(self.model)
         _ = self.end, self.decoder
         self.__dict__.pop("layers", None)
+        self.compiled = []
         setattr(decoder, name, None)
 
     @torch.no_grad()
@@ -121,7 +152,8 @@ class Target:
             ids_BT: tokens; padding belongs on the right, where causal attention hides it.
             cache: keys and values of the tokens before these; extended in place.
         """
-        with self.captured() as captured:
+        compiled = self.compiled if cache is None else []
+        with self.captured() as captured, running(compiled):
             out = self.decoder(ids_BT, past_key_values=cache, use_cache=cache is not None)
         last_BTH: Tensor = out.last_hidden_state
         return self.joined(captured, last_BTH), last_BTH
@@ -152,6 +184,30 @@ class Target:
                 f"{', '.join(names)}); target.pack_tokens=null runs them one by one"
             )
         self.documents = name in packing.NAMES.values()
+
+    def compile_layers(self) -> None:
+        """Compile its layers for `features` of texts of any length without a cache.
+
+        The first text is always the same, so that what is compiled does not depend on the data.
+
+        Raises:
+            InputError: they cannot be compiled here, or give other states then.
+        """
+        ids_1T = few_tokens(self.model)
+        expected_1TH = self.features(ids_1T)[1]
+        self.compiled = [(x, torch.compile(x.forward, dynamic=True)) for x in self.layers]
+        try:
+            last_1TH = self.features(ids_1T)[1]
+        except FAILURES as error:
+            raise InputError(
+                f"target.compile=true: the layers of {self.text.model_type} cannot be compiled "
+                f"here ({one_line(error)}); target.compile=false runs them as they are"
+            ) from None
+        if (difference := apart(last_1TH, expected_1TH)) > tolerance(last_1TH):
+            raise InputError(
+                f"target.compile=true: the states of {self.text.model_type} differ by "
+                f"{difference:.1%} then; target.compile=false"
+            )
 
     @torch.no_grad()
     def states(self, texts: list[Tensor], most: int | None = None) -> list[tuple[Tensor, Tensor]]:
@@ -214,11 +270,10 @@ class Target:
             self.features(ids_1T[:, [3, 2, 1]], cache)
             cache.crop(-3)
             _, last_1TH = self.features(ids_1T[:, 4:], cache)
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        except FAILURES as error:
             raise self.not_decodable(one_line(error)) from None
-        expected_1TH = self.features(ids_1T)[1][:, 4:]
-        difference = float((last_1TH - expected_1TH).norm() / expected_1TH.norm())
-        if difference > (1e-3 if last_1TH.dtype == torch.float32 else 0.2):
+        difference = apart(last_1TH, self.features(ids_1T)[1][:, 4:])
+        if difference > tolerance(last_1TH):
             raise self.not_decodable(f"with its past kept its states differ by {difference:.0%}")
 
     def not_decodable(self, reason: str) -> InputError:
