@@ -73,6 +73,9 @@ class OptunaAsyncConf:
     inputs: list[str] = field(default_factory=list)
     """Small files that a job reads, named in its configuration, such as records with digests of
     its data: with another content it is another point."""
+    alike: bool = True
+    """Refuse to go on with a study whose trials this command would have made with other options,
+    beside what is searched; false: what differs changes no number."""
     repeats: int = 1
     """Refused above 1: only a grid repeats its runs."""
     precheck: str | None = None
@@ -100,6 +103,13 @@ class OptunaAsyncConf:
     def is_grid(self) -> bool:
         """Whether all points are tried in order."""
         return self.sampler_class == "GridSampler"
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """What a job returns, and reports while it runs."""
+        names = ("names", "progress_metric", "progress_step")
+        return {name: list(value) if name == "names" else value
+                for name in names for value in [getattr(self, name)]}  # fmt: skip
 
     @property
     def directions(self) -> list[str]:

@@ -122,6 +122,11 @@ def test_what_is_finished(tmp_path: Path) -> None:
     assert again("y.depth=2", "x=3") == ["value_x3"]
     (tmp_path / "value_x1.txt").unlink()
     assert again("y.depth=2") == ["value_x1"]
+    # Under another name a value is another one: nothing is done, and none may stand beside it.
+    loss = "hydra.sweeper.names=[loss]"
+    _, errors = sweep(tmp_path, "x=1,2", loss, code=1)
+    assert "value_x3 of this sweep has returned score, and the runs of this" in errors
+    assert again("y.depth=2", loss, "x=1,2,3") == ["value_x1", "value_x2", "value_x3"]
     assert again("y.depth=2", "hydra.sweeper.if_done=rerun") == ["value_x1", "value_x2"]
     assert sorted(runs(tmp_path)) == ["value_x1", "value_x2", "value_x3"]
 
