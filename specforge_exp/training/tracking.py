@@ -88,9 +88,7 @@ def open_tracker(cfg: Config, run_dir: Path, start_step: int) -> Tracker:
     return Tracker(file, start_mirror(cfg, run_dir, start_step) if mirrored else None)
 
 
-def start_mirror(
-    cfg: Config, run_dir: Path, start_step: int
-) -> "subprocess.Popen[bytes] | None":
+def start_mirror(cfg: Config, run_dir: Path, start_step: int) -> "subprocess.Popen[bytes] | None":
     """Start the process that copies metrics.jsonl; None when it cannot be started.
 
     A run that starts over has other numbers under the same steps, where it is asked to or has other
