@@ -11,7 +11,7 @@ from typing import Any
 
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.jobs import Job, Source, compose, leaves
-from hydra_sweeps.overrides import key_of
+from hydra_sweeps.overrides import key_of, value_text
 from hydra_sweeps.study.config import OptunaAsyncConf
 from hydra_sweeps.study.space import Space
 from hydra_sweeps.study.state import point_of
@@ -55,9 +55,11 @@ def refuse_other_grid(
     """The trials of a grid are its points in their order; SweepError for those of another one."""
     points = islice(space.points(), len(trials))
     for trial, point in zip_longest(trials, points):
+        if point is None and not place.alone:  # another process may have asked for one too many
+            return
         known = trial.params or trial.system_attrs.get("fixed_params", {})
-        lost = point is None and place.alone  # another process may have asked for one too many
-        if lost or any(not same(value, (point or {}).get(key)) for key, value in known.items()):
+        lost = point is None or any(not same(known[key], point.get(key)) for key in known)
+        if lost:
             raise SweepError(
                 f"the study {place} has the points of another grid (#{trial.number}: {known}), and "
                 f"some of this one would be left out; {REMEDY}, or another hydra/sweeper/sampler"
@@ -123,7 +125,7 @@ def different(options: OptunaAsyncConf, before: Job, now: Job) -> list[str]:
     left_out = [*options.ignore, *filter(None, [options.name_key])]
     old, new = (dict(leaves(job.written(left_out))) for job in (before, now))
     return [
-        f"{'.'.join(map(str, path))}={old.get(path)}, not {new.get(path)}"
+        f"{'.'.join(map(str, path))}={value_text(old.get(path))}, not {value_text(new.get(path))}"
         for path in dict.fromkeys([*old, *new])
         if old.get(path) != new.get(path)
     ]
