@@ -15,7 +15,14 @@ from hydra_sweeps.overrides import key_of, value_text
 from hydra_sweeps.study.config import OptunaAsyncConf
 from hydra_sweeps.study.space import Space
 from hydra_sweeps.study.state import point_of
-from hydra_sweeps.study.trials import MEASURED, OVERRIDES, POINT, Place, in_state
+from hydra_sweeps.study.trials import (
+    MEASURED,
+    OVERRIDES,
+    POINT,
+    Place,
+    in_state,
+    refuse_other_directions,
+)
 
 SHOWN = 4
 """Keys that a refusal names."""
@@ -35,6 +42,7 @@ def refuse_others(
     """
     if study is None:
         return
+    refuse_other_directions(options, place, study)
     for name, before in study.user_attrs.get(MEASURED, options.measured).items():
         if before != (now := options.measured[name]):
             raise SweepError(

@@ -150,14 +150,9 @@ def open_study(options: OptunaAsyncConf, place: Place) -> Any:
 
     try:
         study = answered(place, create)
-        stored = [direction.name.lower() for direction in study.directions]
     except ValueError as error:
-        stored = [str(error)]
-    if stored != directions:
-        raise SweepError(
-            f"the study {place} has other directions ({', '.join(stored)}) than "
-            f"hydra.sweeper.direction={options.direction}; give another hydra.sweeper.study_name"
-        )
+        raise SweepError(f"the study {place} cannot be opened: {error}") from None
+    refuse_other_directions(options, place, study)
     if MEASURED not in study.user_attrs:
         study.set_user_attr(MEASURED, options.measured)
     trials = len(study.get_trials(deepcopy=False))
@@ -166,6 +161,16 @@ def open_study(options: OptunaAsyncConf, place: Place) -> Any:
     if options.pruner:
         study.pruner = made("pruner", options.pruner)
     return study
+
+
+def refuse_other_directions(options: OptunaAsyncConf, place: Place, study: Any) -> None:
+    """SweepError where the study ranks its values the other way."""
+    stored = [direction.name.lower() for direction in study.directions]
+    if stored != options.directions:
+        raise SweepError(
+            f"the study {place} has other directions ({', '.join(stored)}) than "
+            f"hydra.sweeper.direction={options.direction}; give another hydra.sweeper.study_name"
+        )
 
 
 def new_sampler(options: OptunaAsyncConf, count: int) -> Any:
