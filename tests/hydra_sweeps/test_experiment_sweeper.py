@@ -126,7 +126,10 @@ def test_what_is_finished(tmp_path: Path) -> None:
     loss = "hydra.sweeper.names=[loss]"
     _, errors = sweep(tmp_path, "x=1,2", loss, code=1)
     assert "value_x3 of this sweep has returned score, and the runs of this" in errors
-    assert again("y.depth=2", loss, "x=1,2,3") == ["value_x1", "value_x2", "value_x3"]
+    (other := tmp_path / "other").mkdir()
+    sweep(other, "x=1")
+    sweep(other, "x=1", loss)
+    assert started(other) == ["value_x1"] * 2
     assert again("y.depth=2", "hydra.sweeper.if_done=rerun") == ["value_x1", "value_x2"]
     assert sorted(runs(tmp_path)) == ["value_x1", "value_x2", "value_x3"]
 
