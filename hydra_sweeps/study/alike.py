@@ -110,7 +110,12 @@ def refuse_other_options(
     searched = {key_of(key) for key in trial.params} | {param.name for param in space.params}
     texts = [text for text in space.overrides if key_of(text) not in searched]
     texts += [text for key, text in own.items() if key in searched]
-    now = compose(source, texts, number)
+    try:
+        now = compose(source, texts, number)
+    except SweepError:
+        if place.alone:
+            raise
+        return  # of a process with other files; it is left out of the record too
     if point_of(options, now) == trial.user_attrs[POINT]:
         return
     before = compose(source, list(own.values()), number)
