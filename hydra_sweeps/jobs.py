@@ -136,8 +136,8 @@ class Job:
             self.config.hydra.job.num = number
 
     def digest(self, ignore: Sequence[str] = ()) -> str:
-        """Hash of the configuration as written, without Hydra's node and the keys to ignore, and of
-        what it reads from the environment.
+        """Hash of the configuration as written, without Hydra's node and the keys to ignore, of
+        what it reads from the environment, and of the files that hydra.sweeper.inputs names.
 
         `${now:...}` and `${hydra:...}`, which another start changes, count as written; so does any
         other resolver.
@@ -148,6 +148,9 @@ class Job:
             values = {}
         text = OmegaConf.to_yaml(OmegaConf.create(self.written(ignore)), sort_keys=True)
         text += "".join(f"{key}={value!r}\n" for key, value in values.items())
+        for name in self.value("hydra.sweeper.inputs") or []:
+            file = Path(str(name))
+            text += f"\n{hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None}"
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     def written(self, ignore: Sequence[str]) -> Any:

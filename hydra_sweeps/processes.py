@@ -88,7 +88,8 @@ class Processes:
         except Exception as error:
             self.unmade.append((number, failure(overrides, error)))
             return
-        config, tail = job.config, Tail(Path(str(progress)) if progress else None)
+        config = job.config
+        tail = Tail(Path(str(progress)) if progress else None, not began(config, folder))
         output = folder / f"{config.hydra.job.name}.out" if self.redirect else None
         sys.stdout.flush()
         sys.stderr.flush()
@@ -162,6 +163,15 @@ class Processes:
                 kill(job.process)
                 job.result.close()
             self.jobs.clear()
+
+
+def began(config: DictConfig, folder: Path) -> bool:
+    """Whether a process before this one began the same job in its folder, by Hydra's record."""
+    try:
+        kept = OmegaConf.load(folder / str(config.hydra.output_subdir) / "overrides.yaml")
+    except (OSError, ValueError):
+        return False
+    return bool(kept == config.hydra.overrides.task)
 
 
 def result_of(job: JobProcess) -> JobReturn:

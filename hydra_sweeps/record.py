@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
@@ -107,6 +107,11 @@ class Sweep:
     """Of studies: name, storage, n_trials, sampler, pruner, best."""
     version: int = VERSION
 
+    @property
+    def names(self) -> list[str]:
+        """Of the values that a run returns."""
+        return [objective["name"] for objective in self.objectives]
+
 
 def fresh(kind: str, master: DictConfig, names: Sequence[str], directions: Sequence[str]) -> Sweep:
     """The record of this command, without its runs; one direction for each name."""
@@ -144,6 +149,26 @@ def known_fields(kind: type, content: dict[str, Any]) -> dict[str, Any]:
     """The keys of a mapping that are fields of a dataclass."""
     names = {field.name for field in fields(kind)}
     return {key: value for key, value in content.items() if key in names}
+
+
+def refuse_other_values(earlier: Sweep | None, fresh: Sweep, again: Collection[str]) -> None:
+    """One record has values of one meaning.
+
+    Args:
+        again: names of runs that this command makes.
+
+    Raises:
+        SweepError: other runs have returned something else.
+    """
+    if earlier is None or earlier.names == fresh.names:
+        return
+    kept = [run for name, run in earlier.runs.items() if run.value is not None]
+    if others := [run.name for run in kept if run.name not in again]:
+        raise SweepError(
+            f"{others[0]} of this sweep has returned {', '.join(earlier.names)}, and the runs of "
+            f"this command return {', '.join(fresh.names)}: one table would show both as one; give "
+            "another hydra.sweep.dir"
+        )
 
 
 def begin(sweep_dir: Path, fresh: Sweep) -> Sweep:

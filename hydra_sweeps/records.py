@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,28 @@ class Tail:
     """The lines that are added to a file of JSON lines."""
 
     path: Path | None
+    strange: bool = False
+    """What the file holds now may be another run's: it does not count until it changes."""
     offset: int = 0
+    inode: int = 0
+    untouched: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.strange and self.path is not None:
+            with suppress(OSError):
+                self.untouched = touched(self.path.stat())
 
     def whole_lines(self) -> list[dict[str, Any]]:
         """Whole lines since the last call; a line that is no JSON object is left out."""
         try:
-            if self.path is None or (size := self.path.stat().st_size) == self.offset:
+            if self.path is None:
                 return []
-            self.offset = self.offset if size > self.offset else 0  # it was written anew
             with self.path.open("rb") as file:
+                state = os.fstat(file.fileno())
+                if touched(state) == self.untouched:
+                    return []
+                if state.st_ino != self.inode or state.st_size < self.offset:  # it was written anew
+                    self.inode, self.offset = state.st_ino, 0
                 file.seek(self.offset)
                 raw = file.read()
         except OSError:
@@ -52,6 +66,11 @@ class Tail:
             except ValueError:
                 continue
         return [record for record in records if isinstance(record, dict)]
+
+
+def touched(state: os.stat_result) -> tuple[int, ...]:
+    """What another file of the name, or more in it, changes."""
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def first_line(error: BaseException) -> str:

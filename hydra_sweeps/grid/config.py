@@ -40,6 +40,9 @@ class ExperimentSweeperConf:
     null: the record is enough."""
     ignore: list[str] = field(default_factory=list)
     """Keys of a job's configuration that do not make it another run."""
+    inputs: list[str] = field(default_factory=list)
+    """Small files that a job reads, named in its configuration, such as records with digests of
+    its data: with another content it is another run."""
     names: list[str] = field(default_factory=lambda: ["value"])
     """What the values that a job returns are called; [] when it returns none."""
     direction: Any = "maximize"

@@ -109,6 +109,7 @@ def run_grid(
     folder = sweep_dir.absolute()
     grid = Grid(options, launcher, master, folder, fresh(options, master), jobs)
     earlier = record.read(folder)
+    record.refuse_other_values(earlier, grid.sweep, {job.subdir for job in jobs})
     done = finished(grid, earlier) if earlier else {}
     if options.dry_run:
         print(plan(jobs, done, sweep_dir), flush=True)
@@ -172,7 +173,8 @@ def fresh(options: ExperimentSweeperConf, master: DictConfig) -> Sweep:
 
 def finished(grid: Grid, earlier: Sweep) -> dict[int, Run]:
     """The records of the jobs that need not run again, by number."""
-    if grid.options.if_done != "skip" or hasattr(grid.launcher, "session"):
+    other = earlier.names != grid.sweep.names
+    if grid.options.if_done != "skip" or hasattr(grid.launcher, "session") or other:
         return {}
     done = {}
     for job in grid.jobs:
@@ -189,8 +191,9 @@ def finished(grid: Grid, earlier: Sweep) -> dict[int, Run]:
 def carry_out(grid: Grid) -> list[Sequence[JobReturn]]:
     """Run what is not done; afterwards the table, the report, and an error if runs failed."""
     write_whole(grid.sweep_dir / "multirun.yaml", OmegaConf.to_yaml(grid.master))
+    earlier = record.read(grid.sweep_dir)
     grid.sweep = record.begin(grid.sweep_dir, grid.sweep)
-    set_up(grid)
+    set_up(grid, finished(grid, earlier) if earlier else {})
     grid.write()
     around = grid.options.around, grid.pending, grid.sweep_dir, grid.options.n_jobs
     with stopping(grid.interrupt, grid.table), surrounded(*around):
@@ -206,9 +209,8 @@ def carry_out(grid: Grid) -> list[Sequence[JobReturn]]:
     return [*chunks(returned, grid.options.max_batch_size)]
 
 
-def set_up(grid: Grid) -> None:
-    """Put the runs of this command into the record."""
-    done = finished(grid, grid.sweep)
+def set_up(grid: Grid, done: dict[int, Run]) -> None:
+    """Put the runs of this command into the record, as they are where they are done."""
     multi = not is_basic(grid.launcher)
     hydra = needed_overrides(grid, multi)
     for job in grid.jobs:

@@ -68,6 +68,16 @@ class OptunaAsyncConf:
     """The config group that chooses a search; with -m a run's own command leaves it out."""
     record: dict[str, Any] = field(default_factory=dict)
     """Kept in sweep.json with every run, resolved in its configuration."""
+    ignore: list[str] = field(default_factory=list)
+    """Keys of a job's configuration that do not make it another point."""
+    inputs: list[str] = field(default_factory=list)
+    """Small files that a job reads, named in its configuration, such as records with digests of
+    its data: with another content it is another point."""
+    alike: bool = True
+    """Refuse to go on with a study whose trials this command would have made with other options,
+    beside what is searched; false: what differs changes no number."""
+    repeats: int = 1
+    """Refused above 1: only a grid repeats its runs."""
     precheck: str | None = None
     """Dotted path of a function (script, configurations) that is called with what is to run here
     before the first job starts; what it raises refuses the sweep."""
@@ -95,6 +105,13 @@ class OptunaAsyncConf:
         return self.sampler_class == "GridSampler"
 
     @property
+    def measured(self) -> dict[str, Any]:
+        """What a job returns, and reports while it runs."""
+        names = ("names", "progress_metric", "progress_step")
+        return {name: list(value) if name == "names" else value
+                for name in names for value in [getattr(self, name)]}  # fmt: skip
+
+    @property
     def directions(self) -> list[str]:
         """minimize or maximize, for each of `names`; SweepError where they do not fit."""
         single = isinstance(self.direction, str) or not isinstance(self.direction, Sequence)
@@ -118,6 +135,12 @@ class OptunaAsyncConf:
         for name in ("n_jobs", "n_trials"):
             if (value := getattr(self, name)) < 1:
                 raise SweepError(f"hydra.sweeper.{name}={value} must be at least 1")
+        if self.repeats > 1:
+            raise SweepError(
+                f"hydra.sweeper.repeats={self.repeats} is for hydra/sweeper=experiment: a study "
+                "measures every point once; leave out what sets it, and repeat the best point in a "
+                "grid"
+            )
         if not 0 <= self.max_failure_rate <= 1:
             raise SweepError(f"hydra.sweeper.max_failure_rate={self.max_failure_rate}: from 0 to 1")
         if self.search_space:

@@ -24,6 +24,7 @@ from hydra_sweeps.jobs import (
 from hydra_sweeps.record import Sweep
 from hydra_sweeps.records import write_whole
 from hydra_sweeps.runner import is_basic, open_runner
+from hydra_sweeps.study.alike import refuse_others
 from hydra_sweeps.study.config import OptunaAsyncConf
 from hydra_sweeps.study.leases import Leases
 from hydra_sweeps.study.loop import loop
@@ -38,7 +39,7 @@ from hydra_sweeps.study.trials import (
     count_missing,
     enqueue,
     in_state,
-    known_trials,
+    known_study,
     open_study,
     place_of,
     plan,
@@ -62,15 +63,21 @@ def run_study(
     check_environment(examples, launcher)
     refuse_other_choices(master, choices(source, options, space), arguments, ["launcher"])
     place = place_of(options, sweep_dir)
+    known = known_study(place)
+    refuse_others(options, source, space, place, known)
+    trials = known.get_trials(deepcopy=False) if known else []
     if options.dry_run:
-        print(plan(options, space, first, known_trials(place), place), flush=True)
+        print(plan(options, space, first, trials, place), flush=True)
         return []
     if OmegaConf.select(master, "hydra.launcher.setup"):
         return list(launcher.launch([job.overrides for job in examples], initial_job_idx=0))
-    if options.precheck and count_missing(options, space, known_trials(place)):
+    if options.precheck and count_missing(options, space, trials):
         plain = compose(source, space.overrides, 0)  # an example is far out, and may be refused
         check_inputs(options.precheck, [plain, *examples], launcher)
     fresh = fresh_record(options, master, place)
+    earlier = record.read(sweep_dir)
+    sampled = [name for name, run in earlier.runs.items() if run.params] if earlier else []
+    record.refuse_other_values(earlier, fresh, sampled)
     with record.locked(sweep_dir), raising_sigterm():
         optuna = open_study(options, place)
         enqueue(optuna, options, space, first, place)
@@ -165,12 +172,16 @@ def carry_out(study: Study) -> list[JobReturn]:
 
 
 def catch_up(study: Study) -> None:
-    """Bring sweep.json to where the storage is: a kill may have come between the two."""
-    for trial in study.trials:
-        if RUN not in trial.user_attrs:
-            continue
+    """Bring sweep.json to where the storage is: a kill may have come between the two, and what it
+    says may be of an earlier study in the same folder."""
+    trials = [trial for trial in study.trials if RUN in trial.user_attrs]
+    own = {trial.user_attrs[RUN] for trial in trials}
+    study.sweep.runs = {
+        name: run for name, run in study.sweep.runs.items() if name in own or not run.params
+    }
+    for trial in trials:
         run = study.sweep.runs.get(trial.user_attrs[RUN])
-        if run is None:
+        if run is None or run.overrides != list(trial.user_attrs[OVERRIDES]):
             try:
                 job = compose(study.source, list(trial.user_attrs[OVERRIDES]), trial.number)
             except SweepError as error:
@@ -180,7 +191,7 @@ def catch_up(study: Study) -> None:
                 continue
             run = run_of(study, job, trial.params)
         outcome = stored_outcome(trial)
-        if run.status != outcome.status:
+        if (run.status, run.value) != (outcome.status, outcome.value):
             run.end(outcome)
         if outcome.status == "planned" and study.leases.state(trial) == "live":
             run.status = "running"

@@ -121,7 +121,7 @@ class Study:
 
 def point_of(options: OptunaAsyncConf, job: Job) -> str:
     """What two trials of one point have in common: all but the name."""
-    return job.digest([options.name_key] if options.name_key else [])
+    return job.digest([*options.ignore, *filter(None, [options.name_key])])
 
 
 def named_job(

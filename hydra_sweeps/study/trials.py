@@ -28,11 +28,11 @@ from hydra_sweeps.study.config import OptunaAsyncConf
 from hydra_sweeps.study.leases import ENDED, LEASE, SETTLED, Leases
 from hydra_sweeps.study.space import Space
 
-FIRST = "hydra.first"
-"""Attribute of a study: the points it tries first."""
+FIRST, MEASURED = "hydra.first", "hydra.measured"
+"""Attributes of a study: the points it tries first; what its trials return and report."""
 RUN, OVERRIDES, ERROR, STOPPED = "hydra.run", "hydra.overrides", "hydra.error", "hydra.stopped"
 """Attributes of a trial: name of its run, overrides, why it failed, whether it is being pruned."""
-POINT, TWIN = "hydra.point", "hydra.twin"
+POINT, TWIN = "hydra.configuration", "hydra.twin"
 """Digest of its configuration but for the name; the number of the trial whose result it has."""
 STATUS = {"COMPLETE": "completed", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "planned"}
 """State of a trial: status of its run."""
@@ -150,20 +150,27 @@ def open_study(options: OptunaAsyncConf, place: Place) -> Any:
 
     try:
         study = answered(place, create)
-        stored = [direction.name.lower() for direction in study.directions]
     except ValueError as error:
-        stored = [str(error)]
-    if stored != directions:
-        raise SweepError(
-            f"the study {place} has other directions ({', '.join(stored)}) than "
-            f"hydra.sweeper.direction={options.direction}; give another hydra.sweeper.study_name"
-        )
+        raise SweepError(f"the study {place} cannot be opened: {error}") from None
+    refuse_other_directions(options, place, study)
+    if MEASURED not in study.user_attrs:
+        study.set_user_attr(MEASURED, options.measured)
     trials = len(study.get_trials(deepcopy=False))
     apart = 0 if place.alone else zlib.crc32(str(place.sweep_dir).encode()) % 10**6
     study.sampler = new_sampler(options, trials + apart)
     if options.pruner:
         study.pruner = made("pruner", options.pruner)
     return study
+
+
+def refuse_other_directions(options: OptunaAsyncConf, place: Place, study: Any) -> None:
+    """SweepError where the study ranks its values the other way."""
+    stored = [direction.name.lower() for direction in study.directions]
+    if stored != options.directions:
+        raise SweepError(
+            f"the study {place} has other directions ({', '.join(stored)}) than "
+            f"hydra.sweeper.direction={options.direction}; give another hydra.sweeper.study_name"
+        )
 
 
 def new_sampler(options: OptunaAsyncConf, count: int) -> Any:
@@ -190,16 +197,16 @@ def made(name: str, node: Any) -> Any:
         raise SweepError(f"hydra.sweeper.{name}: {text}") from None
 
 
-def known_trials(place: Place) -> list[Any]:
-    """The trials of a study; nothing is made."""
+def known_study(place: Place) -> Any:
+    """Optuna's study; None where there is none: nothing is made."""
     quiet_optuna()
     if not place.exists:
-        return []
+        return None
     place.check()
     try:
-        return list(answered(place, lambda: look(place)).get_trials(deepcopy=False))
+        return answered(place, lambda: look(place))
     except KeyError:
-        return []
+        return None
 
 
 def in_state(trials: Sequence[Any], *names: str) -> list[Any]:

@@ -59,7 +59,7 @@ def status(arguments: argparse.Namespace) -> int:
     statuses = calls.Statuses(journal.sweep["dict"]).read()
     rows = [row(record, statuses.get(record.key, {}), {}) for record in records]
     messages.console_print(rich_table(rows))
-    return exit_code(records)
+    return exit_code(journal.current())
 
 
 def exit_code(records: Sequence[JobRecord]) -> int:
@@ -71,7 +71,7 @@ def attach(arguments: argparse.Namespace) -> int:
     """Spawn what a kill left unspawned, wait for all, bring the results."""
     journal = opened(arguments.sweep)
     with journal.locked():
-        records = journal.ordered()
+        records = journal.current()
         for record in records:
             if record.call is None:
                 spawn.respawn(journal, record)
@@ -123,7 +123,7 @@ def logs(arguments: argparse.Namespace) -> int:
 def pull(arguments: argparse.Namespace) -> int:
     """Bring the outputs of all jobs; files that are here already cost nothing."""
     journal = opened(arguments.sweep)
-    fetched, records = 0, journal.ordered()
+    fetched, records = 0, journal.current()
     for record in records:
         try:
             fetched += collect.pull(journal, record)
@@ -179,7 +179,7 @@ def rerun(arguments: argparse.Namespace) -> int:
     with journal.locked():
         records = by_number(journal, arguments.job)
         if arguments.failed:
-            records += [r for r in journal.ordered() if r.broken and r not in records]
+            records += [r for r in journal.current() if r.broken and r not in records]
         if not records:
             raise LaunchError("nothing to run again: name job numbers, or --failed")
         for record in records:

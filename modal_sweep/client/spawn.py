@@ -59,8 +59,13 @@ def spawn_jobs(spawner: Spawner, jobs: Sequence[Job], times: int = 1) -> dict[st
         refuse_other_code(journal, jobs)
         fresh = [job for job in jobs if will_spawn(spawner, journal.jobs.get(job.identity))]
         sweep = prepare(spawner, jobs, fresh, times)
+        current = [record.identity for record in journal.current()]
+        other = [job for job in jobs if job not in fresh and job.identity not in current]
         # Written down before anything is spawned.
-        journal.write(plan_event(job, conf, sweep) for job in fresh)
+        journal.write(plan_event(job, conf, sweep) for job in [*fresh, *other])
+        for end in (journal.jobs[job.identity].end for job in other):
+            if end is not None:
+                journal.write([end | {"unpulled": "another job's came into its folder since"}])
         records = [journal.jobs[job.identity] for job in jobs]
         refuse_done(journal, records, conf)
         states = {record.identity: "done" if record.end else "attached" for record in records}
@@ -189,21 +194,30 @@ def will_spawn(spawner: Spawner, record: JobRecord | None) -> bool:
 
 
 def refuse_other_code(journal: Journal, jobs: Sequence[Job]) -> None:
-    """Refuse to mix versions of the code while jobs of another one are running."""
+    """Refuse to mix versions of the code, or two jobs in one folder, while the others run."""
     ours = {job.identity for job in jobs}
     codes = {job.code.digest for job in jobs}
+    places = {place for job in jobs for place in (job.output_dir, *job.settings.unique)}
     running = [
         record
         for record in journal.ordered()
-        if record.identity not in ours and record.plan["code"] not in codes and still_runs(record)
+        if record.identity not in ours
+        and (record.plan["code"] not in codes or places & written_by(record))
+        and still_runs(record)
     ]
     if running:
         numbers = ", ".join(str(record.number) for record in running)
+        what = "of other code" if running[0].plan["code"] not in codes else "that write there"
         raise LaunchError(
-            f"{journal.sweep_dir} has jobs of other code in flight (job {numbers}); "
+            f"{journal.sweep_dir} has jobs {what} in flight (job {numbers}); "
             f"`modal-sweep attach {journal.sweep_dir}` waits for them, "
             f"`modal-sweep cancel {journal.sweep_dir}` ends them"
         )
+
+
+def written_by(record: JobRecord) -> set[str]:
+    """Places that a job writes."""
+    return {record.plan["ref"]["output_dir"], *record.plan["unique"]}
 
 
 def still_runs(record: JobRecord) -> bool:

@@ -73,7 +73,9 @@ class Attempt:
         self.reference, self.folder, self.cloud = reference, folder, cloud
         self.output_dir = Path(reference["output_dir"])
         self.progress = self.output_dir / (reference["progress_file"] or "")
-        self.tail = progress.Tail(self.progress, reference["progress_keys"])
+        self.tail = progress.Tail(
+            self.progress, reference["progress_keys"], strange=cloud.attempt == 1
+        )
         self.started = time.time()
         saved = folder / "manifest.json"
         self.manifest: dict[str, Any] = json.loads(saved.read_text()) if saved.exists() else {}
@@ -162,8 +164,11 @@ class Attempt:
             state["reports"] = list(tail.reports)
         self.cloud.status(state="running", started=self.started, **state)
 
-    def keep_files(self) -> None:
-        """A progress file, and `outputs`, that lie elsewhere come along with the outputs."""
+    def keep_files(self, completed: bool = False) -> None:
+        """A progress file, and `outputs`, that lie elsewhere come along with the outputs; not those
+        of an earlier run, which a job that does not complete may have left alone."""
+        if self.tail.is_strange and not completed:
+            return
         for path in (self.progress, *map(Path, self.reference["outputs"])):
             if path.is_file() and not path.is_relative_to(self.output_dir):
                 place = progress.place(str(path), self.output_dir)
@@ -187,7 +192,7 @@ class Attempt:
 
     def finish(self, envelope: dict[str, Any]) -> bytes:
         """Save everything, then the result, commit, report; returns the result's bytes."""
-        self.keep_files()
+        self.keep_files(envelope["status"] == "completed")
         envelope["attempt"] = self.cloud.attempt
         envelope["seconds"] = round(time.time() - self.started, 2)
         try:

@@ -116,7 +116,9 @@ class Journal:
             self.sweep = event
             return
         if kind == "plan":
-            self.jobs.setdefault(event["identity"], JobRecord(event)).plan = event
+            job = self.jobs.pop(event["identity"], None) or JobRecord(event)
+            job.plan = event
+            self.jobs[job.identity] = job  # the last one now
             return
         job = self.jobs[event["identity"]]
         if kind == "cancel":
@@ -164,3 +166,8 @@ class Journal:
     def ordered(self) -> list[JobRecord]:
         """All jobs in the order they were planned."""
         return list(self.jobs.values())
+
+    def current(self) -> list[JobRecord]:
+        """Those whose outputs belong into their folders: no other job was planned for it since."""
+        newest = {record.plan["subdir"]: record for record in self.ordered()}
+        return [record for record in self.ordered() if newest[record.plan["subdir"]] is record]

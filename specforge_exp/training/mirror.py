@@ -66,6 +66,7 @@ def main() -> int:
         fcntl.flock(id_file, fcntl.LOCK_EX)  # the mirror of a killed training ends first
         try:
             copy = (wandb_copy if request["tracker"] == "wandb" else trackio_copy)(request)
+            copy.record["made_of"] = request["made_of"]
             follow(folder, copy, request["trainer"])
             complete = sys.stdin.readline() == "complete\n"
             copy.finish(0 if complete else 1)

@@ -1,5 +1,6 @@
 """Metrics: metrics.jsonl always; mirror.py, another process, copies it to a tracker."""
 
+import hashlib
 import json
 import logging
 import os
@@ -83,11 +84,15 @@ def open_tracker(cfg: Config, run_dir: Path, start_step: int) -> Tracker:
     logged = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start_step)
     with disk_errors(file):
         write_whole(file, logged.encode())
-    return Tracker(file, start_mirror(cfg, run_dir) if cfg.tracker.name != "none" else None)
+    mirrored = cfg.tracker.name != "none"
+    return Tracker(file, start_mirror(cfg, run_dir, start_step) if mirrored else None)
 
 
-def start_mirror(cfg: Config, run_dir: Path) -> "subprocess.Popen[bytes] | None":
+def start_mirror(cfg: Config, run_dir: Path, start_step: int) -> "subprocess.Popen[bytes] | None":
     """Start the process that copies metrics.jsonl; None when it cannot be started.
+
+    A run that starts over has other numbers under the same steps, where it is asked to or has other
+    options than one that came to no checkpoint: it is a run of its own at the tracker.
 
     Raises:
         InputError: the tracker's package is not installed.
@@ -97,7 +102,9 @@ def start_mirror(cfg: Config, run_dir: Path) -> "subprocess.Popen[bytes] | None"
         raise InputError(
             f"tracker={name} needs {name}: pip install -c constraints.txt 'specforge-exp[{name}]'"
         )
-    if not cfg.trainer.resume:  # other numbers under the same steps: a run of its own there
+    made_of = hashlib.sha256(json.dumps(asdict(cfg), default=str).encode()).hexdigest()
+    other = start_step == 0 and read_tracker(run_dir).get("made_of", made_of) != made_of
+    if other or not cfg.trainer.resume:
         (run_dir / f"{name}_id").unlink(missing_ok=True)
     request = {
         "tracker": name,
@@ -109,6 +116,7 @@ def start_mirror(cfg: Config, run_dir: Path) -> "subprocess.Popen[bytes] | None"
             **({"entity": cfg.tracker.entity} if cfg.tracker.entity else {}),
         },
         "folder": str(run_dir.resolve()),
+        "made_of": made_of,
         "argv": sys.argv,
         "trainer": os.getpid(),
         "patience": CLOSE_SECONDS,

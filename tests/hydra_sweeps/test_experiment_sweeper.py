@@ -103,21 +103,33 @@ def test_jobs_of_every_kind(tmp_path: Path) -> None:
 
 
 def test_what_is_finished(tmp_path: Path) -> None:
-    """The same configuration, but for what is ignored; and what hydra.sweeper.exists names."""
+    """The same configuration, but for what is ignored, inputs, and what hydra.sweeper.exists
+    names."""
     evidence = "hydra.sweeper.exists=${folder}/${name}.txt"
+    inputs = "hydra.sweeper.inputs=['${folder}/${kind.name}.data']"
 
     def again(*overrides: str) -> list[str]:
         before = len(started(tmp_path))
-        sweep(tmp_path, "x=1,2", evidence, *overrides)
+        sweep(tmp_path, "x=1,2", evidence, inputs, *overrides)
         return started(tmp_path)[before:]
 
     assert again() == ["value_x1", "value_x2"]
     assert again() == []
-    assert again("note=other") == []
+    (tmp_path / "value.data").write_text("made again")
+    assert again("note=other") == ["value_x1", "value_x2"]
+    assert again() == []
     assert again("y.depth=2") == ["value_x1", "value_x2"]
     assert again("y.depth=2", "x=3") == ["value_x3"]
     (tmp_path / "value_x1.txt").unlink()
     assert again("y.depth=2") == ["value_x1"]
+    # Under another name a value is another one: nothing is done, and none may stand beside it.
+    loss = "hydra.sweeper.names=[loss]"
+    _, errors = sweep(tmp_path, "x=1,2", loss, code=1)
+    assert "value_x3 of this sweep has returned score, and the runs of this" in errors
+    (other := tmp_path / "other").mkdir()
+    sweep(other, "x=1")
+    sweep(other, "x=1", loss)
+    assert started(other) == ["value_x1"] * 2
     assert again("y.depth=2", "hydra.sweeper.if_done=rerun") == ["value_x1", "value_x2"]
     assert sorted(runs(tmp_path)) == ["value_x1", "value_x2", "value_x3"]
 

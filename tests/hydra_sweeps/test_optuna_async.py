@@ -373,7 +373,8 @@ def test_a_point_is_trained_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     [best] = record(tmp_path)["study"]["best"]
     assert "hydra.twin" not in trials[best].user_attrs and trials[best].params["x"] == 2
     assert study(tmp_path, *options) == []
-    study(tmp_path, *options, "gamma=1", f"hydra.sweeper.n_trials={len(trials) + 1}")
+    more = ["gamma=1", "hydra.sweeper.alike=false", f"hydra.sweeper.n_trials={len(trials) + 1}"]
+    study(tmp_path, *options, *more)
     assert len(journal(tmp_path)) == 10  # another configuration is another point
 
 

@@ -40,6 +40,7 @@ def fresh_hydra(hydra_restore_singletons: Any) -> Iterator[None]:
         (["hydra.sweeper.direction=up"], "must be minimize or maximize"),
         (["hydra/sweeper/pruner=median", "hydra.sweeper.progress_metric=null"], "progress_metric"),
         (["hydra.sweeper.n_jobs=0"], "n_jobs=0 must be at least 1"),
+        (["hydra.sweeper.repeats=3"], "repeats=3 is for hydra/sweeper=experiment"),
         (["hydra.sweeper.max_failure_rate=2"], "from 0 to 1"),
         (["hydra.sweeper.search_space={x: {type: int}}"], "write it as hydra.sweeper.params"),
         ([first("x=7")], r"warm_start\[0\]='x=7': x=7 lies outside"),

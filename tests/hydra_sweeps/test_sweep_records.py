@@ -41,6 +41,19 @@ def test_a_tail_takes_whole_lines(tmp_path: Path) -> None:
     assert Tail(None).whole_lines() == []
 
 
+def test_a_tail_leaves_out_what_another_run_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "progress.jsonl"
+    path.write_text('{"step": 1}\n')
+    added, anew = Tail(path, strange=True), Tail(path, strange=True)
+    assert added.whole_lines() == anew.whole_lines() == []
+    with path.open("a") as file:
+        file.write('{"step": 2}\n')
+    assert added.whole_lines() == [{"step": 1}, {"step": 2}]
+    write_whole(path, '{"step": 1, "own": 1}\n{"step": 2}\n{"step": 3}\n')
+    assert anew.whole_lines()[0] == {"step": 1, "own": 1}
+    assert added.whole_lines()[0] == {"step": 1, "own": 1}
+
+
 def test_errors_in_one_line() -> None:
     assert first_line(ValueError("\na b\nc")) == "a b"
     assert reason(ValueError("a\nb")) == "ValueError: a" and reason(ValueError()) == "ValueError"

@@ -236,5 +236,8 @@ def test_a_progress_file_is_read_as_it_grows(tmp_path: Path) -> None:
     assert list(tail.look().reports) == [{"step": 4, "eval/b": 0}, {"step": 5, "eval/b": 0}]
     partial = tmp_path / "partial"
     partial.write_text('{"step": 1, "eval/a": 6}\n' * 40)
+    strange = Tail(path, ["eval/a", "eval/b"], strange=True)
+    assert not strange.look().last and not strange.reports and strange.is_strange
     partial.replace(path)  # written anew, and longer
+    assert list(strange.look().reports) == [{"step": 1, "eval/a": 6}] * 40
     assert list(tail.look().reports) == [{"step": 1, "eval/a": 6}] * 2

@@ -356,3 +356,14 @@ def test_large_models_say_their_size() -> None:
     for file in (CONF / "model").glob("*.yaml"):
         if "hydra/launcher: modal" in file.read_text():
             assert composed(f"model={file.stem}").model.billions, file
+
+
+@pytest.mark.parametrize("name", ["experiment", "optuna_async"])
+def test_a_sweep_knows_the_tokens_that_its_runs_are_made_of(name: str) -> None:
+    cfg = Config()
+    cfg.data.name, cfg.model.name, cfg.paths.datasets = "d", "m", "/sets"
+    text = (CONF / "hydra" / "sweeper" / f"{name}.yaml").read_text()
+    [(_, path)] = re.findall(r'^inputs: \[(")(.+)"\]$', text, re.MULTILINE)
+    for key, value in {"paths.datasets": "/sets", "data.name": "d", "model.name": "m"}.items():
+        path = path.replace(f"${{{key}}}", value)
+    assert path == str(paths.tokens_dir(cfg) / "run.json")

@@ -200,6 +200,36 @@ def test_wandb_offline_and_the_command_that_uploads_it(
     assert [line["_step"] for line in server.history[run_id]] == ALL
 
 
+def test_a_run_that_starts_over_with_other_options_is_another_one(
+    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Say with a lower rate, after a loss that was no number before the first checkpoint."""
+    requests: list[dict[str, Any]] = []
+
+    def known_after(start: int) -> bool:
+        (tmp_path / "wandb_id").write_text("before")
+        open_tracker(cfg, tmp_path, start)
+        return (tmp_path / "wandb_id").exists()
+
+    class Mirror:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.stdin = self
+
+        def write(self, line: bytes) -> None:
+            requests.append(json.loads(line))
+
+        def flush(self) -> None: ...
+
+    monkeypatch.setattr(tracking.subprocess, "Popen", Mirror)
+    cfg.tracker.name = "wandb"
+    assert known_after(0)
+    record = {"made_of": requests[0]["made_of"]}
+    (tmp_path / "tracker.json").write_text(json.dumps(record))
+    assert known_after(0)
+    cfg.lr /= 2
+    assert known_after(2) and not known_after(0)
+
+
 @pytest.mark.timing
 @pytest.mark.slow
 def test_a_server_that_never_answers(

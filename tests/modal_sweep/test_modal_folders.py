@@ -1,0 +1,70 @@
+"""A folder of a sweep holds the outputs of one job: the one that was asked for last."""
+
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from modal_app import driver
+
+from modal_sweep.client import calls, commands, spawn
+from modal_sweep.errors import LaunchError
+from modal_sweep.protocol.journal import Journal
+
+
+def planned(journal: Journal, identity: str, status: str | None, folder: str = "0") -> None:
+    """A job that was spawned, and its end."""
+    place = f"/there/{folder}"
+    plan = {"event": "plan", "identity": identity, "job": 0, "code": "c", "subdir": folder}
+    plan |= {"overrides": [], "unique": [f"/runs/{folder}"], "ref": {"output_dir": place}}
+    journal.write([plan, {"event": "spawn", "identity": identity, "generation": 0, "call": "fc"}])
+    if status:
+        end = {"event": "end", "identity": identity, "generation": 0, "status": status}
+        journal.write([end])
+
+
+def test_what_was_superseded_does_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failure of the job that was mended: its outputs would come over those of the new one."""
+    journal = Journal(tmp_path)
+    journal.write([{"event": "sweep", "id": "s", "dict": "d"}])
+    planned(journal, "before", "failed")
+    planned(journal, "mended", "completed")
+    assert [record.identity for record in journal.current()] == ["mended"]
+    monkeypatch.setattr(commands.place, "refuse_elsewhere", lambda journal: {})
+    arguments = argparse.Namespace(sweep=tmp_path, job=[], failed=True)
+    with pytest.raises(LaunchError, match="nothing to run again"):
+        commands.rerun(arguments)
+    planned(journal, "before", "failed")  # asked for again
+    assert [record.identity for record in Journal(tmp_path).current()] == ["before"]
+
+
+@pytest.mark.parametrize("place", ["/there/0", "/runs/0"])
+def test_two_jobs_in_one_folder(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the second comes later, with the same code and other options."""
+    journal = Journal(tmp_path)
+    planned(journal, "first", None)
+    answers: list[Any] = [None]
+    monkeypatch.setattr(calls, "look", lambda call: answers[0])
+    settings = SimpleNamespace(unique=["/runs/0"] if place == "/runs/0" else [])
+    job: Any = SimpleNamespace(
+        identity="second", code=SimpleNamespace(digest="c"), settings=settings, output_dir=place
+    )
+    with pytest.raises(LaunchError, match=r"has jobs that write there in flight \(job 0\)"):
+        spawn.refuse_other_code(journal, [job])
+    answers[0] = {"status": "completed"}
+    spawn.refuse_other_code(journal, [job])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_local_modal")
+def test_a_result_that_is_taken_again_brings_its_outputs(tmp_path: Path) -> None:
+    sweep, texts = tmp_path / "sweep", []
+    for steps in (2, 3, 2):
+        driver.run(driver.command(sweep, f"+name=one{steps}", steps=steps))
+        texts.append((sweep / "0" / "weights.txt").read_text())
+    assert texts[0] == texts[2] != texts[1] and len(driver.events(sweep, "spawn")) == 2
