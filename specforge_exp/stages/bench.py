@@ -98,7 +98,8 @@ def settings_of(cfg: Config) -> dict[str, Any]:
     del settings["force"]
     if cfg.bench.verify == "all":
         del settings["verify"], settings["verify_cost"]
-    settings |= {"chain_length": cfg.chain_length, "seed": cfg.seed, "max_length": cfg.max_length}
+    settings["max_length"] = cfg.bench.max_length or cfg.max_length
+    settings |= {"chain_length": cfg.chain_length, "seed": cfg.seed}
     if cfg.model.chat_template_kwargs:
         settings["model.chat_template_kwargs"] = dict(cfg.model.chat_template_kwargs)
     if cfg.bench_engine != "transformers":
