@@ -9,7 +9,7 @@ QUIET = {
     "log_every", "eval_every", "save_every", "keep_last", "keep_best", "resume", "restarts",
     "gpus", "shard", "profile", "dump", "pack_tokens", "gradient_checkpointing", "lrs", "init",
 }  # fmt: skip
-"""Options of the loss, the draft and the trainer that change no number."""
+"""Options of the loss and the trainer that change no number; of the start it is the weights."""
 
 
 def training_settings(cfg: Config) -> dict[str, Any]:
@@ -19,12 +19,8 @@ def training_settings(cfg: Config) -> dict[str, Any]:
     settings, tokens and target are the same training.
     """
     settings = {name: vars(cfg)[name] for name in ("lr", "seed", "epochs", "max_steps")}
-    groups = {
-        "draft": cfg.draft.matters(),
-        "loss": asdict(cfg.loss),
-        "trainer": asdict(cfg.trainer),
-    }
-    for group, node in groups.items():
+    settings |= {f"draft.{key}": value for key, value in cfg.draft.matters().items()}
+    for group, node in {"loss": asdict(cfg.loss), "trainer": asdict(cfg.trainer)}.items():
         settings |= {f"{group}.{key}": value for key, value in node.items() if key not in QUIET}
     if cfg.onpolicy.replays:
         settings |= {f"onpolicy.{key}": value for key, value in cfg.onpolicy.matters().items()}
