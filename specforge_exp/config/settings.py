@@ -1,6 +1,7 @@
 """What a training's numbers depend on, beside its tokens and its target."""
 
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Any
 
 from specforge_exp.config import Config
@@ -26,15 +27,14 @@ def training_settings(cfg: Config) -> dict[str, Any]:
         settings |= {f"onpolicy.{key}": value for key, value in cfg.onpolicy.matters().items()}
     if cfg.target.engine != "transformers":  # all others have the same states
         settings |= {f"target.{key}": vars(cfg.target)[key] for key in ("engine", "args")}
-    if cfg.model.dtype != "auto":
-        settings["model.dtype"] = cfg.model.dtype
-    return settings | packed_by(cfg) | {"model.aux_layers": cfg.model.aux_layers}
+    settings["model.aux_layers"] = cfg.model.aux_layers
+    return settings | chosen(cfg, "device model.dtype target.pack_tokens")
 
 
-def packed_by(cfg: Config) -> dict[str, Any]:
-    """The option that the last digits of the target's states depend on; {}: it is off."""
-    pack_tokens = cfg.target.pack_tokens
-    return {} if pack_tokens is None else {"target.pack_tokens": pack_tokens}
+def chosen(cfg: Config, names: str) -> dict[str, Any]:
+    """Those of these options that are chosen: of the others a record says nothing."""
+    values = {name: attrgetter(name)(cfg) for name in names.split()}
+    return {name: value for name, value in values.items() if value not in (None, "auto", {}, [])}
 
 
 def causal_settings(cfg: Config, stage: str) -> dict[str, Any]:
@@ -46,5 +46,5 @@ def causal_settings(cfg: Config, stage: str) -> dict[str, Any]:
     if stage == "pretrain":
         settings["pretrain.sources"] = [vars(source) for source in cfg.pretrain.sources]
         settings["pretrain.eval_documents"] = cfg.pretrain.eval_documents
-    kept = {k: v for k, v in asdict(cfg.trainer).items() if k not in QUIET}
-    return settings | {f"trainer.{key}": value for key, value in kept.items()}
+    kept = {f"trainer.{k}": v for k, v in asdict(cfg.trainer).items() if k not in QUIET}
+    return settings | chosen(cfg, "device") | kept

@@ -27,7 +27,7 @@ from specforge_exp.artifacts import (
 from specforge_exp.config import Config, LossConfig, locate
 from specforge_exp.config.checks import shared_evenly
 from specforge_exp.config.onpolicy import ProposedTerms
-from specforge_exp.config.settings import packed_by, training_settings
+from specforge_exp.config.settings import chosen, training_settings
 from specforge_exp.errors import InputError
 from specforge_exp.inference.alone import RandomStates, trainer_alone, workers_alone
 from specforge_exp.inference.cluster import Fleet, fleet_of, given
@@ -300,7 +300,7 @@ def states_of(
         run.fingerprint.inputs,
         {"model.path": cfg.model.path, "model.aux_layers": target.aux_layers,
          "model.dtype": str(target.model.dtype), "max_length": cfg.max_length,
-         **packed_by(cfg)},
+         **chosen(cfg, "target.pack_tokens")},
     )  # fmt: skip
     make_cache(folder, features, splits_by_sign, made_of, run.ranks, together)
     target.forget_layers()
