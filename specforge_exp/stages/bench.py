@@ -30,6 +30,7 @@ from specforge_exp.bench.sets import BenchSets, bench_sets, prompt_digests
 from specforge_exp.bench.table import table
 from specforge_exp.config import Config
 from specforge_exp.config.machine import command
+from specforge_exp.config.settings import chosen
 from specforge_exp.data.conversations import asks_of
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
@@ -100,9 +101,10 @@ def settings_of(cfg: Config) -> dict[str, Any]:
         del settings["verify"], settings["verify_cost"]
     settings["max_length"] = cfg.bench.max_length or cfg.max_length
     settings |= {"chain_length": cfg.chain_length, "seed": cfg.seed}
-    if cfg.model.chat_template_kwargs:
-        settings["model.chat_template_kwargs"] = dict(cfg.model.chat_template_kwargs)
-    if cfg.bench_engine != "transformers":
+    settings |= chosen(cfg, "model.chat_template_kwargs")
+    if cfg.bench_engine == "transformers":
+        settings |= chosen(cfg, "device threads")
+    else:
         names = ("urls", "served_name", "tp_size", "command", "args", "python")
         settings["engine"] = {name: vars(cfg.engine)[name] for name in ("name", *names)}
     return settings

@@ -187,6 +187,8 @@ def test_other_prompts_are_another_measurement(exported: Path, cfg: Config, tmp_
     own.write_text(line.format("Tell me a story."))
     with pytest.raises(InputError, match="max_length was 256, now 200"):
         bench(replace(cfg, bench=replace(cfg.bench, max_length=200)))
+    with pytest.raises(InputError, match="threads was None, now 2; device was cpu, now None"):
+        bench(replace(cfg, device="auto", threads=2))
     told = replace(cfg.model, chat_template_kwargs={"enable_thinking": False})
     with pytest.raises(InputError, match=r"model\.chat_template_kwargs was None, now"):
         bench(replace(cfg, model=told))
