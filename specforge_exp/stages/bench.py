@@ -164,9 +164,11 @@ def fitting(sets: BenchSets, asking: Asking, cfg: Config) -> dict[str, list[Conv
 
 
 def training_answers(cfg: Config) -> torch.Tensor | None:
-    """Keys of the training answers' 8-grams; None where the token shards are not at hand."""
-    folder = paths.tokens_dir(cfg)
-    if not (folder / "index.json").exists():
-        log.info("bench: %s is not here, so answers are not compared with training ones", folder)
+    """Keys of the training answers' 8-grams; None where the shards that the draft was trained on
+    are not at hand."""
+    folder, record = paths.tokens_dir(cfg), paths.tokens_dir(cfg) / "run.json"
+    inputs = read_record(paths.export_dir(cfg) / "run.json")["inputs"]
+    if not record.exists() or inputs.get(folder.name) != sha256(record):
+        log.info("bench: %s is not what it was trained on: nothing tells new answers", folder)
         return None
     return training_ngrams(read_split(folder, "train"))

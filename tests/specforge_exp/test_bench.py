@@ -29,7 +29,7 @@ from specforge_exp.config import Config, Source
 from specforge_exp.drafts.eagle3.draft import Eagle3
 from specforge_exp.drafts.peagle.config import PEagleConfig
 from specforge_exp.errors import InputError
-from specforge_exp.stages.bench import bench
+from specforge_exp.stages.bench import bench, training_answers
 from specforge_exp.stages.export import export
 from specforge_exp.stages.train import train
 from specforge_exp.target import Target
@@ -222,6 +222,13 @@ def test_bench_in_bfloat16_sampled_and_without_tokens(
     assert figures["lossless"] is None
     assert figures["novel"]["prompts"] == 0
     assert "sampled" in capsys.readouterr().out
+
+
+def test_answers_are_new_beside_those_that_trained_the_draft(exported: Path, cfg: Config) -> None:
+    """Tokens of another training say nothing of it."""
+    assert training_answers(cfg) is not None
+    (paths.tokens_dir(cfg) / "run.json").write_text("{}")
+    assert training_answers(cfg) is None
 
 
 def test_neither_is_reused_for_another_draft(exported: Path, cfg: Config) -> None:
