@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from specforge_exp import paths
 from specforge_exp.artifacts import sha256
+from specforge_exp.bench import in_process
 from specforge_exp.bench.acceptance import (
     PairedAnswer,
     bootstrap_interval,
@@ -24,6 +25,7 @@ from specforge_exp.bench.acceptance import (
     summarise,
     training_ngrams,
 )
+from specforge_exp.bench.asking import asking_of
 from specforge_exp.bench.speculative import Generation
 from specforge_exp.config import Config, Source
 from specforge_exp.drafts.eagle3.draft import Eagle3
@@ -229,6 +231,22 @@ def test_answers_are_new_beside_those_that_trained_the_draft(exported: Path, cfg
     assert training_answers(cfg) is not None
     (paths.tokens_dir(cfg) / "run.json").write_text("{}")
     assert training_answers(cfg) is None
+
+
+def test_samples_follow_the_seed(
+    cfg: Config, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    def converse(*arguments: Any) -> list[PairedAnswer]:
+        seeds.append(arguments[3].initial_seed())
+        return []
+
+    monkeypatch.setattr(in_process, "converse", converse)
+    asking = asking_of(replace(cfg, seed=3), tiny_tokenizer, None)
+    pair: Any = in_process.Pair
+    in_process.answer_all("stories", [[[]]], asking, pair)
+    assert seeds == [3, 3]
 
 
 def test_neither_is_reused_for_another_draft(exported: Path, cfg: Config) -> None:
