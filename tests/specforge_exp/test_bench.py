@@ -26,6 +26,7 @@ from specforge_exp.bench.acceptance import (
     training_ngrams,
 )
 from specforge_exp.bench.asking import asking_of
+from specforge_exp.bench.sets import bench_sets
 from specforge_exp.bench.speculative import Generation
 from specforge_exp.config import Config, Source
 from specforge_exp.drafts.eagle3.draft import Eagle3
@@ -247,6 +248,13 @@ def test_samples_follow_the_seed(
     pair: Any = in_process.Pair
     in_process.answer_all("stories", [[[]]], asking, pair)
     assert seeds == [3, 3]
+
+
+def test_no_held_out_conversation_is_said(cfg: Config) -> None:
+    paths.prompts_dir(cfg).mkdir(parents=True)
+    (paths.prompts_dir(cfg) / "eval.jsonl").touch()
+    with pytest.raises(InputError, match=r"eval\.jsonl has no conversation to ask; set data\.eval"):
+        bench_sets(cfg)
 
 
 def test_neither_is_reused_for_another_draft(exported: Path, cfg: Config) -> None:
