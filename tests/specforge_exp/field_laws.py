@@ -38,26 +38,34 @@ OF_MODELS = {
 LAWS: dict[str, dict[str, str]] = {
     "prep": {
         "it is not read": (
-            f"{OF_TRAINING} seed max_length device threads model.* -model.name -model.secrets "
-            "-model.billions -model.gpu draft.* engine.* regen.* preprocess.* export.* "
-            "bench.*"
+            f"{OF_TRAINING} seed max_length device threads model.* draft.* engine.* regen.* "
+            "preprocess.* export.* bench.*"
         ),
         "it says how the data set is, or makes it again": "prep.*",
     },
     "regen": {
-        "it is not read": (f"{OF_TRAINING} draft.* preprocess.* export.* bench.* model.init"),
+        "it is not read, or by checks and messages alone": (
+            f"{OF_TRAINING} draft.* preprocess.* export.* bench.* model.init"
+        ),
         "the prompts' digests have it": "prep.* data.*",
         "the same weights, or a check": "model.unused_weights model.aux_layers",
-        "how the same target is served; each record says by which engine": "engine.* threads",
+        "how the same target is served; each record says by which engine": (
+            "engine.name engine.server engine.concurrency engine.urls engine.served_name "
+            "engine.api_key engine.tp_size engine.num_servers engine.command engine.python "
+            "engine.args engine.port engine.gpu engine.usd_per_gpu_hour engine.image threads"
+        ),
+        "how fast, and when it gives up": (
+            "engine.startup_timeout engine.timeout engine.retries engine.patience engine.rate_limit"
+        ),
         "what goes together, and how long an end takes": "regen.chunk_size regen.drain",
         "it says how far it is, or makes it again": "regen.dry_run regen.status regen.force",
     },
     "preprocess": {
-        "it is not read": (
+        "it is not read, or by checks and report.json alone": (
             f"{OF_TRAINING} seed device threads engine.* export.* bench.* model.dtype "
             "model.init model.aux_layers model.unused_weights"
         ),
-        "the conversations' digests have it": ("prep.* regen.* data.*"),
+        "the conversations' digests have it": "prep.* regen.* data.*",
         "report.json alone counts by it": "draft.* -draft.draft_vocab_size",
         "who encodes, how the same tokens are cut into files, or that it is made again": (
             "preprocess.processes preprocess.shard_tokens preprocess.force"
@@ -83,15 +91,19 @@ LAWS: dict[str, dict[str, str]] = {
             "export.* bench.* engine.* model.init model.unused_weights draft.* -draft.num_features "
             "-draft._target_"
         ),
-        "equal but for their last digits": "device threads target.* -target.pack_tokens",
+        "when and where they are made: the same but for their last digits": (
+            "device threads target.cache target.shard target.placement target.workers "
+            "target.engine target.tp_size target.python target.args target.store "
+            "target.buffer_gb target.share target.share_patience target.profile target.alone "
+            "target.dry_run"
+        ),
     },
     "pretrain": {**OF_MODELS, "the same rows": "pretrain.workers"},
     "sft": {**OF_MODELS, "it is not read here": "pretrain.*"},
     "model's export": {
         "the checkpoint is the training's": (
-            f"{OF_TRAINING} {BEFORE} seed max_length "
-            "device threads model.* draft.* "
-            "engine.* bench.*"
+            f"{OF_TRAINING} {BEFORE} seed max_length device threads model.* draft.* engine.* "
+            "bench.*"
         ),
         "drafts alone": "export.format export.source export.push export.private export.dry_run",
         "it is made again where the last one is another": "export.force",
