@@ -58,10 +58,17 @@ class Fingerprint:
         option that one of both does not have is null there."""
         changes, given = differing(self.settings, record), record.get("inputs", {})
         for name in {**self.inputs, **given}:
-            if given.get(name) != self.inputs.get(name):
+            if another(given.get(name), self.inputs.get(name)):
                 gone = name not in self.inputs
                 changes.append(f"{name} is not read any more" if gone else f"{name} has changed")
         return changes
+
+
+def another(one: str | None, other: str | None) -> bool:
+    """Whether two digests are of different things; of a hub id as far as both know its files."""
+    (name, *files), (same, *others) = (str(digest).split("\n") for digest in (one, other))
+    known = dict(file.rsplit(" ", 1) for file in others)
+    return name != same or any(known.get(k, v) != v for k, v in (f.rsplit(" ", 1) for f in files))
 
 
 def differing(
@@ -321,24 +328,37 @@ def sha256(path: Path) -> str:
 def changed_target(record: dict[str, Any], path: str) -> list[str]:
     """A line that says so where `record` (a run.json) is of another target than this one."""
     theirs = record["inputs"].get("the target")
-    changed = theirs is not None and theirs != model_digest(path)
+    changed = theirs is not None and another(theirs, model_digest(path))
     return [f"its target was another than model.path={path} is now"] if changed else []
 
 
 def model_digest(path: str) -> str:
-    """Digest that tells a local model folder from another; a hub id stands for itself.
+    """Digest that tells a local model folder from another; for `another` a hub id is followed by
+    those of its files in the cache, as far as they are there: one a line.
 
     Files count as in `content_of`: weights above WHOLE by some of their blocks.
     """
-    folder = Path(path)
-    if not folder.is_dir():
+    local = Path(path).is_dir()
+    folder = Path(path) if local else cached(path)
+    if folder is None:
         return path
-    digest = hashlib.sha256()
+    digest, files = hashlib.sha256(), [path]
     for file in sorted(folder.glob("*")):
         if file.suffix in (".json", ".jinja", ".safetensors", ".bin", ".model"):
             size, content = content_of(file).values()
             digest.update(f"{file.name} {size} {content}".encode())
-    return digest.hexdigest()
+            files.append(f"{file.name} {content[:16]}")
+    return digest.hexdigest() if local else "\n".join(files)
+
+
+def cached(path: str) -> Path | None:
+    """Where the cache has the files of a hub id; None: nowhere, or it is none."""
+    from huggingface_hub import try_to_load_from_cache  # a record is read without
+
+    with suppress(ValueError):
+        found = try_to_load_from_cache(path, "config.json")
+        return Path(found).parent if isinstance(found, str) else None
+    return None
 
 
 def git_commit() -> str | None:

@@ -27,6 +27,8 @@ class Asking:
     """Keys of the training answers' 8-grams; None: not known."""
     room: int
     """Tokens of a prompt, at most."""
+    seed: int
+    """Of the samples of this process."""
 
     def encode(self, messages: list[Message]) -> list[int]:
         """The prompt of a conversation so far."""
@@ -70,4 +72,4 @@ def asking_of(cfg: Config, tokenizer: Any, training_keys: torch.Tensor | None) -
         eos=frozenset(eos_token_ids(cfg.model.path, tokenizer)),
     )
     room = (cfg.bench.max_length or cfg.max_length) - cfg.bench.max_tokens
-    return Asking(tokenizer, decoding, kwargs, training_keys, room)
+    return Asking(tokenizer, decoding, kwargs, training_keys, room, cfg.seed)

@@ -58,7 +58,7 @@ def answer_all(
     name: str, conversations: list[Conversation], asking: Asking, pair: Pair
 ) -> SetAnswers:
     """Answer each conversation's turns; the very first prompt once more before, to warm up."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(asking.seed)
     answers = [
         converse(asks, asking, pair, generator)
         for asks in tqdm(

@@ -43,7 +43,12 @@ def bench_sets(cfg: Config) -> BenchSets:
         if own.datasets:
             return loaded(asked_for(cfg))
         path = require(cfg, "prep", "eval.jsonl") / "eval.jsonl"
-        return BenchSets({"held-out": list(read_jsonl(path))}, {"held-out": "held-out"})
+        if not (records := list(read_jsonl(path))):
+            raise InputError(
+                f"bench: {path} has no conversation to ask; set data.eval, raise data.split_eval="
+                f"{cfg.data.split_eval}, or name prompts (bench=standard)"
+            )
+        return BenchSets({"held-out": records}, {"held-out": "held-out"})
     sources = asked_for(cfg)
     why = None
     if own.samples != "shipped":

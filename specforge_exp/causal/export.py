@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from specforge_exp import paths
-from specforge_exp.artifacts import Fingerprint, read_record, sha256, writing
+from specforge_exp.artifacts import Fingerprint, differing, read_record, sha256, writing
 from specforge_exp.causal.model import Causal, new_model
 from specforge_exp.causal.objective import CAUSAL
 from specforge_exp.config import Config
@@ -31,11 +31,14 @@ def export_model(cfg: Config, stage: str) -> Path:
     """Export the run's last step, its best one or export.step's; returns the folder.
 
     Raises:
-        InputError: there is no such checkpoint.
+        InputError: there is no such checkpoint, or none any more for another export.dtype.
     """
     run, folder, own = paths.run_dir(cfg), paths.export_dir(cfg), cfg.export
     step = own.step or (best_step(run, CAUSAL) if own.best else last_step(run, stage))
-    if not step_folders(run) and (folder / "run.json").exists():
+    record, settings = folder / "run.json", {"export.dtype": own.dtype}
+    if not step_folders(run) and record.exists():
+        if changes := differing(settings, read_record(record)):
+            raise InputError(f"{folder}: {changes[0]}; {run} holds no checkpoint to export as that")
         return folder
     if step is None or not step_folder(run, step).exists():
         there = [int(path.name[5:]) for path in step_folders(run)]
@@ -44,9 +47,8 @@ def export_model(cfg: Config, stage: str) -> Path:
             + "; trainer.keep_best=true keeps the best one" * own.best
         )
     checkpoint = step_folder(run, step) / "draft.safetensors"
-    made_of = Fingerprint({"the checkpoint": sha256(checkpoint)}, {"export.dtype": own.dtype})
+    made_of = Fingerprint({"the checkpoint": sha256(checkpoint)}, settings)
     force = replace(cfg, export=replace(own, force=True))  # the run's last word is what counts
-    record = folder / "run.json"
     if record.exists() and not made_of.changes(read_record(record)):
         return folder
     weights = read_checkpoint(step_folder(run, step), f"{OVER} ", stage).draft

@@ -1,6 +1,7 @@
 """What a training's numbers depend on, beside its tokens and its target."""
 
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Any
 
 from specforge_exp.config import Config
@@ -9,7 +10,10 @@ QUIET = {
     "log_every", "eval_every", "save_every", "keep_last", "keep_best", "resume", "restarts",
     "gpus", "shard", "profile", "dump", "pack_tokens", "gradient_checkpointing", "lrs", "init",
 }  # fmt: skip
-"""Options of the loss, the draft and the trainer that change no number."""
+"""Options of the loss and the trainer that change no number; of the start it is the weights."""
+
+OF_STATES = "target.pack_tokens target.compile"
+"""Options that the last digits of the target's states depend on."""
 
 
 def training_settings(cfg: Config) -> dict[str, Any]:
@@ -19,26 +23,22 @@ def training_settings(cfg: Config) -> dict[str, Any]:
     settings, tokens and target are the same training.
     """
     settings = {name: vars(cfg)[name] for name in ("lr", "seed", "epochs", "max_steps")}
-    groups = {
-        "draft": cfg.draft.matters(),
-        "loss": asdict(cfg.loss),
-        "trainer": asdict(cfg.trainer),
-    }
-    for group, node in groups.items():
+    settings |= {f"draft.{key}": value for key, value in cfg.draft.matters().items()}
+    for group, node in {"loss": asdict(cfg.loss), "trainer": asdict(cfg.trainer)}.items():
         settings |= {f"{group}.{key}": value for key, value in node.items() if key not in QUIET}
     if cfg.onpolicy.replays:
         settings |= {f"onpolicy.{key}": value for key, value in cfg.onpolicy.matters().items()}
     if cfg.target.engine != "transformers":  # all others have the same states
         settings |= {f"target.{key}": vars(cfg.target)[key] for key in ("engine", "args")}
-    if cfg.model.dtype != "auto":
-        settings["model.dtype"] = cfg.model.dtype
-    return settings | states_by(cfg) | {"model.aux_layers": cfg.model.aux_layers}
+    settings["model.aux_layers"] = cfg.model.aux_layers
+    return settings | chosen(cfg, f"device model.dtype {OF_STATES}")
 
 
-def states_by(cfg: Config) -> dict[str, Any]:
-    """The options that the last digits of the target's states depend on; {}: they are off."""
-    options = {"pack_tokens": cfg.target.pack_tokens, "compile": cfg.target.compile or None}
-    return {f"target.{key}": value for key, value in options.items() if value is not None}
+def chosen(cfg: Config, names: str) -> dict[str, Any]:
+    """Those of these options that are chosen: of the others a record says nothing."""
+    values = {name: attrgetter(name)(cfg) for name in names.split()}
+    left = (None, False, "auto", {}, [])
+    return {name: value for name, value in values.items() if value not in left}
 
 
 def causal_settings(cfg: Config, stage: str) -> dict[str, Any]:
@@ -50,5 +50,5 @@ def causal_settings(cfg: Config, stage: str) -> dict[str, Any]:
     if stage == "pretrain":
         settings["pretrain.sources"] = [vars(source) for source in cfg.pretrain.sources]
         settings["pretrain.eval_documents"] = cfg.pretrain.eval_documents
-    kept = {k: v for k, v in asdict(cfg.trainer).items() if k not in QUIET}
-    return settings | {f"trainer.{key}": value for key, value in kept.items()}
+    kept = {f"trainer.{k}": v for k, v in asdict(cfg.trainer).items() if k not in QUIET}
+    return settings | chosen(cfg, "device") | kept

@@ -45,7 +45,8 @@ OF_CLIENT = ("name", "urls", "num_servers", "usd_per_gpu_hour", "rate_limit", "p
 def app_name(cfg: Config) -> str:
     """Holds the hash of everything the app consists of: its content never changes."""
     code = digest_of({path.relative_to(CODE).as_posix(): path for path in CODE.rglob("*.py")})
-    parts = [server_settings(cfg), code, packages(cfg), model_digest(cfg.model.path)]
+    model, *_ = model_digest(cfg.model.path).splitlines()  # of a hub id the cache is this machine's
+    parts = [server_settings(cfg), code, packages(cfg), model]
     parts += [cfg.model.secrets, mounts(cfg), cfg.resources["env"]]
     return f"specforge-regen-{digest(parts)}"
 

@@ -5,9 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-
-from specforge_exp.artifacts import model_digest
+from specforge_exp.artifacts import cached, model_digest
 from specforge_exp.config import Config, ModelConfig
 from specforge_exp.data.chat import prompt_ids
 from specforge_exp.generation.engine import Message, Sampling
@@ -81,5 +79,5 @@ def revision(path: str) -> str | None:
     """Commit of a hub model in the cache, or digest of a local one; None where neither is here."""
     if Path(path).is_dir():
         return model_digest(path)[:16]
-    cached = try_to_load_from_cache(path, "config.json")
-    return Path(cached).parent.name if isinstance(cached, str) else None
+    folder = cached(path)
+    return folder.name if folder else None

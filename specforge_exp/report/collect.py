@@ -36,6 +36,11 @@ LOWER_IS_BETTER = re.compile(
     r"loss|ce|reverse_kl|hinge|tv|lk_\w+|gpu_hours|usd|cost|seconds|hours|.*_mb|.*memory.*|data_wait"
 )
 ACCEPTED = "accepted_length"
+HOW = (
+    "chain_length temperature max_tokens max_length turns average thinking dtype verify "
+    "verify_cost model.chat_template_kwargs"
+)
+"""Of bench's settings those that an accepted length depends on, beside draft, prompts and seed."""
 
 
 @dataclass(frozen=True)
@@ -368,8 +373,9 @@ def add_bench(run: SweepRun, bench: dict[str, Any]) -> None:
             strata.append(stratum(name, gained, [length is not None for length in lengths]))
     run.evaluation[ACCEPTED] = float(bench["average"])
     run.published = beside(bench)
-    keys = "chain_length temperature max_tokens turns average thinking".split()
-    how = {key: bench.get("settings", {}).get(key) for key in keys}
+    settings = {"verify": "all"} | bench.get("settings", {})
+    how = {key: settings.get(key) for key in HOW.split()}
+    how["engine"] = settings.get("engine", {}).get("name", "transformers")
     how |= {f"data set {n}": f.get("source") for n, f in bench["datasets"].items()}
     run.measured = ", ".join(f"{key} {value}" for key, value in how.items())
     if run.datasets and len(strata) == len(run.datasets):

@@ -30,6 +30,7 @@ from specforge_exp.bench.sets import BenchSets, bench_sets, prompt_digests
 from specforge_exp.bench.table import table
 from specforge_exp.config import Config
 from specforge_exp.config.machine import command
+from specforge_exp.config.settings import chosen
 from specforge_exp.data.conversations import asks_of
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
@@ -98,10 +99,12 @@ def settings_of(cfg: Config) -> dict[str, Any]:
     del settings["force"]
     if cfg.bench.verify == "all":
         del settings["verify"], settings["verify_cost"]
-    settings |= {"chain_length": cfg.chain_length, "seed": cfg.seed, "max_length": cfg.max_length}
-    if cfg.model.chat_template_kwargs:
-        settings["model.chat_template_kwargs"] = dict(cfg.model.chat_template_kwargs)
-    if cfg.bench_engine != "transformers":
+    settings["max_length"] = cfg.bench.max_length or cfg.max_length
+    settings |= {"chain_length": cfg.chain_length, "seed": cfg.seed}
+    settings |= chosen(cfg, "model.chat_template_kwargs")
+    if cfg.bench_engine == "transformers":
+        settings |= chosen(cfg, "device threads")
+    else:
         names = ("urls", "served_name", "tp_size", "command", "args", "python")
         settings["engine"] = {name: vars(cfg.engine)[name] for name in ("name", *names)}
     return settings
@@ -161,9 +164,11 @@ def fitting(sets: BenchSets, asking: Asking, cfg: Config) -> dict[str, list[Conv
 
 
 def training_answers(cfg: Config) -> torch.Tensor | None:
-    """Keys of the training answers' 8-grams; None where the token shards are not at hand."""
-    folder = paths.tokens_dir(cfg)
-    if not (folder / "index.json").exists():
-        log.info("bench: %s is not here, so answers are not compared with training ones", folder)
+    """Keys of the training answers' 8-grams; None where the shards that the draft was trained on
+    are not at hand."""
+    folder, record = paths.tokens_dir(cfg), paths.tokens_dir(cfg) / "run.json"
+    inputs = read_record(paths.export_dir(cfg) / "run.json")["inputs"]
+    if not record.exists() or inputs.get(folder.name) != sha256(record):
+        log.info("bench: %s is not what it was trained on: nothing tells new answers", folder)
         return None
     return training_ngrams(read_split(folder, "train"))

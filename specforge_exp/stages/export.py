@@ -17,6 +17,7 @@ import torch
 from specforge_exp import paths
 from specforge_exp.artifacts import (
     Fingerprint,
+    another,
     check,
     model_digest,
     reusable,
@@ -71,7 +72,7 @@ def exported(cfg: Config) -> Path:
         return converted(cfg, str(cfg.export.source))
     folder = paths.export_dir(cfg)
     checkpoint = chosen_checkpoint(cfg)
-    if checkpoint.record["inputs"]["the target"] != model_digest(cfg.model.path):
+    if another(checkpoint.record["inputs"]["the target"], model_digest(cfg.model.path)):
         raise InputError(
             f"{paths.run_dir(cfg)} holds a checkpoint of another target than "
             f"model.path={cfg.model.path}; name the model it was trained with"

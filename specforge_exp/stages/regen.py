@@ -25,6 +25,7 @@ from specforge_exp.artifacts import (
 )
 from specforge_exp.config import Config
 from specforge_exp.config.machine import command
+from specforge_exp.config.settings import chosen
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Engine
 from specforge_exp.generation.openai_engine import OpenAIEngine
@@ -68,8 +69,7 @@ def regen(cfg: Config) -> Path:
         "max_length": cfg.max_length,
         "model.chat_template_kwargs": cfg.model.chat_template_kwargs,
     }
-    if cfg.regen.repetition_penalty is not None:  # null is the target's own
-        settings["regen.repetition_penalty"] = cfg.regen.repetition_penalty
+    settings |= chosen(cfg, "regen.repetition_penalty device model.dtype")
     fingerprint = Fingerprint(inputs, settings)
     if reusable(folder / "run.json", fingerprint, cfg.regen.force, "regen"):
         return folder

@@ -27,7 +27,7 @@ from specforge_exp.artifacts import (
 from specforge_exp.config import Config, LossConfig, locate
 from specforge_exp.config.checks import shared_evenly
 from specforge_exp.config.onpolicy import ProposedTerms
-from specforge_exp.config.settings import states_by, training_settings
+from specforge_exp.config.settings import OF_STATES, chosen, training_settings
 from specforge_exp.errors import InputError
 from specforge_exp.inference.alone import RandomStates, trainer_alone, workers_alone
 from specforge_exp.inference.cluster import Fleet, fleet_of, given
@@ -297,11 +297,12 @@ def states_of(
     if cfg.target.cache == "memory":
         return remembered(computed(features))
     folder = paths.features_dir(cfg)
+    inputs = run.fingerprint.inputs
     made_of = Fingerprint(
-        run.fingerprint.inputs,
+        {name: inputs[name] for name in (paths.tokens_dir(cfg).name, "the target")},
         {"model.path": cfg.model.path, "model.aux_layers": target.aux_layers,
          "model.dtype": str(target.model.dtype), "max_length": cfg.max_length,
-         **states_by(cfg)},
+         **chosen(cfg, OF_STATES)},
     )  # fmt: skip
     make_cache(folder, features, splits_by_sign, made_of, run.ranks, together)
     target.forget_layers()

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from specforge_exp import artifacts, paths
 from specforge_exp.artifacts import (
     Fingerprint,
+    another,
+    changed_target,
     check,
     differing,
     model_digest,
@@ -298,3 +300,34 @@ def test_a_target_trained_further_is_another(
     assert before == model_digest(str(tmp_path))
     (tmp_path / name).write_bytes(bytes([1]) * 5000)
     assert before != model_digest(str(tmp_path))
+
+
+def test_a_hub_id_is_known_by_its_files_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as they are there: other weights are another model, another README is none."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    root = tmp_path / "models--a--model"
+
+    def at_commit(letter: str, **files: str) -> str:
+        (root / "refs").mkdir(parents=True, exist_ok=True)
+        (root / "refs" / "main").write_text(letter * 40)
+        for name, text in files.items():
+            file = root / "snapshots" / (letter * 40) / name.replace("_", ".")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        return model_digest("a/model")
+
+    bare = model_digest("a/model")
+    known = at_commit("a", config_json="{}")
+    whole = at_commit("a", model_safetensors="weights")
+    said = at_commit("b", config_json="{}", model_safetensors="weights", README_md="words")
+    moved = at_commit("c", config_json="{}", model_safetensors="others")
+    assert bare == "a/model" and said == whole
+    before = {"inputs": {"the target": bare}}
+    for digest in (known, whole, moved):
+        assert not Fingerprint({"the target": digest}, {}).changes(before)
+    assert another(whole, moved) and another("b/model", whole) and not another(known, moved)
+    assert changed_target({"inputs": {"the target": whole}}, "a/model")
+    for path in ("a/b/c", str(tmp_path / "nowhere")):
+        assert model_digest(path) == path

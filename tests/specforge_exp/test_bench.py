@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from specforge_exp import paths
 from specforge_exp.artifacts import sha256
+from specforge_exp.bench import in_process
 from specforge_exp.bench.acceptance import (
     PairedAnswer,
     bootstrap_interval,
@@ -24,12 +25,14 @@ from specforge_exp.bench.acceptance import (
     summarise,
     training_ngrams,
 )
+from specforge_exp.bench.asking import asking_of
+from specforge_exp.bench.sets import bench_sets
 from specforge_exp.bench.speculative import Generation
 from specforge_exp.config import Config, Source
 from specforge_exp.drafts.eagle3.draft import Eagle3
 from specforge_exp.drafts.peagle.config import PEagleConfig
 from specforge_exp.errors import InputError
-from specforge_exp.stages.bench import bench
+from specforge_exp.stages.bench import bench, training_answers
 from specforge_exp.stages.export import export
 from specforge_exp.stages.train import train
 from specforge_exp.target import Target
@@ -185,6 +188,10 @@ def test_other_prompts_are_another_measurement(exported: Path, cfg: Config, tmp_
     own.unlink()
     assert bench(cfg) == average
     own.write_text(line.format("Tell me a story."))
+    with pytest.raises(InputError, match="max_length was 256, now 200"):
+        bench(replace(cfg, bench=replace(cfg.bench, max_length=200)))
+    with pytest.raises(InputError, match="threads was None, now 2; device was cpu, now None"):
+        bench(replace(cfg, device="auto", threads=2))
     told = replace(cfg.model, chat_template_kwargs={"enable_thinking": False})
     with pytest.raises(InputError, match=r"model\.chat_template_kwargs was None, now"):
         bench(replace(cfg, model=told))
@@ -218,6 +225,36 @@ def test_bench_in_bfloat16_sampled_and_without_tokens(
     assert figures["lossless"] is None
     assert figures["novel"]["prompts"] == 0
     assert "sampled" in capsys.readouterr().out
+
+
+def test_answers_are_new_beside_those_that_trained_the_draft(exported: Path, cfg: Config) -> None:
+    """Tokens of another training say nothing of it."""
+    assert training_answers(cfg) is not None
+    (paths.tokens_dir(cfg) / "run.json").write_text("{}")
+    assert training_answers(cfg) is None
+
+
+def test_samples_follow_the_seed(
+    cfg: Config, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    def converse(*arguments: Any) -> list[PairedAnswer]:
+        seeds.append(arguments[3].initial_seed())
+        return []
+
+    monkeypatch.setattr(in_process, "converse", converse)
+    asking = asking_of(replace(cfg, seed=3), tiny_tokenizer, None)
+    pair: Any = in_process.Pair
+    in_process.answer_all("stories", [[[]]], asking, pair)
+    assert seeds == [3, 3]
+
+
+def test_no_held_out_conversation_is_said(cfg: Config) -> None:
+    paths.prompts_dir(cfg).mkdir(parents=True)
+    (paths.prompts_dir(cfg) / "eval.jsonl").touch()
+    with pytest.raises(InputError, match=r"eval\.jsonl has no conversation to ask; set data\.eval"):
+        bench_sets(cfg)
 
 
 def test_neither_is_reused_for_another_draft(exported: Path, cfg: Config) -> None:

@@ -14,10 +14,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from specforge_exp import paths
 from specforge_exp.causal import head as head_module
+from specforge_exp.causal.export import export_model
 from specforge_exp.causal.head import Ending, NextToken, next_token_loss
 from specforge_exp.causal.model import Causal, choose_attention, without_dropout
 from specforge_exp.causal.objective import CAUSAL, causal_lm
+from specforge_exp.config import Config
 from specforge_exp.config.causal import CausalConfig
 from specforge_exp.errors import InputError
 from specforge_exp.target.anatomy import read_end
@@ -178,3 +181,15 @@ def test_the_interval_is_of_conversations() -> None:
     found = CAUSAL.intervals(pairs)
     assert 0.3 < found["loss_low"] < 0.5 < found["loss_high"] < 0.7
     assert CAUSAL.intervals(pairs) == found and CAUSAL.intervals(pairs[:1]) == {}
+
+
+def test_an_export_without_its_checkpoint_is_not_taken_for_another(cfg: Config) -> None:
+    """Its weights are rounded already."""
+    folder = paths.export_dir(cfg)
+    folder.mkdir(parents=True)
+    record = {"inputs": {}, "settings": {"export.dtype": "bfloat16"}}
+    (folder / "run.json").write_text(json.dumps(record))
+    assert export_model(cfg, "sft") == folder
+    cfg.export.dtype = "float32"
+    with pytest.raises(InputError, match=r"export\.dtype was bfloat16, now float32.*no checkpoint"):
+        export_model(cfg, "sft")

@@ -76,6 +76,7 @@ def test_the_disk_cache_says_its_size_and_serves_every_loss(
     monkeypatch.setattr(Target, "features", refuse)
     other = cached(run, "disk", "other")
     other.loss = replace(run.loss, name="rkl", lambda_ce=0.0, lambda_rkl=1.0)
+    other.trainer = replace(other.trainer, init=str(paths.run_dir(cached(run, "disk"))))
     train(other)
     assert shards == {p: p.stat().st_mtime_ns for p in folder.glob("*.safetensors")}
 

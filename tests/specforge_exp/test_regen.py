@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial as bound
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ def test_complete_is_reused_and_a_change_is_named(cfg: Config, prompts: list[Rec
     stamp = (folder / "run.json").stat().st_mtime_ns
     regen(cfg)
     assert (folder / "run.json").stat().st_mtime_ns == stamp
+    with pytest.raises(InputError, match=r"model\.dtype was None, now bfloat16"):
+        regen(replace(cfg, model=replace(cfg.model, dtype="bfloat16")))
     cfg.regen.max_tokens = 13
     with pytest.raises(InputError, match=r"regen\.max_tokens was 12, now 13"):
         regen(cfg)

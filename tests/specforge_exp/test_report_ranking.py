@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sweep_folders import grid, write_sweep
@@ -13,8 +14,17 @@ from specforge_exp.report.table import markdown
 DATA_SETS = ("stories", "arithmetic", "code")
 
 
-@pytest.mark.parametrize("one_set", [False, True])
-def test_what_was_measured_otherwise_is_no_comparison(tmp_path: Path, one_set: bool) -> None:
+OTHERS: dict[str, dict[str, Any]] = {
+    "temperature 1.0": {"temperature": 1.0},
+    "dtype bfloat16": {"dtype": "bfloat16"},
+    "verify confidence": {"verify": "confidence"},
+    "engine vllm": {"engine": {"name": "vllm"}},
+    "data set code": {},
+}
+
+
+@pytest.mark.parametrize("way", OTHERS)
+def test_what_was_measured_otherwise_is_no_comparison(tmp_path: Path, way: str) -> None:
     """Far apart, and by another temperature, or with a data set less: not worse, but not alike."""
     plans = grid(("baseline", "full-opd"), bench=DATA_SETS)
     sweep_dir = write_sweep(tmp_path, plans)
@@ -22,16 +32,15 @@ def test_what_was_measured_otherwise_is_no_comparison(tmp_path: Path, one_set: b
     bench = json.loads(file.read_text())
     for figures in bench["datasets"].values():
         figures["lengths"] = [length / 3 for length in figures["lengths"]]
-    if one_set:
+    if not OTHERS[way]:
         del bench["datasets"]["code"]
-    else:
-        bench["settings"] = bench.get("settings", {}) | {"temperature": 1.0}
+    bench["settings"] |= OTHERS[way]
     file.write_text(json.dumps(bench))
     found = rank(collect(sweep_dir), "accepted_length", 300)
     verdicts = {entry.name: entry.verdict for entry in found.ranked}
     assert verdicts.pop(plans[0].name) == OTHERWISE and OTHERWISE not in verdicts.values()
     said = " ".join(headline(found))
-    assert "NOT COMPARABLE" in said and ("data set code" if one_set else "temperature 1.0") in said
+    assert "NOT COMPARABLE" in said and way in said
     assert "others are distinguishably worse" not in said
     assert "NOT COMPARABLE" not in " ".join(headline(rank(collect(sweep_dir), "loss", 300)))
 

@@ -126,11 +126,14 @@ def test_what_does_not_fit_is_refused(random_target: Target) -> None:
 
 
 def test_a_run_is_of_the_weights_it_began_with(cfg: Config, tokens: Path, tmp_path: Path) -> None:
-    """Another model in the folder of draft.path is another training."""
+    """Another model in the folder of draft.path is another training, as is its shape alone."""
     folder = tmp_path / "small"
     shutil.copytree(cfg.model.path, folder)
     cfg.draft = StandaloneConfig(name="standalone", path=str(folder))
     before = fingerprint_of(cfg, paths.tokens_dir(cfg))
+    shape = replace(cfg, draft=replace(cfg.draft, init="random"))
+    changes = fingerprint_of(shape, paths.tokens_dir(cfg)).changes(vars(before))
+    assert changes == ["draft.init was None, now random"]
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     changes = fingerprint_of(cfg, paths.tokens_dir(cfg)).changes(vars(before))

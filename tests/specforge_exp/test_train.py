@@ -294,6 +294,8 @@ def test_a_target_of_other_numbers_is_another_run(run: Config) -> None:
     run.model = replace(run.model, dtype="bfloat16")
     with pytest.raises(InputError, match=r"model\.dtype was None, now bfloat16"):
         train(run)
+    with pytest.raises(InputError, match="device was cpu, now None"):  # a GPU, where there is one
+        train(replace(run, device="auto"))
     (paths.run_dir(run) / "run.json").unlink()
     with pytest.raises(InputError, match=r"model\.dtype was None, now bfloat16"):
         train(run)

@@ -45,6 +45,11 @@ class StandaloneConfig(DraftConfig):
                 "draft is draft.init=random with draft.config='{num_hidden_layers: 4}'"
             )
 
+    def matters(self) -> dict[str, Any]:
+        """As `DraftConfig.matters`, without an `init` that says what `path` says."""
+        kept, usual = super().matters(), "random" if self.path is None else "weights"
+        return kept if kept.pop("init") == usual else kept | {"init": self.init}
+
     @property
     def steps(self) -> int:
         """One: every position is trained on its next token."""
