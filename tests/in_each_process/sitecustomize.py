@@ -37,8 +37,9 @@ def place(event: str, arguments: tuple[Any, ...]) -> tuple[Path, int] | None:
 
 def held(folder: Path, done: int) -> bool:
     """Whether the test's file is there, and as much was done as it says."""
+    place = Path(os.environ.get("HOLD_FOLDER", folder.parent))  # a container sees others
     try:
-        return done >= int(folder.with_name(f"{folder.name}.hold").read_text())
+        return done >= int((place / f"{folder.name}.hold").read_text())
     except FileNotFoundError:
         return False
 

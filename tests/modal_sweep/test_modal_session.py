@@ -132,7 +132,7 @@ def test_a_stopped_job_saves_and_fails(
     tmp_path: Path, control_plane: LocalModal, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session = open_session(tmp_path, "hydra.launcher.max_parallel=1", total=3)
-    session.start(0, job("stopped", pause=0.5, steps=100))
+    session.start(0, job("stopped", pause=0.5, steps=1000))
     session.start(1, job("waiting"))  # max_parallel: not before the other one has ended
     seen = Seen(session).until(lambda seen: len(seen.reports.get(0, [])) >= 2)
     assert seen.ends == {}
