@@ -113,7 +113,13 @@ def using(cfg: Config, use: Callable[[ServerEngine], Coroutine[Any, Any, Any]]) 
 
 
 def alive(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    """Those that run; one that has ended may stay until somebody waits for it."""
+    found = []
+    for pid in pids:
+        with suppress(OSError):
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            found += [pid] if state != "Z" else []
+    return found
 
 
 def gone(pids: list[int]) -> bool:
