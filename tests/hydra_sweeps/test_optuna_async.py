@@ -13,8 +13,10 @@ import warm
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobStatus
 from omegaconf import OmegaConf
+from test_processes import alive
 
 from hydra_sweeps.errors import SweepError
+from hydra_sweeps.study.trials import connection
 from tests.study_app.here import STUDY, first, journal, study, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +29,7 @@ def fresh_hydra(hydra_restore_singletons: Any) -> Iterator[None]:
 
 
 def trials_of(folder: Path) -> list[Any]:
-    storage = f"sqlite:///{folder / 'study.db'}"
+    storage = connection(f"sqlite:///{folder / 'study.db'}")  # waits for who writes meanwhile
     [summary] = optuna.get_all_study_summaries(storage)
     return optuna.load_study(study_name=summary.study_name, storage=storage).get_trials()
 
@@ -327,7 +329,7 @@ def test_an_interrupted_study_continues(tmp_path: Path, number: int, code: int) 
     assert record(tmp_path)["state"] == "interrupted"
     assert {run["status"] for run in record(tmp_path)["runs"]} == {"planned"}
     pids = [int(line[2]) for line in journal(tmp_path)]
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not any(map(alive, pids))
     params = [trial.params for trial in trials_of(tmp_path)]
     (tmp_path / "go").touch()
     study(tmp_path, *options)
