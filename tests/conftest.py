@@ -160,11 +160,26 @@ def conversation_set(turns: list[list[int]]) -> TokenSet:
 
 
 @pytest.fixture(scope="session")
-def control_plane() -> Iterator[modal_local.LocalModal]:
+def shared_with_jobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that containers of `control_plane` see as it is here."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture
+def held(shared_with_jobs: Path, tmp_path: Path) -> Path:
+    """A folder: a job of tests/modal_app whose `hold` it is stands still while a file with its name
+    is there, after as many steps as the file says."""
+    folder = shared_with_jobs / tmp_path.name
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def control_plane(shared_with_jobs: Path) -> Iterator[modal_local.LocalModal]:
     """A local Modal for everything in this process: modal's client keeps its first address."""
     options = {"max_containers": 4, "retry_delay_scale": 0}
     secrets = {"planted": {"PLANTED": PLANTED}}
-    with modal_local.start(options=options, secrets=secrets) as local:
+    with modal_local.start(options=options, secrets=secrets, share=[shared_with_jobs]) as local:
         yield local
 
 

@@ -63,6 +63,9 @@ def become(order: dict[str, Any]) -> None:
         more = [*filter(None, order["env"].get("PYTHONPATH", "").split(os.pathsep))]
         sys.argv = list(order["words"])
         multiprocessing.process.ORIGINAL_DIR = order["cwd"]  # type: ignore[attr-defined]
+        for folder in more:  # as Python does when it starts
+            if os.path.exists(f"{folder}/sitecustomize.py"):
+                runpy.run_path(f"{folder}/sitecustomize.py")
         if sys.argv[0] == "-m":
             _, module, *arguments = sys.argv
             sys.argv, sys.path[:0] = [module, *arguments], [order["cwd"], *more]

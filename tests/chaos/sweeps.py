@@ -46,7 +46,7 @@ def finished(world: World, sweep: str, command: list[str], undisturbed: dict[str
     assert last.code == 0, last.text()
     assert "Traceback" not in last.text(), last.text()
     assert values(world, f"{sweep}/train") == undisturbed
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while lines := orphans(world.work):
         assert time.monotonic() < deadline, lines
         time.sleep(0.05)

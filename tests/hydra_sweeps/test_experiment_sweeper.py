@@ -237,7 +237,7 @@ def test_interrupted(tmp_path: Path, number: signal.Signals, n_jobs: str) -> Non
     )
     assert content(tmp_path)["state"] == "running"
     process.send_signal(number)
-    printed, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + number, printed + errors
     assert "the same command continues" in errors and "Traceback" not in errors
     assert "rank" in printed and "planned" in printed
@@ -275,7 +275,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     printed, _ = sweep(tmp_path, "kind=waits", "hydra.sweeper.dry_run=true")
     assert printed.splitlines()[-1] == "1 runs"
     (tmp_path / "go").touch()
-    first.communicate(timeout=60)
+    first.communicate(timeout=300)
     assert first.returncode == 0 and list(runs(tmp_path)) == ["waits_x1.0"]
 
 

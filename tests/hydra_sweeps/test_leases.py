@@ -67,7 +67,7 @@ def test_three_processes_and_one_is_killed(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name / "go").touch()
     for name in ("a", "b"):
-        printed, errors = running[name].communicate(timeout=120)
+        printed, errors = running[name].communicate(timeout=300)
         assert running[name].returncode == 0, printed + errors
         assert "Traceback" not in printed + errors
     trials = trials_of(tmp_path)
@@ -90,11 +90,11 @@ def test_a_second_process_leaves_what_runs_alone(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "go").touch()
     second = process(tmp_path, "b", *options)
-    printed, errors = second.communicate(timeout=60)
+    printed, errors = second.communicate(timeout=300)
     assert second.returncode == 0, printed + errors
     assert "#0, #1 run elsewhere" in printed and starts(tmp_path, "b") == ["2"]
     (tmp_path / "a" / "go").touch()
-    printed, errors = first.communicate(timeout=60)
+    printed, errors = first.communicate(timeout=300)
     assert first.returncode == 0, printed + errors
     assert [trial.state.name for trial in trials_of(tmp_path)] == ["COMPLETE"] * 3
 
@@ -105,7 +105,7 @@ def test_points_are_queued_once(tmp_path: Path) -> None:
     options = ["x=1,2,3", "kind=a,b", "hydra/sweeper/sampler=grid"]
     both = [process(tmp_path, name, *options) for name in ("a", "b")]
     for one in both:
-        printed, errors = one.communicate(timeout=120)
+        printed, errors = one.communicate(timeout=300)
         assert one.returncode == 0, printed + errors
     points = [(t.params["x"], t.params["kind"]) for t in trials_of(tmp_path)]
     assert len(points) == len({*points}) == 6 and len(starts(tmp_path, "a", "b")) == 6
@@ -142,7 +142,7 @@ def test_leases(monkeypatch: pytest.MonkeyPatch) -> None:
     own.write(trial)
     assert own.is_own(trial) and own.state(trial) == "live"
     assert machine().startswith(socket.gethostname())
-    child = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen(["sleep", "600"])
     here = {**own.holder, "pid": child.pid, "born": born(child.pid)}
     trial.set_user_attr(LEASE, here)
     assert own.state(trial) == "live" and not own.is_own(trial)

@@ -13,8 +13,10 @@ import warm
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobStatus
 from omegaconf import OmegaConf
+from test_processes import alive
 
 from hydra_sweeps.errors import SweepError
+from hydra_sweeps.study.trials import connection
 from tests.study_app.here import STUDY, first, journal, study, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +29,7 @@ def fresh_hydra(hydra_restore_singletons: Any) -> Iterator[None]:
 
 
 def trials_of(folder: Path) -> list[Any]:
-    storage = f"sqlite:///{folder / 'study.db'}"
+    storage = connection(f"sqlite:///{folder / 'study.db'}")  # waits for who writes meanwhile
     [summary] = optuna.get_all_study_summaries(storage)
     return optuna.load_study(study_name=summary.study_name, storage=storage).get_trials()
 
@@ -292,7 +294,7 @@ def test_kill_9_again_and_again(tmp_path: Path, kills: int) -> None:
     assert "RUNNING" in states(tmp_path)
     (tmp_path / "go").touch()
     last = controller(tmp_path, *options)
-    assert last.wait(120) == 0, last.communicate()
+    assert last.wait(300) == 0, last.communicate()
     last.communicate()
     trials = trials_of(tmp_path)
     assert [(trial.number, trial.state.name) for trial in trials] == [
@@ -320,14 +322,14 @@ def test_an_interrupted_study_continues(tmp_path: Path, number: int, code: int) 
     with pytest.raises(SweepError, match=f"another process .*{process.pid}"):
         study(tmp_path, *options)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == code, err
     assert "interrupted; the same command continues" in err and "Traceback" not in err
     assert states(tmp_path) == ["RUNNING", "RUNNING"]
     assert record(tmp_path)["state"] == "interrupted"
     assert {run["status"] for run in record(tmp_path)["runs"]} == {"planned"}
     pids = [int(line[2]) for line in journal(tmp_path)]
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not any(map(alive, pids))
     params = [trial.params for trial in trials_of(tmp_path)]
     (tmp_path / "go").touch()
     study(tmp_path, *options)

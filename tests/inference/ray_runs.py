@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, make_config
+from holding import environment
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from safetensors import safe_open
@@ -66,7 +67,7 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen[str]:
     be their parent; and Ray, which they start, is to be its own."""
     with log.open("w") as output:
         run = subprocess.Popen(
-            arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=REPOSITORY, stdout=output,
+            arguments, env={**environment(), "OMP_NUM_THREADS": "1"}, cwd=REPOSITORY, stdout=output,
             stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
     STARTED.append(run)
@@ -100,6 +101,21 @@ def processes(pid: int, words: str) -> list[int]:
     """Those below a process whose command line holds some words."""
     below = with_all_below(pid)
     return [p for p in below if re.search(words, command_line(p))]
+
+
+def trainers(pid: int) -> list[int]:
+    """The processes below one that train, not the launcher's server that forks them."""
+    server = "multiprocessing.forkserver"
+    forked = processes(pid, server)
+    return [p for p in forked if server in command_line(parent(p))]
+
+
+def parent(pid: int) -> int:
+    """Of a process; 0: it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def command_line(pid: int) -> str:

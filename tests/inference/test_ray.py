@@ -13,6 +13,7 @@ from statistics import median
 from threading import Event, Thread
 
 import pytest
+from holding import hold, release
 from ray_runs import (
     DFLASH,
     STEPS,
@@ -27,10 +28,11 @@ from ray_runs import (
     prepared,
     processes,
     said,
+    trainers,
 )
 from test_mooncake import NEEDS_MOONCAKE
 from test_ranks import listening, with_all_below
-from test_resume import lines, wait_for_step
+from test_resume import lines, run_of, wait_for_step
 
 from specforge_exp.config import Config
 from specforge_exp.inference.cluster import CLUSTERS
@@ -71,13 +73,16 @@ def nothing_left(pid: int) -> Iterator[None]:
     assert len(folders) == 1 and CLUSTERS.stat().st_mode & 0o077 == 0
     before = {path.name for path in Path("/dev/shm").iterdir()}
     yield
-    deadline = time.monotonic() + 20  # processes that were asked to end do
-    while alive(family) and time.monotonic() < deadline:
+
+    def left() -> list[str]:
+        new = {path.name for path in Path("/dev/shm").iterdir()} - before
+        names = [name for name in new if "plasma" in name or "ray" in name]
+        return [*alive(family), *names, *(str(path) for path in folders if path.exists())]
+
+    deadline = time.monotonic() + 120  # processes that were asked to end do
+    while left() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert alive(family) == []
-    new = {path.name for path in Path("/dev/shm").iterdir()} - before
-    assert [name for name in new if "plasma" in name or "ray" in name] == []
-    assert not folders[0].exists()
+    assert left() == []
 
 
 def held_by(folder: Path, family: list[int]) -> bool:
@@ -88,15 +93,17 @@ def held_by(folder: Path, family: list[int]) -> bool:
 def test_two_runs_at_once_and_a_worker_killed(folder: Path) -> None:
     """Two trainers and two workers, one killed; beside it DFlash's one trainer with two workers.
     Nothing listens beyond loopback, and none finds the other's cluster."""
+    cfg = composed(folder, "e-22")
+    hold(run_of(cfg, "e-22"), STEPS - 1)
     eagle3 = begin(folder, "e-22", "trainer.gpus=2", "target.workers=2")
     dflash = begin(folder, "d-12", *DFLASH, "target.workers=2")
-    cfg = composed(folder, "e-22")
     wait_for_step(eagle3, cfg, "e-22", 4)
     os.kill(eagle3.pid, signal.SIGSTOP)
     workers = processes(eagle3.pid, "^ray::TargetWorker")
     kill(workers[0])
     addresses = listening(with_all_below(eagle3.pid))
     os.kill(eagle3.pid, signal.SIGCONT)
+    release(run_of(cfg, "e-22"))
     assert len(workers) == 2 and len(addresses) > 4
     assert {address[-8:] for address in addresses} == {"0100007F"}  # 127.0.0.1
     assert eagle3.wait(300) == 0, said(folder, "e-22")
@@ -114,16 +121,17 @@ def test_two_runs_at_once_and_a_worker_killed(folder: Path) -> None:
 def test_a_trainer_is_killed(folder: Path) -> None:
     """The two start again after the checkpoint; the worker goes on, and what the checkpoint has
     used is not asked for again."""
-    run = begin(folder, "d-21", *DFLASH, "trainer.gpus=2", "trainer.restarts=1")
     cfg = composed(folder, "d-21")
+    hold(run_of(cfg, "d-21"), STEPS - 1)
+    run = begin(folder, "d-21", *DFLASH, "trainer.gpus=2", "trainer.restarts=1")
     wait_for_step(run, cfg, "d-21", 6)
     worker = processes(run.pid, "^ray::TargetWorker")
-    _, *trainers = sorted(processes(run.pid, "multiprocessing.forkserver"))
-    assert len(trainers) == 2
-    kill(trainers[-1])
+    _, one = trainers(run.pid)
+    kill(one)
     wait_for_step(run, cfg, "d-21", 14)
     assert processes(run.pid, "^ray::TargetWorker") == worker
     with nothing_left(run.pid):
+        release(run_of(cfg, "d-21"))
         assert run.wait(300) == 0, said(folder, "d-21")
     assert "start again from the newest checkpoint" in said(folder, "d-21")
     [step] = re.findall(r"continuing after step (\d+)", said(folder, "d-21"))
@@ -132,14 +140,15 @@ def test_a_trainer_is_killed(folder: Path) -> None:
 
 
 def test_the_node_is_killed_and_the_run_stopped(folder: Path) -> None:
-    """One line within a minute; the same command continues. It is stopped by SIGTERM, and then a
-    process that has the target itself ends the run."""
-    run = begin(folder, "e-11")
+    """One line; the same command continues. It is stopped by SIGTERM, and then a process that has
+    the target itself ends the run."""
     cfg = composed(folder, "e-11")
+    hold(run_of(cfg, "e-11"), 10)
+    run = begin(folder, "e-11")
     wait_for_step(run, cfg, "e-11", 6)
     with nothing_left(run.pid):
         kill(processes(run.pid, "raylet/raylet")[0])
-        assert run.wait(60) == 1
+        assert run.wait(300) == 1
     text = said(folder, "e-11")
     [line] = re.findall(r"error: .*", text)
     assert re.fullmatch(
@@ -147,11 +156,12 @@ def test_the_node_is_killed_and_the_run_stopped(folder: Path) -> None:
     )
     assert "Traceback" not in text and "state-dump" not in text
     done = max(int(step) for step in re.findall(r"(\d+)/24", text) or ["6"])
+    hold(run_of(cfg, "e-11"), STEPS - 1)
     again = begin(folder, "e-11")
     wait_for_step(again, cfg, "e-11", min(done + 6, STEPS - 6))
     with nothing_left(again.pid):
         again.terminate()
-        assert again.wait(60) == -signal.SIGTERM, said(folder, "e-11")
+        assert again.wait(300) == -signal.SIGTERM, said(folder, "e-11")
     assert "continuing after step" in said(folder, "e-11")
     assert "run the same command to continue" in said(folder, "e-11")
     train(composed(folder, "e-11"))
@@ -160,8 +170,10 @@ def test_the_node_is_killed_and_the_run_stopped(folder: Path) -> None:
 
 def test_the_launching_process_is_killed(folder: Path) -> None:
     """Nothing lives on, Ray's agents neither; the same command continues, as the others show."""
+    cfg = composed(folder, "e-killed")
+    hold(run_of(cfg, "e-killed"), STEPS - 1)
     run = begin(folder, "e-killed")
-    wait_for_step(run, composed(folder, "e-killed"), "e-killed", 2)
+    wait_for_step(run, cfg, "e-killed", 2)
     with nothing_left(run.pid):
         kill(run.pid)
         assert run.wait() == -signal.SIGKILL
@@ -176,12 +188,12 @@ def test_proposals_are_judged_by_workers(folder: Path) -> None:
         "trainer.init=eagle3-1",
     )
     train(composed(folder, "replay-1", *replay))
-    process, cfg = (
-        begin(folder, "replay-12", *replay, "target.workers=2"),
-        composed(folder, "replay-12"),
-    )
+    cfg = composed(folder, "replay-12")
+    hold(run_of(cfg, "replay-12"), STEPS - 1)
+    process = begin(folder, "replay-12", *replay, "target.workers=2")
     wait_for_step(process, cfg, "replay-12", 4)
     kill(processes(process.pid, "^ray::TargetWorker")[0])
+    release(run_of(cfg, "replay-12"))
     assert process.wait(300) == 0, said(folder, "replay-12")
     assert_equal(cfg, "replay-12", "replay-1")
     assert "proposed tokens beside" in said(folder, "replay-12")
@@ -189,20 +201,22 @@ def test_proposals_are_judged_by_workers(folder: Path) -> None:
 
 @NEEDS_MOONCAKE
 def test_mooncake_and_everybody_killed(folder: Path) -> None:
-    """The master: one line within a minute, nothing left, and the same command continues. Then a
-    worker: what it has put stays; and the holder: what it held is asked for again. Equal losses."""
-    run = begin(folder, "m-11", "target.store=mooncake")
+    """The master: one line, nothing left, and the same command continues. Then a worker: what it
+    has put stays; and the holder: what it held is asked for again. Equal losses."""
     cfg = composed(folder, "m-11")
+    hold(run_of(cfg, "m-11"), 6)
+    run = begin(folder, "m-11", "target.store=mooncake")
     wait_for_step(run, cfg, "m-11", 5)
     with nothing_left(run.pid):
         kill(processes(run.pid, "mooncake_master")[0])
-        assert run.wait(60) == 1
+        assert run.wait(300) == 1
     text = said(folder, "m-11")
     [line] = re.findall(r"error: .*", text)
     assert re.fullmatch(
         r"error: Mooncake's master \(process \d+\) has ended; run the same .*", line
     )
     assert "Traceback" not in text and "asking again" not in text
+    hold(run_of(cfg, "m-11"), 18)  # states of later steps are held then
     again = begin(folder, "m-11", "target.store=mooncake")
     wait_for_step(again, cfg, "m-11", 9)
     [holder] = processes(again.pid, "inference.holder")
@@ -213,6 +227,7 @@ def test_mooncake_and_everybody_killed(folder: Path) -> None:
     assert text.count("asking again") <= 1  # for the call that it was killed in
     kill(holder)
     with nothing_left(again.pid):
+        release(run_of(cfg, "m-11"))
         assert again.wait(300) == 0, said(folder, "m-11")
     text, account = said(folder, "m-11"), counted(said(folder, "m-11"))
     assert "another takes its place" in text and "LostStates: Mooncake has lost" in text
@@ -248,7 +263,7 @@ def test_waiting_and_busy_point_at_the_slow_side(folder: Path) -> None:
     cfg = composed(folder, "slow")
     wait_for_step(run, cfg, "slow", 1)
     [worker] = processes(run.pid, "^ray::TargetWorker")
-    _, trainer = sorted(processes(run.pid, "multiprocessing.forkserver"))
+    [trainer] = trainers(run.pid)
     medians = []
     for slow in (worker, trainer):
         with throttled(slow):
@@ -257,6 +272,6 @@ def test_waiting_and_busy_point_at_the_slow_side(folder: Path) -> None:
             rows = lines(cfg, "slow")[before + 5 :]
         medians.append([median(row[k] for row in rows) for k in ("data_wait", "worker_busy")])
     run.terminate()
-    run.wait(60)
+    run.wait(300)
     slow_worker, slow_trainer = medians
     assert slow_worker[0] > slow_trainer[0] and slow_worker[1] > slow_trainer[1], medians

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, make_config
+from holding import hold, release
 from ray_runs import (
     RAY,
     STEPS,
@@ -25,7 +26,7 @@ from ray_runs import (
     said,
     start,
 )  # fmt: skip
-from test_resume import wait_for_step
+from test_resume import run_of, wait_for_step
 
 from specforge_exp.stages.prep import prep
 from specforge_exp.stages.preprocess import preprocess
@@ -66,7 +67,7 @@ def cluster(environment: dict[str, str]) -> Iterator[Any]:
         yield process
     finally:
         process.stdin.close()
-        process.wait(60)
+        process.wait(300)
 
 
 def test_a_node_goes_and_another_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,13 +84,15 @@ def test_a_node_goes_and_another_comes(tmp_path: Path, monkeypatch: pytest.Monke
         for name, value in {**settings, "RAY_ADDRESS": address}.items():
             monkeypatch.setenv(name, value)
         words = options(tmp_path, "nodes", *RAY, "target.workers=2")
+        hold(run_of(cfg, "nodes"), STEPS - 1)
         run = start([sys.executable, str(REPOSITORY / "train.py"), *words], tmp_path / "nodes.log")
         wait_for_step(run, composed(tmp_path, "nodes"), "nodes", 4)
         assert len(processes(nodes.pid, "^ray::TargetWorker")) == 2
         print("swap", file=nodes.stdin, flush=True)
         assert nodes.stdout.readline() == "changed\n"
+        release(run_of(cfg, "nodes"))
         assert run.wait(300) == 0, said(tmp_path, "nodes")
-        deadline = time.monotonic() + 60  # workers that were asked to end do
+        deadline = time.monotonic() + 300  # workers that were asked to end do
         while (left := processes(nodes.pid, "^ray::TargetWorker")) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert left == []  # the cluster stays, its workers do not

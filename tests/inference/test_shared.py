@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from holding import hold, release
 from ray_runs import (
     RAY,
     STEPS,
@@ -26,10 +28,11 @@ from ray_runs import (
     prepared,
     processes,
     start,
+    trainers,
 )
 from test_ranks import with_all_below
 from test_ray import nothing_left
-from test_resume import lines, wait_for_step
+from test_resume import lines, run_of, wait_for_step
 
 from specforge_exp.config import Config
 from specforge_exp.stages.train import train
@@ -71,15 +74,17 @@ def printed(folder: Path, name: str) -> Path:
     return folder / "checkpoints" / "sweeps" / "s" / "train" / name / "train.out"
 
 
-def trainers(folder: Path, pid: int, name: str) -> list[int]:
-    """The processes that a run has forked: a launcher's server, and what trains."""
+def trainers_of(folder: Path, pid: int, name: str) -> list[int]:
+    """The processes that train a run."""
     out = str(printed(folder, name))
 
     def writes(pid: int) -> bool:
-        files = Path(f"/proc/{pid}/fd").iterdir()
-        return any(os.path.realpath(file) == out for file in files)
+        with suppress(OSError):  # it has ended
+            files = Path(f"/proc/{pid}/fd").iterdir()
+            return any(os.path.realpath(file) == out for file in files)
+        return False
 
-    return sorted(p for p in processes(pid, "multiprocessing.forkserver") if writes(p))
+    return [p for p in trainers(pid) if writes(p)]
 
 
 def counted(text: str) -> tuple[int, int]:
@@ -95,19 +100,17 @@ def last_step(folder: Path, loss: str) -> int:
 def test_one_dies_one_stops_and_one_comes_late(folder: Path) -> None:
     """Three share one stream. One is killed; meanwhile one stands still, which holds the other
     back, but not the fourth, which begins when the killed one has left its place."""
-    run = sweep(folder, "first.log")
     cfg = composed(folder, "baseline")
-    deadline = time.monotonic() + 600
-    while not lines(cfg, "baseline"):  # the fleet starts first
-        assert run.poll() is None and time.monotonic() < deadline, (
-            folder / "first.log"
-        ).read_text()
-        time.sleep(0.05)
+    hold(run_of(cfg, "mixed"), 3)
+    hold(run_of(cfg, "full-opd"), 8)
+    run = sweep(folder, "first.log")
     wait_for_step(run, cfg, "mixed", 3)  # the others wait for nobody before their buffer is full
-    _, slow = trainers(folder, run.pid, "mixed")
+    [slow] = trainers_of(folder, run.pid, "mixed")
     os.kill(slow, signal.SIGSTOP)
+    release(run_of(cfg, "mixed"))
     wait_for_step(run, cfg, "full-opd", 5)
-    kill(trainers(folder, run.pid, "full-opd")[-1])
+    [lost] = trainers_of(folder, run.pid, "full-opd")
+    kill(lost)
     wait_for_step(run, cfg, "rkl-only", STEPS)  # the fourth
     assert last_step(folder, "mixed") <= last_step(folder, "baseline") < STEPS
     assert len(processes(run.pid, "^ray::TargetWorker")) == 1
@@ -126,6 +129,7 @@ def test_one_dies_one_stops_and_one_comes_late(folder: Path) -> None:
 
     # The same command continues the killed one after its checkpoint, in a stream of its own; the
     # sweep's process is killed meanwhile, and then it continues again.
+    hold(run_of(cfg, "full-opd"), STEPS - 1)
     again = sweep(folder, "second.log")
     done = last_step(folder, "full-opd")
     wait_for_step(again, cfg, "full-opd", done + 2)
@@ -133,9 +137,10 @@ def test_one_dies_one_stops_and_one_comes_late(folder: Path) -> None:
     with nothing_left(again.pid):
         kill(again.pid)
         assert again.wait() == -signal.SIGKILL
-        deadline = time.monotonic() + 60  # the job saves, then the fleet ends
+        deadline = time.monotonic() + 300  # the job saves, then the fleet ends
         while alive(family) and time.monotonic() < deadline:
             time.sleep(0.05)
+    release(run_of(cfg, "full-opd"))
     third = sweep(folder, "third.log")
     assert third.wait(300) == 0, (folder / "third.log").read_text()
     assert_equal(composed(folder, "full-opd"), "full-opd", "alone-full-opd")
@@ -161,20 +166,25 @@ def test_two_trainers_each_one_killed_and_the_hub_too(folder: Path) -> None:
     the other stands still; then the hub is killed, and both go on without it."""
     launch(pair, composed(folder, "pair", GPUS))
     more = "loss=baseline,mixed", GPUS, "trainer.restarts=1", "hydra.sweeper.n_jobs=2"
-    run = begin(folder, "pairs.log", "p-", *more, "sweep_name=s")
     cfg = composed(folder, "p-mixed")
+    hold(run_of(cfg, "p-baseline"), 8)
+    hold(run_of(cfg, "p-mixed"), STEPS - 1)
+    run = begin(folder, "pairs.log", "p-", *more, "sweep_name=s")
     for loss in ("baseline", "mixed"):
         wait_for_step(run, cfg, f"p-{loss}", 4)
-    still = trainers(folder, run.pid, "p-baseline")[-2:]
+    still = trainers_of(folder, run.pid, "p-baseline")
+    assert len(still) == 2
     for pid in still:
         os.kill(pid, signal.SIGSTOP)
-    kill(trainers(folder, run.pid, "p-mixed")[-1])
+    release(run_of(cfg, "p-baseline"))
+    kill(trainers_of(folder, run.pid, "p-mixed")[-1])
     deadline = time.monotonic() + 300
     while "this run has its states alone" not in printed(folder, "p-mixed").read_text():
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     with nothing_left(run.pid):
         kill(processes(run.pid, "^ray::Hub")[0])
+        release(run_of(cfg, "p-mixed"))
         for pid in still:
             os.kill(pid, signal.SIGCONT)
         assert run.wait(300) == 0, (folder / "pairs.log").read_text()

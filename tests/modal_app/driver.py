@@ -37,7 +37,7 @@ def start(arguments: list[str]) -> warm.Started:
 
 def finish(process: warm.Started, expect: int = 0) -> str:
     """Wait for a process; everything it printed."""
-    output, _ = process.communicate(timeout=180)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == expect, output
     return output
 
@@ -94,5 +94,5 @@ def wait_for_steps(control_plane: LocalModal, sweep: Path, jobs: int, steps: int
             logs_of(call).count("STEP") >= steps for call in tasks.values()
         )
 
-    control_plane.wait_for(all_have, timeout=60)
+    control_plane.wait_for(all_have)
     return running(control_plane, sweep)

@@ -7,6 +7,7 @@ after or in the middle of something that it writes; with `spawned`, after the la
 down and before any result is. The life after KILLS of them is left alone.
 """
 
+import asyncio
 import json
 import logging
 import os
@@ -158,6 +159,18 @@ def die_when_spawned(calls: int) -> None:
     modal_engine.Client.keep = lambda *arguments: None  # type: ignore[method-assign]
 
 
+def hear_nothing_before(file: Path) -> None:
+    """Take no call's result while that file is there."""
+    result_of = modal_engine.result_of
+
+    async def later(call: str) -> Any:
+        while file.exists():
+            await asyncio.sleep(0.02)
+        return await result_of(call)
+
+    modal_engine.result_of = later
+
+
 def live(cfg: Config) -> int:
     """Regenerate in a fork; its wait status."""
     pid = os.fork()
@@ -181,6 +194,8 @@ def main() -> None:
     cfg = config(folder, seed)
     if len(sys.argv) > 6:
         cfg.engine.command = sys.argv[5:]
+    if "HOLD" in os.environ:
+        hear_nothing_before(Path(os.environ["HOLD"]))
     random.seed(seed)
     methods = modal_calls.Journal.write, Store.add, Store.finish, modal_engine.Client.keep
     killed = 0

@@ -14,6 +14,14 @@ import hydra
 from omegaconf import DictConfig
 
 
+def held(folder: str | None, name: str, steps: int) -> bool:
+    """Whether a test wants it to take no more steps yet."""
+    try:
+        return folder is not None and steps >= int((Path(folder) / name).read_text())
+    except FileNotFoundError:
+        return False
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="trial")
 def main(cfg: DictConfig) -> float | tuple[float, float]:
     folder = Path("/runs") / cfg.name
@@ -30,6 +38,8 @@ def main(cfg: DictConfig) -> float | tuple[float, float]:
         if cfg.act == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(cfg.pause)
+        while held(cfg.hold, cfg.name, step + 1):
+            time.sleep(0.02)
     if cfg.act == "pair":
         return float(cfg.x), 2.0
     return float("nan") if cfg.act == "notanumber" else float(cfg.x)

@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 def main(cfg: DictConfig) -> Any:
     print("GOT", OmegaConf.to_container(cfg, resolve=True)["x"], flush=True)
     (Path(HydraConfig.get().runtime.output_dir) / "large.bin").write_bytes(bytes(cfg.size))
-    time.sleep(cfg.sleep)
+    while cfg.hold and Path(cfg.hold).exists():
+        time.sleep(0.02)
     if cfg.ret == "x":
         return str(cfg.x)
     if cfg.ret == "generator":

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-START_SECONDS = 60.0
+START_SECONDS = 300.0
 POLL_SECONDS = 0.05
 State = dict[str, Any]
 
@@ -82,7 +82,7 @@ class LocalModal:
         """Let builds fail whose commands have this text in them; "": let all succeed."""
         self.post("/admin/break_build", text=text)
 
-    def wait_for(self, condition: Callable[[State], Any], timeout: float = 30.0) -> State:
+    def wait_for(self, condition: Callable[[State], Any], timeout: float = 300.0) -> State:
         """Return the first state that fulfils a condition."""
         end = time.monotonic() + timeout
         while True:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .client import LocalModal
 
-TIMEOUT = 60
+TIMEOUT = 300
 # Called with the definitions that containers import too, the main part, and arguments.
 Program = Callable[..., Any]
 

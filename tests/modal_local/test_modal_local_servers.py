@@ -51,7 +51,7 @@ def test_sticky_routing(run_program: Program, isolated_modal: LocalModal) -> Non
         """
         with app.run():
             url = Engine.get_url()
-            first, deadline, seen = None, time.time() + 30, set()
+            first, deadline, seen = None, time.time() + 120, set()
             while len(seen) < 2 and time.time() < deadline:
                 try:
                     seen |= {ask(url, str(number))[0] for number in range(16)}

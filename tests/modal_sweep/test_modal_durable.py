@@ -17,17 +17,27 @@ def undisturbed() -> list[float]:
 
 @pytest.mark.parametrize("accident", ["preempt", pytest.param("kill", marks=pytest.mark.slow)])
 def test_a_lost_container_costs_only_what_was_not_saved(
-    accident: str, tmp_path: Path, control_plane: LocalModal, undisturbed: list[float]
+    accident: str,
+    tmp_path: Path,
+    held: Path,
+    control_plane: LocalModal,
+    undisturbed: list[float],
 ) -> None:
     sweep = tmp_path / "sweep"
     options = [
         "hydra.launcher.single_use=true",
         "+resources.progress_file=/runs/${name}/progress.jsonl",
+        f"+hold={held}",
     ]
-    names = f"+name={accident}0,{accident}1"
-    process = driver.start(driver.command(sweep, names, "+pause=0.4", *options, steps=16))
+    names = [f"{accident}0", f"{accident}1"]
+    for name in names:
+        (held / name).write_text("8")
+    named = f"+name={','.join(names)}"
+    process = driver.start(driver.command(sweep, named, "+pause=0.3", *options, steps=16))
     for task in driver.wait_for_steps(control_plane, sweep, jobs=2, steps=4):
         getattr(control_plane, accident)(task)
+    for name in names:
+        (held / name).unlink()
     driver.finish(process)
     ended = driver.ends(sweep).values()
     assert [end["value"]["json"] for end in ended] == [undisturbed[-1]] * 2
@@ -82,12 +92,17 @@ def test_a_full_volume_fails_the_job_and_says_so(tmp_path: Path, control_plane: 
 
 @pytest.mark.slow
 def test_the_control_plane_is_down_for_20_seconds(
-    tmp_path: Path, control_plane: LocalModal, undisturbed: list[float]
+    tmp_path: Path, held: Path, control_plane: LocalModal, undisturbed: list[float]
 ) -> None:
     sweep = tmp_path / "sweep"
-    process = driver.start(driver.command(sweep, "+name=down0,down1", "+pause=0.2", steps=16))
+    options = ["+name=down0,down1", "+pause=0.2", f"+hold={held}"]
+    for name in ("down0", "down1"):
+        (held / name).write_text("10")
+    process = driver.start(driver.command(sweep, *options, steps=16))
     driver.wait_for_steps(control_plane, sweep, jobs=2, steps=2)
     control_plane.down(20)
+    for name in ("down0", "down1"):
+        (held / name).unlink()
     output = driver.finish(process)
     assert "2 of 2 jobs completed" in output
     assert [end["value"]["json"] for end in driver.ends(sweep).values()] == [undisturbed[-1]] * 2

@@ -89,16 +89,18 @@ def test_an_image_that_cannot_be_built(
 
 
 def test_a_token_that_is_refused_while_waiting(
-    tmp_path: Path, on_local_modal: LocalModal, control_plane: LocalModal
+    tmp_path: Path, held: Path, on_local_modal: LocalModal, control_plane: LocalModal
 ) -> None:
     sweep = tmp_path / "sweep"
-    process = driver.start(values(sweep, "x=6", "sleep=6"))
-    control_plane.wait_for(lambda state: driver.running(control_plane, sweep), timeout=60)
+    (held / "job").touch()
+    process = driver.start(values(sweep, "x=6", f"hold={held}/job"))
+    control_plane.wait_for(lambda state: driver.running(control_plane, sweep))
     control_plane.fail("FunctionGetOutputs", count=1, status="UNAUTHENTICATED")
     printed = driver.finish(process, expect=1)
     [line] = [line for line in printed.splitlines() if "refuses the token" in line]
     assert "1 jobs in flight go on and are paid for" in line and "modal setup" in line
     assert f"modal-sweep attach {sweep}" in line and "Traceback" not in printed
+    (held / "job").unlink()
     driver.modal_sweep("attach", sweep)
     assert len(driver.events(sweep, "spawn")) == 1
 

@@ -42,20 +42,22 @@ def test_a_killed_launcher_loses_nothing(
 
 @pytest.mark.slow
 def test_an_owner_that_was_cancelled_opens_the_next_generation(
-    tmp_path: Path, control_plane: LocalModal
+    tmp_path: Path, held: Path, control_plane: LocalModal
 ) -> None:
     """Killed before its line in jobs.jsonl, a call goes on as the job's owner; then it is ended."""
     import modal
 
     sweep = tmp_path / "sweep"
     before = set(control_plane.state()["calls"])
-    command = driver.command(sweep, "+name=orphan", "+pause=0.3", steps=12)
+    (held / "orphan").write_text("8")
+    command = driver.command(sweep, "+name=orphan", "+pause=0.1", f"+hold={held}", steps=12)
     killer = [str(driver.APP / "kill_at_spawn.py"), "1", "before"]
     driver.run([*killer, *command], expect=-9)
     [orphan] = set(control_plane.state()["calls"]) - before
-    control_plane.wait_for(lambda state: "STEP orphan 2" in driver.logs_of(orphan), 60)
+    control_plane.wait_for(lambda state: "STEP orphan 2" in driver.logs_of(orphan))
     modal.FunctionCall.from_id(orphan).cancel()
-    control_plane.wait_for(lambda state: state["calls"][orphan]["done"], 60)
+    control_plane.wait_for(lambda state: state["calls"][orphan]["done"])
+    (held / "orphan").unlink()
     printed = driver.run(command)
     assert "runs again: its owner ended without a result" in printed
     [end] = driver.ends(sweep).values()
@@ -68,7 +70,7 @@ def test_expired_handles(tmp_path: Path, control_plane: LocalModal) -> None:
     command = driver.command(sweep, "+name=expired0,expired1", "hydra.launcher.detach=true")
     driver.run(command)
     calls = [event["call"] for event in driver.events(sweep, "spawn")]
-    control_plane.wait_for(lambda state: all(state["calls"][call]["done"] for call in calls), 60)
+    control_plane.wait_for(lambda state: all(state["calls"][call]["done"] for call in calls))
     for call in calls:
         control_plane.expire(call)
     identity = driver.events(sweep, "plan")[1]["identity"]

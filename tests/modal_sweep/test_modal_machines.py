@@ -1,10 +1,12 @@
 """One sweep of real trainings whose models ask for different machines."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from holding import IN_EACH, hold, release
 from modal_app import driver
 from modal_local.client import LocalModal
 
@@ -62,7 +64,7 @@ def losses(path: Path) -> dict[int, float]:
 
 @pytest.mark.slow
 def test_a_preempted_training_takes_the_same_steps(
-    datasets: Path, tmp_path: Path, on_local_modal: LocalModal
+    datasets: Path, tmp_path: Path, held: Path, on_local_modal: LocalModal
 ) -> None:
     """R30: train.py itself: its losses are those of a run on this machine, to the bit."""
     import modal
@@ -72,7 +74,11 @@ def test_a_preempted_training_takes_the_same_steps(
     options += ["trainer.log_every=1", "trainer.save_every=10", "trainer.keep_last=100"]
     sweep = tmp_path / "sweep"
     flags = ["-m", "hydra/launcher=modal", f"hydra.sweep.dir={sweep}", "resources.single_use=true"]
-    process = driver.start(["train.py", *flags, *options])
+    shutil.copytree(IN_EACH, held / "site")
+    holding = [f"+resources.env.PYTHONPATH='{held}/site:/root'"]
+    holding += [f"+resources.env.HOLD_FOLDER={held}"]
+    hold(held / "same", 50)
+    process = driver.start(["train.py", *flags, *options, *holding])
 
     def far_enough(state: object) -> bool:
         entries = driver.events(sweep, "sweep")
@@ -81,9 +87,10 @@ def test_a_preempted_training_takes_the_same_steps(
         running = modal.Dict.from_name(entries[0]["dict"] + "-running", create_if_missing=True)
         return any(status.get("step", 0) >= 5 for status in running.values())
 
-    on_local_modal.wait_for(far_enough, timeout=90)
+    on_local_modal.wait_for(far_enough)
     [task] = driver.running(on_local_modal, sweep)
     on_local_modal.preempt(task)
+    release(held / "same")
     driver.finish(process)
     assert driver.ends(sweep)[0]["attempt"] == 2
     driver.run(["train.py", *options])

@@ -19,7 +19,7 @@ from modal_sweep.errors import LaunchError
 from modal_sweep.protocol.progress import Tail
 
 pytestmark = pytest.mark.usefixtures("on_local_modal")
-SECONDS = 60.0
+SECONDS = 300.0
 
 
 @pytest.fixture(autouse=True)
@@ -57,16 +57,18 @@ def steps(names: set[str], control_plane: LocalModal) -> dict[str, list[list[int
 
 @pytest.mark.slow
 def test_ends_come_as_they_happen(
-    tmp_path: Path, control_plane: LocalModal, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, held: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first is the slowest; one raises, one dies by a signal, one returns NaN, one a pair."""
     session = open_session(tmp_path, total=6)
+    (held / "end-value").write_text("1")
     acts = ["value", "raises", "killed", "notanumber", "pair"]
     for number, act in enumerate(acts):
-        slow = {"pause": 0.5, "steps": 10} if number == 0 else {}
-        session.start(number, job(f"end-{act}", x=number, act=act, **slow))
+        session.start(number, job(f"end-{act}", x=number, act=act, hold=held))
     session.start(5, ["no-such-group=1"])  # wrong with it alone
-    seen = Seen(session).until(lambda seen: len(seen.ends) == 6)
+    seen = Seen(session).until(lambda seen: len(seen.ends) == 5)
+    (held / "end-value").unlink()
+    seen.until(lambda seen: len(seen.ends) == 6)
     order = list(seen.ends)
     assert order[0] == 5 and order[-1] == 0
     texts = {number: outcome(returned) for number, returned in seen.ends.items()}
@@ -75,7 +77,7 @@ def test_ends_come_as_they_happen(
         assert reason in texts[number]
         assert seen.ends[number].status == JobStatus.FAILED
     assert "no-such-group" in texts[5]
-    assert seen.ends[4].overrides == job("end-pair", x=4, act="pair")
+    assert seen.ends[4].overrides == job("end-pair", x=4, act="pair", hold=held)
     assert (tmp_path / "end-pair" / ".hydra" / "overrides.yaml").exists()
     session.close()
     printed = capsys.readouterr().err
@@ -108,11 +110,13 @@ def test_results_are_taken_and_failures_given_until_they_were_heard(tmp_path: Pa
     assert [event["generation"] for event in driver.events(tmp_path, "spawn")] == [0, 0, 0, 1]
 
 
-def test_reports_come_while_a_job_runs_and_once(tmp_path: Path) -> None:
+def test_reports_come_while_a_job_runs_and_once(tmp_path: Path, held: Path) -> None:
     session = open_session(tmp_path)
-    session.start(0, job("reported", x=2, pause=0.5, steps=12))
+    (held / "reported").write_text("8")
+    session.start(0, job("reported", x=2, pause=0.2, steps=12, hold=held))
     seen = Seen(session).until(lambda seen: len(seen.reports.get(0, [])) >= 3)
     assert not seen.ends
+    (held / "reported").unlink()
     seen.until(lambda seen: bool(seen.ends))
     expected = [{"step": step, "score": 2.0 * step} for step in range(12)]
     assert seen.until(lambda seen: len(seen.reports[0]) >= 12).reports[0] == expected
@@ -128,7 +132,7 @@ def test_a_stopped_job_saves_and_fails(
     tmp_path: Path, control_plane: LocalModal, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session = open_session(tmp_path, "hydra.launcher.max_parallel=1", total=3)
-    session.start(0, job("stopped", pause=0.5, steps=100))
+    session.start(0, job("stopped", pause=0.5, steps=1000))
     session.start(1, job("waiting"))  # max_parallel: not before the other one has ended
     seen = Seen(session).until(lambda seen: len(seen.reports.get(0, [])) >= 2)
     assert seen.ends == {}
@@ -190,17 +194,25 @@ def test_killed_at_a_spawn(when: str, tmp_path: Path, control_plane: LocalModal)
     assert steps(names, control_plane) == {name: [[0, 1, 2, 3]] for name in names}
 
 
-def test_killed_while_jobs_run(tmp_path: Path, control_plane: LocalModal) -> None:
+def test_killed_while_jobs_run(tmp_path: Path, held: Path, control_plane: LocalModal) -> None:
     """The next process attaches to the same calls; their reports are heard from the beginning."""
     names = {f"running-{number}" for number in range(2)}
-    jobs = json.dumps([job(name, pause=0.4, steps=12) for name in sorted(names)])
+    for name in names:
+        (held / name).write_text("8")
+    jobs = json.dumps([job(name, pause=0.2, steps=12, hold=held) for name in sorted(names)])
     command = [str(APP / "session_driver.py"), str(tmp_path), jobs]
     process = driver.start(command)
     driver.wait_for_steps(control_plane, tmp_path, jobs=2, steps=2)
     process.send_signal(signal.SIGKILL)
     process.wait()
     spawned = driver.events(tmp_path, "spawn")
-    printed = driver.run(command)
+    process = driver.start(command)
+    while process.printed().count("] attached") < 2:
+        assert process.poll() is None, process.printed()
+        time.sleep(0.02)
+    for name in names:
+        (held / name).unlink()
+    printed = driver.finish(process)
     assert driver.events(tmp_path, "spawn") == spawned and printed.count("] attached") == 2
     lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     for number in range(2):

@@ -10,9 +10,13 @@ from modal_local.client import LocalModal
 pytestmark = pytest.mark.usefixtures("on_local_modal")
 
 
-def test_a_sweep_from_its_submission_to_its_end(tmp_path: Path, control_plane: LocalModal) -> None:
+def test_a_sweep_from_its_submission_to_its_end(
+    tmp_path: Path, held: Path, control_plane: LocalModal
+) -> None:
     sweep = tmp_path / "sweep"
-    options = ["+name=whole0,whole1", "+pause=0.5", "hydra.launcher.detach=true"]
+    options = ["+name=whole0,whole1", "+pause=0.1", "hydra.launcher.detach=true", f"+hold={held}"]
+    for name in ("whole0", "whole1"):
+        (held / name).write_text("8")
     unique = "+resources.unique=['/runs/${name}']"
     printed = driver.run(driver.command(sweep, *options, unique, steps=30))
     assert f"modal-sweep attach {sweep}" in printed and f"modal-sweep cancel {sweep}" in printed
@@ -28,6 +32,8 @@ def test_a_sweep_from_its_submission_to_its_end(tmp_path: Path, control_plane: L
     driver.modal_sweep("attach", sweep, expect=1)
     assert {end["status"] for end in driver.ends(sweep).values()} == {"cancelled"}
 
+    for name in ("whole0", "whole1"):
+        (held / name).unlink()
     driver.modal_sweep("rerun", sweep, "--failed")
     assert {end["status"] for end in driver.ends(sweep).values()} == {"completed"}
     assert {end["generation"] for end in driver.ends(sweep).values()} == {1}
@@ -65,19 +71,21 @@ def test_the_same_command_again_costs_nothing(tmp_path: Path, control_plane: Loc
 
 
 @pytest.mark.slow
-def test_other_code_is_another_job(tmp_path: Path, control_plane: LocalModal) -> None:
+def test_other_code_is_another_job(tmp_path: Path, held: Path, control_plane: LocalModal) -> None:
     """A finished job of other code is run again; one in flight is not mixed with it."""
     sweep, app = tmp_path / "sweep", tmp_path / "app"
     app.mkdir()
     code = (driver.APP / "toy.py").read_text()
     (app / "toy.py").write_text(code)
-    command = driver.command(sweep, "+name=code", "+pause=3")
+    (held / "code").write_text("1")
+    command = driver.command(sweep, "+name=code", f"+hold={held}")
     command[0] = str(app / "toy.py")
     process = driver.start(command)
     driver.wait_for_steps(control_plane, sweep, jobs=1, steps=1)
     (app / "toy.py").write_text(code + "\n# another version\n")
     refused = driver.run(command, expect=1)
     assert f"modal-sweep cancel {sweep}" in refused and "Traceback" not in refused
+    (held / "code").unlink()
     driver.finish(process)
     driver.run(command)
     assert len({plan["code"] for plan in driver.events(sweep, "plan")}) == 2
@@ -90,14 +98,17 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     assert "no sweeps" in driver.modal_sweep("list", tmp_path)
 
 
-def test_control_c_detaches(tmp_path: Path, control_plane: LocalModal) -> None:
+def test_control_c_detaches(tmp_path: Path, held: Path, control_plane: LocalModal) -> None:
     sweep = tmp_path / "sweep"
-    process = driver.start(driver.command(sweep, "+name=detached", "+pause=0.3", steps=8))
+    (held / "detached").write_text("7")
+    options = ["+name=detached", "+pause=0.1", f"+hold={held}"]
+    process = driver.start(driver.command(sweep, *options, steps=8))
     driver.wait_for_steps(control_plane, sweep, jobs=1, steps=1)
     process.send_signal(signal.SIGINT)
     printed = driver.finish(process, expect=130)
     assert f"modal-sweep attach {sweep}" in printed and f"modal-sweep cancel {sweep}" in printed
     assert "Traceback" not in printed
+    (held / "detached").unlink()
     driver.modal_sweep("attach", sweep)
     assert driver.ends(sweep)[0]["status"] == "completed"
     assert len(driver.events(sweep, "spawn")) == 1

@@ -2,10 +2,13 @@
 
 import asyncio
 import random
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count as counting
+from threading import Event
 from typing import Any
 
 import pytest
@@ -27,7 +30,7 @@ from specforge_exp.generation.local.slots import Slots
 from specforge_exp.generation.local.transformers_engine import TransformersEngine
 from specforge_exp.target import Target, load_tokenizer
 
-DEADLINE = 60
+DEADLINE = 300
 
 
 @contextmanager
@@ -52,6 +55,17 @@ async def everything(
         ),
         DEADLINE,
     )
+
+
+def stand_still(model: Any, until: Callable[[], bool]) -> None:
+    """After a few forwards, until something is so: whoever is slow finds it at work."""
+    forwards = counting()
+
+    def wait(*_: Any) -> None:
+        while next(forwards) > 9 and not until():
+            time.sleep(0.001)
+
+    model.register_forward_pre_hook(wait)
 
 
 def generate(model: Any, prompt: list[int], tokens: int, eos: int = 1, **more: Any) -> list[int]:
@@ -254,6 +268,8 @@ def test_the_least_recently_used_prefix_goes_first(random_target: Target) -> Non
 
 def test_cancelling_frees_the_slot(random_target: Target) -> None:
     endless = Sampling(max_tokens=500, ignore_eos=True)
+    cancelled = Event()
+    stand_still(random_target.model, cancelled.is_set)
 
     async def scene(made: Batcher) -> None:
         tasks = [asyncio.create_task(made.generate([5, 6], endless, 0)) for _ in range(3)]
@@ -261,6 +277,8 @@ def test_cancelling_frees_the_slot(random_target: Target) -> None:
             await asyncio.sleep(0)
         for task in tasks[:2]:
             task.cancel()
+        await asyncio.wait(tasks[:2])
+        cancelled.set()
         done = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), DEADLINE)
         assert isinstance(done[0], asyncio.CancelledError)
         assert isinstance(done[2], Generated)
@@ -290,6 +308,7 @@ def test_what_is_under_way_fails_at_close(random_target: Target) -> None:
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     with batcher(random_target.model, slots=1, eos=set()) as made:
+        stand_still(random_target.model, lambda: made.closing)
         assert all(isinstance(r, Failed) for r in asyncio.run(scene(made)))
 
 

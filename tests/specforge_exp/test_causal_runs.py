@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY, make_config
-from test_resume import finish, lines, losses, start, wait_for_step
+from holding import environment, hold, release
+from test_resume import finish, kill_all, lines, losses, run_of, start, wait_for_step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specforge_exp.config import Config
@@ -61,11 +61,13 @@ def whole(made: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return {stage: (losses(made, f"{stage}_whole"), text) for stage, text in said.items()}
 
 
-def kill_and_finish(arguments: list[str], cfg: Config, name: str, step: int, log: Path) -> None:
+def kill_at(step: int, arguments: list[str], cfg: Config, name: str, log: Path) -> None:
+    """Start it and kill it when that step is logged, or a little later."""
+    hold(run_of(cfg, name), step + 2)
     process = start(arguments, log)
     wait_for_step(process, cfg, name, step)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_all(process)
+    release(run_of(cfg, name))
 
 
 @pytest.mark.parametrize("stage", ["sft", "pretrain"])
@@ -90,7 +92,7 @@ def test_it_learns_is_exported_and_goes_on(
     assert sum(pairs["loss"]) / sum(pairs["tokens"]) == pytest.approx(evaluation["eval/loss"])
 
     arguments, log = command(made, stage, f"{stage}_killed"), tmp_path / "log"
-    kill_and_finish(arguments, made, f"{stage}_killed", 8, log)
+    kill_at(8, arguments, made, f"{stage}_killed", log)
     assert re.search(r"continuing after step \d+", finish(arguments, log))
     assert losses(made, f"{stage}_killed") == expected
     assert "complete, reused" in finish(arguments, log)
@@ -109,8 +111,8 @@ def test_killed_at_random_steps(made: Config, stage: str, gpus: int, tmp_path: P
     layout = [f"trainer.gpus={gpus}", "max_steps=30"]
     finish(command(made, stage, f"{name}_whole", *layout), log)
     arguments = command(made, stage, f"{name}_killed", *layout)
-    for step in sorted(random.Random(gpus).sample(range(1, 29), KILLS)):
-        kill_and_finish(arguments, made, f"{name}_killed", step, log)
+    for step in sorted(random.Random(gpus).sample(range(1, 28), KILLS)):
+        kill_at(step, arguments, made, f"{name}_killed", log)
     finish(arguments, log)
     assert losses(made, f"{name}_killed") == losses(made, f"{name}_whole")
 
@@ -148,7 +150,7 @@ def test_two_processes_are_one(made: Config, whole: dict[str, Any], tmp_path: Pa
 )
 def test_refusals(made: Config, stage: str, option: str, words: str, tmp_path: Path) -> None:
     process = start(command(made, stage, "refused", option), tmp_path / "log")
-    assert process.wait(120) == 1
+    assert process.wait(300) == 1
     said = (tmp_path / "log").read_text()
     assert words in said and "Traceback" not in said
 
@@ -198,15 +200,17 @@ def test_slurm_requeues_what_was_stopped(
         "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost",
     }  # fmt: skip
     job = ["env", *(f"{k}={v}" for k, v in env.items()), "bash", "runs/slurm.sh", *words]
+    hold(run_of(made, "slurm"), 5)
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(job, cwd=REPOSITORY, stdout=log, stderr=log)
-        deadline = time.monotonic() + 120
+        process = subprocess.Popen(job, env=environment(), cwd=REPOSITORY, stdout=log, stderr=log)
+        deadline = time.monotonic() + 300
         while not any(step >= 5 for step, _ in losses(made, "slurm")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.terminate()
-        assert process.wait(120) == 0 and (tmp_path / "requeued").exists()
+        assert process.wait(300) == 0 and (tmp_path / "requeued").exists()
         assert len(losses(made, "slurm")) < STEPS
+        release(run_of(made, "slurm"))
         subprocess.run(job, cwd=REPOSITORY, stdout=log, stderr=log, check=True)
     assert re.search(r"continuing after step \d+", (tmp_path / "log").read_text())
     assert losses(made, "slurm") == whole["pretrain"][0]

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import warm
-from chat_screen import TerminalScreen, waiting
+from chat_screen import TerminalScreen, prompts, waiting
 from conftest import REPOSITORY, TINY, make_config
+from test_server_engine import free_port
 
 from specforge_exp import paths
 from specforge_exp.bench.speculative import Decoding, generate
@@ -207,15 +208,13 @@ def test_a_chat_in_a_terminal(trained: Config, alone: LocalModel, tmp_path: Path
         assert "top_p 1 · τ " in here.text.splitlines()[-1]
 
         assert "temperature 5\n" in here.ask(LONG)
-        here.type(QUESTIONS[1] + "\r")
-        here.until(streaming)
-        here.type("\x03")
-        here.until(lambda text: waiting(text) and "· stopped" in text)
+        stop(here, QUESTIONS[1])
         here.type("half a line\x03/temperature 0\r")  # Ctrl-C gives up a line; typed ahead
         here.until(lambda text: waiting(text) and "temperature 0 ·" in text)
+        before = prompts(here.text)
         here.type(QUESTIONS[2] + "\r")
-        here.until(streaming)
-        here.type("/top_p 0.9\r")  # while it answers
+        here.until(lambda text: streaming(text) or prompts(text) > before)
+        here.type("/top_p 0.9\r")  # while it answers, unless that is over already
         here.until(lambda text: waiting(text) and "top_p 0.9 ·" in text)
 
         assert "system: Be kind.\n" in here.ask("/system Be kind.")
@@ -237,6 +236,18 @@ def whole_answer(model: LocalModel, question: str) -> str:
     model = copy(model)
     model.cfg = replace(model.cfg, max_length=4000)
     return talk(model, [question], max_tokens=3000)[1].text
+
+
+def stop(chat: TerminalScreen, question: str) -> None:
+    """Ask and stop the answer with Ctrl-C; again, should it have been over before."""
+    while "· stopped" not in chat.text:
+        before = prompts(chat.text)
+        chat.type(question + "\r")
+        chat.until(lambda text: streaming(text) or (waiting(text) and prompts(text) > before))  # noqa: B023
+        chat.type("\x03")  # at a prompt it makes another one
+        chat.until(
+            lambda text: waiting(text) and ("· stopped" in text or prompts(text) > before + 1)  # noqa: B023
+        )
 
 
 def streaming(text: str) -> bool:
@@ -295,9 +306,7 @@ def test_a_server_that_speculates_and_dies(
     trained: Config, alone: LocalModel, tmp_path: Path
 ) -> None:
     """A chat with a real one: stopped, gone on with; when it dies, a line, and the chat goes on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     served = subprocess.Popen(
         [
             sys.executable, str(REPOSITORY / "tests" / "speculating_server.py"),
@@ -319,10 +328,7 @@ def test_a_server_that_speculates_and_dies(
             answer = whole_answer(alone, QUESTIONS[0])
             assert squeezed(answer) in squeezed(here.text)
             here.ask(LONG)
-            here.type(QUESTIONS[1] + "\r")
-            here.until(streaming)
-            here.type("\x03")
-            here.until(lambda text: waiting(text) and "· stopped" in text)
+            stop(here, QUESTIONS[1])
             here.ask("/temperature 0")
             here.ask("die")
             assert "error: http" in here.text

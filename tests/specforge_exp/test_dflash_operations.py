@@ -251,7 +251,7 @@ def test_a_server_that_does_not_listen_is_killed(tmp_path: Path) -> None:
     server = Server([sys.executable, "-c", DEAF, str(port)], port, tmp_path / "log", {})
 
     async def scene() -> list[int]:
-        await server.start(30)
+        await server.start(300)
         pids = [int(word) for word in (tmp_path / "log").read_text().split()[:2]]
         assert len(alive(pids)) == 2
         await server.stop()

@@ -131,7 +131,7 @@ def test_runs_of_a_sweep_share_one_cache(run: Config, caplog: pytest.LogCaptureF
 
     with ThreadPoolExecutor(1) as other:
         made_meanwhile = other.submit(first)
-        assert held.wait(10)
+        assert held.wait(300)
         train(cached(run, "disk", "second"))
         assert not made_meanwhile.result()
     assert (folder / "index.json").exists()

@@ -31,15 +31,16 @@ def modal_here() -> Iterator[LocalModal]:
         assert local.state()["unimplemented"] == {}
 
 
-def drive(modal: LocalModal, *arguments: object) -> warm.Started:
+def drive(modal: LocalModal, *arguments: object, **more: str) -> warm.Started:
     """Start the driver."""
     environment = {**os.environ, **modal.env, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment |= more
     words = [regen_driver.__file__, *map(str, arguments)]
     return warm.start(words, env=environment, together=True, kind="stages")
 
 
 def finish(process: warm.Started, expect: int = 0) -> str:
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == expect, output
     return output
 
@@ -98,7 +99,7 @@ def test_the_volume_answers_for_expired_calls(modal_here: LocalModal, tmp_path: 
     journal = tmp_path / "datasets" / "small--tiny.partial" / "calls.jsonl"
     calls = [json.loads(line)["call"] for line in journal.read_text().splitlines()]
     assert len(calls) == 3 and set(modal_here.state()["calls"]) - before == set(calls)
-    modal_here.wait_for(lambda state: all(state["calls"][call]["done"] for call in calls), 60)
+    modal_here.wait_for(lambda state: all(state["calls"][call]["done"] for call in calls))
     for call in calls:
         modal_here.expire(call)
     assert "input 17 = done 17" in finish(drive(modal_here, tmp_path, len(texts), 1, 0))
@@ -111,12 +112,14 @@ def test_asked_to_end_it_leaves_the_calls(modal_here: LocalModal, tmp_path: Path
     texts[5] = "word " * 400
     write_prompts(config(tmp_path, 2), texts)
     before = set(modal_here.state()["calls"])
-    process = drive(modal_here, tmp_path, len(texts), 2, 0)
-    modal_here.wait_for(lambda state: len(set(state["calls"]) - before) == 3, 60)
+    hold = tmp_path / "hold"
+    hold.touch()
+    process = drive(modal_here, tmp_path, len(texts), 2, 0, HOLD=str(hold))
+    modal_here.wait_for(lambda state: len(set(state["calls"]) - before) == 3)
     [client_pid] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(client_pid), signal.SIGTERM)
     output = finish(process, expect=-signal.SIGTERM)
-    assert re.search(r"regen: stopped; \d calls go on at Modal", output), output
+    assert "regen: stopped; 3 calls go on at Modal" in output, output
     assert "input 17 = done 16 + failed 1" in finish(drive(modal_here, tmp_path, 17, 2, 0))
     [failed] = lines(tmp_path, "failed.jsonl")
     assert failed["id"] == "c5" and failed["error"].endswith("tokens, max_length=256")

@@ -15,6 +15,7 @@ import pytest
 import torch
 import warm
 from conftest import REPOSITORY, make_config
+from holding import environment, hold, release
 
 from specforge_exp import paths
 from specforge_exp.artifacts import read_record
@@ -304,12 +305,14 @@ def test_killed_and_resumed_to_the_bit(base: Config, tmp_path: Path) -> None:
 
     whole = warm.run([*words, "run_name=whole"])
     assert whole.returncode == 0, whole.stderr
+    hold(tmp_path / "killed", 6)
     for least in (2, 5):
-        process = warm.start([*words, "run_name=killed"])
+        process = warm.start([*words, "run_name=killed"], env=environment())
         while process.poll() is None and len(steps("killed")) < least:
             time.sleep(0.02)
         process.kill()
         assert process.wait() == -signal.SIGKILL
+    release(tmp_path / "killed")
     done = warm.run([*words, "run_name=killed"])
     assert done.returncode == 0, done.stderr
     assert steps("killed") == steps("whole")

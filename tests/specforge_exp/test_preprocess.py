@@ -1,20 +1,13 @@
 """Tokens on disk: what is kept, what is set aside, and what is refused."""
 
-import contextlib
 import json
-import os
 import shutil
-import signal
-import sys
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import warm
 from conftest import write_jsonl
 
 from specforge_exp import paths
@@ -223,108 +216,6 @@ def test_any_number_of_processes_writes_the_same(
     monkeypatch.setattr(blocks, "LINES", 512)
     cfg.preprocess.processes = None
     assert content(preprocess(cfg)) == alone
-
-
-@pytest.fixture
-def command(cfg: Config, source: Path) -> list[str]:
-    """preprocess.py over 12 blocks, some seconds of work."""
-    texts = [f"It is number {i} of many. " * 15 for i in range(10)]
-    put(source, [say("Hi", texts[i % 10], name=str(i)) for i in range(12 * blocks.LINES)])
-    return [
-        sys.executable, "preprocess.py", "model=tiny", "data=local", "data.path=none",
-        "data.name=small", "preprocess.source=prep", "device=cpu",
-        "draft.draft_vocab_size=512", f"paths.datasets={cfg.paths.datasets}",
-        f"paths.checkpoints={cfg.paths.checkpoints}",
-    ]  # fmt: skip
-
-
-@contextlib.contextmanager
-def at_work(command: list[str], cfg: Config) -> Iterator[warm.Started]:
-    """The command in a session of its own, once it has finished two blocks."""
-    process = warm.start(command, together=True, session=True)
-    try:
-        until(lambda: len(finished(cfg)) > 1 or process.poll() is not None)
-        assert process.poll() is None
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def finished(cfg: Config) -> list[Path]:
-    folder = paths.tokens_dir(cfg)
-    return sorted(folder.with_name(folder.name + ".partial").glob("blocks/*.safetensors"))
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.02)
-
-
-def members(session: int) -> list[int]:
-    """Living processes of a session."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] != "Z":
-                found.append(int(stat.parent.name))
-    return found
-
-
-def children_of(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-
-
-def test_killed_it_continues(cfg: Config, command: list[str]) -> None:
-    with at_work([*command, "preprocess.processes=1"], cfg) as process:
-        process.kill()
-        process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in finished(cfg)}
-    assert 2 <= len(kept) <= 12
-    done = warm.run([*command, "preprocess.processes=1"])
-    assert done.returncode == 0, done.stderr
-    assert f"{len(kept)} of 13 blocks are there" in done.stdout
-    folder = paths.tokens_dir(cfg)
-    continued = content(folder)
-    assert len(read_split(folder, "train")) == 12 * blocks.LINES
-    assert "blocks" not in continued
-    cfg.preprocess.force = True
-    cfg.max_length = 2048
-    cfg.preprocess.processes = 1
-    assert content(preprocess(cfg)) == continued
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_no_process_outlives_it(cfg: Config, command: list[str], number: signal.Signals) -> None:
-    with at_work([*command, "preprocess.processes=2"], cfg) as process:
-        assert len(members(process.pid)) >= 3
-        if number == signal.SIGINT:
-            os.killpg(process.pid, number)  # as a terminal does
-        else:
-            process.send_signal(number)
-        process.wait(60)
-        assert process.returncode
-        until(lambda: not members(process.pid))
-
-
-@pytest.mark.slow
-def test_a_process_that_dies_is_reported(cfg: Config, command: list[str]) -> None:
-    with at_work([*command, "preprocess.processes=2"], cfg) as process:
-        [server] = [
-            pid for pid in children_of(process.pid)
-            if "forkserver" in Path(f"/proc/{pid}/cmdline").read_text()
-        ]  # fmt: skip
-        worker = children_of(int(server))[0]
-        os.kill(int(worker), signal.SIGKILL)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 1
-        assert "a process of preprocess died on train-0" in output
-        assert "Traceback" not in output
 
 
 @pytest.mark.slow

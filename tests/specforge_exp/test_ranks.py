@@ -16,7 +16,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import command, finish, lines, losses, start, wait_for_step
+from holding import hold, release
+from test_resume import (
+    command,
+    finish,
+    kill_all,
+    lines,
+    losses,
+    run_of,
+    start,
+    wait_for_step,
+)
 
 from specforge_exp import paths
 from specforge_exp.config import Config, TargetConfig
@@ -154,12 +164,13 @@ def test_killed_and_continued_by_fewer(cfg: Config, tokens: Path, tmp_path: Path
     loopback."""
     log = tmp_path / "log"
     layout = command(cfg, "killed", "trainer.save_every=2", "trainer.shard=true")
+    hold(run_of(cfg, "killed"), 30)
     process = start([*layout, "trainer.gpus=2"], log)
     wait_for_step(process, cfg, "killed", 5)
     if sys.platform == "linux":
         assert set(listening(with_all_below(process.pid))) == {"0100007F"}  # 127.0.0.1
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_all(process)
+    release(run_of(cfg, "killed"))
     assert "continuing after step" in finish(layout, log)
     finish(command(cfg, "one"), log)
     assert dict(losses(cfg, "killed")) == pytest.approx(dict(losses(cfg, "one")), rel=2e-5)
@@ -189,13 +200,16 @@ def test_torchrun_starts_over(cfg: Config, tokens: Path, tmp_path: Path) -> None
     torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
     options = ("max_steps=8", "trainer.save_every=1", "trainer.keep_last=9")
     fresh = torchrun + command(cfg, "again", *options)[1:]
+    hold(folder, 5)
     process = start([*fresh, "trainer.resume=false"], log)
     while not (folder / "step-000002").exists():
         assert process.poll() is None, log.read_text()
         time.sleep(0.01)
     for pid in with_all_below(process.pid):
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
+    release(folder)
     assert not (folder / "run.json").exists()
     kept = step_folders(folder)
     assert [path.name for path in kept] == [f"step-{n:06d}" for n in range(1, len(kept) + 1)]

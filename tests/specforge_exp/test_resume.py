@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import warm
 from conftest import REPOSITORY
+from holding import environment, hold, release
 
 from specforge_exp.config import Config
 from specforge_exp.training.checkpoint import step_folders
@@ -37,7 +38,31 @@ def command(cfg: Config, name: str, *more: str) -> list[str]:
 
 def start(arguments: list[str], log: Path, kind: str | None = None) -> warm.Started:
     """Run in a session of its own, so that all of its processes can be killed together."""
-    return warm.start(arguments, session=True, log=log, kind=kind)
+    return warm.start(arguments, env=environment(), session=True, log=log, kind=kind)
+
+
+def kill_all(process: warm.Started) -> None:
+    """SIGKILL for its group; returns when all are gone, so that nobody meets a dying writer."""
+    group = process.pid
+    os.killpg(group, signal.SIGKILL)
+    process.wait()
+    stats = [path / "stat" for path in Path("/proc").glob("[0-9]*")]
+    while stats := [stat for stat in stats if group_of(stat) == group]:
+        time.sleep(0.01)
+
+
+def group_of(stat: Path) -> int:
+    """The process group of /proc/<pid>/stat; 0: it has ended."""
+    try:
+        state, _, group, *_ = stat.read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if state in "ZX" else int(group)
+
+
+def run_of(cfg: Config, name: str) -> Path:
+    """A run's folder."""
+    return Path(cfg.paths.checkpoints) / name
 
 
 def lines(cfg: Config, name: str) -> list[dict[str, Any]]:
@@ -72,18 +97,18 @@ def finish(arguments: list[str], log: Path, kind: str | None = None) -> str:
 def test_one_run_has_one_writer(cfg: Config, tokens: Path, tmp_path: Path, gpus: int) -> None:
     """A second training is refused, naming the first; when that is killed it is not."""
     arguments, log = command(cfg, "one", f"trainer.gpus={gpus}", "trainer.batch_size=2"), "second"
+    hold(run_of(cfg, "one"), 2)
     first = start(arguments, tmp_path / "first")
     wait_for_step(first, cfg, "one", 2)
-    os.killpg(first.pid, signal.SIGSTOP)  # or it may be through before the second begins
     for more in ([], ["trainer.resume=false"], ["seed=1"]):
         second = start([*arguments, *more], tmp_path / log)
-        assert second.wait(120) == 1
+        assert second.wait(300) == 1
         said = (tmp_path / log).read_text()
         found = re.search(r"error: another process writes \S+/one: process (\d+) on", said)
         assert found, said
         assert os.getpgid(int(found[1])) == first.pid
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
+    kill_all(first)
+    release(run_of(cfg, "one"))
     finish(arguments, tmp_path / log)
     assert [step for step, _ in losses(cfg, "one")] == list(range(1, STEPS + 1))
 
@@ -96,12 +121,13 @@ def test_killed_at_random_steps(cfg: Config, tokens: Path, tmp_path: Path, gpus:
     log = tmp_path / "log"
     finish(command(cfg, "whole", *layout), log)
     killed = command(cfg, "killed", *layout)
+    hold(run_of(cfg, "killed"), STEPS - 1)
     for step in sorted(random.Random(gpus).sample(range(1, STEPS - 1), KILLS)):
         process = start(killed, log)
         wait_for_step(process, cfg, "killed", step)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_all(process)
         assert not (Path(cfg.paths.checkpoints) / "killed" / "run.json").exists()
+    release(run_of(cfg, "killed"))
     assert re.search(r"continuing after step \d+", finish(killed, log))
     assert [step for step, _ in losses(cfg, "killed")] == list(range(1, STEPS + 1))
     assert losses(cfg, "killed") == losses(cfg, "whole")
@@ -116,10 +142,12 @@ def test_a_signal_saves_and_is_raised_again(
     """A checkpoint at the very step, a status that says interrupted, a line of metrics in two."""
     layout = [f"trainer.gpus={gpus}", "trainer.log_every=7", "trainer.save_every=30"]
     stopped, log = command(cfg, "stopped", *layout), tmp_path / "log"
+    hold(run_of(cfg, "stopped"), 7)  # it stands still before it logs step 14
     process = start(stopped, log)
     wait_for_step(process, cfg, "stopped", 7)
     process.send_signal(number)
-    assert process.wait(timeout=120) != 0, log.read_text()
+    assert process.wait(timeout=300) != 0, log.read_text()
+    release(run_of(cfg, "stopped"))
     assert number != signal.SIGTERM or process.returncode == -signal.SIGTERM
     kept = step_folders(Path(cfg.paths.checkpoints) / "stopped")
     assert kept, log.read_text()

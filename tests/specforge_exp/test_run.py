@@ -4,9 +4,9 @@ import asyncio
 import json
 import os
 import signal
-import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -134,27 +134,40 @@ def test_the_other_servers_do_the_work_of_one_that_is_away(
     assert caplog.text.count("the other servers do the work of http://two") == 1
 
 
-@pytest.mark.parametrize("drain", [5.0, 0.2])
+class Signalled(Instant):
+    """Once so many are asked there is a signal, which `heard` says was heard; then it answers.
+
+    Args:
+        asked: how many.
+        heard: whether it was.
+    """
+
+    def __init__(self, asked: int, heard: Callable[[], bool]) -> None:
+        super().__init__()
+        self.least, self.heard = asked, heard
+
+    async def answer(self, request: Request) -> Answer:
+        self.asked.append(request)
+        if len(self.asked) == self.least:
+            os.kill(os.getpid(), signal.SIGTERM)
+        while not self.heard():
+            await asyncio.sleep(0.01)
+        return said("x")
+
+
+@pytest.mark.parametrize("drain", [60.0, 0.2])
 def test_a_signal_lets_answers_end(tmp_path: Path, drain: float) -> None:
     """Within `drain` seconds what is under way is kept; nothing new is begun."""
-    release = 1.0
-
-    class Slow(Instant):
-        async def answer(self, request: Request) -> Answer:
-            self.asked.append(request)
-            if len(self.asked) == 4:
-                threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-            await asyncio.sleep(release)
-            return said("x")
-
     path = write(tmp_path / "a.jsonl", *(str(n) for n in range(30)))
-    store, engine = make_store(tmp_path / "out", path), Slow()
+    store = make_store(tmp_path / "out", path)
     with Interrupt() as interrupt:
-        job = Regeneration(store, engine, rules(), RateLimit(None), Progress(store, interrupt))
+        progress = Progress(store, interrupt)
+        engine = Signalled(4, lambda: progress.stopping and drain > 1)
+        job = Regeneration(store, engine, rules(), RateLimit(None), progress)
         asyncio.run(answer_missing(job, 4, drain))
         assert interrupt.number == signal.SIGTERM
     assert len(engine.asked) == 4 and engine.closed
-    assert store.counts.done == (4 if drain > release else 0)
+    assert store.counts.done == (4 if drain > 1 else 0)
     said_so = json.loads((tmp_path / "out" / "progress.json").read_text())
     assert said_so["total"] == 30
 
@@ -162,21 +175,15 @@ def test_a_signal_lets_answers_end(tmp_path: Path, drain: float) -> None:
 def test_signals_are_heard_when_progress_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Slow(Instant):
-        async def answer(self, request: Request) -> Answer:
-            self.asked.append(request)
-            if len(self.asked) == 2:
-                threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
-            await asyncio.sleep(1.0)
-            return said("x")
-
     def full(progress: Progress) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Progress, "write", full)
     path = write(tmp_path / "a.jsonl", *(str(n) for n in range(8)))
-    store, engine = make_store(tmp_path / "out", path), Slow()
+    store = make_store(tmp_path / "out", path)
     with Interrupt() as interrupt:
-        job = Regeneration(store, engine, rules(), RateLimit(None), Progress(store, interrupt))
-        asyncio.run(answer_missing(job, 2, 5.0))
+        progress = Progress(store, interrupt)
+        engine = Signalled(2, lambda: progress.stopping)
+        job = Regeneration(store, engine, rules(), RateLimit(None), progress)
+        asyncio.run(answer_missing(job, 2, 60.0))
     assert len(engine.asked) == 2 and store.counts.done == 2

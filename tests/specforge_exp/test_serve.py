@@ -22,7 +22,7 @@ from conftest import REPOSITORY, TINY
 from specforge_exp.data.chat import prompt_ids
 from specforge_exp.target import Target
 
-DEADLINE = 60
+DEADLINE = 300
 ASK = [{"role": "user", "content": "How many apples has Otto?"}]
 TOKENS = 1000
 LONG = {"messages": ASK, "max_tokens": TOKENS, "ignore_eos": True, "temperature": 0}

@@ -3,12 +3,14 @@
 import asyncio
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +44,20 @@ STUB = """
 import asyncio, os, subprocess, sys
 from aiohttp import web
 
+waiting = []
 escaped = subprocess.Popen(["sleep", "1000"], start_new_session=True)
 subprocess.Popen(["sleep", "1001"])
 print("pids", os.getpid(), escaped.pid, flush=True)
 
 async def chat(request):
     body = await request.text()
-    if "die" in body:
-        await asyncio.sleep(0.3)
-        os._exit(3)
     if "wait" in body:
-        await asyncio.sleep(60)
+        waiting.append(body)
+        await asyncio.sleep(600)
+    if "die" in body:
+        while len(waiting) < 2:
+            await asyncio.sleep(0.01)
+        os._exit(3)
     message = {"role": "assistant", "content": os.environ.get("CUDA_VISIBLE_DEVICES", "none")}
     return web.json_response({"choices": [{"message": message, "finish_reason": "stop"}]})
 
@@ -69,18 +74,24 @@ web.run_app(app, host="127.0.0.1", port=int(sys.argv[2]), print=None)
 """
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
+def free_port(count: int = 1) -> int:
+    """The first of so many ports that nobody has, and that the kernel gives to nobody who asks for
+    any before a server takes them."""
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    first, last = map(int, given)
+    while True:
+        port = random.choice([*range(10_000, first - count), *range(last + 1, 65_536 - count)])
+        with ExitStack() as taken, suppress(OSError):
+            for one in range(port, port + count):
+                taken.enter_context(socket.socket()).bind(("127.0.0.1", one))
+            return port
 
 
 @pytest.fixture
 def stub(cfg: Config) -> Config:
     """A configuration whose server starts at once and does as it is told."""
     command = ["python", "-c", STUB, "{model}", "{port}"]
-    cfg.engine = EngineConfig(name="sglang", command=command, port=free_port())
+    cfg.engine = EngineConfig(name="sglang", command=command, port=free_port(2))
     return cfg
 
 
@@ -102,11 +113,17 @@ def using(cfg: Config, use: Callable[[ServerEngine], Coroutine[Any, Any, Any]]) 
 
 
 def alive(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    """Those that run; one that has ended may stay until somebody waits for it."""
+    found = []
+    for pid in pids:
+        with suppress(OSError):
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            found += [pid] if state != "Z" else []
+    return found
 
 
 def gone(pids: list[int]) -> bool:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while alive(pids) and time.monotonic() < end:
         time.sleep(0.05)
     return not alive(pids)
@@ -208,7 +225,7 @@ def test_nothing_is_left_when_the_client_is_killed(stub: Config, tmp_path: Path)
         "from pathlib import Path\n"
         "from specforge_exp.serving.server import Server\n"
         "async def main():\n"
-        "    await Server(sys.argv[3:], int(sys.argv[1]), Path(sys.argv[2]), {}).start(60)\n"
+        "    await Server(sys.argv[3:], int(sys.argv[1]), Path(sys.argv[2]), {}).start(300)\n"
         "    print('healthy', flush=True)\n"
         "    await asyncio.sleep(1000)\n"
         "asyncio.run(main())\n"
@@ -292,7 +309,7 @@ def test_a_poisoned_conversation_fails_alone(cfg: Config) -> None:
     """The tiny target behind real HTTP on two servers, one of which dies of a conversation."""
     cfg.regen.temperature, cfg.regen.max_tokens, cfg.regen.chunk_size = 0.0, 6, 8
     cfg.engine = EngineConfig(
-        name="sglang", command=COMMAND, port=free_port(), num_servers=2, concurrency=4
+        name="sglang", command=COMMAND, port=free_port(2), num_servers=2, concurrency=4
     )
     texts = [f"Describe kettle {number}." for number in range(25)]
     texts[11] += " " + POISON

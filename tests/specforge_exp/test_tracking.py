@@ -64,7 +64,7 @@ def steps_in(folder: Path) -> list[int]:
     return [found["step"] for line in lines if "loss" in (found := json.loads(line))]
 
 
-def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 300) -> Any:
     """Wait for a condition and return it."""
     end = time.monotonic() + seconds
     while not (found := condition()):
@@ -191,7 +191,7 @@ def test_wandb_offline_and_the_command_that_uploads_it(
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     sync = [str(Path(sys.executable).parent / "wandb"), *shlex.split(command)[1:]]
-    done = subprocess.run(sync, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(sync, capture_output=True, text=True, timeout=300, check=False)
     http.shutdown()
     http.server_close()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -329,7 +329,7 @@ def test_a_full_disk_for_its_files_costs_the_training_nothing(name: str, tmp_pat
     script = FULL.format(folder=tmp_path, python=sys.executable, name=name)
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script],
-        cwd=ROOT, text=True, capture_output=True, check=False, timeout=120,
+        cwd=ROOT, text=True, capture_output=True, check=False, timeout=300,
     )  # fmt: skip
     if done.returncode == 77 or "unshare failed" in done.stderr:
         pytest.skip("no namespaces: a file system of this test's own cannot be mounted")

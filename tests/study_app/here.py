@@ -87,7 +87,7 @@ def journal(folder: Path) -> list[list[str]]:
 
 def wait_for(condition: Callable[[], bool], process: "warm.Started | None" = None) -> None:
     """Wait until it is true; `process` must not end before."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not condition():
         assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline

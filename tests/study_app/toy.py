@@ -75,7 +75,7 @@ def toy(cfg: DictConfig) -> Any:
 
 def wait_for_one(files: Iterable[Path]) -> None:
     """Wait until one of them is there."""
-    deadline, names = time.monotonic() + 60, list(files)
+    deadline, names = time.monotonic() + 600, list(files)
     while not any(name.exists() for name in names):
         if time.monotonic() > deadline:
             raise TimeoutError(f"none of {names} came")

@@ -28,7 +28,7 @@ def sweep(
 ) -> tuple[str, str]:
     """Run a sweep to its end; returns what it printed and its errors."""
     process = start(folder, *overrides, environment=environment)
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=300)
     assert process.returncode == code, printed + errors
     return printed, errors
 
@@ -52,7 +52,7 @@ def started(folder: Path) -> list[str]:
 
 def wait_for(what: Callable[[], bool], process: warm.Started) -> None:
     """Until something is so; fails when the process ends before."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not what():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
