@@ -37,8 +37,8 @@ def training_settings(cfg: Config) -> dict[str, Any]:
 def chosen(cfg: Config, names: str) -> dict[str, Any]:
     """Those of these options that are chosen: of the others a record says nothing."""
     values = {name: attrgetter(name)(cfg) for name in names.split()}
-    left = (None, False, "auto", {}, [])
-    return {name: value for name, value in values.items() if value not in left}
+    unchosen: tuple[Any, ...] = (None, False, "auto", {}, [])
+    return {name: value for name, value in values.items() if value not in unchosen}
 
 
 def causal_settings(cfg: Config, stage: str) -> dict[str, Any]:

@@ -297,9 +297,8 @@ def states_of(
     if cfg.target.cache == "memory":
         return remembered(computed(features))
     folder = paths.features_dir(cfg)
-    inputs = run.fingerprint.inputs
     made_of = Fingerprint(
-        {name: inputs[name] for name in (paths.tokens_dir(cfg).name, "the target")},
+        {k: run.fingerprint.inputs[k] for k in (paths.tokens_dir(cfg).name, "the target")},
         {"model.path": cfg.model.path, "model.aux_layers": target.aux_layers,
          "model.dtype": str(target.model.dtype), "max_length": cfg.max_length,
          **chosen(cfg, OF_STATES)},

@@ -174,7 +174,11 @@ def feature_cache(cfg: Config) -> None:
     model = SimpleNamespace(dtype=DTYPES.get(cfg.model.dtype, torch.float32))
     layers = aux_layer_ids(9, cfg.model.aux_layers, partial(kind.target_layers, cfg.draft))
     target: Any = SimpleNamespace(
-        states=print, aux_layers=layers, model=model, take_packing=lambda: None
+        states=print,
+        aux_layers=layers,
+        model=model,
+        take_packing=lambda: None,
+        compile_layers=lambda: None,
     )
     run: Any = SimpleNamespace(
         fingerprint=train.fingerprint_of(cfg, paths.tokens_dir(cfg)), ranks=SimpleNamespace(world=1)
