@@ -76,9 +76,10 @@ class JobSettings:
     hours: float | None = None
     """Expected hours, for the estimate of the cost; null: unknown."""
     requires: list[Any] = field(default_factory=list)
-    """What must exist before a job may start: {volume, path, remedy, local, requires}. `remedy` is
-    the command that makes it, `requires` what that needs in turn; where the Volume lacks it and
-    `local` exists here, that is uploaded."""
+    """What must exist before a job may start: {volume, path, remedy, local, record, requires}.
+    `remedy` is the command that makes it, `requires` what that needs in turn; where the Volume
+    lacks it and `local` exists here, that is uploaded. With another content of its file `record` a
+    job's result is no longer its own, and it runs again."""
     unique: list[str] = field(default_factory=list)
     """Places the job writes; two jobs with the same one are refused. pull --checkpoints brings
     those that lie on a mounted Volume."""

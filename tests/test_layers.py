@@ -46,7 +46,7 @@ FLOORS = {
 }
 """Every house from its floor upwards; the longer name of a file counts."""
 BUDGETS = {
-    "modal_sweep": 33_200,
+    "modal_sweep": 33_480,
     "hydra_sweeps": 30_600,
     "hydra_plugins": 1_050,
     "specforge_exp": 233_740,
@@ -59,7 +59,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_225,
     "specforge_exp/report": 18_820,
     "specforge_exp/chat": 4_000,
-    "": 299_080,
+    "": 299_380,
     "specforge_exp/causal": 6_450,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be

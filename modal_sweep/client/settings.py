@@ -167,7 +167,7 @@ def check(settings: JobSettings, where: str) -> None:
         if not isinstance(entry, Mapping) or not {"volume", "path"} <= set(entry):
             raise LaunchError(
                 f"{where}.requires: {entry} must have volume and path (and may have remedy, local, "
-                "requires)"
+                "record, requires)"
             )
         entries += entry.get("requires") or []
 

@@ -20,7 +20,7 @@ from modal_sweep.client.deploy import app_name, deploy, spawn_call
 from modal_sweep.client.image import digest
 from modal_sweep.client.plan import Job, job_kind, plan_event
 from modal_sweep.client.settings import volume_name
-from modal_sweep.client.volumes import volume
+from modal_sweep.client.volumes import read_if_there, volume
 from modal_sweep.config import ModalLauncherConf
 from modal_sweep.errors import LaunchError, ResultGone
 from modal_sweep.protocol.journal import JobRecord, Journal
@@ -29,6 +29,8 @@ from modal_sweep.protocol.records import write_whole
 
 log = logging.getLogger(__name__)
 PATIENCE = 30.0
+Records = dict[str, bytes | None]
+"""What small files on Volumes hold, as far as they were read; None: there is none."""
 
 
 @dataclass
@@ -57,12 +59,22 @@ def spawn_jobs(spawner: Spawner, jobs: Sequence[Job], times: int = 1) -> dict[st
     journal, conf = spawner.journal, spawner.conf
     with journal.locked(PATIENCE if spawner.search else 0.0):
         refuse_other_code(journal, jobs)
-        fresh = [job for job in jobs if will_spawn(spawner, journal.jobs.get(job.identity))]
+        before: Records = {}
+        fresh = [
+            job
+            for job in jobs
+            if will_spawn(spawner, record := journal.jobs.get(job.identity))
+            or (record and of_other_inputs(record, job, before))
+        ]
         sweep = prepare(spawner, jobs, fresh, times)
         current = [record.identity for record in journal.current()]
         other = [job for job in jobs if job not in fresh and job.identity not in current]
         # Written down before anything is spawned.
-        journal.write(plan_event(job, conf, sweep) for job in [*fresh, *other])
+        now: Records = {}  # something may have been uploaded
+        journal.write(
+            plan_event(job, conf, sweep) | {"inputs": records_of(job, now)}
+            for job in [*fresh, *other]
+        )
         for end in (journal.jobs[job.identity].end for job in other):
             if end is not None:
                 journal.write([end | {"unpulled": "another job's came into its folder since"}])
@@ -191,6 +203,32 @@ def will_spawn(spawner: Spawner, record: JobRecord | None) -> bool:
         return spawner.conf.if_done != "skip"
     unheard = spawner.search and record.generation not in record.told
     return not (unheard and record.status == "failed")
+
+
+def of_other_inputs(record: JobRecord, job: Job, seen: Records) -> bool:
+    """Whether a job's result is of inputs with other records than there are now; what is not there
+    any more, or was not looked at, is no other one."""
+    if record.status != "completed":
+        return False
+    before, now = record.plan.get("inputs", {}), records_of(job, seen)
+    changed = [place for place in before if now.get(place, before[place]) != before[place]]
+    if changed:
+        log.info(f"\t{record.label} runs again: {', '.join(changed)} has changed")
+    return bool(changed)
+
+
+def records_of(job: Job, seen: Records) -> dict[str, str]:
+    """Digests of the records that a job's inputs have on their Volumes, by place."""
+    digests: dict[str, str] = {}
+    for entry in job.settings.requires:
+        if entry.get("record") and entry["path"]:
+            name, path = entry["volume"], f"{entry['path']}/{entry['record']}"
+            place = f"{name}:{path}"
+            if place not in seen:
+                seen[place] = read_if_there(volume(name), path)
+            if (content := seen[place]) is not None:
+                digests[place] = hashlib.sha256(content).hexdigest()
+    return digests
 
 
 def refuse_other_code(journal: Journal, jobs: Sequence[Job]) -> None:

@@ -93,7 +93,7 @@ def need(
     root = roots.datasets if path.is_relative_to(roots.datasets) else roots.checkpoints
     place = {"volume": here.resources["volumes"][root], "path": path.relative_to(root).as_posix()}
     made = {"remedy": command(maker), "requires": [*requires]}
-    return {**place, "local": str(folder(here)), **made}
+    return {**place, "local": str(folder(here)), "record": "run.json", **made}
 
 
 def cores(count: int, gib: int, gpu: Any = None) -> dict[str, Any]:

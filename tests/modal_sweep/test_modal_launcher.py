@@ -116,6 +116,33 @@ def test_required_inputs(tmp_path: Path) -> None:
     assert "READ from here" in driver.modal_sweep("logs", tmp_path / "b")
 
 
+def test_a_result_is_of_its_inputs(tmp_path: Path) -> None:
+    """The same command takes it, unless the record of what it needs has another content; what is
+    gone, or beside the record, is no reason."""
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "run.json").write_text("first")
+    entry = f"{{volume: remade, path: made, local: '{made}', record: run.json}}"
+    command = plain(tmp_path / "sweep", f"+resources.requires=[{entry}]")
+
+    def calls() -> int:
+        return len(driver.events(tmp_path / "sweep", "spawn"))
+
+    driver.run(command)
+    (made / "other").write_text("more")
+    upload(volume("remade"), made, "made")
+    driver.run(command)
+    assert calls() == 1
+    (made / "run.json").write_text("second")
+    upload(volume("remade"), made, "made")
+    assert "remade:made/run.json has changed" in driver.run(command)
+    assert calls() == 2
+    driver.run(command)
+    volume("remade").remove_file("made/run.json")
+    driver.run(command)
+    assert calls() == 2
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
