@@ -59,7 +59,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_225,
     "specforge_exp/report": 18_820,
     "specforge_exp/chat": 4_000,
-    "": 299_380,
+    "": 299_410,
     "specforge_exp/causal": 6_450,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be

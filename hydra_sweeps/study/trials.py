@@ -198,15 +198,17 @@ def made(name: str, node: Any) -> Any:
 
 
 def known_study(place: Place) -> Any:
-    """Optuna's study; None where there is none: nothing is made."""
+    """Optuna's study; None where there is none, or one that is just being made: nothing is made."""
     quiet_optuna()
     if not place.exists:
         return None
     place.check()
     try:
-        return answered(place, lambda: look(place))
+        study = answered(place, lambda: look(place))
     except KeyError:
         return None
+    made = all(direction.name != "NOT_SET" for direction in study.directions)
+    return study if made else None
 
 
 def in_state(trials: Sequence[Any], *names: str) -> list[Any]:

@@ -111,6 +111,13 @@ def test_points_are_queued_once(tmp_path: Path) -> None:
     assert len(points) == len({*points}) == 6 and len(starts(tmp_path, "a", "b")) == 6
 
 
+def test_a_study_that_is_just_being_made(tmp_path: Path) -> None:
+    """Optuna makes it first, and gives it directions then."""
+    optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'shared.db'}").create_new_study("s")
+    study(tmp_path / "a", "x=interval(0.0,6.0)", *shared(tmp_path), "hydra.sweeper.n_trials=1")
+    assert [trial.state.name for trial in trials_of(tmp_path)] == ["COMPLETE"]
+
+
 def elsewhere(folder: Path, **lease: Any) -> optuna.Study:
     """A study with a trial that another machine runs."""
     storage = f"sqlite:///{folder / 'shared.db'}"
