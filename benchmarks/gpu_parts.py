@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from peers.measure import matmul_rate
 
+from specforge_exp.drafts.kernels.check import unusable
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TINY = ROOT / "assets" / "tiny_target"
@@ -32,6 +34,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         result |= {"gpu": properties.name, "memory_gb": properties.total_memory / 2**30}
         result["bf16_tflops"] = matmul_rate("cuda", torch.bfloat16) / 1e12
+        result["kernels"] = unusable(torch.device("cuda")) or "right"
     return result
 
 

@@ -19,6 +19,7 @@ from specforge_exp.config import LossConfig
 from specforge_exp.drafts import layers
 from specforge_exp.drafts.draft import Draft
 from specforge_exp.drafts.eagle3.config import Eagle3Config
+from specforge_exp.drafts.kernels.check import use_kernels
 from specforge_exp.losses import Loss, opd
 from specforge_exp.target import Head
 from specforge_exp.training.objective import Outcome, Sample
@@ -107,6 +108,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     layers.IN_ORDER["cuda"] |= args.in_order
+    if not args.in_order:
+        use_kernels(torch.device(args.device))
     torch.set_num_threads(args.threads)
     cuda = args.device.startswith("cuda")
     dtype = torch.bfloat16 if cuda else torch.float32

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Without a GPU Triton's kernels run in its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")
 # Programs of the tests start as a user's do: what was compiled once is read.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
@@ -69,6 +71,23 @@ def small_target(
     )  # fmt: skip
     model = Qwen3ForCausalLM(config).eval().requires_grad_(False)
     return Target(model, [1, 3, 4])
+
+
+@pytest.fixture
+def by_kernels() -> Iterator[Callable[[bool], None]]:
+    """Turns the training's few kernels on for a CPU, where Triton interprets them, or off."""
+    from specforge_exp.drafts import kernels, layers
+
+    if os.environ["TRITON_INTERPRET"] == "0":
+        pytest.skip("kernels are compiled here, for a GPU")
+
+    def use(on: bool) -> None:
+        layers.IN_ORDER["cpu"] = not on
+        (kernels.USED.add if on else kernels.USED.discard)("cpu")
+
+    use(True)
+    yield use
+    use(False)
 
 
 @pytest.fixture

@@ -49,17 +49,17 @@ BUDGETS = {
     "modal_sweep": 33_480,
     "hydra_sweeps": 30_600,
     "hydra_plugins": 1_050,
-    "specforge_exp": 233_740,
+    "specforge_exp": 238_390,
     "specforge_exp/data": 18_690,
     "specforge_exp/target": 10_070,
-    "specforge_exp/drafts": 47_910,
+    "specforge_exp/drafts": 52_580,
     "specforge_exp/training": 20_880,
     "specforge_exp/inference": 16_600,
     "specforge_exp/generation": 24_600,
     "specforge_exp/bench": 11_225,
     "specforge_exp/report": 18_820,
     "specforge_exp/chat": 4_000,
-    "": 299_410,
+    "": 304_060,
     "specforge_exp/causal": 6_450,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
@@ -226,7 +226,8 @@ def test_sizes(path: Path) -> None:
         assert size <= allowed, f"{function.name} has {size} lines"
         arguments = function.args
         count = len(arguments.args) + len(arguments.kwonlyargs) + len(arguments.posonlyargs)
-        if not NAMES[path].startswith("tests/"):
+        kernel = any("triton.jit" in ast.unparse(by) for by in function.decorator_list)
+        if not NAMES[path].startswith("tests/") and not kernel:
             own = arguments.args[:1] != [] and arguments.args[0].arg in ("self", "cls")
             assert count - own <= 6, f"{function.name} has {count} parameters"
 

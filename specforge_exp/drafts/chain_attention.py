@@ -5,18 +5,22 @@ steps 1..k. Scores exist for one block of rows at a time and are computed again 
 pass from the log-sum-exp over all keys, shared and own: with that and the merged output, the
 gradients of the shared part are those of plain attention. Memory is linear in rows and positions.
 
+By plain products, or by `kernels` where those are used.
+
 Shape suffixes: R rows, T positions, L keys of a block, N query heads, M key-value heads,
-G = N / M, E head size, J own keys, X heads of several kinds.
+G = N / M, E head size, J own keys, X heads of several kinds, B blocks of positions.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from specforge_exp.drafts.layers import IN_ORDER, minus, times_in
-from specforge_exp.drafts.own_keys import OwnKeys, own_backward, own_forward, own_scores
+from specforge_exp.drafts.kernels import USED
+from specforge_exp.drafts.layers import IN_ORDER
+from specforge_exp.drafts.own_keys import OwnKeys, own_backward, own_forward
 
 BLOCK_ROWS = {"cpu": 128, "cuda": 2**20}
 """The most rows whose scores exist together."""
@@ -45,34 +49,56 @@ class Visible(NamedTuple):
     """Consecutive rows of one document each."""
     first_R: Tensor | None = None
     """The first position that each sees, in that order; None: its document's."""
+    keys_B2: Tensor | None = None
+    """For kernels: of each block of positions the rows that see some, [begin, end) in that order;
+    `blocks` is empty then."""
     at_T: Tensor | None = None
     """All positions, where they are on the device already."""
 
+    @property
+    def numbers(self) -> list[Tensor]:
+        """What has to be on the device."""
+        every = self.order_R, self.slot_R, self.first_R, self.keys_B2
+        return [numbers for numbers in every if numbers is not None]
+
+    def there(self, moved: Iterator[Tensor], at_T: Tensor) -> "Visible":
+        """The same with `numbers` on the device, in their order."""
+        order_R, slot_R = next(moved), next(moved)
+        first_R = None if self.first_R is None else next(moved)
+        keys_B2 = None if self.keys_B2 is None else next(moved)
+        return Visible(order_R, slot_R, self.blocks, first_R, keys_B2, at_T)
+
 
 def visible(
-    slot_R: Tensor, start_R: Tensor, device: torch.device, first_R: Tensor | None = None
+    slot_R: Tensor, start_R: Tensor, like: Tensor, first_R: Tensor | None = None
 ) -> Visible:
     """Cut rows into blocks of one document that are small enough for the device.
 
     Args:
         slot_R: slot of every row, on the CPU like all of the result.
         start_R: where its document starts.
-        device: where the scores will be.
+        like: the states of all positions, on the device where the scores will be.
         first_R: the first position of a row's window; None: the document's.
     """
     order_R = torch.argsort(slot_R)
     if first_R is not None:
         first_R = torch.maximum(first_R, start_R)[order_R]
-    slots, starts = slot_R[order_R].tolist(), start_R[order_R].tolist()
+    ordered_R = slot_R[order_R]
+    if like.device.type in USED:
+        from specforge_exp.drafts.kernels.attention import key_rows
+
+        first_R = start_R[order_R] if first_R is None else first_R
+        return Visible(order_R, ordered_R, [], first_R, key_rows(ordered_R, first_R, len(like)))
+    slots, starts = ordered_R.tolist(), start_R[order_R].tolist()
     lows = starts if first_R is None else first_R.tolist()
-    most, blocks, first = BLOCK_ROWS[device.type], [], 0
+    most, blocks, first = BLOCK_ROWS[like.device.type], [], 0
     for row in range(1, len(slots) + 1):
         rows = row - first
         full = rows == most or (rows >= 128 and rows * (slots[row - 1] - lows[first]) >= CELLS)
         if row == len(slots) or starts[row] != starts[first] or full:
             blocks.append(RowBlock(first, row, min(lows[first:row]), slots[row - 1] + 1))
             first = row
-    return Visible(order_R, slot_R[order_R], blocks, first_R)
+    return Visible(order_R, ordered_R, blocks, first_R)
 
 
 def rotate(x_BSNE: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> Tensor:
@@ -116,9 +142,7 @@ def block_scores(q_MRGE: Tensor, k_TME: Tensor, seen: Visible, block: RowBlock) 
 
 def to_slots(x_RMGE: Tensor, seen: Visible) -> Tensor:
     """[R, M, G, E] -> [M, R, G, E], contiguous, rows in the order of their slots."""
-    if IN_ORDER[x_RMGE.device.type]:  # on a CPU the faster way
-        return x_RMGE[seen.order_R].transpose(0, 1).contiguous()
-    return x_RMGE.transpose(0, 1).index_select(1, seen.order_R)
+    return x_RMGE[seen.order_R].transpose(0, 1).contiguous()
 
 
 def from_slots(x_MRGE: Tensor, seen: Visible) -> Tensor:
@@ -129,32 +153,22 @@ def from_slots(x_MRGE: Tensor, seen: Visible) -> Tensor:
     )
 
 
-def softmax(scores_MRGL: Tensor, own_R: Tensor, lse_MRG1: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights in a dtype; their logsumexp is written. Every row must see its column `own_R`."""
-    wide = scores_MRGL.float()
-    log_MRGL = torch.log_softmax(wide, -1)
-    at_MRG1 = own_R[:, None, None].expand(*wide.shape[:3], 1)
-    torch.sub(wide.gather(-1, at_MRG1), log_MRGL.gather(-1, at_MRG1), out=lse_MRG1)
-    return torch.exp(log_MRGL, out=torch.empty_like(wide, dtype=dtype))
-
-
 def shared_forward(
     seen: Visible, q_RMGE: Tensor, k_TME: Tensor, v_TME: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Attention to the step-0 keys alone: output [R, M, G, E] and logsumexp [R, M, G, 1]."""
+    if seen.keys_B2 is not None:
+        from specforge_exp.drafts.kernels.attention import shared_attention
+
+        both: tuple[Tensor, Tensor] = shared_attention(q_RMGE, k_TME, v_TME, *seen.numbers[:3])
+        return both
     q_MRGE = to_slots(q_RMGE, seen)
     out_MRGE = torch.empty_like(q_MRGE)
     lse_MRG1 = torch.empty_like(q_MRGE[..., :1], dtype=torch.float32)
     for block in seen.blocks:
         rows = slice(block.first, block.last)
-        scores = block_scores(q_MRGE, k_TME, seen, block)
+        scores = block_scores(q_MRGE, k_TME, seen, block).float()
         values = v_TME[block.low : block.high].transpose(0, 1)
-        if not IN_ORDER[scores.device.type]:
-            own_R = seen.slot_R[rows] - block.low if block.low else seen.slot_R[rows]
-            weights = softmax(scores, own_R, lse_MRG1[:, rows], values.dtype)
-            torch.bmm(weights.flatten(1, 2), values, out=out_MRGE[:, rows].flatten(1, 2))
-            continue
-        scores = scores.float()
         top = scores.amax(-1, keepdim=True)
         weights = scores.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
@@ -180,29 +194,39 @@ def shared_backward(
         sums: logsumexp over all keys, and the sum of output times gradient, [R, M, G, 1] each.
         back: gets the gradients of k and v added.
     """
+    if seen.keys_B2 is not None:
+        from specforge_exp.drafts.kernels.attention import shared_keys, shared_queries
+
+        every = [*forward], outer_RMGE.contiguous(), [x_RMG1.contiguous() for x_RMG1 in sums]
+        shared_keys(*every, seen.numbers, *back)
+        back_RMGE: Tensor = shared_queries(*every, seen.numbers[:3])
+        return back_RMGE
     q_RMGE, k_TME, v_TME = forward
     q_MRGE, outer_MRGE = to_slots(q_RMGE, seen), to_slots(outer_RMGE, seen)
     lse_MRG1, delta_MRG1 = (to_slots(x_RMG1, seen) for x_RMG1 in sums)
     dq_MRGE, (dk_TME, dv_TME) = torch.empty_like(q_MRGE), back
     for block in seen.blocks:
         rows, span = slice(block.first, block.last), slice(block.low, block.high)
-        weights = minus(block_scores(q_MRGE, k_TME, seen, block), lse_MRG1[:, rows]).exp_()
+        weights = block_scores(q_MRGE, k_TME, seen, block).float().sub_(lse_MRG1[:, rows]).exp_()
         outer, q_flat = outer_MRGE[:, rows].flatten(1, 2), q_MRGE[:, rows].flatten(1, 2)
         inner = (outer @ v_TME[span].permute(1, 2, 0)).view_as(weights)
-        add_transposed(dv_TME[span], weights.flatten(1, 2).to(outer.dtype), outer)
-        inner = minus(inner, delta_MRG1[:, rows])
-        slope = times_in(weights, inner, outer.dtype).flatten(1, 2)
+        dv_TME[span] += (weights.flatten(1, 2).to(outer.dtype).transpose(1, 2) @ outer).transpose(
+            0, 1
+        )
+        slope = weights.mul_(inner.float().sub_(delta_MRG1[:, rows])).to(outer.dtype).flatten(1, 2)
         torch.bmm(slope, k_TME[span].transpose(0, 1), out=dq_MRGE[:, rows].flatten(1, 2))
-        add_transposed(dk_TME[span], slope, q_flat)
+        dk_TME[span] += (slope.transpose(1, 2) @ q_flat).transpose(0, 1)
     return from_slots(dq_MRGE, seen)
 
 
-def add_transposed(sum_LME: Tensor, x_MRL: Tensor, y_MRE: Tensor) -> None:
-    """Add x^T y of every head."""
-    if IN_ORDER[x_MRL.device.type]:
-        sum_LME.add_((x_MRL.transpose(1, 2) @ y_MRE).transpose(0, 1))
-    else:
-        sum_LME.transpose(0, 1).baddbmm_(x_MRL.transpose(1, 2), y_MRE)
+def row_dots(x_XE: Tensor, y_XE: Tensor) -> Tensor:
+    """Sums of x y over the last dimension, kept as 1; fp32."""
+    if x_XE.device.type not in USED:
+        return (x_XE.float() * y_XE).sum(-1, keepdim=True)
+    from specforge_exp.drafts.kernels.own import row_dots as kernel
+
+    out: Tensor = kernel(x_XE, y_XE)
+    return out
 
 
 class LayerStep(NamedTuple):
@@ -268,7 +292,7 @@ class _ChainAttention(Function):
         out_RMGE, lse_RMG1 = shared_forward(turn.seen, q_RMGE, *kv_2TME)
         if turn.number:
             k_JRME, v_JRME = turn.known(turn.own.kv_2JRME)
-            lse_RMG1 = own_forward(out_RMGE, lse_RMG1, own_scores(q_RMGE, k_JRME), v_JRME)
+            lse_RMG1 = own_forward(out_RMGE, lse_RMG1, q_RMGE, (k_JRME, v_JRME))
         ctx.save_for_backward(kv_2TME, q_RMGE, out_RMGE, lse_RMG1)
         ctx.turn, ctx.rows = turn, len(half_RX)
         return out_RMGE.flatten(1), half_RX.new_empty(0)
@@ -278,8 +302,8 @@ class _ChainAttention(Function):
         kv_2TME, q_RMGE, out_RMGE, lse_RMG1 = ctx.saved_tensors
         turn, own = ctx.turn, ctx.turn.own
         R, M, _, E = q_RMGE.shape
-        outer_RMGE = outer[0].reshape(q_RMGE.shape)
-        sums = lse_RMG1, (outer_RMGE.float() * out_RMGE).sum(-1, keepdim=True)
+        outer_RMGE = outer[0].reshape(q_RMGE.shape).contiguous()
+        sums = lse_RMG1, row_dots(outer_RMGE, out_RMGE)
         if own.back_2TME is None:
             own.back_2TME = torch.zeros_like(kv_2TME)
             own.back_2JRME = torch.zeros_like(own.kv_2JRME)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from specforge_exp.config import DraftConfig
 from specforge_exp.drafts.folder import read_export, write_export
+from specforge_exp.drafts.kernels.check import use_kernels
 from specforge_exp.drafts.layers import narrowed_once
 from specforge_exp.drafts.replay import replay_outcome
 from specforge_exp.drafts.rows import number_in_each
@@ -57,6 +58,12 @@ class Draft(nn.Module, Generic[Options]):
         ids_D: Any = self.draft_ids_D
         host_D: Tensor = ids_D.cpu()
         return host_D
+
+    def trains_on(self, device: torch.device) -> None:
+        """Move to where it trains: on CUDA in bfloat16 and by `kernels`, where those are usable."""
+        self.to(device)
+        self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        use_kernels(device)
 
     @property
     def units(self) -> list[nn.Module]:

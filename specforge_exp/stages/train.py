@@ -230,13 +230,12 @@ def fresh_draft(
         begin_with(draft, cfg, target)
     if shared:
         shard_draft(draft, draft.units, device, ranks.world)
-    draft.to(device)
+    draft.trains_on(device)
     if draft.not_copied:
         log.info(
             "train: draft.start=target: not copied, as target and draft do not both have it in "
             "the same sense: %s", ", ".join(draft.not_copied),
         )  # fmt: skip
-    draft.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     draft.gradient_checkpointing = cfg.trainer.gradient_checkpointing
     return draft
 

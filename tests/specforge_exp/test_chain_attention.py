@@ -1,5 +1,6 @@
 """A training step by few kernels, as on a GPU, and in the order of the formulas, as on a CPU."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 from test_eagle3 import LOSS, assert_same, conversation, gradients, packed
 from torch import Tensor
 
-from specforge_exp.drafts import chain_attention, layers
 from specforge_exp.drafts.draft import Draft
 from specforge_exp.target import Target
 
@@ -39,27 +39,28 @@ def numbers(draft: Draft[Any], cfg: Any, target: Target) -> tuple[Tensor, dict[s
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["eagle3", "eagle3.1", "peagle", "dflash"])
 def test_few_kernels_give_the_same_numbers(
-    random_target: Target, monkeypatch: pytest.MonkeyPatch, name: str, checkpointing: bool
+    random_target: Target, by_kernels: Callable[[bool], None], name: str, checkpointing: bool
 ) -> None:
-    """Blocks of four rows, so that sums of several are added up."""
+    """The loss and every gradient."""
     draft, cfg = made(name, random_target)
     draft.gradient_checkpointing = checkpointing
+    by_kernels(False)
     expected = numbers(draft, cfg, random_target)
-    monkeypatch.setitem(layers.IN_ORDER, "cpu", False)
-    monkeypatch.setitem(chain_attention.BLOCK_ROWS, "cpu", 4)
+    by_kernels(True)
     loss, found = numbers(draft, cfg, random_target)
     torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=0)
     assert_same(found, expected[1], rel=5e-6)
 
 
-def test_few_kernels_in_bfloat16(random_target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_kernels_in_bfloat16(random_target: Target, by_kernels: Callable[[bool], None]) -> None:
     """As a GPU computes: as near to fp32 as the other way, in the same direction."""
     draft, cfg = made("eagle3", random_target)
+    by_kernels(False)
     loss, expected = numbers(draft, cfg, random_target)
     draft.compute_dtype = torch.bfloat16
     errors = []
-    for in_order in (True, False):
-        monkeypatch.setitem(layers.IN_ORDER, "cpu", in_order)
+    for few in (False, True):
+        by_kernels(few)
         rounded, found = numbers(draft, cfg, random_target)
         torch.testing.assert_close(rounded, loss, rtol=2e-2, atol=0)
         pairs = [(found[name].flatten(), x.flatten()) for name, x in expected.items()]

@@ -203,7 +203,8 @@ def test_a_gpu_gives_the_same_gradients(random_target: Target, dtype: torch.dtyp
     first = outcome(draft, random_target, sample, window)
     first.loss.backward()
     expected = gradients(draft)
-    draft.to("cuda").compute_dtype = dtype
+    draft.trains_on(torch.device("cuda"))
+    draft.compute_dtype = dtype
     tensors = {n: v.cuda() for n, v in vars(sample).items() if isinstance(v, Tensor)}
     head = Head(random_target.head_weight_VH.to("cuda", dtype))
     second = draft.objective(replace(sample, **tensors), head, LOSS, CFG, window)

@@ -170,12 +170,9 @@ class DFlashModel(Draft[DFlashConfig]):
                 anchor_there_Q, low_Q = moved_together([anchor_Q, low_Q], device)
                 seen = hide(anchor_there_Q, low_Q, slots, len(at_T), causal)
             else:
-                rows = visible(anchor_Q - 1, start_Q, device, first_Q)
-                numbers = [rows.order_R, rows.slot_R, place_T]
-                numbers += [] if rows.first_R is None else [rows.first_R]
-                order_Q, before_Q, there_T, *window = moved_together(numbers, device)
-                window_Q = window[0] if window else None
-                seen = Visible(order_Q, before_Q, rows.blocks, window_Q, there_T)
+                rows = visible(anchor_Q - 1, start_Q, like, first_Q)
+                there_T, *numbers = moved_together([place_T, *rows.numbers], device)
+                seen = rows.there(iter(numbers), there_T)
             made[sliding] = BlockLayout(seen, slots, causal, angles_T, angles_Q)
         return made
 

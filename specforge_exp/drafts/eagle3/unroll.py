@@ -171,18 +171,16 @@ def carry(draft: Eagle3Model[Any], chains: Chains, fed: Fed, like: Tensor) -> Ca
             reads_R = torch.full_like(reads_R, outside)
         passes.append((chains.slot_R[:rows], reads_R, index, windows if index else windows[-1:]))
     at_Q = torch.cat([at_T[slot_R] + index for slot_R, _, index, _ in passes])
-    numbers, blocks = [chains.slot_R, slot_T, at_Q], []
+    numbers, sights = [chains.slot_R, slot_T, at_Q], []
     for slot_R, reads_R, index, kinds in passes:
         numbers.append(reads_R)
         for window in dict.fromkeys(kinds):
             first_R = None
             if window is not None:
                 first_R = slot_R + (index if fed.windows_move else 0) + 1 - window
-            seen = visible(slot_R, chains.start_T[slot_R], like.device, first_R)
-            blocks.append(seen.blocks)
-            numbers += [seen.order_R, seen.slot_R]
-            numbers += [] if seen.first_R is None else [seen.first_R]
-    moved, cut = iter(moved_together(numbers, like.device)), iter(blocks)
+            sights.append(visible(slot_R, chains.start_T[slot_R], like, first_R))
+            numbers += sights[-1].numbers
+    moved, seen = iter(moved_together(numbers, like.device)), iter(sights)
     slot_R, slot_T, reach = next(moved), next(moved), max(chains.lengths) + len(chains.counts)
     angles = rotation(draft, reach, like, next(moved), [len(slot_R) for slot_R, *_ in passes])
     first, *steps = (
@@ -190,16 +188,7 @@ def carry(draft: Eagle3Model[Any], chains: Chains, fed: Fed, like: Tensor) -> Ca
             index,
             next(moved),
             next(angles),
-            {
-                window: Visible(
-                    next(moved),
-                    next(moved),
-                    next(cut),
-                    None if window is None else next(moved),
-                    slot_T,
-                )
-                for window in dict.fromkeys(kinds)
-            },
+            {window: next(seen).there(moved, slot_T) for window in dict.fromkeys(kinds)},
         )
         for _, _, index, kinds in passes
     )

@@ -1,0 +1,89 @@
+"""Whether the kernels compute on this device what the plain formulas compute.
+
+Shape suffixes: R rows, T positions, M key-value heads, E head size, X heads * E.
+"""
+
+import logging
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from specforge_exp.drafts.chain_attention import LayerStep, OwnKeys, chain_attention, visible
+from specforge_exp.drafts.kernels import USED
+
+log = logging.getLogger(__name__)
+LENGTHS = [70, 1, 45]
+"""Of the documents of the trial."""
+M, G, E = 2, 3, 128
+STEPS = 3
+
+
+def use_kernels(device: torch.device) -> None:
+    """Let steps on this device be by kernels, if they are right here; otherwise the log says why
+    they are by plain products. On a CPU they always are."""
+    if device.type == "cpu" or device.type in USED:
+        return
+    reason = unusable(device)
+    if reason:
+        log.warning("attention by plain products, without Triton's kernels: %s", reason)
+    else:
+        USED.add(device.type)
+
+
+def unusable(device: torch.device) -> str | None:
+    """Why the kernels cannot be used on a device; None: they gave the right numbers."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    plain = trial(device, torch.bfloat16)
+    USED.add(device.type)
+    try:
+        return difference(plain, trial(device, torch.bfloat16))
+    except Exception as error:  # whatever a compiler or a driver says
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+    finally:
+        USED.discard(device.type)
+
+
+def difference(plain: dict[str, Tensor], found: dict[str, Tensor]) -> str | None:
+    """Which numbers are further from the plain ones than their precision explains."""
+    for name, expected in plain.items():
+        error = (found[name].double() - expected.double()).abs().max()
+        if not error <= 0.03 * expected.double().abs().max():  # NaN is not either
+            return f"{name} is wrong by {float(error):.2g}"
+    return None
+
+
+def trial(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Three steps of attention over packed documents, and their gradients."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        drawn = torch.randn(*shape, generator=generator) / 2
+        return drawn.to(device, dtype).requires_grad_()
+
+    T = sum(LENGTHS)
+    start_T = torch.cat([torch.full((n,), sum(LENGTHS[:i])) for i, n in enumerate(LENGTHS)])
+    slot_R = torch.randperm(T, generator=generator)[: T // 2]
+    R = len(slot_R)
+    kv_2TME = random(2, T, M, E)
+    halves = [random(R, (M * G + 2 * M * (step > 0)) * E) for step in range(STEPS)]
+    outer = [random(R, M * G * E).detach() for _ in range(STEPS)]
+    turn_RE = torch.rand(R, E // 2, generator=generator).repeat(1, 2).to(device)
+    one_RF, other_RF = turn_RE.sin().chunk(2, 1)
+    angles = turn_RE.cos(), torch.cat([-one_RF, other_RF], 1)
+    own = OwnKeys(kv_2TME.new_empty(2, STEPS - 1, R, M, E).detach())
+    before, found = None, {}
+    total = torch.zeros((), device=device)
+    for step, half_RX in enumerate(halves):
+        seen = visible(slot_R, start_T[slot_R], kv_2TME[0], None if step < 2 else slot_R - 9)
+        numbers = iter([part.to(device) for part in seen.numbers])
+        turn = LayerStep(seen.there(numbers, torch.arange(T, device=device)), angles, own, step)
+        out_RX, before = chain_attention(turn, kv_2TME, half_RX, None, before)
+        found[f"the output of step {step}"] = out_RX.detach()
+        total = total + (out_RX.float() * outer[step]).sum()
+    total.backward()
+    gradients = {"the gradient of the shared keys": kv_2TME.grad}
+    gradients |= {f"the gradient of step {step}": half.grad for step, half in enumerate(halves)}
+    return found | {name: grad for name, grad in gradients.items() if grad is not None}

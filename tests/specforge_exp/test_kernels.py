@@ -1,0 +1,247 @@
+"""Triton's kernels beside plain formulas in fp64, by Triton's interpreter: every program runs."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from specforge_exp.drafts.chain_attention import shared_backward, shared_forward, visible
+from specforge_exp.drafts.kernels import USED, attention, check, own
+
+CPU = torch.device("cpu")
+
+
+def dense(q_RMGE: Tensor, k_TME: Tensor, v_TME: Tensor, seen_RT: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention and logsumexp with every score at once."""
+    scores = torch.einsum("rmge,tme->rmgt", q_RMGE, k_TME)
+    scores = scores.masked_fill(~seen_RT[:, None, None], float("-inf"))
+    lse = torch.logsumexp(scores, -1, keepdim=True)
+    weights = (scores - lse).exp().nan_to_num()
+    return torch.einsum("rmgt,tme->rmge", weights, v_TME), lse
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Within what the dtype can say."""
+    rel = 1e-5 if dtype == torch.float32 else 2e-2
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=rel, atol=rel * 4)
+
+
+@pytest.mark.usefixtures("by_kernels")
+@settings(
+    max_examples=8, deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    heads=st.tuples(st.integers(1, 2), st.integers(1, 3), st.sampled_from([8, 24])),
+    window=st.one_of(st.none(), st.integers(1, 20)),
+    wide=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_shared_attention_and_its_gradients(
+    lengths: list[int], heads: tuple[int, int, int], window: int | None, wide: bool, seed: int
+) -> None:
+    """Packed documents, some rows of each in any order, some of them more than once, windows that
+    may end before their slot, and at times a row that sees nothing."""
+    (M, G, E), T = heads, sum(lengths)
+    dtype = torch.float32 if wide else torch.bfloat16
+    generator = torch.Generator().manual_seed(seed)
+    start_T = torch.cat([torch.full((n,), sum(lengths[:i])) for i, n in enumerate(lengths)])
+    slot_R = torch.randint(T, (max(1, T // 2),), generator=generator)
+    start_R = start_T[slot_R]
+    slot_R = slot_R - (seed % 2)  # as DFlash: strictly before
+    first_R = None if window is None else slot_R - window + torch.arange(len(slot_R)) % 3
+    R = len(slot_R)
+    q, k, v, outer = (
+        (random(*shape, seed=seed + i) / 2).to(dtype)
+        for i, shape in enumerate([(R, M, G, E), (T, M, E), (T, M, E), (R, M, G, E)])
+    )
+    seen = visible(slot_R, start_R, k, first_R)
+    low_R = start_R if first_R is None else first_R.maximum(start_R)
+    seen_RT = (torch.arange(T) >= low_R[:, None]) & (torch.arange(T) <= slot_R[:, None])
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    expected, lse = dense(*leaves, seen_RT)
+    out, found_lse = shared_forward(seen, q, k, v)
+    near(out, expected.detach(), dtype)
+    torch.testing.assert_close(found_lse.double(), lse.detach(), rtol=1e-5, atol=1e-5)
+
+    finite = torch.where(lse == float("-inf"), 0, lse).detach().float()
+    delta = own.row_dots(outer, out)
+    near(delta, (outer.double() * out.double()).sum(-1, keepdim=True), torch.float32)
+    gradients = torch.autograd.grad(expected, leaves, outer.double())
+    back = torch.ones_like(k), torch.full_like(v, 2)
+    dq = shared_backward(seen, (q, k, v), outer, (finite, delta), back)
+    for mine, theirs in zip((dq, back[0] - 1, back[1] - 2), gradients, strict=True):
+        near(mine, theirs.nan_to_num(), dtype)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(-1, 99), st.integers(0, 40)), min_size=1, max_size=30))
+def test_every_key_that_a_row_sees_is_in_its_blocks_rows(rows: list[tuple[int, int]]) -> None:
+    """Windows may differ within a slot: the first positions seen need not rise."""
+    slots, firsts = (
+        torch.tensor(x) for x in zip(*[(s, s - w) for s, w in sorted(rows)], strict=True)
+    )
+    bounds = attention.key_rows(slots, firsts, 100).tolist()
+    assert len(bounds) == 4
+    for row, (slot, first) in enumerate(zip(slots.tolist(), firsts.tolist(), strict=True)):
+        for key in range(max(first, 0), slot + 1):
+            begin, end = bounds[key // attention.GRAIN]
+            assert begin <= row < end
+    assert all(0 <= begin <= end <= len(rows) for begin, end in bounds)
+
+
+@pytest.mark.usefixtures("by_kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_own_keys_and_their_gradients(dtype: torch.dtype) -> None:
+    """As if each own key were one more of the shared ones; gradients are added to what is there."""
+    R, J, M, G, E, T = 19, 3, 2, 3, 24, 30
+    shapes = [(R, M, G, E), (T, M, E), (T, M, E), (R, M, G, E), (J, R, M, E), (J, R, M, E)]
+    q, k, v, outer, more_k, more_v = (
+        (random(*shape, seed=i) / 2).to(dtype) for i, shape in enumerate(shapes)
+    )
+    slot_R = torch.randint(T, (R,), generator=torch.Generator().manual_seed(1))
+    leaves = [x.double().requires_grad_() for x in (q, more_k, more_v)]
+    seen_RT = torch.arange(T) <= slot_R[:, None]
+    shared = torch.einsum("rmge,tme->rmgt", leaves[0], k.double())
+    shared = shared.masked_fill(~seen_RT[:, None, None], float("-inf"))
+    scores = torch.cat([shared, torch.einsum("rmge,jrme->rmgj", *leaves[:2])], -1)
+    weights = torch.softmax(scores, -1)
+    expected = torch.einsum("rmgt,tme->rmge", weights[..., :T], v.double())
+    expected = expected + torch.einsum("rmgj,jrme->rmge", weights[..., T:], leaves[2])
+    out, lse = shared_forward(visible(slot_R, torch.zeros_like(slot_R), k), q, k, v)
+    own.own_attention(out, lse, q, more_k, more_v)
+    near(out, expected.detach(), dtype)
+    near(lse, torch.logsumexp(scores, -1, keepdim=True).detach(), torch.float32)
+
+    # The part of the queries' gradient that comes through the shared keys is another kernel's.
+    (slope,) = torch.autograd.grad(expected, shared, outer.double(), retain_graph=True)
+    (through_shared,) = torch.autograd.grad(shared, leaves[0], slope, retain_graph=True)
+    dq, dk, dv = torch.autograd.grad(expected, leaves, outer.double())
+    back = [torch.ones_like(x) for x in (q, more_k, more_v)]
+    sums = [lse, own.row_dots(outer, expected.detach().float().contiguous())]
+    own.own_gradients([q, more_k, more_v], outer, sums, *back)
+    for mine, theirs in zip(back, (dq - through_shared, dk, dv), strict=True):
+        near(mine - 1, theirs, dtype)
+
+
+def test_what_a_kernel_cannot_read_is_refused() -> None:
+    turned = torch.zeros(4, 3).T
+    with pytest.raises(ValueError, match=r"cannot read shape \[3, 4\] by \(1, 3\)"):
+        own.row_dots(turned, turned)
+
+
+@pytest.fixture
+def small_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "LENGTHS", [20, 1, 13])
+    monkeypatch.setattr(check, "E", 16)
+
+
+def test_kernels_are_tried(small_trial: None, by_kernels: Callable[[bool], None]) -> None:
+    by_kernels(False)
+    assert check.unusable(CPU) is None
+    assert "cpu" not in USED
+
+
+@pytest.mark.parametrize("broken", ["shared_queries", "own_attention", "missing", "raises"])
+def test_wrong_kernels_are_found(
+    small_trial: None, by_kernels: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch,
+    broken: str,
+) -> None:  # fmt: skip
+    by_kernels(False)
+    if broken == "missing":
+        monkeypatch.setattr(check, "find_spec", lambda name: None)
+    elif broken == "shared_queries":
+        right = attention.shared_queries
+        monkeypatch.setattr(attention, broken, lambda *arguments: right(*arguments) * 1.1)
+    elif broken == "own_attention":
+        monkeypatch.setattr(own, broken, lambda *arguments: None)
+    else:
+        monkeypatch.delattr(own, "own_gradients")
+    reason = check.unusable(CPU)
+    expected = {
+        "missing": "Triton is not installed", "raises": "ImportError: cannot import name",
+        "shared_queries": "the gradient of step 0 is wrong by",
+        "own_attention": "the output of step 1 is wrong by",
+    }[broken]  # fmt: skip
+    assert reason is not None and reason.startswith(expected)
+    assert "cpu" not in USED
+
+
+@pytest.mark.parametrize("reason", [None, "they are broken"])
+def test_kernels_are_used_where_they_are_right(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str | None
+) -> None:
+    """A CPU never asks; a GPU is asked once, and the log says why not."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr(check, "unusable", lambda device: asked.append(device) or reason)
+    try:
+        for device in (CPU, torch.device("meta"), torch.device("meta")):
+            check.use_kernels(device)
+        assert ("meta" in USED) == (reason is None)
+        assert len(asked) == (1 if reason is None else 2)
+        assert ("without Triton's kernels: they are broken" in caplog.text) == bool(reason)
+    finally:
+        USED.discard("meta")
+
+
+COMPILE = """
+import json, sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from specforge_exp.drafts.kernels import attention, own
+types = {"order": "*i64", "slot": "*i64", "first": "*i64", "bounds": "*i64",
+         "lse": "*fp32", "delta": "*fp32", "out": "*bf16"}
+sizes = {"SIDE": 64, "GRAIN": 32, "WIDTH": 64, "WIDE": False, "ROWS": 16, "BLOCK": 16}
+found = {}
+for room in (attention, own):
+    for name, kernel in vars(room).items():
+        if not name.endswith("_kernel"):
+            continue
+        signature, constants = {}, {}
+        for index, argument in enumerate(kernel.arg_names):
+            if argument in sizes:
+                signature[argument], constants[(index,)] = "constexpr", sizes[argument]
+            elif argument in types:
+                signature[argument] = types[argument]
+            else:
+                whole = argument.isupper() or argument[1:2] == "_"
+                signature[argument] = "i32" if whole else "*bf16"
+        source = ASTSource(kernel, signature, constants)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        found[name] = [made.metadata.shared, len(made.asm["cubin"])]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """To the machine code of an H100, without one; what a program holds fits smaller ones, too."""
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env={**os.environ, **environment}, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 6
+    assert all(shared < 100 * 1024 and code for shared, code in found.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_on_a_gpu() -> None:
+    assert check.unusable(torch.device("cuda")) is None
