@@ -130,16 +130,6 @@ def product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(x, y, out=torch.empty(shape, dtype=dtype, device=x.device))
 
 
-def minus(x: Tensor, y: Tensor) -> Tensor:
-    """x - y in fp32, in x's place where it is that."""
-    return x.sub_(y) if x.dtype == y.dtype else x - y
-
-
-def times_in(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """x y in a dtype, in x's place where it is that; fp32."""
-    return x.mul_(y) if x.dtype == dtype else product(x, y, dtype)
-
-
 def rms_scale(x: Tensor, eps: float) -> Tensor:
     """1 / rms(x) [..., 1]; fp32."""
     if IN_ORDER[x.device.type]:

@@ -24,6 +24,7 @@ def use_kernels(device: torch.device) -> None:
     they are by plain products. On a CPU they always are."""
     if device.type == "cpu" or device.type in USED:
         return
+    log.info("attention: Triton's kernels are compiled, the first time, and tried")
     reason = unusable(device)
     if reason:
         log.warning("attention by plain products, without Triton's kernels: %s", reason)
