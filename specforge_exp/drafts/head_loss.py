@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from specforge_exp.drafts.kernels import USED
 from specforge_exp.drafts.layers import RMSNorm, add_product
 from specforge_exp.drafts.outcome import RowSums, by_conversation, reported
 from specforge_exp.drafts.rows import Chains, Rows
@@ -259,10 +260,6 @@ def visit_block(
     if scaled or weighting.local or weighting.function is not None:
         logq_ND = torch.log_softmax(logits_ND, -1)
         metrics["alpha"] = acceptance_rate(logq_ND, teacher.plain_rows(at_N))
-    next_N = work.heads.next_T[rows.position_P[rows.at_Q[listed_N]]]
-    target = replace(teacher.rows(at_N), next_N=next_N)
-    if weighting.local:
-        target = replace(target, log_mass_N=torch.zeros_like(target.log_mass_N))
     step_N = rows.step_Q[listed_N]
 
     def weight(weight_K: Tensor) -> Tensor:
@@ -272,6 +269,7 @@ def visit_block(
 
     if weighting.function is not None:
         scale_N = weight(weighting.scale_K)
+        target = taught(work, teacher, listed_N, at_N)
         values = differentiate(weighting, logits_ND, target, scale_N, gradient)
         if weighting.rows_KR is not None:
             values["loss"] = scale_N * values["loss"]
@@ -279,12 +277,32 @@ def visit_block(
     if scaled:
         logits_ND.div_(weighting.temperature)
     weights = {name: weight(weight_K) for name, weight_K in weighting.terms.items()}
-    values = opd_closed(logits_ND, target, weights, weighting.floor, gradient)
+    if logits_ND.device.type in USED:
+        from specforge_exp.drafts.kernels.losses import Known, opd_rows
+
+        known = Known(*teacher.shared(at_N, weighting.local), next_of(work, listed_N))
+        values = opd_rows(logits_ND, known, weights, weighting.floor, gradient)
+    else:
+        target = taught(work, teacher, listed_N, at_N)
+        values = opd_closed(logits_ND, target, weights, weighting.floor, gradient)
     if weighting.rows_KR is not None:
         values["loss"] = sum((w * values[name] for name, w in weights.items()), 0 * values["alpha"])
     if scaled and gradient:
         logits_ND.div_(weighting.temperature)
     return values | metrics
+
+
+def next_of(work: Pass, listed_N: Tensor) -> Tensor:
+    """The text's next token at these rows, in the draft's vocabulary."""
+    return work.heads.next_T[work.rows.position_P[work.rows.at_Q[listed_N]]]
+
+
+def taught(work: Pass, teacher: Teacher, listed_N: Tensor, at_N: Tensor) -> TeacherRows:
+    """The target's distribution at these rows."""
+    target = replace(teacher.rows(at_N), next_N=next_of(work, listed_N))
+    if work.weighting.local:
+        target = replace(target, log_mass_N=torch.zeros_like(target.log_mass_N))
+    return target
 
 
 def differentiate(

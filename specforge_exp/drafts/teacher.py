@@ -46,6 +46,12 @@ class Teacher:
         logits_ND.sub_(self.log_z_loss_P[at_N][:, None])
         return TeacherRows(logits_ND, self.log_mass_loss_P[at_N])
 
+    def shared(self, at_N: Tensor, local: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        """What `rows` is made of, in `kernels.losses.Known`'s order; `local`: without mass."""
+        mass_N = self.log_mass_loss_P[at_N]
+        mass_N = torch.zeros_like(mass_N) if local else mass_N
+        return self.logits_PD, at_N, self.log_z_loss_P[at_N], mass_N, self.temperature
+
     def plain_rows(self, at_N: Tensor) -> TeacherRows:
         """The distribution that verification uses, at temperature 1."""
         logits_ND = self.logits_PD[at_N].sub_(self.log_z_P[at_N][:, None])

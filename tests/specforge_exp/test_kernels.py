@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specforge_exp.drafts.chain_attention import shared_backward, shared_forward, visible
-from specforge_exp.drafts.kernels import USED, attention, check, own
+from specforge_exp.drafts.kernels import USED, attention, check, losses, own
+from specforge_exp.losses import TeacherRows, opd_closed
 
 CPU = torch.device("cpu")
 
@@ -139,6 +140,58 @@ def test_own_keys_and_their_gradients(dtype: torch.dtype) -> None:
         near(mine - 1, theirs, dtype)
 
 
+@pytest.mark.usefixtures("by_kernels")
+@settings(
+    max_examples=12, deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(
+    names=st.sets(st.sampled_from(losses.TERMS), min_size=1),
+    sizes=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(2, 5000)),
+    heat=st.sampled_from([0.5, 1.0, 2.0]),
+    floor=st.sampled_from([0.0, 0.3]),
+    spread=st.sampled_from([1.0, 30.0]),
+)
+def test_the_loss_and_its_gradient(
+    names: set[str], sizes: tuple[int, int, int], heat: float, floor: float, spread: float
+) -> None:
+    """As `opd_closed` in fp64, also where distributions hardly meet."""
+    N, P, D = sizes
+    logits, known = random(N, D, seed=0) * spread, random(P, D, seed=1) * spread
+    at, text = torch.arange(N) % P, torch.arange(N) % D
+    log_z, mass = torch.logsumexp(known / heat, -1), -random(P, seed=2).abs()
+    weights = {name: random(N, seed=3 + i).abs() for i, name in enumerate(sorted(names))}
+    teacher = TeacherRows((known / heat - log_z[:, None])[at], mass[at], text)
+    expected = logits.clone()
+    values = opd_closed(expected, teacher, weights, floor)
+    each = [x.float() for x in (known, log_z[at], mass[at])]
+    found = logits.float()
+    narrow = {name: weight.float() for name, weight in weights.items()}
+    shared = losses.Known(each[0], at, *each[1:], heat, text)
+    mine = losses.opd_rows(found, shared, narrow, floor)
+    assert set(mine) == set(values)
+    for name, value in values.items():
+        torch.testing.assert_close(mine[name].double(), value, rtol=2e-4, atol=2e-4)
+    assert float((found - expected).abs().max()) <= 2e-4 * max(1.0, float(expected.abs().max()))
+    only = losses.opd_rows(logits.float(), shared, narrow, floor, gradient=False)
+    assert all(torch.equal(only[name], value) for name, value in mine.items())
+
+
+@pytest.mark.usefixtures("by_kernels")
+def test_a_token_that_the_target_rules_out_spoils_no_loss() -> None:
+    logits, known = random(2, 40, seed=0).float(), random(2, 40, seed=1).float()
+    known[:, 3] = float("-inf")
+    at, log_z, mass = torch.arange(2), torch.logsumexp(known, -1), torch.full((2,), -0.1)
+    teacher = TeacherRows(known - log_z[:, None], mass, at)
+    for name in ("ce", "hard_ce", "tv", "lk_alpha"):
+        expected, found, weights = logits.clone(), logits.clone(), {name: torch.ones(2)}
+        opd_closed(expected, teacher, weights)
+        values = losses.opd_rows(found, losses.Known(known, at, log_z, mass, 1.0, at), weights)
+        assert found.isfinite().all() and values[name].isfinite().all()
+        if name in ("ce", "hard_ce"):  # the others are NaN there
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_what_a_kernel_cannot_read_is_refused() -> None:
     turned = torch.zeros(4, 3).T
     with pytest.raises(ValueError, match=r"cannot read shape \[3, 4\] by \(1, 3\)"):
@@ -149,6 +202,7 @@ def test_what_a_kernel_cannot_read_is_refused() -> None:
 def small_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "LENGTHS", [20, 1, 13])
     monkeypatch.setattr(check, "E", 16)
+    monkeypatch.setattr(check, "D", 300)
 
 
 def test_kernels_are_tried(small_trial: None, by_kernels: Callable[[bool], None]) -> None:
@@ -157,7 +211,9 @@ def test_kernels_are_tried(small_trial: None, by_kernels: Callable[[bool], None]
     assert "cpu" not in USED
 
 
-@pytest.mark.parametrize("broken", ["shared_queries", "own_attention", "missing", "raises"])
+@pytest.mark.parametrize(
+    "broken", ["shared_queries", "own_attention", "loss_rows", "missing", "raises"]
+)
 def test_wrong_kernels_are_found(
     small_trial: None, by_kernels: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch,
     broken: str,
@@ -170,6 +226,8 @@ def test_wrong_kernels_are_found(
         monkeypatch.setattr(attention, broken, lambda *arguments: right(*arguments) * 1.1)
     elif broken == "own_attention":
         monkeypatch.setattr(own, broken, lambda *arguments: None)
+    elif broken == "loss_rows":
+        monkeypatch.setattr(losses, "TERMS", losses.TERMS[::-1])
     else:
         monkeypatch.delattr(own, "own_gradients")
     reason = check.unusable(CPU)
@@ -177,6 +235,7 @@ def test_wrong_kernels_are_found(
         "missing": "Triton is not installed", "raises": "ImportError: cannot import name",
         "shared_queries": "the gradient of step 0 is wrong by",
         "own_attention": "the output of step 1 is wrong by",
+        "loss_rows": "the loss of ce: its gradient is wrong by",
     }[broken]  # fmt: skip
     assert reason is not None and reason.startswith(expected)
     assert "cpu" not in USED
@@ -203,12 +262,15 @@ COMPILE = """
 import json, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from specforge_exp.drafts.kernels import attention, own
+from specforge_exp.drafts.kernels import attention, losses, own
 types = {"order": "*i64", "slot": "*i64", "first": "*i64", "bounds": "*i64",
          "lse": "*fp32", "delta": "*fp32", "out": "*bf16"}
+types |= dict.fromkeys(["logits", "known", "log_z", "log_mass", "weights", "sums"], "*fp32")
+types |= {"at": "*i64", "heat": "fp32", "floor": "fp32"}
 sizes = {"SIDE": 64, "GRAIN": 32, "WIDTH": 64, "WIDE": False, "ROWS": 16, "BLOCK": 16}
+sizes |= {"GRADIENT": True}
 found = {}
-for room in (attention, own):
+for room in (attention, losses, own):
     for name, kernel in vars(room).items():
         if not name.endswith("_kernel"):
             continue
@@ -216,6 +278,8 @@ for room in (attention, own):
         for index, argument in enumerate(kernel.arg_names):
             if argument in sizes:
                 signature[argument], constants[(index,)] = "constexpr", sizes[argument]
+                if room is losses and argument == "BLOCK":
+                    constants[(index,)] = losses.BLOCK
             elif argument in types:
                 signature[argument] = types[argument]
             else:
@@ -237,7 +301,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
         capture_output=True, text=True,
     )  # fmt: skip
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 6
+    assert len(found) == 7
     assert all(shared < 100 * 1024 and code for shared, code in found.values())
 
 

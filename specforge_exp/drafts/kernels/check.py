@@ -1,6 +1,7 @@
 """Whether the kernels compute on this device what the plain formulas compute.
 
-Shape suffixes: R rows, T positions, M key-value heads, E head size, X heads * E.
+Shape suffixes: R rows, T positions, M key-value heads, E head size, X heads * E, N rows of a loss,
+P positions that teach it, D draft vocabulary.
 """
 
 import logging
@@ -11,12 +12,16 @@ from torch import Tensor
 
 from specforge_exp.drafts.chain_attention import LayerStep, OwnKeys, chain_attention, visible
 from specforge_exp.drafts.kernels import USED
+from specforge_exp.losses import TeacherRows, opd_closed
 
 log = logging.getLogger(__name__)
 LENGTHS = [70, 1, 45]
 """Of the documents of the trial."""
 M, G, E = 2, 3, 128
 STEPS = 3
+D, HEAT = 5000, 1.5
+"""Of the losses of the trial."""
+TERMS = ("ce", "hard_ce", "kl", "reverse_kl", "hinge", "tv", "lk_alpha", "lk_lambda")
 
 
 def use_kernels(device: torch.device) -> None:
@@ -36,10 +41,11 @@ def unusable(device: torch.device) -> str | None:
     """Why the kernels cannot be used on a device; None: they gave the right numbers."""
     if find_spec("triton") is None:
         return "Triton is not installed"
-    plain = trial(device, torch.bfloat16)
+    plain = attention_trial(device, torch.bfloat16), loss_trial(device)
     USED.add(device.type)
     try:
-        return difference(plain, trial(device, torch.bfloat16))
+        first = difference(plain[0], attention_trial(device, torch.bfloat16), 0.03)
+        return first or difference(plain[1], loss_trial(device), 1e-4)
     except Exception as error:  # whatever a compiler or a driver says
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
@@ -47,16 +53,46 @@ def unusable(device: torch.device) -> str | None:
         USED.discard(device.type)
 
 
-def difference(plain: dict[str, Tensor], found: dict[str, Tensor]) -> str | None:
-    """Which numbers are further from the plain ones than their precision explains."""
+def difference(plain: dict[str, Tensor], found: dict[str, Tensor], rel: float) -> str | None:
+    """Which numbers are further from the plain ones than this share of the largest."""
     for name, expected in plain.items():
         error = (found[name].double() - expected.double()).abs().max()
-        if not error <= 0.03 * expected.double().abs().max():  # NaN is not either
+        if not error <= rel * expected.double().abs().max():  # NaN is not either
             return f"{name} is wrong by {float(error):.2g}"
     return None
 
 
-def trial(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def loss_trial(device: torch.device) -> dict[str, Tensor]:
+    """Every term of a loss by itself and all of them together, with the gradient of the logits."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    N, P = 5, 3
+    logits_ND, known_PD = random(N, D), random(P, D)
+    at_N, next_N = (torch.arange(N, device=device) % limit for limit in (P, D))
+    log_z_P, log_mass_P = torch.logsumexp(known_PD / HEAT, -1), -random(P).abs()
+    weights = {name: random(N).abs() for name in TERMS}
+    found: dict[str, Tensor] = {}
+    for names in (*((name,) for name in TERMS), TERMS):
+        chosen, gradient_ND = {name: weights[name] for name in names}, logits_ND.clone()
+        if device.type in USED:
+            from specforge_exp.drafts.kernels.losses import Known, opd_rows
+
+            known = Known(known_PD, at_N, log_z_P[at_N], log_mass_P[at_N], HEAT, next_N)
+            values = opd_rows(gradient_ND, known, chosen)
+        else:
+            logp_ND = (known_PD / HEAT - log_z_P[:, None])[at_N]
+            teacher = TeacherRows(logp_ND, log_mass_P[at_N], next_N)
+            values = opd_closed(gradient_ND, teacher, chosen)
+        label = f"the loss of {' and '.join(names)}"
+        found |= {f"{label}: {name}": value for name, value in values.items()}
+        found[f"{label}: its gradient"] = gradient_ND
+    return found
+
+
+def attention_trial(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Three steps of attention over packed documents, and their gradients."""
     generator = torch.Generator().manual_seed(0)
 
