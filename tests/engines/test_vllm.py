@@ -5,13 +5,10 @@ and its own counts have to be those of bench in this process.
 """
 
 import asyncio
-import json
 import os
 import signal
 import time
 from collections import Counter
-from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -20,21 +17,16 @@ import pytest
 from mending import SPREAD
 from scipy.stats import chi2_contingency
 from test_bench_served import figures, trained  # noqa: F401
-from test_server_engine import free_port
 from vllm_servers import (
-    ENVIRONMENT,
-    IN_ONE,
-    PYTHON,
-    STARTS,
     Serve,
     Served,
     measured,
+    regenerated,
     reproduced,
     same,
     speculating,
 )
 
-from specforge_exp import paths
 from specforge_exp.bench import clients
 from specforge_exp.bench.asking import asking_of
 from specforge_exp.bench.sets import bench_sets
@@ -43,8 +35,6 @@ from specforge_exp.config import Config, EngineConfig
 from specforge_exp.data.conversations import asks_of
 from specforge_exp.serving.server import connections
 from specforge_exp.stages.bench import bench
-from specforge_exp.stages.prep import prep
-from specforge_exp.stages.regen import regen
 from specforge_exp.target import load_tokenizer
 
 pytestmark = pytest.mark.engines
@@ -72,16 +62,6 @@ def test_eagle3_on_vllm(
     assert "auxiliary layers from speculative config: (2, 4, 5)" in said
 
 
-def regenerated(cfg: Config, folder: Path, engine: EngineConfig) -> list[Any]:
-    """The conversations of regen, without who answered and how long it took."""
-    cfg = deepcopy(cfg)
-    cfg.paths.datasets, cfg.engine = str(folder), engine
-    cfg.regen.temperature, cfg.regen.max_tokens, cfg.regen.num_samples = 0.0, 40, 24
-    prep(cfg)
-    lines = (regen(cfg) / "train.jsonl").read_text().splitlines()
-    return [json.loads(line)["conversations"] for line in lines]
-
-
 @pytest.fixture(scope="module")
 def ours(trained: Config, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:  # noqa: F811
     """The conversations of engine=transformers."""
@@ -101,62 +81,6 @@ def test_regen_on_vllm(
     engine = EngineConfig(name="openai", urls=urls, served_name="tiny", concurrency=4)
     assert regenerated(trained, tmp_path, engine) == ours
     assert len(ours) == 24
-
-
-@pytest.fixture
-def by_itself(
-    trained: Config,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Config:
-    """engine=vllm: servers that the product starts and ends. What their generation config says
-    would change every answer, greedy ones too."""
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    harmful = {"do_sample": True, "top_k": 1, "repetition_penalty": 1.8, "eos_token_id": 2}
-    (tmp_path / "generation_config.json").write_text(json.dumps(harmful))
-    args = {
-        "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 8, "enforce_eager": True,
-        "generation_config": str(tmp_path),
-    }  # fmt: skip
-    engine = EngineConfig(
-        name="vllm", python=PYTHON, num_servers=1, args=args, port=free_port(),
-        startup_timeout=STARTS, concurrency=4,
-    )  # fmt: skip
-    return replace(trained, engine=engine, bench=replace(trained.bench, concurrency=4))
-
-
-def in_one(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers of a process less, as those that tests start; regen's are as they are."""
-    cfg.engine.args["distributed_executor_backend"] = "uni"
-    for name, value in IN_ONE.items():
-        monkeypatch.setenv(name, value)
-
-
-def test_bench_starts_vllm(
-    trained: Config,  # noqa: F811
-    by_itself: Config,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Four conversations at a time: every count of every prompt is that of this process."""
-    in_one(by_itself, monkeypatch)
-    bench(trained)
-    bench(by_itself)
-    assert paths.bench_file(by_itself).name == "bench-vllm.json"
-    same(figures(by_itself), figures(trained))
-    assert all(data_set["lossless"] is True for data_set in figures(by_itself).values())
-
-
-def test_regen_starts_vllm(
-    trained: Config,  # noqa: F811
-    by_itself: Config,
-    ours: list[Any],
-    tmp_path: Path,
-) -> None:
-    """Its servers read the target's own generation config, and so do we."""
-    del by_itself.engine.args["generation_config"]
-    assert regenerated(trained, tmp_path, by_itself.engine) == ours
 
 
 SAMPLES = 400

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from specforge_exp import paths
 from specforge_exp.config import Config, EngineConfig
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.export import export
+from specforge_exp.stages.prep import prep
+from specforge_exp.stages.regen import regen
 
 PYTHON = os.environ.get("SPECFORGE_VLLM_PYTHON", "")
 """The interpreter that has vLLM; runs/engines.sh names it."""
@@ -133,6 +136,16 @@ def measured(cfg: Config, served: Served, alone: Served) -> dict[str, Any]:
     found = figures(asked)
     assert all(data_set["lossless"] is True for data_set in found.values())
     return found
+
+
+def regenerated(cfg: Config, folder: Path, engine: EngineConfig) -> list[Any]:
+    """The conversations of regen, without who answered and how long it took."""
+    cfg = deepcopy(cfg)
+    cfg.paths.datasets, cfg.engine = str(folder), engine
+    cfg.regen.temperature, cfg.regen.max_tokens, cfg.regen.num_samples = 0.0, 40, 24
+    prep(cfg)
+    lines = (regen(cfg) / "train.jsonl").read_text().splitlines()
+    return [json.loads(line)["conversations"] for line in lines]
 
 
 def same(found: dict[str, Any], expected: dict[str, Any], unsaid: bool = False) -> None:
