@@ -31,4 +31,7 @@ if [ ! -e "$FOLDER/.ready" ]; then
 fi
 "$PYTHON" runs/fetch_smollm2.py --out "$CACHE/smollm2-135m-instruct" --prompts "$CACHE/prompts"
 export SPECFORGE_VLLM_PYTHON=$FOLDER/bin/python SPECFORGE_SMOLLM2=$CACHE
-exec "$PYTHON" -m pytest -m engines tests/engines "$@"
+# Two files at a time, each with servers of its own: a start waits more than it computes. The last by
+# name take longest, and begin.
+exec "$PYTHON" -m pytest -m engines $(LC_ALL=C ls -r tests/engines/test_*.py) \
+    -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -49,7 +49,7 @@ BUDGETS = {
     "modal_sweep": 33_480,
     "hydra_sweeps": 30_600,
     "hydra_plugins": 1_050,
-    "specforge_exp": 240_470,
+    "specforge_exp": 240_540,
     "specforge_exp/data": 18_690,
     "specforge_exp/target": 10_070,
     "specforge_exp/drafts": 54_650,
@@ -59,7 +59,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_225,
     "specforge_exp/report": 18_820,
     "specforge_exp/chat": 4_000,
-    "": 306_130,
+    "": 306_210,
     "specforge_exp/causal": 6_450,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be

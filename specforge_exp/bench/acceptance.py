@@ -70,12 +70,16 @@ def acceptance_by_position(requests: list[PairedAnswer], chain_length: int) -> l
     Not conditional on the tokens before it: 1 + their sum is the accepted length where nothing
     was cut off at the end of an answer. [] where a server did not say what stood.
     """
-    accepted = np.array([a for r in requests for a in r.with_draft.accepted])
-    if any(r.verifications and not r.with_draft.accepted for r in requests):
-        return []
-    if not len(accepted):
-        return [0.0] * chain_length
-    return [float((accepted >= j).mean()) for j in range(1, chain_length + 1)]
+    accepted = of_each(requests, "accepted")
+    if not accepted:
+        return [] if accepted is None else [0.0] * chain_length
+    return [sum(a >= j for a in accepted) / len(accepted) for j in range(1, chain_length + 1)]
+
+
+def of_each(requests: list[PairedAnswer], what: str) -> list[int] | None:
+    """What each verification `gained` or `accepted`; None where a server did not say it of all."""
+    told = [getattr(r.with_draft, what) for r in requests if r.verifications]
+    return [number for numbers in told for number in numbers] if all(told) else None
 
 
 def verified_per_token(requests: list[PairedAnswer]) -> float | None:
@@ -111,7 +115,8 @@ def summarise(
     novel = [r for group in new_groups for r in group]
     all_novel = [accepted_length(group, average) for group in new_groups]
     novel_lengths = [length for length in all_novel if length is not None]
-    gained = [g for r in requests for g in r.with_draft.gained]
+    told = of_each(requests, "gained")
+    gained = told or []
     tokens = sum(len(r.with_draft.tokens) for r in requests)
     saved = 1 - (len(requests) + sum(r.verifications for r in requests)) / tokens
     return {
@@ -121,7 +126,7 @@ def summarise(
         "accepted_length_pooled": accepted_length(requests, "conversations") or 0.0,
         "lengths": all_lengths,
         "accepted_length_ci95": list(bootstrap_interval(lengths, resamples)) if lengths else None,
-        "gained": [gained.count(number) for number in range(1, chain_length + 2)],
+        "gained": [gained.count(n + 1) for n in range(chain_length + 1) if told is not None],
         "gained_at_least": {
             least: sum(g >= int(least) for g in gained) / len(gained) if gained else None
             for least in "35"

@@ -55,16 +55,15 @@ class AnswerStream:
 
     def add(self, tokens: list[int], whole: bool) -> None:
         """Take a piece, or the whole answer so far."""
-        new = len(tokens) - (len(self.tokens) if whole else 0)
-        if new <= 0:
+        new = tokens[len(self.tokens) :] if whole else tokens
+        if not new:
             return
-        if self.tokens:
-            self.steps.append(new)
-        else:
+        if not self.tokens:
             self.first = time.perf_counter() - self.began
-            # The prompt's forward gives one token; what came with it is the first verification's.
-            self.steps += [new - 1] if new > 1 else []
-        self.tokens = tokens if whole else [*self.tokens, *tokens]
+        # The prompt's forward gives one token; what came with it is the first verification's.
+        if step := len(new) - (not self.tokens):
+            self.steps.append(step)
+        self.tokens += new
 
     def end(
         self, verified: int, accepted: list[int] | None, in_order: bool = False
@@ -77,36 +76,34 @@ class AnswerStream:
             in_order: whether `accepted` is in the order of the verifications.
 
         What the verifications gained adds up to the tokens after the first one. A piece of the
-        stream may hold several verifications, so the pieces count only where the server does not
-        say how many drafted tokens each kept, and there are as many pieces as verifications.
+        stream may hold several of them, so pieces say what each gained only where there are as
+        many; what the last one kept beyond the end of the answer they never say.
         """
         seconds = time.perf_counter() - self.began
-        if accepted is None:
-            accepted = [step - 1 for step in self.steps] if len(self.steps) == verified else []
-        yielded, total = [number + 1 for number in accepted], len(self.tokens) - 1
-        gained = cut(yielded, total, self.steps, in_order)
-        if not verified:
-            gained = accepted = []
-        generation = Generation(self.tokens, seconds, gained, accepted, self.first)
+        gained = self.steps if len(self.steps) == verified else []
+        if accepted is not None:
+            gained = cut([number + 1 for number in accepted], self.steps, in_order)
+        generation = Generation(self.tokens, seconds, gained, accepted or [], self.first)
         return ServedAnswer(generation, verified)
 
 
-def cut(yielded: list[int], total: int, steps: list[int], in_order: bool) -> list[int]:
-    """What verifications that yielded so many tokens added to an answer of `total` after its first.
+def cut(yielded: list[int], steps: list[int], in_order: bool) -> list[int]:
+    """What verifications that yielded so many tokens added to an answer that came in `steps`.
 
-    The answer ended within one of them: the last one where their order is known; else the one that
-    the last piece of the stream shows, where it held nothing else, or else the longest. Counts that
-    no such end explains stay as they are.
+    It ended within the last of them. Which one that is follows from their order; without it, from a
+    stream whose pieces are the verifications one by one, or where only one number is large enough.
+    Empty where nothing says it, or where the counts are no such answer's.
     """
-    if in_order and 0 < sum(yielded) - total < yielded[-1]:
-        return [*yielded[:-1], total - sum(yielded[:-1])]
-    excess = sum(yielded) - total
-    if not 0 < excess < max(yielded, default=0):
-        return yielded
-    last = steps[-1] + excess if steps else 0
-    gained = list(yielded)
-    gained.remove(last if last in gained else max(gained))
-    return [*gained, total - sum(gained)]
+    gained, excess = yielded[::-1], sum(yielded) - sum(steps)
+    if excess <= 0:
+        return [] if excess else yielded
+    if not in_order and sorted([*steps[:-1], sum(steps[-1:], excess)]) == sorted(yielded):
+        return steps
+    ends = {n for n in (gained[:1] if in_order else gained) if n > excess}
+    if len(ends) != 1:
+        return []
+    gained[gained.index(ends.pop())] -= excess
+    return gained[::-1]
 
 
 async def pieces(

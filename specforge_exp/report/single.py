@@ -81,8 +81,8 @@ def listed(number: int, folder: Path, label: str) -> SweepRun:
 def shares(run: SweepRun) -> list[float]:
     """Of all verifications of a run the share that gained 1, 2, ... tokens; [] unknown."""
     counts = [figures.gained for figures in run.datasets.values()]
-    length = max(map(len, counts), default=0)
-    sums = [sum(c[n] for c in counts if n < len(c)) for n in range(length)]
+    length = all(counts) and max(map(len, counts), default=0)
+    sums = [sum(sum(c[n : n + 1]) for c in counts) for n in range(length)]
     return [count / sum(sums) for count in sums] if sum(sums) else []
 
 

@@ -55,7 +55,7 @@ def server_command(
         # The Python that runs this, whether its folder is on the PATH or not.
         return [python, *command[1:]] if command[0] == "python" else command
     server = program(options)
-    flags = server.drafting(draft.options, draft.folder) if draft else {}
+    flags = server.drafting(draft.options, draft.folder, python) if draft else {}
     for key, value in options.args.items():
         both = isinstance(value, dict) and isinstance(flags.get(key), dict)
         flags[key] = flags[key] | value if both else value

@@ -13,7 +13,7 @@ def arguments(model: str, tp_size: int, port: int) -> list[str]:
     return [*command, "--tp-size", str(tp_size), "--host", "127.0.0.1", "--port", str(port)]
 
 
-def drafting(options: dict[str, Any], folder: str) -> dict[str, Any]:
+def drafting(options: dict[str, Any], folder: str, python: str) -> dict[str, Any]:
     """Its options for a draft: those of the draft's kind, and the draft's folder."""
     return options | {"speculative_draft_model_path": folder}
 

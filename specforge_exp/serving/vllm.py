@@ -1,11 +1,16 @@
 """The options of a vLLM server on its command line."""
 
+from pathlib import Path
 from typing import Any
 
 from specforge_exp.serving import sglang
 
 MODULE = "vllm"
 """What its Python has."""
+EACH = "per_request_spec_decode_metrics"
+"""The option by which every answer says what each of its verifications accepted: 0.32 and later."""
+SOURCES = "lib/*/*-packages/vllm/engine/arg_utils.py"
+"""Where a Python's vLLM declares its options."""
 
 
 def arguments(model: str, tp_size: int, port: int) -> list[str]:
@@ -15,13 +20,13 @@ def arguments(model: str, tp_size: int, port: int) -> list[str]:
     return [*command, "--tensor-parallel-size", str(tp_size), *where]
 
 
-def drafting(options: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Its options for a draft: those of the draft's kind, the draft's folder, and that every answer
-    says what each of its verifications accepted (vLLM 0.32 and later)."""
-    return {
-        "speculative_config": options | {"model": folder},
-        "per_request_spec_decode_metrics": "detailed",
-    }
+def drafting(options: dict[str, Any], folder: str, python: str) -> dict[str, Any]:
+    """Its options for a draft: those of the draft's kind, the draft's folder, and EACH but where
+    the sources beside `python` are there and lack it."""
+    flags: dict[str, Any] = {"speculative_config": options | {"model": folder}}
+    sources = Path(python).parent.parent.glob(SOURCES)
+    known = all(EACH in file.read_text() for file in sources)
+    return flags | {EACH: "detailed"} if known else flags
 
 
 def flag(key: str, value: Any) -> list[str]:

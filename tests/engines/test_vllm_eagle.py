@@ -1,4 +1,4 @@
-"""What EAGLE-3 became, on a real vLLM server: see test_vllm."""
+"""What EAGLE-3 became, on a real vLLM server, in both formats: see test_vllm."""
 
 import json
 from dataclasses import replace
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from test_bench_served import figures, trained  # noqa: F401
-from test_vllm import Serve, Served, alone, measured, same, serve  # noqa: F401
+from vllm_servers import TELLING, Serve, Served, measured, same, same_by_itself
 
 from specforge_exp import paths
 from specforge_exp.config import Config, draft_config_class, locate
@@ -15,6 +15,7 @@ from specforge_exp.stages.export import export
 from specforge_exp.stages.train import train
 
 pytestmark = pytest.mark.engines
+pytest_plugins = ("vllm_servers",)
 
 OTHERS: dict[str, dict[str, Any]] = {
     "eagle31": {
@@ -26,26 +27,47 @@ OTHERS: dict[str, dict[str, Any]] = {
         "fc_norm": True,
     },
 }  # fmt: skip
+PLAIN = {k: v for k, v in OTHERS["peagle"].items() if k != "fc_norm"}
+SPECULATORS = {"eagle31": OTHERS["eagle31"], "peagle-plain": PLAIN}
+"""With fc_norm vLLM does not read P-EAGLE in this format."""
+
+
+def learnt(trained: Config, name: str, own: dict[str, Any]) -> Config:  # noqa: F811
+    """A draft of a kind; the same one again where it has been trained."""
+    cls = draft_config_class(own["_target_"])
+    draft = cls(name=name, draft_vocab_size=512, **own)
+    cfg = replace(trained, run_name=name, epochs=9, draft=draft)
+    train(cfg)
+    return cfg
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_eagle_became_on_vllm(
     trained: Config,  # noqa: F811
-    serve: Serve,  # noqa: F811
-    alone: Served,  # noqa: F811
+    serve: Serve,
+    alone: Served,
     name: str,
 ) -> None:
     """EAGLE-3.1's options, and P-EAGLE by parallel drafting: loaded unedited, lossless, and tau and
     every count of each prompt as in this process."""
-    own = dict(OTHERS[name])
-    cls = draft_config_class(own["_target_"])
-    draft = cls(name=name, draft_vocab_size=512, **own)
-    cfg = replace(trained, run_name=name, epochs=9, draft=draft)
-    train(cfg)
+    cfg = learnt(trained, name, OTHERS[name])
     export(cfg)
     bench(cfg)
     expected = figures(cfg)
     assert expected["stories"]["accepted_length"] > 1.2
-    options = locate(own["_target_"]).vllm_options(cfg.chain_length)
+    options = locate(cfg.draft._target_).vllm_options(cfg.chain_length)
     speculation = json.dumps(options | {"model": str(paths.export_dir(cfg))})
-    same(measured(cfg, serve("--speculative-config", speculation), alone), expected)
+    served = serve("--speculative-config", speculation, *TELLING)
+    same(measured(cfg, served, alone), expected)
+    served.process.terminate()
+
+
+@pytest.mark.parametrize("name", SPECULATORS)
+def test_vllm_starts_a_speculator(
+    trained: Config,  # noqa: F811
+    serve: Serve,
+    alone: Served,
+    name: str,
+) -> None:
+    """Exported in speculators' format, which vLLM starts by itself."""
+    same_by_itself(learnt(trained, name, SPECULATORS[name]), serve, alone)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import make_config
 from test_bench_served import figures
-from test_vllm import Serve, measured, same, serve  # noqa: F401
+from vllm_servers import TELLING, Serve, measured, same
 
 from specforge_exp import paths
 from specforge_exp.config import Config, EngineConfig, ModelConfig, Source
@@ -21,6 +21,7 @@ from specforge_exp.stages.regen import regen
 from specforge_exp.stages.train import train
 
 pytestmark = pytest.mark.engines
+pytest_plugins = ("vllm_servers",)
 
 PLACE = os.environ.get("SPECFORGE_SMOLLM2", "")
 """The folder of the model and of its prompts."""
@@ -48,7 +49,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return cfg
 
 
-def test_smollm2_on_vllm(smollm2: Config, serve: Serve) -> None:  # noqa: F811
+def test_smollm2_on_vllm(smollm2: Config, serve: Serve) -> None:
     """Loaded unedited, lossless, and tau and every count of each prompt as in this process; and
     four prompts at a time."""
     bench(smollm2)
@@ -58,8 +59,7 @@ def test_smollm2_on_vllm(smollm2: Config, serve: Serve) -> None:  # noqa: F811
     export_dir, chain = str(paths.export_dir(smollm2)), smollm2.chain_length
     speculation = {"method": "eagle3", "model": export_dir, "num_speculative_tokens": chain}
     alone = serve(*model)
-    by_request = ("--per-request-spec-decode-metrics", "detailed")
-    served = serve(*model, *by_request, "--speculative-config", json.dumps(speculation))
+    served = serve(*model, *TELLING, "--speculative-config", json.dumps(speculation))
     same(measured(smollm2, served, alone), expected)
     engine = EngineConfig(
         name="openai", urls=[f"{served.url}/v1"], served_name="tiny", concurrency=4

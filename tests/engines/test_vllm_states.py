@@ -12,7 +12,7 @@ import pytest
 from ray_runs import DFLASH, RAY, begin, command_line, composed, prepared, processes, said
 from test_ranks import listening, with_all_below
 from test_resume import lines, wait_for_step
-from test_vllm import ENVIRONMENT, PYTHON
+from vllm_servers import ENVIRONMENT, PYTHON
 
 from specforge_exp import paths
 from specforge_exp.stages.train import train

@@ -255,6 +255,23 @@ def test_the_command_line_of_vllm(cfg: Config, tmp_path: Path) -> None:
     assert "--per-request-spec-decode-metrics" not in alone
 
 
+@pytest.mark.parametrize(
+    ("sources", "told"), [("per_request_spec_decode_metrics", True), ("", False)]
+)
+def test_an_older_vllm_is_not_asked_for_what_it_does_not_know(
+    cfg: Config, tmp_path: Path, sources: str, told: bool
+) -> None:
+    """It would not start."""
+    file = tmp_path / "lib" / "python3.12" / "site-packages" / "vllm" / "engine" / "arg_utils.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(sources)
+    python = str(tmp_path / "bin" / "python")
+    cfg.engine = EngineConfig(name="vllm", python=python, tp_size=1, num_servers=1)
+    cfg.model.path = str(tmp_path)
+    command = server_of(cfg, False, tmp_path).command
+    assert ("--per-request-spec-decode-metrics" in command) == told
+
+
 def test_pieces_of_an_answer() -> None:
     """Whole answers so far or new tokens; several steps at once; a first piece of two steps."""
     whole = AnswerStream()
@@ -262,7 +279,7 @@ def test_pieces_of_an_answer() -> None:
         whole.add(tokens, whole=True)
     found = whole.end(2, None)
     assert found.generation.tokens == [7, 8, 9, 1, 2, 3]
-    assert found.generation.gained == [2, 3] and found.generation.accepted == [1, 2]
+    assert found.generation.gained == [2, 3] and found.generation.accepted == []
     merged = AnswerStream()
     for tokens in ([7, 8, 9], [1, 2, 3]):
         merged.add(tokens, whole=False)
@@ -275,40 +292,56 @@ def test_pieces_of_an_answer() -> None:
     assert single.gained == []
 
 
+def streamed(*pieces: int) -> AnswerStream:
+    """An answer that came in pieces of so many tokens."""
+    stream = AnswerStream()
+    for size in pieces:
+        stream.add([7] * size, whole=False)
+    return stream
+
+
 @given(st.data())
-def test_what_was_gained_adds_up_to_the_answer(data: st.DataObject) -> None:
-    """However a stream joins its pieces: as many gains as verifications, and their sum; only the
-    last verification is cut, and exactly where its piece came alone."""
+def test_what_was_gained_is_right_or_not_said(data: st.DataObject) -> None:
+    """However a stream joins its pieces: what is said of each verification is what it added, and
+    it is said wherever their order is known, nothing was cut, or each came in its own piece."""
     yielded = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=8))
     over = data.draw(st.integers(0, yielded[-1] - 1))
     gained = [*yielded[:-1], yielded[-1] - over]
     joined = [data.draw(st.booleans()) for _ in gained]
-    pieces: list[int] = []
+    pieces = [1]
     for size, join in zip(gained, joined, strict=True):
-        if join and pieces:
+        if join:
             pieces[-1] += size
         else:
             pieces.append(size)
-    stream = AnswerStream()
-    for size in (1, *pieces):
-        stream.add([7] * size, whole=False)
-    found = stream.end(len(yielded), sorted(number - 1 for number in yielded)).generation
-    assert len(found.gained) == len(yielded) and sum(found.gained) == len(found.tokens) - 1
-    assert min(found.gained) >= 1
-    assert sorted(number + 1 for number in found.accepted) == sorted(yielded)
-    if not joined[-1] or not over:
-        assert sorted(found.gained) == sorted(gained)
-    ordered = stream.end(len(yielded), [number - 1 for number in yielded], in_order=True)
-    assert ordered.generation.gained == gained
+    stream = streamed(*pieces)
+    accepted = [number - 1 for number in yielded]
+    counted = stream.end(len(yielded), sorted(accepted)).generation
+    assert counted.accepted == sorted(accepted)
+    assert sorted(counted.gained) in (sorted(gained), [])
+    if not over or not any(joined[1:]) or len(set(yielded)) == 1:
+        assert sorted(counted.gained) == sorted(gained)
+    assert stream.end(len(yielded), None).generation.gained in (gained, [])
+    ordered = stream.end(len(yielded), accepted, in_order=True)
+    assert ordered.generation.gained == gained and ordered.generation.accepted == accepted
 
 
-def test_counts_that_do_not_fit_stay_as_they_are() -> None:
+def test_which_verification_was_cut_is_not_guessed() -> None:
+    """Verifications of 2 and 4 and 3 tokens, the last cut by one, the last two in one piece: of
+    counts without their order the histogram would be another with each that could be the last."""
+    stream = streamed(1, 2, 6)
+    assert stream.end(3, [1, 2, 3]).generation.gained == []
+    assert stream.end(3, [1, 3, 2], in_order=True).generation.gained == [2, 4, 2]
+    assert streamed(1, 2, 4, 2).end(3, [1, 2, 3]).generation.gained == [2, 4, 2]
+    assert streamed(1, 9).end(3, [3, 3, 3]).generation.gained == [4, 4, 1]
+    assert streamed(1, 5).end(2, [0, 5]).generation.gained == [1, 4]
+
+
+def test_counts_that_do_not_fit_say_nothing() -> None:
     """A server that counts other requests' verifications, or fewer than there were."""
-    stream = AnswerStream()
-    stream.add([7, 8], whole=False)
-    assert stream.end(3, [2, 2, 2]).generation.gained == [3, 3, 3]
-    stream.add([9, 1, 2], whole=False)
-    assert stream.end(1, [2]).generation.gained == [3]
+    assert streamed(2).end(3, [2, 2, 2]).generation.gained == []
+    assert streamed(2, 3).end(1, [2]).generation.gained == []
+    assert streamed(2, 3).end(2, [5, 0], in_order=True).generation.gained == []
 
 
 def test_what_a_server_does_not_say_is_not_counted_as_nothing(cfg: Config) -> None:
@@ -320,6 +353,7 @@ def test_what_a_server_does_not_say_is_not_counted_as_nothing(cfg: Config) -> No
     answer = stream.end(3, None)
     found = summarise([PairedAnswer(answer.generation, None, 0.0, False, 3)], 5, 10, True)
     assert found["accepted_length"] == 3.0 and found["acceptance_by_position"] == []
+    assert found["gained"] == [] and found["gained_at_least"] == {"3": None, "5": None}
     check_speculated(cfg, "own", [[Exchange([0], answer)]])
     cfg.bench.average = "responses"
     with pytest.raises(InputError, match=r"average=responses needs .* of 1 of 1 answers"):

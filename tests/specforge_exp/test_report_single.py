@@ -54,6 +54,16 @@ def test_two_runs_side_by_side(checkpoints: Path, capsys: pytest.CaptureFixture[
     assert distribution_table(both.runs) in (folder / "report.md").read_text()
 
 
+def test_a_distribution_of_some_data_sets_is_none_of_all(checkpoints: Path) -> None:
+    """A server that did not say which verification an answer ended in: bench has no histogram."""
+    first = names(checkpoints)[0]
+    bench = json.loads((checkpoints / first / "bench.json").read_text())
+    bench["datasets"][DATA_SETS[0]]["gained"] = []
+    (checkpoints / first / "bench.json").write_text(json.dumps(bench))
+    [run] = collect_runs([first], str(checkpoints)).runs
+    assert shares(run) == []
+
+
 def test_a_sweep_shows_the_distributions_of_its_runs(checkpoints: Path) -> None:
     [sweep] = [path.parent for path in checkpoints.rglob("sweep.json")]
     assert sum(bool(shares(run)) for run in collect(sweep).runs) == 12
