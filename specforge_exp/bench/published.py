@@ -1,6 +1,7 @@
 """Figures that others published, and which of them a measurement of ours may stand beside."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -28,19 +29,20 @@ class Figure:
     source: str
 
 
-def figures() -> list[Figure]:
+@cache  # a report asks for every run that it shows
+def figures() -> tuple[Figure, ...]:
     """All entries of benchmarks/published.yaml; none where the file is not at hand."""
     if not FILE.exists():
-        return []
+        return ()
     entries: Any = OmegaConf.to_container(OmegaConf.load(FILE))
-    return [
+    return tuple(
         Figure(
             data_set=data_set, tau=values.get("tau"),
             **{key: entry[key] for key in ("system", "model", "method", "setting", "source")},
         )
         for entry in entries
         for data_set, values in entry["figures"].items()
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 def setting_of(result: dict[str, Any]) -> dict[str, Any]:

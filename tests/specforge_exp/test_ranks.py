@@ -52,10 +52,10 @@ def listening(pids: list[int]) -> list[str]:
 
 
 def small(cfg: Config, name: str, **trainer: Any) -> Config:
-    """Twelve steps of four conversations."""
+    """Eight steps of four conversations."""
     options = {"batch_size": 4, "log_every": 1, "eval_every": 5, "save_every": 5, **trainer}
     return replace(
-        cfg, run_name=name, max_steps=12, epochs=30, trainer=replace(cfg.trainer, **options)
+        cfg, run_name=name, max_steps=8, epochs=30, trainer=replace(cfg.trainer, **options)
     )
 
 
@@ -100,7 +100,7 @@ def trainings(cfg: Config) -> list[list[str]]:
         folder = paths.run_dir(run)
         if ranks.rank == 0:
             (folder / "run.json").unlink()
-            shutil.rmtree(folder / "step-000012")
+            shutil.rmtree(folder / "step-000008")
         ranks.wait()
         train(run)
     os.environ.pop(STORE)  # as torchrun starts them
@@ -164,7 +164,7 @@ def test_killed_and_continued_by_fewer(cfg: Config, tokens: Path, tmp_path: Path
     loopback."""
     log = tmp_path / "log"
     layout = command(cfg, "killed", "trainer.save_every=2", "trainer.shard=true")
-    hold(run_of(cfg, "killed"), 30)
+    hold(run_of(cfg, "killed"), 18)
     process = start([*layout, "trainer.gpus=2"], log)
     wait_for_step(process, cfg, "killed", 5)
     if sys.platform == "linux":
