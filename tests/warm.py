@@ -32,7 +32,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -184,12 +184,15 @@ def forked(connection: socket.socket, python: str) -> tuple[int, bool]:
     return pid, "bound" in order
 
 
-def tell_of_ends(children: dict[int, socket.socket]) -> None:
-    """Say its status to everyone whose process has ended."""
+def tell_of_ends(children: dict[int, socket.socket], bound: Container[int]) -> None:
+    """Say its status to everyone whose process has ended; nothing of a bound one lives on."""
     while children:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid:
             break
+        if pid in bound:
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
         with children.pop(pid) as connection, suppress(BrokenPipeError):
             connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
 
@@ -216,7 +219,7 @@ def serve(kind: str, path: str) -> None:
             os._exit(0)
         if wake in ready:
             os.read(wake, 4096)
-            tell_of_ends(children)
+            tell_of_ends(children, bound)
         for pid in [pid for pid, connection in bound.items() if connection in ready]:
             for kill in (os.kill, os.killpg):  # who ordered it is gone; or it has ended itself
                 with suppress(ProcessLookupError):
