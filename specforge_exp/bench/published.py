@@ -30,28 +30,29 @@ class Figure:
 
 
 @cache  # a report asks for every run that it shows
-def figures() -> tuple[Figure, ...]:
+def figures() -> list[Figure]:
     """All entries of benchmarks/published.yaml; none where the file is not at hand."""
     if not FILE.exists():
-        return ()
+        return []
     entries: Any = OmegaConf.to_container(OmegaConf.load(FILE))
-    return tuple(
+    return [
         Figure(
             data_set=data_set, tau=values.get("tau"),
             **{key: entry[key] for key in ("system", "model", "method", "setting", "source")},
         )
         for entry in entries
         for data_set, values in entry["figures"].items()
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 def setting_of(result: dict[str, Any]) -> dict[str, Any]:
     """What bench.json was measured with, in the words of published.yaml."""
     settings, draft = result["settings"], result["config"]["draft"]
-    thinking: Any = settings["thinking"]
+    thinking = settings["thinking"]
     if thinking == "model":
-        kwargs = result["config"]["model"]["chat_template_kwargs"]
-        thinking = {True: "on", False: "off"}.get(kwargs.get("enable_thinking"))
+        thinking = {True: "on", False: "off"}.get(
+            result["config"]["model"]["chat_template_kwargs"].get("enable_thinking")
+        )
     block, chain = draft.get("block_size"), settings["chain_length"]
     shape = f"block {block}" if block == chain + 1 else f"chain {chain}"
     own = {key: settings[key] for key in ("temperature", "max_tokens", "average", "turns")}
