@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,20 +46,20 @@ TIERS = {
     "fast": Tier(
         "every module, one launch and one kill of each kind",
         ("modal_sweep", "end_to_end", "hydra_sweeps", "specforge_exp", "test_layers.py"),
-        1150,
+        1100,
         "not slow",
     ),
-    "trainer": Tier("the trainer's long tests but those of resume", ("specforge_exp",), 750),
-    "resume": Tier("runs killed and resumed, several ranks, streams", RESUMED, 500),
-    "modal": Tier("sweeps on a local Modal, killed everywhere", ("modal_sweep",), 250),
+    "trainer": Tier("the trainer's long tests but those of resume", ("specforge_exp",), 600),
+    "resume": Tier("runs killed and resumed, several ranks, streams", RESUMED, 400),
+    "modal": Tier("sweeps on a local Modal, killed everywhere", ("modal_sweep",), 220),
     "sweeps": Tier("grids and studies, killed again and again", ("hydra_sweeps",), 70),
-    "end": Tier("whole pipelines as commands, here and on a local Modal", ("end_to_end",), 700),
+    "end": Tier("whole pipelines as commands, here and on a local Modal", ("end_to_end",), 610),
     "local-modal": Tier("the local Modal itself", ("modal_local",), 80, "slow or not slow"),
-    "chaos": Tier("random faults; `python tests/chaos/chaos.py` makes any number", ("chaos",), 155),
+    "chaos": Tier("random faults; `python tests/chaos/chaos.py` makes any number", ("chaos",), 130),
     "ray": Tier(
         "the target in workers of its own, killed everywhere",
         ("inference",),
-        540,
+        430,
         "slow or not slow",
     ),
     "bench": Tier("the benchmarks' own halves", ("benchmarks",), 115, "slow or not slow"),
@@ -70,14 +71,15 @@ def cache(name: str) -> Path:
     return ROOT / ".pytest_cache" / name
 
 
-def pytest(name: str, marker: str, *options: str) -> int:
-    """Run those tests of a tier that have the marker; its exit code, 0 when there are none."""
+def pytest(name: str, marker: str, *options: str, files: Sequence[Path] = ()) -> int:
+    """Run those tests of a tier, or of some files of it, that have the marker; its exit code, 0
+    when there are none."""
     tier = TIERS[name]
     expression = f"({tier.marker}) and ({marker}) and not gpu and not live and not engines"
-    folders = [str(ROOT / "tests" / folder) for folder in tier.folders]
+    folders = [*map(str, files)] or [str(ROOT / "tests" / folder) for folder in tier.folders]
     others = [each for each in TIERS.values() if each.marker == tier.marker and each is not tier]
-    files = {ROOT / "tests" / one for each in others for one in each.folders if one.endswith(".py")}
-    options = (*options, *(f"--ignore={file}" for file in sorted(files)))
+    theirs = {ROOT / "tests" / one for each in others for one in each.folders if one[-3:] == ".py"}
+    options = (*options, *(f"--ignore={file}" for file in sorted(theirs)))
     command = [sys.executable, "-m", "pytest", "-m", expression, "-o", f"cache_dir={cache(name)}"]
     # What was compiled once is read, by the tests and by what they start, as with a user.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
@@ -85,13 +87,19 @@ def pytest(name: str, marker: str, *options: str) -> int:
     return 0 if done.returncode == NOTHING_COLLECTED else done.returncode
 
 
-def timed(name: str) -> bool:
-    """Whether a file of the tier has tests marked `timing`; collecting all to see none is slow."""
+def timed(name: str) -> list[Path]:
+    """A tier's files that have tests marked `timing`: to collect all for a few takes longer."""
     places = [ROOT / "tests" / folder for folder in TIERS[name].folders]
     files = [
         file for place in places for file in ([place] if place.is_file() else place.rglob("*.py"))
     ]
-    return any("mark.timing" in file.read_text() for file in files)
+    texts = {file: file.read_text() for file in sorted(files)}
+    slow = TIERS[name].marker == "slow"
+    return [
+        file
+        for file, text in texts.items()
+        if "mark.timing" in text and ("mark.slow" in text or not slow)
+    ]
 
 
 def cpu_seconds() -> float:
@@ -107,15 +115,17 @@ def cpu_seconds() -> float:
 
 def alone(name: str) -> bool:
     """Run the tests of a tier that assert a duration, those that fail twice; whether all passed."""
-    if not timed(name):
+    files = timed(name)
+    if not files:
         return True
     last = cache(name) / "v" / "cache" / "lastfailed"
     last.unlink(missing_ok=True)
-    if not (code := pytest(name, "timing")):
+    if not (code := pytest(name, "timing", files=files)):
         return True
     again = sorted(json.loads(last.read_text())) if code == 1 and last.exists() else []
     if again:
-        code = pytest(name, "timing", "--last-failed", "--last-failed-no-failures", "none")
+        again_only = ("--last-failed", "--last-failed-no-failures", "none")
+        code = pytest(name, "timing", *again_only, files=files)
     for test in again:
         print(f"tier {name}: tried a second time: {test}", flush=True)
     return not code

@@ -5,16 +5,23 @@ script is a process like any other: its own pid, arguments, environment, folder 
 and waited for as `subprocess.Popen`'s are. That a script imports what it needs is for tests that
 start it cold. The forking process enters neither Hydra nor torch's threads, and ends with the
 tests; what it forks does not know it.
+
+Where a script forks its own processes from multiprocessing's fork server, that is a fork, too: a
+spare child of the script, which the program asks that multiprocessing starts as Python.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
+import fcntl
 import gc
 import importlib
 import json
+import multiprocessing
 import multiprocessing.process
 import os
+import re
 import runpy
 import select
 import signal
@@ -25,12 +32,21 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
+from warm_programs import SPARED, STARTED
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG: a signal for who outlives what forked it."""
+SEVERAL = re.compile(r"(trainer\.gpus|preprocess\.processes)=[2-9]|target\.placement=ray")
+"""An option of a script that starts a fork server."""
+FORK_SERVER = "forkserver"
+"""The kernel's name of such a process and of what it forks."""
 STAGES = "prep regen preprocess train export bench bench_sweep pretrain sft".split()
 
 
@@ -50,6 +66,66 @@ def preload(kind: str) -> None:
     gc.freeze()  # no fork looks through what is imported, or copies its pages by that
 
 
+def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """A line of JSON and the files that come with its first piece; nothing, if who writes it is
+    killed."""
+    text, files, _, _ = socket.recv_fds(connection, 2**22, 64)
+    while not text.endswith(b"\n"):
+        piece = connection.recv(2**22)
+        if not piece:
+            return {}, files
+        text += piece
+    return json.loads(text), files
+
+
+def keep_spares(python: str, count: int) -> None:
+    """Fork children that may become fork servers of this process, and else end with it."""
+    os.environ["WARM_SPARES"] = f"{os.getpid()} {count}"
+    for number in range(count):
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(f"\0warm-{os.getpid()}-{number}")
+        listener.listen()
+        if not os.fork():
+            spare(listener)
+        listener.close()
+    multiprocessing.set_executable(python)
+
+
+def spare(listener: socket.socket) -> None:
+    """Wait to be asked, and be what was asked for."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(DEATH_SIGNAL, signal.SIGKILL)
+    connection, _ = listener.accept()
+    order, files = receive(connection)
+    if not order:
+        os._exit(1)
+    prctl(DEATH_SIGNAL, 0)
+    Path("/proc/self/comm").write_text(FORK_SERVER)
+    connection.sendall(b"%d" % os.getpid())
+    above = [fcntl.fcntl(file, fcntl.F_DUPFD, 512) for file in files]
+    os.closerange(0, 512)
+    for file, number in zip(above, order["files"], strict=True):
+        os.dup2(file, number)
+    os.closerange(512, 1024)
+    become(order)
+
+
+def execute(cwd: str, more: list[str]) -> None:
+    """Do what `sys.argv` says, as Python does; `more` are the folders of PYTHONPATH."""
+    if sys.argv[0] == "-c":
+        code_of_it = sys.argv.pop(1)
+        sys.path[:0] = ["", *more]
+        exec(code_of_it, {"__name__": "__main__"})
+    elif sys.argv[0] == "-m":
+        _, module, *arguments = sys.argv
+        sys.argv, sys.path[:0] = [module, *arguments], [cwd, *more]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        path = Path(sys.argv[0]).resolve()
+        sys.path[:0] = [str(path.parent), *more]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 def become(order: dict[str, Any]) -> None:
     """Be the script that was ordered; never returns."""
     code = 1
@@ -66,14 +142,9 @@ def become(order: dict[str, Any]) -> None:
         for folder in more:  # as Python does when it starts
             if os.path.exists(f"{folder}/sitecustomize.py"):
                 runpy.run_path(f"{folder}/sitecustomize.py")
-        if sys.argv[0] == "-m":
-            _, module, *arguments = sys.argv
-            sys.argv, sys.path[:0] = [module, *arguments], [order["cwd"], *more]
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        else:
-            path = Path(sys.argv[0]).resolve()
-            sys.path[:0] = [str(path.parent), *more]
-            runpy.run_path(sys.argv[0], run_name="__main__")
+        if order.get("spares"):
+            keep_spares(order["python"], order["spares"])
+        execute(order["cwd"], more)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -95,9 +166,43 @@ def become(order: dict[str, Any]) -> None:
         os._exit(code)
 
 
+def forked(connection: socket.socket, python: str) -> tuple[int, bool]:
+    """Fork for an order; the child's pid, 0 without one, and whether it ends with who ordered."""
+    order, files = receive(connection)
+    pid = os.fork() if order else 0
+    if order and not pid:
+        signal.set_wakeup_fd(-1)
+        if order["session"]:
+            os.setsid()
+        connection.sendall(b"%d\n" % os.getpid())
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        os.closerange(3, 1024)
+        become({**order, "python": python})
+    for file in files:
+        os.close(file)
+    return pid, "bound" in order
+
+
+def tell_of_ends(children: dict[int, socket.socket], bound: Container[int]) -> None:
+    """Say its status to everyone whose process has ended; nothing of a bound one lives on."""
+    while children:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            break
+        if pid in bound:
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        with children.pop(pid) as connection, suppress(BrokenPipeError):
+            connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+
+
 def serve(kind: str, path: str) -> None:
     """Fork for every order on the socket until the tests' end of standard input closes."""
     preload(kind)
+    python = f"{path}.python"
+    Path(python).write_text(SPARED.format(python=sys.executable))
+    Path(python).chmod(0o755)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{path}.new")
     listener.listen(64)
@@ -107,38 +212,37 @@ def serve(kind: str, path: str) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     children: dict[int, socket.socket] = {}
+    bound: dict[int, socket.socket] = {}
     while True:
-        ready, _, _ = select.select([0, listener, wake], [], [])
+        ready, _, _ = select.select([0, listener, wake, *bound.values()], [], [])
         if 0 in ready:  # it never holds anything but its end
             os._exit(0)
         if wake in ready:
             os.read(wake, 4096)
-            while children:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-                if not pid:
-                    break
-                connection = children.pop(pid)
-                connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
-                connection.close()
+            tell_of_ends(children, bound)
+        for pid in [pid for pid, connection in bound.items() if connection in ready]:
+            for kill in (os.kill, os.killpg):  # who ordered it is gone; or it has ended itself
+                with suppress(ProcessLookupError):
+                    if pid in children:
+                        kill(pid, signal.SIGKILL)
+        bound = {pid: each for pid, each in bound.items() if each not in ready and pid in children}
         if listener in ready:
             connection, _ = listener.accept()
-            text, files, _, _ = socket.recv_fds(connection, 2**22, 3)
-            while not text.endswith(b"\n"):
-                text += connection.recv(2**22)
-            pid = os.fork()
-            if not pid:
-                signal.set_wakeup_fd(-1)
-                order = json.loads(text)
-                if order["session"]:
-                    os.setsid()
-                connection.sendall(b"%d\n" % os.getpid())
-                for number, file in enumerate(files):
-                    os.dup2(file, number)
-                os.closerange(3, 1024)
-                become(order)
-            children[pid] = connection
-            for file in files:
-                os.close(file)
+            pid, ends = forked(connection, python)
+            if pid:
+                children[pid] = connection
+                bound |= {pid: connection} if ends else {}
+
+
+@cache
+def python(*scripts: str) -> str:
+    """The path of a program that is Python, but for scripts of these names, which it starts as
+    forks: for shells, and for commands that others start."""
+    path = Path(server("stages")).with_name("-".join(["python", *scripts])) / "python"
+    path.parent.mkdir()
+    path.write_text(STARTED.format(python=sys.executable, scripts=scripts, server=server("stages")))
+    path.chmod(0o755)
+    return str(path)
 
 
 @cache
@@ -213,6 +317,10 @@ class Started:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
     def kill(self) -> None:
         """SIGKILL."""
         self.send_signal(signal.SIGKILL)
@@ -221,7 +329,7 @@ class Started:
 def start(
     words: Sequence[str], cwd: Path | str = REPOSITORY, env: Mapping[str, str] | None = None,
     *, together: bool = False, session: bool = False, kind: str | None = None,
-    log: Path | None = None, typed: str = "",
+    log: Path | None = None, typed: str = "", spares: int = 1,
 ) -> Started:  # fmt: skip
     """Start a script.
 
@@ -232,10 +340,13 @@ def start(
         kind: of what is imported already; None: what the script's name says.
         log: a file for all that it prints.
         typed: what it reads from its standard input, to the end.
+        spares: fork servers that it may start, if an option asks for several processes.
     """
     words = [word for at, word in enumerate(words) if at or word != sys.executable]
     env = dict(os.environ if env is None else env)
     order = {"words": words, "cwd": str(cwd), "env": env, "session": session}
+    several = sys.platform == "linux" and any(SEVERAL.match(word) for word in words)
+    order["spares"] = spares if several else 0
     if kind is None:
         kind = "stages" if Path(words[0]).stem in STAGES else "apps"
     if log:

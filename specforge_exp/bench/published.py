@@ -1,6 +1,7 @@
 """Figures that others published, and which of them a measurement of ours may stand beside."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -28,6 +29,7 @@ class Figure:
     source: str
 
 
+@cache  # a report asks for every run that it shows
 def figures() -> list[Figure]:
     """All entries of benchmarks/published.yaml; none where the file is not at hand."""
     if not FILE.exists():
@@ -46,10 +48,11 @@ def figures() -> list[Figure]:
 def setting_of(result: dict[str, Any]) -> dict[str, Any]:
     """What bench.json was measured with, in the words of published.yaml."""
     settings, draft = result["settings"], result["config"]["draft"]
-    thinking: Any = settings["thinking"]
+    thinking = settings["thinking"]
     if thinking == "model":
-        kwargs = result["config"]["model"]["chat_template_kwargs"]
-        thinking = {True: "on", False: "off"}.get(kwargs.get("enable_thinking"))
+        thinking = {True: "on", False: "off"}.get(
+            result["config"]["model"]["chat_template_kwargs"].get("enable_thinking")
+        )
     block, chain = draft.get("block_size"), settings["chain_length"]
     shape = f"block {block}" if block == chain + 1 else f"chain {chain}"
     own = {key: settings[key] for key in ("temperature", "max_tokens", "average", "turns")}

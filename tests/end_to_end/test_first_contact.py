@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import REPOSITORY
 
 LINES = {
@@ -35,7 +36,9 @@ class Newcomer:
             "HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1",
             "SPECFORGE_DATASETS": str(home / "artifacts/datasets"),
             "SPECFORGE_CHECKPOINTS": str(home / "artifacts/checkpoints"),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            # prep and prefetch ask the hub of their environment, which is read when it is imported.
+            "PATH": f"{Path(warm.python('train.py', 'regen.py')).parent}:"
+            f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }  # fmt: skip
         self.typed: dict[str, subprocess.CompletedProcess[str]] = {}
 

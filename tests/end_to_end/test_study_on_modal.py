@@ -27,7 +27,7 @@ def asked(sweep: Path, held: Path) -> list[str]:
     options = [
         "hydra/sweeper=optuna_async", "hydra/launcher=modal", f"hydra.sweep.dir={sweep}",
         "hydra.sweep.subdir=${name}", "hydra.launcher.poll=0.2",
-        "hydra.launcher.image.sources=[trial.py]",
+        "hydra.launcher.image.sources=[trial.py,standing.py]",
         "hydra.sweeper.direction=maximize", "hydra.sweeper.name_key=name",
         f"hydra.sweeper.n_trials={len(POINTS)}", "hydra.sweeper.n_jobs=3",
         "hydra/sweeper/pruner=median", "hydra.sweeper.pruner.n_startup_trials=1",

@@ -3,13 +3,13 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import REPOSITORY, make_config
 from holding import environment
 from hydra import compose, initialize_config_dir
@@ -58,18 +58,14 @@ def composed(folder: Path, name: str, *more: str) -> Config:
         return from_omegaconf(compose("config", options(folder, name, *more)))
 
 
-STARTED: list[subprocess.Popen[str]] = []
+STARTED: list[warm.Started] = []
 """Since the test began."""
 
 
-def start(arguments: list[str], log: Path) -> subprocess.Popen[str]:
-    """Run in a session of its own. Its processes are killed one by one here, so nobody else's may
-    be their parent; and Ray, which they start, is to be its own."""
-    with log.open("w") as output:
-        run = subprocess.Popen(
-            arguments, env={**environment(), "OMP_NUM_THREADS": "1"}, cwd=REPOSITORY, stdout=output,
-            stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        )  # fmt: skip
+def start(arguments: list[str], log: Path, several: int = 1) -> warm.Started:
+    """Run in a session of its own, with spares for that many trainings."""
+    env = {**environment(), "OMP_NUM_THREADS": "1"}
+    run = warm.start(arguments, env=env, session=True, log=log, spares=several)
     STARTED.append(run)
     return run
 
@@ -87,7 +83,7 @@ def nothing_goes_on() -> Iterator[None]:
     STARTED.clear()
 
 
-def begin(folder: Path, name: str, *more: str) -> subprocess.Popen[str]:
+def begin(folder: Path, name: str, *more: str) -> warm.Started:
     """Start train.py with workers; its output goes to <name>.log."""
     command = [sys.executable, str(REPOSITORY / "train.py"), *options(folder, name, *RAY, *more)]
     return start(command, folder / f"{name}.log")
@@ -105,9 +101,16 @@ def processes(pid: int, words: str) -> list[int]:
 
 def trainers(pid: int) -> list[int]:
     """The processes below one that train, not the launcher's server that forks them."""
-    server = "multiprocessing.forkserver"
-    forked = processes(pid, server)
-    return [p for p in forked if server in command_line(parent(p))]
+    forked = [p for p in with_all_below(pid) if name_of(p) == warm.FORK_SERVER]
+    return [p for p in forked if name_of(parent(p)) == warm.FORK_SERVER]
+
+
+def name_of(pid: int) -> str:
+    """What the kernel calls it; "": it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def parent(pid: int) -> int:

@@ -238,13 +238,16 @@ def test_mooncake_and_everybody_killed(folder: Path) -> None:
 
 @contextmanager
 def throttled(pid: int) -> Iterator[None]:
-    """A process that stands still seven eighths of the time."""
+    """A process that stands still seven eighths of the time, however late this one comes to stop
+    it."""
     over = Event()
 
     def throttle() -> None:
+        began = time.monotonic()
         while not over.wait(0.01):
             os.kill(pid, signal.SIGSTOP)
-            over.wait(0.07)
+            over.wait(7 * (time.monotonic() - began))
+            began = time.monotonic()
             os.kill(pid, signal.SIGCONT)
 
     thread = Thread(target=throttle)

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -13,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import REPOSITORY
 from holding import hold, release
 from ray_runs import (
@@ -57,16 +57,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def sweep(folder: Path, log: str) -> subprocess.Popen[str]:
+def sweep(folder: Path, log: str) -> warm.Started:
     """All losses, three at a time, with one fleet."""
     return begin(folder, log, "", "loss=glob(*)", "hydra.sweeper.n_jobs=3", "sweep_name=s")
 
 
-def begin(folder: Path, log: str, prefix: str, *more: str) -> subprocess.Popen[str]:
+def begin(folder: Path, log: str, prefix: str, *more: str) -> warm.Started:
     """Runs that are named after their loss."""
     words = options(folder, f"{prefix}${{loss.name}}", *RAY, "target.share=sweep", *more)
     words.remove("loss=baseline")
-    return start([sys.executable, str(REPOSITORY / "train.py"), "-m", *words], folder / log)
+    words = [sys.executable, str(REPOSITORY / "train.py"), "-m", *words]
+    return start(words, folder / log, len(LOSSES))
 
 
 def printed(folder: Path, name: str) -> Path:

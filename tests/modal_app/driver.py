@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from modal_sweep.protocol.records import whole_lines
 
 APP = Path(__file__).resolve().parent
 REPOSITORY = APP.parent.parent
+sys.path.append(str(APP))  # where the jobs find what they share
 STEP = re.compile(r"STEP (\S+) (\d+) (\S+)")
 
 

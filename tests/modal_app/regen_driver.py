@@ -36,7 +36,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 POISON, REFUSED = "the poisoned kettle", "the refused kettle"
 CRASH = "the kettle that takes its container along"
 QUICK = """
+import asyncio
+import re
 import sys
+from pathlib import Path
 from threading import main_thread
 from types import SimpleNamespace
 from specforge_exp.generation.engine import Answer
@@ -47,16 +50,27 @@ class Engine:
         self.batcher = SimpleNamespace(slots=slots, context=512, thread=main_thread())
 
     async def answer(self, request):
-        text = "answer to " + request.messages[-1]["content"]
+        asked = request.messages[-1]["content"]
+        while held(int(re.findall(r"[0-9]+", asked)[0])):
+            await asyncio.sleep(0.02)
+        text = "answer to " + asked
         return Answer({"role": "assistant", "content": text}, "stop", 10, 4)
 
     async def close(self):
         pass
 
+def held(number):
+    try:
+        return number >= int(Path(HOLD).read_text())
+    except FileNotFoundError:
+        return False
+
+HOLD = "/no/file"
 name = "specforge_exp.generation.local.transformers_engine"
 sys.modules[name] = SimpleNamespace(TransformersEngine=Engine)
 """
-"""Before SERVE: it answers without a target, as what is counted here needs none."""
+"""Before SERVE: it answers without a target, as what is counted here needs none. A prompt of a
+number that stands in the file HOLD, or a higher one, gets its answer when that is gone."""
 SERVE = f"""
 import os
 from specforge_exp.generation.local import serve
@@ -194,6 +208,9 @@ def main() -> None:
     cfg = config(folder, seed)
     if len(sys.argv) > 6:
         cfg.engine.command = sys.argv[5:]
+    if "HOLD_ANSWERS" in os.environ:
+        own = f"HOLD = {os.environ['HOLD_ANSWERS']!r}"
+        cfg.engine.command[2] = cfg.engine.command[2].replace('HOLD = "/no/file"', own)
     if "HOLD" in os.environ:
         hear_nothing_before(Path(os.environ["HOLD"]))
     random.seed(seed)

@@ -28,7 +28,7 @@ APP = Path(__file__).resolve().parent
 def open_session(sweep: Path, *overrides: str, total: int = 1) -> Session:
     """What a sweeper gets from the launcher that Hydra has made for it."""
     flags = ["hydra/launcher=modal", f"hydra.sweep.dir={sweep}", "hydra.launcher.poll=0.2"]
-    flags += ["hydra.launcher.image.sources=[trial.py]", "hydra.job.name=trial"]
+    flags += ["hydra.launcher.image.sources=[trial.py,standing.py]", "hydra.job.name=trial"]
     flags += ["hydra.sweep.subdir=${name}"]
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2("trial", create_config_search_path(str(APP / "conf")))

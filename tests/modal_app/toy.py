@@ -15,6 +15,7 @@ import hydra
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from standing import held
 
 
 def fit(line: SimpleNamespace, seed: int, steps: int) -> Iterator[float]:
@@ -39,14 +40,6 @@ def at(weight: np.ndarray, velocity: np.ndarray, step: int, loss: float) -> Simp
 def begun(seed: int) -> SimpleNamespace:
     """Before the first step."""
     return at(np.random.default_rng(seed + 1).normal(size=4), np.zeros(4), 0, float("nan"))
-
-
-def held(folder: str | None, name: str, steps: int) -> bool:
-    """Whether a test wants it to take no more steps yet."""
-    try:
-        return folder is not None and steps >= int((Path(folder) / name).read_text())
-    except FileNotFoundError:
-        return False
 
 
 @hydra.main(version_base="1.3", config_path=None, config_name=None)

@@ -12,14 +12,7 @@ from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
-
-
-def held(folder: str | None, name: str, steps: int) -> bool:
-    """Whether a test wants it to take no more steps yet."""
-    try:
-        return folder is not None and steps >= int((Path(folder) / name).read_text())
-    except FileNotFoundError:
-        return False
+from standing import held
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="trial")

@@ -1,5 +1,6 @@
 """modal-sweep: every command, on a sweep of real jobs."""
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -77,6 +78,7 @@ def test_other_code_is_another_job(tmp_path: Path, held: Path, control_plane: Lo
     app.mkdir()
     code = (driver.APP / "toy.py").read_text()
     (app / "toy.py").write_text(code)
+    shutil.copy(driver.APP / "standing.py", app)
     (held / "code").write_text("1")
     command = driver.command(sweep, "+name=code", f"+hold={held}")
     command[0] = str(app / "toy.py")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from conftest import REPOSITORY, make_config
 from holding import environment, hold, release
 from test_resume import finish, kill_all, lines, losses, run_of, start, wait_for_step
@@ -51,14 +52,21 @@ def command(cfg: Config, stage: str, name: str, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(made: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def cold(made: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Uninterrupted runs, which load torch themselves: their losses, and what they said."""
     log = tmp_path_factory.mktemp("logs") / "log"
     said = {
-        stage: finish(command(made, stage, f"{stage}_whole"), log, kind="apps")
+        stage: finish(command(made, stage, f"{stage}_cold"), log, kind="apps")
         for stage in ("sft", "pretrain")
     }
-    return {stage: (losses(made, f"{stage}_whole"), text) for stage, text in said.items()}
+    return {stage: (losses(made, f"{stage}_cold"), text) for stage, text in said.items()}
+
+
+def whole(cfg: Config, stage: str, log: Path, gpus: int = 1) -> str:
+    """The name of an uninterrupted run; whoever asks first trains it."""
+    name = f"{stage}_whole_{gpus}"
+    finish(command(cfg, stage, name, f"trainer.gpus={gpus}"), log)
+    return name
 
 
 def kill_at(step: int, arguments: list[str], cfg: Config, name: str, log: Path) -> None:
@@ -72,20 +80,20 @@ def kill_at(step: int, arguments: list[str], cfg: Config, name: str, log: Path) 
 
 @pytest.mark.parametrize("stage", ["sft", "pretrain"])
 def test_it_learns_is_exported_and_goes_on(
-    made: Config, whole: dict[str, Any], stage: str, tmp_path: Path
+    made: Config, cold: dict[str, Any], stage: str, tmp_path: Path
 ) -> None:
-    expected, said = whole[stage]
+    expected, said = cold[stage]
     assert [step for step, _ in expected] == list(range(1, STEPS + 1))
     assert expected[-1][1] < expected[0][1] - 0.5
     assert re.search(r"step 16: loss \d\.\d+, [\d,]+ tokens/s, MFU \d+%", said)
-    folder = Path(made.paths.checkpoints) / f"{stage}_whole"
+    folder = Path(made.paths.checkpoints) / f"{stage}_cold"
     assert (folder / "step-000016").is_dir() and f"exported step 16: {folder / 'export'}" in said
     model = AutoModelForCausalLM.from_pretrained(folder / "export", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "export")
     assert (
         tokenizer.chat_template and model.generation_config.eos_token_id == tokenizer.eos_token_id
     )
-    evaluation = [line for line in lines(made, f"{stage}_whole") if "eval/loss" in line][-1]
+    evaluation = [line for line in lines(made, f"{stage}_cold") if "eval/loss" in line][-1]
     assert "Writing model shards" not in said  # a bar, where there is no terminal
     assert evaluation["eval/loss_low"] < evaluation["eval/loss"] < evaluation["eval/loss_high"]
     pairs = json.loads((folder / "evaluation.json").read_text())
@@ -108,31 +116,29 @@ def test_it_learns_is_exported_and_goes_on(
 def test_killed_at_random_steps(made: Config, stage: str, gpus: int, tmp_path: Path) -> None:
     """Kills, each followed by the same command; two processes share the weights (FSDP2)."""
     name, log = f"{stage}_{gpus}", tmp_path / "log"
-    layout = [f"trainer.gpus={gpus}", "max_steps=30"]
-    finish(command(made, stage, f"{name}_whole", *layout), log)
-    arguments = command(made, stage, f"{name}_killed", *layout)
-    for step in sorted(random.Random(gpus).sample(range(1, 28), KILLS)):
+    arguments = command(made, stage, f"{name}_killed", f"trainer.gpus={gpus}")
+    for step in sorted(random.Random(7 * gpus).sample(range(1, STEPS - 2), KILLS)):
         kill_at(step, arguments, made, f"{name}_killed", log)
     finish(arguments, log)
-    assert losses(made, f"{name}_killed") == losses(made, f"{name}_whole")
+    assert losses(made, f"{name}_killed") == losses(made, whole(made, stage, log, gpus))
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(made: Config, whole: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_are_one(made: Config, tmp_path: Path) -> None:
     """FSDP2 per layer over gloo, its tied embeddings and head one weight; and replicas."""
-    expected = dict(whole["pretrain"][0])
-    for name, more in (("shared", []), ("replicas", ["trainer.shard=false"])):
-        finish(command(made, "pretrain", name, "trainer.gpus=2", *more), tmp_path / "log")
-        found = dict(losses(made, name))
-        assert found == pytest.approx(expected, rel=2e-4)
+    log = tmp_path / "log"
+    one, shared = (whole(made, "pretrain", log, gpus) for gpus in (1, 2))
+    finish(command(made, "pretrain", "replicas", "trainer.gpus=2", "trainer.shard=false"), log)
+    for name in (shared, "replicas"):
+        assert dict(losses(made, name)) == pytest.approx(dict(losses(made, one)), rel=2e-4)
     ours, theirs = (
         AutoModelForCausalLM.from_pretrained(Path(made.paths.checkpoints) / name / "export")
-        for name in ("shared", "pretrain_whole")
+        for name in (shared, one)
     )
-    for (name, one), (_, other) in zip(
+    for (name, own), (_, other) in zip(
         ours.named_parameters(), theirs.named_parameters(), strict=True
     ):
-        torch.testing.assert_close(one, other, rtol=0.05, atol=5e-3, msg=name)
+        torch.testing.assert_close(own, other, rtol=0.05, atol=5e-3, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -171,12 +177,13 @@ def test_the_best_is_kept_and_exported(made: Config, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_submitit_runs_the_same(made: Config, whole: dict[str, Any], tmp_path: Path) -> None:
+def test_submitit_runs_the_same(made: Config, tmp_path: Path) -> None:
     """hydra/launcher=submitit_slurm's local form; its job is the training of a single call."""
     more = ["-m", "hydra/launcher=submitit_local", "sweep_name=submitted"]
     said = finish(command(made, "pretrain", "submitted", *more), tmp_path / "log")
     assert re.search(r"^1 +submitted .* completed", said, re.M), said
-    assert losses(made, "submitted") == whole["pretrain"][0]
+    alone = whole(made, "pretrain", tmp_path / "log")
+    assert losses(made, "submitted") == losses(made, alone)
     sweep = Path(made.paths.checkpoints) / "sweeps" / "submitted" / "pretrain"
     assert list(sweep.glob(".submitit/*/*.pkl")) and (sweep / "report.html").exists()
     table = (sweep / "report.csv").read_text().splitlines()
@@ -184,9 +191,7 @@ def test_submitit_runs_the_same(made: Config, whole: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.slow
-def test_slurm_requeues_what_was_stopped(
-    made: Config, whole: dict[str, Any], tmp_path: Path
-) -> None:
+def test_slurm_requeues_what_was_stopped(made: Config, tmp_path: Path) -> None:
     """runs/slurm.sh over a fake srun and scontrol: a time limit, then the same job again."""
     for name, text in (
         ("srun", 'exec "$@"'),
@@ -198,6 +203,7 @@ def test_slurm_requeues_what_was_stopped(
     env = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "SLURM_NNODES": "1",
         "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost",
+        "PYTHON_EXEC": warm.python("pretrain.py"),  # torchrun's, of what it starts
     }  # fmt: skip
     job = ["env", *(f"{k}={v}" for k, v in env.items()), "bash", "runs/slurm.sh", *words]
     hold(run_of(made, "slurm"), 5)
@@ -213,4 +219,5 @@ def test_slurm_requeues_what_was_stopped(
         release(run_of(made, "slurm"))
         subprocess.run(job, cwd=REPOSITORY, stdout=log, stderr=log, check=True)
     assert re.search(r"continuing after step \d+", (tmp_path / "log").read_text())
-    assert losses(made, "slurm") == whole["pretrain"][0]
+    alone = whole(made, "pretrain", tmp_path / "whole")
+    assert losses(made, "slurm") == losses(made, alone)

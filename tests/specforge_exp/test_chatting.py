@@ -309,7 +309,8 @@ def test_a_server_that_speculates_and_dies(
     port = free_port()
     served = subprocess.Popen(
         [
-            sys.executable, str(REPOSITORY / "tests" / "speculating_server.py"),
+            warm.python("speculating_server.py"),
+            str(REPOSITORY / "tests" / "speculating_server.py"),
             "--model", TINY.path, "--draft", str(paths.export_dir(trained)),
             "--port", str(port), "--fails", "midway",
         ],

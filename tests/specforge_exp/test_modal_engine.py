@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,10 @@ from test_stages_on_modal import launch
 
 
 @pytest.fixture(scope="module")
-def modal_here() -> Iterator[LocalModal]:
+def modal_here(shared_with_jobs: Path) -> Iterator[LocalModal]:
     """A control plane for programs of these tests only."""
     options = {"max_containers": 3, "retry_delay_scale": 0, "max_idle": 20.0}
-    with client.start(options=options) as local:
+    with client.start(options=options, share=[shared_with_jobs]) as local:
         yield local
         assert local.state()["unimplemented"] == {}
 
@@ -51,28 +50,37 @@ def lines(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_nothing_is_lost_or_done_twice(modal_here: LocalModal, tmp_path: Path) -> None:
+def test_nothing_is_lost_or_done_twice(
+    modal_here: LocalModal, tmp_path: Path, shared_with_jobs: Path
+) -> None:
     """The client is killed 20 times, containers twice, four results expire, two prompts are bad."""
     texts = [f"Describe kettle {number}." for number in range(81)]
     texts[13] += " " + POISON
     texts[42] += " " + REFUSED
     write_prompts(config(tmp_path, 0), texts)
-    process = drive(modal_here, tmp_path, len(texts), 0, 20)
+    hold = shared_with_jobs / "answers"
+    hold.write_text(str(2 * CHUNK))
+    process = drive(modal_here, tmp_path, len(texts), 0, 20, HOLD_ANSWERS=str(hold))
     killed: set[str] = set()
     expired: set[str] = set()
-    while process.poll() is None:
-        state = modal_here.state()
+
+    def harmed(state: dict[str, Any]) -> bool:
+        """Two containers that stand still are killed, each behind chunks whose results expire."""
         done = [name for name, call in state["calls"].items() if call["done"]]
         busy = [name for name, task in state["tasks"].items() if task["running"]]
-        if len(killed) < 2 and busy and len(done) >= 2 * len(killed) + 1 and busy[0] not in killed:
-            killed.add(busy[0])
-            modal_here.kill(busy[0])
         for call in [name for name in done if name not in expired][: 4 - len(expired)]:
             expired.add(call)
             modal_here.expire(call)
-        time.sleep(0.1)
+        if busy and len(done) >= 2 * len(killed) + 2 and not killed & {*busy}:
+            killed.add(busy[0])
+            modal_here.kill(busy[0])
+            hold.write_text(str(2 * CHUNK * (len(killed) + 1)))
+        return (len(killed), len(expired)) == (2, 4)
+
+    modal_here.wait_for(harmed)
+    hold.unlink()
     output = finish(process)
-    assert "killed 20 times" in output and (len(killed), len(expired)) == (2, 4)
+    assert "killed 20 times" in output
     assert "input 81 = done 79 + failed 2 + skipped 0" in output
     answered = lines(tmp_path, "train.jsonl")
     assert [r["id"] for r in answered] == [f"c{n}" for n in range(80) if n not in (13, 42)]

@@ -92,7 +92,9 @@ def test_resumed_to_the_bit(base: Config, run: Config, kind: str) -> None:
     assert [step for step, _ in whole] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("layout", ["packed", "accumulated", "two processes"])
+@pytest.mark.parametrize(
+    "layout", ["packed", "accumulated", pytest.param("two processes", marks=pytest.mark.slow)]
+)
 def test_layout_changes_no_loss(base: Config, run: Config, layout: str) -> None:
     """Divisors and proposals do not depend on it."""
     options = {
@@ -269,7 +271,9 @@ def test_resumed_within_a_round(rolled: Config, step: int) -> None:
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
-@pytest.mark.parametrize("layout", ["accumulated", "two processes, packed"])
+@pytest.mark.parametrize(
+    "layout", [pytest.param("accumulated", marks=pytest.mark.slow), "two processes, packed"]
+)
 def test_layout_changes_no_rollout(rolled: Config, layout: str) -> None:
     """Each process answers for some conversations of a round, and all are trained on."""
     options = {"gpus": 2, "pack_tokens": 200}

@@ -164,7 +164,7 @@ def test_killed_and_continued_by_fewer(cfg: Config, tokens: Path, tmp_path: Path
     loopback."""
     log = tmp_path / "log"
     layout = command(cfg, "killed", "trainer.save_every=2", "trainer.shard=true")
-    hold(run_of(cfg, "killed"), 30)
+    hold(run_of(cfg, "killed"), 18)
     process = start([*layout, "trainer.gpus=2"], log)
     wait_for_step(process, cfg, "killed", 5)
     if sys.platform == "linux":

@@ -49,8 +49,16 @@ def browser() -> Iterator[Browser]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def shown(browser: Browser, twelve: Path) -> Iterator[Page]:
+    """For tests that only look at it."""
+    with opened(browser, twelve) as found:
+        yield found
+
+
 @pytest.fixture
 def page(browser: Browser, twelve: Path) -> Iterator[Page]:
+    """For a test that changes it."""
     with opened(browser, twelve) as found:
         yield found
 
@@ -70,15 +78,15 @@ def test_holds_no_address(twelve: Path) -> None:
     assert "://" not in twelve.read_text()
 
 
-def test_opens_without_complaint_and_asks_no_network(page: Page) -> None:
-    check_quiet(page)
-    assert "full-opd_lr3e-05 is best" in page.locator(".head h2").inner_text()
-    assert page.locator("table.runs tbody tr").count() == 12
-    assert "the loss is nan at step 30" in page.locator("table.failures").inner_text()
+def test_opens_without_complaint_and_asks_no_network(shown: Page) -> None:
+    check_quiet(shown)
+    assert "full-opd_lr3e-05 is best" in shown.locator(".head h2").inner_text()
+    assert shown.locator("table.runs tbody tr").count() == 12
+    assert "the loss is nan at step 30" in shown.locator("table.failures").inner_text()
 
 
-def test_every_chart_has_marks(page: Page) -> None:
-    found = page.evaluate(COLOURED)
+def test_every_chart_has_marks(shown: Page) -> None:
+    found = shown.evaluate(COLOURED)
     assert set(found) == {
         "ranking", "rate", "loss", "simulated_length", "alpha", "unroll", "datasets",
     }  # fmt: skip
@@ -131,10 +139,10 @@ def test_acceptance_rates_switch_between_unroll_steps(page: Page) -> None:
     check_quiet(page)
 
 
-def test_hover_names_the_run(page: Page) -> None:
-    plot = page.locator('.chart[data-chart="ranking"] .plot')
+def test_hover_names_the_run(shown: Page) -> None:
+    plot = shown.locator('.chart[data-chart="ranking"] .plot')
     plot.scroll_into_view_if_needed()
-    spot = page.evaluate(
+    spot = shown.evaluate(
         """() => {
           const figure = figures.get("ranking"), view = Bokeh.index.get_by_id(figure.id);
           const dots = figure.renderers.find(
@@ -144,19 +152,19 @@ def test_hover_names_the_run(page: Page) -> None:
                   box.y + view.frame.y_scale.compute(dots.place[0])];
         }"""
     )
-    page.mouse.move(spot[0] - 1, spot[1])
-    page.mouse.move(*spot)
-    page.locator(".bk-tooltip-row-value").get_by_text("full-opd_lr3e-05").wait_for(timeout=10_000)
-    values = page.locator(".bk-tooltip-row-value").all_text_contents()
+    shown.mouse.move(spot[0] - 1, spot[1])
+    shown.mouse.move(*spot)
+    shown.locator(".bk-tooltip-row-value").get_by_text("full-opd_lr3e-05").wait_for(timeout=10_000)
+    values = shown.locator(".bk-tooltip-row-value").all_text_contents()
     assert len(values) == 4 and " to " in values[2] and values[3].strip() == "best"
 
 
-def test_a_row_gives_its_command(page: Page) -> None:
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    button = page.locator("table.runs tbody tr").first.locator("button.copy")
+def test_a_row_gives_its_command(shown: Page) -> None:
+    shown.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    button = shown.locator("table.runs tbody tr").first.locator("button.copy")
     assert button.get_attribute("data-copy") == "python train.py loss=full-opd lr=3e-05"
     button.click()
-    page.wait_for_function("document.querySelector('button.copy.done') !== null")
+    shown.wait_for_function("document.querySelector('button.copy.done') !== null")
 
 
 def test_a_study_on_the_page(browser: Browser, tmp_path: Path) -> None:

@@ -18,13 +18,13 @@ from holding import environment, hold, release
 from specforge_exp.config import Config
 from specforge_exp.training.checkpoint import step_folders
 
-STEPS = 40
+STEPS = 24
 KILLS = int(os.environ.get("SPECFORGE_KILLS", "2"))
 """Of each training, at random steps."""
 
 
 def command(cfg: Config, name: str, *more: str) -> list[str]:
-    """train.py on the fixture's tokens, 40 steps of four conversations."""
+    """train.py on the fixture's tokens, 24 steps of four conversations."""
     return [
         sys.executable, str(REPOSITORY / "train.py"), "experiment=smoke", "model=tiny",
         "loss=baseline",
@@ -122,7 +122,7 @@ def test_killed_at_random_steps(cfg: Config, tokens: Path, tmp_path: Path, gpus:
     finish(command(cfg, "whole", *layout), log)
     killed = command(cfg, "killed", *layout)
     hold(run_of(cfg, "killed"), STEPS - 1)
-    for step in sorted(random.Random(gpus).sample(range(1, STEPS - 1), KILLS)):
+    for step in sorted(random.Random(3 * gpus).sample(range(4, STEPS - 1), KILLS)):
         process = start(killed, log)
         wait_for_step(process, cfg, "killed", step)
         kill_all(process)

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -24,14 +25,18 @@ from specforge_exp.target import Target
 
 DEADLINE = 300
 ASK = [{"role": "user", "content": "How many apples has Otto?"}]
-TOKENS = 1000
+TOKENS = 200
 LONG = {"messages": ASK, "max_tokens": TOKENS, "ignore_eos": True, "temperature": 0}
 
 
 @contextmanager
-def serving(*options: str) -> Iterator[tuple[str, warm.Started]]:
-    command = ["-m", "specforge_exp.generation.local.serve", "--model", TINY.path]
-    process = warm.start([*command, "--port", "0", *options], kind="stages")
+def serving(*options: str, hold: Path | None = None) -> Iterator[tuple[str, warm.Started]]:
+    """A server; its answers get no longer while `hold` is there."""
+    command = ["-m", "specforge_exp.generation.local.serve"]
+    if hold:
+        command = [str(REPOSITORY / "tests" / "held_server.py"), str(hold)]
+    words = [*command, "--model", TINY.path, "--port", "0", *options]
+    process = warm.start(words, kind="stages")
     try:
         while not (found := re.search(r"listening on (http://[\d.]+:\d+)\n", process.printed())):
             assert process.poll() is None, process.communicate()
@@ -43,8 +48,15 @@ def serving(*options: str) -> Iterator[tuple[str, warm.Started]]:
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with serving("--concurrency", "2", "--max-queue", "1", "--context-length", "2000") as (url, _):
+def hold(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """While this file is there, the answers of `url` get no longer."""
+    return tmp_path_factory.mktemp("held") / "answers"
+
+
+@pytest.fixture(scope="module")
+def url(hold: Path) -> Iterator[str]:
+    options = ("--concurrency", "2", "--max-queue", "1", "--context-length", "2000")
+    with serving(*options, hold=hold) as (url, _):
         yield url
 
 
@@ -141,7 +153,9 @@ def test_what_routers_ask_for(url: str) -> None:
         assert fetch(f"{url}/{path}")[2]["model_path"] == TINY.path
 
 
-def test_more_than_may_wait_are_sent_away_and_a_lost_client_frees_its_slot(url: str) -> None:
+def test_more_than_may_wait_are_sent_away_and_a_lost_client_frees_its_slot(
+    url: str, hold: Path
+) -> None:
     async def scene() -> None:
         async with aiohttp.ClientSession() as http:
 
@@ -163,8 +177,10 @@ def test_more_than_may_wait_are_sent_away_and_a_lost_client_frees_its_slot(url: 
             await asyncio.gather(*tasks, return_exceptions=True)
 
     before = fetch(f"{url}/metrics")[2]["generated_tokens"]
+    hold.touch()
     asyncio.run(asyncio.wait_for(scene(), DEADLINE))
     wait_for(lambda: running(url) == 0)
+    hold.unlink()
     state = fetch(f"{url}/metrics")[2]
     assert state["waiting"] == 0
     assert state["generated_tokens"] - before < 2 * TOKENS
@@ -172,9 +188,12 @@ def test_more_than_may_wait_are_sent_away_and_a_lost_client_frees_its_slot(url: 
 
 
 @pytest.mark.slow
-def test_sigterm_finishes_what_runs_and_accepts_no_more() -> None:
+def test_sigterm_finishes_what_runs_and_accepts_no_more(tmp_path: Path) -> None:
+    hold = tmp_path / "answers"
+    hold.touch()
+
     async def scene() -> None:
-        with serving("--concurrency", "1") as (url, process):
+        with serving("--concurrency", "1", hold=hold) as (url, process):
             async with aiohttp.ClientSession() as http:
                 address = f"{url}/v1/chat/completions"
                 task = asyncio.create_task(http.post(address, json=LONG))
@@ -195,6 +214,7 @@ def test_sigterm_finishes_what_runs_and_accepts_no_more() -> None:
                 with pytest.raises(aiohttp.ClientError):
                     async with http.post(address, json=LONG) as late:
                         late.raise_for_status()
+                hold.unlink()
                 body = await (await task).json()
                 assert body["usage"]["completion_tokens"] == TOKENS
                 assert await asyncio.to_thread(process.wait, DEADLINE) == 0
@@ -203,8 +223,8 @@ def test_sigterm_finishes_what_runs_and_accepts_no_more() -> None:
 
 
 def test_a_wrong_command_line_ends_in_one_line() -> None:
-    command = [sys.executable, "-m", "specforge_exp.generation.local.serve", "--model", "no/where"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    command = ["-m", "specforge_exp.generation.local.serve", "--model", "no/where"]
+    done = warm.run(command, kind="stages")
     assert done.returncode == 1
     assert "model.path=no/where is not in the cache" in done.stderr
     assert "Traceback" not in done.stderr

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from conftest import TINY
 from safetensors.torch import load_file, save_file
 from test_conf import composed
@@ -285,7 +285,6 @@ def test_from_is_an_option_of_export_alone(tmp_path: Path) -> None:
         ("export", "error: from=nowhere/at-all/x is no folder or hub id of a draft"),
         ("bench", "error: from is not an option"),
     ]:
-        command = [sys.executable, str(ROOT / f"{script}.py"), *words]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = warm.run([str(ROOT / f"{script}.py"), *words], tmp_path)
         assert done.returncode == 1 and message in done.stderr, done.stderr
     assert not (tmp_path / "runs").exists()

@@ -324,7 +324,7 @@ END
 """
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
+@pytest.mark.parametrize("name", ["wandb", pytest.param("trackio", marks=pytest.mark.slow)])
 def test_a_full_disk_for_its_files_costs_the_training_nothing(name: str, tmp_path: Path) -> None:
     script = FULL.format(folder=tmp_path, python=sys.executable, name=name)
     done = subprocess.run(
