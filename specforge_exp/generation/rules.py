@@ -10,6 +10,7 @@ from specforge_exp.config import Config, ModelConfig
 from specforge_exp.data.chat import prompt_ids
 from specforge_exp.generation.engine import Message, Sampling
 from specforge_exp.generation.regenerate import Record, Rules
+from specforge_exp.serving.command import answering
 from specforge_exp.target.files import generation_config, load_tokenizer
 
 
@@ -54,6 +55,7 @@ def rules_of(cfg: Config) -> Rules:
     }
     if sampling.repetition_penalty != 1:
         made_by["repetition_penalty"] = sampling.repetition_penalty
+    made_by |= answering(cfg.engine)
     attempts = cfg.engine.retries + 1 if sampling.temperature else 1
     return Rules(
         sampling, cfg.max_length, counter(cfg.model, kwargs), kwargs, thinking,

@@ -6,6 +6,11 @@ from specforge_exp.serving import sglang
 
 MODULE = "vllm"
 """What its Python has."""
+SIZES = {
+    "gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens",
+    "cpu_offload_gb", "enforce_eager", "disable_log_stats", "uvicorn_log_level",
+}  # fmt: skip
+"""As of SGLang."""
 
 
 def arguments(model: str, tp_size: int, port: int) -> list[str]:

@@ -37,6 +37,7 @@ from specforge_exp.generation.server_engine import ServerEngine, layout
 from specforge_exp.generation.store import Store
 from specforge_exp.inputs import require
 from specforge_exp.interrupt import Interrupt
+from specforge_exp.serving.command import answering
 from specforge_exp.serving.gpus import tp_size_of
 from specforge_exp.target import check_gpus
 from specforge_exp.target.loading import fed_by
@@ -70,6 +71,7 @@ def regen(cfg: Config) -> Path:
         "model.chat_template_kwargs": cfg.model.chat_template_kwargs,
     }
     settings |= chosen(cfg, "regen.repetition_penalty device model.dtype")
+    settings |= {f"engine.{name}": value for name, value in answering(cfg.engine).items()}
     fingerprint = Fingerprint(inputs, settings)
     if reusable(folder / "run.json", fingerprint, cfg.regen.force, "regen"):
         return folder
@@ -101,11 +103,16 @@ def unmet(check: Callable[[], object]) -> list[str]:
     return []
 
 
+def check_layers(cfg: Config) -> None:
+    """Refuse a target that has too few layers for the draft, where its files are here."""
+    if revision(cfg.model.path):  # what is on a hub alone is not fetched for this
+        fed_by(cfg)
+
+
 def check_engine(cfg: Config) -> None:
     """Refuse what a run, or train after it, would find out late: a target that has too few layers
     for the draft, the servers' size, an account; InputError."""
-    if revision(cfg.model.path):  # what is on a hub alone is not fetched for this
-        fed_by(cfg)
+    check_layers(cfg)
     if cfg.engine.name not in ("modal", "sglang"):
         return
     tp_size_of(cfg)

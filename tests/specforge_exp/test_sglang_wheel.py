@@ -32,6 +32,7 @@ from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.eagle3.draft import Eagle3
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
+from specforge_exp.serving import sglang
 from specforge_exp.serving.command import Speculation, server_command
 from specforge_exp.target import Target
 
@@ -129,6 +130,7 @@ def test_the_server_has_our_options(sources: Sources) -> None:
         used = dict(flags(server_command(engine, "Qwen/Qwen3-8B", 2, 30001, draft)[3:]))
         assert {*draft.options, "speculative_draft_model_path"} <= {*used}
         assert {*used} <= {*sources.options}
+    assert {*sources.options} >= sglang.SIZES
         assert used["speculative_algorithm"] in algorithms
 
 
@@ -163,7 +165,10 @@ def test_its_answers_have_what_we_read(sources: Sources) -> None:
     asked = sources.classes(f"{MANAGERS}/io_struct.py")["GenerateReqInput"]
     sampling = sources.classes("sglang/srt/sampling/sampling_params.py")["SamplingParams"]
     assert {"input_ids", "sampling_params", "stream"} <= declared(asked)
-    assert {"temperature", "max_new_tokens", "stop_token_ids"} <= declared(sampling)
+    assert {"temperature", "max_new_tokens", "stop_token_ids", "sampling_seed"} <= declared(sampling)
+    assert '"sampling_seed": self.seed' in sources.text("sglang/srt/entrypoints/openai/protocol.py")
+    batch = sources.text("sglang/srt/sampling/sampling_batch_info.py")
+    assert "enable_deterministic_inference" in batch  # alone it looks at a request's seed
 
 
 def declared(owner: ast.ClassDef) -> set[str]:
