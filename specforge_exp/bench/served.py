@@ -154,9 +154,7 @@ def server_of(cfg: Config, alone: bool, folder: Path) -> Server:
     return make_servers(cfg, folder, draft)[0]
 
 
-async def converse(
-    client: Client, asking: Asking, asks: Conversation, name: str
-) -> list[Exchange]:
+async def converse(client: Client, asking: Asking, asks: Conversation, name: str) -> list[Exchange]:
     """Ask the turns of the conversation `name`, each after the answer to the one before.
 
     Ends before a turn for which there is no room.

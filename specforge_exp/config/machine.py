@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from omegaconf import DictConfig
@@ -31,6 +32,8 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
         InputError: the job's configuration is not valid.
     """
     here = from_omegaconf(job)
+    if stage == "regen" and resolve_name("specforge_exp.artifacts:files_of")(here.model.path):
+        resolve_name("specforge_exp.stages.regen:check_layers")(here)  # which loads torch
     env, volumes, gpu = (here.resources[key] for key in ("env", "volumes", "gpu"))
     roots = PathsConfig(env["SPECFORGE_DATASETS"], env["SPECFORGE_CHECKPOINTS"])
     there = replace(here, paths=roots)

@@ -100,7 +100,8 @@ def make_plan(source: Path, digest: str, chunk_size: int, most: int | None) -> P
                 continue
             try:
                 record = orjson.loads(line)
-                name, text = hash(str(record.get("id"))), beginning(record)
+                named, text = record.get("id"), beginning(record)
+                name = hash(line if named is None else str(named))  # without: by what it says
             except (ValueError, AttributeError, TypeError, KeyError):
                 name, text = hash((start,)), f"not a conversation: {start}"
             if name in ids:

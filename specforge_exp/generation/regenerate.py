@@ -106,6 +106,9 @@ async def one_answer(
         if answer.finish_reason == "length" and rules.truncated == "retry":
             longer = replace(rules.sampling, max_tokens=2 * rules.sampling.max_tokens)
             answer = await ask(replace(request, sampling=longer))
+        if answer.finish_reason == "length":  # which may be within a character
+            whole = str(answer.message["content"]).rstrip("\N{REPLACEMENT CHARACTER}")
+            answer = replace(answer, message={**answer.message, "content": whole})
         if rules.thinking != "model":
             answer = replace(answer, message=sort_thoughts(answer.message, rules.thinking))
         if answer.finish_reason == "length" and rules.truncated == "drop":

@@ -30,7 +30,7 @@ def answering(options: EngineConfig) -> dict[str, Any]:
     """The options of the engine's server that its answers depend on, where they are given."""
     if options.name == "transformers":
         return {}
-    names = {"served_name": options.served_name}
+    names: dict[str, Any] = {"served_name": options.served_name}
     if options.name != "openai":  # which starts none
         sizes = program(options).SIZES
         args = {k: v for k, v in options.args.items() if k.replace("-", "_") not in sizes}

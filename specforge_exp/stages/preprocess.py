@@ -125,13 +125,18 @@ def preprocess(cfg: Config) -> Path:
 
 def others_answers(cfg: Config, source: Path) -> list[str]:
     """What is to be said about answers that another target of the same name has given, or to
-    prompts that are shown otherwise here."""
+    prompts that have changed since or are shown otherwise here."""
     record = source / "run.json"
     if cfg.preprocess.source != "regen" or not record.exists():
         return []
     made = read_record(record)
     remedy = "its answers teach the draft another model: regen.force=true answers again"
     warnings = [f"{source}: {change}; {remedy}" for change in changed_target(made, cfg.model.path)]
+    prompts = paths.prompts_dir(cfg)
+    for name in ("train.jsonl", "eval.jsonl"):
+        file, before = prompts / name, made["inputs"].get(f"{prompts.name}/{name}")
+        if before and file.exists() and sha256(file) != before:
+            warnings.append(f"{source}: {file} has changed since: regen.force=true answers again")
     own = cfg.model.chat_template_kwargs
     asked = dict(made["settings"].get("model.chat_template_kwargs", own))
     thinking = made["settings"].get("regen.thinking", "model")

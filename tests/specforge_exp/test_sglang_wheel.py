@@ -130,8 +130,8 @@ def test_the_server_has_our_options(sources: Sources) -> None:
         used = dict(flags(server_command(engine, "Qwen/Qwen3-8B", 2, 30001, draft)[3:]))
         assert {*draft.options, "speculative_draft_model_path"} <= {*used}
         assert {*used} <= {*sources.options}
-    assert {*sources.options} >= sglang.SIZES
         assert used["speculative_algorithm"] in algorithms
+    assert {*sources.options} >= sglang.SIZES
 
 
 def attributes_of_enum(sources: Sources) -> set[str]:
@@ -165,7 +165,8 @@ def test_its_answers_have_what_we_read(sources: Sources) -> None:
     asked = sources.classes(f"{MANAGERS}/io_struct.py")["GenerateReqInput"]
     sampling = sources.classes("sglang/srt/sampling/sampling_params.py")["SamplingParams"]
     assert {"input_ids", "sampling_params", "stream"} <= declared(asked)
-    assert {"temperature", "max_new_tokens", "stop_token_ids", "sampling_seed"} <= declared(sampling)
+    said = {"temperature", "max_new_tokens", "stop_token_ids", "sampling_seed"}
+    assert said <= declared(sampling)
     assert '"sampling_seed": self.seed' in sources.text("sglang/srt/entrypoints/openai/protocol.py")
     batch = sources.text("sglang/srt/sampling/sampling_batch_info.py")
     assert "enable_deterministic_inference" in batch  # alone it looks at a request's seed
