@@ -197,6 +197,27 @@ def test_what_is_deleted_at_the_end_is_the_runs_own(tmp_path: Path) -> None:
     assert len(folders) == 2
 
 
+def test_what_was_given_up_is_not_taken_again(tmp_path: Path) -> None:
+    """Results on the Volume are of one run: regen.force=true, given because those before were of
+    another image, say, gets none of them; a start that continues finds its own."""
+    from specforge_exp.generation.modal_engine import Client
+    from specforge_exp.generation.store import Store
+
+    cfg, source = config(tmp_path, 0), tmp_path / "train.jsonl"
+    source.write_text("")
+    store = Store(tmp_path, {source: "one"}, CHUNK, None, 1)
+    first = Client(cfg, store, "app")
+    first.journal.write({"chunk": "a", "part": "a-1", "places": [0], "call": "fc-1"})
+    first.journal.write({"part": "a-1", "seconds": 1.0})
+    assert Client(cfg, store, "app").folder == first.folder
+    first.journal.path.unlink()  # as regen.force=true
+    assert Client(cfg, store, "app").folder != first.folder
+    older = '{"chunk": "a", "part": "a-1", "places": [0], "call": "fc-1"}\n'
+    first.journal.path.write_text(older)  # begun before runs had names
+    assert Client(cfg, store, "app").journal.run == ""
+    store.close()
+
+
 def test_an_app_for_everything_that_differs_in_its_containers(tmp_path: Path) -> None:
     from specforge_exp.generation.modal_app import app_name
 
