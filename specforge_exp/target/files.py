@@ -12,6 +12,9 @@ from specforge_exp.config import ModelConfig
 from specforge_exp.errors import InputError, first_line
 from specforge_exp.offline import offline
 
+WEIGHTS = (".safetensors", ".bin")
+"""A hub model in the cache that has them is there as a whole."""
+
 
 def text_config(cfg: ModelConfig) -> Any:
     """The configuration of the language model; InputError when it cannot be read."""
@@ -35,8 +38,8 @@ def generation_config(path: str) -> GenerationConfig:
         return GenerationConfig.from_pretrained(path)
     except OSError as error:
         folder = files_of(path)
-        whole = folder and (Path(path).is_dir() or any(folder.glob("*.safetensors")))
-        if whole or asked_for(path):
+        weights = [file for file in folder.glob("*") if file.suffix in WEIGHTS] if folder else []
+        if weights or Path(path).is_dir() or asked_for(path):
             return GenerationConfig()
         raise InputError(
             f"model.path={path}: its generation_config.json cannot be read "
