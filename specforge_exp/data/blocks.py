@@ -121,7 +121,7 @@ def encode_block(block: LineBlock, chat: Chat, cfg: Config, folder: Path) -> Non
                 sequences = sequences_of(result, cfg, account, record["id"])
             except Unrenderable as error:
                 account[f"set aside: {error}"] += 1
-                rejected.append({"reason": str(error), **record})
+                rejected.append({"reason": "", **record} | {"reason": str(error)})
             else:
                 cut = cut_answers(record, cfg)
                 conversations += [open_ended(each, cut, chat, account) for each in sequences]

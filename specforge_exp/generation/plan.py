@@ -72,6 +72,7 @@ class Plan:
             record = normalise(orjson.loads(file.read(int(self.lengths[number]))))
         except (BadRecord, orjson.JSONDecodeError) as error:
             raise BadRecord(f"{where}: {error}") from None
+        record.pop("error", None)  # what the data calls so; in a result it means that this failed
         if number in self.twice:
             raise BadRecord(f"{where}: an earlier line has the id {record['id']}")
         return record

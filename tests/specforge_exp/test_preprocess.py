@@ -96,6 +96,12 @@ def test_what_cannot_be_trained_on_is_set_aside(cfg: Config, source: Path) -> No
     assert len(read_split(folder, "train")) == 1
 
 
+def test_a_reason_of_the_datas_own(cfg: Config, source: Path) -> None:
+    put(source, [say("Hi", "Hello.", name="a"), {**say("?", name="b"), "reason": "mine"}])
+    [line] = (preprocess(cfg) / "train.rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "no assistant token"
+
+
 @pytest.mark.parametrize("overlong", ["truncate", "drop", "error"])
 def test_overlong(
     cfg: Config, source: Path, overlong: str, caplog: pytest.LogCaptureFixture

@@ -216,6 +216,20 @@ def test_samples_and_the_rest(
     assert "input 12 = done 8 + failed 0 + skipped 4" in caplog.text
 
 
+def test_data_with_an_error_of_their_own(
+    cfg: Config, prompts: list[Record], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A column of that name is no failure, and does not hide the reason of one."""
+    caplog.set_level("INFO")
+    train = [{**record, "error": "none", "reason": "x"} for record in (prompts[0], prompts[-1])]
+    write_jsonl(paths.prompts_dir(cfg) / "train.jsonl", train)
+    folder = regen(cfg)
+    assert "input 3 = done 2 + failed 1 + skipped 0" in caplog.text
+    [done], [failed] = read(folder / "train.jsonl"), read(folder / "failed.jsonl")
+    assert "error" not in done and "the prompt alone has" in failed["error"]
+    assert done["reason"] == "x"
+
+
 def test_a_dry_run_touches_nothing(
     cfg: Config, prompts: list[Record], caplog: pytest.LogCaptureFixture
 ) -> None:
