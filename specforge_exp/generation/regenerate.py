@@ -83,6 +83,7 @@ async def regenerate(item: Item, rules: Rules, ask: Ask) -> Record:
         **record,
         "conversations": messages,
         "finish_reasons": [answer.finish_reason for answer in answers],
+        "prompt_tokens": [answer.prompt_tokens for answer in answers],
         "generated_tokens": sum(answer.completion_tokens for answer in answers),
         "regenerated": {**rules.made_by, "time": datetime.now(UTC).isoformat(timespec="seconds")},
     }

@@ -279,6 +279,8 @@ def describe(split: TokenSplit, in_draft_V: Ints, row: int) -> dict[str, Any]:
         "answers_checked": account["checked"],
         "answers_misread": account["misread"],
         "thoughts_not_shown": account["thoughtless"],
+        "prompts_checked": account["prompts_checked"],
+        "prompts_unlike": account["prompts_unlike"],
         "coverage": float(split.counts_V[in_draft_V].sum()) / max(1, supervised),
         "packing": packing(lengths, row),
     }
@@ -310,6 +312,12 @@ def doubts(name: str, entry: dict[str, Any]) -> list[str]:
         warnings.append(
             f"the supervised tokens do not spell the answer in {entry['answers_misread']} of "
             f"{entry['answers_checked']} answers of {name} that were checked"
+        )
+    if entry["prompts_unlike"] > 0.02 * entry["prompts_checked"]:
+        warnings.append(
+            f"{entry['prompts_unlike']} of {entry['prompts_checked']} answers of {name} were given "
+            "to prompts of another length than here: the server has another chat template, "
+            "tokenizer or model, or its options show prompts otherwise"
         )
     if entry["thoughts_not_shown"] > 0.02 * entry["answers_checked"]:
         warnings.append(

@@ -288,10 +288,15 @@ def test_doubts() -> None:
     entry = {
         "conversations": 9, "coverage": 0.99, "turns_with_end": 9, "supervised_share": 0.5,
         "answers_checked": 50, "answers_misread": 1, "thoughts_not_shown": 1,
+        "prompts_checked": 50, "prompts_unlike": 1,
     }  # fmt: skip
     assert doubts("train", entry) == []
     assert "0.5% of the tokens" in doubts("train", {**entry, "supervised_share": 0.005})[0]
     assert "100.0% of the tokens" in doubts("train", {**entry, "supervised_share": 1.0})[0]
     assert "2 of 50 answers" in doubts("train", {**entry, "answers_misread": 2})[0]
+    assert (
+        "2 of 50 answers of train were given to prompts of another length"
+        in (doubts("train", {**entry, "prompts_unlike": 2})[0])
+    )
     assert "thoughts of 2 of 50" in doubts("train", {**entry, "thoughts_not_shown": 2})[0]
     assert doubts("eval", {**entry, "conversations": 0, "coverage": 0.0}) == []

@@ -12,6 +12,7 @@ from specforge_exp import paths
 from specforge_exp.artifacts import model_digest, sha256
 from specforge_exp.config import Config
 from specforge_exp.data.blocks import cut_answers
+from specforge_exp.data.chat import prompt_ids
 from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.errors import InputError
@@ -165,6 +166,24 @@ def test_answers_of_another_target_are_told_of(
         told = [text for text in warnings if "target was another than model.path" in text]
         assert len(told) == 1 - number
         assert all(text in caplog.text for text in told)
+
+
+def test_prompts_of_another_length_are_counted(
+    cfg: Config, source: Path, tiny_tokenizer: Any
+) -> None:
+    """A server with another template, or another model, has asked something else."""
+    cfg.preprocess.source, answers = "regen", paths.regen_dir(cfg)
+    answers.mkdir()
+    record = say("Hi", "Hello.", "And?", "Yes.")
+    record["conversations"][2:2] = [CALL, DONE]
+    talk, record["finish_reasons"] = record["conversations"], ["stop", "stop"]
+    right = [len(prompt_ids(tiny_tokenizer, talk[:n], {})) for n in (1, 5)]
+    told = ([right[0], right[1]], [right[0] + 1, right[1]], [right[0]], [0, 0])
+    put(answers, [{**record, "id": str(n), "prompt_tokens": each} for n, each in enumerate(told)])
+    report = json.loads((preprocess(cfg) / "report.json").read_text())
+    found = report["train"]
+    assert (found["prompts_checked"], found["prompts_unlike"]) == (4, 1)
+    assert [text for text in report["warnings"] if "prompts of another length than here" in text]
 
 
 def test_answers_to_other_prompts_are_told_of(cfg: Config, source: Path) -> None:
