@@ -49,9 +49,9 @@ BUDGETS = {
     "modal_sweep": 33_690,
     "hydra_sweeps": 30_600,
     "hydra_plugins": 1_050,
-    "specforge_exp": 235_990,
+    "specforge_exp": 236_020,
     "specforge_exp/data": 19_115,
-    "specforge_exp/target": 10_290,
+    "specforge_exp/target": 10_310,
     "specforge_exp/drafts": 47_910,
     "specforge_exp/training": 20_880,
     "specforge_exp/inference": 16_600,
@@ -59,7 +59,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_420,
     "specforge_exp/report": 18_820,
     "specforge_exp/chat": 4_000,
-    "": 301_860,
+    "": 301_900,
     "specforge_exp/causal": 6_450,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be

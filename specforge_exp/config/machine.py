@@ -32,8 +32,6 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
         InputError: the job's configuration is not valid.
     """
     here = from_omegaconf(job)
-    if stage == "regen" and resolve_name("specforge_exp.artifacts:files_of")(here.model.path):
-        resolve_name("specforge_exp.stages.regen:check_layers")(here)  # which loads torch
     env, volumes, gpu = (here.resources[key] for key in ("env", "volumes", "gpu"))
     roots = PathsConfig(env["SPECFORGE_DATASETS"], env["SPECFORGE_CHECKPOINTS"])
     there = replace(here, paths=roots)
@@ -85,7 +83,14 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
     }
     own = {**stages["train"], "progress_keys": ["eval/loss"]}
     stages |= {"sft": own, "pretrain": {**own, "requires": [model]}}
+    refuse_shallow(stage, here)
     return stages.get(stage, {})
+
+
+def refuse_shallow(stage: str, here: Config) -> None:
+    """What regen itself refuses first, before it is sent to a container that is paid for."""
+    if stage == "regen" and resolve_name("specforge_exp.artifacts:files_of")(here.model.path):
+        resolve_name("specforge_exp.stages.regen:check_layers")(here)  # which loads torch
 
 
 def need(

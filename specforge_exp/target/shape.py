@@ -111,10 +111,13 @@ def check_length(cfg: ModelConfig, max_length: int) -> str | None:
     context = getattr(text, "max_position_embeddings", None)
     change = turning_point(text)
     if change and change < max_length:
+        kind = next(
+            kind for kind in (r.get("rope_type") for r in rotaries(text)) if kind in CHANGING
+        )
         raise InputError(
             f"max_length={max_length}, but from {change} tokens on the rotary embedding of "
-            f"model.path={cfg.path} is another one, also for the tokens before, and engines "
-            f"disagree when; use max_length={change} or less"
+            f"model.path={cfg.path} ({kind}) is another one, also for the tokens before, and "
+            f"engines disagree when; use max_length={change} or less"
         )
     if context is None or max_length <= context:
         return None
