@@ -7,7 +7,7 @@ MODULE = "sglang"
 """What its Python has."""
 SIZES = {
     "mem_fraction_static", "max_running_requests", "max_queued_requests", "max_total_tokens",
-    "chunked_prefill_size", "max_prefill_tokens", "cuda_graph_max_bs", "schedule_policy",
+    "chunked_prefill_size", "max_prefill_tokens", "schedule_policy",
     "schedule_conservativeness", "log_level", "enable_metrics",
 }  # fmt: skip
 """Options that decide how much fits and what is shown; answers change by their last digits."""
