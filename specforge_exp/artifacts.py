@@ -338,8 +338,7 @@ def model_digest(path: str) -> str:
 
     Files count as in `content_of`: weights above WHOLE by some of their blocks.
     """
-    local = Path(path).is_dir()
-    folder = Path(path) if local else cached(path)
+    folder, local = files_of(path), Path(path).is_dir()
     if folder is None:
         return path
     digest, files = hashlib.sha256(), [path]
@@ -349,6 +348,11 @@ def model_digest(path: str) -> str:
             digest.update(f"{file.name} {size} {content}".encode())
             files.append(f"{file.name} {content[:16]}")
     return digest.hexdigest() if local else "\n".join(files)
+
+
+def files_of(path: str) -> Path | None:
+    """Where a model's files are on this machine, a folder's or a hub id's; None: nowhere."""
+    return Path(path) if Path(path).is_dir() else cached(path)
 
 
 def cached(path: str) -> Path | None:

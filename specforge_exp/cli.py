@@ -25,7 +25,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from specforge_exp import offline, paths
 from specforge_exp.config import Config, from_omegaconf, repository, valueless
-from specforge_exp.config.keys import unknown_key
+from specforge_exp.config.keys import begun_entry, unknown_key
 from specforge_exp.errors import InputError
 
 Task = Callable[[DictConfig], object]
@@ -44,7 +44,9 @@ def reported(func: Any) -> Any:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else ""
-            sys.exit("\n".join(filter(None, [str(error), str(cause)])))
+            told = "\n".join(filter(None, [str(error), str(cause)]))
+            new = begun_entry(sys.argv[1:], Config, told)
+            sys.exit(f"error: {new}" if new else told)
         except MissingMandatoryValue as error:  # of the sweeper's own options
             root = error.parent_node and error.parent_node._get_root()
             if not (missing := valueless(OmegaConf.to_container(root)) if root else ""):

@@ -46,12 +46,14 @@ def bring(journal: Journal, record: JobRecord, envelope: dict[str, Any]) -> int:
         OSError, ValueError: a file could not be brought.
     """
     source, base = saved_at(journal, record)
-    folder, fetched = output_dir(journal, record), 0
+    folder, fetched, manifest = output_dir(journal, record), 0, None
     if "files" in envelope:
+        manifest = {}
         for name, text in envelope["files"].items():
-            path = outputs.safe_target(folder, name)
-            write_whole(path, [text.encode("latin-1")], durable=False)
-        fetched = len(envelope["files"])
+            path, content = outputs.safe_target(folder, name), text.encode("latin-1")
+            write_whole(path, [content], durable=False)
+            manifest[name] = {"size": len(content), "sha256": outputs.file_digest(path)}
+        fetched = len(manifest)
     elif "manifest" in envelope:
         manifest = envelope["manifest"]
         if manifest is None:  # too long for the result
@@ -60,12 +62,29 @@ def bring(journal: Journal, record: JobRecord, envelope: dict[str, Any]) -> int:
                 raise FileNotFoundError(f"{base} has no manifest")
             manifest = json.loads(saved)
         fetched = outputs.pull(manifest, folder, reader(source, f"{base}/outputs"))
+    if manifest is not None:
+        remove_replaced(journal, record, manifest)
         content = json.dumps(manifest, indent=1).encode()
         write_whole(job_folder(journal, record) / "manifest.json", [content])
     if envelope.get("cwd_files"):
         cwd = Path(record.plan["ref"]["cwd"])
         fetched += outputs.pull(envelope["cwd_files"], cwd, reader(source, f"{base}/cwd"))
     return fetched
+
+
+def remove_replaced(journal: Journal, record: JobRecord, manifest: dict[str, Any]) -> None:
+    """Remove what jobs before this one have brought into its folder, and it has not written; files
+    that were changed here since stay."""
+    folder = output_dir(journal, record)
+    for other in journal.ordered():
+        brought = job_folder(journal, other) / "manifest.json"
+        if other.plan["subdir"] != record.plan["subdir"] or not brought.exists():
+            continue
+        for name, entry in json.loads(brought.read_bytes()).items():
+            path = outputs.safe_target(folder, name)
+            left = name not in manifest and path.is_file()
+            if left and outputs.file_digest(path) == entry["sha256"]:
+                path.unlink()
 
 
 def shown_value(envelope: dict[str, Any]) -> Any:

@@ -1,7 +1,8 @@
 """What every engine of bench is told: how prompts are rendered, and how answers end."""
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,11 +29,20 @@ class Asking:
     room: int
     """Tokens of a prompt, at most."""
     seed: int
-    """Of the samples of this process."""
+    """Of the samples."""
 
     def encode(self, messages: list[Message]) -> list[int]:
         """The prompt of a conversation so far."""
         return prompt_ids(self.tokenizer, messages, self.template_kwargs)
+
+    def sampled(self, place: str) -> Decoding:
+        """`decoding` with the seed of one answer, whatever is asked beside it.
+
+        Args:
+            place: names it: data set, conversation, turn, whether with the draft.
+        """
+        digest = hashlib.blake2b(f"{self.seed}/{place}".encode(), digest_size=4).digest()
+        return replace(self.decoding, seed=int.from_bytes(digest) >> 1)
 
     def decode(self, tokens: list[int]) -> str:
         """The text of an answer."""

@@ -106,6 +106,11 @@ def cut(yielded: list[int], steps: list[int], in_order: bool) -> list[int]:
     return gained[::-1]
 
 
+def seeded(name: str, decoding: Decoding) -> dict[str, int]:
+    """The seed of samples, by the server's name of it; a greedy answer needs none."""
+    return {name: decoding.seed} if decoding.temperature else {}
+
+
 async def pieces(
     http: aiohttp.ClientSession, url: str, body: dict[str, Any]
 ) -> AsyncIterator[dict[str, Any]]:
@@ -139,6 +144,7 @@ def sglang(http: aiohttp.ClientSession, root: str) -> Client:
                 "max_new_tokens": decoding.max_tokens,
                 "stop_token_ids": sorted(decoding.eos),
                 **PLAIN,
+                **seeded("sampling_seed", decoding),
             },
             "stream": True,
         }
@@ -174,7 +180,7 @@ def openai(http: aiohttp.ClientSession, root: str, model: str, several: bool) ->
             "model": model, "prompt": prompt, "stream": True, "return_token_ids": True,
             "temperature": decoding.temperature, "max_tokens": decoding.max_tokens,
             "stop_token_ids": sorted(decoding.eos), "stream_options": {"include_usage": True},
-            **PLAIN,
+            **PLAIN, **seeded("seed", decoding),
         }  # fmt: skip
         before = await counters(http, root)
         progress, speculation = AnswerStream(), None

@@ -70,7 +70,10 @@ async def answer_sets(
     async with serving(cfg, alone=False) as client:
         await warm_up(client)
         for name, conversations in sets.items():
-            jobs = [partial(converse, client, asking, asks) for asks in conversations]
+            jobs = [
+                partial(converse, client, asking, asks, f"{name}/{number}")
+                for number, asks in enumerate(conversations)
+            ]
             drafted[name] = await carry_out(f"bench {name}", jobs, size)
             check_speculated(cfg, name, drafted[name][0])
     alone: dict[str, Answers] = {}
@@ -78,7 +81,10 @@ async def answer_sets(
         async with serving(cfg, alone=True) as client:
             await warm_up(client)
             for name, (exchanges, _) in drafted.items():
-                jobs = [partial(repeat, client, asking, turns) for turns in exchanges]
+                jobs = [
+                    partial(repeat, client, asking, turns, f"{name}/{number}")
+                    for number, turns in enumerate(exchanges)
+                ]
                 alone[name] = await carry_out(f"bench {name}, alone", jobs, size)
     return {
         name: together(exchanges, alone.get(name), asking) for name, exchanges in drafted.items()
@@ -148,8 +154,8 @@ def server_of(cfg: Config, alone: bool, folder: Path) -> Server:
     return make_servers(cfg, folder, draft)[0]
 
 
-async def converse(client: Client, asking: Asking, asks: Conversation) -> list[Exchange]:
-    """Ask a conversation's turns, each after the answer to the one before.
+async def converse(client: Client, asking: Asking, asks: Conversation, name: str) -> list[Exchange]:
+    """Ask the turns of the conversation `name`, each after the answer to the one before.
 
     Ends before a turn for which there is no room.
     """
@@ -159,15 +165,20 @@ async def converse(client: Client, asking: Asking, asks: Conversation) -> list[E
         prompt = asking.encode(messages := [*messages, *ask])
         if len(prompt) > asking.room:
             break
-        turns.append(Exchange(prompt, await client(prompt, asking.decoding)))
+        decoding = asking.sampled(f"{name}/{len(turns)}")
+        turns.append(Exchange(prompt, await client(prompt, decoding)))
         text = asking.decode(turns[-1].answer.generation.tokens)
         messages.append({"role": "assistant", "content": text})
     return turns
 
 
-async def repeat(client: Client, asking: Asking, turns: list[Exchange]) -> list[Exchange]:
-    """Ask the prompts of a conversation again, in turn."""
-    return [Exchange(t.prompt, await client(t.prompt, asking.decoding)) for t in turns]
+async def repeat(
+    client: Client, asking: Asking, turns: list[Exchange], name: str
+) -> list[Exchange]:
+    """Ask the prompts of the conversation `name` again, in turn; its samples are other ones."""
+    again = [asking.sampled(f"{name}/{number}/alone") for number in range(len(turns))]
+    pairs = zip(turns, again, strict=True)
+    return [Exchange(turn.prompt, await client(turn.prompt, own)) for turn, own in pairs]
 
 
 async def carry_out(title: str, conversations: Sequence[Converse], size: int) -> Answers:

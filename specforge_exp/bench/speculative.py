@@ -70,6 +70,8 @@ class Decoding:
     """Sample among the most likely tokens that reach this probability together; 1: off."""
     verify_cost: float | None = None
     """As `Confident.economise`; None: chains have their full length."""
+    seed: int = 0
+    """Of a server's samples; here a generator has it."""
 
 
 @dataclass

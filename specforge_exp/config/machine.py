@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from omegaconf import DictConfig
@@ -82,7 +83,14 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
     }
     own = {**stages["train"], "progress_keys": ["eval/loss"]}
     stages |= {"sft": own, "pretrain": {**own, "requires": [model]}}
+    refuse_shallow(stage, here)
     return stages.get(stage, {})
+
+
+def refuse_shallow(stage: str, here: Config) -> None:
+    """What regen itself refuses first, before it is sent to a container that is paid for."""
+    if stage == "regen" and resolve_name("specforge_exp.artifacts:files_of")(here.model.path):
+        resolve_name("specforge_exp.stages.regen:check_layers")(here)  # which loads torch
 
 
 def need(

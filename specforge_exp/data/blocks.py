@@ -117,11 +117,13 @@ def encode_block(block: LineBlock, chat: Chat, cfg: Config, folder: Path) -> Non
             account["read"] += 1
             if isinstance(result, Encoded) and place % CHECKED == 0:
                 check(record, result, chat, account)
+            if isinstance(result, Encoded) and cfg.preprocess.source == "regen":
+                compare_prompts(record, result, account)
             try:
                 sequences = sequences_of(result, cfg, account, record["id"])
             except Unrenderable as error:
                 account[f"set aside: {error}"] += 1
-                rejected.append({"reason": str(error), **record})
+                rejected.append({"reason": "", **record} | {"reason": str(error)})
             else:
                 cut = cut_answers(record, cfg)
                 conversations += [open_ended(each, cut, chat, account) for each in sequences]
@@ -142,14 +144,34 @@ def cut_answers(record: dict[str, Any], cfg: Config) -> set[int]:
     reasons = record.get("finish_reasons", []) if cfg.preprocess.source == "regen" else []
     if "length" not in reasons:
         return set()
+    own = own_answers(record)
+    if len(own) != len(reasons):  # a call was cut, too: which is not told
+        return set(range(1, sum(m["role"] == "assistant" for m in record["conversations"]) + 1))
+    return {number for number, why in zip(own, reasons, strict=True) if why == "length"}
+
+
+def own_answers(record: dict[str, Any]) -> list[int]:
+    """Which answers of a regenerated conversation, from 1, are the model's own."""
     answers = [m for m in record["conversations"] if m["role"] == "assistant"]
     calls = {number for number, m in enumerate(answers, 1) if m.get("tool_calls")}
-    if reasons[-1] == "tool_calls":  # the last is the model's own; calls before it are the data's
+    if record["finish_reasons"][-1] == "tool_calls":  # that one is, calls before it are the data's
         calls.discard(len(answers))
-    own = [number for number in range(1, len(answers) + 1) if number not in calls]
-    if len(own) != len(reasons):  # a call was cut, too: which is not told
-        return set(range(1, len(answers) + 1))
-    return {number for number, why in zip(own, reasons, strict=True) if why == "length"}
+    return [number for number in range(1, len(answers) + 1) if number not in calls]
+
+
+def compare_prompts(record: dict[str, Any], encoded: Encoded, account: Counter[str]) -> None:
+    """Count answers whose prompt had another number of tokens where they were given: it was
+    rendered otherwise there."""
+    told = record.get("prompt_tokens")
+    if not isinstance(told, list) or not record.get("finish_reasons"):  # of an older version
+        return
+    own = own_answers(record)
+    tokens = dict(zip(own, told, strict=True)) if len(own) == len(told) else {}
+    for sequence in (encoded, *encoded.apart):
+        for number, (first, _) in zip(sequence.numbers, sequence.spans, strict=True):
+            if tokens.get(number):
+                account["prompts_checked"] += 1
+                account["prompts_unlike"] += tokens[number] != first
 
 
 def open_ended(encoded: Encoded, cut: set[int], chat: Chat, account: Counter[str]) -> Encoded:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from specforge_exp.data.messages import (
+    REASONING,
     Message,
     Unrenderable,
     parsed,
@@ -146,6 +147,13 @@ def opened(chat: Chat, record: Message) -> Conversation:
     for number, at in enumerate(answers, 1):
         if chat.last_turn_only and number < len(answers):
             continue
+        said = (
+            messages[at]["content"].strip(),
+            *map(messages[at].get, ("tool_calls", REASONING[0])),
+        )
+        if not any(said):
+            talk.left_out.append("an answer is empty")
+            continue
         try:
             prompt = prompt_text(chat.tokenizer, messages[:at], kwargs)
         except Unrenderable:  # nobody asked, or not in a way that the template knows
@@ -183,11 +191,19 @@ def text_until(talk: Conversation, turn: Turn) -> str:
     if said is None or cut_thoughts(turn, said):
         said = written(talk, turn, shown)
     text = turn.prompt + said
-    if turn.answer not in said and not (turn.message.get("tool_calls") and said.strip()):
+    calls = turn.message.get("tool_calls") or []
+    if not all(any(name in said for name in names_of(call)) for call in calls):
+        raise Unlike("the chat template does not show a call of a tool")
+    if turn.answer not in said and not calls:
         raise Unlike("the chat template rewrites an answer")
     if any(stop in said for stop in talk.chat.stops):
         return text
     return with_stop(talk, turn, text)
+
+
+def names_of(call: dict[str, Any]) -> list[str]:
+    """What a template may show of a call: the function, or an id that holds it (Kimi)."""
+    return [call.get("function", call)["name"], *([str(call["id"])] if call.get("id") else [])]
 
 
 def cut_thoughts(turn: Turn, said: str) -> bool:

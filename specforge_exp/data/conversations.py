@@ -52,7 +52,8 @@ def normalise(record: Any) -> dict[str, Any]:
         raise BadRecord(f"`{list_key}` is not a list")
     messages = [normalise_message(message) for message in record[list_key]]
     named = next((key for key in IDS if record.get(key) is not None), "id")
-    rest = {key: value for key, value in record.items() if key not in ("id", named, list_key)}
+    ours = ("id", "conversations", named, list_key)
+    rest = {key: value for key, value in record.items() if key not in ours}
     if "tools" in rest:
         tools = normalise_tools(rest.pop("tools"))
         rest |= {"tools": tools} if tools else {}

@@ -129,7 +129,7 @@ def file_texts(source: TextSource) -> Iterator[str]:
     for file in files_of(source):
         with file.open("rb") as lines:
             if file.suffix == ".txt":
-                yield from paragraphs(lines)
+                yield from paragraphs(file, lines)
                 continue
             for found in parse(str(file), lines, Columns(source.field)):
                 if isinstance(found, Rejected):
@@ -137,11 +137,14 @@ def file_texts(source: TextSource) -> Iterator[str]:
                 yield text_of(found[1], source, found[0])
 
 
-def paragraphs(lines: Any) -> Iterator[str]:
-    """What stands between empty lines."""
+def paragraphs(file: Path, lines: Any) -> Iterator[str]:
+    """What stands between empty lines; InputError for bytes that are no UTF-8."""
     kept: list[str] = []
-    for line in lines:
-        text = line.decode("utf-8", errors="replace")
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}:{number} is not UTF-8: {error.reason}") from None
         if text.strip():
             kept.append(text)
         elif kept:

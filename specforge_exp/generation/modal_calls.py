@@ -1,6 +1,7 @@
 """Calls of engine=modal: written down, looked at, waited for while Modal is away."""
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,8 @@ class Journal:
     {"chunk": ..., "part": ..., "places": [...], "call": "fc-..."}   a call was spawned
     {"part": ..., "left": [...], "why": ...}    it ended and left these places unanswered
     {"part": ..., "seconds": ...}               of a container, for the account of the cost
+
+    The first one also has the `run`: results that another one has left on the Volume are not taken.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,6 +37,7 @@ class Journal:
         """By chunk, the places of its first part."""
         self.left: dict[str, dict[str, Any]] = {}
         self.seconds: dict[str, float] = {}
+        self.run = "" if path.exists() else secrets.token_hex(8)
         number = 0
         try:
             for entry in whole_lines(path):
@@ -45,6 +49,7 @@ class Journal:
 
     def take(self, entry: dict[str, Any]) -> None:
         """Take one line into account."""
+        self.run = entry.get("run", self.run)
         if "call" in entry:
             self.calls[entry["part"]] = entry["call"]
             self.first.setdefault(entry["chunk"], entry["places"])
@@ -55,6 +60,8 @@ class Journal:
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append a line and wait until it is on the disk."""
+        if not self.path.exists():
+            entry = {"run": self.run, **entry}
         self.take(entry)
         append_lines(self.path, [entry])
 

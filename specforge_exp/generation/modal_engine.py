@@ -146,12 +146,13 @@ class Client:
         del self.rules["count"]  # a function, which the containers have too
         decides = {**self.rules, "made_by": cfg.model.path, "samples": store.samples}
         decides["sources"] = [plan.digest for plan in store.plans]  # the folder is deleted as one
+        self.journal = Journal(store.folder / JOURNAL)
+        decides["run"] = self.journal.run  # with regen.force=true nothing of before is taken
         text = json.dumps(decides, sort_keys=True)
         self.folder = f"regen/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self.volume_name = cfg.resources["volumes"][cfg.resources["env"]["SPECFORGE_DATASETS"]]
         self.volume = volume(self.volume_name)
         self.pools = pools(app, cfg.engine.num_servers)
-        self.journal = Journal(store.folder / JOURNAL)
         self.pace = RateLimit(cfg.engine.rate_limit)
         self.spawning, self.looking = asyncio.Lock(), asyncio.Semaphore(TOGETHER)
         self.outage = new_outage()

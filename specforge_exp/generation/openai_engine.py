@@ -1,7 +1,6 @@
 """Answers from OpenAI-compatible servers, which may be busy, slow, wrong or gone for a while."""
 
 import asyncio
-import logging
 import os
 import random
 import time
@@ -27,8 +26,6 @@ from specforge_exp.generation.engine import (
     Unreachable,
 )
 from specforge_exp.serving.server import connections
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
@@ -169,11 +166,13 @@ class OpenAIEngine:
             ) from None
         if len(names) != 1:
             raise InputError(f"{self.urls[server]} serves {names}; choose one: engine.served_name")
-        if Path(names[0]).name.lower() != Path(self.cfg.model.path).name.lower():
-            log.warning(
-                "regen: %s serves %s; make sure that it is model.path=%s",
-                self.urls[server], names[0], self.cfg.model.path,
-            )  # fmt: skip
+        target = self.cfg.model.path
+        ours = self.options.name != "openai"  # which we have started with this model
+        if not ours and Path(names[0]).name.lower() != Path(target).name.lower():
+            raise InputError(
+                f"{self.urls[server]} serves {names[0]}, not model.path={target}; if both are the "
+                f"same model, say so: engine.served_name={names[0]}"
+            )
         return names[0]
 
     async def once(self, server: int, request: Request) -> Answer:

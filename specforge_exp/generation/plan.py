@@ -72,6 +72,7 @@ class Plan:
             record = normalise(orjson.loads(file.read(int(self.lengths[number]))))
         except (BadRecord, orjson.JSONDecodeError) as error:
             raise BadRecord(f"{where}: {error}") from None
+        record.pop("error", None)  # what the data calls so; in a result it means that this failed
         if number in self.twice:
             raise BadRecord(f"{where}: an earlier line has the id {record['id']}")
         return record
@@ -100,7 +101,8 @@ def make_plan(source: Path, digest: str, chunk_size: int, most: int | None) -> P
                 continue
             try:
                 record = orjson.loads(line)
-                name, text = hash(str(record.get("id"))), beginning(record)
+                named, text = record.get("id"), beginning(record)
+                name = hash(line if named is None else str(named))  # without: by what it says
             except (ValueError, AttributeError, TypeError, KeyError):
                 name, text = hash((start,)), f"not a conversation: {start}"
             if name in ids:

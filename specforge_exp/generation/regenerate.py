@@ -83,6 +83,7 @@ async def regenerate(item: Item, rules: Rules, ask: Ask) -> Record:
         **record,
         "conversations": messages,
         "finish_reasons": [answer.finish_reason for answer in answers],
+        "prompt_tokens": [answer.prompt_tokens for answer in answers],
         "generated_tokens": sum(answer.completion_tokens for answer in answers),
         "regenerated": {**rules.made_by, "time": datetime.now(UTC).isoformat(timespec="seconds")},
     }
@@ -106,6 +107,9 @@ async def one_answer(
         if answer.finish_reason == "length" and rules.truncated == "retry":
             longer = replace(rules.sampling, max_tokens=2 * rules.sampling.max_tokens)
             answer = await ask(replace(request, sampling=longer))
+        if answer.finish_reason == "length":  # which may be within a character
+            whole = str(answer.message["content"]).rstrip("\N{REPLACEMENT CHARACTER}")
+            answer = replace(answer, message={**answer.message, "content": whole})
         if rules.thinking != "model":
             answer = replace(answer, message=sort_thoughts(answer.message, rules.thinking))
         if answer.finish_reason == "length" and rules.truncated == "drop":

@@ -5,17 +5,35 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from specforge_exp.artifacts import cached, model_digest
 from specforge_exp.config import Config, ModelConfig
-from specforge_exp.data.chat import prompt_ids
-from specforge_exp.generation.engine import Message, Sampling
+from specforge_exp.data.chat import Unrenderable, prompt_ids, readable
+from specforge_exp.errors import InputError
+from specforge_exp.generation.engine import Message, Refused, Sampling
 from specforge_exp.generation.regenerate import Record, Rules
+from specforge_exp.serving.command import answering
 from specforge_exp.target.files import generation_config, load_tokenizer
+
+OF_THE_MODEL = ("temperature", "top_p", "top_k", "repetition_penalty")
+"""Options of regen that are the generation config's where they are null."""
 
 
 def sampling_of(cfg: Config) -> Sampling:
-    """regen's own settings; where they are null, the model's generation config."""
-    own, model = cfg.regen, generation_config(cfg.model.path)
+    """regen's own settings; where they are null, the model's generation config.
+
+    Raises:
+        InputError: some are null, and that config is not to be had.
+    """
+    own, known = cfg.regen, True
+    try:
+        model = generation_config(cfg.model.path)
+    except InputError as error:
+        model, known = GenerationConfig(), False
+        lacking = [f"regen.{name}=..." for name in OF_THE_MODEL if vars(own)[name] is None]
+        if lacking:
+            raise InputError(f"{error}, so give what it would say: {' '.join(lacking)}") from None
 
     def first(*values: Any) -> Any:
         return next(value for value in values if value is not None)
@@ -24,6 +42,9 @@ def sampling_of(cfg: Config) -> Sampling:
     top_k = first(own.top_k, model.top_k, 0)
     switched_on = {"top_k": model.top_k, "repetition_penalty": model.repetition_penalty}
     unwanted = {"top_k": top_k == 0, "repetition_penalty": penalty == 1}
+    if not known:  # a server that knows may be told
+        unwanted["min_p"] = True
+        switched_on = dict.fromkeys(unwanted, 1)
     return Sampling(
         temperature=first(
             own.temperature, 0.0 if model.do_sample is False else model.temperature, 1.0
@@ -54,6 +75,7 @@ def rules_of(cfg: Config) -> Rules:
     }
     if sampling.repetition_penalty != 1:
         made_by["repetition_penalty"] = sampling.repetition_penalty
+    made_by |= answering(cfg.engine)
     attempts = cfg.engine.retries + 1 if sampling.temperature else 1
     return Rules(
         sampling, cfg.max_length, counter(cfg.model, kwargs), kwargs, thinking,
@@ -70,7 +92,11 @@ def counter(model: ModelConfig, kwargs: dict[str, Any]) -> Callable[[Record, lis
 
     def count(record: Record, messages: list[Message]) -> int:
         tools = {"tools": record["tools"]} if record.get("tools") else {}
-        return len(prompt_ids(tokenizer(), messages, {**kwargs, **tools}))
+        try:
+            shown = [readable(message, "in") for message in messages]
+            return len(prompt_ids(tokenizer(), shown, {**kwargs, **tools}))
+        except Unrenderable as error:
+            raise Refused(str(error)) from None
 
     return count
 

@@ -26,6 +26,18 @@ def program(options: EngineConfig) -> ModuleType:
     return vllm if options.server_name == "vllm" else sglang
 
 
+def answering(options: EngineConfig) -> dict[str, Any]:
+    """The options of the engine's server that its answers depend on, where they are given."""
+    if options.name == "transformers":
+        return {}
+    names: dict[str, Any] = {"served_name": options.served_name}
+    if options.name != "openai":  # which starts none
+        sizes = program(options).SIZES
+        args = {k: v for k, v in options.args.items() if k.replace("-", "_") not in sizes}
+        names |= {"command": options.command, "args": args}
+    return {name: value for name, value in names.items() if value}
+
+
 def check_installed(options: EngineConfig) -> None:
     """Raise InputError when neither the engine's server nor another's command is at hand."""
     module = program(options).MODULE

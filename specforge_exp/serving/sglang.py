@@ -5,6 +5,12 @@ from typing import Any
 
 MODULE = "sglang"
 """What its Python has."""
+SIZES = {
+    "mem_fraction_static", "max_running_requests", "max_queued_requests", "max_total_tokens",
+    "chunked_prefill_size", "max_prefill_tokens", "schedule_policy",
+    "schedule_conservativeness", "log_level", "enable_metrics",
+}  # fmt: skip
+"""Options that decide how much fits and what is shown; answers change by their last digits."""
 
 
 def arguments(model: str, tp_size: int, port: int) -> list[str]:

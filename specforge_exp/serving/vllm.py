@@ -11,6 +11,11 @@ EACH = "per_request_spec_decode_metrics"
 """The option by which every answer says what each of its verifications accepted: 0.32 and later."""
 SOURCES = "lib/*/*-packages/vllm/engine/arg_utils.py"
 """Where a Python's vLLM declares its options."""
+SIZES = {
+    "gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens",
+    "cpu_offload_gb", "enforce_eager", "disable_log_stats", "uvicorn_log_level",
+}  # fmt: skip
+"""As of SGLang."""
 
 
 def arguments(model: str, tp_size: int, port: int) -> list[str]:

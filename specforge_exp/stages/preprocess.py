@@ -125,13 +125,18 @@ def preprocess(cfg: Config) -> Path:
 
 def others_answers(cfg: Config, source: Path) -> list[str]:
     """What is to be said about answers that another target of the same name has given, or to
-    prompts that are shown otherwise here."""
+    prompts that have changed since or are shown otherwise here."""
     record = source / "run.json"
     if cfg.preprocess.source != "regen" or not record.exists():
         return []
     made = read_record(record)
     remedy = "its answers teach the draft another model: regen.force=true answers again"
     warnings = [f"{source}: {change}; {remedy}" for change in changed_target(made, cfg.model.path)]
+    prompts = paths.prompts_dir(cfg)
+    for name in ("train.jsonl", "eval.jsonl"):
+        file, before = prompts / name, made["inputs"].get(f"{prompts.name}/{name}")
+        if before and file.exists() and sha256(file) != before:
+            warnings.append(f"{source}: {file} has changed since: regen.force=true answers again")
     own = cfg.model.chat_template_kwargs
     asked = dict(made["settings"].get("model.chat_template_kwargs", own))
     thinking = made["settings"].get("regen.thinking", "model")
@@ -274,6 +279,8 @@ def describe(split: TokenSplit, in_draft_V: Ints, row: int) -> dict[str, Any]:
         "answers_checked": account["checked"],
         "answers_misread": account["misread"],
         "thoughts_not_shown": account["thoughtless"],
+        "prompts_checked": account["prompts_checked"],
+        "prompts_unlike": account["prompts_unlike"],
         "coverage": float(split.counts_V[in_draft_V].sum()) / max(1, supervised),
         "packing": packing(lengths, row),
     }
@@ -305,6 +312,12 @@ def doubts(name: str, entry: dict[str, Any]) -> list[str]:
         warnings.append(
             f"the supervised tokens do not spell the answer in {entry['answers_misread']} of "
             f"{entry['answers_checked']} answers of {name} that were checked"
+        )
+    if entry["prompts_unlike"] > 0.02 * entry["prompts_checked"]:
+        warnings.append(
+            f"{entry['prompts_unlike']} of {entry['prompts_checked']} answers of {name} were given "
+            "to prompts of another length than here: the server has another chat template, "
+            "tokenizer or model, or its options show prompts otherwise"
         )
     if entry["thoughts_not_shown"] > 0.02 * entry["answers_checked"]:
         warnings.append(

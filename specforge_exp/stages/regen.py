@@ -31,12 +31,13 @@ from specforge_exp.generation.engine import Engine
 from specforge_exp.generation.openai_engine import OpenAIEngine
 from specforge_exp.generation.plan import make_plan
 from specforge_exp.generation.progress import Progress
-from specforge_exp.generation.rules import revision, rules_of, sampling_of
+from specforge_exp.generation.rules import OF_THE_MODEL, revision, rules_of, sampling_of
 from specforge_exp.generation.run import RateLimit, Regeneration, answer_missing
 from specforge_exp.generation.server_engine import ServerEngine, layout
 from specforge_exp.generation.store import Store
 from specforge_exp.inputs import require
 from specforge_exp.interrupt import Interrupt
+from specforge_exp.serving.command import answering
 from specforge_exp.serving.gpus import tp_size_of
 from specforge_exp.target import check_gpus
 from specforge_exp.target.loading import fed_by
@@ -58,7 +59,7 @@ def regen(cfg: Config) -> Path:
     files = [paths.prompts_dir(cfg) / name for name in ("train.jsonl", "eval.jsonl")]
     lacking = unmet(lambda: require(cfg, "prep", *(path.name for path in files)))
     if lacking:
-        return hindered(cfg, files, lacking + unmet(lambda: check_engine(cfg)))
+        return hindered(cfg, files, lacking + unready(cfg))
     source, digests = files[0].parent, {path: sha256(path) for path in files}
     inputs = {f"{source.name}/{path.name}": digest for path, digest in digests.items()}
     inputs["the target"] = model_digest(cfg.model.path)
@@ -70,10 +71,11 @@ def regen(cfg: Config) -> Path:
         "model.chat_template_kwargs": cfg.model.chat_template_kwargs,
     }
     settings |= chosen(cfg, "regen.repetition_penalty device model.dtype")
+    settings |= {f"engine.{name}": value for name, value in answering(cfg.engine).items()}
     fingerprint = Fingerprint(inputs, settings)
     if reusable(folder / "run.json", fingerprint, cfg.regen.force, "regen"):
         return folder
-    lacking = unmet(lambda: check_engine(cfg))
+    lacking = unready(cfg)
     if cfg.regen.dry_run or lacking:
         return hindered(cfg, files, lacking)
     opened = writing(folder, fingerprint, cfg, "regen", "shards/* calls.jsonl")
@@ -101,11 +103,21 @@ def unmet(check: Callable[[], object]) -> list[str]:
     return []
 
 
+def unready(cfg: Config) -> list[str]:
+    """What a run of these prompts would be refused for; []: nothing."""
+    return unmet(lambda: check_engine(cfg)) + unmet(lambda: sampling_of(cfg))
+
+
+def check_layers(cfg: Config) -> None:
+    """Refuse a target that has too few layers for the draft, where its files are here."""
+    if revision(cfg.model.path):  # what is on a hub alone is not fetched for this
+        fed_by(cfg)
+
+
 def check_engine(cfg: Config) -> None:
     """Refuse what a run, or train after it, would find out late: a target that has too few layers
     for the draft, the servers' size, an account; InputError."""
-    if revision(cfg.model.path):  # what is on a hub alone is not fetched for this
-        fed_by(cfg)
+    check_layers(cfg)
     if cfg.engine.name not in ("modal", "sglang"):
         return
     tp_size_of(cfg)
@@ -199,7 +211,6 @@ def status(folder: Path) -> str:
 
 def describe(cfg: Config, files: list[Path]) -> str:
     """What a run would do, for regen.dry_run."""
-    sampling = sampling_of(cfg)
     lines = []
     for file in files:
         if not file.exists():
@@ -209,8 +220,12 @@ def describe(cfg: Config, files: list[Path]) -> str:
         lines.append(
             f"{file}: {len(plan.order)} of {plan.total} conversations in {len(plan)} chunks"
         )
-    names = "temperature top_p top_k repetition_penalty".split()
-    chosen = ", ".join(f"{name} {vars(sampling)[name]:g}" for name in names)
+    try:
+        known = [(name, f"{vars(sampling_of(cfg))[name]:g}") for name in OF_THE_MODEL]
+    except InputError:
+        given = [(name, vars(cfg.regen)[name]) for name in OF_THE_MODEL]
+        known = [(name, "unknown" if value is None else f"{value:g}") for name, value in given]
+    chosen = ", ".join(f"{name} {value}" for name, value in known)
     answers = f"{cfg.regen.samples_per_prompt} answers each"
-    lines.append(f"{chosen}, at most {sampling.max_tokens} tokens, {answers}")
+    lines.append(f"{chosen}, at most {cfg.regen.max_tokens} tokens, {answers}")
     return "\n  ".join([*lines, layout(cfg)])

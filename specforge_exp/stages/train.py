@@ -287,7 +287,8 @@ def states_of(
         return remembered(sent_for) if cfg.target.cache == "memory" else sent_for
     if cfg.target.pack_tokens is not None:
         target.take_packing()
-    if cfg.target.compile:
+    folder = paths.features_dir(cfg)
+    if cfg.target.compile and not (cfg.target.cache == "disk" and (folder / "index.json").exists()):
         target.compile_layers()
     features = partial(target.states, most=cfg.target.pack_tokens)
     together = cfg.target.shard and run.ranks.world > 1
@@ -295,7 +296,6 @@ def states_of(
         return computed_together(features, run.ranks) if together else computed(features)
     if cfg.target.cache == "memory":
         return remembered(computed(features))
-    folder = paths.features_dir(cfg)
     made_of = Fingerprint(
         {k: run.fingerprint.inputs[k] for k in (paths.tokens_dir(cfg).name, "the target")},
         {"model.path": cfg.model.path, "model.aux_layers": target.aux_layers,

@@ -1,13 +1,19 @@
 """Reading a model's configuration and tokenizer."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from specforge_exp.artifacts import files_of
 from specforge_exp.config import ModelConfig
 from specforge_exp.errors import InputError, first_line
 from specforge_exp.offline import offline
+
+WEIGHTS = (".safetensors", ".bin")
+"""A hub model in the cache that has them is there as a whole."""
 
 
 def text_config(cfg: ModelConfig) -> Any:
@@ -23,11 +29,29 @@ def text_config(cfg: ModelConfig) -> Any:
 
 
 def generation_config(path: str) -> GenerationConfig:
-    """A model's generation_config.json; an empty one where it has none."""
+    """A model's generation_config.json; an empty one where it has none.
+
+    Raises:
+        InputError: the model is not here, so nobody knows.
+    """
     try:
         return GenerationConfig.from_pretrained(path)
-    except OSError:
-        return GenerationConfig()
+    except OSError as error:
+        folder = files_of(path)
+        weights = [file for file in folder.glob("*") if file.suffix in WEIGHTS] if folder else []
+        if weights or Path(path).is_dir() or asked_for(path):
+            return GenerationConfig()
+        raise InputError(
+            f"model.path={path}: its generation_config.json cannot be read "
+            f"({offline() or first_line(error)})"
+        ) from None
+
+
+def asked_for(path: str) -> bool:
+    """Whether the hub has said that this model has no generation_config.json."""
+    with suppress(ValueError):
+        return try_to_load_from_cache(path, "generation_config.json") is _CACHED_NO_EXIST
+    return False
 
 
 def load_tokenizer(cfg: ModelConfig) -> Any:

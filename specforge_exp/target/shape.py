@@ -91,6 +91,15 @@ def rotates_alike(text: Any) -> bool:
     )
 
 
+def turning_point(text: Any) -> int | None:
+    """Tokens from which on the rotary embedding is another one, also for those before: what is in
+    one forward then depends on the longest of it; None: none."""
+    changing = [each for each in rotaries(text) if each.get("rope_type") in CHANGING]
+    context = getattr(text, "max_position_embeddings", None)
+    points = [each.get("original_max_position_embeddings", context) for each in changing]
+    return min(filter(None, points), default=None)
+
+
 def check_length(cfg: ModelConfig, max_length: int) -> str | None:
     """What is to be said about conversations of this length; None: nothing.
 
@@ -100,15 +109,16 @@ def check_length(cfg: ModelConfig, max_length: int) -> str | None:
     """
     text = text_config(cfg)
     context = getattr(text, "max_position_embeddings", None)
-    for rotary in rotaries(text):
-        kind = rotary.get("rope_type", "default")
-        change = rotary.get("original_max_position_embeddings", context)
-        if kind in CHANGING and change and change < max_length:
-            raise InputError(
-                f"max_length={max_length}, but from {change} tokens on the rotary embedding of "
-                f"model.path={cfg.path} ({kind}) is another one, also for the tokens before, and "
-                f"engines disagree when; use max_length={change} or less"
-            )
+    change = turning_point(text)
+    if change and change < max_length:
+        kind = next(
+            kind for kind in (r.get("rope_type") for r in rotaries(text)) if kind in CHANGING
+        )
+        raise InputError(
+            f"max_length={max_length}, but from {change} tokens on the rotary embedding of "
+            f"model.path={cfg.path} ({kind}) is another one, also for the tokens before, and "
+            f"engines disagree when; use max_length={change} or less"
+        )
     if context is None or max_length <= context:
         return None
     return (

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -102,13 +103,15 @@ def test_sampled_answers_are_the_targets_own(
     asking = asking_of(trained, load_tokenizer(trained.model), None)
     prompt = asking.encode(asks_of(bench_sets(trained).records["stories"][0])[0])
     decoding = Decoding(3, trained.chain_length, 1.0, frozenset())
+    asking = replace(asking, decoding=decoding)
 
     async def answers(url: str) -> Counter[tuple[int, ...]]:
         async with connections(60.0, None) as http:
             client = clients.openai(http, url, "tiny", several=False)
             drawn: list[clients.ServedAnswer] = []
             while len(drawn) < SAMPLES:
-                eight = (client(prompt, decoding) for _ in range(8))
+                places = range(len(drawn), len(drawn) + 8)
+                eight = (client(prompt, asking.sampled(f"{url} {place}")) for place in places)
                 drawn += await asyncio.gather(*eight)
         return Counter(tuple(answer.generation.tokens) for answer in drawn)
 

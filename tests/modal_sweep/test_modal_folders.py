@@ -1,6 +1,7 @@
 """A folder of a sweep holds the outputs of one job: the one that was asked for last."""
 
 import argparse
+import hashlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from modal_app import driver
 
-from modal_sweep.client import calls, commands, spawn
+from modal_sweep.client import calls, collect, commands, spawn
 from modal_sweep.errors import LaunchError
 from modal_sweep.protocol.journal import Journal
 
@@ -58,6 +59,34 @@ def test_two_jobs_in_one_folder(
         spawn.refuse_other_code(journal, [job])
     answers[0] = {"status": "completed"}
     spawn.refuse_other_code(journal, [job])
+
+
+def test_files_of_a_replaced_job_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the job now there has not written is removed, unless it was changed here."""
+    monkeypatch.setattr(collect, "saved_at", lambda journal, record: (None, ""))
+    monkeypatch.setattr(collect, "reader", lambda source, base: lambda name: [name.encode()])
+    journal = Journal(tmp_path)
+    journal.write([{"event": "sweep", "id": "s", "dict": "d", "volume": "v"}])
+
+    def bring(identity: str, *names: str, inline: bool, folder: str = "0") -> set[str]:
+        planned(journal, identity, "completed", folder)
+        digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
+        listed = {name: {"size": len(name), "sha256": digests[name]} for name in names}
+        envelope: dict[str, Any] = {"manifest": listed}
+        if inline:
+            envelope = {"files": {name: name for name in names}}
+        collect.bring(journal, journal.jobs[identity], envelope)
+        return {path.name for path in (tmp_path / folder).rglob("*") if path.is_file()}
+
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "mine").write_text("of nobody")
+    assert bring("a" * 9, "both", "old", "edited", inline=True) == {"both", "old", "edited", "mine"}
+    (tmp_path / "0" / "edited").write_text("here")
+    assert bring("other", "old", inline=False, folder="1") == {"old"}
+    assert bring("b" * 9, "both", "new/er", inline=False) == {"both", "er", "edited", "mine"}
+    assert bring("a" * 9, "both", "old", inline=True) == {"both", "old", "edited", "mine"}
+    assert bring("a" * 9, "both", inline=True) == {"both", "edited", "mine"}  # run again
+    assert (tmp_path / "1" / "old").exists()
 
 
 @pytest.mark.slow

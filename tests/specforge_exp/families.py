@@ -130,7 +130,11 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         topk_group=1,
     ),
     "Granite 3": lambda: tf.GraniteConfig(
-        **BASE, logits_scaling=8.0, embedding_multiplier=12.0, residual_multiplier=0.22
+        **BASE,
+        logits_scaling=8.0,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+        attention_multiplier=0.1,
     ),
     "Cohere 2": lambda: tf.Cohere2Config(**BASE, logit_scale=0.25, sliding_window=32),
     "OLMo 2": lambda: tf.Olmo2Config(**BASE),

@@ -50,9 +50,9 @@ LAWS: dict[str, dict[str, str]] = {
         "the prompts' digests have it": "prep.* data.*",
         "the same weights, or a check": "model.unused_weights model.aux_layers",
         "how the same target is served; each record says by which engine": (
-            "engine.name engine.server engine.concurrency engine.urls engine.served_name "
-            "engine.api_key engine.tp_size engine.num_servers engine.command engine.python "
-            "engine.args engine.port engine.gpu engine.usd_per_gpu_hour engine.image threads"
+            "engine.name engine.server engine.concurrency engine.urls engine.api_key "
+            "engine.tp_size engine.num_servers engine.python engine.port engine.gpu "
+            "engine.usd_per_gpu_hour engine.image threads"
         ),
         "how fast, and when it gives up": (
             "engine.startup_timeout engine.timeout engine.retries engine.patience engine.rate_limit"

@@ -161,7 +161,8 @@ checks are tests (`tests/specforge_exp/test_target_matrix.py`). Real weights are
 
 - **states**: what feeds a draft equals plain transformers' `hidden_states`.
 - **logits**: the distribution that a draft is trained against and that bench samples from equals
-  `model(ids).logits`, with all that belongs to the head (scale, soft cap, bias).
+  `model(ids).logits`, with all that belongs to the head (scale, soft cap, bias). Granite's four
+  multipliers and Cohere's scale are not 1 here, and a fresh EAGLE-3 head has the scale in it.
 - **EAGLE-3**, **DFlash**: train, export, reload with equal logits; formulas that read the exported
   folder alone give the decoder's logits; answers decoded with the draft are those of `generate`.
 

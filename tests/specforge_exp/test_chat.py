@@ -31,6 +31,24 @@ def encode(
     return result
 
 
+def test_what_says_nothing_is_no_turn(tiny_tokenizer: Any) -> None:
+    """An answer without a word, and a call that the template leaves out, would teach the draft (and
+    sft the model) to end at once."""
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    ask, result = {"role": "user", "content": "?"}, {"role": "tool", "content": "42"}
+    reply = {"role": "assistant", "content": "It is 42."}
+    for empty, why in (
+        ({"role": "assistant", "content": " \n"}, "an answer is empty"),
+        ({"role": "assistant", "content": "", "tool_calls": [call]}, "does not show a call of a"),
+    ):
+        found = encode(tiny_tokenizer, [ask, empty, result, reply], {}, {2})
+        [(first, last)] = found.spans
+        assert tiny_tokenizer.decode(found.ids[first:last]) == "It is 42.<|im_end|>"
+        assert found.numbers == (2,) and why in found.left_out[0]
+        with pytest.raises(Unrenderable, match=why):
+            encode(tiny_tokenizer, [ask, empty], {}, {2})
+
+
 TRIMMING = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{{ m.content | trim }}<|im_end|>\n{% endfor %}"

@@ -39,7 +39,7 @@ def test_any_length_and_what_is_decoded() -> None:
 
 
 @pytest.mark.slow
-def test_a_training(cfg: Config, tokens: Path) -> None:
+def test_a_training(cfg: Config, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses are those of the plain target but for their last digits, the same to the bit when it
     is continued, and neither run nor cache is taken for the other's."""
     run = replace(cfg, trainer=TrainerConfig(batch_size=3, log_every=1, save_every=2), epochs=2)
@@ -63,6 +63,11 @@ def test_a_training(cfg: Config, tokens: Path) -> None:
     cached = replace(run, run_name="disk", target=replace(target, cache="disk"))
     train(cached)
     assert losses(cached) == before
+    again = replace(cached, run_name="again")
+    with monkeypatch.context() as patch:  # the states are there: nothing is to be compiled
+        patch.delattr(Target, "compile_layers")
+        train(again)
+    assert losses(again) == before
     with pytest.raises(InputError, match="hidden states of something else"):
         train(replace(run, run_name="other", target=TargetConfig(cache="disk")))
 

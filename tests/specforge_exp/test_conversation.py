@@ -91,6 +91,13 @@ def test_truncated_answers() -> None:
     assert contents(part) == ["1", "x"] and "error" not in part
 
 
+def test_a_cut_within_a_character_leaves_no_mark() -> None:
+    """Its mark would be taught; one that the model has written out stays."""
+    for reason, text in {"length": "caf", "stop": "caf\N{REPLACEMENT CHARACTER}"}.items():
+        reply = said("caf\N{REPLACEMENT CHARACTER}", reason)
+        assert contents(outcome(talk("one"), Instant(reply=lambda _, r=reply: r)))[1] == text
+
+
 @pytest.mark.parametrize("thinking", ["model", "on", "kept", "off"])
 @pytest.mark.parametrize("inline", [True, False])
 def test_thoughts(thinking: str, inline: bool) -> None:

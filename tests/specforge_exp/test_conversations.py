@@ -103,6 +103,11 @@ def test_bad_records(record: object, reason: str) -> None:
         normalise(record)
 
 
+def test_an_empty_list_hides_no_other() -> None:
+    record = normalise({"id": "a", "conversations": [], "messages": [ASKED]})
+    assert record == {"id": "a", "conversations": [ASKED]}
+
+
 def test_the_system_text_of_the_messages_wins() -> None:
     system = {"role": "system", "content": "first"}
     record = normalise({"messages": [system, ASKED], "system": "second"})

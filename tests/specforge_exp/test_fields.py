@@ -139,6 +139,7 @@ def bases(folder: Path) -> dict[str, tuple[Config, str]]:
         "openai": (
             replace(cfg, engine=replace(cfg.engine, name="openai", urls=urls)), "engine. bench."
         ),
+        "server": (replace(cfg, engine=replace(cfg.engine, name="sglang")), "engine."),
         "suite": (replace(cfg, draft=DSparkConfig(name="dspark"), bench=suite), "bench."),
         **{
             f"{draft}": (replace(plainly, draft=draft), "draft.")

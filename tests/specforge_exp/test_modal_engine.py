@@ -155,8 +155,9 @@ def test_a_server_that_never_works_is_no_endless_loop(
     output = finish(drive(modal_here, tmp_path, len(texts), 3, 0, *command), expect=1)
     assert "error: the containers of specforge-regen-" in output
     assert message in output and "modal app logs specforge-regen-" in output
-    if message == "HTTP 404":  # mended: the same run goes on with new calls
-        assert "input 3 = done 3" in finish(drive(modal_here, tmp_path, len(texts), 3, 0))
+    if message == "HTTP 404":  # another command is another server, and its answers are others
+        refused = finish(drive(modal_here, tmp_path, len(texts), 3, 0), expect=1)
+        assert "engine.command was" in refused and "regen.force=true" in refused
 
 
 @pytest.mark.slow
@@ -203,6 +204,27 @@ def test_what_is_deleted_at_the_end_is_the_runs_own(tmp_path: Path) -> None:
         folders.add(Client(cfg, store, "app").folder)
         store.close()
     assert len(folders) == 2
+
+
+def test_what_was_given_up_is_not_taken_again(tmp_path: Path) -> None:
+    """Results on the Volume are of one run: regen.force=true, given because those before were of
+    another image, say, gets none of them; a start that continues finds its own."""
+    from specforge_exp.generation.modal_engine import Client
+    from specforge_exp.generation.store import Store
+
+    cfg, source = config(tmp_path, 0), tmp_path / "train.jsonl"
+    source.write_text("")
+    store = Store(tmp_path, {source: "one"}, CHUNK, None, 1)
+    first = Client(cfg, store, "app")
+    first.journal.write({"chunk": "a", "part": "a-1", "places": [0], "call": "fc-1"})
+    first.journal.write({"part": "a-1", "seconds": 1.0})
+    assert Client(cfg, store, "app").folder == first.folder
+    first.journal.path.unlink()  # as regen.force=true
+    assert Client(cfg, store, "app").folder != first.folder
+    older = '{"chunk": "a", "part": "a-1", "places": [0], "call": "fc-1"}\n'
+    first.journal.path.write_text(older)  # begun before runs had names
+    assert Client(cfg, store, "app").journal.run == ""
+    store.close()
 
 
 def test_an_app_for_everything_that_differs_in_its_containers(tmp_path: Path) -> None:

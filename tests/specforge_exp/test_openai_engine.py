@@ -235,5 +235,10 @@ def test_several_models_need_a_choice(cfg: Config) -> None:
 
     with pytest.raises(InputError, match=r"serves \['a', 'b'\].*engine\.served_name"):
         asyncio.run(whole(["a", "b"]))
+    cfg.engine.name, cfg.engine.urls = "openai", ["http://a/v1"]
+    assert asyncio.run(whole(["there/Tiny_Target"])) == "there/Tiny_Target"
+    another = r"serves b, not model\.path=.*tiny_target; .*engine\.served_name=b"
+    with pytest.raises(InputError, match=another):  # its answers would be taken for the target's
+        asyncio.run(whole(["b"]))
     cfg.engine.served_name = "b"
     assert asyncio.run(whole(["a", "b"])) == "b"

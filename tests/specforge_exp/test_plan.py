@@ -31,6 +31,13 @@ def test_without_shared_beginnings_the_order_stays(tmp_path: Path) -> None:
     assert groups(path, 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
+def test_lines_without_an_id_are_different(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    records = [{"conversations": [{"role": "user", "content": str(n)}]} for n in (1, 2, 1)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert make_plan(path, "d", 4, None).twice.tolist() == [2]
+
+
 def test_shared_beginnings_go_together(tmp_path: Path) -> None:
     prefixes = [letter * 600 for letter in "abc"]
     path = write(tmp_path / "a.jsonl", *(prefixes[n % 3] + str(n) for n in range(12)))

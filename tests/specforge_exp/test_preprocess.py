@@ -96,6 +96,12 @@ def test_what_cannot_be_trained_on_is_set_aside(cfg: Config, source: Path) -> No
     assert len(read_split(folder, "train")) == 1
 
 
+def test_a_reason_of_the_datas_own(cfg: Config, source: Path) -> None:
+    put(source, [say("Hi", "Hello.", name="a"), {**say("?", name="b"), "reason": "mine"}])
+    [line] = (preprocess(cfg) / "train.rejected.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "no assistant token"
+
+
 @pytest.mark.parametrize("overlong", ["truncate", "drop", "error"])
 def test_overlong(
     cfg: Config, source: Path, overlong: str, caplog: pytest.LogCaptureFixture
@@ -282,10 +288,15 @@ def test_doubts() -> None:
     entry = {
         "conversations": 9, "coverage": 0.99, "turns_with_end": 9, "supervised_share": 0.5,
         "answers_checked": 50, "answers_misread": 1, "thoughts_not_shown": 1,
+        "prompts_checked": 50, "prompts_unlike": 1,
     }  # fmt: skip
     assert doubts("train", entry) == []
     assert "0.5% of the tokens" in doubts("train", {**entry, "supervised_share": 0.005})[0]
     assert "100.0% of the tokens" in doubts("train", {**entry, "supervised_share": 1.0})[0]
     assert "2 of 50 answers" in doubts("train", {**entry, "answers_misread": 2})[0]
+    assert (
+        "2 of 50 answers of train were given to prompts of another length"
+        in (doubts("train", {**entry, "prompts_unlike": 2})[0])
+    )
     assert "thoughts of 2 of 50" in doubts("train", {**entry, "thoughts_not_shown": 2})[0]
     assert doubts("eval", {**entry, "conversations": 0, "coverage": 0.0}) == []

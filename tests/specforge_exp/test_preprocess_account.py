@@ -9,9 +9,10 @@ import pytest
 from conftest import write_jsonl
 
 from specforge_exp import paths
-from specforge_exp.artifacts import model_digest
+from specforge_exp.artifacts import model_digest, sha256
 from specforge_exp.config import Config
 from specforge_exp.data.blocks import cut_answers
+from specforge_exp.data.chat import prompt_ids
 from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.errors import InputError
@@ -165,6 +166,38 @@ def test_answers_of_another_target_are_told_of(
         told = [text for text in warnings if "target was another than model.path" in text]
         assert len(told) == 1 - number
         assert all(text in caplog.text for text in told)
+
+
+def test_prompts_of_another_length_are_counted(
+    cfg: Config, source: Path, tiny_tokenizer: Any
+) -> None:
+    """A server with another template, or another model, has asked something else."""
+    cfg.preprocess.source, answers = "regen", paths.regen_dir(cfg)
+    answers.mkdir()
+    record = say("Hi", "Hello.", "And?", "Yes.")
+    record["conversations"][2:2] = [CALL, DONE]
+    talk, record["finish_reasons"] = record["conversations"], ["stop", "stop"]
+    right = [len(prompt_ids(tiny_tokenizer, talk[:n], {})) for n in (1, 5)]
+    told = ([right[0], right[1]], [right[0] + 1, right[1]], [right[0]], [0, 0])
+    put(answers, [{**record, "id": str(n), "prompt_tokens": each} for n, each in enumerate(told)])
+    report = json.loads((preprocess(cfg) / "report.json").read_text())
+    found = report["train"]
+    assert (found["prompts_checked"], found["prompts_unlike"]) == (4, 1)
+    assert [text for text in report["warnings"] if "prompts of another length than here" in text]
+
+
+def test_answers_to_other_prompts_are_told_of(cfg: Config, source: Path) -> None:
+    """prep was run again under the same name, regen was not."""
+    cfg.preprocess.source = "regen"
+    answers, file = paths.regen_dir(cfg), source / "train.jsonl"
+    shutil.copytree(source, answers)
+    inputs = {"the target": model_digest(cfg.model.path), "small/train.jsonl": sha256(file)}
+    write_record(answers / "run.json", {"inputs": inputs, "settings": {}})
+    for told in (0, 1):
+        cfg.preprocess.force = True
+        warnings = json.loads((preprocess(cfg) / "report.json").read_text())["warnings"]
+        assert len([text for text in warnings if "train.jsonl has changed since" in text]) == told
+        put(source, [say("Hi", "Hello.", name="a")])
 
 
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}

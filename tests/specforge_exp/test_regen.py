@@ -1,6 +1,7 @@
 """Regeneration: every turn by the target itself, in order, exactly once."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +16,17 @@ import torch
 import warm
 from conftest import REPOSITORY, write_jsonl
 from holding import environment, hold, release
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from transformers import GenerationConfig
 
 from specforge_exp import paths
 from specforge_exp.config import Config
+from specforge_exp.config.machine import machine
 from specforge_exp.data.chat import prompt_ids
 from specforge_exp.errors import InputError
-from specforge_exp.generation.engine import Sampling
-from specforge_exp.generation.rules import sampling_of
+from specforge_exp.generation.engine import Refused, Sampling
+from specforge_exp.generation.rules import rules_of, sampling_of
 from specforge_exp.stages import regen as stage
 from specforge_exp.stages.prep import prep
 from specforge_exp.stages.regen import regen
@@ -211,6 +216,20 @@ def test_samples_and_the_rest(
     assert "input 12 = done 8 + failed 0 + skipped 4" in caplog.text
 
 
+def test_data_with_an_error_of_their_own(
+    cfg: Config, prompts: list[Record], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A column of that name is no failure, and does not hide the reason of one."""
+    caplog.set_level("INFO")
+    train = [{**record, "error": "none", "reason": "x"} for record in (prompts[0], prompts[-1])]
+    write_jsonl(paths.prompts_dir(cfg) / "train.jsonl", train)
+    folder = regen(cfg)
+    assert "input 3 = done 2 + failed 1 + skipped 0" in caplog.text
+    [done], [failed] = read(folder / "train.jsonl"), read(folder / "failed.jsonl")
+    assert "error" not in done and "the prompt alone has" in failed["error"]
+    assert done["reason"] == "x"
+
+
 def test_a_dry_run_touches_nothing(
     cfg: Config, prompts: list[Record], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -258,6 +277,39 @@ def test_the_models_own_sampling(cfg: Config, tmp_path: Path) -> None:
     assert sampling_of(cfg).temperature == 0.0
 
 
+def test_what_the_model_would_say_of_sampling_is_not_guessed(
+    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its files are nowhere, what is null must be given, and a server is told what is off."""
+    monkeypatch.setattr(
+        GenerationConfig,
+        "from_pretrained",
+        classmethod(lambda *_: (_ for _ in ()).throw(OSError())),
+    )
+    cfg.model.path = "nobody/nothing"
+    with pytest.raises(InputError, match=r"regen\.top_p=\.\.\. regen\.top_k=\.\.\. regen.rep"):
+        sampling_of(cfg)
+    cfg.regen.dry_run = True
+    assert "top_p unknown, top_k unknown" in stage.describe(cfg, [])
+    cfg.regen.top_p, cfg.regen.top_k, cfg.regen.repetition_penalty = 0.9, 0, 1.0
+    assert sampling_of(cfg).off == ("top_k", "repetition_penalty", "min_p")
+    assert "temperature 0.7, top_p 0.9, top_k 0" in stage.describe(cfg, [])
+    cfg.model.path = str(tmp_path)  # a folder says that there is none
+    assert sampling_of(cfg).off == ()
+
+
+def test_a_template_that_refuses_is_no_end_of_the_run(cfg: Config, tmp_path: Path) -> None:
+    """Also where tokens are counted first, which is done of long conversations alone."""
+    refusing = tmp_path / "refusing"
+    shutil.copytree(cfg.model.path, refusing)
+    (refusing / "chat_template.jinja").write_text("{{ raise_exception('not this one') }}")
+    cfg.model.path = str(refusing)
+    count = rules_of(cfg).count
+    assert count is not None
+    with pytest.raises(Refused, match="not this one"):
+        count({}, say("word " * 400)["conversations"])
+
+
 def test_a_target_too_shallow_for_the_draft(
     cfg: Config, prompts: list[Record], tmp_path: Path
 ) -> None:
@@ -271,6 +323,12 @@ def test_a_target_too_shallow_for_the_draft(
     cfg.model.aux_layers = [0, 2, 6]
     with pytest.raises(InputError, match=r"layers 0\.\.5"):
         stage.check_engine(cfg)
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        job = compose("config", ["model=tiny", f"model.path={tmp_path}"])
+    with pytest.raises(InputError, match="has 6 layers"):  # of -m, before a container is rented
+        machine("regen", job)
+    assert machine("prep", job)["memory"]
     cfg.model.aux_layers = [0, 2, 5]
     stage.check_engine(cfg)
 

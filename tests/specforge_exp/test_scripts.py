@@ -93,6 +93,19 @@ def test_an_unknown_key_is_answered_with_the_valid_ones() -> None:
     assert done.stderr.startswith("error: epoch is not an option (did you mean epochs?)")
 
 
+@pytest.mark.parametrize(
+    "words", [["+bench.datasets.mine.path=x"], ["bench.datasets.mine.path=x", "-m"],
+              ["+bench.datasets.mine={path: x}"]]
+)  # fmt: skip
+def test_a_new_entry_is_given_as_a_whole(words: list[str]) -> None:
+    done = run("bench.py", *words)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "error: bench.datasets.mine is not there yet, and a new one is given as a whole: "
+        "'+bench.datasets={mine: {path: x}}'"
+    )
+
+
 def test_specforge_lists_its_stages() -> None:
     listed = run("-m", "specforge_exp").stdout.splitlines()
     stages = [line.split()[0] for line in listed if line.startswith("  ")]

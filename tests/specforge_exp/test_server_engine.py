@@ -22,8 +22,9 @@ from modal_app.regen_driver import COMMAND, POISON, REFUSED, write_prompts
 from specforge_exp.config import Config, EngineConfig
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Request, Sampling, ServerDied
+from specforge_exp.generation.rules import rules_of
 from specforge_exp.generation.server_engine import ServerEngine, layout
-from specforge_exp.serving.command import server_command
+from specforge_exp.serving.command import answering, server_command
 from specforge_exp.serving.gpus import count_servers, parameters, tp_size_for
 from specforge_exp.stages.regen import describe, regen
 
@@ -85,6 +86,27 @@ def free_port(count: int = 1) -> int:
             for one in range(port, port + count):
                 taken.enter_context(socket.socket()).bind(("127.0.0.1", one))
             return port
+
+
+def test_what_answers_depend_on(cfg: Config) -> None:
+    """Options of a server are part of a data set and of its records; what only makes room, and what
+    another engine does not read, is not."""
+    args = {"mem_fraction_static": 0.8, "quantization": "fp8"}
+    options = {"args": args, "command": ["a"], "served_name": "b"}
+    every = {**options, "args": {"quantization": "fp8"}}
+    expected = {
+        "transformers": {}, "sglang": every, "modal": every, "openai": {"served_name": "b"},
+        "vllm": options,
+    }  # fmt: skip
+    for name, known in expected.items():
+        urls = ["http://a/v1"] if name == "openai" else []
+        cfg.engine = EngineConfig(name=name, urls=urls, **options)
+        assert answering(cfg.engine) == known
+        made_by = rules_of(cfg).made_by
+        assert {key: made_by.get(key) for key in known} == known
+        assert {*made_by} & {*options} == {*known}
+    cfg.engine = EngineConfig(name="sglang", args={"mem-fraction-static": 0.8})
+    assert answering(cfg.engine) == {}
 
 
 @pytest.fixture
@@ -206,6 +228,24 @@ def test_without_sglang_the_way_out_is_named(cfg: Config, monkeypatch: pytest.Mo
     cfg.engine = EngineConfig(name="sglang")
     with pytest.raises(InputError, match=r"pip install sglang.*engine\.command"):
         ServerEngine(cfg)
+
+
+def test_answers_of_another_server(stub: Config) -> None:
+    """They are neither finished nor reused with those of a server that answers otherwise."""
+    write_prompts(stub, ["one", "two"])
+    folder = regen(stub)
+    stub.engine.args = {"quantization": "fp8"}
+    changed = r"engine\.args was None, now \{'quantization': 'fp8'\}.*regen\.force=true"
+    with pytest.raises(InputError, match=changed):
+        regen(stub)
+    partial = folder.rename(f"{folder}.partial")
+    (partial / "shards").mkdir()
+    (partial / "shards" / "train-000000-0.jsonl.open").touch()
+    (partial / "run.json").rename(partial / "begun.json")
+    with pytest.raises(InputError, match=changed):
+        regen(stub)
+    stub.engine.args = {"mem_fraction_static": 0.5}
+    assert regen(stub).exists()
 
 
 def test_nothing_is_left_at_the_end(stub: Config) -> None:

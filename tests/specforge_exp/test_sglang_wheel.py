@@ -32,6 +32,7 @@ from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.eagle3.draft import Eagle3
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
+from specforge_exp.serving import sglang
 from specforge_exp.serving.command import Speculation, server_command
 from specforge_exp.target import Target
 
@@ -130,6 +131,7 @@ def test_the_server_has_our_options(sources: Sources) -> None:
         assert {*draft.options, "speculative_draft_model_path"} <= {*used}
         assert {*used} <= {*sources.options}
         assert used["speculative_algorithm"] in algorithms
+    assert {*sources.options} >= sglang.SIZES
 
 
 def attributes_of_enum(sources: Sources) -> set[str]:
@@ -163,7 +165,11 @@ def test_its_answers_have_what_we_read(sources: Sources) -> None:
     asked = sources.classes(f"{MANAGERS}/io_struct.py")["GenerateReqInput"]
     sampling = sources.classes("sglang/srt/sampling/sampling_params.py")["SamplingParams"]
     assert {"input_ids", "sampling_params", "stream"} <= declared(asked)
-    assert {"temperature", "max_new_tokens", "stop_token_ids"} <= declared(sampling)
+    said = {"temperature", "max_new_tokens", "stop_token_ids", "sampling_seed"}
+    assert said <= declared(sampling)
+    assert '"sampling_seed": self.seed' in sources.text("sglang/srt/entrypoints/openai/protocol.py")
+    batch = sources.text("sglang/srt/sampling/sampling_batch_info.py")
+    assert "enable_deterministic_inference" in batch  # alone it looks at a request's seed
 
 
 def declared(owner: ast.ClassDef) -> set[str]:

@@ -50,6 +50,15 @@ def rows(made: RowStream, steps: range) -> list[list[tuple[Any, ...]]]:
     return [[(row.ids.tolist(), row.lengths) for row in made.take(s, 3)] for s in steps]
 
 
+def test_a_text_that_is_no_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\n\ncaf\xc3\xa9\n")
+    assert list(texts(TextSource(str(path)), 0)) == ["one\n", "caf\xe9\n"]
+    path.write_bytes(b"one\n\ncaf\xe9\n")
+    with pytest.raises(InputError, match=r"a\.txt:3 is not UTF-8"):
+        list(texts(TextSource(str(path)), 0))
+
+
 def test_rows_are_whole_and_begin_where_the_last_one_ended(
     sources: list[TextSource], tokens: Tokens
 ) -> None:

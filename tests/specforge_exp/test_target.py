@@ -22,6 +22,7 @@ from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.eagle3.draft import Eagle3
+from specforge_exp.drafts.teacher import make_teacher
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.stages.preprocess import preprocess
@@ -32,6 +33,9 @@ CPU = torch.device("cpu")
 EAGLE3 = Eagle3Config(name="e", draft_vocab_size=None)
 DFLASH = DFlashConfig(name="d", start="target", block_size=4, num_layers=2, num_features=3)
 Saved = Callable[[str], Path]
+MULTIPLIERS = (
+    "embedding_multiplier residual_multiplier attention_multiplier logits_scaling logit_scale"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,36 @@ def test_the_heads_numbers_are_measured(
 ) -> None:
     head = loaded(saved(family)).head
     assert (head.scale, head.softcap) == (scale, softcap)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["Granite 3", "Cohere 2"])
+def test_every_multiplier_counts(saved: Saved, family: str, tmp_path: Path) -> None:
+    """States, teacher and a fresh draft's head are those of transformers' own model, in which each
+    of the family's multipliers matters."""
+    names = [n for n in MULTIPLIERS if n in json.loads((saved(family) / "config.json").read_text())]
+    assert len(names) == {"Granite 3": 4, "Cohere 2": 1}[family]
+    ids_1T = tokens(24)[None]
+    target = loaded(saved(family))
+    model = tf.AutoModelForCausalLM.from_pretrained(saved(family))
+    plain = model(ids_1T, output_hidden_states=True)
+    aux_1TA, last_1TH = target.features(ids_1T)
+    fed = torch.cat([plain.hidden_states[layer + 1] for layer in target.aux_layers], -1)
+    torch.testing.assert_close(aux_1TA, fed, rtol=1e-5, atol=1e-6)
+    logits_TV = plain.logits[0]
+    torch.testing.assert_close(target.head(last_1TH[0]), logits_TV, rtol=1e-5, atol=1e-6)
+    teacher = make_teacher(target.head, last_1TH[0], torch.arange(len(target.head_weight_VH)))
+    logp_TV = logits_TV.log_softmax(-1)
+    rows = teacher.plain_rows(torch.arange(24))
+    torch.testing.assert_close(rows.logp_ND, logp_TV, rtol=1e-5, atol=1e-5)
+    size = logits_TV.shape[1]
+    draft = Eagle3.new(target, EAGLE3, vocabulary_mapping(torch.ones(size), size), 0)
+    served_TV = draft.lm_head(plain.hidden_states[-1][0])
+    torch.testing.assert_close(served_TV, logits_TV, rtol=1e-5, atol=1e-5)
+    for name in names:
+        other = copied(saved(family), tmp_path, **{name: 1.0})
+        changed = tf.AutoModelForCausalLM.from_pretrained(other)(ids_1T).logits[0]
+        assert float((changed - logits_TV).norm() / logits_TV.norm()) > 0.01, name
 
 
 def test_a_bias_of_the_head_counts() -> None:

@@ -8,6 +8,7 @@ from specforge_exp.data.chat import Unrenderable, eos_token_ids, prompt_ids, rea
 from specforge_exp.generation.engine import Answer, Refused, Request
 from specforge_exp.generation.local.batcher import Batcher
 from specforge_exp.target import Target, load_target, load_tokenizer, set_up_torch
+from specforge_exp.target.shape import turning_point
 
 
 class TransformersEngine:
@@ -17,7 +18,7 @@ class TransformersEngine:
         cfg: model, engine.concurrency, device and threads are read.
         loaded: a target and its tokenizer; None: they are loaded.
         context: most tokens of a prompt and its answer; None, or more than the model has: the
-            model's own.
+            model's own, or what it rotates alike.
         cache_mb: MB for the keys and values of what was computed before.
 
     Raises:
@@ -35,7 +36,9 @@ class TransformersEngine:
         if loaded is None:
             loaded = load_target(cfg.model, device, cfg.model.dtype), load_tokenizer(cfg.model)
         target, self.tokenizer = loaded
-        most: int = target.model.config.get_text_config().max_position_embeddings
+        text = target.model.config.get_text_config()
+        # Beyond it the sequences of a forward would change one another.
+        most: int = turning_point(text) or text.max_position_embeddings
         self.batcher = Batcher(
             target.model,
             eos_token_ids(cfg.model.path, self.tokenizer),
@@ -61,6 +64,13 @@ class TransformersEngine:
             raise Refused(str(error)) from None
         generated = await self.batcher.generate(ids, request.sampling, request.seed)
         answer_ids = generated.ids[:-1] if generated.finish_reason == "stop" else generated.ids
+        added = self.tokenizer.added_tokens_decoder
+        if lost := [added[at].content for at in answer_ids if at in added and added[at].special]:
+            names = ", ".join(dict.fromkeys(lost))
+            raise Refused(
+                f"the answer holds {names}, which its text would lose; a server with a parser of "
+                "this model's reasoning and tool calls reads it: engine=sglang, vllm or openai"
+            )
         text = self.tokenizer.decode(answer_ids, skip_special_tokens=True)
         return Answer(
             {"role": "assistant", "content": text},
