@@ -19,6 +19,7 @@ from specforge_exp.target import (
     load_target,
     load_tokenizer,
     set_up_torch,
+    take_dtype,
 )
 
 
@@ -50,7 +51,10 @@ def load_pair(cfg: Config, folder: Path | None, dtype: str) -> Pair:
     target = load_target(cfg.model, device, dtype, feeds=feeds)
     target.tokens = max(load_tokenizer(cfg.model).get_vocab().values()) + 1
     target.check_decoding()
-    draft = kind.load(folder, target).to(device, target.model.dtype) if folder else None
+    if folder is None:
+        return Pair(target, None)
+    draft = kind.load(folder, target).to(device)
+    take_dtype(draft, target.model.dtype)
     return Pair(target, draft)
 
 

@@ -14,7 +14,7 @@ from specforge_exp.causal.model import Causal, new_model
 from specforge_exp.causal.objective import CAUSAL
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
-from specforge_exp.target import DTYPES
+from specforge_exp.target import DTYPES, take_dtype
 from specforge_exp.training.checkpoint import (
     OVER,
     last_step,
@@ -69,5 +69,6 @@ def save_model(folder: Path, cfg: Config, weights: dict[str, Tensor], dtype: tor
             model.generation_config = GenerationConfig.from_pretrained(path)
         except OSError:  # it has none
             log.debug("%s has no generation_config.json", path)
-    model.to(dtype).save_pretrained(folder)
+    take_dtype(model, dtype)
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(path, trust_remote_code=False).save_pretrained(folder)

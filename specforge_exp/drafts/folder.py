@@ -55,13 +55,14 @@ def usual_entries(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     if not rope:
         scaling = dict(config.get("rope_scaling") or {})
         kind = scaling.pop("rope_type", scaling.pop("type", "default"))
-        rope = {"rope_type": kind, "rope_theta": config.get("rope_theta", 10000.0), **scaling}
+        rope = {"rope_type": kind, **scaling}
+    rope = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0), **rope}
     usual = {
         "num_hidden_layers": 1, "num_key_value_heads": heads, "rms_norm_eps": 1e-6,
         "head_dim": config["hidden_size"] // heads,
     }  # fmt: skip
     given = {name: value for name, value in config.items() if value is not None}
-    return {**config, **usual, **given, "rope_parameters": {"rope_type": "default", **rope}}
+    return {**config, **usual, **given, "rope_parameters": rope}
 
 
 def read_export(folder: Path, keys: Iterable[str] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -30,7 +30,7 @@ from specforge_exp.data.tokens import TokenSet
 from specforge_exp.errors import InputError
 from specforge_exp.onpolicy.replay import Replayer
 from specforge_exp.records import replacing
-from specforge_exp.target import Target
+from specforge_exp.target import Target, take_dtype
 from specforge_exp.training.batches import (
     Batch,
     draw_of,
@@ -214,7 +214,9 @@ def generator_draft(draft: Any, target: Target) -> Any:
     """The draft as it is now, in the target's type as bench has it; what is the target's is not
     copied."""
     shared = {id(tensor): tensor for tensor in draft.buffers()}
-    return copy.deepcopy(draft, shared).to(target.model.dtype).requires_grad_(False).eval()
+    copied = copy.deepcopy(draft, shared).requires_grad_(False).eval()
+    take_dtype(copied, target.model.dtype)
+    return copied
 
 
 def round_file(folder: Path, first: int) -> Path:

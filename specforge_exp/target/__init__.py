@@ -4,7 +4,13 @@ from specforge_exp.target.ends import Ends, make_ends
 from specforge_exp.target.files import load_tokenizer, text_config
 from specforge_exp.target.head import Head
 from specforge_exp.target.loading import load_target
-from specforge_exp.target.machine import DTYPES, check_gpus, set_up_torch, take_what_is_there
+from specforge_exp.target.machine import (
+    DTYPES,
+    check_gpus,
+    set_up_torch,
+    take_dtype,
+    take_what_is_there,
+)
 from specforge_exp.target.model import Target
 from specforge_exp.target.shape import check_length, draft_shape
 
@@ -20,6 +26,7 @@ __all__ = [
     "load_tokenizer",
     "make_ends",
     "set_up_torch",
+    "take_dtype",
     "take_what_is_there",
     "text_config",
 ]  # fmt: skip

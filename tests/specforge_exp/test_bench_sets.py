@@ -297,6 +297,9 @@ def test_the_second_turn_follows_the_own_answer(exported: Config) -> None:
 
     setup = asking_of(exported, load_tokenizer(exported.model), None)
     pair = load_pair(exported, paths.export_dir(exported), exported.bench.dtype)
+    narrow = load_pair(exported, paths.export_dir(exported), "bfloat16").draft
+    assert narrow.fc.weight.dtype == torch.bfloat16
+    assert narrow.rotary.inv_freq.equal(pair.draft.rotary.inv_freq)  # no weight is not rounded
     asks = [[{"role": "user", "content": text}] for text in ("Tell me a story.", "Go on.")]
     watched = Watched(**vars(setup))
     first, second = converse(asks, watched, pair, torch.Generator().manual_seed(0))

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_target
-from families import FAMILIES, VOCABULARY, build
+from families import FAMILIES, VOCABULARY, build, save
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specforge_exp import paths
 from specforge_exp.causal import head as head_module
-from specforge_exp.causal.export import export_model
+from specforge_exp.causal.export import export_model, save_model
 from specforge_exp.causal.head import Ending, NextToken, next_token_loss
-from specforge_exp.causal.model import Causal, choose_attention, without_dropout
+from specforge_exp.causal.model import Causal, choose_attention, new_model, without_dropout
 from specforge_exp.causal.objective import CAUSAL, causal_lm
 from specforge_exp.config import Config
 from specforge_exp.config.causal import CausalConfig
@@ -193,3 +196,19 @@ def test_an_export_without_its_checkpoint_is_not_taken_for_another(cfg: Config) 
     cfg.export.dtype = "float32"
     with pytest.raises(InputError, match=r"export\.dtype was bfloat16, now float32.*no checkpoint"):
         export_model(cfg, "sft")
+
+
+def test_an_export_rounds_weights_alone(cfg: Config, tmp_path: Path) -> None:
+    """What chooses experts is no weight, and read in fp32."""
+    folder = save(FAMILIES["DeepSeek-V3"](), tmp_path / "model")
+    for file in Path(cfg.model.path).glob("tok*.json"):
+        shutil.copy(file, folder)
+    cfg.model = replace(cfg.model, path=str(folder))
+    weights = Causal(new_model(cfg.model, 0), cfg.causal).state_dict()
+    (name, *_) = [name for name in weights if name.endswith("e_score_correction_bias")]
+    weights[name] = weights[name] + 0.1
+    save_model(tmp_path, cfg, weights, torch.bfloat16)
+    saved = load_file(tmp_path / "model.safetensors")
+    own = saved[name.removeprefix("model.")]
+    assert own.dtype == torch.float32 and own.equal(weights[name])
+    assert saved["lm_head.weight"].dtype == torch.bfloat16

@@ -138,6 +138,18 @@ def test_it_says_what_the_target_says(kind: Any, draft_cfg: Any, tmp_path: Path)
         assert read == new + verifications * (K + 1)
 
 
+@pytest.mark.parametrize(("kind", "draft_cfg"), KINDS)
+def test_narrow_weights_turn_by_the_same_angles(kind: Any, draft_cfg: Any, tmp_path: Path) -> None:
+    """A target in bfloat16, as on a GPU: the draft's weights are rounded, its rotations are not."""
+    replayer = made_of(kind, draft_cfg, tmp_path).replayer
+    replayer.target.model.bfloat16()
+    draft = generator_draft(replayer.draft, replayer.target)
+    assert {weight.dtype for weight in draft.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in replayer.draft.parameters()} == {torch.float32}
+    turned = [m.inv_freq for m in draft.modules() if hasattr(m, "inv_freq")]
+    assert turned and turned[0].tolist() == pytest.approx([1, 0.1, 0.01, 0.001])
+
+
 def test_no_room_for_an_answer(tmp_path: Path) -> None:
     """Such a conversation stays as it is."""
     rollouts = made_of(*KINDS[0].values, tmp_path)

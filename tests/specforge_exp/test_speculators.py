@@ -17,6 +17,7 @@ from test_conf import composed
 
 from specforge_exp import paths
 from specforge_exp.config import Config, DraftConfig, draft_config_class, locate
+from specforge_exp.drafts.folder import usual_entries
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.stages.bench import bench
@@ -288,3 +289,12 @@ def test_from_is_an_option_of_export_alone(tmp_path: Path) -> None:
         done = warm.run([str(ROOT / f"{script}.py"), *words], tmp_path)
         assert done.returncode == 1 and message in done.stderr, done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_base_of_a_rotary_embedding_may_stand_beside_it() -> None:
+    """As transformers reads it; else it would be 10,000."""
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "rope_theta": 1e6}
+    for rope in ({"rope_type": "linear", "factor": 2.0}, {"rope_type": "default"}):
+        for name in ("rope_parameters", "rope_scaling"):
+            read = usual_entries(Path(), {**sizes, name: rope})
+            assert read["rope_parameters"] == {"rope_theta": 1e6, **rope}

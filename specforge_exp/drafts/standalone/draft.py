@@ -44,7 +44,7 @@ from specforge_exp.drafts.standalone.replay import chain_states, proposals
 from specforge_exp.drafts.weighting import weighted
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
-from specforge_exp.target import Head, Target
+from specforge_exp.target import Head, Target, take_dtype
 from specforge_exp.target.anatomy import read_end
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.objective import Outcome, Replay, Sample
@@ -169,7 +169,8 @@ class Standalone(Draft[StandaloneConfig]):
         model = copy.deepcopy(self.model)
         model.set_attn_implementation(target.text._attn_implementation)
         model.config.use_cache = True
-        model.to(dtype).save_pretrained(folder)
+        take_dtype(model, dtype)
+        model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(target_path, trust_remote_code=False).save_pretrained(folder)
 
     def decoder(self) -> StandaloneDecoder:
