@@ -134,10 +134,11 @@ def check_tokens(cfg: Config, tokens: Path, wanted: dict[str, Any]) -> None:
 
 
 def check_held_out(cfg: Config, tokens: TokenSet) -> None:
-    """Refuse to train without held-out conversations."""
-    if not len(tokens):
+    """Refuse to train without a held-out conversation that has something to predict."""
+    if not any(bool((turns_T > 0).any()) for turns_T, _ in tokens.parts()):
+        what = "no held-out conversation" + " with a supervised token" * bool(len(tokens))
         raise InputError(
-            f"{paths.tokens_dir(cfg)} has no held-out conversation to evaluate on; set data.eval "
+            f"{paths.tokens_dir(cfg)} has {what} to evaluate on; set data.eval "
             f"or raise data.split_eval={cfg.data.split_eval}"
         )
 

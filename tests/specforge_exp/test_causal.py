@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import small_target
+from conftest import conversation_set, small_target
 from families import FAMILIES, VOCABULARY, build, save
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,6 +28,7 @@ from specforge_exp.config.causal import CausalConfig
 from specforge_exp.errors import InputError
 from specforge_exp.target.anatomy import read_end
 from specforge_exp.training.batches import Batch
+from specforge_exp.training.running import check_held_out
 
 CPU = torch.device("cpu")
 LENGTHS = [40, 7, 1, 25, 60]
@@ -212,3 +213,10 @@ def test_an_export_rounds_weights_alone(cfg: Config, tmp_path: Path) -> None:
     own = saved[name.removeprefix("model.")]
     assert own.dtype == torch.float32 and own.equal(weights[name])
     assert saved["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_held_out_conversations_must_have_something_to_predict() -> None:
+    """Without a predicted token the loss was 0, and such an evaluation the best."""
+    check_held_out(Config(), conversation_set([[0, 0], [0, 1]]))
+    with pytest.raises(InputError, match="no held-out conversation with a supervised token"):
+        check_held_out(Config(), conversation_set([[0, 0, 0], [0, 0]]))

@@ -14,6 +14,7 @@ from test_eagle3 import assert_same, conversation, gradients, packed
 from specforge_exp.drafts.dflash import config as options
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.drafts.dflash.draft import DFlash
+from specforge_exp.drafts.dflash.export import kinds_of
 from specforge_exp.drafts.dflash.training import dpace
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss, opd
@@ -37,6 +38,20 @@ def target() -> Target:
 @pytest.fixture(params=LAYOUTS, ids=lambda name: name.replace(", ", "-").replace(" ", "-"))
 def cfg(request: pytest.FixtureRequest) -> DFlashConfig:
     return replace(CFG, **LAYOUTS[request.param])
+
+
+@pytest.mark.parametrize(
+    ("given", "windows"),
+    [
+        ({}, [0, 0, 0]),
+        ({"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 0}, [0, 0, 0]),
+        ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, [0, 1, 1]),
+    ],
+)
+def test_layers_that_config_json_does_not_list(given: dict[str, Any], windows: list[int]) -> None:
+    """Other makers' drafts: their windows are those that transformers reads, not none."""
+    kinds = kinds_of({"num_hidden_layers": 3, **given})
+    assert [kind == "sliding_attention" for kind in kinds] == [bool(each) for each in windows]
 
 
 def test_the_fast_path_is_the_dense_one(target: Target, cfg: DFlashConfig) -> None:

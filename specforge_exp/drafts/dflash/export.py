@@ -179,6 +179,14 @@ def check_export(folder: Path, config: dict[str, Any], target: Target) -> None:
     check_target(folder, pairs)
 
 
+def kinds_of(config: dict[str, Any]) -> list[str]:
+    """The kind of each layer where config.json does not list them: as transformers tells it of a
+    Qwen3, by `use_sliding_window` and `max_window_layers`."""
+    names = ("num_hidden_layers", "use_sliding_window", "sliding_window", "max_window_layers")
+    told = Qwen3Config(**{name: config[name] for name in names if name in config})
+    return list(told.layer_types)
+
+
 def loaded_config(folder: Path, config: dict[str, Any]) -> Qwen3Config:
     """Shapes of an exported draft.
 
@@ -186,7 +194,7 @@ def loaded_config(folder: Path, config: dict[str, Any]) -> Qwen3Config:
         InputError: it has layers with a window and no size of it.
     """
     nested = config["dflash_config"]
-    kinds = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
+    kinds = config.get("layer_types") or kinds_of(config)
     sliding = SLIDING in kinds
     if sliding and not config.get("sliding_window"):
         raise InputError(f"{folder / 'config.json'}: layer_types has windows, sliding_window none")
