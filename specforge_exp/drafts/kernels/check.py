@@ -29,10 +29,10 @@ def use_kernels(device: torch.device) -> None:
     they are by plain products. On a CPU they always are."""
     if device.type == "cpu" or device.type in USED:
         return
-    log.info("attention: Triton's kernels are compiled, the first time, and tried")
+    log.info("attention and loss: Triton's kernels are compiled, the first time, and tried")
     reason = unusable(device)
     if reason:
-        log.warning("attention by plain products, without Triton's kernels: %s", reason)
+        log.warning("attention and loss by plain products, without Triton's kernels: %s", reason)
     else:
         USED.add(device.type)
 
