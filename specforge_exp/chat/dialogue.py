@@ -131,18 +131,25 @@ class Dialogue:
 
     def load(self, path: Path) -> str:
         """Take a file's first conversation, up to its last answer; what was said in it."""
-        record: dict[str, Any] = next(read_jsonl(path), {"conversations": []})
+        records = read_jsonl(path)
+        record: dict[str, Any] = next(records, {"conversations": []})
         messages = [{key: m[key] for key in ("role", "content")} for m in record["conversations"]]
+        keys = {key for message in record["conversations"] for key in message}
+        left = sorted(keys - {"role", "content"} | {"tools"} & set(record))
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
         if not messages:
             raise InputError(f"{path}: no conversation with an answer")
+        cut = len(messages) < len(record["conversations"])
+        whole = not (left or cut) and next(records, None) is None
         self.change(record)
         system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
         self.settings = replace(self.settings, system=system)
-        self.messages, self.file = messages, path
+        # Only what is all of it may be written over.
+        self.messages, self.file = messages, path if whole else None
         told = ["> " * (m["role"] == "user") + m["content"] for m in messages]
-        return "\n".join([*told, f"{path}: {len(messages)} messages"])
+        without = f", without {', '.join(left)}" if left else ""
+        return "\n".join([*told, f"{path}: {len(messages)} messages{without}"])
 
 
 Answering = Callable[[Dialogue], Generator[Spoken]]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,6 +119,27 @@ def test_a_question_at_the_end_is_left_out(dialogue: Dialogue, tmp_path: Path) -
     path.write_text(json.dumps({"messages": [*TALK, extra]}))
     assert "2 messages" in dialogue.obey(f"/load {path}")
     assert dialogue.whole == TALK
+
+
+@pytest.mark.parametrize("more", ["another conversation", "a call", "a question"])
+def test_a_file_that_says_more_is_not_written_over(
+    dialogue: Dialogue, tmp_path: Path, more: str
+) -> None:
+    """What was left out is named; the file stays as it is."""
+    path = tmp_path / "data.jsonl"
+    talk: list[dict[str, Any]] = [*TALK]
+    if more == "a call":
+        call = {"function": {"name": "clock", "arguments": {}}}
+        talk[-1] = talk[-1] | {"tool_calls": [call], "reasoning_content": "Hm."}
+    elif more == "a question":
+        talk.append({"role": "user", "content": "And?"})
+    lines = [json.dumps({"messages": talk})] * (1 + (more == "another conversation"))
+    path.write_text("\n".join(lines))
+    told = dialogue.obey(f"/load {path}").splitlines()[-1]
+    names = ", without reasoning_content, tool_calls" if more == "a call" else ""
+    assert told == f"{path}: 2 messages{names}"
+    with pytest.raises(InputError, match="is there already"):
+        dialogue.obey(f"/save {path}")
 
 
 def test_status() -> None:
