@@ -65,7 +65,8 @@ class TransformersEngine:
         generated = await self.batcher.generate(ids, request.sampling, request.seed)
         answer_ids = generated.ids[:-1] if generated.finish_reason == "stop" else generated.ids
         added = self.tokenizer.added_tokens_decoder
-        if lost := [added[at].content for at in answer_ids if at in added and added[at].special]:
+        lost = [added[at].content for at in answer_ids if at in added and added[at].special]
+        if lost and not request.sampling.ignore_eos:  # who goes on past an end wants it lost
             names = ", ".join(dict.fromkeys(lost))
             raise Refused(
                 f"the answer holds {names}, which its text would lose; a server with a parser of "
