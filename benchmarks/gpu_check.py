@@ -69,7 +69,7 @@ def parts(args: argparse.Namespace, folder: Path) -> list[Part]:
     dflash = {name: value for name, value in small.items() if name != "draft-vocab"}
     layers = {"layers": 2, "block-size": 4} if args.rehearse else {}
     return [
-        Part("machine", [*own, "machine", *where], 60),
+        Part("machine", [*own, "machine", *where], 90),
         Part("tests", [*own, "tests", *where], 150),
         Part("parity float32", [*parity, *recorded], 60),
         Part("parity bfloat16", [*parity, "--dtype", "bfloat16", *recorded], 60, (0, 1)),

@@ -195,6 +195,15 @@ def test_a_token_that_the_target_rules_out_spoils_no_loss() -> None:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_term_that_the_kernel_lacks_is_refused() -> None:
+    """And every term that there is, is tried before kernels are used."""
+    assert set(check.TERMS) == set(losses.TERMS)
+    one = torch.ones(1)
+    known = losses.Known(one[None], one.long() * 0, one, one, 1.0, one.long() * 0)
+    with pytest.raises(ValueError, match="the kernel of the loss has no entropy"):
+        losses.opd_rows(one[None].clone(), known, {"ce": one, "entropy": one})
+
+
 def test_what_a_kernel_cannot_read_is_refused() -> None:
     turned = torch.zeros(4, 3).T
     with pytest.raises(ValueError, match=r"cannot read shape \[3, 4\] by \(1, 3\)"):
@@ -238,7 +247,7 @@ def test_wrong_kernels_are_found(
         "missing": "Triton is not installed", "raises": "ImportError: cannot import name",
         "shared_queries": "the gradient of step 0 is wrong by",
         "own_attention": "the output of step 1 is wrong by",
-        "loss_rows": "the loss of ce: its gradient is wrong by",
+        "loss_rows": "the loss of kl: its gradient is wrong by",
     }[broken]  # fmt: skip
     assert reason is not None and reason.startswith(expected)
     assert "cpu" not in USED

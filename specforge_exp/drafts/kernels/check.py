@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specforge_exp.drafts.chain_attention import LayerStep, OwnKeys, chain_attention, visible
 from specforge_exp.drafts.kernels import USED
+from specforge_exp.losses import TERMS as OF_OPD
 from specforge_exp.losses import TeacherRows, opd_closed
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,8 @@ M, G, E = 2, 3, 128
 STEPS = 3
 D, HEAT = 5000, 1.5
 """Of the losses of the trial."""
-TERMS = ("ce", "hard_ce", "kl", "reverse_kl", "hinge", "tv", "lk_alpha", "lk_lambda")
+TERMS = ("kl", *(name for name, _ in OF_OPD.values()))
+"""All that `opd_closed` has."""
 
 
 def use_kernels(device: torch.device) -> None:

@@ -150,7 +150,13 @@ def opd_rows(
     floor: float = 0.0,
     gradient: bool = True,
 ) -> dict[str, Tensor]:
-    """As `losses.opd_closed`, of a target whose rows need not exist apart."""
+    """As `losses.opd_closed`, of a target whose rows need not exist apart.
+
+    Raises:
+        ValueError: a term is none of TERMS.
+    """
+    if unknown := set(weights) - set(TERMS):
+        raise ValueError(f"the kernel of the loss has no {', '.join(sorted(unknown))}")
     zero_N = torch.zeros_like(known.log_z_N)
     weights_WN = torch.stack([weights.get(name, zero_N) for name in TERMS])
     hard, next_N1 = "hard_ce" in weights, known.next_N[:, None]
