@@ -155,7 +155,7 @@ def test_the_closed_form_is_what_autograd_finds(
     assert set(values) == set(expected.parts) | {"alpha"}
     for name, value in expected.parts.items():
         torch.testing.assert_close(values[name], value, rtol=1e-5, atol=1e-5)
-    rounding = 16 * torch.finfo(torch.float32).eps * scale  # of log-ratios, a few times the scale
+    rounding = 64 * torch.finfo(torch.float32).eps * scale  # of log-ratios, some times the scale
     assert float((found - gradient).abs().max()) <= 2e-5 * float(gradient.abs().max()) + rounding
 
 

@@ -19,7 +19,7 @@ def conversation(size: int) -> Encoded:
     return Encoded(list(range(size)), [(first, last) for first, last in spans if first < last])
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 9), max_size=5), min_size=1, max_size=5), st.integers(1, 30)
 )
