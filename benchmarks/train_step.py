@@ -9,6 +9,7 @@
 Everybody gets the same weights, inputs and supervised rows, in a process of its own; they take
 turns step by step, so that a slow minute of the machine slows all. At the default size each holds
 10 to 16 GB, so where less than 48 GB are free, or with --apart, one ends before the next begins.
+Threads that wait sleep: turning in circles they would be most of the CPU time beside other work.
 Measured are the medians of process CPU time (on CUDA: wall time between synchronisations), wall
 time and activation memory (see peers/measure.py). EAGLE-3's ratios are to SpecForge with its
 compact teacher; DFlash's to the better peer, which may be one for time and the other for memory.
@@ -123,6 +124,7 @@ class Step:
             output = file.with_name("".join([who, *more, ".callgrind"]))
             command = [*callgrind(output), *command, "--instructions", str(output)]
         variables = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+        variables |= {"OMP_WAIT_POLICY": "passive"}
         if args.device == "cpu":
             variables["TORCHDYNAMO_DISABLE"] = "1"
         self.who, self.log = who, file.with_name("".join([who, *more, ".log"]))

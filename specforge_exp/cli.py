@@ -163,6 +163,17 @@ def loaded(stage: str) -> Callable[[Config], object]:
     return function
 
 
+def for_libraries() -> None:
+    """What libraries of this process, and of those that it starts, read when they are loaded.
+
+    OpenMP's threads wait for each other at every small operation. They sleep there: as a library
+    has it, they turn in circles, for nearly all of a step where other work has their cores.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def run(stage: str, cfg: DictConfig) -> object:
     """Call a stage, named as `package.module:function`, with the typed configuration.
 
@@ -171,8 +182,7 @@ def run(stage: str, cfg: DictConfig) -> object:
     hydra = HydraConfig.get()
     if Path(hydra.runtime.cwd).is_dir():  # paths are relative to it, whatever hydra.job.chdir says
         os.chdir(hydra.runtime.cwd)
-    if not sys.stderr.isatty():  # libraries of this process and of those that it starts
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for_libraries()
     single = hydra.mode == RunMode.RUN
     try:
         config = from_omegaconf(cfg)

@@ -181,3 +181,25 @@ def test_what_a_job_leaves_is_forgotten_beside_the_next_one() -> None:
     loaded(stage)
     gc.collect()
     assert gone() is None and gc.isenabled()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP elsewhere")
+@pytest.mark.parametrize(
+    ("theirs", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")]
+)
+def test_threads_that_wait_sleep_unless_the_user_wants_otherwise(
+    theirs: dict[str, str], policy: str
+) -> None:
+    program = """
+import ctypes, importlib.util, pathlib
+from specforge_exp.cli import for_libraries
+for_libraries()
+torch = pathlib.Path(importlib.util.find_spec("torch").origin).parent
+ctypes.CDLL(str(next(torch.glob("lib/libgomp*"))))
+"""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    asked = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, check=True, capture_output=True, text=True,
+        env={**clean, "OMP_DISPLAY_ENV": "true", **theirs},
+    )  # fmt: skip
+    assert f"OMP_WAIT_POLICY = '{policy}'" in asked.stderr
