@@ -111,7 +111,8 @@ class Config:
     device: str = "auto"
     """auto (a GPU if there is one), cpu or cuda."""
     threads: int | None = None
-    """CPU threads of torch; null: its own choice."""
+    """CPU threads of torch; null: its own choice. Where they wait for each other they sleep, unless
+    your OMP_WAIT_POLICY says otherwise."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
