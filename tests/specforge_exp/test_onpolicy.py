@@ -28,7 +28,7 @@ from specforge_exp.drafts.replay import replay_outcome
 from specforge_exp.drafts.rows import Chains, document_bounds
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss, ProposedLoss, opd
-from specforge_exp.onpolicy.anchors import draw, missed
+from specforge_exp.onpolicy.anchors import Draw, draw, missed
 from specforge_exp.onpolicy.replay import Chooser, Replayer, stands
 from specforge_exp.target import Head, Target
 from specforge_exp.target.segments import check_segments, verify_segments
@@ -299,6 +299,8 @@ def test_anchors_stand_before_what_was_missed() -> None:
     chosen = own.with_errors(torch.tensor([5, 6]), 0.5)
     assert {5, 6} <= set(chosen.tolist())
     assert len(set(chosen.tolist())) == 4
+    many = Draw(torch.Generator().manual_seed(0), torch.arange(1000), 3)
+    assert len({5, 6} & set(many.with_errors(torch.tensor([5, 6]), 0.5).tolist())) == 1
 
 
 def chain_of(
