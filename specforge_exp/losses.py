@@ -244,24 +244,20 @@ def opd_closed(
     below_ND, excess_ND = (r_ND <= mass_N1).to(q_ND.dtype), (r_ND - mass_N1).relu_()
     e_N = weights.get("ce", zero_N) + weights.get("kl", zero_N)
     tv_N, b_N, c_N = (weights.get(name, zero_N) for name in ("tv", "reverse_kl", "hinge"))
-    share_ND, kl_N = None, zero_N
-    if "kl" in weights or "lk_lambda" in weights:  # where p is 0, r is infinite
-        kl_N = -torch.linalg.vecdot(target_ND, r_ND.clamp(max=-LOWEST))
-    values |= {"kl": kl_N} if "kl" in weights else {}
+    share_ND = zero_N[:, None]
+    if "kl" in weights:
+        values["kl"] = kl_of(target_ND, r_ND)
     if "reverse_kl" in weights:
         values["reverse_kl"] = torch.linalg.vecdot(q_ND, r_ND)
     if "hinge" in weights:
         values["hinge"] = torch.linalg.vecdot(q_ND, excess_ND)
     if "lk_alpha" in weights:
-        share_ND = torch.minimum(r_ND, mass_N1).add_(teacher.logp_ND)
-        value_N = -torch.logsumexp(share_ND, -1)
-        # min(p, q) / alpha where that is q / alpha: 1 / alpha by itself may be no number.
-        share_ND.add_(value_N[:, None]).exp_().mul_(below_ND)
+        value_N, share_ND = kept(r_ND, teacher, below_ND)
         share_ND.mul_((weights["lk_alpha"] * ((alpha_N > floor) | (floor == 0)))[:, None])
         values["lk_alpha"] = -alpha_N.clamp(min=floor).log() if floor else value_N
     values |= {"tv": 1 - alpha_N} if "tv" in weights else {}
     if "lk_lambda" in weights:
-        lean_N = (-alpha_N).exp()
+        kl_N, lean_N = kl_of(target_ND, r_ND), (-alpha_N).exp()
         values["lk_lambda"] = lean_N * kl_N + (1 - lean_N) * (1 - alpha_N)
         tv_N = tv_N + weights["lk_lambda"] * (1 - lean_N)
         e_N = e_N + weights["lk_lambda"] * lean_N
@@ -269,15 +265,35 @@ def opd_closed(
         d_N = c_N + tv_N
         a_N = e_N + weights.get("hard_ce", zero_N) + d_N * torch.linalg.vecdot(q_ND, below_ND)
         a_N = a_N - b_N * values.get("reverse_kl", 0) - c_N * values.get("hinge", 0)
-        for name, infinite_ND in (("reverse_kl", r_ND), ("hinge", excess_ND)):
-            if name not in weights:  # where p is 0; 0 times that is no number
-                infinite_ND.zero_()
-        a_N = a_N if share_ND is None else a_N + share_ND.sum(-1)
+        a_N = a_N + share_ND.sum(-1)
+        leave_out(weights, {"reverse_kl": r_ND, "hinge": excess_ND})
         into_gradient(r_ND, q_ND, target_ND, below_ND, excess_ND, (a_N, b_N, c_N, d_N, e_N))
-        if share_ND is not None:
+        if "lk_alpha" in weights:
             r_ND.sub_(share_ND)
         subtract_next(r_ND, teacher, weights)
     return values | {"alpha": alpha_N}
+
+
+def kl_of(target_ND: Tensor, r_ND: Tensor) -> Tensor:
+    """sum p~ (log p~ - log q) per row; 0 log 0, where r is infinite, is 0."""
+    return -torch.linalg.vecdot(target_ND, r_ND.clamp(max=-LOWEST))
+
+
+def kept(r_ND: Tensor, teacher: TeacherRows, below_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """-log alpha per row, and q / alpha where r <= 0, else 0.
+
+    It is min(p, q) / alpha there, at most 1; 1 / alpha by itself may be above all numbers.
+    """
+    share_ND = torch.minimum(r_ND, teacher.log_mass_N[:, None]).add_(teacher.logp_ND)
+    value_N = -torch.logsumexp(share_ND, -1)
+    return value_N, share_ND.add_(value_N[:, None]).exp_().mul_(below_ND)
+
+
+def leave_out(weights: dict[str, Tensor], factors: dict[str, Tensor]) -> None:
+    """Factors of terms that have no weight become 0: they are infinite where p is 0."""
+    for name, factor_ND in factors.items():
+        if name not in weights:
+            factor_ND.zero_()
 
 
 def into_gradient(

@@ -133,7 +133,9 @@ def test_a_file_that_says_more_is_not_written_over(
         talk[-1] = talk[-1] | {"tool_calls": [call], "reasoning_content": "Hm."}
     elif more == "a question":
         talk.append({"role": "user", "content": "And?"})
-    record: dict[str, Any] = {"messages": talk} | ({"category": "x"} if more == "a category" else {})
+    record: dict[str, Any] = {"messages": talk}
+    if more == "a category":
+        record["category"] = "x"
     lines = [json.dumps(record)] * (1 + (more == "another conversation"))
     path.write_text("\n".join(lines))
     told = dialogue.obey(f"/load {path}").splitlines()[-1]

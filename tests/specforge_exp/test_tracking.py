@@ -59,10 +59,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
 def test_the_best_evaluation_is_a_number(tmp_path: Path) -> None:
     """One that is none would be the best of all that follow it."""
     assert tracking.best_step(tmp_path, CAUSAL) is None
-    losses = (None, float("nan"), 0.5, 0.4, float("nan"), 0.6)
+    losses = (float("nan"), 0.5, 0.4, float("nan"), 0.6)
     lines = [{"step": step, "eval/loss": loss} for step, loss in enumerate(losses)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert tracking.best_step(tmp_path, CAUSAL) == 3
+    assert tracking.best_step(tmp_path, CAUSAL) == 2
 
 
 def test_a_line_in_two_has_the_time_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
