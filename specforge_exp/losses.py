@@ -208,12 +208,9 @@ def opd(logits_ND: Tensor, teacher: TeacherRows, cfg: LossConfig) -> RowLoss:
 
 
 def opd_closed(
-    logits_ND: Tensor,
-    teacher: TeacherRows,
-    weights: dict[str, Tensor],
-    floor: float = 0.0,
+    logits_ND: Tensor, teacher: TeacherRows, weights: dict[str, Tensor], floor: float = 0.0,
     gradient: bool = True,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """Values of the weighted terms per row; the logits become the gradient of their weighted sum.
 
     Args:
@@ -245,12 +242,9 @@ def opd_closed(
     e_N = weights.get("ce", zero_N) + weights.get("kl", zero_N)
     tv_N, b_N, c_N = (weights.get(name, zero_N) for name in ("tv", "reverse_kl", "hinge"))
     share_ND = zero_N[:, None]
-    if "kl" in weights:
-        values["kl"] = kl_of(target_ND, r_ND)
-    if "reverse_kl" in weights:
-        values["reverse_kl"] = torch.linalg.vecdot(q_ND, r_ND)
-    if "hinge" in weights:
-        values["hinge"] = torch.linalg.vecdot(q_ND, excess_ND)
+    of_q = {"reverse_kl": r_ND, "hinge": excess_ND}
+    values |= {name: torch.linalg.vecdot(q_ND, x) for name, x in of_q.items() if name in weights}
+    values |= {"kl": kl_of(target_ND, r_ND)} if "kl" in weights else {}
     if "lk_alpha" in weights:
         value_N, share_ND = kept(r_ND, teacher, below_ND)
         share_ND.mul_((weights["lk_alpha"] * ((alpha_N > floor) | (floor == 0)))[:, None])
@@ -266,7 +260,7 @@ def opd_closed(
         a_N = e_N + weights.get("hard_ce", zero_N) + d_N * torch.linalg.vecdot(q_ND, below_ND)
         a_N = a_N - b_N * values.get("reverse_kl", 0) - c_N * values.get("hinge", 0)
         a_N = a_N + share_ND.sum(-1)
-        leave_out(weights, {"reverse_kl": r_ND, "hinge": excess_ND})
+        leave_out(weights, of_q)
         into_gradient(r_ND, q_ND, target_ND, below_ND, excess_ND, (a_N, b_N, c_N, d_N, e_N))
         if "lk_alpha" in weights:
             r_ND.sub_(share_ND)
@@ -276,7 +270,8 @@ def opd_closed(
 
 def kl_of(target_ND: Tensor, r_ND: Tensor) -> Tensor:
     """sum p~ (log p~ - log q) per row; 0 log 0, where r is infinite, is 0."""
-    return -torch.linalg.vecdot(target_ND, r_ND.clamp(max=-LOWEST))
+    kl_N: Tensor = -torch.linalg.vecdot(target_ND, r_ND.clamp(max=-LOWEST))
+    return kl_N
 
 
 def kept(r_ND: Tensor, teacher: TeacherRows, below_ND: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class WindowLog:
         self.device, self.peak = device, peak
         self.loss = self.windows = self.tokens = self.flops = self.waited = 0.0
         self.sums: dict[str, Tensor] = {}
-        self.before = 0.0  # seconds that a run which was interrupted had spent on the line
+        self.past = 0.0  # seconds that a run which was interrupted had spent on the line
         self.started = time.monotonic()
 
     def next(self) -> "WindowLog":
@@ -90,7 +90,7 @@ class WindowLog:
 
     def seconds(self) -> float:
         """That the line has taken so far, over all attempts."""
-        return self.before + time.monotonic() - self.started
+        return self.past + time.monotonic() - self.started
 
     def state(self, ranks: Ranks) -> dict[str, Tensor]:
         """What a checkpoint keeps, so that a resumed run logs the line it was about to."""
@@ -103,7 +103,7 @@ class WindowLog:
     def restore(self, state: dict[str, Tensor], rank: int) -> None:
         """Take what `state` gave; the sums go to the first process, which had all of them."""
         numbers = [*state[PARTIAL + "numbers"].tolist(), 0.0, 0.0]  # none in older checkpoints
-        self.loss, self.windows, tokens, flops, self.waited, self.before = numbers[:6]
+        self.loss, self.windows, tokens, flops, self.waited, self.past = numbers[:6]
         if rank == 0:
             self.tokens, self.flops = tokens, flops
             for name, value in state.items():

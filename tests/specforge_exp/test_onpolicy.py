@@ -297,10 +297,9 @@ def test_anchors_stand_before_what_was_missed() -> None:
     assert missed(torch.tensor([3, 6, 7]), right, ids_T, turns_T).tolist() == []
     own = draw(OnPolicyConfig(name="replay", anchors=4), 1, 2, turns_T > 0, 4)
     chosen = own.with_errors(torch.tensor([5, 6]), 0.5)
-    assert {5, 6} <= set(chosen.tolist())
-    assert len(set(chosen.tolist())) == 4
-    many = Draw(torch.Generator().manual_seed(0), torch.arange(1000), 3)
-    assert len({5, 6} & set(many.with_errors(torch.tensor([5, 6]), 0.5).tolist())) == 1
+    assert {5, 6} <= set(chosen.tolist()) and len(set(chosen.tolist())) == 4
+    three = Draw(torch.Generator().manual_seed(0), torch.arange(999), 3)
+    assert int((three.with_errors(torch.tensor([5, 6]), 0.5) < 9).sum()) == 1
 
 
 def chain_of(
