@@ -56,6 +56,7 @@ class RowLoss:
     parts: dict[str, Tensor]
 
 
+LOWEST = torch.finfo(torch.float32).min
 LossFunction = Callable[[Tensor, TeacherRows, LossConfig], RowLoss]
 """What a loss's `_target_` names."""
 
@@ -133,7 +134,8 @@ def hard_cross_entropy(logq_ND: Tensor, teacher: TeacherRows) -> Tensor:
 
 def forward_kl(logq_ND: Tensor, teacher: TeacherRows) -> Tensor:
     """sum p~ (log p~ - log q) per row."""
-    return (teacher.logp_ND.exp() * (teacher.logp_ND - logq_ND)).sum(-1)
+    logp_ND = teacher.logp_ND.clamp(min=LOWEST)  # 0 log 0 is 0
+    return (teacher.logp_ND.exp() * (logp_ND - logq_ND)).sum(-1)
 
 
 def reverse_kl(logq_ND: Tensor, teacher: TeacherRows) -> Tensor:
@@ -206,12 +208,9 @@ def opd(logits_ND: Tensor, teacher: TeacherRows, cfg: LossConfig) -> RowLoss:
 
 
 def opd_closed(
-    logits_ND: Tensor,
-    teacher: TeacherRows,
-    weights: dict[str, Tensor],
-    floor: float = 0.0,
+    logits_ND: Tensor, teacher: TeacherRows, weights: dict[str, Tensor], floor: float = 0.0,
     gradient: bool = True,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """Values of the weighted terms per row; the logits become the gradient of their weighted sum.
 
     Args:
@@ -242,19 +241,17 @@ def opd_closed(
     below_ND, excess_ND = (r_ND <= mass_N1).to(q_ND.dtype), (r_ND - mass_N1).relu_()
     e_N = weights.get("ce", zero_N) + weights.get("kl", zero_N)
     tv_N, b_N, c_N = (weights.get(name, zero_N) for name in ("tv", "reverse_kl", "hinge"))
-    if "kl" in weights:
-        values["kl"] = -torch.linalg.vecdot(target_ND, r_ND)
-    if "reverse_kl" in weights:
-        values["reverse_kl"] = torch.linalg.vecdot(q_ND, r_ND)
-    if "hinge" in weights:
-        values["hinge"] = torch.linalg.vecdot(q_ND, excess_ND)
+    share_ND = zero_N[:, None]
+    of_q = {"reverse_kl": r_ND, "hinge": excess_ND}
+    values |= {name: torch.linalg.vecdot(q_ND, x) for name, x in of_q.items() if name in weights}
+    values |= {"kl": kl_of(target_ND, r_ND)} if "kl" in weights else {}
     if "lk_alpha" in weights:
-        value_N = -torch.logsumexp(torch.minimum(r_ND, mass_N1) + teacher.logp_ND, -1)
-        tv_N = tv_N + torch.where(alpha_N > floor, weights["lk_alpha"] * value_N.exp(), 0)
+        value_N, share_ND = kept(r_ND, teacher, below_ND)
+        share_ND.mul_((weights["lk_alpha"] * ((alpha_N > floor) | (floor == 0)))[:, None])
         values["lk_alpha"] = -alpha_N.clamp(min=floor).log() if floor else value_N
     values |= {"tv": 1 - alpha_N} if "tv" in weights else {}
     if "lk_lambda" in weights:
-        kl_N, lean_N = -torch.linalg.vecdot(target_ND, r_ND), (-alpha_N).exp()
+        kl_N, lean_N = kl_of(target_ND, r_ND), (-alpha_N).exp()
         values["lk_lambda"] = lean_N * kl_N + (1 - lean_N) * (1 - alpha_N)
         tv_N = tv_N + weights["lk_lambda"] * (1 - lean_N)
         e_N = e_N + weights["lk_lambda"] * lean_N
@@ -262,9 +259,36 @@ def opd_closed(
         d_N = c_N + tv_N
         a_N = e_N + weights.get("hard_ce", zero_N) + d_N * torch.linalg.vecdot(q_ND, below_ND)
         a_N = a_N - b_N * values.get("reverse_kl", 0) - c_N * values.get("hinge", 0)
+        a_N = a_N + share_ND.sum(-1)
+        leave_out(weights, of_q)
         into_gradient(r_ND, q_ND, target_ND, below_ND, excess_ND, (a_N, b_N, c_N, d_N, e_N))
+        if "lk_alpha" in weights:
+            r_ND.sub_(share_ND)
         subtract_next(r_ND, teacher, weights)
     return values | {"alpha": alpha_N}
+
+
+def kl_of(target_ND: Tensor, r_ND: Tensor) -> Tensor:
+    """sum p~ (log p~ - log q) per row; 0 log 0, where r is infinite, is 0."""
+    kl_N: Tensor = -torch.linalg.vecdot(target_ND, r_ND.clamp(max=-LOWEST))
+    return kl_N
+
+
+def kept(r_ND: Tensor, teacher: TeacherRows, below_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """-log alpha per row, and q / alpha where r <= 0, else 0.
+
+    It is min(p, q) / alpha there, at most 1; 1 / alpha by itself may be above all numbers.
+    """
+    share_ND = torch.minimum(r_ND, teacher.log_mass_N[:, None]).add_(teacher.logp_ND)
+    value_N = -torch.logsumexp(share_ND, -1)
+    return value_N, share_ND.add_(value_N[:, None]).exp_().mul_(below_ND)
+
+
+def leave_out(weights: dict[str, Tensor], factors: dict[str, Tensor]) -> None:
+    """Factors of terms that have no weight become 0: they are infinite where p is 0."""
+    for name, factor_ND in factors.items():
+        if name not in weights:
+            factor_ND.zero_()
 
 
 def into_gradient(

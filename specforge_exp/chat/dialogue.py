@@ -40,6 +40,8 @@ class Spoken:
 
     pieces: list[Piece] = field(default_factory=list)
     tokens: int = 0
+    unit: str = "tokens"
+    """What `tokens` counts: pieces, where a server has not said how many tokens they hold."""
     seconds: float = 0.0
     first_seconds: float = 0.0
     """Of `seconds`, until the first token was there."""
@@ -55,10 +57,10 @@ class Spoken:
 
     def status(self) -> str:
         """Accepted length, speed after the first token, length, end."""
-        words = [f"{self.tokens} tokens", self.end]
-        if self.seconds > self.first_seconds:
+        words = [f"{self.tokens} {self.unit}", self.end]
+        if self.tokens > 1 and self.seconds > self.first_seconds:
             rate = (self.tokens - 1) / (self.seconds - self.first_seconds)
-            words.insert(0, f"{rate:.0f} tokens/s")
+            words.insert(0, f"{rate:.0f} {self.unit}/s")
         if self.gained:
             words.insert(0, f"τ {sum(self.gained) / len(self.gained):.2f}")
         return " · ".join(filter(None, words))
@@ -94,7 +96,8 @@ class Dialogue:
                 self.messages, self.file = [], None
                 return "nothing was said"
             case "/system":
-                self.settings = replace(self.settings, system=rest)
+                system = rest.encode(errors="replace").decode()  # half characters of a terminal
+                self.settings = replace(self.settings, system=system)
                 return f"system: {rest or 'none'}"
             case "/temperature" | "/top_p":
                 self.change({name[1:]: rest} if rest else {})
@@ -135,7 +138,8 @@ class Dialogue:
         record: dict[str, Any] = next(records, {"conversations": []})
         messages = [{key: m[key] for key in ("role", "content")} for m in record["conversations"]]
         keys = {key for message in record["conversations"] for key in message}
-        left = sorted(keys - {"role", "content"} | {"tools"} & set(record))
+        own = {"id", "conversations", "model", *SAMPLING}
+        left = sorted(keys - {"role", "content"} | set(record) - own)
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()
         if not messages:

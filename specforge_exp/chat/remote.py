@@ -22,14 +22,15 @@ class RemoteModel:
 
     def answer(self, dialogue: Dialogue) -> Generator[Spoken]:
         """As `Answering`; every answer has a connection of its own."""
-        spoken, began, finish = Spoken(), time.perf_counter(), None
+        spoken, began, finish = Spoken(unit="pieces"), time.perf_counter(), None
         with asyncio.Runner() as runner:  # it takes a Ctrl-C to the task that waits
             events = self.events(dialogue)
             try:
                 while event := runner.run(following(events)):
                     finish = hear(spoken, event) or finish
                     spoken.seconds = time.perf_counter() - began
-                    spoken.first_seconds = spoken.first_seconds or spoken.seconds
+                    if spoken.tokens:
+                        spoken.first_seconds = spoken.first_seconds or spoken.seconds
                     yield spoken
             except (AttributeError, TypeError, ValueError, LookupError) as error:
                 raise InputError(f"{self.url}: its stream is not OpenAI's ({error})") from None
@@ -65,7 +66,8 @@ def hear(spoken: Spoken, event: dict[str, Any]) -> str | None:
     delta = choice.get("delta") or {}
     texts = {"thought": reasoning_of(delta), "own": delta.get("content") or ""}
     spoken.pieces += [Piece(text, kind) for kind, text in texts.items() if text]
-    usage = event.get("usage") or {}
-    spoken.tokens = int(usage.get("completion_tokens") or spoken.tokens + any(texts.values()))
+    spoken.tokens += any(texts.values())
+    if counted := (event.get("usage") or {}).get("completion_tokens"):
+        spoken.tokens, spoken.unit = int(counted), "tokens"
     reason: str | None = choice.get("finish_reason")
     return reason

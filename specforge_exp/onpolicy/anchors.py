@@ -32,7 +32,7 @@ class Draw:
         """Anchors [R]: some of `errors`, rising, as far as the share goes; the rest uniform."""
         errors = errors[torch.isin(errors, self.possible)]
         order = torch.randperm(len(errors), generator=self.generator)
-        chosen = errors[order[: round(share * self.most)]]
+        chosen = errors[order[: int(share * self.most)]]
         rest = self.possible[~torch.isin(self.possible, chosen)]
         order = torch.randperm(len(rest), generator=self.generator)
         anchor_R = torch.cat([chosen, rest[order[: self.most - len(chosen)]]])

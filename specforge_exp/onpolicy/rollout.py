@@ -130,7 +130,8 @@ class Rollouts:
         self, draft: Any, ids_T: Tensor, turns_T: Tensor, random: torch.Generator
     ) -> Rollout:
         """The conversation with other answers, one turn after the other; it ends with an answer
-        that does not, or where there is no room. What cannot be answered stays as it is."""
+        that does not, or not as the one in its place, or where there is no room. What cannot be
+        answered stays as it is."""
         own, replayer, ids = self.cfg.onpolicy, self.replayer, ids_T.tolist()
         said: list[int] = []
         turns: list[int] = []
@@ -157,7 +158,8 @@ class Rollouts:
                 len(prompt) + len(answer.tokens) + proposed,
             ])  # fmt: skip
             said, before = prompt + answer.tokens, places[-1] + 1
-            if answer.tokens[-1] not in decoding.eos:
+            # What follows in the text follows its own end token, where it has one.
+            if answer.tokens[-1] not in ({ids[places[-1]]} & decoding.eos or decoding.eos):
                 break
         errors_R = torch.tensor(errors, dtype=torch.long)
         if not said:

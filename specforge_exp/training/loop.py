@@ -134,7 +134,7 @@ def fit(
             if done % options.log_every == 0 or last:
                 metrics = {"step": done, "epoch": window.epoch, "lr": rate}
                 metrics |= {"grad_norm": grad_norm, **window_log.metrics(ranks, measure.means)}
-                metrics |= objective.features.measured(metrics["seconds"], ranks)
+                metrics |= objective.features.measured(metrics["seconds"] - window_log.past, ranks)
                 window_log = window_log.next()
                 show(bar, metrics, measure)
                 if tracker:

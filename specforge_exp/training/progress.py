@@ -32,6 +32,7 @@ class WindowLog:
         self.device, self.peak = device, peak
         self.loss = self.windows = self.tokens = self.flops = self.waited = 0.0
         self.sums: dict[str, Tensor] = {}
+        self.past = 0.0  # seconds that a run which was interrupted had spent on the line
         self.started = time.monotonic()
 
     def next(self) -> "WindowLog":
@@ -71,7 +72,7 @@ class WindowLog:
         whose first step is trained; data_wait is the share of the time in which batches and the
         target's states were fetched.
         """
-        seconds = max(time.monotonic() - self.started, 1e-9)
+        seconds = max(self.seconds(), 1e-9)
         total, windows = self.everywhere(ranks), max(1, self.windows)
         sums = dict(total.sums)
         if ONPOLICY + "loss" in sums:
@@ -87,19 +88,24 @@ class WindowLog:
             "seconds": seconds,
         }
 
+    def seconds(self) -> float:
+        """That the line has taken so far, over all attempts."""
+        return self.past + time.monotonic() - self.started
+
     def state(self, ranks: Ranks) -> dict[str, Tensor]:
         """What a checkpoint keeps, so that a resumed run logs the line it was about to."""
         total = self.everywhere(ranks)
         numbers = [total.loss, total.windows, total.tokens, total.flops]
+        numbers += [total.waited, self.seconds()]
         state = {PARTIAL + "numbers": torch.tensor(numbers, dtype=torch.float64)}
         return state | {PARTIAL + name: value for name, value in total.sums.items()}
 
     def restore(self, state: dict[str, Tensor], rank: int) -> None:
         """Take what `state` gave; the sums go to the first process, which had all of them."""
-        numbers = state[PARTIAL + "numbers"].tolist()
-        self.loss, self.windows = numbers[:2]
+        numbers = [*state[PARTIAL + "numbers"].tolist(), 0.0, 0.0]  # none in older checkpoints
+        self.loss, self.windows, tokens, flops, self.waited, self.past = numbers[:6]
         if rank == 0:
-            self.tokens, self.flops = numbers[2:]
+            self.tokens, self.flops = tokens, flops
             for name, value in state.items():
                 if name.startswith(PARTIAL) and name != PARTIAL + "numbers":
                     self.sums[name.removeprefix(PARTIAL)] = value.to(self.device)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -143,6 +144,7 @@ def start_mirror(cfg: Config, run_dir: Path, start_step: int) -> "subprocess.Pop
 def best_step(folder: Path, measure: Measure = DRAFTS) -> int | None:
     """The evaluated step that `measure` calls the best, from metrics.jsonl."""
     key, sign = f"eval/{measure.best}", 1 if measure.larger else -1
-    evaluated = [line for line in metric_lines(folder / METRICS) if key in line]
+    lines = [line for line in metric_lines(folder / METRICS) if line.get(key) is not None]
+    evaluated = [line for line in lines if math.isfinite(line[key])]
     best = max(evaluated, key=lambda line: sign * line[key], default=None)
     return int(best["step"]) if best else None

@@ -4,6 +4,8 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,6 +91,27 @@ def test_a_stream_is_heard(cfg: Config, scripted: Scripted) -> None:
         "model": "x", "messages": dialogue.whole, "stream": True, "temperature": 0.5, "top_p": 0.9,
         "stream_options": {"include_usage": True}, "max_tokens": 60, "key": "Bearer k",
     }  # fmt: skip
+
+
+def test_speed_is_that_of_tokens_after_the_first(
+    cfg: Config, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of what opens a stream before the prompt was read, nor of pieces, which may hold several
+    tokens each where nothing says how many."""
+    events = [
+        '{"choices": [{"delta": {"role": "assistant", "content": ""}}]}',
+        '{"choices": [{"delta": {"content": "a"}}]}',
+        '{"choices": [{"delta": {"content": "b"}}]}',
+        '{"choices": [{"delta": {}, "finish_reason": "stop"}]}',
+        '{"choices": [], "usage": {"completion_tokens": 9}}',
+    ]
+    clock = count(0.0, 0.25)
+    seconds = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr("specforge_exp.chat.remote.time", seconds)
+    for number, said in ((5, "11 tokens/s · 9 tokens"), (4, "2 pieces/s · 2 pieces")):
+        scripted.events = lines(*events[:number])
+        told = [s.status() for s in remote(cfg, scripted.url).answer(begun(asked("hi")))]
+        assert told[:2] == ["0 pieces", "1 pieces"] and told[-1] == said
 
 
 @pytest.mark.parametrize(

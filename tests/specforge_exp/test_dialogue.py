@@ -121,7 +121,7 @@ def test_a_question_at_the_end_is_left_out(dialogue: Dialogue, tmp_path: Path) -
     assert dialogue.whole == TALK
 
 
-@pytest.mark.parametrize("more", ["another conversation", "a call", "a question"])
+@pytest.mark.parametrize("more", ["another conversation", "a call", "a question", "a category"])
 def test_a_file_that_says_more_is_not_written_over(
     dialogue: Dialogue, tmp_path: Path, more: str
 ) -> None:
@@ -133,11 +133,16 @@ def test_a_file_that_says_more_is_not_written_over(
         talk[-1] = talk[-1] | {"tool_calls": [call], "reasoning_content": "Hm."}
     elif more == "a question":
         talk.append({"role": "user", "content": "And?"})
-    lines = [json.dumps({"messages": talk})] * (1 + (more == "another conversation"))
+    record: dict[str, Any] = {"messages": talk}
+    if more == "a category":
+        record["category"] = "x"
+    lines = [json.dumps(record)] * (1 + (more == "another conversation"))
     path.write_text("\n".join(lines))
     told = dialogue.obey(f"/load {path}").splitlines()[-1]
-    names = ", without reasoning_content, tool_calls" if more == "a call" else ""
-    assert told == f"{path}: 2 messages{names}"
+    names = {
+        "a call": ", without reasoning_content, tool_calls", "a category": ", without category",
+    }  # fmt: skip
+    assert told == f"{path}: 2 messages{names.get(more, '')}"
     with pytest.raises(InputError, match="is there already"):
         dialogue.obey(f"/save {path}")
 
@@ -152,5 +157,7 @@ def test_status() -> None:
     assert Spoken().status() == "0 tokens"
 
 
-def test_half_characters_of_a_terminal() -> None:
+def test_half_characters_of_a_terminal(dialogue: Dialogue, tmp_path: Path) -> None:
     assert question(" a\udce4b ü\n") == {"role": "user", "content": "a?b ü"}
+    dialogue.obey("/system a\udce4b ü")
+    assert dialogue.obey(f"/save {tmp_path / 'x'}") and dialogue.settings.system == "a?b ü"

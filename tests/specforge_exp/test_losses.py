@@ -159,6 +159,39 @@ def test_the_closed_form_is_what_autograd_finds(
     assert float((found - gradient).abs().max()) <= 2e-5 * float(gradient.abs().max()) + rounding
 
 
+@pytest.mark.parametrize("name", ["lambda_ce", "lambda_tv", "lambda_lk_alpha", "lambda_lk"])
+def test_tokens_that_the_target_rules_out(name: str) -> None:
+    """Logits of -inf: what is finite in the formula is a number in both forms."""
+    torch.manual_seed(1)
+    target_NV = torch.randn(N, V)
+    target_NV[:, 3:7] = float("-inf")
+    teacher = teacher_rows(target_NV[:, :D], torch.logsumexp(target_NV, -1))
+    logits_ND = torch.randn(N, D, requires_grad=True)
+    expected = opd(logits_ND, teacher, LossConfig(name="one", **{name: 1.0})).loss_N
+    expected.sum().backward()
+    found = logits_ND.detach().clone()
+    term = losses.TERMS[name][0]
+    values = losses.opd_closed(found, teacher, {term: torch.ones(N)})
+    assert torch.isfinite(expected).all()
+    torch.testing.assert_close(values[term], expected.detach())
+    torch.testing.assert_close(found, logits_ND.grad)
+
+
+@pytest.mark.parametrize("apart", [60.0, 95.0, 130.0])
+def test_an_acceptance_rate_below_all_numbers_has_a_gradient(apart: float) -> None:
+    """-log alpha is linear there; 1 / alpha overflows, and alpha is 0 in fp32."""
+    torch.manual_seed(2)
+    target_NV, logits_ND = torch.randn(N, V), torch.randn(N, D)
+    target_NV[:, :4] += apart
+    logits_ND[:, 4:] += apart
+    teacher = teacher_rows(target_NV[:, :D], torch.logsumexp(target_NV, -1))
+    wide_ND = logits_ND.double().requires_grad_()
+    losses.lk_alpha(wide_ND.log_softmax(-1), teacher).sum().backward()
+    values = losses.opd_closed(logits_ND, teacher, {"lk_alpha": torch.ones(N)})
+    assert float(values["lk_alpha"].min()) > apart - 10
+    torch.testing.assert_close(logits_ND.double(), wide_ND.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_without_a_gradient_the_values_are_the_same() -> None:
     logits, teacher = rows(3)
     weights = {"ce": torch.ones(N), "hinge": torch.ones(N)}

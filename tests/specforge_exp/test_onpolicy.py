@@ -28,7 +28,7 @@ from specforge_exp.drafts.replay import replay_outcome
 from specforge_exp.drafts.rows import Chains, document_bounds
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss, ProposedLoss, opd
-from specforge_exp.onpolicy.anchors import draw, missed
+from specforge_exp.onpolicy.anchors import Draw, draw, missed
 from specforge_exp.onpolicy.replay import Chooser, Replayer, stands
 from specforge_exp.target import Head, Target
 from specforge_exp.target.segments import check_segments, verify_segments
@@ -297,8 +297,9 @@ def test_anchors_stand_before_what_was_missed() -> None:
     assert missed(torch.tensor([3, 6, 7]), right, ids_T, turns_T).tolist() == []
     own = draw(OnPolicyConfig(name="replay", anchors=4), 1, 2, turns_T > 0, 4)
     chosen = own.with_errors(torch.tensor([5, 6]), 0.5)
-    assert {5, 6} <= set(chosen.tolist())
-    assert len(set(chosen.tolist())) == 4
+    assert {5, 6} <= set(chosen.tolist()) and len(set(chosen.tolist())) == 4
+    three = Draw(torch.Generator().manual_seed(0), torch.arange(999), 3)
+    assert int((three.with_errors(torch.tensor([5, 6]), 0.5) < 9).sum()) == 1
 
 
 def chain_of(

@@ -138,6 +138,22 @@ def test_it_says_what_the_target_says(kind: Any, draft_cfg: Any, tmp_path: Path)
         assert read == new + verifications * (K + 1)
 
 
+def test_what_follows_another_end_is_left_away(tmp_path: Path) -> None:
+    """A text that goes on behind <|im_end|> is no prompt behind another of the target's ends."""
+    rollouts = made_of(*KINDS[0].values, tmp_path)
+    said = generate(rollouts.replayer.target, [0, 1, 2, 3], Decoding(24)).tokens
+    stop = next(token for token in said if token != 9)
+    own, later = rollouts.tokens[1], []
+    for end in (9, stop):  # 9 is the last token of the text's first answer
+        rollouts.replayer.ends = frozenset({stop, end})
+        own[0][9] = end
+        answer = rollouts.answered(rollouts.replayer.draft, *own, torch.Generator())
+        first = said[: said.index(stop) + 1]
+        assert answer.ids_T[: 4 + len(first)].tolist() == [0, 1, 2, 3, *first]
+        later.append(int(answer.turns_T.max()))
+    assert later == [1, 2]
+
+
 @pytest.mark.parametrize(("kind", "draft_cfg"), KINDS)
 def test_narrow_weights_turn_by_the_same_angles(kind: Any, draft_cfg: Any, tmp_path: Path) -> None:
     """A target in bfloat16, as on a GPU: the draft's weights are rounded, its rotations are not."""
