@@ -191,8 +191,22 @@ def test_a_token_that_the_target_rules_out_spoils_no_loss() -> None:
         opd_closed(expected, teacher, weights)
         values = losses.opd_rows(found, losses.Known(known, at, log_z, mass, 1.0, at), weights)
         assert found.isfinite().all() and values[name].isfinite().all()
-        if name in ("ce", "hard_ce"):  # the others are NaN there
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("by_kernels")
+@pytest.mark.parametrize("apart", [95.0, 130.0])
+def test_an_acceptance_rate_below_all_numbers_has_a_gradient(apart: float) -> None:
+    """As `opd_closed`, which tests/specforge_exp/test_losses.py holds beside autograd."""
+    logits, known = random(3, 11, seed=0).float(), random(3, 11, seed=1).float()
+    known[:, :4] += apart
+    logits[:, 4:] += apart
+    at, log_z, mass = torch.arange(3), torch.logsumexp(known, -1), torch.zeros(3)
+    expected, found, weights = logits.clone(), logits.clone(), {"lk_alpha": torch.ones(3)}
+    opd_closed(expected, TeacherRows(known - log_z[:, None], mass, at), weights)
+    losses.opd_rows(found, losses.Known(known, at, log_z, mass, 1.0, at), weights)
+    assert float(expected.abs().max()) > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_term_that_the_kernel_lacks_is_refused() -> None:

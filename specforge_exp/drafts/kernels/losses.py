@@ -51,13 +51,13 @@ def ratio(logits, known, at, inside, lse, log_z, heat):
 @triton.jit
 def write_gradient(logits, known, weights, N, D, heat, floor, scalars, BLOCK: tl.constexpr):
     """In the place of a row's logits; as `losses.into_gradient`."""
-    mass, z, lse, rate, reverse, hinge, lk, below = scalars
+    mass, z, lse, rate, reverse, hinge, lk, below, kept = scalars
     lean, lane = tl.exp(-rate), tl.arange(0, BLOCK)
     b, c, w_lambda = tl.load(weights + 3 * N), tl.load(weights + 4 * N), tl.load(weights + 7 * N)
-    by_alpha = tl.where(rate > floor, tl.load(weights + 6 * N) * tl.exp(lk), 0.0)
-    d = c + tl.load(weights + 5 * N) + by_alpha + w_lambda * (1 - lean)
+    w_alpha = tl.where((rate > floor) | (floor == 0), tl.load(weights + 6 * N), 0.0)
+    d = c + tl.load(weights + 5 * N) + w_lambda * (1 - lean)
     e = tl.load(weights) + tl.load(weights + 2 * N) + w_lambda * lean
-    a = e + tl.load(weights + N) + d * below
+    a = e + tl.load(weights + N) + d * below + tl.where(w_alpha == 0, 0.0, w_alpha * kept)
     # Where the target rules a token out, the sums of terms that are not asked for may be infinite.
     a -= tl.where(b == 0, 0.0, b * reverse) + tl.where(c == 0, 0.0, c * hinge)
     for low in range(0, D, BLOCK):
@@ -65,7 +65,10 @@ def write_gradient(logits, known, weights, N, D, heat, floor, scalars, BLOCK: tl
         logq, logp, r = ratio(logits, known, low + lane, inside, lse, z, heat)
         slope = a + tl.where(b == 0, 0.0, b * r) - tl.where(r <= mass, d, 0.0)
         slope += tl.where(c == 0, 0.0, c * tl.maximum(r - mass, 0.0))
+        # q / alpha by itself: 1 / alpha may be above all numbers.
+        share = tl.where(r <= mass, tl.exp(logq + lk), 0.0)
         gradient = tl.exp(logq) * slope - e * tl.exp(logp)
+        gradient -= tl.where(w_alpha == 0, 0.0, w_alpha * share)
         tl.store(logits + low + lane, gradient, mask=inside)
 
 
@@ -90,7 +93,7 @@ def loss_kernel(
     alpha = tl.zeros([BLOCK], tl.float32)
     p_logq, p_r, q_r = alpha, alpha, alpha
     q_excess, q_below = alpha, alpha
-    top, total = float("-inf"), 0.0
+    top, total, kept = float("-inf"), 0.0, 0.0
     for low in range(0, D, BLOCK):
         inside = low + lane < D
         logq, logp, r = ratio(logits, known, low + lane, inside, lse, z, heat)
@@ -103,7 +106,9 @@ def loss_kernel(
         q_below += tl.where(r <= mass, q, 0.0)
         least = tl.where(inside, tl.minimum(r, mass) + logp, float("-inf"))
         higher = tl.maximum(top, tl.max(least, 0))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(least - higher), 0)
+        part = tl.exp(least - higher)
+        total = total * tl.exp(top - higher) + tl.sum(part, 0)
+        kept = kept * tl.exp(top - higher) + tl.sum(tl.where(r <= mass, part, 0.0), 0)
         top = higher
     rate, cross, kl = tl.sum(alpha, 0), tl.sum(p_logq, 0), tl.sum(p_r, 0)
     reverse, hinge = tl.sum(q_r, 0), tl.sum(q_excess, 0)
@@ -116,7 +121,7 @@ def loss_kernel(
     tl.store(sums + 5 * N + row, lk)
     tl.store(sums + 6 * N + row, lse)
     if GRADIENT:
-        scalars = mass, z, lse, rate, reverse, hinge, lk, tl.sum(q_below, 0)
+        scalars = mass, z, lse, rate, reverse, hinge, lk, tl.sum(q_below, 0), kept / total
         write_gradient(logits, known, weights + row, N, D, heat, floor, scalars, BLOCK)
 
 
