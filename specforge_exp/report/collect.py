@@ -23,7 +23,14 @@ from specforge_exp.bench.published import Beside, beside
 from specforge_exp.errors import InputError
 from specforge_exp.records import metric_lines, unsealed
 from specforge_exp.report.origin import record_of, run_folder, strange_bench
-from specforge_exp.report.record import FILE, number, numbers, read_sweep, returned_values
+from specforge_exp.report.record import (
+    FILE,
+    directions,
+    number,
+    numbers,
+    read_sweep,
+    returned_values,
+)
 from specforge_exp.report.statistics import StratifiedSample, stratum
 
 SHOWN = re.compile(r"(eval/)?(loss|simulated_length|alpha/\d+)")
@@ -151,6 +158,13 @@ class Collected:
     problems: list[str]
     """What could not be read, one line each."""
 
+    @property
+    def states(self) -> dict[str, int]:
+        """How many runs have which status, in the order in which a run has them."""
+        statuses = [run.status for run in self.runs]
+        order = ("completed", "running", "planned", "failed", "pruned", *sorted(statuses))
+        return {status: statuses.count(status) for status in order if status in statuses}
+
     def minimised(self, metric: str) -> bool:
         """Whether less of a metric is better: as the sweep says, else by its name."""
         if metric in self.directions:
@@ -170,11 +184,6 @@ def collect(sweep_dir: Path) -> Collected:
     if len(listed) < len(sweep["runs"]):
         missing = len(sweep["runs"]) - len(listed)
         problems.append(f"{sweep_dir / FILE}: {missing} runs without a name are left out")
-    directions = {
-        str(objective["name"]): str(objective.get("direction", "maximize"))
-        for objective in sweep.get("objectives") or []
-        if isinstance(objective, dict) and "name" in objective
-    }
     script = str(sweep.get("script") or "train")
     short = labels([str(run["name"]) for run in listed])
     if all(label.isdigit() for label in short):
@@ -200,7 +209,7 @@ def collect(sweep_dir: Path) -> Collected:
         kind=str(sweep.get("kind") or "grid"),
         state=str(sweep.get("state") or "unknown"),
         **{name: str(sweep.get(name) or "") for name in ("command", "started", "updated")},
-        directions=directions,
+        directions=directions(sweep),
         study=sweep.get("study") or {},
         runs=runs,
         problems=problems,

@@ -12,7 +12,7 @@ from specforge_exp.records import replacing
 from specforge_exp.report.collect import ACCEPTED, Collected, metric_lines
 from specforge_exp.report.ranking import Ranking, RankingRow, headline
 from specforge_exp.report.record import number
-from specforge_exp.report.text import interval_text, measure, shown, title_of
+from specforge_exp.report.text import interval_text, measure, rendered, shown, title_of
 
 BESIDE = ("simulated_length", ACCEPTED, "loss", "alpha/0")
 """Metrics that have a column in every table, where a run has them."""
@@ -150,33 +150,14 @@ def with_interval(column: Column) -> list[Column]:
 
 def markdown(sweep: Collected, ranking: Ranking, by_seed: Ranking) -> str:
     """report.md: what is best, the table, what failed and how to run each row again."""
-    parts = [
-        f"# {sweep.name}", f"{sweep.script}, {sweep.kind}, {sweep.state}; {status_counts(sweep)}.",
-        " ".join(headline(ranking)),
-        markdown_table(columns(sweep, ranking, seeds=False), ranking.entries),
-    ]  # fmt: skip
-    if ranking.several_seeds:
-        parts += ["Every run:", markdown_table(columns(sweep, by_seed, True), by_seed.entries)]
-    failed = [run for run in sweep.runs if run.error]
-    if failed:
-        parts.append("\n".join(["Failures:", "", *(f"- {r.label}: {r.error}" for r in failed)]))
-    if sweep.problems:
-        parts.append("\n".join(["Left out:", "", *(f"- {problem}" for problem in sweep.problems)]))
-    commands = [run.command for entry in ranking.entries for run in entry.runs]
-    parts.append("\n".join(["Commands, in the order of the table:", "", "```", *commands, "```"]))
-    return "\n\n".join(parts) + "\n"
-
-
-def status_counts(sweep: Collected) -> str:
-    """`12 runs: 10 completed, 2 failed`."""
-    states = [run.status for run in sweep.runs]
-    order = ("completed", "running", "planned", "failed", "pruned")
-    counts = [
-        f"{states.count(status)} {status}"
-        for status in dict.fromkeys((*order, *states))
-        if status in states
-    ]
-    return f"{len(states)} {'run' if len(states) == 1 else 'runs'}: {', '.join(counts) or 'none'}"
+    return rendered(
+        "report.md.jinja",
+        sweep=sweep,
+        ranking=ranking,
+        headline=headline(ranking),
+        configurations=markdown_table(columns(sweep, ranking, False), ranking.entries),
+        runs=markdown_table(columns(sweep, by_seed, True), by_seed.entries),
+    )
 
 
 @contextmanager
@@ -195,23 +176,30 @@ def write_csv(path: Path, ranking: Ranking, by_seed: Ranking) -> None:
     groups = {run.name: entry for entry in ranking.entries for run in entry.runs}
     rows = []
     for entry in by_seed.entries:
-        run, group = entry.runs[0], groups[entry.name]
-        row: dict[str, Any] = {"rank": entry.rank, "number": run.number, "run": run.name}
-        row |= {"status": run.status, "step": run.step}
-        row |= {
-            k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in run.choices.items()
-        }
+        run = entry.runs[0]
         low, high = entry.interval or (None, None)
-        row |= {"metric": ranking.metric, "value": entry.value, "low": low, "high": high}
-        row |= group_columns(group)
-        row |= {f"eval/{name}": value for name, value in sorted(run.evaluation.items())}
+        row: dict[str, Any] = {
+            "rank": entry.rank, "number": run.number, "run": run.name, "status": run.status,
+            "step": run.step,
+        }  # fmt: skip
+        row |= {  # of a bench sweep `run` may be a choice, too
+            key: json.dumps(value) if isinstance(value, list | dict) else value
+            for key, value in run.choices.items() if key not in row
+        }  # fmt: skip
+        row |= {
+            "metric": ranking.metric, "value": entry.value, "low": low, "high": high,
+            **group_columns(groups[entry.name]),
+            **{f"eval/{name}": value for name, value in sorted(run.evaluation.items())},
+        }  # fmt: skip
         for name, data in run.datasets.items():
             low, high = data.interval or (None, None)
             row |= {f"tau/{name}": data.value, f"tau/{name}/low": low, f"tau/{name}/high": high}
-        row |= {"gpu_hours": run.gpu_hours, "usd": run.usd, "seconds": run.seconds}
-        row |= {"wandb": run.tracker.get("url") or run.tracker.get("sync")}
-        row |= {"not_known": "; ".join(run.not_known)}
-        rows.append(row | {"folder": run.folder, "command": run.command, "error": run.error})
+        rows.append(row | {
+            "gpu_hours": run.gpu_hours, "usd": run.usd, "seconds": run.seconds,
+            "wandb": run.tracker.get("url") or run.tracker.get("sync"),
+            "not_known": "; ".join(run.not_known), "folder": run.folder,
+            "command": run.command, "error": run.error,
+        })  # fmt: skip
     with written(path) as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
