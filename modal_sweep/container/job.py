@@ -7,7 +7,7 @@ import os
 import traceback
 from typing import Any
 
-from modal_sweep.container.request import Request
+from modal_sweep.container.zygote import Request
 from modal_sweep.errors import JobFailed
 from modal_sweep.protocol import payload, result
 from modal_sweep.protocol.names import versions
@@ -37,12 +37,13 @@ def run(request: Request) -> None:
 
 def outcome(request: Request) -> dict[str, Any]:
     """How a job has ended."""
-    if problem := mismatch(request.versions):
+    reference = request.reference
+    if problem := mismatch(reference["versions"]):
         return result.failed("VersionError", problem)
-    os.makedirs(request.cwd, exist_ok=True)
-    os.chdir(request.cwd)
+    os.makedirs(reference["cwd"], exist_ok=True)
+    os.chdir(reference["cwd"])
     context, task_function = payload.unpack(request.common)
-    payload.freeze_environment(request.environ)
+    payload.freeze_environment(reference.get("environ", {}))
     config = payload.unpack_config(request.config)
     try:
         return run_hydra_job(context, task_function, config)

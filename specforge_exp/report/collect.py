@@ -179,11 +179,10 @@ def collect(sweep_dir: Path) -> Collected:
         InputError: sweep.json is missing or cannot be read.
     """
     sweep = read_sweep(sweep_dir)
-    problems: list[str] = []
+    file = sweep_dir / FILE
     listed = [run for run in sweep["runs"] if isinstance(run, dict) and run.get("name")]
-    if len(listed) < len(sweep["runs"]):
-        missing = len(sweep["runs"]) - len(listed)
-        problems.append(f"{sweep_dir / FILE}: {missing} runs without a name are left out")
+    missing = len(sweep["runs"]) - len(listed)
+    problems = [f"{file}: {missing} runs without a name are left out"] if missing else []
     script = str(sweep.get("script") or "train")
     short = labels([str(run["name"]) for run in listed])
     if all(label.isdigit() for label in short):
@@ -194,7 +193,7 @@ def collect(sweep_dir: Path) -> Collected:
             run = listed_run(raw, label, sweep, script)
             run.folder, strange = run_folder(sweep_dir, sweep, raw)
         except (TypeError, ValueError, AttributeError) as error:
-            problems.append(f"{sweep_dir / FILE}: {raw['name']} is damaged and left out: {error}")
+            problems.append(f"{file}: {raw['name']} is damaged and left out: {error}")
             continue
         run.not_known = strange
         if run.folder is not None:

@@ -26,9 +26,14 @@ class Column:
     title: str
     value: Callable[[RankingRow], Any]
     """What the column is sorted by: a number or a text; None: last."""
-    text: Callable[[RankingRow], str]
+    special: Callable[[RankingRow], str] | None = None
+    """Its text, where that is not its value's."""
     between: Callable[[RankingRow], str] | None = None
     """The interval of what it shows."""
+
+    def text(self, entry: RankingRow) -> str:
+        """What it shows of an entry."""
+        return self.special(entry) if self.special else shown(self.value(entry))
 
 
 def against_text(entry: RankingRow) -> str:
@@ -55,30 +60,21 @@ def varied(sweep: Collected) -> list[str]:
     return names + [key for key in different if key not in ("loss", "lr", "seed")]
 
 
-def column(
-    key: str,
-    title: str,
-    value: Callable[[RankingRow], Any],
-    text_of: Callable[[Any], str] = shown,
-    between: Callable[[RankingRow], str] | None = None,
-) -> Column:
-    """A column whose text is that of its value."""
-    return Column(key, title, value, lambda entry: text_of(value(entry)), between)
-
-
 def choice_column(key: str) -> Column:
     """What an entry tried for a key."""
-    return column(key, key, lambda entry: entry.runs[0].choices.get(key))
+    return Column(key, key, lambda entry: entry.runs[0].choices.get(key))
 
 
 def metric_column(name: str) -> Column:
     """A metric's mean over an entry's runs."""
-    return column(f"eval/{name}", title_of(name), lambda entry: entry.mean(name), measure)
+    title = title_of(name)
+    return Column(f"eval/{name}", title, lambda e: e.mean(name), lambda e: measure(e.mean(name)))
 
 
 def cost_column(name: str) -> Column:
     """gpu_hours or usd of all runs of an entry."""
-    return column(name, title_of(name), lambda e: total(e, name), lambda cost: measure(cost, 3))
+    title = title_of(name)
+    return Column(name, title, lambda e: total(e, name), lambda e: measure(total(e, name), 3))
 
 
 def status_text(entry: RankingRow) -> str:
@@ -97,27 +93,25 @@ def total(entry: RankingRow, name: str) -> float | None:
 def columns(sweep: Collected, ranking: Ranking, seeds: bool) -> list[Column]:
     """The columns of a table; `seeds`: of runs by seed rather than of configurations."""
     table = [
-        column("rank", "#", lambda e: e.rank),
-        column("name", "run", lambda e: e.label),
+        Column("rank", "#", lambda e: e.rank),
+        Column("name", "run", lambda e: e.label),
         *map(choice_column, varied(sweep)),
     ]
     if seeds:
         table.append(choice_column("seed"))
     elif ranking.several_seeds:
         table.append(
-            Column(
-                "seeds", "seeds", lambda e: e.seeds, lambda e: f"{e.seeds} of {len(e.runs)}",
-            )
-        )  # fmt: skip
-    title = title_of(ranking.metric)
+            Column("seeds", "seeds", lambda e: e.seeds, lambda e: f"{e.seeds} of {len(e.runs)}")
+        )
     table.append(
-        column("metric", title, lambda e: e.value, measure, lambda e: interval_text(e.interval))
-    )
+        Column("metric", title_of(ranking.metric), lambda e: e.value, lambda e: measure(e.value),
+               lambda e: interval_text(e.interval))
+    )  # fmt: skip
     if not seeds:  # between two seeds of one configuration there is nothing but training noise
         table += [
             Column("against", "beside the best", lambda e: e.against and e.against.value,
                    against_text, between_text),
-            column("verdict", "verdict", lambda e: e.verdict or None),
+            Column("verdict", "verdict", lambda e: e.verdict or None),
         ]  # fmt: skip
     hidden = (ranking.metric, "gpu_hours")
     beside = [n for n in dict.fromkeys((*BESIDE, *sweep.directions)) if n not in hidden]
