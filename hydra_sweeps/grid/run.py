@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from hydra.core.utils import JobReturn, configure_log, filter_overrides
 from hydra.plugins.launcher import Launcher
@@ -111,7 +110,7 @@ def run_grid(
     grid = Grid(options, launcher, master, folder, sweep, jobs)
     earlier = record.read(folder)
     record.refuse_other_values(earlier, grid.sweep, {job.subdir for job in jobs})
-    done = finished(grid, earlier) if earlier else {}
+    done = finished(grid, earlier)
     if options.dry_run:
         print(plan(jobs, done, sweep_dir), flush=True)
         return []
@@ -156,10 +155,11 @@ def check(options: ExperimentSweeperConf, launcher: Launcher) -> None:
         )
 
 
-def finished(grid: Grid, earlier: Sweep) -> dict[int, Run]:
+def finished(grid: Grid, earlier: Sweep | None) -> dict[int, Run]:
     """The records of the jobs that need not run again, by number."""
-    other = earlier.names != grid.sweep.names
-    if grid.options.if_done != "skip" or hasattr(grid.launcher, "session") or other:
+    if earlier is None or earlier.names != grid.sweep.names:
+        return {}
+    if grid.options.if_done != "skip" or hasattr(grid.launcher, "session"):
         return {}
     done = {}
     for job in grid.jobs:
@@ -176,9 +176,9 @@ def finished(grid: Grid, earlier: Sweep) -> dict[int, Run]:
 def carry_out(grid: Grid) -> list[Sequence[JobReturn]]:
     """Run what is not done; afterwards the table, the report, and an error if runs failed."""
     write_whole(grid.sweep_dir / "multirun.yaml", OmegaConf.to_yaml(grid.master))
-    earlier = record.read(grid.sweep_dir)
+    done = finished(grid, record.read(grid.sweep_dir))
     grid.sweep = record.begin(grid.sweep_dir, grid.sweep)
-    set_up(grid, finished(grid, earlier) if earlier else {})
+    set_up(grid, done)
     grid.write()
     around = grid.options.around, grid.pending, grid.sweep_dir, grid.options.n_jobs
     with stopping(grid.interrupt, grid.table), surrounded(*around):
@@ -191,7 +191,7 @@ def carry_out(grid: Grid) -> list[Sequence[JobReturn]]:
     if failed:
         raise SweepError(f"{len(failed)} of {len(grid.jobs)} runs failed; why: see the table")
     returned = [grid.returned[number] for number in sorted(grid.returned)]
-    return [*chunks(returned, grid.options.max_batch_size)]
+    return [returned] if returned else []
 
 
 def set_up(grid: Grid, done: dict[int, Run]) -> None:
@@ -274,10 +274,5 @@ def batches(grid: Grid) -> list[list[Job]]:
     if len(grid.pending) < len(grid.jobs) and grid.jobs[0].depends_on_number():
         numbers = neighbours([job.number for job in grid.pending])
         groups = [[grid.jobs[number] for number in group] for group in numbers]
-    return [batch for group in groups for batch in chunks(group, grid.options.max_batch_size)]
-
-
-def chunks(items: list[Any], size: int | None) -> list[list[Any]]:
-    """`size` of them at a time; None: all."""
-    step = size or max(len(items), 1)
-    return [items[start : start + step] for start in range(0, len(items), step)]
+    size = grid.options.max_batch_size or len(grid.jobs)
+    return [group[n : n + size] for group in groups for n in range(0, len(group), size)]
