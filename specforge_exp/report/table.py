@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,14 +219,10 @@ def write_curves(path: Path, sweep: Collected) -> None:
         writer = csv.writer(file)
         writer.writerow(["run", "step", "metric", "value"])
         for run in sweep.runs:
-            if run.curves and run.folder is not None:
-                writer.writerows(points(run.name, metric_lines(run.folder / "metrics.jsonl")))
-
-
-def points(run: str, lines: Iterable[dict[str, Any]]) -> Iterator[tuple[str, int, str, float]]:
-    """Rows of curves.csv."""
-    for line in lines:
-        step = line["step"]
-        for key, value in line.items():
-            if key != "step" and (isinstance(value, float) or number(value) is not None):
-                yield run, step, key, value
+            lines = metric_lines(run.folder / "metrics.jsonl") if run.curves and run.folder else ()
+            for line in lines:
+                writer.writerows(
+                    (run.name, line["step"], key, value)
+                    for key, value in line.items()
+                    if key != "step" and (isinstance(value, float) or number(value) is not None)
+                )
