@@ -7,7 +7,7 @@ import os
 import traceback
 from typing import Any
 
-from modal_sweep.container.zygote import Request
+from modal_sweep.container.request import Request
 from modal_sweep.errors import JobFailed
 from modal_sweep.protocol import payload, result
 from modal_sweep.protocol.names import versions

@@ -22,6 +22,7 @@ from modal.exception import InputCancellation
 
 from modal_sweep.container import zygote
 from modal_sweep.container.cloud import Cloud, common_part
+from modal_sweep.container.request import Request
 from modal_sweep.protocol import outputs, progress, result
 from modal_sweep.protocol.names import MOUNT
 from modal_sweep.protocol.outage import away
@@ -117,7 +118,7 @@ class Attempt:
         scratch.mkdir(parents=True, exist_ok=True)
         self.log, self.result = scratch / "log.txt", scratch / "result.json"
         self.result.unlink(missing_ok=True)
-        self.request = zygote.Request(
+        self.request = Request(
             reference,
             checked(common_part(reference["common"]), reference["common"]),
             checked(payload, reference["sha256"]),

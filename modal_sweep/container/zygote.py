@@ -12,29 +12,13 @@ import select
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 PR_SET_PDEATHSIG = 1
 # The process that forks jobs and our end of its connection: one per container.
 zygotes: list[tuple[subprocess.Popen[bytes], Connection]] = []
-
-
-@dataclass(frozen=True)
-class Request:
-    """A job, as the container starts it."""
-
-    reference: dict[str, Any]
-    """The `ref` of its plan."""
-    common: bytes
-    config: bytes
-    log: Path
-    """What it prints."""
-    result: Path
-    """Where its envelope goes, as JSON."""
 
 
 def start() -> Connection:
