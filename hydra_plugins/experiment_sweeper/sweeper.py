@@ -41,7 +41,7 @@ class ExperimentSweeper(BasicSweeper):
         super().__init__(self.options.max_batch_size, self.options.params)
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
-        """Run every job that is not done; returns what was launched, by number.
+        """Run every job that is not done; returns what was launched, batch by batch.
 
         Raises:
             CompactHydraException: nothing to run, options that do not fit, failed runs.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from hydra.core.utils import JobReturn, configure_log, filter_overrides
 from hydra.plugins.launcher import Launcher
@@ -191,7 +192,7 @@ def carry_out(grid: Grid) -> list[Sequence[JobReturn]]:
     if failed:
         raise SweepError(f"{len(failed)} of {len(grid.jobs)} runs failed; why: see the table")
     returned = [grid.returned[number] for number in sorted(grid.returned)]
-    return [returned] if returned else []
+    return [*chunks(returned, grid.options.max_batch_size)]
 
 
 def set_up(grid: Grid, done: dict[int, Run]) -> None:
@@ -274,5 +275,10 @@ def batches(grid: Grid) -> list[list[Job]]:
     if len(grid.pending) < len(grid.jobs) and grid.jobs[0].depends_on_number():
         numbers = neighbours([job.number for job in grid.pending])
         groups = [[grid.jobs[number] for number in group] for group in numbers]
-    size = grid.options.max_batch_size or len(grid.jobs)
-    return [group[n : n + size] for group in groups for n in range(0, len(group), size)]
+    return [batch for group in groups for batch in chunks(group, grid.options.max_batch_size)]
+
+
+def chunks(items: list[Any], size: int | None) -> list[list[Any]]:
+    """`size` of them at a time; None: all."""
+    step = size or max(len(items), 1)
+    return [items[start : start + step] for start in range(0, len(items), step)]
