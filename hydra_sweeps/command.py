@@ -1,10 +1,12 @@
-"""The command of a sweep: how it was typed, what of it a run alone needs, how it ends."""
+"""The command of a sweep: how it was typed, what its jobs may choose, how it ends."""
 
+import json
 import logging
 import os
 import shlex
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,8 @@ from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from hydra_sweeps.jobs import without_hydra
+from hydra_sweeps.errors import SweepError
+from hydra_sweeps.jobs import Job, without_hydra
 from hydra_sweeps.overrides import key_of
 from hydra_sweeps.records import reason
 
@@ -23,6 +26,8 @@ SWEEP_ONLY = ("hydra/sweeper", "hydra.sweeper", "hydra.mode", "hydra.run.")
 """Overrides of Hydra's node that make no difference to a job of a sweep."""
 MULTIRUN_ONLY = ("hydra/launcher", "hydra.launcher", "hydra.sweep.")
 """Those that say where it runs and writes."""
+NODES = ("launcher", "sweeper")
+"""Of Hydra's node, what a command has one of."""
 log = logging.getLogger(__name__)
 
 
@@ -119,3 +124,75 @@ def report(dotted: str | None, master: DictConfig, sweep_dir: Path) -> None:
         resolve_name(dotted)(without_hydra(master), sweep_dir)
     except (Exception, SystemExit) as error:
         log.warning(f"no report: {reason(error)}")
+
+
+def refuse_other_choices(
+    master: DictConfig,
+    jobs: Sequence[Job],
+    arguments: Sequence[str],
+    nodes: Sequence[str] = NODES,
+) -> None:
+    """Refuse jobs whose own choices set Hydra's launcher or sweeper otherwise than this command.
+
+    Hydra chooses both before it splits the command into jobs, so what a swept option says about
+    `hydra.launcher` or `hydra.sweeper` comes too late and would be dropped. A grid is seen whole
+    before it begins. Of a study that is every choice of a config group; a point that would choose
+    otherwise all the same, say by custom_search_space, is a failed trial.
+
+    Args:
+        arguments: the command's overrides as they were typed.
+        nodes: of Hydra's node, that are compared.
+
+    Raises:
+        SweepError: names the job, what it would have chosen, and the commands to do so.
+    """
+    for node in nodes:
+        ours = written(master, node)
+        kinds = [written(job.config, node) for job in jobs]
+        other = next((job for job, kind in zip(jobs, kinds, strict=True) if kind != ours), None)
+        if other is None:
+            continue
+        here, name = (
+            f"hydra/{node}={config.hydra.runtime.choices.get(f'hydra/{node}')}"
+            for config in (master, other.config)
+        )
+        chosen = f"{name}, and this command has {here}"
+        if name == here:
+            chosen = f"options of its own for hydra.{node}, and a command has one for all its runs"
+        meant = split(jobs, kinds, arguments)
+        if len({*kinds}) == 1 and name != here:
+            meant = [command_line([*sys.argv, name])]
+        way = f"; what was meant: {' ; '.join(meant)}" if meant else ""
+        raise SweepError(f"run {other.number} ({other.text}) chooses {chosen}{way}")
+
+
+def written(config: DictConfig, node: str) -> str:
+    """A node of Hydra's as it is written, for comparison."""
+    content = OmegaConf.to_container(config.hydra[node])
+    return json.dumps(content, sort_keys=True, default=str)
+
+
+def split(jobs: Sequence[Job], kinds: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """This command as several, one for each kind of job; [] where no single option decides.
+
+    Args:
+        kinds: of each job.
+    """
+    for argument in arguments:
+        key = argument.partition("=")[0]
+        kinds_of: dict[str, set[str]] = defaultdict(set)
+        for job, kind in zip(jobs, kinds, strict=True):
+            for word in job.overrides:
+                name, _, value = word.partition("=")
+                if name == key:
+                    kinds_of[value].add(kind)
+        groups: dict[str, list[str]] = defaultdict(list)
+        for value, several in kinds_of.items():
+            groups["".join(sorted(several))].append(value)
+        if len(groups) > 1 and all(len(several) == 1 for several in kinds_of.values()):
+            parts = [f"{key}={','.join(group)}" for group in groups.values()]
+            return [
+                command_line([part if word == argument else word for word in sys.argv])
+                for part in parts
+            ]
+    return []

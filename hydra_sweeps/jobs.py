@@ -33,6 +33,10 @@ INTERPOLATION = re.compile(r"(?<!\\)\$\\?\{")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LONGEST = 255
 """Bytes of a name that file systems take."""
+Ends = list[tuple[int, JobReturn]]
+"""Jobs that have ended, by their numbers."""
+Reports = dict[int, list[dict[str, Any]]]
+"""New JSON lines of jobs' progress files, by number of the job."""
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from hydra.core.utils import (
     run_job,
     setup_globals,
 )
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf
 
 from hydra_sweeps.errors import JobFailed
-from hydra_sweeps.jobs import SIGNALS, Source, compose, failure, show_failure
+from hydra_sweeps.jobs import SIGNALS, Ends, Reports, Source, compose, failure, show_failure
 from hydra_sweeps.records import Tail
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,7 @@ LOCK = ".job.lock"
 class JobProcess:
     """A job that runs."""
 
-    config: DictConfig
-    folder: Path
+    overrides: Sequence[str]
     process: BaseProcess
     result: Connection
     output: Path | None
@@ -65,9 +64,9 @@ class Processes:
     redirect: bool
     """Print to <output_dir>/<job name>.out."""
     jobs: dict[int, JobProcess] = field(default_factory=dict)
-    unmade: list[tuple[int, JobReturn]] = field(default_factory=list)
+    unmade: Ends = field(default_factory=list)
     """Ends of jobs that could not be composed."""
-    last: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    last: Reports = field(default_factory=dict)
     """Progress of jobs whose end was given."""
 
     def __post_init__(self) -> None:
@@ -101,7 +100,7 @@ class Processes:
             )
             process.start()
             send.close()  # so that the pipe ends with the job
-            self.jobs[number] = JobProcess(config, folder, process, result, output, tail)
+            self.jobs[number] = JobProcess(overrides, process, result, output, tail)
 
     def child(
         self, config: DictConfig, folder: Path, output: Path | None, send: Connection, parent: int
@@ -125,7 +124,7 @@ class Processes:
             send.send_bytes(packed(returned))
         send.close()
 
-    def ended(self, seconds: float) -> list[tuple[int, JobReturn]]:
+    def ended(self, seconds: float) -> Ends:
         """Wait for the first end."""
         done, self.unmade = self.unmade, []
         if not self.jobs:
@@ -139,7 +138,7 @@ class Processes:
             self.last[number] = self.jobs.pop(number).progress.whole_lines()
         return done
 
-    def reports(self) -> dict[int, list[dict[str, Any]]]:
+    def reports(self) -> Reports:
         """New lines of the files that hydra.sweeper.progress_file names."""
         lines = self.last | {n: job.progress.whole_lines() for n, job in self.jobs.items()}
         self.last = {}
@@ -188,7 +187,7 @@ def result_of(job: JobProcess) -> JobReturn:
     if returned is not None:
         return returned
     output = f"; its output: {job.output}" if job.output else ""
-    return unfinished(job, JobFailed(f"{how_it_ended(job.process.exitcode)}{output}"))
+    return failure(job.overrides, JobFailed(f"{how_it_ended(job.process.exitcode)}{output}"))
 
 
 def how_it_ended(code: int | None) -> str:
@@ -198,16 +197,6 @@ def how_it_ended(code: int | None) -> str:
     name = signal.Signals(-code).name
     guess = " (out of memory?)" if name == "SIGKILL" else ""
     return f"the job's process was ended by {name}{guess}"
-
-
-def unfinished(job: JobProcess, error: Exception) -> JobReturn:
-    """The record of a job whose process did not make one."""
-    config = job.config
-    overrides, name = list(config.hydra.overrides.task), str(config.hydra.job.name)
-    with read_write(config), open_dict(config), read_write(config.hydra), open_dict(config.hydra):
-        config.hydra.runtime.output_dir = str(job.folder.resolve())
-        hydra = OmegaConf.create({"hydra": config.pop("hydra")})
-    return JobReturn(overrides, config, hydra, os.getcwd(), name, JobStatus.FAILED, error)
 
 
 def kill(process: BaseProcess) -> None:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
@@ -21,6 +21,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 
 from hydra_sweeps.command import command_line
+from hydra_sweeps.config import SweepConf
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.records import reason, write_whole
 
@@ -113,12 +114,10 @@ class Sweep:
         return [objective["name"] for objective in self.objectives]
 
 
-def fresh(kind: str, master: DictConfig, names: Sequence[str], directions: Sequence[str]) -> Sweep:
-    """The record of this command, without its runs; one direction for each name."""
-    objectives = [
-        {"name": name, "direction": direction}
-        for name, direction in zip(names, directions, strict=True)
-    ]
+def fresh(kind: str, master: DictConfig, options: SweepConf) -> Sweep:
+    """The record of this command, without its runs."""
+    named = zip(options.names, options.directions, strict=True)
+    objectives = [{"name": name, "direction": direction} for name, direction in named]
     return Sweep(kind, str(master.hydra.job.name), command_line(), os.getcwd(), objectives)
 
 

@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from hydra.core.utils import JobReturn
 from hydra.errors import CompactHydraException
 from hydra.plugins.launcher import Launcher
 
 from hydra_sweeps.errors import JobFailed
-from hydra_sweeps.jobs import failure, show_failure
+from hydra_sweeps.jobs import Ends, Reports, failure, show_failure
 from hydra_sweeps.records import reason
 
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
@@ -23,10 +23,10 @@ class Runner(Protocol):
     def start(self, number: int, overrides: Sequence[str]) -> None:
         """Start a job; whatever is wrong with it alone becomes a failed end."""
 
-    def ended(self, seconds: float) -> list[tuple[int, JobReturn]]:
+    def ended(self, seconds: float) -> Ends:
         """Wait at most `seconds` for an end; returns all ends since the last call."""
 
-    def reports(self) -> dict[int, list[dict[str, Any]]]:
+    def reports(self) -> Reports:
         """The new JSON lines of the jobs' progress files since the last call, by number.
 
         The last lines of a job may come when `ended` has given its end.
@@ -78,7 +78,7 @@ class Batches:
         """Wait for the next `ended`."""
         self.waiting[number] = list(overrides)
 
-    def ended(self, seconds: float) -> list[tuple[int, JobReturn]]:
+    def ended(self, seconds: float) -> Ends:
         """Launch what waits; returns when the slowest of them is done, whatever `seconds` says."""
         if not self.warned and len(self.waiting) > 1:
             self.warned = True
@@ -90,7 +90,7 @@ class Batches:
             ends += list(zip(group, launch(self.launcher, batch, group[0]), strict=True))
         return ends
 
-    def reports(self) -> dict[int, list[dict[str, Any]]]:
+    def reports(self) -> Reports:
         """Nothing: no job runs between two calls."""
         return {}
 

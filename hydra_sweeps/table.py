@@ -1,6 +1,7 @@
 """What the user reads: the runs of a dry run, and the table at the end."""
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from hydra_sweeps.jobs import Job
@@ -26,14 +27,13 @@ def plan(jobs: Sequence[Job], done: Mapping[int, Run], sweep_dir: Path) -> str:
 
 def table(sweep: Sweep, runs: Sequence[Run], name_key: str | None = None) -> str:
     """Runs as a table, best first by the first objective, and why some have failed."""
-    names = [objective["name"] for objective in sweep.objectives]
-    choices_by_name = choices(runs, name_key)
+    names, choices_by_name = sweep.names, choices(runs, name_key)
     rows = [("rank", "run", "overrides", *names, "status", "time")]
     numbers = [False, False, False, *(True for _ in names), False, True]
     for rank, run in enumerate(ranked(sweep, runs), 1):
         place = str(rank) if run.status == "completed" and first(run.value) is not None else "-"
         values = [shown(value) for value in several(run.value, len(names))]
-        seconds = "" if run.seconds is None else duration(run.seconds)
+        seconds = "" if run.seconds is None else str(timedelta(seconds=round(run.seconds)))
         rows.append((place, run.name, choices_by_name[run.name], *values, run.status, seconds))
     lines = columns(rows, numbers)
     lines += [
@@ -91,10 +91,3 @@ def columns(rows: Sequence[Sequence[str]], right: Sequence[bool] | None = None) 
         ).rstrip()
         for row in rows
     ]
-
-
-def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

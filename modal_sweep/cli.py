@@ -24,44 +24,44 @@ def main() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every command with its options."""
+    """Every command with its options; its help is the docstring of its function."""
     top = argparse.ArgumentParser(prog="modal-sweep", description="Sweeps of hydra/launcher=modal.")
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(
-        name: str, run: Callable[[argparse.Namespace], int], text: str, sweep: bool = True
+        name: str, run: Callable[[argparse.Namespace], int], sweep: bool = True
     ) -> argparse.ArgumentParser:
-        command = subparsers.add_parser(name, help=text, description=text)
+        command = subparsers.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
         if sweep:
             command.add_argument("sweep", type=Path, help="the sweep directory")
         return command
 
-    listing = add("list", commands.list_sweeps, "sweeps below a folder", sweep=False)
+    listing = add("list", commands.list_sweeps, sweep=False)
     listing.add_argument("folder", type=Path, nargs="?", default=Path())
-    add("status", commands.status, "one look at every job")
-    add("attach", commands.attach, "wait for the jobs and bring their results")
-    logs = add("logs", commands.logs, "what a job has printed")
+    add("status", commands.status)
+    add("attach", commands.attach)
+    logs = add("logs", commands.logs)
     logs.add_argument("job", type=int, nargs="?", default=0, help="its number")
-    pull = add("pull", commands.pull, "bring outputs again, resumable")
+    pull = add("pull", commands.pull)
     pull.add_argument("--checkpoints", action="store_true", help="also what `unique` names")
     pull.add_argument("--to", type=Path, default=None, help="folder for --checkpoints")
-    cancel = add("cancel", commands.cancel, "end jobs; what they saved stays")
+    cancel = add("cancel", commands.cancel)
     cancel.add_argument("job", type=int, nargs="*", help="numbers; none: all")
-    rerun = add("rerun", commands.rerun, "run jobs again, with the same code")
+    rerun = add("rerun", commands.rerun)
     rerun.add_argument("job", type=int, nargs="*", help="numbers")
     rerun.add_argument("--failed", action="store_true", help="all that did not complete")
-    clean = add("clean", commands.clean, "delete a sweep's files on Modal, not those here")
+    clean = add("clean", commands.clean)
     clean.add_argument("--yes", action="store_true", help="do not ask")
-    help_text = "make the Volumes a script needs, name missing secrets"
-    setup = add("setup", set_up, help_text, sweep=False)
+    setup = add("setup", set_up, sweep=False)
     setup.add_argument("script", nargs="?", default="train.py")
     setup.add_argument("overrides", nargs="*", help="as for the script")
     return top
 
 
 def set_up(arguments: argparse.Namespace) -> int:
-    """Compose the script's configuration in a process of its own, as a launch would."""
+    """Make the Volumes a script needs, name missing secrets."""
+    # In a process of its own, as a launch would compose the script's configuration.
     if not Path(arguments.script).is_file():
         raise LaunchError(f"{arguments.script} does not exist; usage: setup <script> [overrides]")
     options = ["-m", "hydra/launcher=modal", "hydra.launcher.setup=true"]

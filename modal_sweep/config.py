@@ -126,7 +126,7 @@ class ModalLauncherConf(JobSettings):
     max_usd: float | None = 100.0
     """Ask, or refuse without a terminal, above this estimate; null: never."""
     prices: dict[str, float] = field(default_factory=dict)
-    """USD per hour by GPU, core and GiB, over the table in client/cost.py."""
+    """USD per hour by GPU, core and GiB, over the table in client/prices.json."""
     dry_run: bool = False
     """Check everything, print what would run and what it costs, spawn nothing."""
     setup: bool = False

@@ -38,8 +38,8 @@ FLOORS = {
     ],
     "modal_sweep": ["errors config", "protocol", "container", "client", "cli __main__"],
     "hydra_sweeps": [
-        "errors records overrides",
-        "jobs processes record runner table command choices",
+        "errors config records overrides",
+        "jobs processes record runner table command",
         "grid study",
     ],
     "hydra_plugins": ["modal_launcher experiment_sweeper"],

@@ -28,9 +28,8 @@ class NamedJob:
     job: Job
     label: str
     """name_key's value; without name_key the folder's name."""
-    point: int
-    """Which choice it is of; repeats of one share it."""
-    repeat: int
+    is_first: bool
+    """Of several repeats."""
     name: str
     """What it will be called."""
 
@@ -46,8 +45,7 @@ def named_jobs(
         SweepError: one cannot be composed, or two share a name that nothing tells apart.
     """
     runs = without_doubles(repeated(source, points, options))
-    name_points(runs)
-    name_repeats(runs, options)
+    name_runs(runs, options)
     tell_apart(runs)
     jobs = []
     for number, run in enumerate(runs):
@@ -69,7 +67,7 @@ def repeated(
             f"{key} is swept and hydra.sweeper.repeats={options.repeats} counts it up; leave one "
             "of them out"
         )
-    for point, overrides in enumerate(points):
+    for overrides in points:
         jobs = [compose(source, overrides, len(runs))]
         if options.repeats > 1:
             start = jobs[0].required(key)
@@ -82,7 +80,8 @@ def repeated(
             ]
         for repeat, job in enumerate(jobs):
             label = str(job.required(options.name_key)) if options.name_key else job.subdir
-            runs.append(NamedJob(job, label, point, repeat, label))
+            first = options.repeats > 1 and repeat == 0
+            runs.append(NamedJob(job, label, first, label))
     return runs
 
 
@@ -96,31 +95,22 @@ def without_doubles(runs: list[NamedJob]) -> list[NamedJob]:
     return list(unique.values())
 
 
-def name_points(runs: list[NamedJob]) -> None:
-    """Name the first run of every choice: its label, and where labels meet what differs."""
+def name_runs(runs: list[NamedJob], options: ExperimentSweeperConf) -> None:
+    """Name every run: its label, and where labels meet what differs.
+
+    The first of several repeats has the name that it would have alone.
+    """
     groups: dict[str, list[NamedJob]] = defaultdict(list)
     for run in runs:
-        if run.repeat == 0:
-            groups[place(run.label)].append(run)
+        groups[place(run.label)].append(run)
     for group in groups.values():
         choices = [choices_of(run.job) for run in group]
         keys = dict.fromkeys(key for choice in choices for key in choice)
         differ = [key for key in keys if len({choice.get(key) for choice in choices}) > 1]
         for run, choice in zip(group, choices, strict=True):
-            run.name += "".join(f"_{short(k)}{safe(choice[k])}" for k in differ if k in choice)
-
-
-def name_repeats(runs: list[NamedJob], options: ExperimentSweeperConf) -> None:
-    """Name the other runs of a choice after its first one."""
-    firsts: dict[int, NamedJob] = {}
-    for run in runs:
-        first = firsts.setdefault(run.point, run)
-        if not run.repeat:
-            continue
-        run.name = run.label + first.name.removeprefix(first.label)
-        if run.label == first.label:
-            key = options.repeat_key or ""
-            run.name += f"_{short(key)}{safe(choices_of(run.job)[key])}"
+            first = {options.repeat_key} if run.is_first else set()
+            said = [key for key in differ if key in choice and key not in first]
+            run.name += "".join(f"_{short(key)}{safe(choice[key])}" for key in said)
 
 
 def choices_of(job: Job) -> dict[str, str]:

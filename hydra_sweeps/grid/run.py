@@ -14,9 +14,9 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_sweeps import record
-from hydra_sweeps.choices import refuse_other_choices
 from hydra_sweeps.command import (
     raising_sigterm,
+    refuse_other_choices,
     report,
     run_command,
     run_overrides,
@@ -100,17 +100,18 @@ def run_grid(
 ) -> list[Sequence[JobReturn]]:
     """What `ExperimentSweeper.sweep` does; `launcher` is set up, `arguments` as Hydra got them."""
     master, loader = source.master, source.context.config_loader
-    check(options, launcher, master)
+    check(options, launcher)
     sweep_dir = resolved_sweep_dir(master)
     choices = points(loader, arguments, options.params or {}, options.cases)
     jobs = chosen(named_jobs(source, choices, options), options.only)
     refuse_other_choices(master, jobs, arguments)
     check_environment(jobs, launcher, options.ignore)
     folder = sweep_dir.absolute()
-    grid = Grid(options, launcher, master, folder, fresh(options, master), jobs)
+    sweep = record.fresh("grid", master, options)
+    grid = Grid(options, launcher, master, folder, sweep, jobs)
     earlier = record.read(folder)
     record.refuse_other_values(earlier, grid.sweep, {job.subdir for job in jobs})
-    done = finished(grid, earlier) if earlier else {}
+    done = finished(grid, earlier)
     if options.dry_run:
         print(plan(jobs, done, sweep_dir), flush=True)
         return []
@@ -136,7 +137,7 @@ def chosen(jobs: list[Job], patterns: Sequence[str]) -> list[Job]:
     return jobs
 
 
-def check(options: ExperimentSweeperConf, launcher: Launcher, master: DictConfig) -> None:
+def check(options: ExperimentSweeperConf, launcher: Launcher) -> None:
     """Refuse options that do not fit; names them."""
     for name in ("max_batch_size", "n_jobs", "repeats"):
         value = getattr(options, name)
@@ -149,32 +150,17 @@ def check(options: ExperimentSweeperConf, launcher: Launcher, master: DictConfig
             f"hydra.sweeper.repeats={options.repeats} needs hydra.sweeper.repeat_key, e.g. seed"
         )
     if options.n_jobs is not None and not is_basic(launcher):
-        name = master.hydra.runtime.choices.get("hydra/launcher")
-        key = "hydra.launcher.max_parallel"
-        own = f", {key}" if OmegaConf.select(master, key, default=0) != 0 else ""
         raise SweepError(
-            f"hydra.sweeper.n_jobs={options.n_jobs} is for hydra/launcher=basic; "
-            f"hydra/launcher={name} has a limit of its own{own}"
+            f"hydra.sweeper.n_jobs={options.n_jobs} is for hydra/launcher=basic; other launchers "
+            "have limits of their own, such as hydra.launcher.max_parallel"
         )
 
 
-def fresh(options: ExperimentSweeperConf, master: DictConfig) -> Sweep:
-    """The record of this command, without its runs."""
-    names, direction = list(options.names), options.direction
-    single = isinstance(direction, str)
-    directions = [direction] * len(names) if single else [str(word) for word in direction]
-    if len(directions) != len(names) or {*directions} - {"maximize", "minimize"}:
-        raise SweepError(
-            f"hydra.sweeper.direction={direction} must be maximize or minimize, or a list with one "
-            f"of them for each of hydra.sweeper.names={names}"
-        )
-    return record.fresh("grid", master, names, directions)
-
-
-def finished(grid: Grid, earlier: Sweep) -> dict[int, Run]:
+def finished(grid: Grid, earlier: Sweep | None) -> dict[int, Run]:
     """The records of the jobs that need not run again, by number."""
-    other = earlier.names != grid.sweep.names
-    if grid.options.if_done != "skip" or hasattr(grid.launcher, "session") or other:
+    if earlier is None or earlier.names != grid.sweep.names:
+        return {}
+    if grid.options.if_done != "skip" or hasattr(grid.launcher, "session"):
         return {}
     done = {}
     for job in grid.jobs:
@@ -191,9 +177,9 @@ def finished(grid: Grid, earlier: Sweep) -> dict[int, Run]:
 def carry_out(grid: Grid) -> list[Sequence[JobReturn]]:
     """Run what is not done; afterwards the table, the report, and an error if runs failed."""
     write_whole(grid.sweep_dir / "multirun.yaml", OmegaConf.to_yaml(grid.master))
-    earlier = record.read(grid.sweep_dir)
+    done = finished(grid, record.read(grid.sweep_dir))
     grid.sweep = record.begin(grid.sweep_dir, grid.sweep)
-    set_up(grid, finished(grid, earlier) if earlier else {})
+    set_up(grid, done)
     grid.write()
     around = grid.options.around, grid.pending, grid.sweep_dir, grid.options.n_jobs
     with stopping(grid.interrupt, grid.table), surrounded(*around):
@@ -212,7 +198,11 @@ def carry_out(grid: Grid) -> list[Sequence[JobReturn]]:
 def set_up(grid: Grid, done: dict[int, Run]) -> None:
     """Put the runs of this command into the record, as they are where they are done."""
     multi = not is_basic(grid.launcher)
-    hydra = needed_overrides(grid, multi)
+    hydra = run_overrides(grid.master, multi)
+    if multi and grid.options.repeats > 1:
+        hydra.append("hydra.sweeper.repeats=1")
+    if multi and grid.options.cases:
+        hydra.append("hydra.sweeper.cases=[]")
     for job in grid.jobs:
         run = done.get(job.number) or Run(job.number, job.subdir, [])
         run.number, run.overrides = job.number, job.overrides
@@ -220,23 +210,10 @@ def set_up(grid: Grid, done: dict[int, Run]) -> None:
             overrides = " ".join(filter_overrides(job.overrides))
             log.info(f"\t#{job.number} : {overrides} (done: {shown(run.value)})")
         run.command = run_command(job.overrides, hydra, multi)
-        run.digest, run.record, run.resolved = (
-            job.digest(grid.options.ignore),
-            job.record,
-            job.resolved,
-        )
+        run.digest = job.digest(grid.options.ignore)
+        run.record, run.resolved = job.record, job.resolved
         grid.runs[job.number] = run
         grid.sweep.runs[run.name] = run
-
-
-def needed_overrides(grid: Grid, multi: bool) -> list[str]:
-    """The overrides of Hydra's node without which a run alone would be another one."""
-    overrides = run_overrides(grid.master, multi)
-    if multi and grid.options.repeats > 1:
-        overrides.append("hydra.sweeper.repeats=1")
-    if multi and grid.options.cases:
-        overrides.append("hydra.sweeper.cases=[]")
-    return overrides
 
 
 def run_pending(grid: Grid) -> None:

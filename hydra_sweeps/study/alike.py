@@ -10,10 +10,10 @@ from itertools import islice, zip_longest
 from typing import Any
 
 from hydra_sweeps.errors import SweepError
-from hydra_sweeps.jobs import Job, Source, compose, leaves
+from hydra_sweeps.jobs import Job, compose, leaves
 from hydra_sweeps.overrides import key_of, value_text
 from hydra_sweeps.study.config import OptunaAsyncConf
-from hydra_sweeps.study.space import Space
+from hydra_sweeps.study.space import Search, Space
 from hydra_sweeps.study.state import point_of
 from hydra_sweeps.study.trials import (
     MEASURED,
@@ -29,9 +29,7 @@ SHOWN = 4
 REMEDY = "give another hydra.sweeper.study_name and hydra.sweep.dir"
 
 
-def refuse_others(
-    options: OptunaAsyncConf, source: Source, space: Space, place: Place, study: Any
-) -> None:
+def refuse_others(search: Search, place: Place, study: Any) -> None:
     """Refuse a command whose trials would be no comparison for those that a study has.
 
     Args:
@@ -42,6 +40,7 @@ def refuse_others(
     """
     if study is None:
         return
+    options = search.options
     refuse_other_directions(options, place, study)
     for name, before in study.user_attrs.get(MEASURED, options.measured).items():
         if before != (now := options.measured[name]):
@@ -51,15 +50,13 @@ def refuse_others(
             )
     trials = study.get_trials(deepcopy=False)
     if options.is_grid:
-        refuse_other_grid(options, space, place, trials)
+        refuse_other_grid(search.space, place, trials)
     measured = in_state(trials, "COMPLETE", "PRUNED", "RUNNING") if options.alike else []
     for trial in one_of_each(options, measured):
-        refuse_other_options(options, source, space, place, trial)
+        refuse_other_options(search, place, trial)
 
 
-def refuse_other_grid(
-    options: OptunaAsyncConf, space: Space, place: Place, trials: Sequence[Any]
-) -> None:
+def refuse_other_grid(space: Space, place: Place, trials: Sequence[Any]) -> None:
     """The trials of a grid are its points in their order; SweepError for those of another one."""
     points = islice(space.points(), len(trials))
     for trial, point in zip_longest(trials, points):
@@ -99,13 +96,12 @@ def by_key(trial: Any) -> dict[str, str]:
     return {key_of(text): text for text in trial.user_attrs[OVERRIDES]}
 
 
-def refuse_other_options(
-    options: OptunaAsyncConf, source: Source, space: Space, place: Place, trial: Any
-) -> None:
+def refuse_other_options(search: Search, place: Place, trial: Any) -> None:
     """SweepError where this command would give a trial's point another configuration.
 
     What is searched, then or now, is the trial's own.
     """
+    options, source, space = search.options, search.source, search.space
     own, number = by_key(trial), trial.number
     searched = {key_of(key) for key in trial.params} | {param.name for param in space.params}
     texts = [text for text in space.overrides if key_of(text) not in searched]
@@ -135,8 +131,7 @@ def refuse_other_options(
 
 def different(options: OptunaAsyncConf, before: Job, now: Job) -> list[str]:
     """Keys in which two configurations differ, with both values."""
-    left_out = [*options.ignore, *filter(None, [options.name_key])]
-    old, new = (dict(leaves(job.written(left_out))) for job in (before, now))
+    old, new = (dict(leaves(job.written(options.left_out))) for job in (before, now))
     return [
         f"{'.'.join(map(str, path))}={value_text(old.get(path))}, not {value_text(new.get(path))}"
         for path in dict.fromkeys([*old, *new])

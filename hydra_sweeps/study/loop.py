@@ -14,7 +14,7 @@ from hydra.core.utils import JobReturn
 from hydra.errors import CompactHydraException
 from hydra.utils import get_method
 
-from hydra_sweeps.choices import refuse_other_choices
+from hydra_sweeps.command import refuse_other_choices
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.jobs import compose
 from hydra_sweeps.overrides import key_of
@@ -46,7 +46,7 @@ POLL = 1.0
 
 def loop(study: Study) -> None:
     """Keep n_jobs in flight."""
-    total, told = total_of(study.options, study.space), set[int]()
+    total, told = total_of(study), set[int]()
     while True:
         renew(study)
         unclear = fill(study, total)
@@ -176,7 +176,7 @@ def start(study: Study, trial: Any, overrides: Sequence[str] | None = None) -> N
         if overrides:
             job = compose(source, overrides, number)
         else:
-            job = named_job(source, study.options, suggested(study, trial), number)
+            job = named_job(study, suggested(study, trial), number)
             refuse_other_choices(source.master, [job], [], ["launcher"])
         run = run_of(study, job, trial.params)
     except SweepError as error:
@@ -270,7 +270,7 @@ def suggested(study: Study, trial: Any) -> list[str]:
                 f"{', '.join(sorted(twice))} is fixed and suggested by custom_search_space={custom}"
             )
         values |= {key: value for key, value in trial.params.items() if key not in values}
-    return [*space.overrides, *space.texts_of(values)]
+    return space.job(values)
 
 
 def follow(study: Study, running: RunningTrial, lines: Sequence[dict[str, Any]]) -> None:

@@ -3,15 +3,19 @@
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_sweeps import record
-from hydra_sweeps.choices import refuse_other_choices
-from hydra_sweeps.command import hydra_overrides, raising_sigterm, report, stopping
+from hydra_sweeps.command import (
+    hydra_overrides,
+    raising_sigterm,
+    refuse_other_choices,
+    report,
+    stopping,
+)
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.jobs import (
     Job,
@@ -28,7 +32,7 @@ from hydra_sweeps.study.alike import refuse_others
 from hydra_sweeps.study.config import OptunaAsyncConf
 from hydra_sweeps.study.leases import Leases
 from hydra_sweeps.study.loop import loop
-from hydra_sweeps.study.space import Space, first_point, read_space
+from hydra_sweeps.study.space import Point, Search, first_point, read_space
 from hydra_sweeps.study.state import Study, named_job, run_of
 from hydra_sweeps.study.trials import (
     ERROR,
@@ -57,21 +61,22 @@ def run_study(
     master, loader = source.master, source.context.config_loader
     options.check()
     space = read_space(loader, master, options.params or {}, options.conditional, arguments)
-    first = first_points(options, source, space)
+    search = Search(options, source, space)
+    first = first_points(search)
     sweep_dir = resolved_sweep_dir(master).absolute()
-    examples = check_jobs(source, options, space)
+    examples = check_jobs(search)
     check_environment(examples, launcher)
-    refuse_other_choices(master, choices(source, options, space), arguments, ["launcher"])
+    refuse_other_choices(master, choices(search), arguments, ["launcher"])
     place = place_of(options, sweep_dir)
     known = known_study(place)
-    refuse_others(options, source, space, place, known)
+    refuse_others(search, place, known)
     trials = known.get_trials(deepcopy=False) if known else []
     if options.dry_run:
-        print(plan(options, space, first, trials, place), flush=True)
+        print(plan(search, place, first, trials), flush=True)
         return []
     if OmegaConf.select(master, "hydra.launcher.setup"):
         return list(launcher.launch([job.overrides for job in examples], initial_job_idx=0))
-    if options.precheck and count_missing(options, space, trials):
+    if options.precheck and count_missing(search, trials):
         plain = compose(source, space.overrides, 0)  # an example is far out, and may be refused
         check_inputs(options.precheck, [plain, *examples], launcher)
     fresh = fresh_record(options, master, place)
@@ -80,32 +85,33 @@ def run_study(
     record.refuse_other_values(earlier, fresh, sampled)
     with record.locked(sweep_dir), raising_sigterm():
         optuna = open_study(options, place)
-        enqueue(optuna, options, space, first, place)
+        enqueue(search, place, optuna, first)
         trials = optuna.get_trials(deepcopy=False)
-        count = count_missing(options, space, trials) + len(in_state(trials, "RUNNING"))
+        count = count_missing(search, trials) + len(in_state(trials, "RUNNING"))
         write_whole(sweep_dir / "multirun.yaml", OmegaConf.to_yaml(master))
         runner = open_runner(launcher, options.n_jobs > 1, count)
         sweep = record.begin(sweep_dir, fresh)
         leases = Leases(place.alone, str(sweep_dir))
         study = Study(
-            options, source, place, space, optuna, runner, sweep, leases, not is_basic(launcher)
+            options, source, space, place, optuna, runner, sweep, leases, not is_basic(launcher)
         )
         return carry_out(study)
 
 
-def first_points(options: OptunaAsyncConf, source: Source, space: Space) -> list[dict[str, Any]]:
+def first_points(search: Search) -> list[Point]:
     """hydra.sweeper.warm_start as values; one on the command line has to fit to the rest of it."""
-    key, overrides = "hydra.sweeper.warm_start", hydra_overrides(source.master)
+    key, overrides = "hydra.sweeper.warm_start", hydra_overrides(search.source.master)
     strict = any(override.startswith(f"{key}=") for override in overrides)
+    loader = search.source.context.config_loader
     return [
-        first_point(source.context.config_loader, space, f"{key}[{n}]={text!r}", text, strict)
-        for n, text in enumerate(options.warm_start)
+        first_point(loader, search.space, f"{key}[{n}]={text!r}", text, strict)
+        for n, text in enumerate(search.options.warm_start)
     ]
 
 
 def fresh_record(options: OptunaAsyncConf, master: DictConfig, place: Place) -> Sweep:
     """The record of this command, without its runs."""
-    sweep = record.fresh("study", master, options.names, options.directions)
+    sweep = record.fresh("study", master, options)
     sweep.study = {
         "name": place.name,
         "storage": str(place.storage),
@@ -117,27 +123,26 @@ def fresh_record(options: OptunaAsyncConf, master: DictConfig, place: Place) -> 
     return sweep
 
 
-def check_jobs(source: Source, options: OptunaAsyncConf, space: Space) -> list[Job]:
+def check_jobs(search: Search) -> list[Job]:
     """Compose jobs that together have every key; SweepError where one cannot be, or shares a folder
     with another."""
-    points = [[*space.overrides, *space.texts_of(values)] for values in space.examples()]
-    jobs = [named_job(source, options, point, number) for number, point in enumerate(points)]
-    subdir = named_job(source, options, points[0], len(jobs)).subdir
+    points = [search.space.job(values) for values in search.space.examples()]
+    jobs = [named_job(search, point, number) for number, point in enumerate(points)]
+    subdir = named_job(search, points[0], len(jobs)).subdir
     if subdir == jobs[0].subdir:
         raise SweepError(
-            f"all trials would write to {source.master.hydra.sweep.dir}/{subdir}; put "
+            f"all trials would write to {search.source.master.hydra.sweep.dir}/{subdir}; put "
             "${hydra.job.num} into hydra.sweep.subdir, or name its key in hydra.sweeper.name_key"
         )
     return jobs
 
 
-def choices(source: Source, options: OptunaAsyncConf, space: Space) -> list[Job]:
+def choices(search: Search) -> list[Job]:
     """Jobs that together have every choice; one that cannot be composed is for its trial."""
     jobs = list[Job]()
-    for point in space.choices():
+    for values in search.space.choices():
         with suppress(SweepError):
-            texts = [*space.overrides, *space.texts_of(point)]
-            jobs.append(named_job(source, options, texts, len(jobs)))
+            jobs.append(named_job(search, search.space.job(values), len(jobs)))
     return jobs
 
 

@@ -12,10 +12,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_sweeps.errors import SweepError
+from hydra_sweeps.jobs import Source
 from hydra_sweeps.overrides import key_of, parse, parse_words, quoted, refuse_twice, value_text
+from hydra_sweeps.study.config import OptunaAsyncConf
 from hydra_sweeps.study.params import Condition, Param, encoded, labelled, param_of
 
 CONDITIONAL = "hydra.sweeper.conditional"
+Point = dict[str, Any]
+"""Values of the keys that a job has, by Param.key."""
 
 
 @dataclass
@@ -39,17 +43,17 @@ class Space:
         """What is searched at a key, each under another condition."""
         return [param for param in self.params if param.name == key]
 
-    def fill(self, choose: Callable[[Param], Any]) -> dict[str, Any]:
+    def fill(self, choose: Callable[[Param], Any]) -> Point:
         """The values of one job by Param.key; `choose` is asked for those that exist in it."""
         [values] = self.combinations(lambda param: [choose(param)])
         return values
 
-    def examples(self) -> list[dict[str, Any]]:
+    def examples(self) -> list[Point]:
         """Points that together have every key once."""
         conditions = dict.fromkeys([None, *(param.when for param in self.params)])
         return [self.example(*((when.key, when.values[0]) if when else ())) for when in conditions]
 
-    def choices(self) -> list[dict[str, Any]]:
+    def choices(self) -> list[Point]:
         """Points that together have every choice of the keys without a dot: of config groups."""
         return [
             self.example(param.name, value)
@@ -58,7 +62,7 @@ class Space:
             for value in param.choices
         ]
 
-    def example(self, key: str = "", value: Any = None) -> dict[str, Any]:
+    def example(self, key: str = "", value: Any = None) -> Point:
         """A point, with this value where there is such a key in it."""
 
         def choose(param: Param) -> Any:
@@ -68,16 +72,16 @@ class Space:
 
         return self.fill(choose)
 
-    def points(self) -> Iterator[dict[str, Any]]:
+    def points(self) -> Iterator[Point]:
         """Every combination; SweepError where there is no end of them."""
         for param in self.params:
             param.values()
         return self.combinations(Param.values)
 
-    def combinations(self, values_of: Callable[[Param], list[Any]]) -> Iterator[dict[str, Any]]:
+    def combinations(self, values_of: Callable[[Param], list[Any]]) -> Iterator[Point]:
         """Every combination of the values of the keys that exist beside the earlier ones."""
 
-        def below(index: int, values: dict[str, Any], point: dict[str, Any]) -> Iterator[Any]:
+        def below(index: int, values: dict[str, Any], point: Point) -> Iterator[Point]:
             if index == len(self.params):
                 yield point
                 return
@@ -90,6 +94,10 @@ class Space:
                 yield from below(index + 1, more, {**point, param.key: value})
 
         return below(0, self.constants, {})
+
+    def job(self, values: Mapping[str, Any]) -> list[str]:
+        """The overrides of a job with these values, by Param.key."""
+        return [*self.overrides, *self.texts_of(values)]
 
     def texts_of(self, values: Mapping[str, Any]) -> list[str]:
         """Values by Param.key as overrides; what custom_search_space added is quoted."""
@@ -109,13 +117,22 @@ class Space:
                 return param.choices[param.texts.index(text)]
         return encoded(override)
 
-    def few(self, most: int) -> list[dict[str, Any]] | None:
+    def few(self, most: int) -> list[Point] | None:
         """All points, where there are `most` of them at most."""
         try:
             points = list(islice(self.points(), most + 1))
         except SweepError:
             return None
         return points if len(points) <= most else None
+
+
+@dataclass
+class Search:
+    """A command that searches."""
+
+    options: OptunaAsyncConf
+    source: Source
+    space: Space
 
 
 def active(param: Param, values: Mapping[str, Any]) -> bool:
@@ -221,9 +238,7 @@ def add(space: Space, given: Mapping[str, Any], param: Param) -> None:
     space.params.append(param)
 
 
-def first_point(
-    loader: ConfigLoader, space: Space, where: str, text: str, strict: bool
-) -> dict[str, Any]:
+def first_point(loader: ConfigLoader, space: Space, where: str, text: str, strict: bool) -> Point:
     """One of hydra.sweeper.warm_start as values by Param.key.
 
     Args:
@@ -240,7 +255,7 @@ def first_point(
     if any(override.is_sweep_override() for override in overrides):
         raise SweepError(f"{where}: a point has one value for each key")
     values = {key_of(override): space.read(override) for override in overrides}
-    beside, point = {**space.constants, **values}, dict[str, Any]()
+    beside, point = {**space.constants, **values}, Point()
     for key, value in values.items():
         param = next((param for param in space.named(key) if active(param, beside)), None)
         misfit = reason_against(space, key, value, param)

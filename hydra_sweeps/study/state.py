@@ -10,13 +10,13 @@ from omegaconf import OmegaConf
 
 from hydra_sweeps import record
 from hydra_sweeps.command import run_command, run_overrides
-from hydra_sweeps.jobs import Job, Source, compose
+from hydra_sweeps.jobs import Job, compose
 from hydra_sweeps.overrides import LONGEST, bounded, safe, without
 from hydra_sweeps.record import Run, Sweep
 from hydra_sweeps.runner import Runner
 from hydra_sweeps.study.config import OptunaAsyncConf
 from hydra_sweeps.study.leases import Leases
-from hydra_sweeps.study.space import Space
+from hydra_sweeps.study.space import Search
 from hydra_sweeps.study.trials import (
     POINT,
     RUN,
@@ -41,13 +41,10 @@ class RunningTrial:
 
 
 @dataclass
-class Study:
+class Study(Search):
     """A study while it runs."""
 
-    options: OptunaAsyncConf
-    source: Source
     place: Place
-    space: Space
     optuna: Any
     """Optuna's study."""
     runner: Runner
@@ -83,8 +80,7 @@ class Study:
         if space is None or len(known) < len(space):
             return False
         if not self.points:
-            texts = [[*self.space.overrides, *self.space.texts_of(point)] for point in space]
-            jobs = [compose(self.source, overrides, 0) for overrides in texts]
+            jobs = [compose(self.source, self.space.job(values), 0) for values in space]
             self.points = [point_of(self.options, job) for job in jobs]
         return {*self.points} <= known
 
@@ -121,22 +117,20 @@ class Study:
 
 def point_of(options: OptunaAsyncConf, job: Job) -> str:
     """What two trials of one point have in common: all but the name."""
-    return job.digest([*options.ignore, *filter(None, [options.name_key])])
+    return job.digest(options.left_out)
 
 
-def named_job(
-    source: Source, options: OptunaAsyncConf, overrides: Sequence[str], number: int
-) -> Job:
+def named_job(search: Search, overrides: Sequence[str], number: int) -> Job:
     """The job of a trial: with its number in its name, and the study's where that has one."""
-    job = compose(source, overrides, number)
-    key = options.name_key
+    job = compose(search.source, overrides, number)
+    key = search.options.name_key
     if key is None:
         return job
     label = re.sub(
         r"\d+\.\d{3,}(e[-+]?\d+)?", lambda match: f"{float(match[0]):.3g}", str(job.required(key))
     )
     trial = f"_trial{number}"
-    name = "_".join(safe(part) for part in (label, options.study_name) if part)
+    name = "_".join(safe(part) for part in (label, search.options.study_name) if part)
     name = bounded(name, LONGEST - len(trial)) + trial
     OmegaConf.update(job.config, key, name)  # as composing it once more would
     job.overrides = [*without(overrides, key), f"{key}={name}"]

@@ -26,7 +26,7 @@ from hydra_sweeps.record import Outcome
 from hydra_sweeps.records import write_whole
 from hydra_sweeps.study.config import OptunaAsyncConf
 from hydra_sweeps.study.leases import ENDED, LEASE, SETTLED, Leases
-from hydra_sweeps.study.space import Space
+from hydra_sweeps.study.space import Point, Search
 
 FIRST, MEASURED = "hydra.first", "hydra.measured"
 """Attributes of a study: the points it tries first; what its trials return and report."""
@@ -216,27 +216,26 @@ def in_state(trials: Sequence[Any], *names: str) -> list[Any]:
     return [trial for trial in trials if trial.state.name in names]
 
 
-def total_of(options: OptunaAsyncConf, space: Space) -> int:
+def total_of(search: Search) -> int:
     """How many trials the study has in the end."""
-    return len(list(islice(space.points() if options.is_grid else count(), options.n_trials)))
+    points = search.space.points() if search.options.is_grid else count()
+    return len(list(islice(points, search.options.n_trials)))
 
 
-def count_missing(options: OptunaAsyncConf, space: Space, trials: Sequence[Any]) -> int:
+def count_missing(search: Search, trials: Sequence[Any]) -> int:
     """How many trials have to be asked for, beside those that run."""
-    return max(0, total_of(options, space) - len(in_state(trials, *STATUS)))
+    return max(0, total_of(search) - len(in_state(trials, *STATUS)))
 
 
-def enqueue(
-    study: Any, options: OptunaAsyncConf, space: Space, first: list[dict[str, Any]], place: Place
-) -> None:
+def enqueue(search: Search, place: Place, study: Any, first: list[Point]) -> None:
     """Put the points that are tried first into the queue, each once also when this is killed.
 
     They are the first trials of a study, so their number says how many of them are there. Of
     several processes the one that signs last does it.
     """
     trials = study.get_trials(deepcopy=False)
-    if options.is_grid:
-        points = list(islice(space.points(), options.n_trials))
+    if search.options.is_grid:
+        points = list(islice(search.space.points(), search.options.n_trials))
     else:
         if not trials:
             study.set_user_attr(FIRST, first)
@@ -323,14 +322,9 @@ def intermediate(
             yield step, float(value)
 
 
-def plan(
-    options: OptunaAsyncConf,
-    space: Space,
-    first: Sequence[dict[str, Any]],
-    trials: Sequence[Any],
-    place: Place,
-) -> str:
+def plan(search: Search, place: Place, first: Sequence[Point], trials: Sequence[Any]) -> str:
     """What a dry run prints; the last line is the number of runs."""
+    options, space = search.options, search.space
     objectives = zip(options.directions, options.names, strict=True)
     counts = {status: len(in_state(trials, state)) for state, status in STATUS.items()}
     counts["to be continued"] = counts.pop("planned")
@@ -343,7 +337,7 @@ def plan(
         f"sampler: {options.sampler_class}, pruner: {options.pruner_class}, "
         f"in flight: {options.n_jobs}",
         f"trials: {', '.join(f'{count} {status}' for status, count in counts.items())}",
-        f"{count_missing(options, space, trials) + counts['to be continued']} runs",
+        f"{count_missing(search, trials) + counts['to be continued']} runs",
     ]
     return "\n".join(lines)
 

@@ -6,9 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modal_sweep.client import calls, collect, messages, place, spawn
+from modal_sweep.client import calls, collect, messages, preflight, spawn
 from modal_sweep.client.failures import modal_errors
-from modal_sweep.client.preflight import confirmed
 from modal_sweep.client.table import Table, rich_table, row
 from modal_sweep.client.volumes import volume
 from modal_sweep.client.watch import Watch
@@ -19,7 +18,7 @@ from modal_sweep.protocol.records import write_whole
 
 
 def list_sweeps(arguments: argparse.Namespace) -> int:
-    """Print every sweep below a folder, from what is on the disk."""
+    """Sweeps below a folder, from what is on the disk."""
     paths = sorted(arguments.folder.rglob(f"{FOLDER}/jobs.jsonl"))
     for path in paths:
         journal = Journal(path.parent.parent)
@@ -39,7 +38,7 @@ def opened(sweep: Path) -> Journal:
             f"{sweep} is not a sweep on Modal (no {FOLDER}/jobs.jsonl); "
             "`modal-sweep list <folder>` finds them"
         )
-    place.refuse_elsewhere(journal)
+    preflight.refuse_elsewhere(journal)
     return journal
 
 
@@ -49,7 +48,7 @@ def state_of(record: JobRecord) -> str:
 
 
 def status(arguments: argparse.Namespace) -> int:
-    """One look, without waiting; results that are ready are brought."""
+    """One look at every job, without waiting."""
     journal = opened(arguments.sweep)
     records = journal.ordered()
     watch = Watch(journal, Table(), poll=1.0)
@@ -68,12 +67,12 @@ def exit_code(records: Sequence[JobRecord]) -> int:
 
 
 def attach(arguments: argparse.Namespace) -> int:
-    """Spawn what a kill left unspawned, wait for all, bring the results."""
+    """Wait for the jobs and bring their results."""
     journal = opened(arguments.sweep)
     with journal.locked():
         records = journal.current()
         for record in records:
-            if record.call is None:
+            if record.call is None:  # a kill came between
                 spawn.respawn(journal, record)
     return finish(journal, records)
 
@@ -104,7 +103,7 @@ def by_number(journal: Journal, numbers: Sequence[int]) -> list[JobRecord]:
 
 
 def logs(arguments: argparse.Namespace) -> int:
-    """Print what a job has printed: from the Volume when it was saved, else from Modal's log."""
+    """What a job has printed, saved or from Modal's log."""
     journal = opened(arguments.sweep)
     [record] = by_number(journal, [arguments.job])
     saved = collect.log_text(journal, record)
@@ -121,7 +120,7 @@ def logs(arguments: argparse.Namespace) -> int:
 
 
 def pull(arguments: argparse.Namespace) -> int:
-    """Bring the outputs of all jobs; files that are here already cost nothing."""
+    """Bring outputs again; what is here costs nothing."""
     journal = opened(arguments.sweep)
     fetched, records = 0, journal.current()
     for record in records:
@@ -165,7 +164,7 @@ def pull_folder(name: str, path: str, target: Path) -> int:
 
 
 def cancel(arguments: argparse.Namespace) -> int:
-    """Cancel calls that have no result yet."""
+    """End jobs; what they saved stays."""
     journal = opened(arguments.sweep)
     records = by_number(journal, arguments.job) if arguments.job else journal.ordered()
     count = sum(spawn.cancel(journal, record) for record in records)
@@ -174,7 +173,7 @@ def cancel(arguments: argparse.Namespace) -> int:
 
 
 def rerun(arguments: argparse.Namespace) -> int:
-    """Open the next generation of jobs and wait for them."""
+    """Run jobs again, with the same code."""
     journal = opened(arguments.sweep)
     with journal.locked():
         records = by_number(journal, arguments.job)
@@ -194,7 +193,7 @@ def rerun(arguments: argparse.Namespace) -> int:
 
 
 def clean(arguments: argparse.Namespace) -> int:
-    """Delete the sweep's folder on its Volume and its Dict."""
+    """Delete a sweep's files on Modal, not those here."""
     import modal
 
     journal = opened(arguments.sweep)
@@ -204,7 +203,7 @@ def clean(arguments: argparse.Namespace) -> int:
     if not arguments.yes:
         if not sys.stdin.isatty():
             raise LaunchError(f"would delete {place} on Modal; confirm with --yes")
-        if not confirmed(f"delete {place} on Modal?"):
+        if not preflight.confirmed(f"delete {place} on Modal?"):
             return 1
     with contextlib.suppress(FileNotFoundError, modal.exception.NotFoundError):
         volume(journal.sweep["volume"]).remove_file(journal.sweep["id"], recursive=True)

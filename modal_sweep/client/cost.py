@@ -1,29 +1,17 @@
 """What a job costs: a dated table of list prices, times expected hours or the timeout."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from modal_sweep.client.settings import gpu_list, type_and_count
 from modal_sweep.config import JobSettings
 from modal_sweep.errors import LaunchError
 
-PRICES_DATE = "2026-06-27"
-# USD per hour, Modal's list prices of that day; cpu is a physical core, memory a GiB.
-PRICES = {
-    "T4": 0.5904,
-    "L4": 0.7992,
-    "A10": 1.1016,
-    "A10G": 1.1016,
-    "L40S": 1.9512,
-    "A100": 2.0988,
-    "A100-40GB": 2.0988,
-    "A100-80GB": 2.4984,
-    "RTX-PRO-6000": 3.0312,
-    "H100": 3.9492,
-    "H200": 4.5396,
-    "B200": 6.2496,
-    "cpu": 0.0472,
-    "memory": 0.008,
-}
+LIST: dict[str, Any] = json.loads(Path(__file__).with_name("prices.json").read_text())
+"""Modal's list prices of one day; cpu is a physical core, memory a GiB."""
+PRICES_DATE: str = LIST["date"]
+PRICES: dict[str, float] = LIST["usd_per_hour"]
 # What Modal gives a function that asks for nothing.
 LEAST_CORES, LEAST_GIB = 0.125, 0.125
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from modal_sweep.client import image
 from modal_sweep.client.code import Shipment, digest_of
-from modal_sweep.client.plan import Job, function_name
+from modal_sweep.client.plan import Job
 from modal_sweep.client.volumes import volume
 from modal_sweep.errors import LaunchError
 from modal_sweep.protocol.names import MOUNT
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 def app_name(prefix: str, jobs: Sequence[Job]) -> str:
     """Holds the hash of everything the app consists of: its content never changes."""
-    return f"{prefix}-{image.digest(sorted({function_name(job.function) for job in jobs}))}"
+    return f"{prefix}-{image.digest(sorted({job.function_name for job in jobs}))}"
 
 
 def deploy(name: str, jobs: Sequence[Job], tags: dict[str, str]) -> bool:
     """Deploy the app unless it is there already; True when it was deployed now."""
     import modal
 
-    functions = {function_name(job.function): job for job in jobs}
+    functions = {job.function_name: job for job in jobs}
     try:
         for function in functions:
             modal.Function.from_name(name, function).hydrate()

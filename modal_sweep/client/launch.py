@@ -8,8 +8,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from modal_sweep.client import messages, plan, preflight
+from modal_sweep.client.collect import job_return
 from modal_sweep.client.failures import advice, modal_errors
-from modal_sweep.client.returns import job_return
 from modal_sweep.client.spawn import Spawner, spawn_jobs
 from modal_sweep.client.table import Table
 from modal_sweep.client.watch import Watch

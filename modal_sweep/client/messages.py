@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modal_sweep.client import cost, place, preflight
+from modal_sweep.client import cost, preflight
 from modal_sweep.client.failures import LOGIN, modal_errors
 from modal_sweep.client.image import digest
 from modal_sweep.client.plan import Job
@@ -62,7 +62,7 @@ def problems(jobs: Sequence[Job], conf: ModalLauncherConf, journal: Journal) -> 
 
     refusals = []
     for check in (
-        lambda: journal.sweep and place.refuse_elsewhere(journal, conf),
+        lambda: journal.sweep and preflight.refuse_elsewhere(journal, conf),
         inputs,
         lambda: preflight.check_cost(jobs, conf, ask=False),
     ):
@@ -94,16 +94,17 @@ def job_table(jobs: Sequence[Job], conf: ModalLauncherConf) -> Any:
     rows = []
     for job in jobs:
         expected, most = cost.estimate(job.settings, conf.prices)
-        texts = (
-            str(job.number),
-            " ".join(job.overrides) or "-",
-            " or ".join(gpu_list(job.settings.gpu)) or "none",
-            f"{job.settings.timeout / 3600:.1f} h",
-            "?" if job.settings.hours is None else f"{job.settings.hours:g}",
-            "?" if expected is None else f"{expected:.2f}",
-            f"{most:.2f}",
+        rows.append(
+            (
+                str(job.number),
+                " ".join(job.overrides) or "-",
+                " or ".join(gpu_list(job.settings.gpu)) or "none",
+                f"{job.settings.timeout / 3600:.1f} h",
+                "?" if job.settings.hours is None else f"{job.settings.hours:g}",
+                "?" if expected is None else f"{expected:.2f}",
+                f"{most:.2f}",
+            )
         )
-        rows.append(texts)
     return rich_table(rows, COLUMNS)
 
 

@@ -70,12 +70,17 @@ class Job:
             "startup_timeout": self.settings.startup_timeout,
         }
 
+    @property
+    def function_name(self) -> str:
+        """Name of that function."""
+        return f"job-{digest(self.function)}"
+
 
 # What a container does not depend on, and `function`'s.
-OWN = {
-    "hours", "requires", "unique", "progress_file", "progress_keys", "outputs", "checkpoints",
-    "single_use", "without",
-}  # fmt: skip
+OWN = set(
+    "hours requires unique progress_file progress_keys outputs checkpoints single_use "
+    "without".split()
+)
 
 
 def open_sweep(config: DictConfig, context: HydraContext, task: TaskFunction) -> Sweep:
@@ -188,7 +193,7 @@ def plan_event(job: Job, conf: ModalLauncherConf, sweep: dict[str, Any]) -> dict
         "code": job.code.digest,
         "task": str(job.config.hydra.job.name),
         "app": sweep["app"],
-        "function": function_name(job.function),
+        "function": job.function_name,
         "options": call_options(settings, sweep),
         "subdir": os.path.relpath(job.output_dir, str(job.config.hydra.sweep.dir)),
         "unique": settings.unique,
@@ -200,8 +205,7 @@ def plan_event(job: Job, conf: ModalLauncherConf, sweep: dict[str, Any]) -> dict
             "cwd": os.getcwd(),
             "output_dir": job.output_dir,
             "mounts": settings.volumes,
-            **chosen(settings, "timeout", "progress_file", "progress_keys", "outputs"),
-            **chosen(settings, "checkpoints"),
+            **chosen(settings, "timeout progress_file progress_keys outputs checkpoints"),
             "sync_cwd": conf.sync_cwd,
             "single_use": single_use(settings),
             "versions": versions(),
@@ -217,22 +221,16 @@ def call_options(settings: JobSettings, sweep: dict[str, Any]) -> dict[str, Any]
     return {
         "gpu": gpus[0] if len(gpus) == 1 else None,
         "gpus": gpus,
-        **chosen(settings, "cpu", "memory", "timeout", "retries", "region", "cloud"),
-        **chosen(settings, "volumes", "secrets", "env"),
+        **chosen(settings, "cpu memory timeout retries region cloud volumes secrets env"),
         "max_containers": sweep["max_containers"].get(job_kind(settings)),
     }
 
 
-def chosen(settings: JobSettings, *names: str) -> dict[str, Any]:
+def chosen(settings: JobSettings, names: str) -> dict[str, Any]:
     """Some of a job's settings."""
-    return {name: getattr(settings, name) for name in names}
+    return {name: getattr(settings, name) for name in names.split()}
 
 
 def job_kind(settings: JobSettings) -> str:
     """Jobs of one kind share containers, and the limit on them."""
     return digest({name: value for name, value in asdict(settings).items() if name not in OWN})
-
-
-def function_name(function: dict[str, Any]) -> str:
-    """Name of the deployed function for an image, GPU list, reuse and start-up timeout."""
-    return f"job-{digest(function)}"

@@ -1,5 +1,6 @@
 """Checks before the first spawn, on the launching machine; nothing here costs money."""
 
+import hashlib
 import os
 import sys
 from collections import defaultdict
@@ -10,13 +11,47 @@ from typing import Any
 from modal_sweep.client import cost
 from modal_sweep.client.environ import SECRET_NAME
 from modal_sweep.client.plan import Job
-from modal_sweep.client.settings import imported, without_hydra
-from modal_sweep.client.volumes import exists, upload, volume
+from modal_sweep.client.settings import imported, volume_name, without_hydra
+from modal_sweep.client.volumes import exists, read_if_there, volume
 from modal_sweep.config import ModalLauncherConf
 from modal_sweep.errors import LaunchError
+from modal_sweep.protocol.journal import Journal
 
 MOST_NAME = 255
 MOST_UPLOADED = 2_000_000_000
+CHOICES = {"workspace": "MODAL_PROFILE", "environment": "MODAL_ENVIRONMENT"}
+"""What leads to another place on Modal."""
+Records = dict[str, bytes | None]
+"""What small files on Volumes hold, as far as they were read; None: there is none."""
+
+
+def here() -> dict[str, str]:
+    """The workspace and the environment that this process uses."""
+    from modal import Environment, Workspace
+
+    names = Workspace.from_context().hydrate().name, Environment.from_context().hydrate().name
+    return {"workspace": names[0] or "", "environment": names[1] or ""}
+
+
+def refuse_elsewhere(journal: Journal, conf: ModalLauncherConf | None = None) -> dict[str, str]:
+    """Where this process is, and what a launch says of its app and Volume.
+
+    A sweep lives in one workspace, environment, app and Volume, written down and kept: calls know
+    none of them, but Volumes and Dicts do, so from another place its files look lost.
+
+    Raises:
+        LaunchError: the sweep lives elsewhere. A journal of old does not say where.
+    """
+    place = here() | ({"app": conf.app, "volume": volume_name(conf)} if conf else {})
+    for kind, name in place.items():
+        noted = journal.sweep.get(kind, name)
+        if noted != name:
+            choice = CHOICES.get(kind, f"hydra.launcher.{kind}")
+            raise LaunchError(
+                f"{journal.sweep_dir} is a sweep of {kind} {noted}, and this is {kind} {name}; "
+                f"{choice}={noted} leads back to it, another hydra.sweep.dir to a sweep of its own"
+            )
+    return place
 
 
 def check_jobs(jobs: Sequence[Job]) -> None:
@@ -141,14 +176,18 @@ def inputs(jobs: Sequence[Job]) -> tuple[list[str], list[dict[str, Any]]]:
     return [*problems, *hints.values()], uploads
 
 
-def bring_inputs(jobs: Sequence[Job]) -> list[str]:
-    """Refuse when something that jobs need is missing; upload what lies here, and say what."""
-    problems, uploads = inputs(jobs)
-    if problems:
-        raise LaunchError("\n".join(problems))
-    for entry in uploads:
-        upload(volume(entry["volume"]), Path(entry["local"]), entry["path"])
-    return [entry["text"] for entry in uploads]
+def records_of(job: Job, seen: Records) -> dict[str, str]:
+    """Digests of the records that a job's inputs have on their Volumes, by place."""
+    digests: dict[str, str] = {}
+    for entry in job.settings.requires:
+        if entry.get("record") and entry["path"]:
+            name, path = entry["volume"], f"{entry['path']}/{entry['record']}"
+            place = f"{name}:{path}"
+            if place not in seen:
+                seen[place] = read_if_there(volume(name), path)
+            if (content := seen[place]) is not None:
+                digests[place] = hashlib.sha256(content).hexdigest()
+    return digests
 
 
 def check_cost(jobs: Sequence[Job], conf: ModalLauncherConf, ask: bool) -> None:

@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 
 from modal_sweep.client import collect, messages, plan, preflight
 from modal_sweep.client.failures import advice, modal_errors
-from modal_sweep.client.returns import job_return
 from modal_sweep.client.spawn import Spawner, cancel, spawn_jobs
 from modal_sweep.client.table import Table
 from modal_sweep.client.watch import Watch
@@ -165,7 +164,7 @@ class Session:
         tail = progress.Tail(path, reference["progress_keys"], most=None)
         self.hear(number, tail.look().reports)
         ended = self.watch.ended.get(job.identity)
-        returned = job_return(job, record, ended, self.journal)
+        returned = collect.job_return(job, record, ended, self.journal)
         if cancelled and job.identity in self.stopped:
             returned.return_value = JobFailed(f"{job.label} was stopped; what it saved stays")
         return returned

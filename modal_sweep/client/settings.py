@@ -51,16 +51,6 @@ def plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def for_job(conf: ModalLauncherConf, job: DictConfig) -> dict[str, Any]:
-    """The launcher's settings of jobs, resolved in one job's configuration."""
-    values = {name: getattr(conf, name) for name in OF_JOBS} | {"image": asdict(conf.image)}
-    if "${" not in str(values):
-        return values
-    node = OmegaConf.create(values)
-    node._set_parent(job)
-    return dict(resolved(node, "hydra.launcher"))
-
-
 def resolved(node: Any, where: str) -> Any:
     """What a node holds; raises LaunchError that names it."""
     try:
@@ -73,7 +63,11 @@ def job_settings(conf: ModalLauncherConf, job: DictConfig) -> JobSettings:
     """Settings of one composed job; raises LaunchError that names the key."""
     own = own_settings(conf, job)
     refuse_unknown(own, OF_JOBS, conf.resources, "a job")
-    values = for_job(conf, job)
+    values = {name: getattr(conf, name) for name in OF_JOBS} | {"image": asdict(conf.image)}
+    if "${" in str(values):  # means this job
+        node = OmegaConf.create(values)
+        node._set_parent(job)
+        values = resolved(node, "hydra.launcher")
     defaults = asdict(JobSettings())
     for name, value in own.items():
         if values[name] != defaults[name]:

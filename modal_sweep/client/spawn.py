@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modal_sweep.client import calls, place, preflight
+from modal_sweep.client import calls, preflight
 from modal_sweep.client.deploy import app_name, deploy, spawn_call
 from modal_sweep.client.image import digest
 from modal_sweep.client.plan import Job, job_kind, plan_event
 from modal_sweep.client.settings import volume_name
-from modal_sweep.client.volumes import read_if_there, volume
+from modal_sweep.client.volumes import upload, volume
 from modal_sweep.config import ModalLauncherConf
 from modal_sweep.errors import LaunchError, ResultGone
 from modal_sweep.protocol.journal import JobRecord, Journal
@@ -29,8 +29,6 @@ from modal_sweep.protocol.records import write_whole
 
 log = logging.getLogger(__name__)
 PATIENCE = 30.0
-Records = dict[str, bytes | None]
-"""What small files on Volumes hold, as far as they were read; None: there is none."""
 
 
 @dataclass
@@ -59,7 +57,7 @@ def spawn_jobs(spawner: Spawner, jobs: Sequence[Job], times: int = 1) -> dict[st
     journal, conf = spawner.journal, spawner.conf
     with journal.locked(PATIENCE if spawner.search else 0.0):
         refuse_other_code(journal, jobs)
-        before: Records = {}
+        before: preflight.Records = {}
         fresh = [
             job
             for job in jobs
@@ -70,9 +68,9 @@ def spawn_jobs(spawner: Spawner, jobs: Sequence[Job], times: int = 1) -> dict[st
         current = [record.identity for record in journal.current()]
         other = [job for job in jobs if job not in fresh and job.identity not in current]
         # Written down before anything is spawned.
-        now: Records = {}  # something may have been uploaded
+        now: preflight.Records = {}  # something may have been uploaded
         journal.write(
-            plan_event(job, conf, sweep) | {"inputs": records_of(job, now)}
+            plan_event(job, conf, sweep) | {"inputs": preflight.records_of(job, now)}
             for job in [*fresh, *other]
         )
         for end in (journal.jobs[job.identity].end for job in other):
@@ -106,9 +104,13 @@ def prepare(
     key = digest(needs)
     if key in spawner.prepared:
         return spawner.prepared[key]
-    lives = place.refuse_elsewhere(journal, conf)
-    for line in preflight.bring_inputs(fresh):
-        log.info(f"\tuploaded {line}")
+    lives = preflight.refuse_elsewhere(journal, conf)
+    problems, uploads = preflight.inputs(fresh)
+    if problems:
+        raise LaunchError("\n".join(problems))
+    for entry in uploads:
+        upload(volume(entry["volume"]), Path(entry["local"]), entry["path"])
+        log.info(f"\tuploaded {entry['text']}")
     preflight.check_cost([*fresh] * times, conf, ask=True)
     for name in preflight.volume_names(fresh, volume_name(conf)):
         volume(name).hydrate()
@@ -124,7 +126,7 @@ def begin(spawner: Spawner, jobs: Sequence[Job], lives: dict[str, str]) -> dict[
     """The sweep's own line in the journal, written once; with this launch's app and common part.
 
     Args:
-        lives: where the sweep is, as `place` says it.
+        lives: where the sweep is, as `preflight` says it.
     """
     journal, conf = spawner.journal, spawner.conf
     if not journal.sweep:
@@ -205,30 +207,16 @@ def will_spawn(spawner: Spawner, record: JobRecord | None) -> bool:
     return not (unheard and record.status == "failed")
 
 
-def of_other_inputs(record: JobRecord, job: Job, seen: Records) -> bool:
+def of_other_inputs(record: JobRecord, job: Job, seen: preflight.Records) -> bool:
     """Whether a job's result is of inputs with other records than there are now; what is not there
     any more, or was not looked at, is no other one."""
     if record.status != "completed":
         return False
-    before, now = record.plan.get("inputs", {}), records_of(job, seen)
+    before, now = record.plan.get("inputs", {}), preflight.records_of(job, seen)
     changed = [place for place in before if now.get(place, before[place]) != before[place]]
     if changed:
         log.info(f"\t{record.label} runs again: {', '.join(changed)} has changed")
     return bool(changed)
-
-
-def records_of(job: Job, seen: Records) -> dict[str, str]:
-    """Digests of the records that a job's inputs have on their Volumes, by place."""
-    digests: dict[str, str] = {}
-    for entry in job.settings.requires:
-        if entry.get("record") and entry["path"]:
-            name, path = entry["volume"], f"{entry['path']}/{entry['record']}"
-            place = f"{name}:{path}"
-            if place not in seen:
-                seen[place] = read_if_there(volume(name), path)
-            if (content := seen[place]) is not None:
-                digests[place] = hashlib.sha256(content).hexdigest()
-    return digests
 
 
 def refuse_other_code(journal: Journal, jobs: Sequence[Job]) -> None:
@@ -273,11 +261,6 @@ def spawn_next(journal: Journal, record: JobRecord) -> None:
     generation = record.generation + (record.call is not None)
     reference = {**record.plan["ref"], "key": f"{record.identity}.{generation}"}
     call = spawn_call(record.plan, reference, base64.b64decode(record.plan["payload"]))
-    note_call(journal, record, generation, call)
-
-
-def note_call(journal: Journal, record: JobRecord, generation: int, call: str) -> None:
-    """Write down which call runs a generation of a job."""
     journal.write([record.event("spawn", generation=generation, call=call)])
 
 

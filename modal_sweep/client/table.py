@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 from modal_sweep.client.cost import options_per_hour
@@ -35,7 +36,7 @@ def row(record: JobRecord, status: dict[str, Any], prices: dict[str, float]) -> 
         state,
         str(status.get("step", "")),
         f"{loss:.4f}" if isinstance(loss, float) else "",
-        "" if seconds is None else duration(seconds),
+        "" if seconds is None else str(timedelta(seconds=int(seconds))),
         "" if seconds is None else f"{seconds / 3600 * per_hour:.2f}",
     )
 
@@ -46,13 +47,6 @@ def state_of(record: JobRecord, status: dict[str, Any]) -> str:
         return "not spawned"
     queued = "queued for GPUs" if record.plan["options"]["gpus"] else "queued"
     return str(status.get("state") or queued)
-
-
-def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 @dataclass
@@ -114,12 +108,12 @@ class Table:
 
     def ended(self, record: JobRecord) -> None:
         """Say how a job ended."""
-        end = record.end or {}
+        end, why = record.end or {}, ""
+        if record.broken:
+            error = end.get("error") or {"type": "Error", "message": ""}
+            why = f": {error['type']}: {first_line(error['message'])}"[:300]
         seconds = end.get("seconds")
-        after = f" after {duration(seconds)}" if seconds is not None else ""
-        error = end.get("error") or {"type": "Error", "message": ""}
-        why = f": {error['type']}: {first_line(error['message'])}"[:300]
-        why = why if record.broken else ""
+        after = f" after {timedelta(seconds=int(seconds))}" if seconds is not None else ""
         if self.live is None or why:
             self.note(f"{record.label} {record.status}{after}{why}")
 

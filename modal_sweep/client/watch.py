@@ -140,7 +140,7 @@ class Watch:
         if lost:
             self.respawn(record, "its owner ended without a result")
         else:
-            spawn.note_call(self.journal, record, record.generation, owner)
+            self.journal.write([record.event("spawn", call=owner)])
 
     def after_expiry(self, record: JobRecord) -> dict[str, Any]:
         """A call's result is gone: the Volume has it, or the job runs again."""

@@ -46,7 +46,7 @@ class Cloud:
         self.running = modal.Dict.from_name(status_dict(reference["dict"]))
         self.attempt = 1
         self.reported: dict[str, Any] = {}
-        self.checkpoints: set[str] = set(self.find_checkpoints())
+        self.checkpoints = self.find_checkpoints()
         names = {reference["volume"], *reference["mounts"].values()}
         self.volumes = {name: modal.Volume.from_name(name) for name in sorted(names)}
 
@@ -86,14 +86,13 @@ class Cloud:
             with contextlib.suppress(Error, RuntimeError):
                 patiently(volume.reload)
 
-    def find_checkpoints(self) -> list[str]:
+    def find_checkpoints(self) -> set[str]:
         """What matches the job's `checkpoints`."""
-        pattern = self.reference["checkpoints"]
-        return glob.glob(pattern) if pattern else []
+        return set(glob.glob(self.reference["checkpoints"] or ""))
 
     def new_checkpoint(self) -> bool:
         """Whether a checkpoint has appeared since the last time."""
-        earlier, self.checkpoints = self.checkpoints, set(self.find_checkpoints())
+        earlier, self.checkpoints = self.checkpoints, self.find_checkpoints()
         return bool(self.checkpoints - earlier)
 
     def commit(self) -> None:

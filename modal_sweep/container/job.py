@@ -37,12 +37,13 @@ def run(request: Request) -> None:
 
 def outcome(request: Request) -> dict[str, Any]:
     """How a job has ended."""
-    if problem := mismatch(request.versions):
+    reference = request.reference
+    if problem := mismatch(reference["versions"]):
         return result.failed("VersionError", problem)
-    os.makedirs(request.cwd, exist_ok=True)
-    os.chdir(request.cwd)
+    os.makedirs(reference["cwd"], exist_ok=True)
+    os.chdir(reference["cwd"])
     context, task_function = payload.unpack(request.common)
-    payload.freeze_environment(request.environ)
+    payload.freeze_environment(reference.get("environ", {}))
     config = payload.unpack_config(request.config)
     try:
         return run_hydra_job(context, task_function, config)

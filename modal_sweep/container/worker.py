@@ -5,18 +5,24 @@ raised again, so that Modal runs the same input in a new container. Whatever a j
 was told to stop is dropped: a job that swallows the signal would look finished otherwise.
 """
 
+import contextlib
+import hashlib
 import json
+import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from modal.exception import InputCancellation
+
 from modal_sweep.container import zygote
 from modal_sweep.container.cloud import Cloud, common_part
-from modal_sweep.container.request import Request, checked
-from modal_sweep.container.signals import Signals, send_group
+from modal_sweep.container.request import Request
 from modal_sweep.protocol import outputs, progress, result
 from modal_sweep.protocol.names import MOUNT
 from modal_sweep.protocol.outage import away
@@ -54,14 +60,43 @@ def run_job(reference: dict[str, Any], payload: bytes) -> bytes:
             return finished.read_bytes()
     try:
         attempt = Attempt(reference, payload, folder, cloud)
-        with Signals() as signals:
-            envelope = attempt.run(signals)
+        with noted_signals() as seen:
+            envelope = attempt.run(seen)
         return attempt.finish(envelope)
     except OSError as error:
         if away(error):
             raise
         # A name that is too long, no right, no space: another attempt is paid for in vain.
         return result.compress(result.failed(type(error).__name__, str(error)))
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[set[int]]:
+    """The numbers of SIGINT (preemption) and SIGUSR1 (cancellation) as they come, instead of what
+    Modal raises for them. Outside the main thread nothing comes."""
+    seen: set[int] = set()
+    earlier: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for stop in (signal.SIGINT, signal.SIGUSR1):
+            earlier[stop] = signal.signal(stop, lambda number, frame: seen.add(number))
+    try:
+        yield seen
+    finally:
+        for stop, handler in earlier.items():
+            signal.signal(stop, handler)
+
+
+def send_group(pid: int, number: int) -> None:
+    """Signal a process group, if it is still there."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)
+
+
+def checked(content: bytes, sha256: str) -> bytes:
+    """Bytes whose hash came with the call; raises ValueError when they are others."""
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError("this is not what the launcher sent")
+    return content
 
 
 class Attempt:
@@ -84,13 +119,11 @@ class Attempt:
         self.log, self.result = scratch / "log.txt", scratch / "result.json"
         self.result.unlink(missing_ok=True)
         self.request = Request(
-            common=checked(common_part(reference["common"]), reference["common"]),
-            config=checked(payload, reference["sha256"]),
-            cwd=reference["cwd"],
-            versions=reference["versions"],
-            environ=reference.get("environ", {}),
-            log=self.log,
-            result=self.result,
+            reference,
+            checked(common_part(reference["common"]), reference["common"]),
+            checked(payload, reference["sha256"]),
+            self.log,
+            self.result,
         )
         cwd = Path(reference["cwd"])
         if cloud.attempt > 1:
@@ -100,8 +133,8 @@ class Attempt:
                 outputs.copy(folder / "log.txt", self.log)
         self.before = outputs.snapshot(cwd) if reference["sync_cwd"] and cwd.is_dir() else {}
 
-    def run(self, signals: Signals) -> dict[str, Any]:
-        """Start the job's process and watch it to its end.
+    def run(self, seen: set[int]) -> dict[str, Any]:
+        """Start the job's process and watch it to its end, or until a signal is seen.
 
         Raises:
             KeyboardInterrupt: preempted. InputCancellation: cancelled. NewAttempt: time is up.
@@ -116,9 +149,12 @@ class Attempt:
         watched = saved = time.time()
         while not control.poll(LOOK_EVERY):
             now = time.time()
-            if signals.seen or now > up:
-                self.stop(pid, control, signals)
-                signals.raise_again()
+            if seen or now > up:
+                self.stop(pid, control, signal.SIGUSR1 in seen)
+                if signal.SIGINT in seen:
+                    raise KeyboardInterrupt
+                if seen:
+                    raise InputCancellation("Input was cancelled by user")
                 raise NewAttempt(
                     f"{self.reference['timeout']} s are over; the job continues in a new attempt"
                 )
@@ -130,15 +166,15 @@ class Attempt:
                     self.try_to_save()
         return self.outcome(zygote.answer(control))
 
-    def stop(self, pid: int, control: Connection, signals: Signals) -> None:
+    def stop(self, pid: int, control: Connection, cancelled: bool) -> None:
         """Tell the job to save and end, within the time that Modal gives."""
         send_group(pid, signal.SIGINT)
-        if not control.poll(5.0 if signals.cancelled else GRACE):
+        if not control.poll(5.0 if cancelled else GRACE):
             send_group(pid, signal.SIGKILL)
         if control.poll(2.0):
             zygote.answer(control)
         self.try_to_save()
-        self.cloud.status(state="cancelled" if signals.cancelled else "preempted")
+        self.cloud.status(state="cancelled" if cancelled else "preempted")
 
     def outcome(self, code: int) -> dict[str, Any]:
         """The job's own report, or what its exit code says."""

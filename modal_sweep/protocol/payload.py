@@ -25,8 +25,6 @@ from omegaconf.resolvers import oc
 
 from modal_sweep.errors import LaunchError
 
-COMPRESSION = 6
-
 
 class Packer(cloudpickle.Pickler):
     """Leaves the ConfigStore out: whoever refers to it gets the one that is there."""
@@ -47,7 +45,7 @@ def dumps(content: Any) -> bytes:
 
 def pack_config(config: DictConfig) -> bytes:
     """A job's configuration with its types, compressed."""
-    return zlib.compress(cloudpickle.dumps(config), COMPRESSION)
+    return zlib.compress(cloudpickle.dumps(config))
 
 
 def unpack_config(packed: bytes) -> DictConfig:
@@ -119,7 +117,7 @@ def pack(context: HydraContext, task_function: TaskFunction) -> bytes:
     name = f"{task_function.__module__}.{getattr(task_function, '__qualname__', '')}"
     main_part = sendable(f"the task {name}", task_function, (context, task_function))
     shared = (instances, resolvers, main_part)
-    return zlib.compress(cloudpickle.dumps(shared), COMPRESSION)
+    return zlib.compress(cloudpickle.dumps(shared))
 
 
 def unpack(packed: bytes) -> tuple[HydraContext, TaskFunction]:

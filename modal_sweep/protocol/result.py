@@ -56,7 +56,7 @@ def failed(kind: str, message: str, status: str = "failed") -> dict[str, Any]:
 
 def compress(envelope: dict[str, Any]) -> bytes:
     """JSON, compressed."""
-    return zlib.compress(json.dumps(envelope, separators=(",", ":")).encode(), 6)
+    return zlib.compress(json.dumps(envelope, separators=(",", ":")).encode())
 
 
 def unpack(data: bytes) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The charts of every sweep: ranking, metric over learning rate, curves, data sets, cost."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ from specforge_exp.report.collect import ACCEPTED, Collected, DataSet, SweepRun
 from specforge_exp.report.drawing import (
     FAINT,
     FORMAT,
-    INK,
     VALUE,
     Chart,
     by_loss,
@@ -46,14 +45,6 @@ def charts(sweep: Collected, ranking: Ranking) -> list[Chart]:
     )
 
 
-def ranked_by_loss(
-    sweep: Collected, entries: Sequence[RankingRow]
-) -> Iterator[tuple[list[RankingRow], dict[str, str]]]:
-    """`by_loss`, the loss of the first entry first."""
-    palette = colours(sweep.runs)
-    return by_loss(entries, {entry.loss: palette[entry.loss] for entry in entries})
-
-
 def value_columns(measured: Sequence[RankingRow | DataSet]) -> dict[str, list[Any]]:
     """Values and their intervals, for a chart."""
     intervals = [row.interval or (row.value, row.value) for row in measured]
@@ -69,6 +60,12 @@ def entry_columns(entries: Sequence[RankingRow]) -> dict[str, list[Any]]:
     """Name, value and interval of entries, for a chart."""
     names = {"run": [entry.label for entry in entries]}
     return names | value_columns(entries) | {"verdict": [entry.verdict for entry in entries]}
+
+
+def value_marks(chart: Any, x: str, **style: Any) -> None:
+    """Values over a column, with their intervals."""
+    chart.segment(x, "low", x, "high", line_width=2, line_alpha=0.45, **style)
+    chart.scatter(x, "value", size=8, **style)
 
 
 def value_tooltips(metric: str, *before: tuple[str, str]) -> list[tuple[str, str]]:
@@ -94,7 +91,7 @@ def ranking_chart(sweep: Collected, ranking: Ranking) -> Chart | None:
         y_range=FactorRange(factors=places),
     )  # fmt: skip
     chart.vspan(x=[entries[0].value], line_color=FAINT, line_dash="dotted", line_width=1)
-    for group, colour in ranked_by_loss(sweep, entries):
+    for group, colour in by_loss(entries, colours(sweep.runs)):
         columns = entry_columns(group) | {"place": [f"{e.rank}. {e.label}" for e in group]}
         style = {"source": ColumnDataSource(columns), **colour}
         chart.segment("low", "place", "high", "place", line_width=3, line_alpha=0.45, **style)
@@ -115,7 +112,7 @@ def rate_chart(sweep: Collected, ranking: Ranking) -> Chart | None:
         ranking_height(ranking), "learning rate", title_of(ranking.metric),
         value_tooltips(ranking.metric), x_axis_type="log",
     )  # fmt: skip
-    groups = list(ranked_by_loss(sweep, entries))
+    groups = list(by_loss(entries, colours(sweep.runs)))
     for place, (group, colour) in enumerate(groups):
         group.sort(key=learning_rate)
         aside = 1 + 0.012 * (place - (len(groups) - 1) / 2)  # so that intervals do not hide others
@@ -123,8 +120,7 @@ def rate_chart(sweep: Collected, ranking: Ranking) -> Chart | None:
         style = {"source": ColumnDataSource(entry_columns(group) | {"lr": at}), **colour}
         if sweep.kind == "grid" and len(set(at)) == len(at):
             chart.line("lr", "value", line_width=1.5, line_alpha=0.7, **style)
-        chart.segment("lr", "low", "lr", "high", line_width=2, line_alpha=0.45, **style)
-        chart.scatter("lr", "value", size=8, **style)
+        value_marks(chart, "lr", **style)
     logarithmic(chart.xaxis, rates)
     note = "95 % intervals; losses stand a little beside each other so that all can be seen."
     return Chart("rate", f"{heading(ranking.metric)} against learning rate", note, chart)
@@ -197,7 +193,7 @@ def draw_lines(
 ) -> Any:
     """A line per run, which stands out when the reader points at it."""
     return chart.multi_line(
-        xs, ys, source=ColumnDataSource(data), line_width=1.6, line_alpha=alpha, **colour,
+        xs, ys, source=data, line_width=1.6, line_alpha=alpha, **colour,
         hover_line_alpha=1.0, hover_line_color=colour["color"], hover_line_width=3.5,
     )  # fmt: skip
 
@@ -278,11 +274,17 @@ def unroll_chart(runs: Sequence[SweepRun]) -> Chart | None:
     return Chart("unroll", "Acceptance rate along the chain", note, chart)
 
 
+def benched(ranking: Ranking) -> tuple[list[SweepRun], list[str]]:
+    """The runs that bench measured, the longest accepted length first, and their data sets."""
+    runs = [run for entry in ranking.entries for run in entry.runs if run.datasets]
+    runs.sort(key=lambda run: -(run.metric(ACCEPTED) or 0.0))
+    return runs, list(dict.fromkeys(name for run in runs for name in run.datasets))
+
+
 def data_set_chart(sweep: Collected, ranking: Ranking) -> Chart | None:
     """bench's accepted length with its interval, by data set."""
-    placed = [run for entry in ranking.entries for run in entry.runs if run.datasets]
-    runs = sorted(placed, key=lambda run: -(run.metric(ACCEPTED) or 0.0))[:24]
-    names = list(dict.fromkeys(name for run in runs for name in run.datasets))
+    placed, names = benched(ranking)
+    runs = placed[:24]
     if not names:
         return None
     chart = new_figure(
@@ -299,9 +301,7 @@ def data_set_chart(sweep: Collected, ranking: Ranking) -> Chart | None:
             **value_columns(figures),
             "prompts": [measured.prompts for measured in figures],
         }
-        style = {"source": ColumnDataSource(data), **colour}
-        chart.segment("at", "low", "at", "high", line_width=2, line_alpha=0.45, **style)
-        chart.scatter("at", "value", size=7, **style)
+        value_marks(chart, "at", source=ColumnDataSource(data), **colour)
     chart.xgrid.grid_line_color = None
     cut = f" The best {len(runs)} of {len(placed)} runs." if len(placed) > len(runs) else ""
     note = f"Mean over prompts of tokens per verification, 95 % intervals; longest first.{cut}"
@@ -326,10 +326,8 @@ def cost_chart(sweep: Collected, ranking: Ranking) -> Chart | None:
         value_tooltips(ranking.metric, ("GPU hours", "@hours{0.[000]}")),
         x_axis_type="log" if spans_decades(hours) else "linear",
     )  # fmt: skip
-    for group, colour in ranked_by_loss(sweep, entries):
+    for group, colour in by_loss(entries, colours(sweep.runs)):
         data = entry_columns(group) | {"hours": [mean_hours(entry) for entry in group]}
-        style = {"source": ColumnDataSource(data), **colour}
-        chart.segment("hours", "low", "hours", "high", line_width=2, line_alpha=0.4, **style)
-        chart.scatter("hours", "value", size=8, line_color=INK, line_alpha=0.2, **style)
+        value_marks(chart, "hours", source=ColumnDataSource(data), **colour)
     note = "GPUs times hours of training; on a machine without GPUs, processes times hours."
     return Chart("cost", f"{heading(ranking.metric)} against GPU hours", note, chart)

@@ -23,7 +23,14 @@ from specforge_exp.bench.published import Beside, beside
 from specforge_exp.errors import InputError
 from specforge_exp.records import metric_lines, unsealed
 from specforge_exp.report.origin import record_of, run_folder, strange_bench
-from specforge_exp.report.record import FILE, number, numbers, read_sweep, returned_values
+from specforge_exp.report.record import (
+    FILE,
+    directions,
+    number,
+    numbers,
+    read_sweep,
+    returned_values,
+)
 from specforge_exp.report.statistics import StratifiedSample, stratum
 
 SHOWN = re.compile(r"(eval/)?(loss|simulated_length|alpha/\d+)")
@@ -151,6 +158,13 @@ class Collected:
     problems: list[str]
     """What could not be read, one line each."""
 
+    @property
+    def states(self) -> dict[str, int]:
+        """How many runs have which status, in the order in which a run has them."""
+        statuses = [run.status for run in self.runs]
+        order = ("completed", "running", "planned", "failed", "pruned", *sorted(statuses))
+        return {status: statuses.count(status) for status in order if status in statuses}
+
     def minimised(self, metric: str) -> bool:
         """Whether less of a metric is better: as the sweep says, else by its name."""
         if metric in self.directions:
@@ -165,16 +179,10 @@ def collect(sweep_dir: Path) -> Collected:
         InputError: sweep.json is missing or cannot be read.
     """
     sweep = read_sweep(sweep_dir)
-    problems: list[str] = []
+    file = sweep_dir / FILE
     listed = [run for run in sweep["runs"] if isinstance(run, dict) and run.get("name")]
-    if len(listed) < len(sweep["runs"]):
-        missing = len(sweep["runs"]) - len(listed)
-        problems.append(f"{sweep_dir / FILE}: {missing} runs without a name are left out")
-    directions = {
-        str(objective["name"]): str(objective.get("direction", "maximize"))
-        for objective in sweep.get("objectives") or []
-        if isinstance(objective, dict) and "name" in objective
-    }
+    missing = len(sweep["runs"]) - len(listed)
+    problems = [f"{file}: {missing} runs without a name are left out"] if missing else []
     script = str(sweep.get("script") or "train")
     short = labels([str(run["name"]) for run in listed])
     if all(label.isdigit() for label in short):
@@ -185,7 +193,7 @@ def collect(sweep_dir: Path) -> Collected:
             run = listed_run(raw, label, sweep, script)
             run.folder, strange = run_folder(sweep_dir, sweep, raw)
         except (TypeError, ValueError, AttributeError) as error:
-            problems.append(f"{sweep_dir / FILE}: {raw['name']} is damaged and left out: {error}")
+            problems.append(f"{file}: {raw['name']} is damaged and left out: {error}")
             continue
         run.not_known = strange
         if run.folder is not None:
@@ -200,7 +208,7 @@ def collect(sweep_dir: Path) -> Collected:
         kind=str(sweep.get("kind") or "grid"),
         state=str(sweep.get("state") or "unknown"),
         **{name: str(sweep.get(name) or "") for name in ("command", "started", "updated")},
-        directions=directions,
+        directions=directions(sweep),
         study=sweep.get("study") or {},
         runs=runs,
         problems=problems,

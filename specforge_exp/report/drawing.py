@@ -1,20 +1,11 @@
-"""How all charts look: colours, axes, legends that are the page's."""
+"""What all charts share: colours of the losses, a figure, logarithmic axes."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from bokeh.models import (
-    FixedTicker,
-    HoverTool,
-    MultiLine,
-    PanTool,
-    ResetTool,
-    SaveTool,
-    Scatter,
-    WheelZoomTool,
-)
+from bokeh.models import FixedTicker, HoverTool, MultiLine, Scatter
 from bokeh.plotting import figure
 
 from specforge_exp.report.collect import SweepRun
@@ -25,13 +16,10 @@ PALETTE = (
     "#2f6fde", "#e07b16", "#159a80", "#b8429e", "#8b6f1e", "#5b6b83", "#d6455d", "#5f9c2f",
 )  # fmt: skip
 """Colours of the losses, in the order in which the sweep has them."""
-INK, FAINT, GRID = "#33404f", "#8592a3", "#e9edf2"
+INK, FAINT = "#33404f", "#8592a3"
 FORMAT = "{0.[0000]}"
 """Of measured numbers in tooltips."""
 VALUE = "@value" + FORMAT
-FONT = "Inter, 'Segoe UI', system-ui, -apple-system, Roboto, 'Liberation Sans', sans-serif"
-
-
 Row = TypeVar("Row", SweepRun, RankingRow)
 
 
@@ -81,28 +69,10 @@ def by_loss(
 def new_figure(
     height: int, x_title: str, y_title: str, tooltips: list[tuple[str, str]], **options: Any
 ) -> Any:
-    """An empty chart in the page's style; `tooltips` are (name, column)."""
-    tools = [
-        PanTool(), WheelZoomTool(), ResetTool(), SaveTool(),
-        HoverTool(tooltips=tooltips, point_policy="follow_mouse"),
-    ]  # fmt: skip
-    plot = figure(height=height, sizing_mode="stretch_width", tools=tools, x_axis_label=x_title,
-                  y_axis_label=y_title, **options)  # fmt: skip
-    plot.toolbar.logo = None
-    plot.toolbar.autohide = True
-    plot.outline_line_color = None
-    plot.background_fill_color = plot.border_fill_color = None
-    plot.min_border_right = 18
-    for axis in plot.axis:
-        axis.axis_line_color = axis.major_tick_line_color = "#c3ccd6"
-        axis.minor_tick_line_color = None
-        axis.major_label_text_color = axis.axis_label_text_color = INK
-        axis.major_label_text_font = axis.axis_label_text_font = FONT
-        axis.major_label_text_font_size, axis.axis_label_text_font_size = "11px", "12px"
-        axis.axis_label_text_font_style = "normal"
-    for grid in plot.grid:
-        grid.grid_line_color = GRID
-    return plot
+    """An empty chart; theme.yaml has its looks, `tooltips` are (name, column)."""
+    return figure(height=height, sizing_mode="stretch_width", tools="pan,wheel_zoom,reset,save",
+                  tooltips=tooltips, x_axis_label=x_title, y_axis_label=y_title,
+                  **options)  # fmt: skip
 
 
 def logarithmic(axis: Any, values: Sequence[float]) -> None:

@@ -68,13 +68,20 @@ def no_sweep(folder: Path, root: Path) -> str:
     return f"{folder} holds no {FILE}, which {script('train')} -m ... writes{there}"
 
 
+def directions(sweep: dict[str, Any]) -> dict[str, str]:
+    """minimize or maximize, by objective, in the order in which runs return them."""
+    return {
+        str(objective["name"]): str(objective.get("direction", "maximize"))
+        for objective in sweep.get("objectives") or []
+        if isinstance(objective, dict) and "name" in objective
+    }
+
+
 def returned_values(sweep: dict[str, Any], run: dict[str, Any]) -> dict[str, float]:
     """The finite numbers that a run returned, by objective."""
     value = run.get("value")
     values = value if isinstance(value, list) else [value]
-    objectives = sweep.get("objectives") or []
-    names = [str(o["name"]) for o in objectives if isinstance(o, dict) and "name" in o]
-    return numbers(dict(zip(names, values, strict=False)))
+    return numbers(dict(zip(directions(sweep), values, strict=False)))
 
 
 def number(value: Any) -> float | None:

@@ -1,5 +1,6 @@
 """Runs that are named themselves, of a sweep or of none: one page for one or several."""
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,7 @@ def listed(number: int, folder: Path, label: str) -> SweepRun:
 def shares(run: SweepRun) -> list[float]:
     """Of all verifications of a run the share that gained 1, 2, ... tokens; [] unknown."""
     counts = [figures.gained for figures in run.datasets.values()]
-    length = all(counts) and max(map(len, counts), default=0)
-    sums = [sum(sum(c[n : n + 1]) for c in counts) for n in range(length)]
+    sums = [sum(each) for each in zip_longest(*counts, fillvalue=0)] if all(counts) else []
     return [count / sum(sums) for count in sums] if sum(sums) else []
 
 
@@ -119,12 +119,11 @@ def distribution_table(runs: list[SweepRun]) -> str:
     measured = [run for run in runs if shares(run)]
     if not measured:
         return ""
-    lines = [["tokens gained", *(run.label for run in measured)], ["---"] * (len(measured) + 1)]
-    for place in range(max(len(shares(run)) for run in measured)):
-        parts = [[*shares(run), *[0.0] * place][place] for run in measured]
-        lines.append([str(place + 1), *(f"{100 * part:.1f} %" for part in parts)])
+    longest = max(len(shares(run)) for run in measured)
+    parts = {f"{n + 1}": [sum(shares(run)[n : n + 1]) for run in measured] for n in range(longest)}
     for least in (3, 5):
-        parts = [sum(shares(run)[least - 1 :]) for run in measured]
-        lines.append([f"at least {least}", *(f"{100 * part:.1f} %" for part in parts)])
+        parts[f"at least {least}"] = [sum(shares(run)[least - 1 :]) for run in measured]
+    lines = [["tokens gained", *(run.label for run in measured)], ["---"] * (len(measured) + 1)]
+    lines += [[name, *(f"{100 * part:.1f} %" for part in row)] for name, row in parts.items()]
     lines.append(["mean (pooled)", *(f"{tau(run):.3f}" for run in measured)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

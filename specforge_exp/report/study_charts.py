@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from bokeh.models import ColumnDataSource, FactorRange
+from bokeh.models import FactorRange
 
 from specforge_exp.report.collect import Collected, SweepRun
 from specforge_exp.report.drawing import (
@@ -12,6 +12,7 @@ from specforge_exp.report.drawing import (
     INK,
     VALUE,
     Chart,
+    by_loss,
     colours,
     drawn,
     heading,
@@ -72,24 +73,17 @@ def scatter(
     chart: Any, sweep: Collected, runs: Sequence[SweepRun], xs: Sequence[Any], metric: str
 ) -> None:
     """A mark per run at (its x, metric), coloured by loss; what did not finish is an x."""
-    points = list(zip(runs, xs, strict=True))
-    for loss, colour in colours(sweep.runs).items():
-        for mark in dict.fromkeys(MARKS.values()):
-            group = [
-                (run, x) for run, x in points
-                if run.loss == loss and MARKS.get(run.status, "circle") == mark
-            ]  # fmt: skip
-            if group:
-                data = {
-                    "x": [x for _, x in group], "run": [run.label for run, _ in group],
-                    "number": [run.number for run, _ in group],
-                    "status": [run.status for run, _ in group],
-                    "value": [run.metric(metric) for run, _ in group],
-                }  # fmt: skip
-                chart.scatter(
-                    "x", "value", source=ColumnDataSource(data), color=colour, name=loss, size=8,
-                    marker=mark, fill_alpha=0.75, line_width=1.5 if mark == "x" else 1,
-                )  # fmt: skip
+    places = {run.name: x for run, x in zip(runs, xs, strict=True)}
+    for group, colour in by_loss(runs, colours(sweep.runs)):
+        data = {
+            "x": [places[run.name] for run in group],
+            "run": [run.label for run in group],
+            "number": [run.number for run in group],
+            "status": [run.status for run in group],
+            "mark": [MARKS.get(run.status, "circle") for run in group],
+            "value": [run.metric(metric) for run in group],
+        }
+        chart.scatter("x", "value", marker="mark", size=8, fill_alpha=0.75, source=data, **colour)
 
 
 def slice_chart(sweep: Collected, metric: str, name: str) -> Chart | None:

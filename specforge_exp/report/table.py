@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from specforge_exp.records import replacing
 from specforge_exp.report.collect import ACCEPTED, Collected, metric_lines
 from specforge_exp.report.ranking import Ranking, RankingRow, headline
 from specforge_exp.report.record import number
-from specforge_exp.report.text import interval_text, measure, shown, title_of
+from specforge_exp.report.text import interval_text, measure, rendered, shown, title_of
 
 BESIDE = ("simulated_length", ACCEPTED, "loss", "alpha/0")
 """Metrics that have a column in every table, where a run has them."""
@@ -26,9 +26,14 @@ class Column:
     title: str
     value: Callable[[RankingRow], Any]
     """What the column is sorted by: a number or a text; None: last."""
-    text: Callable[[RankingRow], str]
+    special: Callable[[RankingRow], str] | None = None
+    """Its text, where that is not its value's."""
     between: Callable[[RankingRow], str] | None = None
     """The interval of what it shows."""
+
+    def text(self, entry: RankingRow) -> str:
+        """What it shows of an entry."""
+        return self.special(entry) if self.special else shown(self.value(entry))
 
 
 def against_text(entry: RankingRow) -> str:
@@ -55,30 +60,21 @@ def varied(sweep: Collected) -> list[str]:
     return names + [key for key in different if key not in ("loss", "lr", "seed")]
 
 
-def column(
-    key: str,
-    title: str,
-    value: Callable[[RankingRow], Any],
-    text_of: Callable[[Any], str] = shown,
-    between: Callable[[RankingRow], str] | None = None,
-) -> Column:
-    """A column whose text is that of its value."""
-    return Column(key, title, value, lambda entry: text_of(value(entry)), between)
-
-
 def choice_column(key: str) -> Column:
     """What an entry tried for a key."""
-    return column(key, key, lambda entry: entry.runs[0].choices.get(key))
+    return Column(key, key, lambda entry: entry.runs[0].choices.get(key))
 
 
 def metric_column(name: str) -> Column:
     """A metric's mean over an entry's runs."""
-    return column(f"eval/{name}", title_of(name), lambda entry: entry.mean(name), measure)
+    title = title_of(name)
+    return Column(f"eval/{name}", title, lambda e: e.mean(name), lambda e: measure(e.mean(name)))
 
 
 def cost_column(name: str) -> Column:
     """gpu_hours or usd of all runs of an entry."""
-    return column(name, title_of(name), lambda e: total(e, name), lambda cost: measure(cost, 3))
+    title = title_of(name)
+    return Column(name, title, lambda e: total(e, name), lambda e: measure(total(e, name), 3))
 
 
 def status_text(entry: RankingRow) -> str:
@@ -97,27 +93,25 @@ def total(entry: RankingRow, name: str) -> float | None:
 def columns(sweep: Collected, ranking: Ranking, seeds: bool) -> list[Column]:
     """The columns of a table; `seeds`: of runs by seed rather than of configurations."""
     table = [
-        column("rank", "#", lambda e: e.rank),
-        column("name", "run", lambda e: e.label),
+        Column("rank", "#", lambda e: e.rank),
+        Column("name", "run", lambda e: e.label),
         *map(choice_column, varied(sweep)),
     ]
     if seeds:
         table.append(choice_column("seed"))
     elif ranking.several_seeds:
         table.append(
-            Column(
-                "seeds", "seeds", lambda e: e.seeds, lambda e: f"{e.seeds} of {len(e.runs)}",
-            )
-        )  # fmt: skip
-    title = title_of(ranking.metric)
+            Column("seeds", "seeds", lambda e: e.seeds, lambda e: f"{e.seeds} of {len(e.runs)}")
+        )
     table.append(
-        column("metric", title, lambda e: e.value, measure, lambda e: interval_text(e.interval))
-    )
+        Column("metric", title_of(ranking.metric), lambda e: e.value, lambda e: measure(e.value),
+               lambda e: interval_text(e.interval))
+    )  # fmt: skip
     if not seeds:  # between two seeds of one configuration there is nothing but training noise
         table += [
             Column("against", "beside the best", lambda e: e.against and e.against.value,
                    against_text, between_text),
-            column("verdict", "verdict", lambda e: e.verdict or None),
+            Column("verdict", "verdict", lambda e: e.verdict or None),
         ]  # fmt: skip
     hidden = (ranking.metric, "gpu_hours")
     beside = [n for n in dict.fromkeys((*BESIDE, *sweep.directions)) if n not in hidden]
@@ -150,33 +144,14 @@ def with_interval(column: Column) -> list[Column]:
 
 def markdown(sweep: Collected, ranking: Ranking, by_seed: Ranking) -> str:
     """report.md: what is best, the table, what failed and how to run each row again."""
-    parts = [
-        f"# {sweep.name}", f"{sweep.script}, {sweep.kind}, {sweep.state}; {status_counts(sweep)}.",
-        " ".join(headline(ranking)),
-        markdown_table(columns(sweep, ranking, seeds=False), ranking.entries),
-    ]  # fmt: skip
-    if ranking.several_seeds:
-        parts += ["Every run:", markdown_table(columns(sweep, by_seed, True), by_seed.entries)]
-    failed = [run for run in sweep.runs if run.error]
-    if failed:
-        parts.append("\n".join(["Failures:", "", *(f"- {r.label}: {r.error}" for r in failed)]))
-    if sweep.problems:
-        parts.append("\n".join(["Left out:", "", *(f"- {problem}" for problem in sweep.problems)]))
-    commands = [run.command for entry in ranking.entries for run in entry.runs]
-    parts.append("\n".join(["Commands, in the order of the table:", "", "```", *commands, "```"]))
-    return "\n\n".join(parts) + "\n"
-
-
-def status_counts(sweep: Collected) -> str:
-    """`12 runs: 10 completed, 2 failed`."""
-    states = [run.status for run in sweep.runs]
-    order = ("completed", "running", "planned", "failed", "pruned")
-    counts = [
-        f"{states.count(status)} {status}"
-        for status in dict.fromkeys((*order, *states))
-        if status in states
-    ]
-    return f"{len(states)} {'run' if len(states) == 1 else 'runs'}: {', '.join(counts) or 'none'}"
+    return rendered(
+        "report.md.jinja",
+        sweep=sweep,
+        ranking=ranking,
+        headline=headline(ranking),
+        configurations=markdown_table(columns(sweep, ranking, False), ranking.entries),
+        runs=markdown_table(columns(sweep, by_seed, True), by_seed.entries),
+    )
 
 
 @contextmanager
@@ -195,23 +170,30 @@ def write_csv(path: Path, ranking: Ranking, by_seed: Ranking) -> None:
     groups = {run.name: entry for entry in ranking.entries for run in entry.runs}
     rows = []
     for entry in by_seed.entries:
-        run, group = entry.runs[0], groups[entry.name]
-        row: dict[str, Any] = {"rank": entry.rank, "number": run.number, "run": run.name}
-        row |= {"status": run.status, "step": run.step}
-        row |= {
-            k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in run.choices.items()
-        }
+        run = entry.runs[0]
         low, high = entry.interval or (None, None)
-        row |= {"metric": ranking.metric, "value": entry.value, "low": low, "high": high}
-        row |= group_columns(group)
-        row |= {f"eval/{name}": value for name, value in sorted(run.evaluation.items())}
+        row: dict[str, Any] = {
+            "rank": entry.rank, "number": run.number, "run": run.name, "status": run.status,
+            "step": run.step,
+        }  # fmt: skip
+        row |= {  # of a bench sweep `run` may be a choice, too
+            key: json.dumps(value) if isinstance(value, list | dict) else value
+            for key, value in run.choices.items() if key not in row
+        }  # fmt: skip
+        row |= {
+            "metric": ranking.metric, "value": entry.value, "low": low, "high": high,
+            **group_columns(groups[entry.name]),
+            **{f"eval/{name}": value for name, value in sorted(run.evaluation.items())},
+        }  # fmt: skip
         for name, data in run.datasets.items():
             low, high = data.interval or (None, None)
             row |= {f"tau/{name}": data.value, f"tau/{name}/low": low, f"tau/{name}/high": high}
-        row |= {"gpu_hours": run.gpu_hours, "usd": run.usd, "seconds": run.seconds}
-        row |= {"wandb": run.tracker.get("url") or run.tracker.get("sync")}
-        row |= {"not_known": "; ".join(run.not_known)}
-        rows.append(row | {"folder": run.folder, "command": run.command, "error": run.error})
+        rows.append(row | {
+            "gpu_hours": run.gpu_hours, "usd": run.usd, "seconds": run.seconds,
+            "wandb": run.tracker.get("url") or run.tracker.get("sync"),
+            "not_known": "; ".join(run.not_known), "folder": run.folder,
+            "command": run.command, "error": run.error,
+        })  # fmt: skip
     with written(path) as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
@@ -237,14 +219,10 @@ def write_curves(path: Path, sweep: Collected) -> None:
         writer = csv.writer(file)
         writer.writerow(["run", "step", "metric", "value"])
         for run in sweep.runs:
-            if run.curves and run.folder is not None:
-                writer.writerows(points(run.name, metric_lines(run.folder / "metrics.jsonl")))
-
-
-def points(run: str, lines: Iterable[dict[str, Any]]) -> Iterator[tuple[str, int, str, float]]:
-    """Rows of curves.csv."""
-    for line in lines:
-        step = line["step"]
-        for key, value in line.items():
-            if key != "step" and (isinstance(value, float) or number(value) is not None):
-                yield run, step, key, value
+            lines = metric_lines(run.folder / "metrics.jsonl") if run.curves and run.folder else ()
+            for line in lines:
+                writer.writerows(
+                    (run.name, line["step"], key, value)
+                    for key, value in line.items()
+                    if key != "step" and (isinstance(value, float) or number(value) is not None)
+                )

@@ -1,7 +1,10 @@
-"""Values and names as people read them, the same on the page and in Markdown."""
+"""Values, names and whole documents as people read them."""
 
 import json
+from importlib.resources import files
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined
 
 TITLES = {
     "simulated_length": "simulated length", "accepted_length": "accepted length τ",
@@ -35,3 +38,19 @@ def measure(value: float | None, digits: int = 4) -> str:
 def interval_text(between: tuple[float, float] | None) -> str:
     """`3.31 to 3.52`; empty for None."""
     return "" if between is None else f"{measure(between[0])} to {measure(between[1])}"
+
+
+def part(name: str) -> str:
+    """A file that lies beside this one."""
+    return files("specforge_exp.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def rendered(name: str, **values: Any) -> str:
+    """A template that lies beside this file, with these values; in HTML they are escaped."""
+    environment = Environment(
+        autoescape=name.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.from_string(part(name)).render(values)

@@ -34,7 +34,7 @@ def test_what_was_superseded_does_not_run_again(
     planned(journal, "before", "failed")
     planned(journal, "mended", "completed")
     assert [record.identity for record in journal.current()] == ["mended"]
-    monkeypatch.setattr(commands.place, "refuse_elsewhere", lambda journal: {})
+    monkeypatch.setattr(commands.preflight, "refuse_elsewhere", lambda journal: {})
     arguments = argparse.Namespace(sweep=tmp_path, job=[], failed=True)
     with pytest.raises(LaunchError, match="nothing to run again"):
         commands.rerun(arguments)
@@ -63,8 +63,8 @@ def test_two_jobs_in_one_folder(
 
 def test_files_of_a_replaced_job_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the job now there has not written is removed, unless it was changed here."""
-    monkeypatch.setattr(collect, "saved_at", lambda journal, record: (None, ""))
-    monkeypatch.setattr(collect, "reader", lambda source, base: lambda name: [name.encode()])
+    source = SimpleNamespace(read_file=lambda path: [path.removeprefix("0/outputs/").encode()])
+    monkeypatch.setattr(collect, "saved_at", lambda journal, record: (source, "0"))
     journal = Journal(tmp_path)
     journal.write([{"event": "sweep", "id": "s", "dict": "d", "volume": "v"}])
 

@@ -341,6 +341,13 @@ def test_sweeps_of_another_script(tmp_path: Path) -> None:
     bench = write_sweep(tmp_path, plans, script="bench", objectives=[{"name": "value"}])
     make(bench, ReportConfig(metric="accepted_length", resamples=50))
     assert "python bench.py loss=baseline" in (bench / "report.md").read_text()
+    change(bench / "sweep.json", runs=[  # as `bench.py -m run=a,b` leaves it
+        run | {"overrides": ["run=other"]}
+        for run in json.loads((bench / "sweep.json").read_text())["runs"]
+    ])  # fmt: skip
+    make(bench, ReportConfig(metric="accepted_length", resamples=50))
+    names = {row["run"] for row in rows(bench / "report.csv")}
+    assert names == {plan.name for plan in plans}
     prep = [Plan(f"p{n}", [f"data.seed={n}"], {}, points=0) for n in range(3)]
     make(write_sweep(tmp_path, prep, script="prep", objectives=[]), ReportConfig())
 

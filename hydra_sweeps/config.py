@@ -1,0 +1,54 @@
+"""The options that both sweepers have, with the same meaning."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra_sweeps.errors import SweepError
+
+
+@dataclass
+class SweepConf:
+    """What is searched, what its runs are called and return, what is called before and after."""
+
+    params: dict[str, str] | None = None
+    """What is swept, as on the command line, by key; the command line wins. A study searches
+    choice(a,b), range(1,9), interval(0.0,1.0), tag(log,interval(1e-5,1e-3)), a,b,c, glob(*); a
+    single value is an override of all jobs."""
+    repeats: int = 1
+    """Runs of each choice, with this many values of `repeat_key`; a study refuses more than one."""
+    dry_run: bool = False
+    """Print what would run, start and write nothing."""
+    names: list[str] = field(default_factory=lambda: ["value"])
+    """What the values that a job returns are called; [] when it returns none."""
+    direction: Any = "maximize"
+    """maximize or minimize, or a list with one for each of `names`; the first ranks the table."""
+    name_key: str | None = None
+    """The key that names a run. In a grid two runs that would have the same name get the choices in
+    which they differ (null: they are refused); a study adds _trial<number> (null:
+    hydra.sweep.subdir has to depend on ${hydra.job.num})."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """Kept in sweep.json with every run, resolved in its configuration."""
+    ignore: list[str] = field(default_factory=list)
+    """Keys of a job's configuration that do not make it another run or point."""
+    inputs: list[str] = field(default_factory=list)
+    """Small files that a job reads, named in its configuration, such as records with digests of
+    its data: with another content it is another run."""
+    precheck: str | None = None
+    """Dotted path of a function (script, configurations) that is called with what is to run here
+    before the first job starts; what it raises refuses the sweep."""
+    report: str | None = None
+    """Dotted path of a function (cfg, sweep_dir) that is called at the end."""
+
+    @property
+    def directions(self) -> list[str]:
+        """maximize or minimize, for each of `names`; SweepError where they do not fit."""
+        several = isinstance(self.direction, Sequence) and not isinstance(self.direction, str)
+        entries = self.direction if several else [self.direction] * len(self.names)
+        words = [str(getattr(entry, "name", entry)).lower() for entry in entries]
+        if len(words) != len(self.names) or {*words} - {"maximize", "minimize"}:
+            raise SweepError(
+                f"hydra.sweeper.direction={self.direction} must be maximize or minimize, or a list "
+                f"with one of them for each of hydra.sweeper.names={list(self.names)}"
+            )
+        return words
