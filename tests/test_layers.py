@@ -56,7 +56,7 @@ BUDGETS = {
     "specforge_exp/training": 20_890,
     "specforge_exp/inference": 16_600,
     "specforge_exp/generation": 25_145,
-    "specforge_exp/bench": 11_540,
+    "specforge_exp/bench": 11_545,
     "specforge_exp/report": 18_820,
     "specforge_exp/chat": 4_090,
     "": 309_730,

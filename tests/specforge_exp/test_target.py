@@ -16,7 +16,6 @@ from families import BASE, FAMILIES, HEADS, YARN, longrope, save, tokens
 from safetensors.torch import load_file, save_file
 
 import specforge_exp
-from specforge_exp.bench import in_process
 from specforge_exp.bench.speculative import Choice
 from specforge_exp.config import Config, DraftConfig, ModelConfig
 from specforge_exp.drafts.dflash.config import DFlashConfig
@@ -345,13 +344,6 @@ def test_a_length_at_which_the_rotation_changes_is_refused(saved: Saved) -> None
     assert check_length(model, 128) is None
     with pytest.raises(InputError, match=r"from 128 tokens on .*\(longrope\).*max_length=128"):
         check_length(model, 129)
-
-
-def test_bench_looks_at_its_own_length(cfg: Config, saved: Saved) -> None:
-    cfg.model.path, cfg.max_length, cfg.bench.max_length = str(saved("Phi-4-mini")), 128, 129
-    asking: Any = None
-    with pytest.raises(InputError, match=r"^bench.max_length=129, .*use bench.max_length=128 or"):
-        in_process.answer(cfg, asking, {})
 
 
 def test_the_stages_say_that_the_context_is_shorter(

@@ -1,4 +1,4 @@
-"""What a config.json may say of a rotary embedding."""
+"""What a config.json says of a rotary embedding, and who looks."""
 
 import json
 import shutil
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import longrope
 
 from specforge_exp.bench import in_process
 from specforge_exp.config import Config, ModelConfig
@@ -16,6 +17,23 @@ from specforge_exp.target import check_rotary, text_config
 
 PLAIN = {"rope_type": "default", "rope_theta": 1e6}
 SCALED = {"rope_type": "linear", "factor": 2.0}
+
+
+def other_rotary(cfg: Config, to: Path, **entries: Any) -> Path:
+    """The tiny target with these in its config.json."""
+    shutil.copytree(cfg.model.path, to)
+    content = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(content | entries))
+    return to
+
+
+def test_bench_looks_at_its_own_length(cfg: Config, tmp_path: Path) -> None:
+    """From 128 tokens on this target rotates otherwise."""
+    cfg.model.path = str(other_rotary(cfg, tmp_path / "long", rope_parameters=longrope(32)))
+    cfg.max_length, cfg.bench.max_length = 128, 129
+    asking: Any = None
+    with pytest.raises(InputError, match=r"^bench.max_length=129, .*use bench.max_length=128 or"):
+        in_process.answer(cfg, asking, {})
 
 
 @pytest.mark.parametrize(
@@ -43,11 +61,7 @@ def test_one_rotary_embedding(tmp_path: Path, alike: bool, entries: dict[str, An
 def test_two_rotary_embeddings_are_refused_wherever_one_is_read(
     cfg: Config, tokens: Path, tmp_path: Path
 ) -> None:
-    two = tmp_path / "two"
-    shutil.copytree(cfg.model.path, two)
-    content = json.loads((two / "config.json").read_text())
-    content |= {"rope_scaling": SCALED, "rope_parameters": PLAIN}
-    (two / "config.json").write_text(json.dumps(content))
+    two = other_rotary(cfg, tmp_path / "two", rope_scaling=SCALED, rope_parameters=PLAIN)
     cfg.trainer.init = str(two)
     for read in (
         lambda: text_config(ModelConfig(name="t", path=str(two))),
