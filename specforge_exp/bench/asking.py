@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,8 +12,14 @@ from specforge_exp.bench.speculative import Decoding
 from specforge_exp.config import Config
 from specforge_exp.data.chat import Message, eos_token_ids, prompt_ids
 
-Conversation = list[list[Message]]
-"""What is asked, turn by turn."""
+
+class Talk(NamedTuple):
+    """What is asked."""
+
+    asks: list[list[Message]]
+    """Turn by turn."""
+    tools: list[Any] | None = None
+    """That its prompts describe."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,9 @@ class Asking:
     seed: int
     """Of the samples."""
 
-    def encode(self, messages: list[Message]) -> list[int]:
+    def encode(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
         """The prompt of a conversation so far."""
-        return prompt_ids(self.tokenizer, messages, self.template_kwargs)
+        return prompt_ids(self.tokenizer, messages, self.template_kwargs, tools)
 
     def sampled(self, place: str) -> Decoding:
         """`decoding` with the seed of one answer, whatever is asked beside it.
@@ -61,7 +67,7 @@ class SetAnswers:
     """Likewise without it; None: not measured."""
 
 
-BenchEngine = Callable[[Config, Asking, dict[str, list[Conversation]]], dict[str, SetAnswers]]
+BenchEngine = Callable[[Config, Asking, dict[str, list[Talk]]], dict[str, SetAnswers]]
 """What an engine of bench is: the answers to all data sets.
 
 Raises:

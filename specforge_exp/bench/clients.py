@@ -27,7 +27,7 @@ PLAIN: dict[str, Any] = {
     "frequency_penalty": 0.0,
 }  # fmt: skip
 """Nothing but the temperature: a server would add what the model's generation config says."""
-COUNTER = re.compile(r"^vllm:spec_decode_num_(\w+?)(?:_total)?\{(.*)\} (\S+)$", re.MULTILINE)
+COUNTER = re.compile(r"^vllm:(?:spec_decode_num_)?(\w+?)(?:_total)?\{(.*)\} (\S+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -200,11 +200,12 @@ def openai(http: aiohttp.ClientSession, root: str, model: str, several: bool) ->
             return progress.end(int(speculation["num_spec_steps"]), accepted, bool(in_order))
         after = await counters(http, root)
         grown = {name: after[name] - before.get(name, 0.0) for name in after}
-        if several and grown.get("drafts"):
+        own = len(progress.tokens)
+        if grown.get("drafts") and (several or grown.get("generation_tokens", own) != own):
             raise InputError(
-                f"{root} counts the verifications of all requests together: start it with "
-                "--per-request-spec-decode-metrics detailed (vLLM 0.32 and later), or give "
-                "bench.concurrency=1"
+                f"{root} counts the verifications of all requests together, and others were under "
+                "way: start it with --per-request-spec-decode-metrics detailed (vLLM "
+                "0.32 and later), or give bench.concurrency=1 and let nobody else ask"
             )
         return progress.end(int(grown.get("drafts", 0)), accepted_of(grown))
 
@@ -212,7 +213,8 @@ def openai(http: aiohttp.ClientSession, root: str, model: str, several: bool) ->
 
 
 async def counters(http: aiohttp.ClientSession, root: str) -> dict[str, float]:
-    """vLLM's counts of speculation so far, by name and position; empty for other servers."""
+    """vLLM's counts so far, by name (without `spec_decode_num_`) and position; empty for other
+    servers."""
     try:
         async with http.get(f"{root}/metrics") as response:
             text = await response.text() if response.status == 200 else ""

@@ -9,13 +9,14 @@ from tqdm import tqdm
 
 from specforge_exp import paths
 from specforge_exp.bench.acceptance import PairedAnswer, overlap
-from specforge_exp.bench.asking import Asking, Conversation, SetAnswers
+from specforge_exp.bench.asking import Asking, SetAnswers, Talk
 from specforge_exp.bench.speculative import generate, speculate
 from specforge_exp.config import Config, locate
 from specforge_exp.data.chat import Message
 from specforge_exp.target import (
     Target,
     check_length,
+    check_rotary,
     load_target,
     load_tokenizer,
     set_up_torch,
@@ -30,16 +31,20 @@ class Pair(NamedTuple):
     draft: Any
 
 
-def answer(
-    cfg: Config, asking: Asking, sets: dict[str, list[Conversation]]
-) -> dict[str, SetAnswers]:
+def answer(cfg: Config, asking: Asking, sets: dict[str, list[Talk]]) -> dict[str, SetAnswers]:
     """As `asking.BenchEngine`."""
-    pair = load_pair(cfg, paths.export_dir(cfg), cfg.bench.dtype)
+    pair = load_pair(cfg, paths.export_dir(cfg), cfg.bench.dtype, cfg.bench.max_length)
     return {name: answer_all(name, asks, asking, pair) for name, asks in sets.items()}
 
 
-def load_pair(cfg: Config, folder: Path | None, dtype: str) -> Pair:
-    """Load the target in this dtype and the draft exported to `folder`; None: no draft.
+def load_pair(cfg: Config, folder: Path | None, dtype: str, most: int | None = None) -> Pair:
+    """Load a target and its draft.
+
+    Args:
+        cfg: which.
+        folder: where the draft was exported to; None: no draft.
+        dtype: of the target.
+        most: bench.max_length; None: max_length counts.
 
     Raises:
         InputError: they cannot be loaded, or do not fit each other.
@@ -47,7 +52,9 @@ def load_pair(cfg: Config, folder: Path | None, dtype: str) -> Pair:
     device = set_up_torch(cfg)
     kind = locate(cfg.draft._target_)
     feeds = partial(kind.target_layers, cfg.draft) if folder else None
-    check_length(cfg.model, cfg.max_length)
+    check_length(cfg.model, most or cfg.max_length, "bench.max_length" if most else "max_length")
+    if folder:
+        check_rotary(folder)
     target = load_target(cfg.model, device, dtype, feeds=feeds)
     target.tokens = max(load_tokenizer(cfg.model).get_vocab().values()) + 1
     target.check_decoding()
@@ -58,15 +65,13 @@ def load_pair(cfg: Config, folder: Path | None, dtype: str) -> Pair:
     return Pair(target, draft)
 
 
-def answer_all(
-    name: str, conversations: list[Conversation], asking: Asking, pair: Pair
-) -> SetAnswers:
+def answer_all(name: str, conversations: list[Talk], asking: Asking, pair: Pair) -> SetAnswers:
     """Answer each conversation's turns; the very first prompt once more before, to warm up."""
     generator = torch.Generator().manual_seed(asking.seed)
     answers = [
-        converse(asks, asking, pair, generator)
-        for asks in tqdm(
-            [conversations[0][:1], *conversations],
+        converse(talk, asking, pair, generator)
+        for talk in tqdm(
+            [conversations[0]._replace(asks=conversations[0].asks[:1]), *conversations],
             desc=f"bench {name}",
             unit="prompt",
             disable=None,
@@ -78,7 +83,7 @@ def answer_all(
 
 
 def converse(
-    asks: Conversation, asking: Asking, pair: Pair, generator: torch.Generator
+    talk: Talk, asking: Asking, pair: Pair, generator: torch.Generator
 ) -> list[PairedAnswer]:
     """Ask in turn, with the draft and alone, each time after the drafted answer to the one before.
 
@@ -87,8 +92,8 @@ def converse(
     requests: list[PairedAnswer] = []
     messages: list[Message] = []
     target, draft, decoding = pair.target, pair.draft, asking.decoding
-    for ask in asks:
-        prompt = asking.encode(messages := [*messages, *ask])
+    for ask in talk.asks:
+        prompt = asking.encode(messages := [*messages, *ask], talk.tools)
         if len(prompt) > asking.room:
             break
         drafted = speculate(target, draft.decoder(), draft.draft_ids_D, prompt, decoding, generator)

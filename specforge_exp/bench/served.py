@@ -21,7 +21,7 @@ from tqdm import tqdm
 from specforge_exp import paths
 from specforge_exp.bench import clients
 from specforge_exp.bench.acceptance import PairedAnswer, overlap
-from specforge_exp.bench.asking import Asking, Conversation, SetAnswers
+from specforge_exp.bench.asking import Asking, SetAnswers, Talk
 from specforge_exp.bench.clients import Client
 from specforge_exp.config import Config, locate
 from specforge_exp.config.machine import script
@@ -50,19 +50,17 @@ Converse = Callable[[], Awaitable[list[Exchange]]]
 """Carries out a conversation."""
 
 
-def answer(
-    cfg: Config, asking: Asking, sets: dict[str, list[Conversation]]
-) -> dict[str, SetAnswers]:
+def answer(cfg: Config, asking: Asking, sets: dict[str, list[Talk]]) -> dict[str, SetAnswers]:
     """As `asking.BenchEngine`."""
     return asyncio.run(answer_sets(cfg, asking, sets))
 
 
 async def answer_sets(
-    cfg: Config, asking: Asking, sets: dict[str, list[Conversation]]
+    cfg: Config, asking: Asking, sets: dict[str, list[Talk]]
 ) -> dict[str, SetAnswers]:
     """Everything with the draft; then the prompts that this has led to, alone."""
     size, drafted = cfg.bench.concurrency, dict[str, Answers]()
-    first = [asking.encode(asks[0]) for asks in next(iter(sets.values()))[:size]]
+    first = [asking.encode(talk.asks[0], talk.tools) for talk in next(iter(sets.values()))[:size]]
 
     async def warm_up(client: Client) -> None:
         await asyncio.gather(*(client(prompt, asking.decoding) for prompt in first))
@@ -71,8 +69,8 @@ async def answer_sets(
         await warm_up(client)
         for name, conversations in sets.items():
             jobs = [
-                partial(converse, client, asking, asks, f"{name}/{number}")
-                for number, asks in enumerate(conversations)
+                partial(converse, client, asking, talk, f"{name}/{number}")
+                for number, talk in enumerate(conversations)
             ]
             drafted[name] = await carry_out(f"bench {name}", jobs, size)
             check_speculated(cfg, name, drafted[name][0])
@@ -154,15 +152,15 @@ def server_of(cfg: Config, alone: bool, folder: Path) -> Server:
     return make_servers(cfg, folder, draft)[0]
 
 
-async def converse(client: Client, asking: Asking, asks: Conversation, name: str) -> list[Exchange]:
+async def converse(client: Client, asking: Asking, talk: Talk, name: str) -> list[Exchange]:
     """Ask the turns of the conversation `name`, each after the answer to the one before.
 
     Ends before a turn for which there is no room.
     """
     turns: list[Exchange] = []
     messages: list[Message] = []
-    for ask in asks:
-        prompt = asking.encode(messages := [*messages, *ask])
+    for ask in talk.asks:
+        prompt = asking.encode(messages := [*messages, *ask], talk.tools)
         if len(prompt) > asking.room:
             break
         decoding = asking.sampled(f"{name}/{len(turns)}")

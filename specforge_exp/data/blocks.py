@@ -29,7 +29,7 @@ from specforge_exp.data.chat import (
     eos_token_ids,
 )
 from specforge_exp.data.conversations import normalise
-from specforge_exp.data.messages import reasoning_of, split_thoughts
+from specforge_exp.data.messages import is_given, reasoning_of, split_thoughts
 from specforge_exp.data.tokens import Ints, arrays_of
 from specforge_exp.errors import InputError
 from specforge_exp.records import digest_of, replacing, write_whole
@@ -153,10 +153,10 @@ def cut_answers(record: dict[str, Any], cfg: Config) -> set[int]:
 def own_answers(record: dict[str, Any]) -> list[int]:
     """Which answers of a regenerated conversation, from 1, are the model's own."""
     answers = [m for m in record["conversations"] if m["role"] == "assistant"]
-    calls = {number for number, m in enumerate(answers, 1) if m.get("tool_calls")}
+    own = {number for number, m in enumerate(answers, 1) if not is_given(m)}
     if record["finish_reasons"][-1] == "tool_calls":  # that one is, calls before it are the data's
-        calls.discard(len(answers))
-    return [number for number in range(1, len(answers) + 1) if number not in calls]
+        own.add(len(answers))
+    return sorted(own)
 
 
 def compare_prompts(record: dict[str, Any], encoded: Encoded, account: Counter[str]) -> None:

@@ -147,10 +147,11 @@ def opened(chat: Chat, record: Message) -> Conversation:
     for number, at in enumerate(answers, 1):
         if chat.last_turn_only and number < len(answers):
             continue
-        said = (
-            messages[at]["content"].strip(),
-            *map(messages[at].get, ("tool_calls", REASONING[0])),
-        )
+        message = messages[at]
+        if message.get("weight") == 0:
+            talk.left_out.append("an answer has the weight 0")
+            continue
+        said = message["content"].strip(), *map(message.get, ("tool_calls", REASONING[0]))
         if not any(said):
             talk.left_out.append("an answer is empty")
             continue
@@ -159,7 +160,7 @@ def opened(chat: Chat, record: Message) -> Conversation:
         except Unrenderable:  # nobody asked, or not in a way that the template knows
             talk.left_out.append("no prompt can be made of what stands before an answer")
             continue
-        talk.waiting.append(Turn(number, at + 1, messages[at], prompt))
+        talk.waiting.append(Turn(number, at + 1, message, prompt))
     return talk
 
 

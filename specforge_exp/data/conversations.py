@@ -3,7 +3,7 @@
     {"id": str, "conversations": [{"role": "system|user|assistant|tool", "content": str, ...}, ...]}
 
 ShareGPT's from/value pairs and OpenAI's `messages` are accepted on input. `tools` of the record
-and `tool_calls` and `reasoning_content` of its messages stay.
+and `tool_calls`, `reasoning_content` and `weight` of its messages stay.
 """
 
 import hashlib
@@ -36,12 +36,13 @@ def normalise(record: Any) -> dict[str, Any]:
     """One conversation in the project's form.
 
     Keeps extra keys of the record and of its messages (tool calls, categories). `tools` becomes a
-    list, a `system` text beside the messages becomes the first of them. A record without an id
-    (see IDS) gets one from its content, so the same conversation always has the same id.
+    list, OpenAI's older `functions` too; a `system` text beside the messages becomes the first of
+    them, `images` and the like `image`. A record without an id (see IDS) gets one from its content,
+    so the same conversation always has the same id.
 
     Raises:
-        BadRecord: it has no messages, an unknown role, content that is not text or `tools` that
-            are not a JSON list.
+        BadRecord: it has no messages, an unknown role, content that is not text, `tools` that are
+            not a JSON list, a weight that is neither 0 nor 1, or options of a chat template.
     """
     if not isinstance(record, dict):
         raise BadRecord(f"a {type(record).__name__} where an object was expected")
@@ -54,9 +55,15 @@ def normalise(record: Any) -> dict[str, Any]:
     named = next((key for key in IDS if record.get(key) is not None), "id")
     ours = ("id", "conversations", named, list_key)
     rest = {key: value for key, value in record.items() if key not in ours}
-    if "tools" in rest:
-        tools = normalise_tools(rest.pop("tools"))
-        rest |= {"tools": tools} if tools else {}
+    if rest.get("chat_template_kwargs"):
+        raise BadRecord("its own chat_template_kwargs; give model.chat_template_kwargs")
+    functions = normalise_tools(rest.pop("functions", None))
+    wrapped = [{"type": "function", "function": each} for each in functions]
+    if tools := normalise_tools(rest.pop("tools", None)) or wrapped:
+        rest["tools"] = tools
+    for key in ("images", "videos", "audios"):
+        if rest.get(key):
+            rest["image"] = rest.pop(key)
     if isinstance(rest.get("system"), str):
         system = rest.pop("system")
         if system.strip() and messages[0]["role"] != "system":
@@ -77,17 +84,21 @@ def normalise_message(message: Any) -> dict[str, Any]:
     if not isinstance(role, str) or role not in ROLES:
         raise BadRecord(f"unknown role {role!r}; valid: {', '.join(ROLES)}")
     content = message.get("content", message.get("value"))
-    if content is None and message.get("tool_calls"):
+    rest = {k: v for k, v in message.items() if k not in ("role", "from", "content", "value")}
+    if call := rest.pop("function_call", None):  # OpenAI's, before there were tools
+        rest["tool_calls"] = [{"type": "function", "function": call}]
+    if content is None and rest.get("tool_calls"):
         content = ""
     if not isinstance(content, str):
         raise BadRecord(f"the content of a {role} message is not text")
-    rest = {k: v for k, v in message.items() if k not in ("role", "from", "content", "value")}
-    if rest.get("tool_calls") == []:  # templates ask whether it is there
-        del rest["tool_calls"]
-    if role in ("function_call", "tool_call"):
-        calls = called(content)
-        if calls:
-            content, rest["tool_calls"] = "", calls
+    for name in ("weight", "loss"):  # OpenAI's and Mistral's word, and ms-swift's
+        weight = rest.pop(name, None)
+        if weight not in (None, 0, 1):
+            raise BadRecord(f"the `{name}` of a message is neither 0 nor 1: {weight!r}")
+        if weight == 0:
+            rest["weight"] = 0
+    if role in ("function_call", "tool_call") and (calls := called(content)):
+        content, rest["tool_calls"] = "", calls
     return {"role": ROLES[role], "content": content, **rest}
 
 

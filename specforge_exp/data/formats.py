@@ -8,7 +8,7 @@ from specforge_exp.data.conversations import IDS, LISTS, BadRecord, encode, norm
 from specforge_exp.data.files import RAW_CHARACTERS, Columns, Raw, Rejected
 
 MARK = "<image>"
-MORE = "system tools image url source"
+MORE = "system tools functions image url source"
 """Columns that are kept beside a conversation."""
 
 Record = dict[str, Any]
@@ -59,6 +59,8 @@ def without_marks(message: Any) -> Any:
 def instruction(value: Any) -> Record:
     """format=instruction: Alpaca's `instruction` (and `input`), and `output` or `response`."""
     asks = text_of(value, "instruction")
+    if value.get("history"):
+        raise BadRecord("`history` is not read; give `messages`")
     if isinstance(value.get("input"), str) and value["input"].strip():
         asks += "\n\n" + value["input"]
     answer = {"role": "assistant", "content": text_of(value, "output", "response")}
@@ -175,7 +177,7 @@ FORMATS = {
     "conversations": Format(as_it_is, DIALOG),
     "image": Format(image, DIALOG),
     "instruction": Format(
-        instruction, Columns("instruction", "input output response system tools")
+        instruction, Columns("instruction", "input output response system tools history")
     ),
     "humaneval": Format(humaneval, Columns("prompt", "task_id")),
     "gsm8k": Format(gsm8k, Columns("question prompt")),

@@ -40,9 +40,15 @@ def reasoning_of(message: Message) -> str:
     return next((text for text in texts if isinstance(text, str) and text.strip()), "")
 
 
+def is_given(message: Message) -> bool:
+    """Whether an answer stays as the data has it when the target answers: results follow the call
+    of a tool, and what is not to be learnt (weight 0) is there for what follows it."""
+    return bool(message.get("tool_calls")) or message.get("weight") == 0
+
+
 def readable(message: Message, thinking: str) -> Message:
     """The message as servers hand it to the template: tool calls parsed, thoughts in or out."""
-    if "tool_calls" in message and not message["tool_calls"]:  # templates ask whether it is there
+    if not message.get("tool_calls", True):  # templates ask whether it is there
         message = {key: value for key, value in message.items() if key != "tool_calls"}
     if message["role"] != "assistant":
         return message

@@ -33,9 +33,11 @@ def prompt_text(tokenizer: Any, messages: list[Message], kwargs: dict[str, Any])
     return render(tokenizer, messages, {**kwargs, "add_generation_prompt": True})
 
 
-def prompt_ids(tokenizer: Any, messages: list[Message], kwargs: dict[str, Any]) -> list[int]:
-    """`prompt_text` as token ids."""
-    text = prompt_text(tokenizer, messages, kwargs)
+def prompt_ids(
+    tokenizer: Any, messages: list[Message], kwargs: dict[str, Any], tools: Any = None
+) -> list[int]:
+    """`prompt_text` as token ids; `tools` are described in it."""
+    text = prompt_text(tokenizer, messages, {**kwargs, "tools": tools} if tools else kwargs)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 

@@ -94,7 +94,7 @@ class Engine(Protocol):
         """The answer; any number may be under way.
 
         Raises:
-            Refused: this request will not be answered.
+            Refused, Unrenderable: this request will not be answered.
             Failed: it was not answered, retries included.
             ServerDied: the engine's own server ended; the next request starts it again.
             Unreachable: there is no server, or it stays too busy.

@@ -14,7 +14,8 @@ import aiohttp
 import orjson
 
 from specforge_exp.config import Config
-from specforge_exp.data.messages import reasoning_of
+from specforge_exp.data.conversations import encode
+from specforge_exp.data.messages import readable, reasoning_of
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import (
     Answer,
@@ -28,9 +29,11 @@ from specforge_exp.generation.engine import (
 from specforge_exp.serving.server import connections
 
 T = TypeVar("T")
-MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+MESSAGE_KEYS = "role content name tool_calls tool_call_id reasoning_content".split()
 OFF = {"top_k": 0, "min_p": 0.0, "ignore_eos": False, "repetition_penalty": 1.0}
 """Settings that are not sent with this value: OpenAI's own servers know none of them."""
+BROKEN = "abort error content_filter repetition".split()
+"""Why an answer ended where the model would have gone on, other than at max_tokens."""
 BUSY = (429, 502, 503, 504)
 SETTINGS = (401, 403, 404)
 FIRST_CONTACT = 10.0
@@ -179,7 +182,7 @@ class OpenAIEngine:
         """One attempt at an answer."""
         body: dict[str, Any] = {
             "model": self.names[server].result(),
-            "messages": [{k: m[k] for k in MESSAGE_KEYS if k in m} for m in request.messages],
+            "messages": list(map(sent, request.messages)),
             "seed": request.seed,
         }
         for name, value in vars(request.sampling).items():
@@ -195,8 +198,19 @@ class OpenAIEngine:
         return parse(content)
 
 
+def sent(message: Message) -> Message:
+    """A message as OpenAI's interface has it, where the arguments of a call are text: servers make
+    objects of them for their templates. Raises Unrenderable."""
+    shown = readable(message, "in")
+    for call in shown.get("tool_calls", []) * (shown["role"] == "assistant"):
+        inner = call.get("function", call)
+        text = encode(inner["arguments"]).decode()
+        call |= {"type": "function", "function": {**inner, "arguments": text}}
+    return {key: shown[key] for key in MESSAGE_KEYS if key in shown}
+
+
 def parse(content: bytes) -> Answer:
-    """The answer in a response; raises Failed when it is none."""
+    """The answer in a response; raises Failed when it is none, or was broken off."""
     try:
         response = orjson.loads(content)
         choice = response["choices"][0]
@@ -210,8 +224,10 @@ def parse(content: bytes) -> Answer:
             raise TypeError("its content is not text")
         usage = response.get("usage") or {}
         details = usage.get("prompt_tokens_details") or {}
+        if (reason := str(choice["finish_reason"])) in BROKEN:
+            raise Failed(f"it was broken off: {reason}")
         return Answer(
-            message, str(choice["finish_reason"]), int(usage.get("prompt_tokens") or 0),
+            message, reason, int(usage.get("prompt_tokens") or 0),
             int(usage.get("completion_tokens") or 0), int(details.get("cached_tokens") or 0),
         )  # fmt: skip
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:

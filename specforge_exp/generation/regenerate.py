@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from specforge_exp.data.messages import split_thoughts
+from specforge_exp.data.messages import Unrenderable, is_given, split_thoughts
 from specforge_exp.generation.engine import Answer, Failed, Message, Refused, Request, Sampling
 
 Record = dict[str, Any]
@@ -54,8 +54,8 @@ class Stop(Exception):
 async def regenerate(item: Item, rules: Rules, ask: Ask) -> Record:
     """The conversation with the target's own answers, or as it was with the reason as `error`.
 
-    A conversation that ends with a user turn gets one more answer. Answers that call tools stay,
-    as the results that follow belong to them.
+    A conversation that ends with a user turn gets one more answer. Answers that call tools stay, as
+    the results that follow belong to them, and those with weight 0, which nothing learns.
     """
     record = item.record
     turns = list(record["conversations"])
@@ -65,20 +65,20 @@ async def regenerate(item: Item, rules: Rules, ask: Ask) -> Record:
     answers: list[Answer] = []
     try:
         for turn in turns:
-            if turn["role"] != "assistant" or turn.get("tool_calls"):
+            if turn["role"] != "assistant" or is_given(turn):
                 messages.append(turn)
                 continue
             answers.append(await one_answer(item, messages, rules, ask, answers))
             messages.append(answers[-1].message)
             if answers[-1].finish_reason == "tool_calls":
                 raise Stop("it calls a tool, whose result nobody knows")
-    except (Stop, Refused, Failed) as error:
+    except (Stop, Refused, Unrenderable, Failed) as error:
         if not answers or isinstance(error, Failed):
             return {"error": str(error), **record}
         while messages[-1] is not answers[-1].message:
             messages.pop()
     if not answers:
-        return {"error": "nothing to answer: only answers that call tools", **record}
+        return {"error": "nothing to answer: only calls of tools or weights of 0", **record}
     return {
         **record,
         "conversations": messages,
@@ -92,7 +92,7 @@ async def regenerate(item: Item, rules: Rules, ask: Ask) -> Record:
 async def one_answer(
     item: Item, messages: list[Message], rules: Rules, ask: Ask, before: list[Answer]
 ) -> Answer:
-    """The next answer; raises Stop, Refused or Failed."""
+    """The next answer; raises Stop, Refused, Unrenderable or Failed."""
     record = item.record
     check_room(record, messages, rules, before)
     for attempt in range(rules.attempts):

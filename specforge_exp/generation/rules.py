@@ -9,9 +9,9 @@ from transformers import GenerationConfig
 
 from specforge_exp.artifacts import cached, model_digest
 from specforge_exp.config import Config, ModelConfig
-from specforge_exp.data.chat import Unrenderable, prompt_ids, readable
+from specforge_exp.data.chat import prompt_ids, readable
 from specforge_exp.errors import InputError
-from specforge_exp.generation.engine import Message, Refused, Sampling
+from specforge_exp.generation.engine import Message, Sampling
 from specforge_exp.generation.regenerate import Record, Rules
 from specforge_exp.serving.command import answering
 from specforge_exp.target.files import generation_config, load_tokenizer
@@ -91,12 +91,8 @@ def counter(model: ModelConfig, kwargs: dict[str, Any]) -> Callable[[Record, lis
         return load_tokenizer(model)
 
     def count(record: Record, messages: list[Message]) -> int:
-        tools = {"tools": record["tools"]} if record.get("tools") else {}
-        try:
-            shown = [readable(message, "in") for message in messages]
-            return len(prompt_ids(tokenizer(), shown, {**kwargs, **tools}))
-        except Unrenderable as error:
-            raise Refused(str(error)) from None
+        shown = [readable(message, "in") for message in messages]
+        return len(prompt_ids(tokenizer(), shown, kwargs, record.get("tools")))
 
     return count
 

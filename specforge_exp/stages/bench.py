@@ -24,7 +24,7 @@ from specforge_exp.artifacts import (
 )
 from specforge_exp.bench import in_process, served
 from specforge_exp.bench.acceptance import summarise, training_ngrams
-from specforge_exp.bench.asking import Asking, BenchEngine, Conversation, asking_of
+from specforge_exp.bench.asking import Asking, BenchEngine, Talk, asking_of
 from specforge_exp.bench.published import same_setting
 from specforge_exp.bench.sets import BenchSets, bench_sets, prompt_digests
 from specforge_exp.bench.table import table
@@ -129,9 +129,8 @@ def measure(cfg: Config) -> dict[str, Any]:
             answers.requests, cfg.chain_length, own.bootstrap, own.temperature == 0, own.average,
             (answers.seconds, answers.seconds_alone),
         )  # fmt: skip
-        left_out[f"{name} (later turns)"] += sum(map(len, conversations[name])) - len(
-            answers.requests
-        )
+        turns = sum(len(talk.asks) for talk in conversations[name])
+        left_out[f"{name} (later turns)"] += turns - len(answers.requests)
     average = sum(d["accepted_length"] for d in figures.values()) / len(figures)
     return {
         "target": cfg.model.path, "draft": str(paths.export_dir(cfg)), "datasets": figures,
@@ -139,7 +138,7 @@ def measure(cfg: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fitting(sets: BenchSets, asking: Asking, cfg: Config) -> dict[str, list[Conversation]]:
+def fitting(sets: BenchSets, asking: Asking, cfg: Config) -> dict[str, list[Talk]]:
     """What is asked, by data set: prompts of a suite that are too long are left out.
 
     Raises:
@@ -148,16 +147,17 @@ def fitting(sets: BenchSets, asking: Asking, cfg: Config) -> dict[str, list[Conv
     own, conversations = cfg.bench, {}
     limit = f"max_length={asking.room + own.max_tokens} with bench.max_tokens={own.max_tokens}"
     for name, records in sets.records.items():
-        asks = [asks_of(record)[: 1 if own.turns == "first" else None] for record in records]
-        lengths = [len(asking.encode(ask[0])) for ask in asks]
+        turns = 1 if own.turns == "first" else None
+        talks = [Talk(asks_of(record)[:turns], record.get("tools")) for record in records]
+        lengths = [len(asking.encode(talk.asks[0], talk.tools)) for talk in talks]
         long = [number for number, length in enumerate(lengths) if length > asking.room]
         if long and not own.suite:
             raise InputError(
                 f"bench data set {name}: the prompt {records[long[0]]['id']} has "
                 f"{lengths[long[0]]} tokens, too many for {limit}"
             )
-        if len(long) < len(asks):
-            conversations[name] = [ask for number, ask in enumerate(asks) if number not in long]
+        if len(long) < len(talks):
+            conversations[name] = [talk for number, talk in enumerate(talks) if number not in long]
     if not conversations:
         raise InputError(f"bench: no prompt fits {limit}")
     return conversations

@@ -44,6 +44,7 @@ from specforge_exp.target import (
     Target,
     check_gpus,
     check_length,
+    check_rotary,
     load_target,
     take_what_is_there,
 )
@@ -270,8 +271,7 @@ def of_no_use(reasons: dict[str, dict[str, int]]) -> str:
 
 def objectives(cfg: Config, record: dict[str, Any]) -> float | tuple[float, ...]:
     """The values that `objectives` names, one by itself, from a run's record."""
-    processes = record.get("processes", cfg.trainer.gpus)
-    gpu_hours = processes * record.get("seconds", 0.0) / 3600
+    gpu_hours = record.get("processes", cfg.trainer.gpus) * record.get("seconds", 0.0) / 3600
     results = {**record["evaluation"], "gpu_hours": gpu_hours}
     values = tuple(float(results[name]) for name in cfg.objectives)
     return values if len(values) > 1 else values[0]
@@ -288,9 +288,9 @@ def states_of(
     if cfg.target.pack_tokens is not None:
         target.take_packing()
     folder = paths.features_dir(cfg)
-    if cfg.target.compile and not (cfg.target.cache == "disk" and (folder / "index.json").exists()):
+    if cfg.target.compile and cfg.target.cache != "disk":
         target.compile_layers()
-    features = partial(target.states, most=cfg.target.pack_tokens)
+    features = partial(target.states, most=cfg.target.pack_tokens, compiled=cfg.target.compile)
     together = cfg.target.shard and run.ranks.world > 1
     if cfg.target.cache == "none":
         return computed_together(features, run.ranks) if together else computed(features)
@@ -394,6 +394,7 @@ def fingerprint_of(cfg: Config, tokens: Path) -> Fingerprint:
     }
     if (origin := cfg.draft.origin) is not None:
         inputs["draft.path"] = model_digest(origin)
-    if cfg.trainer.init is not None:
-        inputs["trainer.init"] = sha256(initial_weights(cfg, cfg.trainer.init))
+    if (init := cfg.trainer.init) is not None:
+        inputs["trainer.init"] = sha256(weights := initial_weights(cfg, init))
+        check_rotary(weights.parent)
     return Fingerprint(inputs, training_settings(cfg))

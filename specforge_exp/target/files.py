@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from specforge_exp.artifacts import files_of
+from specforge_exp.artifacts import files_of, read_object
 from specforge_exp.config import ModelConfig
 from specforge_exp.errors import InputError, first_line
 from specforge_exp.offline import offline
@@ -23,9 +23,31 @@ def text_config(cfg: ModelConfig) -> Any:
             f"model.path={cfg.path} is a file; a model is a folder with config.json, or a hub id"
         )
     try:
-        return AutoConfig.from_pretrained(cfg.path, trust_remote_code=False).get_text_config()
+        config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=False).get_text_config()
     except (OSError, ValueError) as error:
         raise InputError(not_loadable(cfg, error)) from None
+    if folder := files_of(cfg.path):
+        check_rotary(folder)
+    return config
+
+
+def check_rotary(folder: Path) -> None:
+    """Refuse a config.json whose older and newer description of the rotary embedding differ: each
+    reader takes one of them.
+
+    Raises:
+        InputError: it names both.
+    """
+    file = folder / "config.json"
+    content = read_object(file) if file.exists() else {}
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        old, new = part.get("rope_scaling") or {}, part.get("rope_parameters") or {}
+        said = {"rope_theta": 1e4, "rope_type": old.get("type", "default"), **part, **old}
+        if old and any(said.get(key) != value for key, value in new.items()):
+            raise InputError(
+                f"{file}: rope_scaling={old} with rope_theta={said['rope_theta']} is not "
+                f"rope_parameters={new}: leave one out"
+            )
 
 
 def generation_config(path: str) -> GenerationConfig:

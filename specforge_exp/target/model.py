@@ -210,13 +210,18 @@ class Target:
             )
 
     @torch.no_grad()
-    def states(self, texts: list[Tensor], most: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    def states(
+        self, texts: list[Tensor], most: int | None = None, compiled: bool = False
+    ) -> list[tuple[Tensor, Tensor]]:
         """`features` of conversations [T], each seeing itself alone: [T, A] and [T, H].
 
         Args:
             texts: their tokens.
             most: tokens of those in one forward, after `take_packing`; None: one by one.
+            compiled: `compile_layers` first, where they are not.
         """
+        if compiled and not self.compiled:
+            self.compile_layers()
         if most is None:
             pairs = [self.features(ids_T[None].to(self.device)) for ids_T in texts]
             return [(aux_1TA[0], last_1TH[0]) for aux_1TA, last_1TH in pairs]

@@ -100,8 +100,13 @@ def turning_point(text: Any) -> int | None:
     return min(filter(None, points), default=None)
 
 
-def check_length(cfg: ModelConfig, max_length: int) -> str | None:
+def check_length(cfg: ModelConfig, max_length: int, option: str = "max_length") -> str | None:
     """What is to be said about conversations of this length; None: nothing.
+
+    Args:
+        cfg: the target.
+        max_length: tokens.
+        option: which says so.
 
     Raises:
         InputError: the target rotates otherwise from a shorter length on: a training, a decoder and
@@ -115,9 +120,9 @@ def check_length(cfg: ModelConfig, max_length: int) -> str | None:
             kind for kind in (r.get("rope_type") for r in rotaries(text)) if kind in CHANGING
         )
         raise InputError(
-            f"max_length={max_length}, but from {change} tokens on the rotary embedding of "
+            f"{option}={max_length}, but from {change} tokens on the rotary embedding of "
             f"model.path={cfg.path} ({kind}) is another one, also for the tokens before, and "
-            f"engines disagree when; use max_length={change} or less"
+            f"engines disagree when; use {option}={change} or less"
         )
     if context is None or max_length <= context:
         return None

@@ -1,16 +1,20 @@
-"""How bench asks: the seeds of what a server samples."""
+"""How bench asks: the seeds of what a server samples, and whose counts they are."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from specforge_exp.bench import clients
-from specforge_exp.bench.asking import Asking
+from specforge_exp.bench.asking import Asking, Talk
 from specforge_exp.bench.served import converse, repeat
 from specforge_exp.bench.speculative import Decoding
+from specforge_exp.errors import InputError
+from specforge_exp.serving.server import connections
 
 
 def test_samples_follow_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,12 +42,13 @@ def test_samples_follow_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
         """By conversation and whether alone, those of its two turns."""
         tokenizer: Any = SimpleNamespace(decode=lambda *_, **__: "")
         asking = Asking(tokenizer, Decoding(4, temperature=temperature), {}, None, 9, seed)
-        monkeypatch.setattr(Asking, "encode", lambda self, messages: [1])
+        monkeypatch.setattr(Asking, "encode", lambda self, messages, tools: [1])
         found: dict[Any, Any] = {}
         for number in order:
             bodies.clear()
             asks = [[{"role": "user", "content": "a"}]] * 2
-            turns = asyncio.run(converse(speaking[name], asking, asks, f"set/{number}"))
+            talk = Talk(asks)
+            turns = asyncio.run(converse(speaking[name], asking, talk, f"set/{number}"))
             asyncio.run(repeat(speaking[name], asking, turns, f"set/{number}"))
             said = [body.get("sampling_params", body).get(name) for body in bodies]
             found |= {(number, False): said[:2], (number, True): said[2:]}
@@ -57,3 +62,42 @@ def test_samples_follow_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
         others = [seed for turns in seeds(name, 1, 1.0, [0, 1]).values() for seed in turns]
         assert not set(every) & set(others)
         assert seeds(name, 0, 0.0, [0]) == {(0, False): [None] * 2, (0, True): [None] * 2}
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_what_others_ask_meanwhile_is_noticed(others: int) -> None:
+    """vLLM's /metrics counts the verifications of all requests together."""
+    drafts, tokens, labels = 7, 100, '{engine="0"}'
+
+    async def completions(_: web.Request) -> web.Response:
+        nonlocal drafts, tokens
+        drafts, tokens = drafts + 2, tokens + 5 + others
+        event = {"choices": [{"token_ids": [1, 2, 3, 4, 5], "text": "x"}]}
+        return web.Response(text=f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n")
+
+    async def metrics(_: web.Request) -> web.Response:
+        counts = {"spec_decode_num_drafts_total": drafts, "generation_tokens_total": tokens}
+        lines = [f"vllm:{name}{labels} {count}.0\n" for name, count in counts.items()]
+        return web.Response(
+            text="".join([*lines, f"vllm:generation_tokens_created{labels} 1.7e9\n"])
+        )
+
+    async def asked() -> clients.ServedAnswer:
+        app = web.Application()
+        app.router.add_post("/v1/completions", completions)
+        app.router.add_get("/metrics", metrics)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        try:
+            async with connections(60.0, None) as http:
+                root = f"http://127.0.0.1:{runner.addresses[0][1]}"
+                return await clients.openai(http, root, "m", False)([1], Decoding(5))
+        finally:
+            await runner.cleanup()
+
+    if others:
+        with pytest.raises(InputError, match="others were under way"):
+            asyncio.run(asked())
+        return
+    assert asyncio.run(asked()).verified == 2

@@ -20,7 +20,7 @@ from scipy.stats import chisquare
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from specforge_exp.config import Config
-from specforge_exp.data.chat import prompt_ids
+from specforge_exp.data.chat import Unrenderable, prompt_ids
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Failed, Refused, Request, Sampling
 from specforge_exp.generation.local.batcher import Batcher, Generated
@@ -340,7 +340,7 @@ def test_the_engine_renders_and_decodes(
         long = [{"role": "user", "content": "apples " * 3000}]
         with pytest.raises(Refused, match="the context of 2048"):
             await engine.answer(Request(long, Sampling()))
-        with pytest.raises(Refused, match="chat template"):
+        with pytest.raises(Unrenderable, match="chat template"):
             await engine.answer(Request([{"role": "user"}], Sampling()))
         await engine.close()
 
@@ -367,7 +367,7 @@ def test_arguments_of_tool_calls_are_read_as_servers_read_them(
 
     async def both() -> int:
         answer = await engine.answer(request)
-        with pytest.raises(Refused, match="arguments are no JSON"):
+        with pytest.raises(Unrenderable, match="arguments are no JSON"):
             await engine.answer(replace(request, messages=[{**said, "tool_calls": [broken]}]))
         await engine.close()
         return answer.prompt_tokens

@@ -25,7 +25,7 @@ from specforge_exp.bench.acceptance import (
     summarise,
     training_ngrams,
 )
-from specforge_exp.bench.asking import asking_of
+from specforge_exp.bench.asking import Talk, asking_of
 from specforge_exp.bench.sets import bench_sets
 from specforge_exp.bench.speculative import Generation
 from specforge_exp.config import Config, Source
@@ -246,7 +246,7 @@ def test_samples_follow_the_seed(
     monkeypatch.setattr(in_process, "converse", converse)
     asking = asking_of(replace(cfg, seed=3), tiny_tokenizer, None)
     pair: Any = in_process.Pair
-    in_process.answer_all("stories", [[[]]], asking, pair)
+    in_process.answer_all("stories", [Talk([[]])], asking, pair)
     assert seeds == [3, 3]
 
 

@@ -1,5 +1,6 @@
 """The suite of bench: how each data set words its prompts, where they come from, how they count."""
 
+import asyncio
 import json
 from copy import deepcopy
 from dataclasses import replace
@@ -14,15 +15,17 @@ from hydra.core.config_store import ConfigStore
 
 from specforge_exp import paths
 from specforge_exp.bench.acceptance import PairedAnswer, summarise
-from specforge_exp.bench.asking import Asking, asking_of
+from specforge_exp.bench.asking import Asking, Talk, asking_of
+from specforge_exp.bench.clients import ServedAnswer
 from specforge_exp.bench.in_process import converse, load_pair
-from specforge_exp.bench.sets import SHIPPED, bench_sets
+from specforge_exp.bench.served import converse as ask_server
+from specforge_exp.bench.sets import SHIPPED, BenchSets, bench_sets
 from specforge_exp.bench.speculative import Generation
 from specforge_exp.config import Config, Source, from_omegaconf
 from specforge_exp.data.conversations import asks_of
 from specforge_exp.data.sources import load, spelt_out
 from specforge_exp.errors import InputError
-from specforge_exp.stages.bench import bench
+from specforge_exp.stages.bench import bench, fitting
 from specforge_exp.stages.export import export
 from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.stages.train import train
@@ -287,13 +290,15 @@ def test_long_prompts_of_a_suite_are_counted_and_others_refused(
 
 
 def test_the_second_turn_follows_the_own_answer(exported: Config) -> None:
-    """The prompt of turn 2 holds what the model said to turn 1."""
+    """The prompt of turn 2 holds what the model said to turn 1; both describe the tools."""
     seen: list[list[dict[str, Any]]] = []
+    tools = [{"name": "look"}]
 
     class Watched(Asking):
-        def encode(self, messages: list[dict[str, Any]]) -> list[int]:
+        def encode(self, messages: list[dict[str, Any]], tools: Any = None) -> list[int]:
             seen.append(list(messages))
-            return super().encode(messages)
+            assert tools == talk.tools
+            return super().encode(messages, tools)
 
     setup = asking_of(exported, load_tokenizer(exported.model), None)
     pair = load_pair(exported, paths.export_dir(exported), exported.bench.dtype)
@@ -301,8 +306,9 @@ def test_the_second_turn_follows_the_own_answer(exported: Config) -> None:
     assert narrow.fc.weight.dtype == torch.bfloat16
     assert narrow.rotary.inv_freq.equal(pair.draft.rotary.inv_freq)  # no weight is not rounded
     asks = [[{"role": "user", "content": text}] for text in ("Tell me a story.", "Go on.")]
+    talk = Talk(asks, tools)
     watched = Watched(**vars(setup))
-    first, second = converse(asks, watched, pair, torch.Generator().manual_seed(0))
+    first, second = converse(talk, watched, pair, torch.Generator().manual_seed(0))
     assert first.alone is not None and second.alone is not None
     assert (first.follows, second.follows) == (False, True)
     assert first.with_draft.tokens == first.alone.tokens
@@ -311,7 +317,7 @@ def test_the_second_turn_follows_the_own_answer(exported: Config) -> None:
     assert said.strip()
     assert seen[1] == [*asks[0], {"role": "assistant", "content": said}, *asks[1]]
     without_room = replace(setup, room=len(setup.encode(asks[0])))
-    assert len(converse(asks, without_room, pair, torch.Generator())) == 1
+    assert len(converse(talk, without_room, pair, torch.Generator())) == 1
 
 
 def test_recorded_answers_are_left_to_the_model() -> None:
@@ -324,6 +330,24 @@ def test_recorded_answers_are_left_to_the_model() -> None:
     assert roles(said("system", "user", "assistant")) == [["system", "user"]]
     talk = said("user", "assistant", "user", "assistant", "tool", "assistant", "user")
     assert roles(talk) == [["user"], ["user"], ["user"]]
+
+
+def test_tools_are_described_as_in_training(cfg: Config) -> None:
+    tokenizer, prompts = load_tokenizer(cfg.model), list[str]()
+    tokenizer.chat_template = "{{ (tools or []) | tojson }}{{ messages[0]['content'] }}"
+    user = {"role": "user", "content": "Hi"}
+    tools = [{"name": "look"}]
+    records = [{"id": n, "conversations": [user], "tools": tools} for n in ("a", "b")]
+    asking = asking_of(cfg, tokenizer, None)
+    found = fitting(BenchSets({"own": records}, {}), asking, cfg)["own"]
+
+    async def client(prompt: list[int], _: Any) -> ServedAnswer:
+        prompts.append(tokenizer.decode(prompt))
+        return ServedAnswer(Generation([5], 1.0, [], []), 0)
+
+    for talk in found:
+        asyncio.run(ask_server(client, asking, talk, "own"))
+    assert prompts == ['[{"name": "look"}]Hi'] * 2
 
 
 @pytest.mark.parametrize(("thinking", "expected"), [("off", False), ("on", True), ("model", None)])

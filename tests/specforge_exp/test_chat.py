@@ -111,6 +111,22 @@ def test_answers_and_their_end_are_supervised(tokenizer: Any) -> None:
     ]
 
 
+def test_the_weight_0_is_context(tokenizer: Any) -> None:
+    """OpenAI's word for an answer that is not trained on; what follows it sees it."""
+    messages = dialog("2 + 2?", "5.", "No.", "Sorry: 4.", "Thanks", "Bye.")
+    for left_out in (1, 5):
+        weighed = [m | {"weight": 0} if n == left_out else m for n, m in enumerate(messages)]
+        found = encode(tokenizer, weighed, {}, {tokenizer.eos_token_id})
+        plain = encode(tokenizer, messages, {}, {tokenizer.eos_token_id})
+        assert found.numbers == tuple(n for n in (1, 2, 3) if n != left_out // 2 + 1)
+        assert found.ids == plain.ids[: len(found.ids)]
+        assert found.spans == [plain.spans[n - 1] for n in found.numbers]
+        assert found.left_out == ("an answer has the weight 0",)
+    only = [{**message, "weight": 0} for message in messages]
+    with pytest.raises(Unrenderable, match="an answer has the weight 0"):
+        encode(tokenizer, only, {}, set())
+
+
 @pytest.mark.parametrize("template", [TRIMMING, LAST_THINKS])
 def test_other_templates(tokenizer: Any, template: str) -> None:
     tokenizer.chat_template = template

@@ -13,9 +13,12 @@ from test_train import losses
 from specforge_exp import paths
 from specforge_exp.config import Config, TargetConfig, TrainerConfig
 from specforge_exp.errors import InputError
+from specforge_exp.stages import train as stage
 from specforge_exp.stages.train import train
-from specforge_exp.target import Target
+from specforge_exp.target import Target, load_target
 from specforge_exp.training.checkpoint import step_folders
+from specforge_exp.training.loop import TrainingRun
+from specforge_exp.training.ranks import Ranks
 
 
 @pytest.mark.slow
@@ -70,6 +73,28 @@ def test_a_training(cfg: Config, tokens: Path, monkeypatch: pytest.MonkeyPatch) 
     assert losses(again) == before
     with pytest.raises(InputError, match="hidden states of something else"):
         train(replace(run, run_name="other", target=TargetConfig(cache="disk")))
+
+
+def test_a_cache_that_goes_meanwhile_is_made_compiled(
+    cfg: Config, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the states are there is looked at once, where they are made."""
+    folder = paths.features_dir(cfg)
+    folder.mkdir(parents=True)
+    (folder / "index.json").touch()
+    compiled: list[int] = []
+
+    def make(folder: Path, states: Any, *_: Any) -> None:
+        states([torch.zeros(1).long()])
+
+    monkeypatch.setattr(stage, "make_cache", make)
+    monkeypatch.setattr(stage, "from_disk", lambda *_: None)
+    monkeypatch.setattr(Target, "compile_layers", lambda self: compiled.append(1))
+    cfg.target = TargetConfig(compile=True, cache="disk")
+    run = TrainingRun(folder, stage.fingerprint_of(cfg, tokens), Ranks(0, 1))
+    target = load_target(cfg.model, torch.device("cpu"))
+    stage.states_of(cfg, target, stage.read_tokens(tokens)[1], run)
+    assert compiled
 
 
 @pytest.mark.slow

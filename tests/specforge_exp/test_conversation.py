@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from instant_engine import Instant, rules, said
 
+from specforge_exp.data.messages import Unrenderable
 from specforge_exp.generation.engine import Answer, Failed, Refused, Request, Sampling
 from specforge_exp.generation.regenerate import Item, Record, regenerate
 
@@ -63,6 +64,14 @@ def test_tools_and_their_results_stay() -> None:
     assert engine.asked[0].tools == tools
     only = {"id": "c", "conversations": messages[:2]}
     assert outcome(only, engine)["error"].startswith("nothing to answer")
+
+
+def test_an_answer_with_the_weight_0_stays() -> None:
+    record = talk("2 + 2?", "5.", "No.", "Sorry.")
+    record["conversations"][1]["weight"] = 0
+    found = outcome(record, engine := Instant(reply=lambda request: said("4.")))
+    assert contents(found) == ["2 + 2?", "5.", "No.", "4."] and len(engine.asked) == 1
+    assert found["conversations"][1]["weight"] == 0 and found["finish_reasons"] == ["stop"]
 
 
 def test_an_answer_that_calls_a_tool_is_the_last() -> None:
@@ -142,7 +151,7 @@ def test_a_conversation_ends_where_max_length_is_full() -> None:
     outcome(talk("short"), engine, max_length=2048, count=never)
 
 
-@pytest.mark.parametrize("error", [Refused, Failed])
+@pytest.mark.parametrize("error", [Refused, Unrenderable, Failed])
 def test_an_engine_that_gives_up(error: type[Exception]) -> None:
     """Refused later on, what came before counts; a failure is a failure."""
 
@@ -152,7 +161,7 @@ def test_an_engine_that_gives_up(error: type[Exception]) -> None:
         return said("x")
 
     found = outcome(talk("1", "o", "2", "o"), Instant(reply=second))
-    if error is Refused:
+    if error is not Failed:
         assert contents(found) == ["1", "x"]
     else:
         assert found["error"] == "too long" and contents(found) == ["1", "o", "2", "o"]

@@ -96,11 +96,37 @@ def test_no_tools_leave_no_key(tools: object) -> None:
         ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role"),
         ({"messages": [{"role": "user", "content": [1]}]}, "content of a user message"),
         ({"messages": []}, "no `conversations`"),
+        ({"messages": [{**ASKED, "weight": 0.5}]}, "`weight` of a message is neither .*: 0.5"),
+        ({"messages": [{**ASKED, "loss": "no"}]}, "`loss` of a message is neither 0 nor 1"),
+        ({"messages": [ASKED], "chat_template_kwargs": {"a": 1}}, "model.chat_template_kwargs"),
     ],
 )
 def test_bad_records(record: object, reason: str) -> None:
     with pytest.raises(BadRecord, match=reason):
         normalise(record)
+
+
+def test_openai_s_older_calls_become_tool_calls() -> None:
+    call = {"name": "weather", "arguments": "{}"}
+    answer = {"role": "assistant", "content": None, "function_call": call}
+    result = {"role": "function", "name": "weather", "content": "sunny"}
+    plain = {"role": "assistant", "content": "Sunny.", "function_call": None}
+    messages = [ASKED, answer, result, plain]
+    record = normalise({"messages": messages, "functions": [TOOL["function"]]})
+    _, called, told, said = record["conversations"]
+    assert called["tool_calls"] == [{"type": "function", "function": call}]
+    assert told["role"] == "tool" and record["tools"] == [TOOL]
+    assert "function_call" not in called | said and "functions" not in record
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [({"weight": 0}, {"weight": 0}), ({"weight": 0.0}, {"weight": 0}), ({"weight": 1}, {}),
+     ({"weight": None}, {}), ({"loss": False}, {"weight": 0}), ({"loss": True, "weight": 1.0}, {})],
+)  # fmt: skip
+def test_weights(given: dict[str, Any], kept: dict[str, Any]) -> None:
+    answer = {"role": "assistant", "content": "x"}
+    assert normalise({"messages": [answer | given]})["conversations"] == [answer | kept]
 
 
 def test_an_empty_list_hides_no_other() -> None:

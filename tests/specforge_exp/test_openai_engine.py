@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 
 from specforge_exp.config import Config
+from specforge_exp.data.messages import Unrenderable
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import (
     Answer,
@@ -122,6 +123,27 @@ def test_a_server_is_told_what_its_generation_config_would_do(cfg: Config) -> No
     assert seen["body"]["repetition_penalty"] == 1.1 and "top_k" not in seen["body"]
 
 
+@pytest.mark.parametrize("as_text", [True, False])
+def test_calls_are_sent_as_the_interface_has_them(cfg: Config, as_text: bool) -> None:
+    """Data sets and templates have arguments as objects, servers take text."""
+    arguments = {"city": "Köln", "days": [1, 2]}
+    bare = {"name": "f", "arguments": json.dumps(arguments) if as_text else arguments}
+    calls = [{"id": "1", "function": bare}, bare, {"function": {"name": "g"}}]
+    message = {"role": "assistant", "content": "", "tool_calls": calls, "reasoning": "hm"}
+    told = {"role": "tool", "content": "sun", "tool_call_id": "1", "name": "f"}
+    _, [seen] = ask(cfg, [GOOD], Request([message, told], Sampling()))
+    sent, after = seen["body"]["messages"]
+    assert after == told and sent["reasoning_content"] == "hm"
+    assert [call["type"] for call in sent["tool_calls"]] == ["function"] * 3
+    assert [call.get("id") for call in sent["tool_calls"]] == ["1", None, None]
+    functions = [call["function"] for call in sent["tool_calls"]]
+    assert [json.loads(each["arguments"]) for each in functions] == [arguments, arguments, {}]
+    assert [each["name"] for each in functions] == ["f", "f", "g"]
+    nameless = {"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}
+    with pytest.raises(Unrenderable, match="a tool call has no name"):
+        ask(cfg, [GOOD], Request([nameless], Sampling()))
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
 def test_thoughts_and_tool_calls_come_back(cfg: Config, key: str) -> None:
     """SGLang and vLLM call the thoughts differently; the answer has one name for them."""
@@ -137,7 +159,8 @@ def test_thoughts_and_tool_calls_come_back(cfg: Config, key: str) -> None:
 @pytest.mark.parametrize(
     "bad",
     [(500, {}), b"{not json", b"[]", {"choices": []}, {"choices": [{"message": {"content": 3}}]},
-     {"choices": None}, "sleep"],
+     {"choices": None}, "sleep",
+     {"choices": [{"message": {"content": "hel"}, "finish_reason": "abort"}]}],
     ids=str,
 )  # fmt: skip
 def test_another_attempt_helps(cfg: Config, bad: Any) -> None:

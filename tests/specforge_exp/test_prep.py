@@ -123,6 +123,15 @@ def test_tools_and_pictures_tell_conversations_apart(tmp_path: Path) -> None:
     assert len({r["id"] for r in records}) == 3
 
 
+def test_pictures_by_other_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = [{"images": [name], "conversations": turns("What is this?")} for name in "aba"]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    folder = prep(config(tmp_path, [Source(str(path))], split_eval=0.0))
+    assert [r["image"] for r in read_jsonl(folder / "train.jsonl")] == [["a"], ["b"]]
+    assert "2 conversations are about a picture" in caplog.text
+
+
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     def peak(count: int) -> int:
         source = write(tmp_path / "a.jsonl", *(turns(f"{n} " * 500) for n in range(count)))

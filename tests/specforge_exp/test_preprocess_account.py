@@ -202,6 +202,7 @@ def test_answers_to_other_prompts_are_told_of(cfg: Config, source: Path) -> None
 
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
 DONE = {"role": "tool", "content": "4"}
+FIXED = {"role": "assistant", "content": "Oh.", "weight": 0}
 
 
 @pytest.mark.parametrize(
@@ -212,6 +213,7 @@ DONE = {"role": "tool", "content": "4"}
         ([], ["stop", "stop"], set()),
         ([CALL, DONE], ["stop", "length"], {3}),  # the call is the data's: nobody was asked for it
         ([CALL, DONE], ["length", "stop", "tool_calls"], {1, 2, 3}),  # not told: none has an end
+        ([FIXED], ["stop", "length"], {3}),
     ],
 )
 def test_which_answers_were_cut(
@@ -223,6 +225,22 @@ def test_which_answers_were_cut(
     assert cut_answers(record, cfg) == cut
     cfg.preprocess.source = "prep"
     assert cut_answers(record, cfg) == set()
+
+
+def test_weights_are_counted_or_refused_by_line(cfg: Config, source: Path) -> None:
+    record = say("Hi", "Hello there.", "No", "Well then.")
+    record["conversations"][1]["weight"] = 0
+    put(source, [record])
+    report = json.loads((preprocess(cfg) / "report.json").read_text())["train"]
+    assert report["answers_left_out"] == {"an answer has the weight 0": 1}
+    assert report["turns"] == 1
+    record["conversations"][1]["weight"] = 2
+    put(source, [say("Hi", "Hello."), record])
+    cfg.preprocess.force = True
+    with pytest.raises(
+        InputError, match=r"train\.jsonl:2: the `weight` of a message is neither 0 nor 1: 2"
+    ):
+        preprocess(cfg)
 
 
 def test_the_end_of_a_cut_answer_is_nothing_to_learn(

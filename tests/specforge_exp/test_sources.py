@@ -222,6 +222,7 @@ def test_instructions(tmp_path: Path) -> None:
         {"instruction": "Say hi.", "input": "", "response": "Hi."},
         {"instruction": "Say hi."},
         {"output": "Hi."},
+        {"instruction": "And?", "output": "Bye.", "history": [["Hi", "Hello"], ["Go", "on"]]},
     ]
     path = write_lines(tmp_path / "a.jsonl", *records)
     first, second = load(Source(str(path), "instruction"), "test")
@@ -229,7 +230,8 @@ def test_instructions(tmp_path: Path) -> None:
     assert [m["content"] for m in first["conversations"]] == ["Add.\n\n1, 2", "3"]
     assert [m["content"] for m in second["conversations"]] == ["Say hi.", "Hi."]
     reasons = [item.reason for item in set_aside(Source(str(path), "instruction"))]
-    assert reasons == ["no `output` or `response` text", "no `instruction` text"]
+    assert reasons[:2] == ["no `output` or `response` text", "no `instruction` text"]
+    assert reasons[2] == "`history` is not read; give `messages`"
 
 
 def test_pictures_leave_the_text(tmp_path: Path) -> None:

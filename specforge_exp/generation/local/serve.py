@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from specforge_exp.data.messages import Unrenderable
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Answer, Failed, Refused, Request, Sampling
 
@@ -132,7 +133,7 @@ class ChatServer:
             answer = await self.engine.answer(request)
         except orjson.JSONDecodeError as error:
             return problem(400, f"the body is not JSON: {error}")
-        except (BadField, Refused) as error:
+        except (BadField, Refused, Unrenderable) as error:
             return problem(400, str(error))
         except Failed as error:
             return problem(500, str(error))

@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 from specforge_exp.config import Config
-from specforge_exp.data.chat import Unrenderable, eos_token_ids, prompt_ids, readable
+from specforge_exp.data.chat import eos_token_ids, prompt_ids, readable
 from specforge_exp.generation.engine import Answer, Refused, Request
 from specforge_exp.generation.local.batcher import Batcher
 from specforge_exp.target import Target, load_target, load_tokenizer, set_up_torch
@@ -54,14 +54,8 @@ class TransformersEngine:
 
     async def answer(self, request: Request) -> Answer:
         """See `generation.engine.Engine`."""
-        kwargs = dict(request.template_kwargs)
-        if request.tools:
-            kwargs["tools"] = request.tools
-        try:
-            messages = [readable(message, "in") for message in request.messages]
-            ids = prompt_ids(self.tokenizer, messages, kwargs)
-        except Unrenderable as error:
-            raise Refused(str(error)) from None
+        messages = [readable(message, "in") for message in request.messages]
+        ids = prompt_ids(self.tokenizer, messages, request.template_kwargs, request.tools)
         generated = await self.batcher.generate(ids, request.sampling, request.seed)
         answer_ids = generated.ids[:-1] if generated.finish_reason == "stop" else generated.ids
         added = self.tokenizer.added_tokens_decoder
