@@ -3,17 +3,22 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from specforge_exp.bench.acceptance import PairedAnswer
 from specforge_exp.bench.speculative import Decoding
 from specforge_exp.config import Config
-from specforge_exp.data.chat import Message, eos_token_ids, prompt_ids
+from specforge_exp.data.chat import Message, Unrenderable, eos_token_ids, prompt_ids
 
-Conversation = list[list[Message]]
-"""What is asked, turn by turn."""
+
+class Conversation(NamedTuple):
+    """What is asked, turn by turn."""
+
+    asks: list[list[Message]]
+    tools: list[Any] | None = None
+    """Those that the model is told of."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,18 @@ class Asking:
     seed: int
     """Of the samples."""
 
-    def encode(self, messages: list[Message]) -> list[int]:
-        """The prompt of a conversation so far."""
-        return prompt_ids(self.tokenizer, messages, self.template_kwargs)
+    def encode(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
+        """The prompt of a conversation so far, and of its tools."""
+        own = {"tools": tools} if tools else {}
+        return prompt_ids(self.tokenizer, messages, self.template_kwargs | own)
+
+    def prompt(self, messages: list[Message], tools: list[Any] | None) -> list[int] | None:
+        """As `encode`; None: there is no room for its answer, or the template refuses it."""
+        try:
+            tokens = self.encode(messages, tools)
+        except Unrenderable:
+            return None
+        return tokens if len(tokens) <= self.room else None
 
     def sampled(self, place: str) -> Decoding:
         """`decoding` with the seed of one answer, whatever is asked beside it.

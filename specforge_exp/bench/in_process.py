@@ -64,9 +64,9 @@ def answer_all(
     """Answer each conversation's turns; the very first prompt once more before, to warm up."""
     generator = torch.Generator().manual_seed(asking.seed)
     answers = [
-        converse(asks, asking, pair, generator)
-        for asks in tqdm(
-            [conversations[0][:1], *conversations],
+        converse(conversation, asking, pair, generator)
+        for conversation in tqdm(
+            [Conversation(conversations[0].asks[:1], conversations[0].tools), *conversations],
             desc=f"bench {name}",
             unit="prompt",
             disable=None,
@@ -78,7 +78,7 @@ def answer_all(
 
 
 def converse(
-    asks: Conversation, asking: Asking, pair: Pair, generator: torch.Generator
+    conversation: Conversation, asking: Asking, pair: Pair, generator: torch.Generator
 ) -> list[PairedAnswer]:
     """Ask in turn, with the draft and alone, each time after the drafted answer to the one before.
 
@@ -87,9 +87,9 @@ def converse(
     requests: list[PairedAnswer] = []
     messages: list[Message] = []
     target, draft, decoding = pair.target, pair.draft, asking.decoding
-    for ask in asks:
-        prompt = asking.encode(messages := [*messages, *ask])
-        if len(prompt) > asking.room:
+    for ask in conversation.asks:
+        prompt = asking.prompt(messages := [*messages, *ask], conversation.tools)
+        if prompt is None:
             break
         drafted = speculate(target, draft.decoder(), draft.draft_ids_D, prompt, decoding, generator)
         alone = generate(target, prompt, decoding, generator)

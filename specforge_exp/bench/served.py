@@ -62,7 +62,7 @@ async def answer_sets(
 ) -> dict[str, SetAnswers]:
     """Everything with the draft; then the prompts that this has led to, alone."""
     size, drafted = cfg.bench.concurrency, dict[str, Answers]()
-    first = [asking.encode(asks[0]) for asks in next(iter(sets.values()))[:size]]
+    first = [asking.encode(c.asks[0], c.tools) for c in next(iter(sets.values()))[:size]]
 
     async def warm_up(client: Client) -> None:
         await asyncio.gather(*(client(prompt, asking.decoding) for prompt in first))
@@ -71,8 +71,8 @@ async def answer_sets(
         await warm_up(client)
         for name, conversations in sets.items():
             jobs = [
-                partial(converse, client, asking, asks, f"{name}/{number}")
-                for number, asks in enumerate(conversations)
+                partial(converse, client, asking, conversation, f"{name}/{number}")
+                for number, conversation in enumerate(conversations)
             ]
             drafted[name] = await carry_out(f"bench {name}", jobs, size)
             check_speculated(cfg, name, drafted[name][0])
@@ -154,16 +154,18 @@ def server_of(cfg: Config, alone: bool, folder: Path) -> Server:
     return make_servers(cfg, folder, draft)[0]
 
 
-async def converse(client: Client, asking: Asking, asks: Conversation, name: str) -> list[Exchange]:
+async def converse(
+    client: Client, asking: Asking, conversation: Conversation, name: str
+) -> list[Exchange]:
     """Ask the turns of the conversation `name`, each after the answer to the one before.
 
     Ends before a turn for which there is no room.
     """
     turns: list[Exchange] = []
     messages: list[Message] = []
-    for ask in asks:
-        prompt = asking.encode(messages := [*messages, *ask])
-        if len(prompt) > asking.room:
+    for ask in conversation.asks:
+        prompt = asking.prompt(messages := [*messages, *ask], conversation.tools)
+        if prompt is None:
             break
         decoding = asking.sampled(f"{name}/{len(turns)}")
         turns.append(Exchange(prompt, await client(prompt, decoding)))

@@ -31,6 +31,7 @@ from specforge_exp.bench.table import table
 from specforge_exp.config import Config
 from specforge_exp.config.machine import command
 from specforge_exp.config.settings import chosen
+from specforge_exp.data.chat import Unrenderable
 from specforge_exp.data.conversations import asks_of
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
@@ -129,9 +130,8 @@ def measure(cfg: Config) -> dict[str, Any]:
             answers.requests, cfg.chain_length, own.bootstrap, own.temperature == 0, own.average,
             (answers.seconds, answers.seconds_alone),
         )  # fmt: skip
-        left_out[f"{name} (later turns)"] += sum(map(len, conversations[name])) - len(
-            answers.requests
-        )
+        asked = sum(len(conversation.asks) for conversation in conversations[name])
+        left_out[f"{name} (later turns)"] += asked - len(answers.requests)
     average = sum(d["accepted_length"] for d in figures.values()) / len(figures)
     return {
         "target": cfg.model.path, "draft": str(paths.export_dir(cfg)), "datasets": figures,
@@ -140,26 +140,38 @@ def measure(cfg: Config) -> dict[str, Any]:
 
 
 def fitting(sets: BenchSets, asking: Asking, cfg: Config) -> dict[str, list[Conversation]]:
-    """What is asked, by data set: prompts of a suite that are too long are left out.
+    """What is asked, by data set: prompts of a suite that are too long are left out, and those that
+    the chat template refuses.
 
     Raises:
-        InputError: one of another data set is too long, or all are.
+        InputError: one of another data set is too long, or none is left.
     """
-    own, conversations = cfg.bench, {}
+    own, conversations, refused = cfg.bench, {}, []
+
+    def tokens(conversation: Conversation) -> int:
+        try:
+            return len(asking.encode(conversation.asks[0], conversation.tools))
+        except Unrenderable as error:
+            refused.append(str(error))
+            return 0
+
     limit = f"max_length={asking.room + own.max_tokens} with bench.max_tokens={own.max_tokens}"
     for name, records in sets.records.items():
-        asks = [asks_of(record)[: 1 if own.turns == "first" else None] for record in records]
-        lengths = [len(asking.encode(ask[0])) for ask in asks]
+        turns = 1 if own.turns == "first" else None
+        asks = [Conversation(asks_of(each)[:turns], each.get("tools")) for each in records]
+        lengths = list(map(tokens, asks))
         long = [number for number, length in enumerate(lengths) if length > asking.room]
         if long and not own.suite:
             raise InputError(
                 f"bench data set {name}: the prompt {records[long[0]]['id']} has "
                 f"{lengths[long[0]]} tokens, too many for {limit}"
             )
-        if len(long) < len(asks):
-            conversations[name] = [ask for number, ask in enumerate(asks) if number not in long]
+        fit = [ask for ask, length in zip(asks, lengths, strict=True) if 0 < length <= asking.room]
+        conversations |= {name: fit} if fit else {}
+    if refused:
+        log.warning("bench: %d prompts are left out: %s", len(refused), refused[0])
     if not conversations:
-        raise InputError(f"bench: no prompt fits {limit}")
+        raise InputError(f"bench: no prompt fits {limit}{''.join(f'; {w}' for w in refused[:1])}")
     return conversations
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -105,12 +106,17 @@ def unmet(check: Callable[[], object]) -> list[str]:
 
 def unready(cfg: Config) -> list[str]:
     """What a run of these prompts would be refused for; []: nothing."""
-    return unmet(lambda: check_engine(cfg)) + unmet(lambda: sampling_of(cfg))
+    lacking = unmet(lambda: check_engine(cfg))
+    if lacking and cfg.engine.name == "transformers":  # the rest is about the same model
+        return lacking
+    return lacking + unmet(lambda: sampling_of(cfg))
 
 
 def check_layers(cfg: Config) -> None:
-    """Refuse a target that has too few layers for the draft, where its files are here."""
-    if revision(cfg.model.path):  # what is on a hub alone is not fetched for this
+    """Refuse a target that has too few layers for the draft, where its files are here or have to
+    be."""
+    # What is on a hub alone is not fetched for this.
+    if revision(cfg.model.path) or cfg.engine.name == "transformers":
         fed_by(cfg)
 
 
@@ -177,9 +183,11 @@ def finish(store: Store, partial: Path) -> None:
     if counts.failed:
         log.warning("regen: %d conversations with their reasons in failed.jsonl", counts.failed)
     if not (partial / "train.jsonl").stat().st_size:
+        lines = (partial / "failed.jsonl").read_bytes().splitlines()
+        reasons = Counter(json.loads(line)["error"] for line in lines)
         raise InputError(
             f"{store.plans[0].source}: the target answered none of its conversations; the reasons "
-            f"are in {partial / 'failed.jsonl'}"
+            f"are in {partial / 'failed.jsonl'}, most often: {reasons.most_common(1)[0][0]}"
         )
     store.remove()
 

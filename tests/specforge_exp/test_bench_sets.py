@@ -14,15 +14,15 @@ from hydra.core.config_store import ConfigStore
 
 from specforge_exp import paths
 from specforge_exp.bench.acceptance import PairedAnswer, summarise
-from specforge_exp.bench.asking import Asking, asking_of
+from specforge_exp.bench.asking import Asking, Conversation, asking_of
 from specforge_exp.bench.in_process import converse, load_pair
-from specforge_exp.bench.sets import SHIPPED, bench_sets
+from specforge_exp.bench.sets import SHIPPED, BenchSets, bench_sets
 from specforge_exp.bench.speculative import Generation
 from specforge_exp.config import Config, Source, from_omegaconf
 from specforge_exp.data.conversations import asks_of
 from specforge_exp.data.sources import load, spelt_out
 from specforge_exp.errors import InputError
-from specforge_exp.stages.bench import bench
+from specforge_exp.stages.bench import bench, fitting
 from specforge_exp.stages.export import export
 from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.stages.train import train
@@ -275,7 +275,7 @@ def test_long_prompts_of_a_suite_are_counted_and_others_refused(
     assert list(result["datasets"]) == ["talks"]
     said = capsys.readouterr().out
     assert "prompts: the suite's own\n" in said
-    assert "left out, too long: talks 1, talks (later turns) 1, long 1" in said
+    assert "refused by the chat template: talks 1, talks (later turns) 1, long 1\n" in said
     cfg.bench.suite, cfg.bench.force = {"long": long}, True
     with pytest.raises(InputError, match=r"no prompt fits max_length=512 with bench.max_tokens=6"):
         bench(cfg)
@@ -291,9 +291,11 @@ def test_the_second_turn_follows_the_own_answer(exported: Config) -> None:
     seen: list[list[dict[str, Any]]] = []
 
     class Watched(Asking):
-        def encode(self, messages: list[dict[str, Any]]) -> list[int]:
+        def encode(
+            self, messages: list[dict[str, Any]], tools: list[Any] | None = None
+        ) -> list[int]:
             seen.append(list(messages))
-            return super().encode(messages)
+            return super().encode(messages, tools)
 
     setup = asking_of(exported, load_tokenizer(exported.model), None)
     pair = load_pair(exported, paths.export_dir(exported), exported.bench.dtype)
@@ -302,7 +304,8 @@ def test_the_second_turn_follows_the_own_answer(exported: Config) -> None:
     assert narrow.rotary.inv_freq.equal(pair.draft.rotary.inv_freq)  # no weight is not rounded
     asks = [[{"role": "user", "content": text}] for text in ("Tell me a story.", "Go on.")]
     watched = Watched(**vars(setup))
-    first, second = converse(asks, watched, pair, torch.Generator().manual_seed(0))
+    talk = Conversation(asks)
+    first, second = converse(talk, watched, pair, torch.Generator().manual_seed(0))
     assert first.alone is not None and second.alone is not None
     assert (first.follows, second.follows) == (False, True)
     assert first.with_draft.tokens == first.alone.tokens
@@ -311,7 +314,28 @@ def test_the_second_turn_follows_the_own_answer(exported: Config) -> None:
     assert said.strip()
     assert seen[1] == [*asks[0], {"role": "assistant", "content": said}, *asks[1]]
     without_room = replace(setup, room=len(setup.encode(asks[0])))
-    assert len(converse(asks, without_room, pair, torch.Generator())) == 1
+    assert len(converse(talk, without_room, pair, torch.Generator())) == 1
+
+
+def test_a_prompt_has_its_tools_and_may_be_refused(
+    cfg: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As regen asks it; what the template refuses (a system's words, as Gemma) is left out."""
+    tokenizer = load_tokenizer(cfg.model)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{{ messages[0].content }}"
+    )
+    asking = asking_of(cfg, tokenizer, None)
+    plain, refused = ({"conversations": [{"role": r, "content": "Hi"}]} for r in ("user", "system"))
+    refused["conversations"] += plain["conversations"]
+    told = {**plain, "tools": [{"function": {"name": "weather "}}]}
+    ask, _ = fitting(BenchSets({"x": [told, plain, refused]}, {}), asking, cfg)["x"]
+    assert tokenizer.decode(asking.prompt(ask.asks[0], ask.tools) or []) == "weather Hi"
+    assert "1 prompts are left out: the chat template refuses it: no system role" in caplog.text
+    with pytest.raises(InputError, match=r"no prompt fits .*; the chat template refuses it"):
+        fitting(BenchSets({"x": [refused]}, {}), asking, cfg)
+    assert asking.prompt(refused["conversations"], None) is None
 
 
 def test_recorded_answers_are_left_to_the_model() -> None:

@@ -307,6 +307,18 @@ KNOWN = (
 ).split()
 
 
+def test_the_home_folder_is_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a file of conf/, where no shell reads it, and in what is within."""
+    monkeypatch.setenv("HOME", "/of/mine")
+    cfg = composed(
+        "model=local", "model.path='~/target'", "data.train=[{path: '~/a.jsonl'}]",
+        "+engine.args={chat-template: '~/t.jinja', odd: 'a~/b'}",
+    )  # fmt: skip
+    assert (cfg.model.path, cfg.model.name) == ("/of/mine/target", "target")
+    assert cfg.data.train[0].path == "/of/mine/a.jsonl"
+    assert cfg.engine.args == {"chat-template": "/of/mine/t.jinja", "odd": "a~/b"}
+
+
 def test_known_keys_pass() -> None:
     assert unknown_key(KNOWN, Config) is None
     assert "data.nam is not an option" in (unknown_key([*KNOWN, "data.nam=x"], Config) or "")
