@@ -29,34 +29,12 @@ def overview() -> str:
     return "\n".join([usage, "", *lines, "", more, tab])
 
 
-COMPLETION = """\
-_specforge()
-{
-    local line="${COMP_LINE:0:COMP_POINT}" stages="STAGES" choices words stage
-    read -ra words <<< "$line"
-    stage="${words[1]##*/}"
-    if [[ "${line% *}" != *" "* && "$line" != *python* ]]; then
-        choices=$stages
-        compopt +o nospace
-    elif [[ "${line% *}" == *" "* && " $stages " == *" ${stage%.py} "* ]]; then
-        choices=$(COMP_LINE="${line#* }" "${words[@]:0:2}" -sc query=bash 2> /dev/null)
-    else
-        compopt +o nospace
-    fi
-    COMPREPLY=($(compgen -W "$choices" -- "${line##* }"))
-}
-COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
-complete -o nospace -o default -F _specforge specforge python python3"""
-"""For bash: the options of `specforge <stage>` and of the scripts. Hydra's own would run every
-script that stands behind `python`, and knows no stage before the options."""
-
-
 def main() -> NoReturn:
     """Become `python <stage>.py ...`: Hydra names the job after that file, and every message and
     record has a command that works."""
     stage, *words = sys.argv[1:] or ["--help"]
     if stage == "-sc":
-        print(COMPLETION.replace("STAGES", " ".join(STAGES)))
+        print((REPOSITORY / "assets" / "completion.bash").read_text())
         sys.exit()
     if stage in ("-h", "--help", "--version"):
         print(f"specforge {version('specforge-exp')}" if stage == "--version" else overview())

@@ -33,18 +33,7 @@ Task = Callable[[DictConfig], object]
 
 
 OF_HYDRA = utils.run_and_report
-FLAGS = re.compile(r" (?:status|-m|--multirun|--no-draft|(?:--config-dir|-cd)[ =](\S+))(?= )")
-"""What is no option on a line that is being typed."""
 WRITTEN = "an option is written epochs=3, in one word without dashes"
-
-
-def take_flags(arguments: Any) -> list[str]:
-    """Hand over the folder of --config-dir on a line that is to be completed, of which Hydra reads
-    the options alone; returns those of this command, which has none."""
-    line = os.environ.get("COMP_LINE", "")
-    arguments.config_dir = next(filter(None, FLAGS.findall(line)), None)
-    os.environ["COMP_LINE"] = FLAGS.sub("", line)
-    return []
 
 
 def reported(func: Any) -> Any:
@@ -61,7 +50,7 @@ def reported(func: Any) -> Any:
             new = begun_entry(sys.argv[1:], Config, told)
             if isinstance(error, OverrideParseException):
                 key, _, value = error.override.partition("=")
-                how = "in quotes it is taken as it is: " + shlex.quote(f'{key}="{value}"')
+                how = "quote it: " + shlex.quote(f'{key}="{value}"')
                 new = f"{error.override}: {how if value else WRITTEN}"
             sys.exit(f"error: {new}" if new else told)
         except MissingMandatoryValue as error:  # of the sweeper's own options
@@ -96,7 +85,7 @@ def command(task: Task) -> Callable[[], None]:
         parser = utils.get_args_parser()
         vars(parser)["error"] = lambda message: sys.exit(f"error: {message}; {WRITTEN}")
         arguments = parser.parse_intermixed_args(words)  # flags may stand anywhere
-        options = take_flags(arguments) if arguments.shell_completion else arguments.overrides
+        options = [] if arguments.shell_completion else arguments.overrides
         if problem := unknown_key(options, Config):
             sys.exit(f"error: {problem}")
         if arguments.experimental_rerun:

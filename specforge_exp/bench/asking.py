@@ -1,6 +1,7 @@
 """What every engine of bench is told: how prompts are rendered, and how answers end."""
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -12,12 +13,14 @@ from specforge_exp.bench.speculative import Decoding
 from specforge_exp.config import Config
 from specforge_exp.data.chat import Message, Unrenderable, eos_token_ids, prompt_ids
 
+log = logging.getLogger(__name__)
+
 
 class Conversation(NamedTuple):
     """What is asked, turn by turn."""
 
     asks: list[list[Message]]
-    tools: list[Any] | None = None
+    tools: Any = None
     """Those that the model is told of."""
 
 
@@ -36,18 +39,14 @@ class Asking:
     seed: int
     """Of the samples."""
 
-    def encode(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
-        """The prompt of a conversation so far, and of its tools."""
-        own = {"tools": tools} if tools else {}
-        return prompt_ids(self.tokenizer, messages, self.template_kwargs | own)
-
-    def prompt(self, messages: list[Message], tools: list[Any] | None) -> list[int] | None:
-        """As `encode`; None: there is no room for its answer, or the template refuses it."""
+    def encode(self, messages: list[Message], tools: Any = None) -> list[int]:
+        """The prompt of a conversation so far, with its tools; [] where the template refuses it."""
+        kwargs = self.template_kwargs | ({"tools": tools} if tools else {})
         try:
-            tokens = self.encode(messages, tools)
-        except Unrenderable:
-            return None
-        return tokens if len(tokens) <= self.room else None
+            return prompt_ids(self.tokenizer, messages, kwargs)
+        except Unrenderable as error:
+            log.warning("bench: a prompt is left out: %s", error)
+            return []
 
     def sampled(self, place: str) -> Decoding:
         """`decoding` with the seed of one answer, whatever is asked beside it.

@@ -88,8 +88,8 @@ def converse(
     messages: list[Message] = []
     target, draft, decoding = pair.target, pair.draft, asking.decoding
     for ask in conversation.asks:
-        prompt = asking.prompt(messages := [*messages, *ask], conversation.tools)
-        if prompt is None:
+        prompt = asking.encode(messages := [*messages, *ask], conversation.tools)
+        if not 0 < len(prompt) <= asking.room:
             break
         drafted = speculate(target, draft.decoder(), draft.draft_ids_D, prompt, decoding, generator)
         alone = generate(target, prompt, decoding, generator)

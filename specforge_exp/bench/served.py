@@ -164,8 +164,8 @@ async def converse(
     turns: list[Exchange] = []
     messages: list[Message] = []
     for ask in conversation.asks:
-        prompt = asking.prompt(messages := [*messages, *ask], conversation.tools)
-        if prompt is None:
+        prompt = asking.encode(messages := [*messages, *ask], conversation.tools)
+        if not 0 < len(prompt) <= asking.room:
             break
         decoding = asking.sampled(f"{name}/{len(turns)}")
         turns.append(Exchange(prompt, await client(prompt, decoding)))

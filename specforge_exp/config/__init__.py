@@ -5,7 +5,7 @@ Hydra composes `conf/` against `Config`, so a misspelt key or a wrong type is re
 `__post_init__` and name the fields.
 """
 
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -260,19 +260,7 @@ def from_omegaconf(cfg: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise InputError(first_line(error)) from None
     assert isinstance(config, Config)
-    at_home(vars(config))
     return config
-
-
-def at_home(node: Any) -> None:
-    """Put the home folder in the place of the `~/` of every text within: shells leave it as it is
-    behind `option=`, and nobody does it for a file of conf/."""
-    parts = node if isinstance(node, dict) else dict(enumerate(node))
-    for name, value in parts.items():
-        if isinstance(value, str) and value.startswith("~/"):
-            node[name] = str(Path(value).expanduser())
-        elif is_dataclass(value) or isinstance(value, dict | list):
-            at_home(vars(value) if is_dataclass(value) else value)
 
 
 def valueless(content: Any) -> str:

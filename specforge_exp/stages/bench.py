@@ -31,7 +31,6 @@ from specforge_exp.bench.table import table
 from specforge_exp.config import Config
 from specforge_exp.config.machine import command
 from specforge_exp.config.settings import chosen
-from specforge_exp.data.chat import Unrenderable
 from specforge_exp.data.conversations import asks_of
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
@@ -146,20 +145,12 @@ def fitting(sets: BenchSets, asking: Asking, cfg: Config) -> dict[str, list[Conv
     Raises:
         InputError: one of another data set is too long, or none is left.
     """
-    own, conversations, refused = cfg.bench, {}, []
-
-    def tokens(conversation: Conversation) -> int:
-        try:
-            return len(asking.encode(conversation.asks[0], conversation.tools))
-        except Unrenderable as error:
-            refused.append(str(error))
-            return 0
-
+    own, conversations = cfg.bench, dict[str, list[Conversation]]()
     limit = f"max_length={asking.room + own.max_tokens} with bench.max_tokens={own.max_tokens}"
     for name, records in sets.records.items():
         turns = 1 if own.turns == "first" else None
         asks = [Conversation(asks_of(each)[:turns], each.get("tools")) for each in records]
-        lengths = list(map(tokens, asks))
+        lengths = [len(asking.encode(each.asks[0], each.tools)) for each in asks]
         long = [number for number, length in enumerate(lengths) if length > asking.room]
         if long and not own.suite:
             raise InputError(
@@ -167,11 +158,10 @@ def fitting(sets: BenchSets, asking: Asking, cfg: Config) -> dict[str, list[Conv
                 f"{lengths[long[0]]} tokens, too many for {limit}"
             )
         fit = [ask for ask, length in zip(asks, lengths, strict=True) if 0 < length <= asking.room]
-        conversations |= {name: fit} if fit else {}
-    if refused:
-        log.warning("bench: %d prompts are left out: %s", len(refused), refused[0])
+        if fit:
+            conversations[name] = fit
     if not conversations:
-        raise InputError(f"bench: no prompt fits {limit}{''.join(f'; {w}' for w in refused[:1])}")
+        raise InputError(f"bench: no prompt fits {limit}")
     return conversations
 
 

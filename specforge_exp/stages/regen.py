@@ -10,7 +10,6 @@ import json
 import logging
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -183,11 +182,9 @@ def finish(store: Store, partial: Path) -> None:
     if counts.failed:
         log.warning("regen: %d conversations with their reasons in failed.jsonl", counts.failed)
     if not (partial / "train.jsonl").stat().st_size:
-        lines = (partial / "failed.jsonl").read_bytes().splitlines()
-        reasons = Counter(json.loads(line)["error"] for line in lines)
         raise InputError(
             f"{store.plans[0].source}: the target answered none of its conversations; the reasons "
-            f"are in {partial / 'failed.jsonl'}, most often: {reasons.most_common(1)[0][0]}"
+            f"are in {partial / 'failed.jsonl'}"
         )
     store.remove()
 

@@ -66,15 +66,12 @@ def load_tokenizer(cfg: ModelConfig) -> Any:
     folder = Path(cfg.path)
     if (folder / "config.json").exists() and not any(map(any, map(folder.glob, SPELLINGS))):
         raise InputError(  # transformers would make an empty one
-            f"model.path={cfg.path} has no tokenizer.json; copy the tokenizer's files of the model "
-            "that it was made of into it"
+            f"model.path={cfg.path} has no tokenizer.json; copy it from the model it was made of"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(cfg.path, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json raises whatever it meets
-        if not isinstance(error, OSError | ValueError):
-            error = ValueError(f"its tokenizer.json is damaged ({error!r})")
-        raise InputError(not_loadable(cfg, error)) from None
+        raise InputError(f"{not_loadable(cfg, error)} (its tokenizer)") from None
     if not tokenizer.is_fast:
         raise InputError(f"{cfg.path}: its tokenizer has no tokenizer.json; a fast one is needed")
     if not tokenizer.chat_template:

@@ -88,15 +88,14 @@ def test_help_costs_about_what_a_configuration_costs() -> None:
     [
         (["--epochs", "3"], "unrecognized arguments: --epochs; an option is written epochs=3, in "),
         (["epochs=", "3"], "3: an option is written epochs=3, in one word without dashes"),
-        (["data.path=é (1).json"], "data.path=é (1).json: in quotes it is taken as it is: "
-         "'data.path=\"é (1).json\"'"),
+        (["data.path=é (1).json"], "data.path=é (1).json: quote it: 'data.path=\"é (1).json\"'"),
     ],
 )  # fmt: skip
 def test_what_is_no_option_is_answered_with_how_to_write_one(words: list[str], said: str) -> None:
     done = run("train.py", *words)
     assert done.returncode == 1 and done.stderr.startswith(f"error: {said}"), done.stderr
-    if "quotes" in said:
-        quoted = run("train.py", *shlex.split(done.stderr.rpartition("is: ")[2]), "--cfg", "job")
+    if "quote it" in said:
+        quoted = run("train.py", *shlex.split(done.stderr.rpartition("it: ")[2]), "--cfg", "job")
         assert f"path: {words[0].partition('=')[2]}" in quoted.stdout, quoted.stderr
 
 
@@ -203,6 +202,7 @@ def test_tab_completes_in_a_shell(tmp_path: Path) -> None:
     mine = tmp_path / "conf" / "model" / "mine.yaml"
     mine.parent.mkdir(parents=True)
     mine.write_text("defaults: [tiny]\n")
+    assert completed("specforge ", tmp_path) == list(STAGES)
     assert completed("specforge pre", tmp_path) == ["prefetch", "prep", "preprocess", "pretrain"]
     line = "specforge train --config-dir conf -m loss=full-opd model=mi"
     assert completed(line, tmp_path) == ["model=mine", "model=mistral_small"]
