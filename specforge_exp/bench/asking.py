@@ -16,7 +16,7 @@ from specforge_exp.data.chat import Message, Unrenderable, eos_token_ids, prompt
 log = logging.getLogger(__name__)
 
 
-class Conversation(NamedTuple):
+class Questions(NamedTuple):
     """What is asked, turn by turn."""
 
     asks: list[list[Message]]
@@ -74,7 +74,7 @@ class SetAnswers:
     """Likewise without it; None: not measured."""
 
 
-BenchEngine = Callable[[Config, Asking, dict[str, list[Conversation]]], dict[str, SetAnswers]]
+BenchEngine = Callable[[Config, Asking, dict[str, list[Questions]]], dict[str, SetAnswers]]
 """What an engine of bench is: the answers to all data sets.
 
 Raises:

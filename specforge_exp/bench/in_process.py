@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from specforge_exp import paths
 from specforge_exp.bench.acceptance import PairedAnswer, overlap
-from specforge_exp.bench.asking import Asking, Conversation, SetAnswers
+from specforge_exp.bench.asking import Asking, Questions, SetAnswers
 from specforge_exp.bench.speculative import generate, speculate
 from specforge_exp.config import Config, locate
 from specforge_exp.data.chat import Message
@@ -30,9 +30,7 @@ class Pair(NamedTuple):
     draft: Any
 
 
-def answer(
-    cfg: Config, asking: Asking, sets: dict[str, list[Conversation]]
-) -> dict[str, SetAnswers]:
+def answer(cfg: Config, asking: Asking, sets: dict[str, list[Questions]]) -> dict[str, SetAnswers]:
     """As `asking.BenchEngine`."""
     pair = load_pair(cfg, paths.export_dir(cfg), cfg.bench.dtype)
     return {name: answer_all(name, asks, asking, pair) for name, asks in sets.items()}
@@ -58,15 +56,13 @@ def load_pair(cfg: Config, folder: Path | None, dtype: str) -> Pair:
     return Pair(target, draft)
 
 
-def answer_all(
-    name: str, conversations: list[Conversation], asking: Asking, pair: Pair
-) -> SetAnswers:
+def answer_all(name: str, conversations: list[Questions], asking: Asking, pair: Pair) -> SetAnswers:
     """Answer each conversation's turns; the very first prompt once more before, to warm up."""
     generator = torch.Generator().manual_seed(asking.seed)
     answers = [
         converse(conversation, asking, pair, generator)
         for conversation in tqdm(
-            [Conversation(conversations[0].asks[:1], conversations[0].tools), *conversations],
+            [Questions(conversations[0].asks[:1], conversations[0].tools), *conversations],
             desc=f"bench {name}",
             unit="prompt",
             disable=None,
@@ -78,7 +74,7 @@ def answer_all(
 
 
 def converse(
-    conversation: Conversation, asking: Asking, pair: Pair, generator: torch.Generator
+    conversation: Questions, asking: Asking, pair: Pair, generator: torch.Generator
 ) -> list[PairedAnswer]:
     """Ask in turn, with the draft and alone, each time after the drafted answer to the one before.
 

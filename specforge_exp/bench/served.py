@@ -21,7 +21,7 @@ from tqdm import tqdm
 from specforge_exp import paths
 from specforge_exp.bench import clients
 from specforge_exp.bench.acceptance import PairedAnswer, overlap
-from specforge_exp.bench.asking import Asking, Conversation, SetAnswers
+from specforge_exp.bench.asking import Asking, Questions, SetAnswers
 from specforge_exp.bench.clients import Client
 from specforge_exp.config import Config, locate
 from specforge_exp.config.machine import script
@@ -50,15 +50,13 @@ Converse = Callable[[], Awaitable[list[Exchange]]]
 """Carries out a conversation."""
 
 
-def answer(
-    cfg: Config, asking: Asking, sets: dict[str, list[Conversation]]
-) -> dict[str, SetAnswers]:
+def answer(cfg: Config, asking: Asking, sets: dict[str, list[Questions]]) -> dict[str, SetAnswers]:
     """As `asking.BenchEngine`."""
     return asyncio.run(answer_sets(cfg, asking, sets))
 
 
 async def answer_sets(
-    cfg: Config, asking: Asking, sets: dict[str, list[Conversation]]
+    cfg: Config, asking: Asking, sets: dict[str, list[Questions]]
 ) -> dict[str, SetAnswers]:
     """Everything with the draft; then the prompts that this has led to, alone."""
     size, drafted = cfg.bench.concurrency, dict[str, Answers]()
@@ -155,7 +153,7 @@ def server_of(cfg: Config, alone: bool, folder: Path) -> Server:
 
 
 async def converse(
-    client: Client, asking: Asking, conversation: Conversation, name: str
+    client: Client, asking: Asking, conversation: Questions, name: str
 ) -> list[Exchange]:
     """Ask the turns of the conversation `name`, each after the answer to the one before.
 

@@ -24,7 +24,7 @@ from specforge_exp.artifacts import (
 )
 from specforge_exp.bench import in_process, served
 from specforge_exp.bench.acceptance import summarise, training_ngrams
-from specforge_exp.bench.asking import Asking, BenchEngine, Conversation, asking_of
+from specforge_exp.bench.asking import Asking, BenchEngine, Questions, asking_of
 from specforge_exp.bench.published import same_setting
 from specforge_exp.bench.sets import BenchSets, bench_sets, prompt_digests
 from specforge_exp.bench.table import table
@@ -138,18 +138,18 @@ def measure(cfg: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fitting(sets: BenchSets, asking: Asking, cfg: Config) -> dict[str, list[Conversation]]:
+def fitting(sets: BenchSets, asking: Asking, cfg: Config) -> dict[str, list[Questions]]:
     """What is asked, by data set: prompts of a suite that are too long are left out, and those that
     the chat template refuses.
 
     Raises:
         InputError: one of another data set is too long, or none is left.
     """
-    own, conversations = cfg.bench, dict[str, list[Conversation]]()
+    own, conversations = cfg.bench, dict[str, list[Questions]]()
     limit = f"max_length={asking.room + own.max_tokens} with bench.max_tokens={own.max_tokens}"
     for name, records in sets.records.items():
         turns = 1 if own.turns == "first" else None
-        asks = [Conversation(asks_of(each)[:turns], each.get("tools")) for each in records]
+        asks = [Questions(asks_of(each)[:turns], each.get("tools")) for each in records]
         lengths = [len(asking.encode(each.asks[0], each.tools)) for each in asks]
         long = [number for number, length in enumerate(lengths) if length > asking.room]
         if long and not own.suite:

@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 
 from specforge_exp import paths
 from specforge_exp.bench.acceptance import PairedAnswer, summarise
-from specforge_exp.bench.asking import Asking, Conversation, asking_of
+from specforge_exp.bench.asking import Asking, Questions, asking_of
 from specforge_exp.bench.in_process import converse, load_pair
 from specforge_exp.bench.sets import SHIPPED, BenchSets, bench_sets
 from specforge_exp.bench.speculative import Generation
@@ -304,7 +304,7 @@ def test_the_second_turn_follows_the_own_answer(exported: Config) -> None:
     assert narrow.rotary.inv_freq.equal(pair.draft.rotary.inv_freq)  # no weight is not rounded
     asks = [[{"role": "user", "content": text}] for text in ("Tell me a story.", "Go on.")]
     watched = Watched(**vars(setup))
-    talk = Conversation(asks)
+    talk = Questions(asks)
     first, second = converse(talk, watched, pair, torch.Generator().manual_seed(0))
     assert first.alone is not None and second.alone is not None
     assert (first.follows, second.follows) == (False, True)
