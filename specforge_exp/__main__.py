@@ -25,13 +25,17 @@ def overview() -> str:
     lines = [f"  {stage:11} {title(REPOSITORY / f'{stage}.py')}" for stage in STAGES]
     usage = "usage: specforge <stage> [option=value ...], or specforge --version"
     more = "`specforge <stage> --help` lists its options; --config-dir <folder> adds your own conf."
-    return "\n".join([usage, "", *lines, "", more])
+    tab = '`eval "$(specforge -sc install=bash)"` lets the tab key complete them.'
+    return "\n".join([usage, "", *lines, "", more, tab])
 
 
 def main() -> NoReturn:
     """Become `python <stage>.py ...`: Hydra names the job after that file, and every message and
     record has a command that works."""
     stage, *words = sys.argv[1:] or ["--help"]
+    if stage == "-sc":
+        print((REPOSITORY / "assets" / "completion.bash").read_text())
+        sys.exit()
     if stage in ("-h", "--help", "--version"):
         print(f"specforge {version('specforge-exp')}" if stage == "--version" else overview())
         sys.exit()

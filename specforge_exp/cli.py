@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -18,7 +19,7 @@ from hydra import version
 from hydra._internal import utils
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -32,6 +33,7 @@ Task = Callable[[DictConfig], object]
 
 
 OF_HYDRA = utils.run_and_report
+WRITTEN = "an option is written epochs=3, in one word without dashes"
 
 
 def reported(func: Any) -> Any:
@@ -46,6 +48,10 @@ def reported(func: Any) -> Any:
             cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else ""
             told = "\n".join(filter(None, [str(error), str(cause)]))
             new = begun_entry(sys.argv[1:], Config, told)
+            if isinstance(error, OverrideParseException):
+                key, _, value = error.override.partition("=")
+                how = "quote it: " + shlex.quote(f'{key}="{value}"')
+                new = f"{error.override}: {how if value else WRITTEN}"
             sys.exit(f"error: {new}" if new else told)
         except MissingMandatoryValue as error:  # of the sweeper's own options
             root = error.parent_node and error.parent_node._get_root()
@@ -67,7 +73,9 @@ def command(task: Task) -> Callable[[], None]:
         version.setbase("1.3")
         store = ConfigStore.instance()
         store.store(name="schema", node=Config)
-        words, stage = sys.argv[1:], Path(sys.argv[0]).stem
+        home, stage = os.path.expanduser("~/"), Path(sys.argv[0]).stem
+        # Shells leave it as it is behind `option=`, and Hydra does not read it.
+        words = [re.sub(r"^([\w.+]+=)~/", lambda m: m[1] + home, word) for word in sys.argv[1:]]
         if words[:1] == ["status"]:
             words[0] = "regen.status=true"
         if stage == "chat":
@@ -75,6 +83,7 @@ def command(task: Task) -> Callable[[], None]:
         if stage == "export":
             words = [re.sub(r"^from=", "export.source=", word) for word in words]
         parser = utils.get_args_parser()
+        vars(parser)["error"] = lambda message: sys.exit(f"error: {message}; {WRITTEN}")
         arguments = parser.parse_intermixed_args(words)  # flags may stand anywhere
         options = [] if arguments.shell_completion else arguments.overrides
         if problem := unknown_key(options, Config):

@@ -51,7 +51,7 @@ BUDGETS = {
     "hydra_plugins": 1_050,
     "specforge_exp": 243_510,
     "specforge_exp/data": 19_110,
-    "specforge_exp/target": 10_360,
+    "specforge_exp/target": 10_520,
     "specforge_exp/drafts": 54_770,
     "specforge_exp/training": 20_970,
     "specforge_exp/inference": 16_600,

@@ -1,6 +1,7 @@
 """What every engine of bench is told: how prompts are rendered, and how answers end."""
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -10,7 +11,9 @@ import torch
 from specforge_exp.bench.acceptance import PairedAnswer
 from specforge_exp.bench.speculative import Decoding
 from specforge_exp.config import Config
-from specforge_exp.data.chat import Message, eos_token_ids, prompt_ids
+from specforge_exp.data.chat import Message, Unrenderable, eos_token_ids, prompt_ids
+
+log = logging.getLogger(__name__)
 
 
 class Talk(NamedTuple):
@@ -38,8 +41,12 @@ class Asking:
     """Of the samples."""
 
     def encode(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
-        """The prompt of a conversation so far."""
-        return prompt_ids(self.tokenizer, messages, self.template_kwargs, tools)
+        """The prompt of a conversation so far; [] where the template refuses it."""
+        try:
+            return prompt_ids(self.tokenizer, messages, self.template_kwargs, tools)
+        except Unrenderable as error:
+            log.warning("bench: a prompt is left out: %s", error)
+            return []
 
     def sampled(self, place: str) -> Decoding:
         """`decoding` with the seed of one answer, whatever is asked beside it.

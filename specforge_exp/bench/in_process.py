@@ -94,7 +94,7 @@ def converse(
     target, draft, decoding = pair.target, pair.draft, asking.decoding
     for ask in talk.asks:
         prompt = asking.encode(messages := [*messages, *ask], talk.tools)
-        if len(prompt) > asking.room:
+        if not 0 < len(prompt) <= asking.room:
             break
         drafted = speculate(target, draft.decoder(), draft.draft_ids_D, prompt, decoding, generator)
         alone = generate(target, prompt, decoding, generator)

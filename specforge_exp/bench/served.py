@@ -161,7 +161,7 @@ async def converse(client: Client, asking: Asking, talk: Talk, name: str) -> lis
     messages: list[Message] = []
     for ask in talk.asks:
         prompt = asking.encode(messages := [*messages, *ask], talk.tools)
-        if len(prompt) > asking.room:
+        if not 0 < len(prompt) <= asking.room:
             break
         decoding = asking.sampled(f"{name}/{len(turns)}")
         turns.append(Exchange(prompt, await client(prompt, decoding)))

@@ -48,7 +48,7 @@ def table(result: dict[str, Any], published: list[str]) -> str:
         lines.append(f"verified per token gained (verify={by}): " + " | ".join(costs))
     if result["left_out"]:
         counts = ", ".join(f"{name} {count}" for name, count in result["left_out"].items())
-        lines.append(f"left out, too long: {counts}")
+        lines.append(f"left out, too long or refused by the chat template: {counts}")
     return "\n".join([*lines, *published])
 
 

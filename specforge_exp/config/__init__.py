@@ -344,7 +344,7 @@ def check_job(cfg: DictConfig) -> None:
                 "moves the folder here and leaves the container's alone"
             )
     model = written["model"]["path"]
-    if "${" not in model and Path(model).is_dir():
+    if "${" not in model and Path(model).expanduser().is_dir():
         raise InputError(
             f"model.path={model} is a folder of this machine, which a container does not have; "
             "give a hub id, or a path on a Volume in resources.volumes"

@@ -1,6 +1,7 @@
 """What a run is made of: the config groups model, data, loss and draft."""
 
 from dataclasses import dataclass, field
+from os.path import expanduser
 from typing import Any, ClassVar
 
 from omegaconf import MISSING, OmegaConf
@@ -48,6 +49,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.path:
             raise InputError("model=local needs model.path=<folder or hub id>")
+        self.path = expanduser(self.path)  # of a file in conf/, which no shell reads
         safe_name("model.name", self.name)
         allow(self, "model.", dtype="auto float32 bfloat16", init="weights random")
         above_zero("model.billions", self.billions)

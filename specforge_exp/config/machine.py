@@ -132,7 +132,7 @@ def program(stage: str) -> list[str]:
     running = Path(sys.argv[0])
     if running.is_absolute() and running.parent == REPOSITORY != PACKAGE.parent:
         return ["specforge", stage]
-    beside = running.stem in (*STAGES, "report")
+    beside = running.stem in (*STAGES, "report", "chat")
     return ["python", str(running.with_name(f"{stage}.py")) if beside else f"{stage}.py"]
 
 

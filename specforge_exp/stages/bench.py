@@ -139,12 +139,13 @@ def measure(cfg: Config) -> dict[str, Any]:
 
 
 def fitting(sets: BenchSets, asking: Asking, cfg: Config) -> dict[str, list[Talk]]:
-    """What is asked, by data set: prompts of a suite that are too long are left out.
+    """What is asked, by data set: prompts of a suite that are too long are left out, and those that
+    the chat template refuses.
 
     Raises:
-        InputError: one of another data set is too long, or all are.
+        InputError: one of another data set is too long, or none is left.
     """
-    own, conversations = cfg.bench, {}
+    own, conversations = cfg.bench, dict[str, list[Talk]]()
     limit = f"max_length={asking.room + own.max_tokens} with bench.max_tokens={own.max_tokens}"
     for name, records in sets.records.items():
         turns = 1 if own.turns == "first" else None
@@ -156,8 +157,9 @@ def fitting(sets: BenchSets, asking: Asking, cfg: Config) -> dict[str, list[Talk
                 f"bench data set {name}: the prompt {records[long[0]]['id']} has "
                 f"{lengths[long[0]]} tokens, too many for {limit}"
             )
-        if len(long) < len(talks):
-            conversations[name] = [talk for number, talk in enumerate(talks) if number not in long]
+        fit = [talk for talk, size in zip(talks, lengths, strict=True) if 0 < size <= asking.room]
+        if fit:
+            conversations[name] = fit
     if not conversations:
         raise InputError(f"bench: no prompt fits {limit}")
     return conversations

@@ -82,11 +82,11 @@ def preprocess(cfg: Config) -> Path:
     fingerprint = Fingerprint(inputs, settings)
     if reusable(folder / "run.json", fingerprint, cfg.preprocess.force, "preprocess"):
         return folder
+    too_long = check_length(cfg.model, cfg.max_length)
     try:
         fed_by(cfg)
     except InputError as error:
         log.warning("preprocess: warning: these tokens train no draft, only models: %s", error)
-    too_long = check_length(cfg.model, cfg.max_length)
     vocabulary = text_config(cfg.model).vocab_size
     size = cfg.draft.vocabulary(vocabulary)
     counts: dict[str, Any] = {}

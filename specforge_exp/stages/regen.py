@@ -105,12 +105,17 @@ def unmet(check: Callable[[], object]) -> list[str]:
 
 def unready(cfg: Config) -> list[str]:
     """What a run of these prompts would be refused for; []: nothing."""
-    return unmet(lambda: check_engine(cfg)) + unmet(lambda: sampling_of(cfg))
+    lacking = unmet(lambda: check_engine(cfg))
+    if lacking and cfg.engine.name == "transformers":  # the rest is about the same model
+        return lacking
+    return lacking + unmet(lambda: sampling_of(cfg))
 
 
 def check_layers(cfg: Config) -> None:
-    """Refuse a target that has too few layers for the draft, where its files are here."""
-    if revision(cfg.model.path):  # what is on a hub alone is not fetched for this
+    """Refuse a target that has too few layers for the draft, where its files are here or have to
+    be."""
+    # What is on a hub alone is not fetched for this.
+    if revision(cfg.model.path) or cfg.engine.name == "transformers":
         fed_by(cfg)
 
 

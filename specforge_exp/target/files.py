@@ -14,6 +14,8 @@ from specforge_exp.offline import offline
 
 WEIGHTS = (".safetensors", ".bin")
 """A hub model in the cache that has them is there as a whole."""
+SPELLINGS = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+"""Files of which one has a tokenizer's tokens."""
 
 
 def text_config(cfg: ModelConfig) -> Any:
@@ -51,17 +53,22 @@ def check_rotary(folder: Path) -> None:
 
 
 def generation_config(path: str) -> GenerationConfig:
-    """A model's generation_config.json; an empty one where it has none.
+    """A model's generation_config.json; where it has none, what its config.json says, as
+    transformers and servers take it.
 
     Raises:
-        InputError: the model is not here, so nobody knows.
+        InputError: it is damaged, or the model is not here, so nobody knows.
     """
     try:
         return GenerationConfig.from_pretrained(path)
     except OSError as error:
         folder = files_of(path)
+        if folder and (file := folder / "generation_config.json").exists():
+            raise InputError(f"{file} cannot be read: {first_line(error)}") from None
         weights = [file for file in folder.glob("*") if file.suffix in WEIGHTS] if folder else []
         if weights or Path(path).is_dir() or asked_for(path):
+            with suppress(OSError, ValueError):
+                return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path))
             return GenerationConfig()
         raise InputError(
             f"model.path={path}: its generation_config.json cannot be read "
@@ -78,10 +85,15 @@ def asked_for(path: str) -> bool:
 
 def load_tokenizer(cfg: ModelConfig) -> Any:
     """The target's tokenizer; InputError when it is missing, slow, or has no chat template."""
+    folder = Path(cfg.path)
+    if (folder / "config.json").exists() and not any(map(any, map(folder.glob, SPELLINGS))):
+        raise InputError(  # transformers would make an empty one
+            f"model.path={cfg.path} has no tokenizer.json; copy it from the model it was made of"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(cfg.path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(not_loadable(cfg, error)) from None
+    except Exception as error:  # a damaged tokenizer.json raises whatever it meets
+        raise InputError(f"{not_loadable(cfg, error)} (its tokenizer)") from None
     if not tokenizer.is_fast:
         raise InputError(f"{cfg.path}: its tokenizer has no tokenizer.json; a fast one is needed")
     if not tokenizer.chat_template:

@@ -307,6 +307,13 @@ KNOWN = (
 ).split()
 
 
+def test_the_home_folder_is_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a file of conf/model/, which no shell reads; what a source reads has always been so."""
+    monkeypatch.setenv("HOME", "/of/mine")
+    cfg = composed("model=local", "model.path='~/target'")
+    assert (cfg.model.path, cfg.model.name) == ("/of/mine/target", "target")
+
+
 def test_known_keys_pass() -> None:
     assert unknown_key(KNOWN, Config) is None
     assert "data.nam is not an option" in (unknown_key([*KNOWN, "data.nam=x"], Config) or "")

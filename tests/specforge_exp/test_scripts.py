@@ -4,6 +4,7 @@ import ast
 import gc
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -80,6 +81,28 @@ def test_help_costs_about_what_a_configuration_costs() -> None:
     """Hydra alone copies every option of every plugin once per group: four times as much."""
     composed = min(cpu("train.py", "--cfg", "job") for _ in range(2))
     assert min(cpu("train.py", "--help") for _ in range(2)) < 2 * composed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--epochs", "3"], "unrecognized arguments: --epochs; an option is written epochs=3, in "),
+        (["epochs=", "3"], "3: an option is written epochs=3, in one word without dashes"),
+        (["data.path=é (1).json"], "data.path=é (1).json: quote it: 'data.path=\"é (1).json\"'"),
+    ],
+)  # fmt: skip
+def test_what_is_no_option_is_answered_with_how_to_write_one(words: list[str], said: str) -> None:
+    done = run("train.py", *words)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {said}"), done.stderr
+    if "quote it" in said:
+        quoted = run("train.py", *shlex.split(done.stderr.rpartition("it: ")[2]), "--cfg", "job")
+        assert f"path: {words[0].partition('=')[2]}" in quoted.stdout, quoted.stderr
+
+
+def test_a_tilde_is_the_home_folder() -> None:
+    """Shells leave it behind `model.path=`, and Hydra's grammar has none."""
+    done = run("train.py", "model=local", "model.path=~/x y", "--cfg", "job", "--package", "model")
+    assert f"path: {Path.home()}/x y\n" in done.stdout, done.stderr
 
 
 def test_status_is_a_word_of_regen() -> None:
@@ -159,17 +182,33 @@ def test_a_group_without_a_name_is_said(more: list[str]) -> None:
     assert done.stderr.endswith(": loss.name=...\n")
 
 
-def test_tab_completes_options_in_a_shell() -> None:
-    """What `eval "$(python train.py -sc install=bash)"` makes of a half-typed option."""
-    installed = run("train.py", "-sc", "install=bash")
-    assert "complete -o nospace" in installed.stdout, installed.stderr
-    line = "python train.py loss=full"
-    environment = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
-    asked = subprocess.run(
-        [sys.executable, "train.py", "-sc", "query=bash"], cwd=REPOSITORY, env=environment,
-        capture_output=True, text=True, check=False,
+def completed(line: str, folder: Path) -> list[str]:
+    """What a bash offers for a half-typed line after `eval "$(specforge -sc install=bash)"`."""
+    shell = 'eval "$(specforge -sc install=bash)"; _specforge 2>&-; printf "%s " "${COMPREPLY[@]}"'
+    environment = {
+        **os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line)),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", shell], cwd=folder, env=environment, capture_output=True, text=True,
+        check=False,
     )  # fmt: skip
-    assert asked.stdout.split() == ["loss=full-opd"], asked.stderr
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_tab_completes_in_a_shell(tmp_path: Path) -> None:
+    """Stages, options of a stage and of a script here, groups of one's own folder."""
+    mine = tmp_path / "conf" / "model" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("defaults: [tiny]\n")
+    assert completed("specforge ", tmp_path) == list(STAGES)
+    assert completed("specforge pre", tmp_path) == ["prefetch", "prep", "preprocess", "pretrain"]
+    line = "specforge train --config-dir conf -m loss=full-opd model=mi"
+    assert completed(line, tmp_path) == ["model=mine", "model=mistral_small"]
+    (tmp_path / "other.py").write_text("open('ran', 'w')")  # Hydra's own completion runs it
+    assert completed("python other.py loss=", tmp_path) == [] and not (tmp_path / "ran").exists()
+    assert completed("python train.py loss=full", REPOSITORY) == ["loss=full-opd"]
 
 
 def test_what_a_job_leaves_is_forgotten_beside_the_next_one() -> None:

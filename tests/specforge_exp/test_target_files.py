@@ -1,73 +1,57 @@
-"""What a config.json says of a rotary embedding, and who looks."""
+"""Reading a model's folder as users have it: without some of its files, or with damaged ones."""
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from families import longrope
+from conftest import TINY
 
-from specforge_exp.bench import in_process
 from specforge_exp.config import Config, ModelConfig
+from specforge_exp.data.rendering import eos_token_ids
 from specforge_exp.errors import InputError
-from specforge_exp.stages.export import converted
-from specforge_exp.stages.train import fingerprint_of
-from specforge_exp.target import check_rotary, text_config
-
-PLAIN = {"rope_type": "default", "rope_theta": 1e6}
-SCALED = {"rope_type": "linear", "factor": 2.0}
+from specforge_exp.stages.regen import unready
+from specforge_exp.target.files import generation_config, load_tokenizer
 
 
-def other_rotary(cfg: Config, to: Path, **entries: Any) -> Path:
-    """The tiny target with these in its config.json."""
-    shutil.copytree(cfg.model.path, to)
-    content = json.loads((to / "config.json").read_text())
-    (to / "config.json").write_text(json.dumps(content | entries))
-    return to
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The tiny target without its weights."""
+    return Path(
+        shutil.copytree(TINY.path, tmp_path / "mine", ignore=shutil.ignore_patterns("*.safe*"))
+    )
 
 
-def test_bench_looks_at_its_own_length(cfg: Config, tmp_path: Path) -> None:
-    """From 128 tokens on this target rotates otherwise."""
-    cfg.model.path = str(other_rotary(cfg, tmp_path / "long", rope_parameters=longrope(32)))
-    cfg.max_length, cfg.bench.max_length = 128, 129
-    asking: Any = None
-    with pytest.raises(InputError, match=r"^bench.max_length=129, .*use bench.max_length=128 or"):
-        in_process.answer(cfg, asking, {})
+def test_without_a_generation_config_the_configuration_says_the_ends(folder: Path) -> None:
+    """As `generate` and servers take it: a fine-tune often has no generation_config.json."""
+    tokenizer = load_tokenizer(ModelConfig("mine", str(folder)))
+    (folder / "generation_config.json").unlink()
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**written, "eos_token_id": [5, 7]}))
+    assert eos_token_ids(str(folder), tokenizer) == {5, 7, tokenizer.eos_token_id}
 
 
-@pytest.mark.parametrize(
-    ("alike", "entries"),
-    [
-        (True, {"rope_scaling": None, "rope_parameters": PLAIN, "rope_theta": 1e4}),
-        (True, {"rope_scaling": SCALED, "rope_theta": 1e6, "rope_parameters": PLAIN | SCALED}),
-        (False, {"rope_scaling": SCALED, "rope_parameters": {"a": SCALED, "b": PLAIN}}),
-        (False, {"rope_scaling": SCALED, "rope_theta": 1e6, "rope_parameters": PLAIN}),
-        (False, {"rope_scaling": SCALED, "rope_parameters": PLAIN | SCALED}),  # without its base
-        (False, {"rope_scaling": {**SCALED, "factor": 4.0}, "rope_parameters": SCALED}),
-        (False, {"text_config": {"rope_scaling": SCALED, "rope_parameters": PLAIN}}),
-    ],
-)
-def test_one_rotary_embedding(tmp_path: Path, alike: bool, entries: dict[str, Any]) -> None:
-    """Engines take the older spelling, where there is one, and ours of a draft the newer."""
-    (tmp_path / "config.json").write_text(json.dumps(entries))
-    if alike:
-        check_rotary(tmp_path)
-        return
-    with pytest.raises(InputError, match=r"rope_scaling={.*linear.* is not rope_parameters={"):
-        check_rotary(tmp_path)
+def test_a_damaged_generation_config_is_not_taken_for_none(folder: Path) -> None:
+    """Its ends and its sampling would be lost without a word."""
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"mine/generation_config\.json cannot be read: "):
+        generation_config(str(folder))
 
 
-def test_two_rotary_embeddings_are_refused_wherever_one_is_read(
-    cfg: Config, tokens: Path, tmp_path: Path
-) -> None:
-    two = other_rotary(cfg, tmp_path / "two", rope_scaling=SCALED, rope_parameters=PLAIN)
-    cfg.trainer.init = str(two)
-    for read in (
-        lambda: text_config(ModelConfig(name="t", path=str(two))),
-        lambda: in_process.load_pair(cfg, two, "float32"),
-        lambda: fingerprint_of(cfg, tokens),
-        lambda: converted(cfg, str(two)),
+def test_a_tokenizer_that_is_missing_or_damaged_is_named(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(
+        InputError, match=r"mine cannot be loaded as a folder: .* \(its tokenizer\)"
     ):
-        with pytest.raises(InputError, match=r"is not rope_parameters=\{"):
-            read()
+        load_tokenizer(ModelConfig("mine", str(folder)))
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"mine has no tokenizer\.json; copy it from the model"):
+        load_tokenizer(ModelConfig("mine", str(folder)))
+
+
+def test_regen_says_first_that_there_is_no_model(cfg: Config, tmp_path: Path) -> None:
+    """Not what its generation_config.json would say."""
+    cfg.model.path = str(tmp_path / "nowhere")
+    (said,) = unready(cfg)
+    assert "nowhere" in said and "regen.top_p" not in said
