@@ -4,6 +4,7 @@ Its samplers and pruners are files of the plugin. The options of hydra-optuna-sw
 among them: the same file serves both.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,6 +115,12 @@ class OptunaAsyncConf(SweepConf):
                 "mixed)', 'layers: range(1, 5)'"
             )
         count = len(self.directions)
+        single = isinstance(self.direction, str) or not isinstance(self.direction, Sequence)
+        if count > 1 and single:  # one word rarely suits all that a study searches by
+            raise SweepError(
+                f"hydra.sweeper.direction={self.direction}, and hydra.sweeper.names={self.names}: "
+                "a study needs a list with a direction for each of them"
+            )
         if not count:
             raise SweepError("hydra.sweeper.names=[]: a study needs a value to search by")
         if self.prunes and count > 1:

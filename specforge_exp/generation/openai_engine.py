@@ -29,10 +29,10 @@ from specforge_exp.generation.engine import (
 from specforge_exp.serving.server import connections
 
 T = TypeVar("T")
-MESSAGE_KEYS = "role content name tool_calls tool_call_id reasoning_content".split()
+MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 OFF = {"top_k": 0, "min_p": 0.0, "ignore_eos": False, "repetition_penalty": 1.0}
 """Settings that are not sent with this value: OpenAI's own servers know none of them."""
-BROKEN = "abort error content_filter repetition".split()
+BROKEN = ("abort", "error", "content_filter", "repetition")
 """Why an answer ended where the model would have gone on, other than at max_tokens."""
 BUSY = (429, 502, 503, 504)
 SETTINGS = (401, 403, 404)
@@ -202,7 +202,7 @@ def sent(message: Message) -> Message:
     """A message as OpenAI's interface has it, where the arguments of a call are text: servers make
     objects of them for their templates. Raises Unrenderable."""
     shown = readable(message, "in")
-    for call in shown.get("tool_calls", []) * (shown["role"] == "assistant"):
+    for call in shown.get("tool_calls", []) if shown["role"] == "assistant" else []:
         inner = call.get("function", call)
         text = encode(inner["arguments"]).decode()
         call |= {"type": "function", "function": {**inner, "arguments": text}}

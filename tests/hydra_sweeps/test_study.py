@@ -39,6 +39,7 @@ def fresh_hydra(hydra_restore_singletons: Any) -> Iterator[None]:
         (["hydra.sweeper.direction=[maximize,minimize]"], r"hydra\.sweeper\.names=\['value'\]"),
         (["hydra.sweeper.names=[]"], "needs a value to search by"),
         (["hydra.sweeper.direction=up"], "must be maximize or minimize"),
+        (["hydra.sweeper.names=[a,b]"], "a list with a direction for each"),
         (["hydra/sweeper/pruner=median", "hydra.sweeper.progress_metric=null"], "progress_metric"),
         (["hydra.sweeper.n_jobs=0"], "n_jobs=0 must be at least 1"),
         (["hydra.sweeper.repeats=3"], "repeats=3 is for hydra/sweeper=experiment"),
