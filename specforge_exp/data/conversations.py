@@ -89,6 +89,9 @@ def normalise_message(message: Any) -> dict[str, Any]:
         rest["tool_calls"] = [{"type": "function", "function": call}]
     if content is None and rest.get("tool_calls"):
         content = ""
+    match content:
+        case [{"type": "text", "text": str(text)}]:  # of several, templates make different things
+            content = text
     if not isinstance(content, str):
         raise BadRecord(f"the content of a {role} message is not text")
     for name in ("weight", "loss"):  # OpenAI's and Mistral's word, and ms-swift's

@@ -129,6 +129,15 @@ def test_weights(given: dict[str, Any], kept: dict[str, Any]) -> None:
     assert normalise({"messages": [answer | given]})["conversations"] == [answer | kept]
 
 
+def test_a_single_part_of_text_is_the_text() -> None:
+    said = normalise({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]})
+    assert said["conversations"] == [{"role": "user", "content": "Hi"}]
+    more = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]
+    for parts in (more, [{"type": "image_url", "image_url": {"url": "x"}}], [{"type": "text"}], []):
+        with pytest.raises(BadRecord, match="user message is not text"):
+            normalise({"messages": [{"role": "user", "content": parts}]})
+
+
 def test_an_empty_list_hides_no_other() -> None:
     record = normalise({"id": "a", "conversations": [], "messages": [ASKED]})
     assert record == {"id": "a", "conversations": [ASKED]}
