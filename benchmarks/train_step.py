@@ -7,14 +7,13 @@
     python benchmarks/train_step.py --instructions --hidden 128 ...   # what load does not move
 
 Everybody gets the same weights, inputs and supervised rows, in a process of its own; they take
-turns step by step, so that a slow minute of the machine slows all. At the default size each holds
-10 to 16 GB, so where less than 48 GB are free, or with --apart, one ends before the next begins.
-Threads that wait sleep: turning in circles they would be most of the CPU time beside other work.
-Measured are the medians of process CPU time (on CUDA: wall time between synchronisations), wall
-time and activation memory (see peers/measure.py). EAGLE-3's ratios are to SpecForge with its
-compact teacher; DFlash's to the better peer, which may be one for time and the other for memory.
-With --instructions ratios of time are ratios of counted instructions of one step, by valgrind's
-callgrind (which has no AVX-512): 50 times slower, so only for small sizes.
+turns step by step, so that a slow minute of the machine slows all, and threads that wait sleep. At
+the default size each holds 10 to 16 GB, so where less than 48 GB are free, or with --apart, one
+ends before the next begins. Measured are medians of process CPU time (CUDA: wall time), wall time
+and activation memory (peers/measure.py). EAGLE-3's ratios are to SpecForge with its compact
+teacher; DFlash's to the better peer, which may be one for time and the other for memory. With
+--instructions ratios of time are those of counted instructions of one step, by valgrind's callgrind
+(which has no AVX-512): 50 times slower, so only for small sizes.
 
     unmasked     one conversation of 512 tokens, everything supervised
     half_prompt  the same, its first half a prompt
@@ -42,7 +41,6 @@ is speculators):
 
 Losses are compared at one divisor, the sum of the labels' weights; the summary has `loss_rel`, the
 largest relative difference of a peer's to ours.
-
 On CUDA our step takes part twice, by few kernels and, `in_order`, in the order of a CPU's sums.
 
 The peers run in a virtual environment that the first run makes (a few minutes, 2 GB), eagerly on a
@@ -123,8 +121,8 @@ class Step:
         if args.instructions:
             output = file.with_name("".join([who, *more, ".callgrind"]))
             command = [*callgrind(output), *command, "--instructions", str(output)]
-        variables = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-        variables |= {"OMP_WAIT_POLICY": "passive"}
+        threads = {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "passive"}
+        variables = {**os.environ, **threads}
         if args.device == "cpu":
             variables["TORCHDYNAMO_DISABLE"] = "1"
         self.who, self.log = who, file.with_name("".join([who, *more, ".log"]))

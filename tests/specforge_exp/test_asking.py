@@ -10,11 +10,15 @@ import pytest
 from aiohttp import web
 
 from specforge_exp.bench import clients
-from specforge_exp.bench.asking import Asking, Talk
+from specforge_exp.bench.asking import Asking, Talk, asking_of
 from specforge_exp.bench.served import converse, repeat
+from specforge_exp.bench.sets import BenchSets
 from specforge_exp.bench.speculative import Decoding
+from specforge_exp.config import Config
 from specforge_exp.errors import InputError
 from specforge_exp.serving.server import connections
+from specforge_exp.stages.bench import fitting
+from specforge_exp.target import load_tokenizer
 
 
 def test_samples_follow_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,3 +105,23 @@ def test_what_others_ask_meanwhile_is_noticed(others: int) -> None:
             asyncio.run(asked())
         return
     assert asyncio.run(asked()).verified == 2
+
+
+def test_a_prompt_has_its_tools_and_may_be_refused(
+    cfg: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As regen asks it; what the template refuses (a system's words, as Gemma) is left out."""
+    tokenizer = load_tokenizer(cfg.model)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{{ messages[0].content }}"
+    )
+    asking = asking_of(cfg, tokenizer, None)
+    plain, refused = ({"conversations": [{"role": r, "content": "Hi"}]} for r in ("user", "system"))
+    refused["conversations"] += plain["conversations"]
+    told = {**plain, "tools": [{"function": {"name": "weather "}}]}
+    ask, _ = fitting(BenchSets({"x": [told, plain, refused]}, {}), asking, cfg)["x"]
+    assert tokenizer.decode(asking.encode(ask.asks[0], ask.tools)) == "weather Hi"
+    assert "a prompt is left out: the chat template refuses it: no system role" in caplog.text
+    with pytest.raises(InputError, match="no prompt fits"):
+        fitting(BenchSets({"x": [refused]}, {}), asking, cfg)

@@ -278,7 +278,7 @@ def test_long_prompts_of_a_suite_are_counted_and_others_refused(
     assert list(result["datasets"]) == ["talks"]
     said = capsys.readouterr().out
     assert "prompts: the suite's own\n" in said
-    assert "left out, too long: talks 1, talks (later turns) 1, long 1" in said
+    assert "refused by the chat template: talks 1, talks (later turns) 1, long 1" in said
     cfg.bench.suite, cfg.bench.force = {"long": long}, True
     with pytest.raises(InputError, match=r"no prompt fits max_length=512 with bench.max_tokens=6"):
         bench(cfg)
@@ -318,26 +318,6 @@ def test_the_second_turn_follows_the_own_answer(exported: Config) -> None:
     assert seen[1] == [*asks[0], {"role": "assistant", "content": said}, *asks[1]]
     without_room = replace(setup, room=len(setup.encode(asks[0])))
     assert len(converse(talk, without_room, pair, torch.Generator())) == 1
-
-
-def test_a_prompt_has_its_tools_and_may_be_refused(
-    cfg: Config, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As regen asks it; what the template refuses (a system's words, as Gemma) is left out."""
-    tokenizer = load_tokenizer(cfg.model)
-    tokenizer.chat_template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{{ messages[0].content }}"
-    )
-    asking = asking_of(cfg, tokenizer, None)
-    plain, refused = ({"conversations": [{"role": r, "content": "Hi"}]} for r in ("user", "system"))
-    refused["conversations"] += plain["conversations"]
-    told = {**plain, "tools": [{"function": {"name": "weather "}}]}
-    ask, _ = fitting(BenchSets({"x": [told, plain, refused]}, {}), asking, cfg)["x"]
-    assert tokenizer.decode(asking.encode(ask.asks[0], ask.tools)) == "weather Hi"
-    assert "a prompt is left out: the chat template refuses it: no system role" in caplog.text
-    with pytest.raises(InputError, match="no prompt fits"):
-        fitting(BenchSets({"x": [refused]}, {}), asking, cfg)
 
 
 def test_recorded_answers_are_left_to_the_model() -> None:

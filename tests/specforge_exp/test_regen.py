@@ -23,9 +23,9 @@ from transformers import GenerationConfig
 from specforge_exp import paths
 from specforge_exp.config import Config
 from specforge_exp.config.machine import machine
-from specforge_exp.data.chat import prompt_ids
+from specforge_exp.data.chat import Unrenderable, prompt_ids
 from specforge_exp.errors import InputError
-from specforge_exp.generation.engine import Refused, Sampling
+from specforge_exp.generation.engine import Sampling
 from specforge_exp.generation.rules import rules_of, sampling_of
 from specforge_exp.stages import regen as stage
 from specforge_exp.stages.prep import prep
@@ -306,7 +306,7 @@ def test_a_template_that_refuses_is_no_end_of_the_run(cfg: Config, tmp_path: Pat
     cfg.model.path = str(refusing)
     count = rules_of(cfg).count
     assert count is not None
-    with pytest.raises(Refused, match="not this one"):
+    with pytest.raises(Unrenderable, match="not this one"):  # what `regenerate` writes down
         count({}, say("word " * 400)["conversations"])
 
 
