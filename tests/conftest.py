@@ -196,7 +196,7 @@ def held(shared_with_jobs: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def control_plane(shared_with_jobs: Path) -> Iterator[modal_local.LocalModal]:
     """A local Modal for everything in this process: modal's client keeps its first address."""
-    options = {"max_containers": 4, "retry_delay_scale": 0, "forks": True}
+    options = {"max_containers": 4, "retry_delay_scale": 0}
     secrets = {"planted": {"PLANTED": PLANTED}}
     with modal_local.start(options=options, secrets=secrets, share=[shared_with_jobs]) as local:
         yield local

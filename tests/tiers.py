@@ -13,14 +13,11 @@ import os
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTHING_COLLECTED = 5
@@ -105,13 +102,11 @@ def timed(name: str) -> list[Path]:
     ]
 
 
-def cpu_seconds(patience: float = 0.0) -> float:
-    """CPU seconds of all processes below this one that have ended, after so many seconds at most
-    for those that are ending."""
-    deadline = time.monotonic() + patience
-    try:  # those whose parents have not waited for them
-        while os.waitpid(-1, os.WNOHANG)[0] or time.monotonic() < deadline:
-            time.sleep(0.01)
+def cpu_seconds() -> float:
+    """CPU seconds of all processes below this one that have ended."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:  # those whose parents have not waited for them
+            pass
     except ChildProcessError:
         pass
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -137,20 +132,11 @@ def alone(name: str) -> bool:
 
 
 def run(name: str, *options: str, timing: bool = True) -> bool:
-    """Run a tier and say what it took; whether all of it passed.
-
-    Its processes share what they start programs from: tests/warm.py.
-    """
+    """Run a tier and say what it took; whether all of it passed."""
     began, before = time.monotonic(), cpu_seconds()
-    with tempfile.TemporaryDirectory(prefix="warm-", ignore_cleanup_errors=True) as folder:
-        alive = warm.meeting(folder)
-        os.environ["WARM_FOLDER"] = folder
-        passed = not pytest(name, "not timing", "--durations=10", *options)
-        passed &= alone(name) if timing else True
-        del os.environ["WARM_FOLDER"]
-        os.close(alive)
-        cpu = cpu_seconds(patience=10.0) - before
-    seconds = time.monotonic() - began
+    passed = not pytest(name, "not timing", "--durations=10", *options)
+    passed &= alone(name) if timing else True
+    seconds, cpu = time.monotonic() - began, cpu_seconds() - before
     print(f"tier {name}: {'passed' if passed else 'FAILED'} in {seconds:.0f} s, ", end="")
     print(f"{cpu:.0f} CPU s of a budget of {TIERS[name].budget}", flush=True)
     return passed

@@ -7,8 +7,7 @@ start it cold. The forking process enters neither Hydra nor torch's threads, and
 tests; what it forks does not know it.
 
 Where a script forks its own processes from multiprocessing's fork server, that is a fork, too: a
-spare child of the script, which the program asks that multiprocessing starts as Python. So are a
-container of the local Modal and, in it, modal_sweep's process that forks for jobs.
+spare child of the script, which the program asks that multiprocessing starts as Python.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from __future__ import annotations
 import atexit
 import ctypes
 import fcntl
-import io
+import gc
+import importlib
 import json
 import multiprocessing
 import multiprocessing.process
@@ -38,8 +38,6 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from modal_local import isolation
-from warm_imports import STAGES, preload
 from warm_programs import SPARED, STARTED
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -47,10 +45,25 @@ DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG: a signal for who outlives what forked it."""
 SEVERAL = re.compile(r"(trainer\.gpus|preprocess\.processes)=[2-9]|target\.placement=ray")
 """An option of a script that starts a fork server."""
-IN_CONTAINERS = "/run/python"
-"""Where a container of the local Modal has the program that asks spare forks."""
 FORK_SERVER = "forkserver"
 """The kernel's name of such a process and of what it forks."""
+STAGES = "prep regen preprocess train export bench bench_sweep pretrain sft".split()
+
+
+def preload(kind: str) -> None:
+    """Import what the stages import, or what any Hydra app does."""
+    names = ["hydra", "hydra._internal.hydra", "hydra._internal.config_loader_impl"]
+    names += ["hydra_sweeps.grid.run", "hydra_sweeps.study.run", "specforge_exp.cli"]
+    if kind == "modal":
+        names += ["modal", "rich.table", "modal_sweep.client.launch", "modal_sweep.client.session"]
+    if kind == "stages":
+        names += [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen3")]
+        names += ["specforge_exp.drafts.eagle3", "specforge_exp.drafts.dflash"]
+        names += [f"specforge_exp.stages.{name}" for name in STAGES]
+    for name in names:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # no fork looks through what is imported, or copies its pages by that
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -65,23 +78,17 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     return json.loads(text), files
 
 
-def keep_spares(path: str, count: int) -> None:
-    """Fork children that may become processes that fork for this one, and else end with it; `path`
-    is to be the program that asks them."""
-    owner = os.urandom(8).hex()
-    os.environ["WARM_SPARES"] = f"{owner} {count}"
+def keep_spares(python: str, count: int) -> None:
+    """Fork children that may become fork servers of this process, and else end with it."""
+    os.environ["WARM_SPARES"] = f"{os.getpid()} {count}"
     for number in range(count):
         listener = socket.socket(socket.AF_UNIX)
-        listener.bind(f"\0warm-{owner}-{number}")
+        listener.bind(f"\0warm-{os.getpid()}-{number}")
         listener.listen()
         if not os.fork():
             spare(listener)
         listener.close()
-    Path(path).write_text(SPARED.format(python=sys.executable))
-    Path(path).chmod(0o755)
-    multiprocessing.set_executable(path)
-    if path == IN_CONTAINERS:  # where modal_sweep starts one in another way
-        sys.executable = path
+    multiprocessing.set_executable(python)
 
 
 def spare(listener: socket.socket) -> None:
@@ -100,8 +107,6 @@ def spare(listener: socket.socket) -> None:
     for file, number in zip(above, order["files"], strict=True):
         os.dup2(file, number)
     os.closerange(512, 1024)
-    if order["session"]:
-        os.setsid()
     become(order)
 
 
@@ -121,12 +126,6 @@ def execute(cwd: str, more: list[str]) -> None:
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def unbuffered(descriptor: int) -> io.TextIOWrapper:
-    """A file of texts that are written at once, as with `python -u`."""
-    raw = io.FileIO(descriptor, "w", closefd=False)
-    return io.TextIOWrapper(raw, "utf-8", "replace", write_through=True)  # type: ignore[type-var]
-
-
 def become(order: dict[str, Any]) -> None:
     """Be the script that was ordered; never returns."""
     code = 1
@@ -135,18 +134,14 @@ def become(order: dict[str, Any]) -> None:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(order["cwd"])
-        if "container" in order:
-            isolation.enter(order["container"])
-            order = {**order, "cwd": os.getcwd(), "python": IN_CONTAINERS}
         os.environ.clear()
         os.environ.update(order["env"])
         more = [*filter(None, order["env"].get("PYTHONPATH", "").split(os.pathsep))]
         sys.argv = list(order["words"])
         multiprocessing.process.ORIGINAL_DIR = order["cwd"]  # type: ignore[attr-defined]
-        for custom in filter(os.path.exists, (f"{place}/sitecustomize.py" for place in more)):
-            runpy.run_path(custom)  # as Python does when it starts
-        if "PYTHONUNBUFFERED" in os.environ:
-            sys.stdout, sys.stderr = unbuffered(1), unbuffered(2)
+        for folder in more:  # as Python does when it starts
+            if os.path.exists(f"{folder}/sitecustomize.py"):
+                runpy.run_path(f"{folder}/sitecustomize.py")
         if order.get("spares"):
             keep_spares(order["python"], order["spares"])
         execute(order["cwd"], more)
@@ -171,7 +166,7 @@ def become(order: dict[str, Any]) -> None:
         os._exit(code)
 
 
-def forked(connection: socket.socket, path: str) -> tuple[int, bool]:
+def forked(connection: socket.socket, python: str) -> tuple[int, bool]:
     """Fork for an order; the child's pid, 0 without one, and whether it ends with who ordered."""
     order, files = receive(connection)
     pid = os.fork() if order else 0
@@ -183,7 +178,7 @@ def forked(connection: socket.socket, path: str) -> tuple[int, bool]:
         for number, file in enumerate(files):
             os.dup2(file, number)
         os.closerange(3, 1024)
-        become({"python": f"{path}.{os.getpid()}.python", **order})
+        become({**order, "python": python})
     for file in files:
         os.close(file)
     return pid, "bound" in order
@@ -205,6 +200,9 @@ def tell_of_ends(children: dict[int, socket.socket], bound: Container[int]) -> N
 def serve(kind: str, path: str) -> None:
     """Fork for every order on the socket until the tests' end of standard input closes."""
     preload(kind)
+    python = f"{path}.python"
+    Path(python).write_text(SPARED.format(python=sys.executable))
+    Path(python).chmod(0o755)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{path}.new")
     listener.listen(64)
@@ -230,7 +228,7 @@ def serve(kind: str, path: str) -> None:
         bound = {pid: each for pid, each in bound.items() if each not in ready and pid in children}
         if listener in ready:
             connection, _ = listener.accept()
-            pid, ends = forked(connection, path)
+            pid, ends = forked(connection, python)
             if pid:
                 children[pid] = connection
                 bound |= {pid: connection} if ends else {}
@@ -240,44 +238,25 @@ def serve(kind: str, path: str) -> None:
 def python(*scripts: str) -> str:
     """The path of a program that is Python, but for scripts of these names, which it starts as
     forks: for shells, and for commands that others start."""
-    path = Path(tempfile.mkdtemp(dir=folder())) / "python"
+    path = Path(server("stages")).with_name("-".join(["python", *scripts])) / "python"
+    path.parent.mkdir()
     path.write_text(STARTED.format(python=sys.executable, scripts=scripts, server=server("stages")))
     path.chmod(0o755)
     return str(path)
 
 
-def meeting(path: str) -> int:
-    """Let forking processes listen in a folder until the file that is returned is closed."""
-    os.mkfifo(f"{path}/alive")
-    return os.open(f"{path}/alive", os.O_RDWR)
-
-
-@cache
-def folder() -> str:
-    """Where they listen: the tier's, for all of its processes, or this process's own."""
-    if "WARM_FOLDER" not in os.environ:
-        own = tempfile.TemporaryDirectory(prefix="warm-", ignore_cleanup_errors=True)
-        atexit.register(own.cleanup)
-        meeting(own.name)
-        return own.name
-    return os.environ["WARM_FOLDER"]
-
-
 @cache
 def server(kind: str) -> str:
-    """The socket of the forking process of this kind, which all who share its folder ask."""
-    path = f"{folder()}/{kind}"
-    with open(f"{path}.lock", "w") as lock, open(f"{folder()}/alive") as alive:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not os.path.exists(path):
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            if kind.startswith("container"):  # what it imports reads this
-                del env["HF_HUB_OFFLINE"]
-            command = [sys.executable, __file__, kind, path]
-            process = subprocess.Popen(command, stdin=alive, cwd=REPOSITORY, env=env)
-            while not os.path.exists(path):
-                assert process.poll() is None, "what the scripts import cannot be imported"
-                time.sleep(0.02)
+    """The socket of this process's own forking process, which ends with it."""
+    path = str(Path(tempfile.mkdtemp(prefix="warm-")) / "socket")
+    process = subprocess.Popen(
+        [sys.executable, __file__, kind, path], stdin=subprocess.PIPE, cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    while not os.path.exists(path):
+        assert process.poll() is None, "what the scripts import cannot be imported"
+        time.sleep(0.02)
+    atexit.register(process.communicate)  # closes its standard input, and waits for it
     return path
 
 

@@ -4,16 +4,12 @@ SPARED = """#!{python} -IS
 import json, os, select, signal, socket, sys
 words = sys.argv[1:]
 owner, count = os.environ.get("WARM_SPARES", "0 0").split()
-if "-c" in words:
-    words = words[words.index("-c"):]
-known = "from multiprocessing.forkserver ", "modal_sweep.container.zygote"
-if len(words) < 2 or not words[1].startswith(known):
+if not words[-1].startswith("from multiprocessing.forkserver "):
     count = 0
 files = [int(name) for name in os.listdir("/proc/self/fd")]
 files = [file for file in files if os.path.exists(f"/proc/self/fd/{{file}}")]
 for number in range(int(count)):
-    order = {{"words": words, "cwd": os.getcwd(), "env": dict(os.environ), "files": files}}
-    order["session"] = os.getsid(0) == os.getpid()
+    order = {{"words": words[-2:], "cwd": os.getcwd(), "env": dict(os.environ), "files": files}}
     text = json.dumps(order).encode() + b"\\n"
     try:
         connection = socket.socket(socket.AF_UNIX)
@@ -28,9 +24,9 @@ for number in range(int(count)):
         os.close(file)
     select.select([end], [], [])
     os._exit(0)
-os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+os.execv({python!r}, [{python!r}, *words])
 """
-"""A program that is Python, but for what forks for its parent: a spare fork of that becomes it."""
+"""A program that is Python, but for a fork server, which a spare process of its parent becomes."""
 
 STARTED = """#!{python} -IS
 import json, os, signal, socket, sys

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,9 +106,11 @@ def test_what_a_stage_returns_and_which_way_it_should_go() -> None:
 
 
 def test_the_stock_sweeper_takes_the_same_options(tmp_path: Path) -> None:
-    command = ["train.py", "-m", "hydra/sweeper=basic", "loss=full-opd,mixed"]
+    command = [sys.executable, "train.py", "-m", "hydra/sweeper=basic", "loss=full-opd,mixed"]
     tiny = ["model=tiny", f"paths.checkpoints={tmp_path}", f"paths.datasets={tmp_path}"]
-    done = warm.run([*command, *tiny])
+    done = subprocess.run(
+        [*command, *tiny], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
     assert "python preprocess.py" in done.stderr  # both were composed, and lack their tokens
     assert "loss=mixed" in done.stdout
 

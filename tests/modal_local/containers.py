@@ -24,7 +24,6 @@ from .volumes import VolumeFullError
 ISOLATION = Path(__file__).with_name("isolation.py")
 RUNTIME = "/run/modal"  # where a container finds its socket and arguments
 WORKDIR = "__WORKDIR__"
-STAGES = "/root/specforge_exp/"  # what loads torch
 MAX_LINE = 1 << 20
 
 
@@ -189,20 +188,17 @@ async def _start_isolated(plane: ControlPlane, task: Task, sockets: Path) -> Non
     if definition.is_server:
         task.http_socket = str(sockets / "http.sock")
         spec["forward"] = [task.http_socket, definition.http_config.port or 8000]
-    if plane.options.forks:
-        from . import forks  # which the tests' `warm` does
-
-        stages = any(path.startswith(STAGES) for _, path, _ in spec["files"])
-        kind = "containers of stages" if stages else "containers"
-        task.process = await forks.start(kind, spec, environment)
-        return
     (sockets / "spec.json").write_text(json.dumps(spec))
-    task.process = await _spawn(isolated(str(sockets / "spec.json")), environment, "/")
+    argv = isolated(str(sockets / "spec.json"), network=not definition.is_server)
+    task.process = await _spawn(argv, environment, "/")
 
 
-def isolated(spec: str) -> list[str]:
+def isolated(spec: str, *, network: bool) -> list[str]:
     """Return the command that runs a specification in namespaces of its own."""
-    return [sys.executable, "-I", "-S", str(ISOLATION), spec]
+    flags = ["--user", "--map-root-user", "--mount", "--pid", "--fork", "--kill-child=SIGKILL"]
+    if not network:
+        flags.append("--net")
+    return ["unshare", *flags, sys.executable, "-I", "-S", str(ISOLATION), spec]
 
 
 async def _start_plain(plane: ControlPlane, task: Task, sockets: Path) -> None:
@@ -303,7 +299,7 @@ def main_pid(plane: ControlPlane, task: Task) -> int | None:
         return None
     if plane.isolation == "plain":
         return task.process.pid
-    # who waits -> init -> (forwarder of a server,) main process
+    # unshare -> init -> (forwarder of a server,) main process
     inner = [pid for init in children(task.process.pid) for pid in children(init)]
     return inner[-1] if inner else None
 

@@ -27,8 +27,7 @@ def needs_modal() -> None:
 def local_modal(needs_modal: None) -> Iterator[LocalModal]:
     """One control plane for all tests; what they do must need no procedure it lacks."""
     secrets = {"token": {"TOKEN": "t-1"}}
-    options = {"heartbeat": 0.5, "max_idle": 2.0, "forks": True}
-    with start(secrets=secrets, options=options) as server:
+    with start(secrets=secrets, options={"heartbeat": 0.5, "max_idle": 2.0}) as server:
         yield server
         assert server.state()["unimplemented"] == {}
 

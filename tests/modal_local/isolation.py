@@ -1,9 +1,8 @@
-"""The first processes of a container, on the standard library alone.
+"""The first process of a container; runs inside `unshare`, on the standard library alone.
 
-The first one waits for the second, process 1 of namespaces of its own, which builds a root of its
-own on a tmpfs, enters it, forks the main process, passes signals on and reaps orphans. It dies with
-its standard input, so a control plane that is killed takes its containers along, and with the first
-one; all others die with it.
+It builds a root of its own on a tmpfs, enters it, starts the main process, passes signals on and
+reaps orphans. It dies with its standard input, so a control plane that is killed takes its
+containers along, and as it is process 1 of a PID namespace, all others die with it.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ MS_FLAGS = {"nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 1024, "nodiratime":
 MS_RELATIME = 1 << 21
 MNT_DETACH = 2
 PR_SET_PDEATHSIG = 1
-CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 28, 1 << 29, 1 << 30
 SYS_MOUNT_SETATTR = 442
 AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = -100, 0x8000, 1
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP_RUNNING = 0x8913, 0x8914, 0x41
@@ -167,29 +165,22 @@ def start_forwarder(listening: socket.socket, port: int) -> None:
     listening.close()
 
 
-def unshare(*, network: bool) -> None:
-    """Enter namespaces of our own, as their root; what is forked next is process 1 of them."""
-    maps = {"setgroups": "deny", "uid_map": f"0 {os.geteuid()} 1", "gid_map": f"0 {os.getegid()} 1"}
-    flags = CLONE_NEWNS | CLONE_NEWUSER | CLONE_NEWPID | (0 if network else CLONE_NEWNET)
-    if libc.unshare(flags) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"unshare: {os.strerror(number)}")
-    for name, text in maps.items():
-        with open(f"/proc/self/{name}", "w") as file:
-            file.write(text)
-
-
-def fork_main(cwd: str) -> int:
-    """Fork the main process, in a session of its own; 0 in it."""
-    os.makedirs(cwd, exist_ok=True)
+def start_main(spec: dict[str, Any]) -> int:
+    """Fork the main process, in a session of its own."""
+    os.makedirs(spec["cwd"], exist_ok=True)
     pid = os.fork()
-    if not pid:
+    if pid:
+        return pid
+    try:
         os.setsid()
         empty = os.open("/dev/null", os.O_RDONLY)
         os.dup2(empty, 0)
         os.close(empty)
-        os.chdir(cwd)
-    return pid
+        os.chdir(spec["cwd"])
+        os.execv(spec["argv"][0], spec["argv"])
+    except OSError as error:
+        os.write(2, f"modal_local: {spec['argv'][0]}: {error}\n".encode())
+    os._exit(127)
 
 
 def obey(main: int) -> None:
@@ -210,39 +201,23 @@ def reap(main: int) -> int:
             return code if code >= 0 else 128 - code
 
 
-def enter(spec: dict[str, Any]) -> None:
-    """Build a container and return in its main process alone."""
-    unshare(network=not spec.get("forward"))
-    init = os.fork()
-    if init:
-        os._exit(reap(init))
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    listening = socket.socket(socket.AF_UNIX)
-    if spec.get("forward"):
-        raise_loopback()
-        listening.bind(spec["forward"][0])
-        listening.listen(128)
-    build_root(spec)
-    enter_root(spec["root"])
-    if spec.get("forward"):
-        start_forwarder(listening, spec["forward"][1])
-    listening.close()
-    main = fork_main(spec["cwd"])
-    if main:
-        threading.Thread(target=obey, args=(main,), daemon=True).start()
-        os._exit(reap(main))
-
-
 def run() -> None:
     """Run the specification that the first argument names."""
     with open(sys.argv[1]) as file:
         spec = json.load(file)
-    enter(spec)
-    try:
-        os.execv(spec["argv"][0], spec["argv"])
-    except OSError as error:
-        os.write(2, f"modal_local: {spec['argv'][0]}: {error}\n".encode())
-    os._exit(127)
+    forward = spec.get("forward")
+    listening = socket.socket(socket.AF_UNIX)
+    if forward:
+        raise_loopback()
+        listening.bind(forward[0])
+        listening.listen(128)
+    build_root(spec)
+    enter_root(spec["root"])
+    if forward:
+        start_forwarder(listening, forward[1])
+    main = start_main(spec)
+    threading.Thread(target=obey, args=(main,), daemon=True).start()
+    os._exit(reap(main))
 
 
 if __name__ == "__main__":

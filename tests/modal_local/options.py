@@ -16,7 +16,6 @@ class Options:
     share: tuple[str, ...] = ()  # host paths that containers may write
     container_env: dict[str, str] = field(default_factory=dict)
     isolation: str = "auto"  # auto | namespaces | plain
-    forks: bool = False  # containers start as forks of a process that has imported what they import
     gpus: int = 64  # GPUs that exist; a container waits until as many as it asks for are free
     max_containers: int = 8  # of all functions together, to keep a laptop alive
     max_idle: float = 5.0  # upper bound of every scaledown_window, in seconds

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import warm
 
 from .client import LocalModal
 
@@ -33,6 +32,14 @@ def program_command(folder: Path, app: str, main: str, *arguments: str) -> list[
 
 def run_command(server: LocalModal, command: list[str], cwd: Path) -> str:
     """Run a command that must succeed, and return its standard output."""
-    done = warm.run(command, cwd, environment(server), timeout=TIMEOUT, kind="modal")
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=environment(server),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout

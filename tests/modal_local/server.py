@@ -55,7 +55,7 @@ def probe_isolation(plane: ControlPlane) -> str:
     reading, writing = os.pipe()  # the container dies at the end of its input
     try:
         done = subprocess.run(
-            isolated(str(spec)),
+            isolated(str(spec), network=True),
             stdin=reading,
             capture_output=True,
             text=True,

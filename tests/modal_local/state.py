@@ -11,15 +11,12 @@ import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modal_proto import api_pb2 as pb
 
 from .options import Options
 from .volumes import Checkout, Volume
-
-if TYPE_CHECKING:
-    from .forks import Fork
 
 Result = pb.GenericResult
 SUCCESS = Result.GENERIC_STATUS_SUCCESS
@@ -205,7 +202,7 @@ class Task:
     id: str
     fn: Fn
     dir: Path
-    process: asyncio.subprocess.Process | Fork | None = None
+    process: asyncio.subprocess.Process | None = None
     listener: Any = None
     running: dict[str, Input] = field(default_factory=dict)
     checkouts: dict[str, list[Checkout]] = field(default_factory=dict)  # by volume id

@@ -24,7 +24,7 @@ from test_stages_on_modal import launch
 @pytest.fixture(scope="module")
 def modal_here(shared_with_jobs: Path) -> Iterator[LocalModal]:
     """A control plane for programs of these tests only."""
-    options = {"max_containers": 3, "retry_delay_scale": 0, "max_idle": 20.0, "forks": True}
+    options = {"max_containers": 3, "retry_delay_scale": 0, "max_idle": 20.0}
     with client.start(options=options, share=[shared_with_jobs]) as local:
         yield local
         assert local.state()["unimplemented"] == {}
