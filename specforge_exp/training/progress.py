@@ -14,6 +14,7 @@ ONPOLICY = "onpolicy/"
 """Prefix of what is summed over proposals, not over rows of steps."""
 PARTIAL = "log:"
 """Prefix of a half-finished log's tensors in a checkpoint."""
+NUMBERS, SECONDS = PARTIAL + "numbers", PARTIAL + "seconds"
 
 
 Means = Callable[[dict[str, Tensor]], dict[str, float]]
@@ -96,18 +97,21 @@ class WindowLog:
         """What a checkpoint keeps, so that a resumed run logs the line it was about to."""
         total = self.everywhere(ranks)
         numbers = [total.loss, total.windows, total.tokens, total.flops]
-        numbers += [total.waited, self.seconds()]
-        state = {PARTIAL + "numbers": torch.tensor(numbers, dtype=torch.float64)}
+        # By themselves: all else in a checkpoint is the same whenever it is made.
+        seconds = [total.waited, self.seconds()]
+        state = {NUMBERS: torch.tensor(numbers, dtype=torch.float64)}
+        state |= {SECONDS: torch.tensor(seconds, dtype=torch.float64)}
         return state | {PARTIAL + name: value for name, value in total.sums.items()}
 
     def restore(self, state: dict[str, Tensor], rank: int) -> None:
         """Take what `state` gave; the sums go to the first process, which had all of them."""
-        numbers = [*state[PARTIAL + "numbers"].tolist(), 0.0, 0.0]  # none in older checkpoints
-        self.loss, self.windows, tokens, flops, self.waited, self.past = numbers[:6]
+        self.loss, self.windows, tokens, flops = state[NUMBERS].tolist()
+        if SECONDS in state:  # not in older checkpoints
+            self.waited, self.past = state[SECONDS].tolist()
         if rank == 0:
             self.tokens, self.flops = tokens, flops
             for name, value in state.items():
-                if name.startswith(PARTIAL) and name != PARTIAL + "numbers":
+                if name.startswith(PARTIAL) and name not in (NUMBERS, SECONDS):
                     self.sums[name.removeprefix(PARTIAL)] = value.to(self.device)
 
 
