@@ -253,7 +253,7 @@ def stop(chat: TerminalScreen, question: str) -> None:
 def streaming(text: str) -> bool:
     """Whether the last line is the status of an answer that has begun, not the toolbar."""
     last = text.splitlines()[-1]
-    return last.endswith(" tokens") and "top_p" not in last
+    return last.endswith((" tokens", " pieces")) and "top_p" not in last
 
 
 def squeezed(text: str) -> str:
