@@ -9,16 +9,22 @@ if not words[-1].startswith("from multiprocessing.forkserver "):
 files = [int(name) for name in os.listdir("/proc/self/fd")]
 files = [file for file in files if os.path.exists(f"/proc/self/fd/{{file}}")]
 for number in range(int(count)):
+    taken = f"{{sys.argv[0]}}.{{os.getpid()}}.{{number}}"
     order = {{"words": words[-2:], "cwd": os.getcwd(), "env": dict(os.environ), "files": files}}
+    order["taken"] = taken
     text = json.dumps(order).encode() + b"\\n"
     try:
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(f"\\0warm-{{owner}}-{{number}}")
         connection.sendall(text[socket.send_fds(connection, [text], files):])
         pid = int(connection.recv(64))
-        end = os.pidfd_open(pid)
-    except (OSError, ValueError):  # it is used, or gone
-        continue
+    except (OSError, ValueError):  # it is used, or gone, or its answer is lost
+        try:
+            os.symlink("0", taken)
+            continue
+        except FileExistsError:
+            pid = int(os.readlink(taken))
+    end = os.pidfd_open(pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for file in files:
         os.close(file)
