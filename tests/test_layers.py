@@ -49,9 +49,9 @@ BUDGETS = {
     "modal_sweep": 33_140,
     "hydra_sweeps": 30_010,
     "hydra_plugins": 1_050,
-    "specforge_exp": 243_770,
+    "specforge_exp": 243_790,
     "specforge_exp/data": 19_390,
-    "specforge_exp/target": 10_740,
+    "specforge_exp/target": 10_750,
     "specforge_exp/drafts": 54_840,
     "specforge_exp/training": 21_000,
     "specforge_exp/inference": 16_600,
@@ -59,7 +59,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_610,
     "specforge_exp/report": 17_750,
     "specforge_exp/chat": 4_160,
-    "": 308_510,
+    "": 308_530,
     "specforge_exp/causal": 5_760,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be

@@ -68,7 +68,8 @@ def generation_config(path: str) -> GenerationConfig:
         weights = [file for file in folder.glob("*") if file.suffix in WEIGHTS] if folder else []
         if weights or Path(path).is_dir() or asked_for(path):
             with suppress(OSError, ValueError):
-                return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path))
+                config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+                return GenerationConfig.from_model_config(config)
             return GenerationConfig()
         raise InputError(
             f"model.path={path}: its generation_config.json cannot be read "
