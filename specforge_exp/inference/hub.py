@@ -108,6 +108,8 @@ class Hub:
         self.workers, self.buffer, self.token_bytes = workers, buffer, token_bytes
         self.places, self.patience = places, patience
         self.members: dict[Who, Member] = {}
+        self.early: dict[Who, dict[int, Ids]] = {}
+        """What each asks for after something that has not arrived yet."""
         self.streams: list[Fanout] = []
         self.plans: dict[str, set[str]] = {}
         """Of each run that has come: the plans of its trainers."""
@@ -129,7 +131,21 @@ class Hub:
         return [self.answers[key]]
 
     async def ask(self, who: Who, number: int, ids: Ids) -> None:
-        """A trainer is going to want a forward; its numbers count up from 0."""
+        """A trainer is going to want a forward; its numbers count up from 0, but calls of an actor
+        that awaits may overtake each other."""
+        early = self.early.setdefault(who, {})
+        early[number] = ids
+        while (following := self.following(who)) in early:
+            self.plan(who, following, early.pop(following))
+        self.go_on()
+        self.tell()
+
+    def following(self, who: Who) -> int:
+        """The number of what a trainer asks for next."""
+        return self.members[who].next if who in self.members else 0
+
+    def plan(self, who: Who, number: int, ids: Ids) -> None:
+        """Note what a trainer asks for."""
         member = self.members.get(who) or self.join(who, ids)
         member.active = time.monotonic()
         known = member.stream.forwards.get(number)
@@ -140,11 +156,17 @@ class Hub:
             member.stream.waiting.append(number)
         member.asked.add(number)
         member.next = number + 1
-        self.go_on()
 
     async def take(self, who: Who, number: int) -> tuple[list[Any], str] | None:
-        """References of a forward's states, and what the trainer is to be told; None: not yet."""
-        member, began = self.members[who], time.monotonic()
+        """References of a forward's states, and what the trainer is to be told; None: not yet.
+
+        Raises:
+            TimeoutError: it was not asked for.
+        """
+        began = time.monotonic()
+        while self.following(who) <= number:
+            await asyncio.wait_for(self.changed.wait(), began + POLL - time.monotonic())
+        member = self.members[who]
         if member.waits != number:
             member.waits, member.since = number, began
         self.go_on()
@@ -181,7 +203,7 @@ class Hub:
         for who in dead:
             if who in self.members:
                 self.leave(who)
-                del self.members[who]
+                del self.members[who], self.early[who]
         if not self.coming - self.there:
             self.answers.clear()
         self.lose_patience()
@@ -295,8 +317,12 @@ class Hub:
                 if number is not None and member.taken == least and number in stream.waiting:
                     self.hold(stream, number)
         if self.computed > before:
-            self.changed.set()
-            self.changed = asyncio.Event()
+            self.tell()
+
+    def tell(self) -> None:
+        """Let calls that wait look again."""
+        self.changed.set()
+        self.changed = asyncio.Event()
 
     def has_room(self, stream: Fanout, forward: Forward) -> bool:
         """Whether a stream may hold it too: each has its part of the buffer."""

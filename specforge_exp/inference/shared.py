@@ -180,7 +180,8 @@ class SharedStream(Stream):
     def of_target(self, what: str, *args: Any) -> Any:
         """As `Stream`, but what one run has asked for all have."""
         try:
-            self.hub = self.hub or self.ray.get_actor(HUB, self.fleet.namespace)
+            if not self.forwards:  # later it would miss the first ones
+                self.hub = self.hub or self.ray.get_actor(HUB, self.fleet.namespace)
             return self.wait(self.hub.once.remote(what, *args))[0]
         except (ValueError, self.ray.exceptions.RayError) as error:
             self.lose(error)

@@ -153,6 +153,26 @@ def test_starters_are_waited_for_as_far_as_the_buffer_goes() -> None:
     run(sweep())
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_calls_may_overtake_each_other(seed: int) -> None:
+    """An actor that awaits begins them in any order: what is shared stays shared."""
+    chance, plan = random.Random(seed), [*range(9)]
+
+    async def sweep() -> None:
+        hub, worker = hub_of(places=2, buffer=9)
+        runs = [who("one"), who("two")]
+        await hub.look([run[0] for run in runs], [])
+        calls = [hub.ask(run, number, forward(number)) for run in runs for number in plan]
+        takes = [take(hub, run, number) for run in runs for number in plan]
+        begun = [*calls, *takes]
+        for at in chance.sample(range(len(begun)), len(begun)):
+            begun[at] = asyncio.ensure_future(begun[at])
+        got = [await task for task in begun[len(calls) :]]
+        assert got == plan * 2 and sorted(worker.asked) == plan and not any(hub.early.values())
+
+    run(sweep())
+
+
 def test_who_does_nothing_is_left_behind() -> None:
     """Also before it has come. What it comes for later it gets."""
 
