@@ -278,7 +278,8 @@ class Started:
         text = json.dumps(order).encode() + b"\n"
         numbers = [file.fileno() for file in (given, output[0], output[-1])]
         sent = socket.send_fds(self.connection, [text], numbers)
-        self.connection.sendall(text[sent:])
+        if sent < len(text):  # nothing more is an error where the script has already ended
+            self.connection.sendall(text[sent:])
         while b"\n" not in self.received:
             self.received += self.connection.recv(64)
         pid, self.received = self.received.split(b"\n", 1)

@@ -16,9 +16,11 @@ for number in range(int(count)):
     try:
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(f"\\0warm-{{owner}}-{{number}}")
-        connection.sendall(text[socket.send_fds(connection, [text], files):])
+        sent = socket.send_fds(connection, [text], files)
+        if sent < len(text):  # nothing more is an error where who answers has already gone on
+            connection.sendall(text[sent:])
         pid = int(connection.recv(64))
-    except (OSError, ValueError):  # it is used, or gone, or its answer is lost
+    except (OSError, ValueError):  # it is used, or gone
         try:
             os.symlink("0", taken)
             continue
@@ -43,7 +45,9 @@ order = {{"words": words, "cwd": os.getcwd(), "env": dict(os.environ), "session"
 text = json.dumps({{**order, "bound": True}}).encode() + b"\\n"
 connection = socket.socket(socket.AF_UNIX)
 connection.connect({server!r})
-connection.sendall(text[socket.send_fds(connection, [text], [0, 1, 2]):])
+sent = socket.send_fds(connection, [text], [0, 1, 2])
+if sent < len(text):
+    connection.sendall(text[sent:])
 received = b""
 while b"\\n" not in received:
     received += connection.recv(64)
