@@ -1,10 +1,8 @@
 """What differs between families is read from the model, and what cannot be read is refused."""
 
 import ast
-import inspect
 import json
 import os
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,7 +28,6 @@ from specforge_exp.errors import InputError
 from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.stages.train import train
 from specforge_exp.target import Target, check_length, draft_shape, load_target
-from specforge_exp.target.anatomy import CACHE, find_layers
 
 CPU = torch.device("cpu")
 EAGLE3 = Eagle3Config(name="e", draft_vocab_size=None)
@@ -379,23 +376,6 @@ def test_what_bench_cannot_decode_is_refused_before_training(
         train(cfg)
     cfg.engine.name = "sglang"  # bench asks a server, which can
     train(cfg)
-
-
-def test_what_is_kept_is_given_by_the_name_that_forwards_know(random_target: Target) -> None:
-    """By another one it may be lost in **kwargs without a word."""
-    for make in FAMILIES.values():
-        config = make()
-        text = type(config) in tf.AutoModelForCausalLM._model_mapping
-        kind = tf.AutoModelForCausalLM if text else tf.AutoModelForImageTextToText
-        with torch.device("meta"):
-            model = kind.from_config(config)
-        for module in (model, find_layers(model)[0]):
-            assert CACHE in inspect.signature(module.forward).parameters, type(module)
-    cache = random_target.new_cache()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
-        random_target.features(torch.arange(5)[None], cache)
-    assert cache.get_seq_length() == 5
 
 
 def test_a_head_dimension_may_differ_from_the_width() -> None:
