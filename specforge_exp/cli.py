@@ -1,6 +1,7 @@
 """What the scripts share: `command` makes a stage's main of conf/ and the command line, `run` calls
 the stage. It is where Hydra begins; the rest of the package does not know it."""
 
+import atexit
 import gc
 import logging
 import os
@@ -169,7 +170,16 @@ def loaded(stage: str) -> Callable[[Config], object]:
         gc.enable()
     if not there:
         gc.freeze()
+        atexit.register(thaw)
     return function
+
+
+def thaw() -> None:
+    """Let the interpreter look for garbage in what is loaded, at its end, where Triton's binding is
+    nanobind (Triton 3.9): it tells the user of everything that is left as of a leak."""
+    bound = getattr(sys.modules.get("triton._C.libtriton.ir"), "builder", None)
+    if type(bound).__module__ == "nanobind":
+        gc.unfreeze()
 
 
 def for_libraries() -> None:

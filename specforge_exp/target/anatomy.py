@@ -6,10 +6,12 @@ Shape suffixes: B batch, T tokens, N rows, H hidden, S size of a norm, V vocabul
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from specforge_exp.errors import InputError, first_line
 from specforge_exp.sharding import whole
@@ -17,6 +19,10 @@ from specforge_exp.target.head import Head, fit_head
 from specforge_exp.target.shape import rotates_alike
 
 PLAIN = (torch.float32, torch.float16, torch.bfloat16)
+OF_OUTPUT = {field.name for field in fields(BaseModelOutputWithPast)}
+CACHE = "cache" if "cache" in OF_OUTPUT else "past_key_values"
+"""The argument of a forward for keys and values of before. transformers renamed it in 5.24, and a
+forward may take a name that it does not know without a word, as if there were nothing before."""
 
 
 def find_layers(model: Any) -> tuple[Any, str]:

@@ -18,6 +18,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.sharding import whole
 from specforge_exp.target import packing
 from specforge_exp.target.anatomy import (
+    CACHE,
     few_tokens,
     find_layers,
     layer_weights,
@@ -154,7 +155,7 @@ class Target:
         """
         compiled = self.compiled if cache is None else []
         with self.captured() as captured, running(compiled):
-            out = self.decoder(ids_BT, past_key_values=cache, use_cache=cache is not None)
+            out = self.decoder(ids_BT, use_cache=cache is not None, **{CACHE: cache})
         last_BTH: Tensor = out.last_hidden_state
         return self.joined(captured, last_BTH), last_BTH
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
 from specforge_exp.errors import InputError
-from specforge_exp.target.anatomy import one_line
+from specforge_exp.target.anatomy import CACHE, one_line
 from specforge_exp.target.model import Target
 
 TOLERANCE = {torch.float32: 1e-4}
@@ -48,8 +48,8 @@ def verify_segments(
     own_QQ = (chain_Q[:, None] == chain_Q) & (after_Q[:, None] >= after_Q)
     with seeing(target.text, torch.cat([text_QT, own_QQ], 1), at_Q, at_L):
         out = target.decoder(
-            tokens_JR.to(device).reshape(1, -1), position_ids=at_Q[None], past_key_values=cache,
-            use_cache=True,
+            tokens_JR.to(device).reshape(1, -1), position_ids=at_Q[None], use_cache=True,
+            **{CACHE: cache},
         )  # fmt: skip
     last_1QH: Tensor = out.last_hidden_state
     return last_1QH[0].view(J, R, -1)

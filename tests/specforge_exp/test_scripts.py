@@ -222,6 +222,19 @@ def test_what_a_job_leaves_is_forgotten_beside_the_next_one() -> None:
     assert gone() is None and gc.isenabled()
 
 
+def test_triton_finds_nothing_left_at_the_end() -> None:
+    pytest.importorskip("triton")
+    program = """
+import triton
+from specforge_exp.cli import loaded
+loaded("specforge_exp.data.synthetic:generate")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, check=True, capture_output=True, text=True
+    )
+    assert done.stdout + done.stderr == ""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has another OpenMP elsewhere")
 @pytest.mark.parametrize(
     ("theirs", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")]

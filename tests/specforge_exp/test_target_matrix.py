@@ -1,10 +1,17 @@
 """Every family from its states to lossless decoding; a handful of them in the fast tier."""
 
+import inspect
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+import transformers as tf
 from families import FAMILIES, save
 from target_matrix import CHECKS, examine
+
+from specforge_exp.target import Target
+from specforge_exp.target.anatomy import CACHE, find_layers
 
 FAST = ("Llama 3.x", "Gemma 3 (pictures)", "gpt-oss", "Granite 3", "Phi-4-mini", "Qwen3-Next")
 REFUSED = {
@@ -32,3 +39,23 @@ def test_family(
         assert "cannot be decoded in this process" in answer
     else:
         assert answer == "yes"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_kept_is_given_by_a_name_that_forwards_know(family: str) -> None:
+    """Another one may be lost in **kwargs without a word."""
+    config = FAMILIES[family]()
+    text = type(config) in tf.AutoModelForCausalLM._model_mapping
+    kind = tf.AutoModelForCausalLM if text else tf.AutoModelForImageTextToText
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    for module in (model, find_layers(model)[0]):
+        assert CACHE in inspect.signature(module.forward).parameters
+
+
+def test_and_without_a_warning(random_target: Target) -> None:
+    cache = random_target.new_cache()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        random_target.features(torch.arange(5)[None], cache)
+    assert cache.get_seq_length() == 5

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from specforge_exp.target.anatomy import CACHE
+
 
 class StandaloneDecoder:
     """Drafts chains for one request.
@@ -42,7 +44,7 @@ class StandaloneDecoder:
     def read(self, tokens: list[int]) -> Tensor:
         """Logits [V] after these tokens, which the cache has from now on."""
         ids_1S = torch.tensor([tokens], device=self.model.device)
-        out = self.model(ids_1S, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        out = self.model(ids_1S, use_cache=True, logits_to_keep=1, **{CACHE: self.cache})
         logits_V: Tensor = out.logits[0, -1, : self.ids].float()
         return logits_V
 

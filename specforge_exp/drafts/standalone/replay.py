@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 from specforge_exp.drafts.replay import ReplayChains
 from specforge_exp.drafts.rows import document_bounds
 from specforge_exp.target import packing
+from specforge_exp.target.anatomy import CACHE
 from specforge_exp.target.segments import seeing
 from specforge_exp.training.objective import Replay, Sample
 
@@ -46,8 +47,8 @@ class Layout:
             seen_ML, at_M = self.seen_LL[rows, : rows.stop], self.at_L[rows]
             with draft.narrow(ids_M.device), seeing(text, seen_ML, at_M, self.at_L[: rows.stop]):
                 out = causal.decoder(
-                    ids_M[None], position_ids=at_M[None], past_key_values=self.cache,
-                    use_cache=True,
+                    ids_M[None], position_ids=at_M[None], use_cache=True,
+                    **{CACHE: self.cache},
                 )  # fmt: skip
         finally:
             model.set_attn_implementation(own)

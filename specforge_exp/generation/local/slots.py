@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from specforge_exp.errors import InputError
+from specforge_exp.target.anatomy import CACHE
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Slots(Cache):
             )
         self.model, self.device = model, model.device
         probe = DynamicCache()
-        model(torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=probe)
+        model(torch.zeros(1, 1, dtype=torch.long, device=self.device), **{CACHE: probe})
         self.capacity = 0
         self.dtype = model.dtype
         probed = [tensor for layer in probe.layers for tensor in (layer.keys, layer.values)]
@@ -132,9 +133,9 @@ class Slots(Cache):
             input_ids=ids_BT,
             attention_mask=self._masks(position_BT),
             position_ids=position_BT,
-            past_key_values=self,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: self},
         )
         logits_BV: Tensor = out.logits[:, -1]
         return logits_BV
