@@ -25,6 +25,7 @@ from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.drafts.dflash.training import decays
 from specforge_exp.drafts.dspark.config import DSparkConfig
 from specforge_exp.drafts.dspark.draft import DSpark
+from specforge_exp.drafts.kernels.check import use_kernels
 from specforge_exp.drafts.rows import document_bounds
 from specforge_exp.losses import Loss, opd
 from specforge_exp.target import Head
@@ -109,7 +110,8 @@ def prepare(args: Any, dtype: torch.dtype | None = None) -> tuple[DFlash, Any, f
         divisors_K[0] = args.divisor
 
     def outcome() -> Outcome:
-        return draft.objective(sample, Head(draft.head_VH), loss, cfg, divisors_K)
+        found: Outcome = draft(sample, Head(draft.head_VH), loss, cfg, divisors_K)[1]
+        return found
 
     extra = entropy(cfg, blocks, sample, draft.head_VH) if args.loss == "kl_div" else 0.0
     return draft, outcome, extra / float((decays(cfg) * divisors_K).sum())
@@ -125,6 +127,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     draft, outcome, extra = prepare(args)
+    use_kernels(torch.device(args.device))  # as where a training starts
     report(args, draft, outcome, extra)
 
 

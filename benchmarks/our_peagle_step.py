@@ -17,6 +17,7 @@ from peers.measure import arguments
 from peers.peagle_inputs import drawn
 
 from specforge_exp.config import LossConfig
+from specforge_exp.drafts.kernels.check import use_kernels
 from specforge_exp.drafts.peagle import draft as seam
 from specforge_exp.losses import Loss, opd
 from specforge_exp.target import Head
@@ -46,7 +47,8 @@ def main() -> None:
     del weights, chats, normed
     seam.make_chains = lambda cfg, batch: chains
     window_K = torch.stack([mask.sum() for mask in chains.supervised]).double()
-    report(args, draft, lambda: draft.objective(sample, head, loss, cfg, window_K))
+    use_kernels(torch.device(args.device))
+    report(args, draft, lambda: draft(sample, head, loss, cfg, window_K)[1])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python benchmarks/our_step.py FILE --shape JSON --threads 2 --steps 3
 
 By default with SpecForge's supervision and loss, so that rows and loss must be SpecForge's too.
+The draft is called as a training calls it: weights are narrowed once, kernels are used.
 """
 
 import argparse
@@ -128,7 +129,7 @@ def main() -> None:
     divisors_K = draft.denominators(cfg, sample)
     if args.supervision == "specforge":  # it divides by the padding, too
         divisors_K.fill_(padded)
-    report(args, draft, lambda: draft.objective(sample, head, loss, cfg, divisors_K))
+    report(args, draft, lambda: draft(sample, head, loss, cfg, divisors_K)[1])
 
 
 if __name__ == "__main__":

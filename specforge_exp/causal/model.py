@@ -92,7 +92,7 @@ class Causal(nn.Module):
         )  # fmt: skip
         pairs_B2 = None if torch.is_grad_enabled() else by_conversation(values, batch, z_loss)
         sums = {name: getattr(values, f"{name}_N").sum()[None] for name in ("nll", "top1")}
-        sums["rows"] = torch.tensor([float(len(at_N))], device=device)
+        sums["rows"] = torch.full((1,), float(len(at_N)), device=device)
         flops = needed_flops(self, batch.lengths, len(at_N))
         return loss, Outcome(loss, loss.detach()[None], sums, pairs_B2, flops)
 

@@ -137,7 +137,8 @@ def visit_rows(
     alpha_KR = torch.zeros(len(states), chains.counts[0], device=device)
     sums = RowSums(alpha_KR, torch.zeros_like(alpha_KR, dtype=torch.bool))
     size = max(1, LOGITS[device.type] // len(heads.weight_DH))
-    buffer_ND = torch.empty(min(size, len(rows.flat_Q)), len(heads.weight_DH), device=device)
+    held = min(size, len(rows.flat_Q)) if state_QH.dtype == torch.float32 else 0
+    buffer_ND = torch.empty(held, len(heads.weight_DH), device=device)
     gradient_QH = torch.zeros_like(state_QH) if gradient else None
     gradient_QF = torch.zeros_like(addition.feature_QF) if addition and gradient else None
     # One more position stands for all that lies outside a conversation.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from specforge_exp.drafts.layers import IN_ORDER
 from specforge_exp.drafts.rows import Chains
 
 
@@ -25,10 +26,15 @@ class RowSums:
     def add(self, step_N: Tensor, row_N: Tensor, values: dict[str, Tensor]) -> None:
         """Add rows' values to the sums of their steps."""
         self.alpha_KR[step_N, row_N] = values["alpha"]
+        step_K1 = torch.arange(len(self.alpha_KR), device=step_N.device)[:, None]
+        in_step_KN = None if IN_ORDER[step_N.device.type] else step_N == step_K1
         for name, value_N in values.items():
             if name not in self.values:
-                self.values[name] = torch.zeros(len(self.alpha_KR), device=value_N.device)
-            self.values[name].index_add_(0, step_N, value_N.float())
+                self.values[name] = torch.zeros(len(step_K1), device=value_N.device)
+            if in_step_KN is None:
+                self.values[name].index_add_(0, step_N, value_N.float())
+            else:  # a GPU adds by index in the order in which its threads come: never twice alike
+                self.values[name] += torch.where(in_step_KN, value_N.float(), 0.0).sum(1)
 
 
 def reported(sums: RowSums, chain: RowSums) -> dict[str, Tensor]:

@@ -108,4 +108,4 @@ def replay_outcome(
         "onpolicy/verified_tokens": torch.tensor(len(replay.last_PH)),
         "onpolicy/loss": total.loss.detach(),
     }
-    return replace(total, sums={name: value.to(last_TH.device) for name, value in sums.items()})
+    return replace(total, sums=sums)

@@ -60,7 +60,7 @@ class Elsewhere:
 
     def read(self, texts: list[Tensor], judged: bool) -> tuple[States, list[Any]]:
         """See `Judge`; a text is its tokens."""
-        ids = [ids_T.numpy().astype(np.int32) for ids_T in texts]
+        ids = [ids_T.cpu().numpy().astype(np.int32) for ids_T in texts]
         answers = self.asked("read", [(one, judged) for one in ids])
         ends, device = self.stream.ends, self.stream.device
         hidden, dtype = ends.text.hidden_size, ends.model.dtype

@@ -49,6 +49,8 @@ from specforge_exp.training.tracking import best_step
 
 log = logging.getLogger(__name__)
 
+LOGITS = 2**28
+"""The most of a draft that are compared at once: a DFlash of an 8B target has 2.4M for a token."""
 LAYOUT = 2
 """Of exported folders: raised whenever the same checkpoint is written in another way."""
 
@@ -209,7 +211,8 @@ def compare(cfg: Config, trained: Any, loaded: Any, target: Target, dtype: torch
         InputError: its logits differ from the trained draft's, rounded to the exported dtype.
     """
     tokens = read_split(paths.tokens_dir(cfg), "eval")
-    ids_1T = tokens[0][0][None].to(target.device)
+    most = max(16, LOGITS // (cfg.draft.steps * len(trained.draft_ids_D)))
+    ids_1T = tokens[0][0][None, :most].to(target.device)
     aux_1TA, _ = target.features(ids_1T)
     exact_TD = trained.all_logits(cfg.draft, ids_1T, aux_1TA)
     for weight in trained.parameters():

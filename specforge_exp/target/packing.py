@@ -79,10 +79,10 @@ def last_states(decoder: Any, ids_T: Tensor, lengths: list[int], documents: bool
         lengths: of each.
         documents: whether the model's attention is `by_document`.
     """
-    positions = [torch.arange(length) for length in lengths]
+    positions = [torch.arange(length, device=ids_T.device) for length in lengths]
     more = {"documents": lengths} if documents else {}
     out = decoder(
-        ids_T[None], position_ids=torch.cat(positions)[None].to(ids_T.device), use_cache=False,
+        ids_T[None], position_ids=torch.cat(positions)[None], use_cache=False,
         **more,
     )  # fmt: skip
     states_TH: Tensor = out.last_hidden_state[0]

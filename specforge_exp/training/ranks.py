@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,11 @@ LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 STORE = "SPECFORGE_EXP_STORE"
 """Environment variable: the file in which the processes that `launch` starts find each other."""
 
+
+TIMEOUT = timedelta(hours=2)
+"""How long a process waits for another, which may load a target, answer a round of rollouts or wait
+for workers; NCCL's own limit is ten minutes, as long as `streamed.PATIENCE`, and ends without a
+word."""
 
 Answer = TypeVar("Answer")
 
@@ -102,6 +108,7 @@ def join(device: torch.device) -> Ranks:
         store = os.environ.get(STORE)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
+            timeout=TIMEOUT,
             init_method=f"file://{store}" if store else None,
             rank=int(os.environ["RANK"]) if store else -1,
             world_size=int(os.environ["WORLD_SIZE"]) if store else -1,

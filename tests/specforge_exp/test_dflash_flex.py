@@ -10,6 +10,7 @@ from test_eagle3 import conversation, gradients, packed
 from torch import Tensor
 
 from specforge_exp.config import LossConfig
+from specforge_exp.drafts.dflash import flex
 from specforge_exp.drafts.dflash.blocks import make_blocks
 from specforge_exp.drafts.dflash.flex import BUCKET, hide, padded, useful
 from specforge_exp.losses import Loss, opd
@@ -58,6 +59,22 @@ def test_what_auto_means() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert useful("auto", cuda, 128) and not useful("auto", cpu, 128)
     assert not useful("auto", cuda, 80) and not useful("merged", cuda, 128)
+
+
+def test_auto_is_merged_where_nothing_compiles(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Triton needs a C compiler where it runs; a training without one ended at its first step."""
+    monkeypatch.setattr(flex, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    cuda = torch.device("cuda")
+    for compiler, found in (("", False), ("/opt/cc", True)):
+        flex.compiler_is_there.cache_clear()
+        monkeypatch.setenv("CC", compiler)
+        assert useful("auto", cuda, 128) == found
+        assert useful("flex", cuda, 128)
+    assert caplog.text.count("no gcc or clang is here") == 1
+    flex.compiler_is_there.cache_clear()
 
 
 @pytest.mark.gpu

@@ -23,6 +23,7 @@ from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss, opd
+from specforge_exp.stages import export as export_stage
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.export import export
 from specforge_exp.stages.train import train
@@ -82,6 +83,24 @@ def test_train_export_bench(run: Config, tiny_target: Target) -> None:
     assert all(found["lossless"] for found in result["datasets"].values())
     with pytest.raises(InputError, match="made for another target: its dflash_config"):
         DFlash.load(folder, Target(tiny_target.model, [0, 1, 2]))
+
+
+def test_an_export_is_compared_by_so_many_logits_as_there_is_room_for(
+    run: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block at each of 2,048 tokens had 20 GB of them for 151,936 tokens, three times."""
+    lengths, own = [], DFlash.all_logits
+
+    def seen(draft: DFlash, cfg: Any, ids_1T: Any, aux_1TA: Any) -> Any:
+        lengths.append(ids_1T.shape[1])
+        return own(draft, cfg, ids_1T, aux_1TA)
+
+    run.max_steps = 1
+    train(run)
+    monkeypatch.setattr(DFlash, "all_logits", seen)
+    monkeypatch.setattr(export_stage, "LOGITS", 20 * run.draft.steps * 1024)
+    export(run)
+    assert lengths == [20, 20, 20]
 
 
 def test_quiet_options_do_not_matter(run: Config) -> None:

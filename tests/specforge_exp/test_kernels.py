@@ -293,42 +293,51 @@ types = {"order": "*i64", "slot": "*i64", "first": "*i64", "bounds": "*i64",
          "lse": "*fp32", "delta": "*fp32", "out": "*bf16"}
 types |= dict.fromkeys(["logits", "known", "log_z", "log_mass", "weights", "sums"], "*fp32")
 types |= {"at": "*i64", "heat": "fp32", "floor": "fp32"}
-sizes = {"SIDE": 64, "GRAIN": 32, "WIDTH": 64, "WIDE": False, "ROWS": 16, "BLOCK": 16}
+sizes = {"SIDE": 64, "GRAIN": 32, "WIDTH": 128, "WIDE": False, "ROWS": 16, "BLOCK": 16}
 sizes |= {"GRADIENT": True}
-found = {}
+options = {"num_stages": attention.STAGES}
+found, moving = {}, []
 for room in (attention, losses, own):
     for name, kernel in vars(room).items():
         if not name.endswith("_kernel"):
             continue
-        signature, constants = {}, {}
+        moving += [
+            (name, one.name) for one in kernel.params
+            if types.get(one.name) == "*i64" and not one.do_not_specialize_on_alignment
+        ]
+        signature, constants, aligned = {}, {}, {}
         for index, argument in enumerate(kernel.arg_names):
             if argument in sizes:
                 signature[argument], constants[(index,)] = "constexpr", sizes[argument]
                 if room is losses and argument == "BLOCK":
                     constants[(index,)] = losses.BLOCK
-            elif argument in types:
-                signature[argument] = types[argument]
-            else:
-                whole = argument.isupper() or argument[1:2] == "_"
-                signature[argument] = "i32" if whole else "*bf16"
-        source = ASTSource(kernel, signature, constants)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-        found[name] = [made.metadata.shared, len(made.asm["cubin"])]
-print(json.dumps(found))
+                continue
+            whole = argument.isupper() or argument[1:2] == "_"
+            signature[argument] = types.get(argument, "i32" if whole else "*bf16")
+            if signature[argument] not in ("*i64", "fp32") and argument not in "RTMGN":
+                aligned[(index,)] = [["tt.divisibility", 16]]
+        for arch in (89, 90):
+            source = ASTSource(kernel, signature, constants, aligned)
+            made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            found[f"{name} {arch}"] = [made.metadata.shared, len(made.asm["cubin"])]
+print(json.dumps([found, moving]))
 """
 
 
 @pytest.mark.slow
 def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    """To the machine code of an H100, without one; what a program holds fits smaller ones, too."""
+    """To the machine code of an RTX 4090 and an H100, without either, for heads of 128 numbers.
+    What a program holds fits the smaller one, and where a batch's numbers lie in their copy makes
+    no other kernel."""
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], env={**os.environ, **environment}, check=True,
         capture_output=True, text=True,
     )  # fmt: skip
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 7
-    assert all(shared < 100 * 1024 and code for shared, code in found.values())
+    found, moving = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 14
+    assert all(shared <= 99 * 1024 and code for shared, code in found.values()), found
+    assert not moving
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from holding import hold, release
 from test_resume import (
     command,
@@ -34,7 +35,8 @@ from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.errors import InputError
 from specforge_exp.stages.train import train
 from specforge_exp.training.checkpoint import step_folders
-from specforge_exp.training.ranks import STORE, join, launch
+from specforge_exp.training.ranks import STORE, TIMEOUT, join, launch
+from specforge_exp.training.streamed import PATIENCE
 
 COMPARED = ("loss", "ce", "alpha/0", "top1/2", "simulated_length", "supervised")
 
@@ -227,3 +229,20 @@ def test_a_refusal_of_a_process_is_one_line(cfg: Config, tokens: Path, tmp_path:
     assert process.wait(timeout=300) == 1
     assert "Traceback" not in log.read_text()
     assert re.search(r"error: the (loss|norm[ a-z]*) is (nan|inf) at step \d+", log.read_text())
+
+
+def test_a_process_waits_longer_for_another_than_for_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's own limit is as long as a trainer waits for states: whoever waited for that trainer
+    died at the same time, without a word."""
+    started = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", STORE: str(tmp_path / "store")}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    join(torch.device("cpu"))
+    try:
+        backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+        assert backend.options._timeout == TIMEOUT
+        assert TIMEOUT.total_seconds() > 2 * PATIENCE
+    finally:
+        dist.destroy_process_group()

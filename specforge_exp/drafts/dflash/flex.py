@@ -6,7 +6,10 @@ Rows and positions are padded to multiples of BUCKET, so that a training knows f
 Shape suffixes: T positions, Q rows, N query heads, M key-value heads, E head size, P padded.
 """
 
+import logging
+import os
 from functools import cache
+from shutil import which
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from specforge_exp.drafts.dflash.heads import BlockLayout, Hidden, Norms, turned
 
+log = logging.getLogger(__name__)
 BUCKET = 256
 
 
@@ -84,7 +88,18 @@ def grown(x_PNE: Tensor, length: int) -> Tensor:
 def useful(attention: str, device: torch.device, head_dim: int) -> bool:
     """Whether draft.attention means FlexAttention here: auto takes it where it has a kernel."""
     fits = head_dim >= 16 and head_dim & (head_dim - 1) == 0
-    return attention == "flex" or (attention == "auto" and device.type == "cuda" and fits)
+    possible = device.type == "cuda" and fits and compiler_is_there()
+    return attention == "flex" or (attention == "auto" and possible)
+
+
+@cache
+def compiler_is_there() -> bool:
+    """Whether Triton finds the C compiler that it needs to start a kernel; the log says so if not:
+    bare images lack one."""
+    there = bool(os.environ.get("CC") or which("gcc") or which("clang"))
+    if not there:
+        log.warning("attention by plain products: no gcc or clang is here for FlexAttention")
+    return there
 
 
 @cache

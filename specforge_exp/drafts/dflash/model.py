@@ -27,7 +27,7 @@ from specforge_exp.drafts.dflash.flex import flex_block_attention, hide, useful
 from specforge_exp.drafts.dflash.heads import Angles, BlockLayout, Hidden
 from specforge_exp.drafts.draft import MLP, Draft
 from specforge_exp.drafts.layers import RMSNorm, linear, norm_linear, swiglu_down
-from specforge_exp.training.batches import moved_together
+from specforge_exp.training.batches import moved, moved_together
 
 
 class DFlashAttention(nn.Module):
@@ -185,7 +185,8 @@ class DFlashModel(Draft[DFlashConfig]):
         context_TH = self.context(aux_TA.to(self.compute_dtype))
         device = ids_T.device
         layouts = self.layouts(blocks, slots, context_TH)
-        ids_U = F.pad(ids_T[blocks.anchor_R.to(device)], (0, 1), value=self.config.mask_token_id)
+        anchor_R = moved(blocks.anchor_R, device)
+        ids_U = F.pad(ids_T[anchor_R], (0, 1), value=self.config.mask_token_id)
         state_QH = F.embedding(ids_U, self.embed_VH).to(context_TH.dtype)
         for layer, sliding in zip(self.layers, self.sliding, strict=True):
             layout = layouts[sliding]

@@ -20,6 +20,7 @@ from specforge_exp.drafts.dflash.model import DFlashModel
 from specforge_exp.drafts.rows import Chains
 from specforge_exp.drafts.weighting import Weighting, weighted
 from specforge_exp.losses import Loss
+from specforge_exp.training.batches import moved
 
 
 def as_chains(blocks: Blocks, lengths: list[int]) -> Chains:
@@ -56,7 +57,7 @@ def weighting(
         window_K: labels of the optimiser window at each place.
         text_KR: with dpace: -log q of the text at every label that counts, -1 elsewhere.
     """
-    decay_K = decays(cfg).to(window_K.device)
+    decay_K = moved(decays(cfg), window_K.device)
     if text_KR is None:
         return weighted(loss, scales(cfg, decay_K, window_K), decay_K)
     even_K = torch.ones_like(decay_K)

@@ -28,6 +28,7 @@ from specforge_exp.drafts.outcome import RowSums
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
 from specforge_exp.target import Head, Target
+from specforge_exp.training.batches import moved
 from specforge_exp.training.objective import Outcome, Sample
 
 HEADS = "markov_rank markov_head_type enable_confidence_head confidence_head_with_markov".split()
@@ -124,7 +125,7 @@ class DSpark(DFlash):
         """What the heads make of the slots of blocks at these anchors, over the text's tokens."""
         device = ids_T.device
         before_S = (torch.arange(state_RSH.shape[1]) - self.first_slot).clamp(min=0)
-        at_RS = (anchor_R[:, None] + before_S).clamp(max=len(ids_T) - 1).to(device)
+        at_RS = moved((anchor_R[:, None] + before_S).clamp(max=len(ids_T) - 1), device)
         hidden_RSH = self.norm(state_RSH)
         before_RSF = self.markov_head.embedded(ids_T[at_RS], hidden_RSH.dtype)
         return Conditioned(
@@ -181,7 +182,7 @@ def judged(
         cfg: the draft's options.
         window_K: labels of the optimiser window at each place.
     """
-    decay_K = decays(cfg).to(logits_KR.device)
+    decay_K = moved(decays(cfg), logits_KR.device)
     scale_K = cfg.confidence_weight * scales(cfg, decay_K, window_K.to(logits_KR.device))
     alpha_KR, counted_KR = rates.alpha_KR.clamp(0, 1), rates.counted_KR
     value_KR = F.binary_cross_entropy_with_logits(logits_KR, alpha_KR, reduction="none")

@@ -21,6 +21,10 @@ from specforge_exp.drafts.kernels.tiles import across, power, product, read, wri
 
 GRAIN = 32
 """Positions of a block, of which `key_rows` speaks; programs have one or two."""
+NUMBERS = ["order", "slot", "first", "bounds"]
+"""Arguments that are parts of one copy: where they begin in it changes from batch to batch."""
+STAGES = 2
+"""Tiles that are on their way into shared memory; three are more than a GPU of 24 GB has."""
 
 
 @triton.jit
@@ -33,7 +37,7 @@ def queries(order, slot, first, at_N, inside_N, M, G):
     return (row_N * M + tl.program_id(1)) * G + at_N % G, first_N, last_N
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=NUMBERS[:3])
 def forward_kernel(
     q, k, v, out, lse, order, slot, first, R, M, G, E, k_T, v_T,
     SIDE: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
@@ -69,7 +73,7 @@ def forward_kernel(
     tl.store(lse + place_N, top_N + tl.log(some_N), mask=real_N)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=NUMBERS[:3])
 def queries_kernel(
     q, k, v, outer, lse, delta, dq, order, slot, first, R, M, G, E, k_T, v_T,
     SIDE: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
@@ -99,7 +103,7 @@ def queries_kernel(
     write(dq, place_N, real_N, E, width, E, sum_NE)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=NUMBERS)
 def keys_kernel(
     q, k, v, outer, lse, delta, dk, dv, order, slot, first, bounds, T, M, G, E, k_T, v_T,
     GRAIN: tl.constexpr, SIDE: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
@@ -151,10 +155,10 @@ def key_rows(slot_R: Tensor, first_R: Tensor, positions: int) -> Tensor:
 
 
 def tiles(q_RMGE: Tensor) -> dict[str, Any]:
-    """Sizes of a program: what it holds fits 100 kB of a GPU's shared memory."""
-    width = power(q_RMGE.shape[-1])
+    """Sizes of a program: what it holds fits 99 kB, a GPU's shared memory where it is smallest."""
+    width, wide = power(q_RMGE.shape[-1]), triton.knobs.runtime.interpret
     side = 2 * GRAIN if width * q_RMGE.element_size() <= 256 else GRAIN
-    return {"SIDE": side, "WIDTH": width, "WIDE": triton.knobs.runtime.interpret}
+    return {"SIDE": side, "WIDTH": width, "WIDE": wide, "num_stages": STAGES}
 
 
 @operator()

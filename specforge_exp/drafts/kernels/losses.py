@@ -72,7 +72,7 @@ def write_gradient(logits, known, weights, N, D, heat, floor, scalars, BLOCK: tl
         tl.store(logits + low + lane, gradient, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["at"])
 def loss_kernel(
     logits, known, at, log_z, log_mass, weights, sums, N, D, heat, floor,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,

@@ -32,7 +32,7 @@ def own_forward_kernel(
         top_R = tl.load(lse + place_R, mask=real_R, other=0.0)
         total_R = tl.where(top_R == float("-inf"), 0.0, 1.0)
         for j in range(J):
-            head = j * k_J + mine * E
+            head = tl.cast(j, tl.int64) * k_J + mine * E
             k_RE = read(k + head, row_R, real_R, M * E, width, E).to(tl.float32)
             v_RE = read(v + head, row_R, real_R, M * E, width, E).to(tl.float32)
             score_R = tl.sum(q_RE * k_RE, 1)
@@ -62,7 +62,8 @@ def own_backward_kernel(
         for other in range(tl.where(part < G, J, G)):
             g = tl.where(part < G, part, other)
             j = tl.where(part < G, other, part - G)
-            place_R, head = (row_R * M + mine) * G + g, j * k_J + mine * E
+            place_R = (row_R * M + mine) * G + g
+            head = tl.cast(j, tl.int64) * k_J + mine * E
             k_RE = read(k + head, row_R, real_R, M * E, width, E).to(tl.float32)
             v_RE = read(v + head, row_R, real_R, M * E, width, E).to(tl.float32)
             q_RE = read(q, place_R, real_R, E, width, E).to(tl.float32)
@@ -78,7 +79,7 @@ def own_backward_kernel(
             sum_RE += read(dq, place_R, real_R, E, width, E).to(tl.float32)
             write(dq, place_R, real_R, E, width, E, sum_RE)
         else:
-            head = (part - G) * k_J + mine * E
+            head = tl.cast(part - G, tl.int64) * k_J + mine * E
             sum_RE += read(dk + head, row_R, real_R, M * E, width, E).to(tl.float32)
             more_RE += read(dv + head, row_R, real_R, M * E, width, E).to(tl.float32)
             write(dk + head, row_R, real_R, M * E, width, E, sum_RE)

@@ -46,7 +46,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
 from specforge_exp.target import Head, Target, take_dtype
 from specforge_exp.target.anatomy import read_end
-from specforge_exp.training.batches import Batch
+from specforge_exp.training.batches import Batch, moved
 from specforge_exp.training.objective import Outcome, Replay, Sample
 
 log = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ class Standalone(Draft[StandaloneConfig]):
         heads = self.heads(sample, target_head)
         scale_K = (1 / window_K.to(device).clamp(min=1)).float()
         outcome = head_and_loss(
-            chains, [states_TH[chains.slot_R.to(device) + 1]], heads,
+            chains, [states_TH[moved(chains.slot_R, device) + 1]], heads,
             weighted(loss, scale_K, torch.ones_like(scale_K)),
             lambda sums: along_turns(sums, chains, cfg.horizon),
         )  # fmt: skip
@@ -294,7 +294,7 @@ def along_turns(sums: RowSums, chains: Chains, horizon: int) -> RowSums:
     """Acceptance rates of `horizon` positions in a row, from every slot on, [K, R] each."""
     device, size = sums.alpha_KR.device, len(chains.end_T) + horizon
     alpha_T, counted_T = torch.zeros(size, device=device), torch.zeros(size, device=device).bool()
-    slot_R = chains.slot_R.to(device)
+    slot_R = moved(chains.slot_R, device)
     alpha_T[slot_R], counted_T[slot_R] = sums.alpha_KR[0], sums.counted_KR[0]
     at_KR = slot_R + torch.arange(horizon, device=device)[:, None]
     return RowSums(alpha_T[at_KR], counted_T[at_KR])
