@@ -24,8 +24,8 @@ class RowSums:
     """Per value the sum over rows of every step, [K]."""
 
     every_KR: dict[str, Tensor] = field(default_factory=dict)
-    """On a GPU, until `add_up`: by index it adds in the order in which its threads come, never twice
-    the same sum."""
+    """On a GPU, until `add_up`: by index it adds in the order in which its threads come, never
+    twice the same sum."""
 
     def add(self, step_N: Tensor, row_N: Tensor, values: dict[str, Tensor]) -> None:
         """Add rows' values to the sums of their steps; each row comes once."""
