@@ -161,6 +161,7 @@ def visit_rows(
         chunks = max(1, -(-len(listed_N) // size))
         for chunk_N, chunk_at_N in zip(listed_N.chunk(chunks), at_N.chunk(chunks), strict=True):
             visit_chunk(work, teacher, chunk_N, chunk_at_N)
+    sums.add_up()
     return work
 
 

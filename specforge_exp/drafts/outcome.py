@@ -23,18 +23,28 @@ class RowSums:
     values: dict[str, Tensor] = field(default_factory=dict)
     """Per value the sum over rows of every step, [K]."""
 
+    every_KR: dict[str, Tensor] = field(default_factory=dict)
+    """On a GPU, until `add_up`: by index it adds in the order in which its threads come, never
+    twice the same sum."""
+
     def add(self, step_N: Tensor, row_N: Tensor, values: dict[str, Tensor]) -> None:
-        """Add rows' values to the sums of their steps."""
+        """Add rows' values to the sums of their steps; each row comes once."""
         self.alpha_KR[step_N, row_N] = values["alpha"]
-        step_K1 = torch.arange(len(self.alpha_KR), device=step_N.device)[:, None]
-        in_step_KN = None if IN_ORDER[step_N.device.type] else step_N == step_K1
         for name, value_N in values.items():
-            if name not in self.values:
-                self.values[name] = torch.zeros(len(step_K1), device=value_N.device)
-            if in_step_KN is None:
+            if IN_ORDER[step_N.device.type]:
+                if name not in self.values:
+                    self.values[name] = torch.zeros(len(self.alpha_KR), device=value_N.device)
                 self.values[name].index_add_(0, step_N, value_N.float())
-            else:  # a GPU adds by index in the order in which its threads come: never twice alike
-                self.values[name] += torch.where(in_step_KN, value_N.float(), 0.0).sum(1)
+            elif name != "alpha":
+                if name not in self.every_KR:
+                    self.every_KR[name] = torch.zeros_like(self.alpha_KR)
+                self.every_KR[name][step_N, row_N] = value_N.float()
+
+    def add_up(self) -> None:
+        """When all rows have come."""
+        if not self.values and self.every_KR:
+            every_KR = {"alpha": self.alpha_KR, **self.every_KR}
+            self.values = {name: value_KR.sum(1) for name, value_KR in every_KR.items()}
 
 
 def reported(sums: RowSums, chain: RowSums) -> dict[str, Tensor]:

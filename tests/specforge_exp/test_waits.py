@@ -109,8 +109,10 @@ def test_sums_of_steps_do_not_depend_on_the_order_of_threads() -> None:
     value_N = torch.tensor([0.5, 1.0, 0.25, 3.0, 0.125])
     sums = RowSums(torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.bool))
     with torch.profiler.profile() as profiler:
-        for _ in range(2):
-            sums.add(step_N, row_N, {"alpha": value_N})
-    assert sums.values["alpha"].tolist() == [1.5, 0.0, 8.25]
+        sums.add(step_N[:2], row_N[:2], {"alpha": value_N[:2], "ce": 2 * value_N[:2]})
+        sums.add(step_N[2:], row_N[2:], {"alpha": value_N[2:], "ce": 2 * value_N[2:]})
+        sums.add_up()
+    assert sums.values["alpha"].tolist() == [0.75, 0.0, 4.125]
+    assert sums.values["ce"].tolist() == [1.5, 0.0, 8.25]
     assert sums.alpha_KR[step_N, row_N].equal(value_N)
     assert not any("index_add" in event.key for event in profiler.key_averages())
