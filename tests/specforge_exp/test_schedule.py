@@ -50,6 +50,8 @@ def test_every_rate_is_its_formula(schedule: str, shape: str, falls: str, decay:
         done = (step - stays) / (100 - stays) if step > stays else 0.0
         left = 1 - done if falls == "linear" else (1 + math.cos(math.pi * done)) / 2
         assert rate == pytest.approx((step + 1) / 10 if step < 10 else 0.2 + 0.8 * left)
+    at_once = TrainerConfig(schedule="linear", warmup_ratio=0.0)
+    assert rates(100, at_once)[:3] == pytest.approx([1, 1, 98 / 99])
 
 
 def test_a_schedule_without_a_stable_part_is_refused() -> None:
