@@ -48,4 +48,6 @@ def test_a_batch_has_no_padding() -> None:
     batch = make_batch(tokens, [1, 0], torch.device("cpu"))
     assert batch.ids_T.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert batch.lengths == [5, 3]
-    assert batch.numbers == [-2, -1]
+    assert (batch.numbers, batch.draw) == ([-2, -1], 0)
+    drawn = make_batch(tokens, [1, 0], torch.device("cpu"), 7)
+    assert (drawn.numbers, drawn.draw) == ([1, 0], 7)
