@@ -102,20 +102,21 @@ def test_the_loss_of_confidence_is_against_the_rates_that_are_reported(
     cfg = replace(CFG, position_weights=weights)
     draft, sample = small_draft(target, cfg), packed(target, conversation(1, LONG))
     assert draft.confidence_head is not None
-    with torch.no_grad():  # a logit of -30 everywhere: 30 times the rate is its cross-entropy
+    with torch.no_grad():  # a logit of 30 everywhere: its cross-entropy is 30 times what is missed
         draft.confidence_head.proj.weight.zero_()
-        draft.confidence_head.proj.bias.fill_(-30)
+        draft.confidence_head.proj.bias.fill_(30)
     with_it = outcome(draft, target, sample, cfg)
     with_it.loss.backward()
     assert gradients(draft)["confidence_head.proj.weight"].any()
     without = outcome(draft, target, sample, replace(cfg, confidence_weight=0.0))
     without.loss.backward()
     assert not gradients(draft)["confidence_head.proj.weight"].any()
-    rows, alpha = with_it.sums["rows"], with_it.sums["alpha"]
-    torch.testing.assert_close(with_it.sums["confidence"], 30 * alpha)
-    torch.testing.assert_close(with_it.sums["confidence_error"], alpha)
+    rows = with_it.sums["rows"]
+    missed = rows - with_it.sums["alpha"]
+    torch.testing.assert_close(with_it.sums["confidence"], 30 * missed)
+    torch.testing.assert_close(with_it.sums["confidence_error"], missed)
     weight_K = torch.exp(-torch.arange(cfg.steps) / cfg.loss_gamma)
-    expected = 30 * (weight_K * alpha).sum() / (weight_K * rows).sum()
+    expected = 30 * (weight_K * missed).sum() / (weight_K * rows).sum()
     torch.testing.assert_close(
         (with_it.loss - without.loss).detach(), expected.float(), rtol=1e-4, atol=1e-6
     )
