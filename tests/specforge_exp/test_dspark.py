@@ -1,6 +1,7 @@
 """DSpark: its heads in training and serving, and what confidence saves without changing a word."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -263,11 +264,15 @@ def test_a_chain_ends_where_it_would_not_pay(target: Target) -> None:
 
     assert drafted(None) == drafted(0.0) == 4
     assert draft.confidence_head is not None
-    with torch.no_grad():
-        draft.confidence_head.proj.weight.zero_()
-        draft.confidence_head.proj.bias.zero_()  # every token stands with 0.5
-    lengths = [max(range(5), key=lambda n: (2 - 0.5**n) / (1 + c * n)) for c in (0.1, 0.3, 0.7)]
-    assert [drafted(cost) for cost in (0.1, 0.3, 0.7)] == lengths == [2, 1, 0]
+    costs = [0.04, 0.1, 0.17, 0.3, 0.45, 0.7]
+    for stands in (0.5, 0.8):  # every token's chance
+        with torch.no_grad():
+            draft.confidence_head.proj.weight.zero_()
+            draft.confidence_head.proj.bias.fill_(math.log(stands / (1 - stands)))
+        expected = [sum(stands**i for i in range(n + 1)) for n in range(5)]
+        lengths = [max(range(5), key=lambda n: expected[n] / (1 + c * n)) for c in costs]
+        assert [drafted(cost) for cost in costs] == lengths
+        assert {1, 2, 3} <= set(lengths)
 
 
 @pytest.mark.slow
