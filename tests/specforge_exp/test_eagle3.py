@@ -332,20 +332,6 @@ def test_one_conversation_can_be_learnt(random_target: Target) -> None:
     assert alpha.min() > 0.9
 
 
-def test_flops_count_what_is_needed(random_target: Target) -> None:
-    """Twice the conversations, twice the work; prompts cost fc and the embedding's half."""
-    draft = small_draft(random_target)
-    one = packed(random_target, conversation(1))
-    two = packed(random_target, conversation(1), conversation(2))
-    flops = [outcome(draft, random_target, s, divisors(s)).flops for s in (one, two)]
-    assert flops[1] == 2 * flops[0]
-    prompt = packed(random_target, conversation(1, [0] * T))
-    attn = draft.midlayer.self_attn
-    half = sum(w.weight.numel() for w in (attn.q_proj, attn.k_proj, attn.v_proj)) // 2
-    expected = 6 * T * (draft.fc.weight.numel() + half)
-    assert outcome(draft, random_target, prompt, divisors(prompt)).flops == expected
-
-
 def test_too_large_a_vocabulary_is_refused(random_target: Target) -> None:
     with pytest.raises(InputError, match="draft_vocab_size=65"):
         draft_config(random_target.model.config, replace(CFG, draft_vocab_size=65))

@@ -273,14 +273,8 @@ def test_sampled_tokens_stand_by_the_rule_of_bench() -> None:
     chooser = Chooser(1.5, torch.rand(1, N, generator=generator, dtype=torch.float64))
     tokens_1N = chooser(0, logits_1D.expand(N, -1))[None]
     numbers_1N = torch.rand(1, N, generator=generator, dtype=torch.float64)
-    found_1N = stands(
-        head,
-        hidden_1H[None].expand(1, N, 5),
-        tokens_1N,
-        torch.stack(chooser.log_q),
-        numbers_1N,
-        1.5,
-    )
+    states_1NH, log_q_1N = hidden_1H[None].expand(1, N, 5), torch.stack(chooser.log_q)
+    found_1N = stands(head, states_1NH, tokens_1N, log_q_1N, numbers_1N, 1.5)
     p_V, q_V = torch.softmax(head(hidden_1H)[0] / 1.5, -1), torch.softmax(logits_1D[0] / 1.5, -1)
     share_V = torch.bincount(tokens_1N[0], minlength=7) / N
     assert float((share_V - q_V).abs().max()) < 0.03
@@ -295,6 +289,8 @@ def test_anchors_stand_before_what_was_missed() -> None:
     wrong[2, 0], wrong[0, 1] = 0, 0  # the third token after 3 and the first after 6
     assert missed(torch.tensor([3, 6, 7]), wrong, ids_T, turns_T).tolist() == [5, 6]
     assert missed(torch.tensor([3, 6, 7]), right, ids_T, turns_T).tolist() == []
+    half = OnPolicyConfig(name="replay", anchors=99, budget=0.5)  # of 12 tokens, 3 per chain
+    assert [draw(half, 1, 2, turns_T > 0, steps).most for steps in (4, 1)] == [2, 99]
     own = draw(OnPolicyConfig(name="replay", anchors=4), 1, 2, turns_T > 0, 4)
     chosen = own.with_errors(torch.tensor([5, 6]), 0.5)
     assert {5, 6} <= set(chosen.tolist()) and len(set(chosen.tolist())) == 4
