@@ -260,8 +260,9 @@ def test_a_replay_is_a_function_of_epoch_and_conversation(temperature: float) ->
     other = replayer.sample(replace(batch, draw=8)).replay
     assert other is not None
     assert other.anchor_R.tolist() != together.anchor_R.tolist()
-    read, verified = replayer.read, replayer.verified
-    assert 0 < verified <= read
+    chains = sum(len(each.anchor_R) for each in (together, alone, other))
+    assert replayer.verified == (K - 1) * chains
+    assert replayer.read == 2 * sum(batch.lengths) + batch.lengths[1]
 
 
 def test_sampled_tokens_stand_by_the_rule_of_bench() -> None:
@@ -270,6 +271,8 @@ def test_sampled_tokens_stand_by_the_rule_of_bench() -> None:
     head, N = Head(torch.randn(7, 5, generator=generator)), 4000
     hidden_1H = torch.randn(1, 5, generator=generator)
     logits_1D = torch.randn(1, 7, generator=generator)
+    never = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0]])  # also by the number 0
+    assert Chooser(1.0, torch.zeros(1, 1))(0, never).tolist() == [1]
     chooser = Chooser(1.5, torch.rand(1, N, generator=generator, dtype=torch.float64))
     tokens_1N = chooser(0, logits_1D.expand(N, -1))[None]
     numbers_1N = torch.rand(1, N, generator=generator, dtype=torch.float64)
