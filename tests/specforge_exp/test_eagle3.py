@@ -106,7 +106,7 @@ def test_the_fast_path_is_the_reference(
 def test_accepted_lengths_by_conversation(random_target: Target) -> None:
     """What an evaluation keeps of packed conversations is what each has alone."""
     draft = small_draft(random_target)
-    each = [conversation(1), conversation(2, [0, 1, 1, 0]), conversation(3)]
+    each = [conversation(1), conversation(2, [0, 1, 1, 0]), conversation(3, [1] * 8)]
     sample = packed(random_target, *each)
     with torch.no_grad():
         found = outcome(draft, random_target, sample, divisors(sample)).pairs_B2
@@ -314,6 +314,7 @@ def test_no_supervised_row_is_no_gradient(random_target: Target) -> None:
     found.loss.backward()
     assert found.loss.item() == 0
     assert all(not p.grad.any() for p in draft.parameters() if p.grad is not None)
+    assert not any(value.any() for value in found.sums.values()) and "top1" in found.sums
 
 
 def test_one_conversation_can_be_learnt(random_target: Target) -> None:
