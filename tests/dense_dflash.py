@@ -1,5 +1,7 @@
 """DFlash as its description reads: one dense mask over context and blocks, plain autograd."""
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from reference import teacher_rows
@@ -54,6 +56,16 @@ def dense_states(draft: DFlash, sample: Sample, anchors: Tensor, slots: int) -> 
     return draft.norm(h).unflatten(0, (R, slots))
 
 
+def expected_lengths(q_RKV: Tensor, labels: list[list[int]], alpha: float) -> Tensor:
+    """D-PACE's weights [K, R] of the labels of every block that count, one by one."""
+    weight_KR = torch.zeros(q_RKV.shape[1], len(labels))
+    for r, tokens in enumerate(labels):
+        reached = [alpha + (1 - alpha) * float(q_RKV[r, k, t]) for k, t in enumerate(tokens)]
+        for k in range(len(tokens)):
+            weight_KR[k, r] = sum(prod(reached[: i + 1]) for i in range(k, len(tokens)))
+    return weight_KR
+
+
 def dense_objective(
     draft: DFlash,
     sample: Sample,
@@ -80,6 +92,16 @@ def dense_objective(
         if not len(anchors):
             continue
         states = dense_states(draft, alone, anchors, draft_cfg.block_size)
+        if draft_cfg.position_weights == "dpace":
+            logq_RKV = (states[:, draft.first_slot :].detach() @ head_VH.T).log_softmax(-1)
+            labels = [
+                alone.ids_T[anchor + 1 : anchor + 1 + count].tolist()
+                for anchor, count in zip(anchors, blocks.counts_RK[here].sum(1), strict=True)
+            ]
+            weight_KR = expected_lengths(logq_RKV.exp(), labels, draft_cfg.dpace_alpha)
+            weight_KR = weight_KR / window_K.sum()
+        else:
+            weight_KR = weight_K[:, None].expand(K, len(anchors))
         alphas = torch.zeros(K, len(anchors))
         for k in range(K):
             rows = [r for r in range(len(anchors)) if blocks.counts_RK[here][r, k]]
@@ -91,7 +113,7 @@ def dense_objective(
             teacher = teacher_rows(full, torch.logsumexp(full, -1))
             teacher = type(teacher)(teacher.logp_ND, teacher.log_mass_N, alone.ids_T[at + 1])
             found = opd(logits, teacher, loss_cfg)
-            total = total + weight_K[k] * found.loss_N.sum()
+            total = total + (weight_KR[k, rows] * found.loss_N).sum()
             alpha = acceptance_rate(torch.log_softmax(logits, -1), teacher).detach()
             alphas[k, rows] = alpha
             top1 = logits.argmax(-1) == full.argmax(-1)

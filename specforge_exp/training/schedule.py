@@ -25,6 +25,6 @@ def learning_rate(step: int, total: int, peak: float, cfg: TrainerConfig) -> flo
         return peak
     if cfg.schedule == "wsd":
         begin, shape = max(warmup, total - round(cfg.decay_ratio * total)), cfg.decay_shape
-    progress = min(1.0, max(0, step - begin) / max(1, total - begin))
+    progress = max(0, step - begin) / max(1, total - begin)
     remaining = 1 - progress if shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * remaining)

@@ -5,8 +5,10 @@ from conftest import conversation_set
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specforge_exp.config import TrainerConfig
-from specforge_exp.training.batches import lay_out, make_batch, share, window_of
+from specforge_exp.config import Config, TrainerConfig
+from specforge_exp.training.batches import draw_of, lay_out, make_batch, share, window_of
+from specforge_exp.training.loop import planned
+from specforge_exp.training.ranks import Ranks
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 
@@ -48,4 +50,22 @@ def test_a_batch_has_no_padding() -> None:
     batch = make_batch(tokens, [1, 0], torch.device("cpu"))
     assert batch.ids_T.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert batch.lengths == [5, 3]
-    assert batch.numbers == [-2, -1]
+    assert (batch.numbers, batch.draw) == ([-2, -1], 0)
+    drawn = make_batch(tokens, [1, 0], torch.device("cpu"), 7)
+    assert (drawn.numbers, drawn.draw) == ([1, 0], 7)
+
+
+def test_every_epoch_draws_anew() -> None:
+    """And has its conversations in another order, in windows whose last may be smaller."""
+    tokens, ranks = conversation_set([[1] * size for size in range(2, 11)]), Ranks()
+    cfg = Config(trainer=TrainerConfig(batch_size=2, accumulate=2))
+    plans = [window for window, _ in planned(cfg, tokens, range(6), ranks, torch.device("cpu"))]
+    assert [(w.step, w.epoch, len(w.numbers)) for w in plans] == [
+        (0, 0, 4), (1, 0, 4), (2, 0, 1), (3, 1, 4), (4, 1, 4), (5, 1, 1)
+    ]  # fmt: skip
+    orders = [[n for w in plans[at : at + 3] for n in w.numbers] for at in (0, 3)]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(9))
+    for window in plans:
+        assert sorted(n for b in window.batches for n in b.numbers) == sorted(window.numbers)
+        assert {(b.step, b.draw) for b in window.batches} == {(window.step, window.epoch)}
+    assert draw_of(1, 0) not in (draw_of(0, epoch) for epoch in range(1000))

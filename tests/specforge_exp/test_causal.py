@@ -21,7 +21,13 @@ from specforge_exp import paths
 from specforge_exp.causal import head as head_module
 from specforge_exp.causal.export import export_model, save_model
 from specforge_exp.causal.head import Ending, NextToken, next_token_loss
-from specforge_exp.causal.model import Causal, choose_attention, new_model, without_dropout
+from specforge_exp.causal.model import (
+    Causal,
+    choose_attention,
+    needed_flops,
+    new_model,
+    without_dropout,
+)
 from specforge_exp.causal.objective import CAUSAL, causal_lm
 from specforge_exp.config import Config
 from specforge_exp.config.causal import CausalConfig
@@ -182,10 +188,59 @@ def test_mfu_counts_the_products_and_half_of_attention() -> None:
     assert outcome.flops == pytest.approx(products + added_in_place + scores / 2)
 
 
+@pytest.mark.parametrize("family", ["Gemma 2", "Qwen3-MoE"])
+def test_flops_of_windows_and_of_experts(family: str) -> None:
+    """A row has as many pairs as its window, a token two of four experts."""
+    made = causal(build(FAMILIES[family]()))
+    config = made.model.config
+    shares = {3: 2 / 4, 2: 1.0, 1: 0.0}
+    layers = sum(w.numel() * shares[w.dim()] for x in made.units for w in x.parameters())
+    head = made.model.lm_head.weight.numel()
+    pairs = 0.0
+    for kind in getattr(config, "layer_types", None) or ["full_attention"] * len(made.units):
+        window = config.sliding_window if kind == "sliding_attention" else 999
+        pairs += sum(min(at + 0.5, window) for length in LENGTHS for at in range(length))
+    attention = 12 * config.num_attention_heads * config.head_dim * pairs
+    expected = 6 * (layers * sum(LENGTHS) + 5 * head) + attention
+    assert needed_flops(made, LENGTHS, 5) == pytest.approx(expected)
+
+
+def test_an_evaluation_is_its_formula() -> None:
+    """Of all rows, and of each conversation; one without a predicted token has no part."""
+    made = causal(small_target().model, z_loss=0.1)
+    packed, objective = batch(64), causal_lm(made, CPU)
+    divisor = objective.denominators(packed)
+    with torch.no_grad():
+        outcome = objective.forward(packed, divisor)
+        nothing = objective.forward(objective.idle, torch.zeros(1))
+    nll, top1, pairs = 0.0, 0.0, []
+    for ids_T, turns_T in zip(
+        *(x.split(LENGTHS) for x in (packed.ids_T, packed.turns_T)), strict=True
+    ):
+        logits_TV = made.model(ids_T[None]).logits[0, :-1].detach()[turns_T[1:] > 0]
+        labels = ids_T[1:][turns_T[1:] > 0, None]
+        own = -logits_TV.log_softmax(-1).gather(1, labels).sum()
+        pairs.append([float(own + 0.1 * (logits_TV.logsumexp(-1) ** 2).sum()), len(labels)])
+        nll, top1 = nll + float(own), top1 + int((logits_TV.argmax(-1) == labels[:, 0]).sum())
+    rows = sum(count for _, count in pairs)
+    assert float(divisor) == rows > 50 and 0 in [count for _, count in pairs]
+    torch.testing.assert_close(outcome.pairs_B2, torch.tensor(pairs).double(), rtol=1e-5, atol=0)
+    assert float(outcome.loss) == pytest.approx(sum(loss for loss, _ in pairs) / rows, rel=1e-5)
+    assert CAUSAL.means(outcome.sums) == pytest.approx(
+        {
+            "nll": nll / rows, "perplexity": math.exp(nll / rows), "top1": top1 / rows,
+            "supervised": rows,
+        }, rel=1e-5,
+    )  # fmt: skip
+    assert CAUSAL.means(nothing.sums)["supervised"] == float(nothing.loss) == 0
+
+
 def test_the_interval_is_of_conversations() -> None:
+    """Sums over a resample's sums: near the mean's standard error times 1.96."""
     pairs = [[float(n % 3), 2.0] for n in range(60)]
     found = CAUSAL.intervals(pairs)
-    assert 0.3 < found["loss_low"] < 0.5 < found["loss_high"] < 0.7
+    half = 1.96 * float(np.std([loss for loss, _ in pairs])) / 2 / math.sqrt(60)
+    assert found == pytest.approx({"loss_low": 0.5 - half, "loss_high": 0.5 + half}, abs=0.01)
     assert CAUSAL.intervals(pairs) == found and CAUSAL.intervals(pairs[:1]) == {}
 
 

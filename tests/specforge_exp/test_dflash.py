@@ -122,6 +122,13 @@ def test_anchors_and_labels(target: Target) -> None:
     drawn = [make_blocks(few, replace(sample, draw=draw)).anchor_R.tolist() for draw in range(12)]
     assert len(set(map(tuple, drawn))) > 2
     assert make_blocks(few, sample).anchor_R.tolist() == some.anchor_R.tolist() == drawn[0]
+    later = replace(packed(target, conversation(2, LONG)), numbers=[1])
+    both = packed(target, conversation(1, turns), conversation(2, LONG))
+    for cfg in (replace(CFG, num_anchors=99), few):  # packed, each has its own
+        alone, apart, together = (make_blocks(cfg, each) for each in (sample, later, both))
+        anchor_R = torch.cat([alone.anchor_R, apart.anchor_R + len(turns)])
+        assert together.anchor_R.equal(anchor_R)
+        assert together.counts_RK.equal(torch.cat([alone.counts_RK, apart.counts_RK]))
 
 
 def test_decay_starts_at_one() -> None:

@@ -10,14 +10,19 @@ from conftest import small_target
 from dense_dflash import dense_objective
 from test_dflash import CFG, LONG, LOSS, logits, outcome, small_draft
 from test_eagle3 import assert_same, conversation, gradients, packed
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from specforge_exp.config import LossConfig
 from specforge_exp.drafts.dflash import config as options
+from specforge_exp.drafts.dflash import model
+from specforge_exp.drafts.dflash.blocks import make_blocks
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.drafts.dflash.export import kinds_of
-from specforge_exp.drafts.dflash.training import dpace
+from specforge_exp.drafts.dflash.training import dpace, needed_flops
 from specforge_exp.errors import InputError
-from specforge_exp.losses import Loss, opd
+from specforge_exp.losses import Loss, RowLoss, TeacherRows, opd
 from specforge_exp.target import Target
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -111,6 +116,7 @@ def test_a_window_hides(target: Target) -> None:
 def test_dpace_weighs_by_the_expected_length() -> None:
     """Without smoothing a weight is the slope of the block's expected length in log q."""
     q = torch.rand(5, 4, dtype=torch.float64).clamp(min=0.05)
+    q[1, 0] = 1.0
     log_q = q.log().requires_grad_()
     log_q.exp().cumprod(0).sum().backward()
     torch.testing.assert_close(dpace(-q.log(), 0.0), log_q.grad)
@@ -120,6 +126,43 @@ def test_dpace_weighs_by_the_expected_length() -> None:
     found = dpace(text, 0.5)
     assert not found[3:].any()
     torch.testing.assert_close(found[:3], dpace(-q.log()[:3], 0.5))
+
+
+def mixture(logits_ND: Tensor, teacher: TeacherRows, cfg: LossConfig) -> RowLoss:
+    """`opd` as a loss of the user's own."""
+    return opd(logits_ND, teacher, cfg)
+
+
+@pytest.mark.parametrize("function", [opd, mixture])
+def test_dpace_weighs_the_whole_loss_of_a_label(target: Target, function: Any) -> None:
+    """Whatever it is made of, on labels of blocks that end with their turn."""
+    cfg = replace(CFG, position_weights="dpace", dpace_alpha=0.3)
+    draft, sample = (
+        small_draft(target, cfg),
+        packed(target, conversation(1, LONG), conversation(2, LONG[3:])),
+    )
+    window = draft.denominators(cfg, sample)
+    total, _ = dense_objective(draft, sample, target.head_weight_VH, (cfg, LOSS), window)
+    total.backward()
+    expected = gradients(draft)
+    found = draft.objective(sample, target.head, Loss(function, LOSS), cfg, window)
+    found.loss.backward()
+    torch.testing.assert_close(found.loss, total.detach().float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.step_loss_K.sum(), found.loss.detach())
+    assert "loss" not in found.sums  # a line of metrics has the window's by this name
+    assert_same(gradients(draft), expected, rel=2e-5)
+
+
+def test_flops_are_those_of_the_products(
+    target: Target, cfg: DFlashConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third of them in the forward pass; attention's own are left out."""
+    draft, sample = small_draft(target, cfg), packed(target, conversation(1, LONG))
+    drawn = make_blocks(cfg, sample)
+    monkeypatch.setattr(model, "block_attention", lambda layout, norms, q_QNE, *rest: q_QNE)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        draft.states(sample.ids_T, sample.aux_TA, drawn, cfg.block_size)
+    assert needed_flops(draft, drawn, len(LONG)) == 3 * counter.get_total_flops()
 
 
 def test_a_divisor_of_labels(target: Target) -> None:

@@ -1,6 +1,7 @@
 """DSpark: its heads in training and serving, and what confidence saves without changing a word."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from test_dflash import CFG as DFLASH
 from test_dflash import LONG
 from test_dflash_pipeline import DRAFT as DFLASH_RUN
 from test_eagle3 import assert_same, conversation, gradients, packed
+from torch.utils.flop_counter import FlopCounterMode
 
 from specforge_exp import paths
 from specforge_exp.bench.speculative import Decoding, generate, speculate
@@ -93,25 +95,50 @@ def test_serving_is_training(target: Target, kind: str, from_anchor: bool, tmp_p
     torch.testing.assert_close(torch.stack(found), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_the_loss_of_confidence_is_against_the_rates_that_are_reported(target: Target) -> None:
+@pytest.mark.parametrize("weights", ["decay", "dpace"])
+def test_the_loss_of_confidence_is_against_the_rates_that_are_reported(
+    target: Target, weights: str
+) -> None:
     """Its own gradient alone: weight 0 leaves the head without any, and all else as it is."""
-    draft, sample = small_draft(target), packed(target, conversation(1, LONG))
-    with_it = outcome(draft, target, sample)
+    cfg = replace(CFG, position_weights=weights)
+    draft, sample = small_draft(target, cfg), packed(target, conversation(1, LONG))
+    assert draft.confidence_head is not None
+    with torch.no_grad():  # a logit of 30 everywhere: its cross-entropy is 30 times what is missed
+        draft.confidence_head.proj.weight.zero_()
+        draft.confidence_head.proj.bias.fill_(30)
+    with_it = outcome(draft, target, sample, cfg)
     with_it.loss.backward()
-    own = gradients(draft)
-    assert draft.confidence_head is not None and own["confidence_head.proj.weight"].any()
-    without = outcome(draft, target, sample, replace(CFG, confidence_weight=0.0))
+    assert gradients(draft)["confidence_head.proj.weight"].any()
+    without = outcome(draft, target, sample, replace(cfg, confidence_weight=0.0))
     without.loss.backward()
     assert not gradients(draft)["confidence_head.proj.weight"].any()
     rows = with_it.sums["rows"]
-    assert (with_it.sums["confidence"] > 0).all() and (
-        with_it.sums["confidence_error"] <= rows
-    ).all()
-    weight_K = torch.exp(-torch.arange(CFG.steps) / CFG.loss_gamma)
-    expected = (weight_K * with_it.sums["confidence"]).sum() / (weight_K * rows).sum()
+    missed = rows - with_it.sums["alpha"]
+    torch.testing.assert_close(with_it.sums["confidence"], 30 * missed)
+    torch.testing.assert_close(with_it.sums["confidence_error"], missed)
+    weight_K = torch.exp(-torch.arange(cfg.steps) / cfg.loss_gamma)
+    expected = 30 * (weight_K * missed).sum() / (weight_K * rows).sum()
     torch.testing.assert_close(
         (with_it.loss - without.loss).detach(), expected.float(), rtol=1e-4, atol=1e-6
     )
+    in_steps_K = weight_K if weights == "decay" else torch.ones(cfg.steps)
+    torch.testing.assert_close((with_it.step_loss_K * in_steps_K).sum(), with_it.loss.detach())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flops_of_the_tokens_before(target: Target, kind: str) -> None:
+    """A third of them in the forward pass; to look a token up is none."""
+    draft = small_draft(target, replace(CFG, markov_head_type=kind))
+    head, hidden_RSH = draft.markov_head, torch.randn(5, 4, draft.config.hidden_size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        head.markov_w2(head.features(torch.randn(5, 4, 8), hidden_RSH))
+    assert draft.head_flops(20) == 3 * counter.get_total_flops()
+    sample = packed(target, conversation(1, LONG))
+    found = outcome(draft, target, sample)
+    plain = DFlash.objective(
+        draft, sample, target.head, Loss(opd, LOSS), CFG, draft.denominators(CFG, sample)
+    )
+    assert found.flops - plain.flops == draft.head_flops(CFG.steps * int(found.sums["rows"][0]))
 
 
 def test_tokens_before_make_no_gradient_as_large_as_the_vocabulary() -> None:
@@ -237,11 +264,15 @@ def test_a_chain_ends_where_it_would_not_pay(target: Target) -> None:
 
     assert drafted(None) == drafted(0.0) == 4
     assert draft.confidence_head is not None
-    with torch.no_grad():
-        draft.confidence_head.proj.weight.zero_()
-        draft.confidence_head.proj.bias.zero_()  # every token stands with 0.5
-    lengths = [max(range(5), key=lambda n: (2 - 0.5**n) / (1 + c * n)) for c in (0.1, 0.3, 0.7)]
-    assert [drafted(cost) for cost in (0.1, 0.3, 0.7)] == lengths == [2, 1, 0]
+    costs = [0.04, 0.1, 0.17, 0.3, 0.45, 0.7]
+    for stands in (0.5, 0.8):  # every token's chance
+        with torch.no_grad():
+            draft.confidence_head.proj.weight.zero_()
+            draft.confidence_head.proj.bias.fill_(math.log(stands / (1 - stands)))
+        expected = [sum(stands**i for i in range(n + 1)) for n in range(5)]
+        lengths = [max(range(5), key=lambda n: expected[n] / (1 + c * n)) for c in costs]
+        assert [drafted(cost) for cost in costs] == lengths
+        assert {1, 2, 3} <= set(lengths)
 
 
 @pytest.mark.slow

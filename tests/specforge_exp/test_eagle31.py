@@ -14,9 +14,13 @@ from exported import eagle3_logits
 from proofs import losses_of_two_starts
 from safetensors.torch import load_file, save_file
 from test_eagle3 import CFG, LOSS, K, T, assert_same, conversation, divisors, gradients, packed
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from specforge_exp import paths
 from specforge_exp.config import Config, TrainerConfig
+from specforge_exp.drafts.chain_attention import LayerStep
+from specforge_exp.drafts.eagle3 import unroll as unroll_module
 from specforge_exp.drafts.eagle3.chains import make_chains
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.eagle3.draft import Eagle3
@@ -46,6 +50,35 @@ def variant(target: Target, options: dict[str, Any]) -> tuple[Eagle3, Eagle3Conf
         for weight in draft.parameters():
             weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
     return draft, cfg
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_flops_are_those_of_the_products(
+    random_target: Target, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third of them below the head in the forward pass, but for attention's own, the last layer's
+    keys and values where no row is, and the token that stands for those outside."""
+    draft, cfg = variant(random_target, {"num_layers": layers})
+    sample = packed(random_target, conversation(1), conversation(2))
+    chains = make_chains("inference", sample.turns_T, sample.lengths, K)
+    attn, last = draft.midlayer.self_attn, draft.stack[-1].self_attn
+    width, wide = len(attn.q_proj.weight), draft.config.hidden_size
+
+    def no_attention(turn: LayerStep, *_: Any) -> tuple[Tensor, None]:
+        return torch.zeros(len(turn.angles[0]), width), None
+
+    with monkeypatch.context() as without:
+        without.setattr(unroll_module, "chain_attention", no_attention)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            unroll(draft, chains, sample.ids_T, sample.aux_TA)
+    half = sum(len(w.weight) for w in (attn.q_proj, attn.k_proj, attn.v_proj)) * wide
+    keys = 2 * len(last.k_proj.weight) * wide
+    more = 2 * half + 2 * keys * (len(sample.ids_T) - chains.counts[0])
+    below = 3 * (counter.get_total_flops() - more)
+    found = draft.objective(sample, random_target.head, LOSS, cfg, divisors(sample))
+    rows, head = chains.rows, 64 * wide
+    above = 6 * head * len(rows.flat_Q) + 2 * head * len(rows.position_P)
+    assert found.flops == below + above
 
 
 @each_variant

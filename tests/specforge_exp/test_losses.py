@@ -186,9 +186,11 @@ def test_an_acceptance_rate_below_all_numbers_has_a_gradient(apart: float) -> No
     logits_ND[:, 4:] += apart
     teacher = teacher_rows(target_NV[:, :D], torch.logsumexp(target_NV, -1))
     wide_ND = logits_ND.double().requires_grad_()
-    losses.lk_alpha(wide_ND.log_softmax(-1), teacher).sum().backward()
+    expected_N = losses.lk_alpha(wide_ND.log_softmax(-1), teacher)
+    expected_N.sum().backward()
     values = losses.opd_closed(logits_ND, teacher, {"lk_alpha": torch.ones(N)})
     assert float(values["lk_alpha"].min()) > apart - 10
+    torch.testing.assert_close(values["lk_alpha"].double(), expected_N.detach())
     torch.testing.assert_close(logits_ND.double(), wide_ND.grad, rtol=1e-3, atol=1e-5)
 
 

@@ -260,8 +260,9 @@ def test_a_replay_is_a_function_of_epoch_and_conversation(temperature: float) ->
     other = replayer.sample(replace(batch, draw=8)).replay
     assert other is not None
     assert other.anchor_R.tolist() != together.anchor_R.tolist()
-    read, verified = replayer.read, replayer.verified
-    assert 0 < verified <= read
+    chains = sum(len(each.anchor_R) for each in (together, alone, other))
+    assert replayer.verified == (K - 1) * chains
+    assert replayer.read == 2 * sum(batch.lengths) + batch.lengths[1]
 
 
 def test_sampled_tokens_stand_by_the_rule_of_bench() -> None:
@@ -270,21 +271,17 @@ def test_sampled_tokens_stand_by_the_rule_of_bench() -> None:
     head, N = Head(torch.randn(7, 5, generator=generator)), 4000
     hidden_1H = torch.randn(1, 5, generator=generator)
     logits_1D = torch.randn(1, 7, generator=generator)
+    never = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0]])  # also by the number 0
+    assert Chooser(1.0, torch.zeros(1, 1))(0, never).tolist() == [1]
     chooser = Chooser(1.5, torch.rand(1, N, generator=generator, dtype=torch.float64))
     tokens_1N = chooser(0, logits_1D.expand(N, -1))[None]
     numbers_1N = torch.rand(1, N, generator=generator, dtype=torch.float64)
-    found_1N = stands(
-        head,
-        hidden_1H[None].expand(1, N, 5),
-        tokens_1N,
-        torch.stack(chooser.log_q),
-        numbers_1N,
-        1.5,
-    )
-    p_V, q_V = torch.softmax(head(hidden_1H)[0] / 1.5, -1), torch.softmax(logits_1D[0] / 1.5, -1)
+    states_1NH, log_q_1N = hidden_1H[None].expand(1, N, 5), torch.stack(chooser.log_q)
+    found_1N = stands(head, states_1NH, tokens_1N, log_q_1N, numbers_1N, 1.5)
+    p_V, q_V = (torch.softmax(x[0].double() / 1.5, -1) for x in (head(hidden_1H), logits_1D))
     share_V = torch.bincount(tokens_1N[0], minlength=7) / N
     assert float((share_V - q_V).abs().max()) < 0.03
-    assert abs(float(found_1N.float().mean()) - float(torch.minimum(p_V, q_V).sum())) < 0.03
+    assert found_1N.equal(numbers_1N * q_V[tokens_1N] < p_V[tokens_1N])
 
 
 def test_anchors_stand_before_what_was_missed() -> None:
@@ -295,6 +292,8 @@ def test_anchors_stand_before_what_was_missed() -> None:
     wrong[2, 0], wrong[0, 1] = 0, 0  # the third token after 3 and the first after 6
     assert missed(torch.tensor([3, 6, 7]), wrong, ids_T, turns_T).tolist() == [5, 6]
     assert missed(torch.tensor([3, 6, 7]), right, ids_T, turns_T).tolist() == []
+    half = OnPolicyConfig(name="replay", anchors=99, budget=0.5)  # of 12 tokens, 3 per chain
+    assert [draw(half, 1, 2, turns_T > 0, steps).most for steps in (4, 1)] == [2, 99]
     own = draw(OnPolicyConfig(name="replay", anchors=4), 1, 2, turns_T > 0, 4)
     chosen = own.with_errors(torch.tensor([5, 6]), 0.5)
     assert {5, 6} <= set(chosen.tolist()) and len(set(chosen.tolist())) == 4

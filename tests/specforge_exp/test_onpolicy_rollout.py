@@ -3,7 +3,7 @@ disk is what was made."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -36,6 +36,7 @@ from specforge_exp.onpolicy.rollout import (
 from specforge_exp.target import Target
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.checkpoint import start_over
+from specforge_exp.training.objective import samples_of
 from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.watching import TrainingRun
 
@@ -175,6 +176,28 @@ def test_no_room_for_an_answer(tmp_path: Path) -> None:
     assert answer.ids_T.tolist() == ids_T[:6].tolist()
     assert answer.turns_T.tolist() == turns_T[:6].tolist()
     assert answer.decoded_4.tolist() == [0] * 4
+
+
+def test_a_proposal_ends_where_nothing_may_follow() -> None:
+    """After an end token, and after all that is left of the turn; packed, too."""
+    ids_T = torch.tensor([0, 1, 2, 3, 4, 5, 10, 11, 12, 13])
+    turns_T = torch.tensor([0, 1, 1, 1, 2, 2, 0, 1, 1, 1])
+    batch = Batch(ids_T, turns_T, [0, 1], [6, 4], 0)
+    (sample,) = samples_of([batch], [(torch.zeros(10, 1), torch.zeros(10, 1))])
+    replayer = Replayer(OnPolicyConfig(name="replay"), None, cast(Any, None), 4, 99, frozenset({9}))
+    for anchor, tokens, valid in [
+        (1, [2, 3, 4, 5], 2),  # the turn is over; the next one's tokens are no part of it
+        (1, [2, 7, 4, 5], 4),
+        (1, [7, 3, 4, 5], 4),
+        (3, [4, 5, 10, 11], 0),
+        (1, [9, 3, 4, 5], 1),
+        (4, [5, 10, 11, 12], 1),
+        (7, [12, 9, 0, 0], 2),
+        (8, [13, 0, 0, 0], 1),
+        (8, [0, 13, 0, 0], 4),
+    ]:
+        valid_KR = replayer.valid(sample, torch.tensor([anchor]), torch.tensor(tokens)[:, None])
+        assert valid_KR[:, 0].tolist() == [k < valid for k in range(4)], (anchor, tokens)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

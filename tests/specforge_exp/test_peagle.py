@@ -23,6 +23,7 @@ from specforge_exp.config import Config, EngineConfig, LossConfig, TrainerConfig
 from specforge_exp.data import synthetic
 from specforge_exp.data.chat import prompt_ids
 from specforge_exp.data.conversations import asks_of
+from specforge_exp.drafts.eagle3.training import needed_flops
 from specforge_exp.drafts.eagle3.unroll import unroll
 from specforge_exp.drafts.peagle.config import PEagleConfig
 from specforge_exp.drafts.peagle.draft import PEagle
@@ -61,12 +62,12 @@ def batch_of(turns: list[int], draw: int = 0, number: int = 0) -> Batch:
 
 def test_so_many_are_drawn_at_each_depth() -> None:
     """(n - d) * max(ratio**d, least) of n, chains whole, none that serving does not reach."""
-    cfg = PEagleConfig(name="p", num_depths=6, down_sample_ratio=0.7, down_sample_ratio_min=0.2)
-    turns = [0] * 20 + [1] * 102 + [0] * 9 + [2] * 3
+    cfg = PEagleConfig(name="p", num_depths=6, down_sample_ratio=0.9, down_sample_ratio_min=0.7)
+    turns = [1] * 102 + [0] * 9 + [2] * 3
     masks = make_masks(cfg, batch_of(turns))
-    seeds = 101 + 2  # the turn's first token is no guess
-    assert masks[0].nonzero()[:, 0].tolist() == [*range(19, 120), 130, 131]
-    sizes = [int((seeds - d) * max(0.7**d, 0.2)) for d in range(1, 6)]
+    seeds = 100 + 2  # a turn's first token is no guess
+    assert masks[0].nonzero()[:, 0].tolist() == [*range(100), 110, 111]
+    sizes = [int((seeds - d) * max(0.9**d, 0.7)) for d in range(1, 6)]
     assert [int(mask.sum()) for mask in masks[1:]] == sizes
     for depth in range(1, 6):
         assert not (masks[depth] & ~masks[depth - 1]).any()
@@ -75,13 +76,13 @@ def test_so_many_are_drawn_at_each_depth() -> None:
     few = make_masks(replace(cfg, max_anchors=20), batch_of(turns))
     assert torch.equal(few[0], masks[0])
     assert [int(mask.sum()) for mask in few[1:4]] == [
-        int((20 - d) * max(0.7**d, 0.2)) for d in range(1, 4)
+        int((20 - d) * max(0.9**d, 0.7)) for d in range(1, 4)
     ]
 
 
 def test_it_is_drawn_by_epoch_and_conversation() -> None:
     """The same after an interruption and in any packing, another in every epoch."""
-    turns = [0] * 4 + [1] * 40
+    turns = [1] * 44
     first = make_masks(CFG, batch_of(turns, 7, 3))
     assert all(map(torch.equal, first, make_masks(CFG, batch_of(turns, 7, 3))))
     for other in (batch_of(turns, 8, 3), batch_of(turns, 7, 4)):
@@ -192,6 +193,12 @@ def test_gradients_are_autograds(random_target: Target) -> None:
         found.loss.backward()
         torch.testing.assert_close(found.loss, total.detach(), rtol=1e-5, atol=0)
         assert_same(gradients(draft), expected, 2e-5)
+    # As EAGLE-3's, but for the state's half of the first layer, which masked rows share.
+    attn, head = draft.midlayer.self_attn, V * draft.config.hidden_size
+    half = sum(w.weight.numel() for w in (attn.q_proj, attn.k_proj, attn.v_proj)) // 2
+    below = needed_flops(draft, chains) - 6 * half * sum(chains.counts[1:])
+    above = 6 * head * len(chains.rows.flat_Q) + 2 * head * len(chains.rows.position_P)
+    assert found.flops == below + above
 
 
 def test_packed_is_unpacked(random_target: Target) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from specforge_exp.causal.objective import CAUSAL
 from specforge_exp.training.objective import Outcome
-from specforge_exp.training.progress import WindowLog
+from specforge_exp.training.progress import DRAFTS, WindowLog
 from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.tracking import best_step
 
@@ -26,18 +26,45 @@ def test_a_line_in_two_has_the_time_of_both(monkeypatch: pytest.MonkeyPatch) -> 
     """What was done before an interruption was counted in the seconds after it alone."""
     now = 0.0
     monkeypatch.setattr("specforge_exp.training.progress.time.monotonic", lambda: now)
-    sums = {"rows": torch.tensor([2.0]), "nll": torch.ones(1), "top1": torch.ones(1)}
+    numbers = {"rows": [2.0], "alpha": [1.0], "length": 3.0, "length_slots": 2.0}
+    numbers |= {"onpolicy/loss": 4.0}
+    sums = {name: torch.tensor(value) for name, value in numbers.items()}
     outcome = Outcome(torch.zeros(()), torch.zeros(1), sums, None, 30.0)
     first = WindowLog(torch.device("cpu"), 2.0)
     first.add(outcome, 60)
+    first.end_window(1.0)
     first.waited, now = 3.0, 10.0
     state, now = first.state(Ranks()), 100.0
     second = WindowLog(torch.device("cpu"), 2.0)
     second.restore(state, 0)
     second.add(outcome, 60)
+    second.end_window(4.0)
     second.waited, now = second.waited + 3.0, 105.0
-    line = second.metrics(Ranks(), CAUSAL.means)
-    assert {k: line[k] for k in ("seconds", "tokens_per_s", "mfu", "data_wait")} == {
-        "seconds": 15.0, "tokens_per_s": 8.0, "mfu": 2.0, "data_wait": 0.4,
+    line = second.metrics(Ranks(), DRAFTS.means)
+    expected = {
+        "seconds": 15.0, "tokens_per_s": 8.0, "mfu": 2.0, "data_wait": 0.4, "loss": 2.5,
+        "alpha": 0.5, "simulated_length": 1.5, "supervised": 4.0, "onpolicy/loss": 4.0,
+        "supervised_tokens_per_s": 4 / 15,
     }  # fmt: skip
+    assert {k: line[k] for k in expected} == pytest.approx(expected)
     assert second.next().past == 0
+
+
+def test_a_drafts_means_are_of_rows_and_of_slots() -> None:
+    """Per step and over all rows; lengths over slots that are supervised at every step."""
+    sums = {"rows": [4.0, 2.0], "alpha": [2.0, 0.5], "length": 9.0, "length_slots": 4.0}
+    found = DRAFTS.means({name: torch.tensor(value) for name, value in sums.items()})
+    text = {"alpha/0": 0.5, "alpha/1": 0.25, "alpha": 2.5 / 6, "supervised": 6.0}
+    assert found == pytest.approx(text | {"simulated_length": 2.25})
+    sums |= {"rows": [4.0, 0.0], "alpha": [2.0, 0.0], "length": 0.0, "length_slots": 0.0}
+    sums |= {"onpolicy/anchors": 4.0, "onpolicy/accepted": 6.0, "onpolicy/loss": 3.0}
+    # A step without rows has no part in the mean over all.
+    found = DRAFTS.means({name: torch.tensor(value) for name, value in sums.items()})
+    text = {"alpha/0": 0.5, "alpha/1": 0.0, "alpha": 0.5, "supervised": 4.0}
+    replay = {"onpolicy/anchors": 4.0, "onpolicy/loss": 3.0}
+    length = {"simulated_length": 1.0, "onpolicy/accepted_length": 2.5}
+    assert found == pytest.approx(text | replay | length)
+    sums |= {"onpolicy/verifications": 5.0, "onpolicy/gained": 16.0}
+    found = DRAFTS.means({name: torch.tensor(value) for name, value in sums.items()})
+    assert found["onpolicy/accepted_length"] == pytest.approx(3.2)
+    assert found["onpolicy/replayed_length"] == pytest.approx(2.5)

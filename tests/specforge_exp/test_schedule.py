@@ -1,5 +1,7 @@
 """Warm-up, then down, in the shape that was asked for."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,21 +30,28 @@ def test_up_and_then_never_up_again(schedule: str, shape: str, warmup: float, fl
     assert found[100] == pytest.approx(1 if schedule == "constant" else floor)
 
 
-def test_cosine_and_linear_at_half_way() -> None:
-    for schedule in ("cosine", "linear"):
-        cfg = TrainerConfig(schedule=schedule, warmup_ratio=0.0, min_lr_ratio=0.2)
-        assert learning_rate(50, 99, 1.0, cfg) == pytest.approx(0.6)
-    quarter = TrainerConfig(schedule="cosine", warmup_ratio=0.0)
-    assert learning_rate(25 + 1, 101, 1.0, quarter) == pytest.approx(0.8535533905932737)
-
-
-def test_wsd_stays_and_then_falls() -> None:
-    cfg = TrainerConfig(schedule="wsd", warmup_ratio=0.1, decay_ratio=0.2, min_lr_ratio=0.1)
-    found = rates(100, cfg)
-    assert found[0] == pytest.approx(0.1)
-    assert found[9:81] == pytest.approx([1.0] * 72)
-    assert found[90] == pytest.approx(0.55)
-    assert found[100] == pytest.approx(0.1)
+@pytest.mark.parametrize("decay", [0.2, 0.0])
+@pytest.mark.parametrize(
+    ("schedule", "shape", "falls"),
+    [
+        ("linear", "cosine", "linear"),
+        ("cosine", "linear", "cosine"),
+        ("wsd", "linear", "linear"),
+        ("wsd", "cosine", "cosine"),
+    ],
+)
+def test_every_rate_is_its_formula(schedule: str, shape: str, falls: str, decay: float) -> None:
+    """Of 100 steps: ten of warm-up; wsd falls in the last 20, or not at all."""
+    cfg = TrainerConfig(
+        schedule=schedule, decay_shape=shape, warmup_ratio=0.1, decay_ratio=decay, min_lr_ratio=0.2
+    )
+    stays = 100 - 100 * decay if schedule == "wsd" else 10
+    for step, rate in enumerate(rates(100, cfg)[:100]):
+        done = (step - stays) / (100 - stays) if step > stays else 0.0
+        left = 1 - done if falls == "linear" else (1 + math.cos(math.pi * done)) / 2
+        assert rate == pytest.approx((step + 1) / 10 if step < 10 else 0.2 + 0.8 * left)
+    at_once = TrainerConfig(schedule="linear", warmup_ratio=0.0)
+    assert rates(100, at_once)[:3] == pytest.approx([1, 1, 98 / 99])
 
 
 def test_a_schedule_without_a_stable_part_is_refused() -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from specforge_exp import paths
 from specforge_exp.bench.speculative import Decoding, generate, speculate
+from specforge_exp.causal.model import needed_flops
 from specforge_exp.config import Config, LossConfig, TrainerConfig
 from specforge_exp.drafts.standalone import Standalone
 from specforge_exp.drafts.standalone.config import StandaloneConfig
@@ -45,7 +46,7 @@ def test_loss_and_simulated_length_by_the_formulas(
     parts = [random_target.features(part[None])[1][0] for part in ids_T.split(lengths)]
     last_TH = torch.cat(parts)
     sample = Sample(ids_T, turns_T, [0, 1], lengths, 0, last_TH[:, :0], last_TH)
-    loss = Loss(opd, LossConfig(name="x", lambda_ce=0.4, lambda_rkl=0.6))
+    loss = Loss(opd, LossConfig(name="x", lambda_ce=0.4, lambda_rkl=0.6, lambda_hard=0.3))
     window_K = draft.denominators(OPTIONS, sample)
     outcome = draft(sample, random_target.head, loss, OPTIONS, window_K)[1]
     outcome.loss.backward()
@@ -57,11 +58,14 @@ def test_loss_and_simulated_length_by_the_formulas(
     assert float(window_K) == len(at)
     ce = -(logp.exp() * logq).sum(-1)
     rkl = (logq.exp() * (logq - logp)).sum(-1)
-    expected = (0.4 * ce + 0.6 * rkl)[at].mean()
+    hard = -logq.gather(1, ids_T.roll(-1)[:, None])[:, 0]
+    expected = (0.4 * ce + 0.6 * rkl + 0.3 * hard)[at].mean()
     expected.backward()
     assert outcome.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for name, weight in draft.named_parameters():
         torch.testing.assert_close(found[name], weight.grad, rtol=1e-3, atol=1e-6, msg=name)
+    head = 6 * draft.model.lm_head.weight.numel() + 2 * random_target.head.weight_VH.numel()
+    assert outcome.flops == needed_flops(draft.causal, lengths, 0) + head * len(at)
     alpha = torch.minimum(logq, logp).exp().sum(-1).tolist()
     pairs = [t for t in at if t + 1 in at]
     simulated = sum(1 + alpha[t] + alpha[t] * alpha[t + 1] for t in pairs)

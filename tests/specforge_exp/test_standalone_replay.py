@@ -4,6 +4,7 @@ import pytest
 import test_onpolicy as onpolicy
 import torch
 from conftest import small_target
+from torch.utils.flop_counter import FlopCounterMode
 
 from specforge_exp.config.onpolicy import OnPolicyConfig
 from specforge_exp.drafts.head_loss import head_and_loss
@@ -60,6 +61,20 @@ def test_the_targets_own_text_gives_level_0(cfg: StandaloneConfig) -> None:
 
 def test_acceptance_is_that_of_bench() -> None:
     onpolicy.test_acceptance_is_that_of_bench(Standalone, OPTIONS)
+
+
+def test_proposing_is_counted() -> None:
+    """All products, and the text's scores; torch counts the former alone."""
+    target = small_target(vocabulary=512)
+    draft = onpolicy.small(target, Standalone, OPTIONS)
+    replayer = Replayer(OnPolicyConfig(name="replay"), draft, target, K, 512)
+    sample = replayer.sample(onpolicy.batch_of([torch.arange(40)], step=-1))
+    with FlopCounterMode(display=False) as counter:
+        _, _, flops = replayer.propose(sample, torch.arange(6, 30), torch.zeros(K, 24))
+    config = draft.model.config
+    width = config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    pairs = 40**2 / 2 + (K - 1) * 24 / 2  # a proposed token counts as a text by itself
+    assert flops == counter.get_total_flops() + 4 * width * pairs
 
 
 @pytest.mark.parametrize("cfg", [OPTIONS, WINDOWED], ids=["plain", "windowed"])

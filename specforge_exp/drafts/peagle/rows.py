@@ -32,14 +32,14 @@ def make_masks(cfg: PEagleConfig, batch: Batch) -> list[Tensor]:
     for number, length in zip(batch.numbers, batch.lengths, strict=True):
         span, generator = slice(first, first + length), drawing(batch, number)
         drawn = draw(cfg, [mask_T[span] for mask_T in possible], generator)
-        for mask_T, slot_N in zip(masks[1:], drawn, strict=False):
+        for mask_T, slot_N in zip(masks[1:], drawn, strict=True):
             mask_T[first + slot_N] = True
         first += length
     return masks
 
 
 def draw(cfg: PEagleConfig, possible: list[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """Slots of a conversation at the depths from 1 on, as far as there are any.
+    """Slots of a conversation at the depths from 1 on.
 
     Args:
         cfg: the ratios.
@@ -56,10 +56,6 @@ def draw(cfg: PEagleConfig, possible: list[Tensor], generator: torch.Generator) 
         slot_N = possible[depth].nonzero()[:, 0]
         if drawn:
             slot_N = drawn[-1][possible[depth][drawn[-1]]]
-        elif len(slot_N) > seeds:
-            slot_N = slot_N[torch.randperm(len(slot_N), generator=generator)[:seeds]]
-        if not min(size, len(slot_N)):
-            break
         chosen_N = torch.randperm(len(slot_N), generator=generator)[:size]
         drawn.append(slot_N[chosen_N].sort().values)
     return drawn
