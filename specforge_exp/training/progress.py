@@ -116,22 +116,23 @@ class WindowLog:
 
 
 def means(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Per-step means `name/k`, their mean over steps `name`, and the simulated accepted length.
+    """Per-step means `name/k`, the mean over the rows of all steps `name`, and the simulated
+    accepted length.
 
     The length is 1, the target's own token, where no slot is supervised at every step.
     """
-    rows_K = sums["rows"].clamp(min=1)
+    rows_K = sums["rows"]
     metrics: dict[str, float] = {}
     metrics |= onpolicy(sums)
     for name, value in sums.items():
         if name.startswith(ONPOLICY) or name in ("rows", "length", "length_slots"):
             continue
-        mean_K = value / rows_K
-        metrics[name] = float(value.sum() / rows_K.sum())
+        mean_K = value / rows_K.clamp(min=1)
+        metrics[name] = float(value.sum() / rows_K.sum().clamp(min=1))
         metrics |= {f"{name}/{k}": float(v) for k, v in enumerate(mean_K)}
     slots = sums["length_slots"]
     metrics["simulated_length"] = float(sums["length"] / slots) if float(slots) else 1.0
-    metrics["supervised"] = float(sums["rows"].sum())
+    metrics["supervised"] = float(rows_K.sum())
     return metrics
 
 

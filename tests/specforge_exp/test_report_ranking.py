@@ -8,7 +8,18 @@ import pytest
 from sweep_folders import grid, write_sweep
 
 from specforge_exp.report.collect import collect
-from specforge_exp.report.ranking import OTHERWISE, headline, rank
+from specforge_exp.report.ranking import (
+    BEST,
+    OTHERWISE,
+    SAME,
+    UNKNOWN,
+    WORSE,
+    Ranking,
+    RankingRow,
+    headline,
+    rank,
+)
+from specforge_exp.report.statistics import Spread
 from specforge_exp.report.table import markdown
 
 DATA_SETS = ("stories", "arithmetic", "code")
@@ -57,3 +68,30 @@ def test_a_seed_without_the_metric_does_not_count(tmp_path: Path) -> None:
     assert [entry.seeds for entry in found.ranked] == [1, 1, 1]
     assert "1 of 3" in markdown(sweep, found, rank(sweep, "accepted_length", 300, by_seed=True))
     assert "Training noise is not in the intervals" in " ".join(headline(found))
+
+
+def test_a_seed_that_has_not_ended_does_not_count(tmp_path: Path) -> None:
+    plans = grid(("baseline",), seeds=2)
+    for plan in plans:
+        if plan.record["seed"]:
+            plan.status, plan.tau = "running", plan.tau + 1
+    sweep = collect(write_sweep(tmp_path, plans))
+    found = rank(sweep, "simulated_length", 100)
+    ended = [run.metric("simulated_length") for run in sweep.runs if run.status == "completed"]
+    values = [entry.value for entry in found.ranked]
+    assert values == pytest.approx(sorted(filter(None, ended), reverse=True))
+    assert [(entry.seeds, entry.status) for entry in found.ranked] == [(1, "completed")] * 3
+
+
+def test_all_others_are_worse_where_all_were_compared() -> None:
+    def said(*verdicts: str) -> str:
+        rows = [
+            RankingRow(f"{place}", "x", [], "completed", Spread(3.0), place, verdict=verdict)
+            for place, verdict in enumerate(verdicts, 1)
+        ]
+        return " ".join(headline(Ranking("loss", True, rows)))
+
+    assert "The other is distinguishably worse." in said(BEST, WORSE)
+    assert "All 2 others are distinguishably worse." in said(BEST, WORSE, WORSE)
+    for another in (SAME, UNKNOWN, OTHERWISE):
+        assert "distinguishably worse" not in said(BEST, WORSE, another)
