@@ -122,8 +122,7 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
     The length is 1, the target's own token, where no slot is supervised at every step.
     """
     rows_K = sums["rows"]
-    metrics: dict[str, float] = {}
-    metrics |= onpolicy(sums)
+    metrics = onpolicy(sums)
     for name, value in sums.items():
         if name.startswith(ONPOLICY) or name in ("rows", "length", "length_slots"):
             continue

@@ -200,19 +200,6 @@ def test_paired_by_prompts_or_with_the_interval_that_old_files_have(tmp_path: Pa
     assert last.against.distinguishable is not None
 
 
-def test_a_prompt_that_needed_no_verification_is_left_out(tmp_path: Path) -> None:
-    plan = grid(("baseline",), bench=("stories",))[0]
-    sweep_dir = write_sweep(tmp_path, [plan])
-    file = tmp_path / plan.name / "bench.json"
-    bench = json.loads(file.read_text())
-    bench["datasets"]["stories"] |= {"lengths": [2.0, None, 4.0], "accepted_length": 3.0}
-    file.write_text(json.dumps(bench | {"average": 3.0}))
-    found = rank(collect(sweep_dir), "accepted_length", 200)
-    [entry] = found.ranked
-    assert entry.value == 3.0 and entry.interval == (2.0, 4.0)
-    assert "It is the only finished one" in " ".join(headline(found))
-
-
 def test_the_newest_bench_counts_and_other_prompts_are_not_paired(tmp_path: Path) -> None:
     plans = grid(("baseline", "full-opd"), bench=DATA_SETS)
     sweep_dir = write_sweep(tmp_path, plans)

@@ -56,6 +56,19 @@ def test_what_was_measured_otherwise_is_no_comparison(tmp_path: Path, way: str) 
     assert "NOT COMPARABLE" not in " ".join(headline(rank(collect(sweep_dir), "loss", 300)))
 
 
+def test_a_prompt_that_needed_no_verification_is_left_out(tmp_path: Path) -> None:
+    plan = grid(("baseline",), bench=("stories",))[0]
+    sweep_dir = write_sweep(tmp_path, [plan])
+    file = tmp_path / plan.name / "bench.json"
+    bench = json.loads(file.read_text())
+    bench["datasets"]["stories"] |= {"lengths": [2.0, None, 4.0], "accepted_length": 3.0}
+    file.write_text(json.dumps(bench | {"average": 3.0}))
+    found = rank(collect(sweep_dir), "accepted_length", 200)
+    [entry] = found.ranked
+    assert entry.value == 3.0 and entry.interval == (2.0, 4.0)
+    assert "It is the only finished one" in " ".join(headline(found))
+
+
 def test_a_seed_without_the_metric_does_not_count(tmp_path: Path) -> None:
     """One of three was benched: its value is that of one seed, and so is what is said of it."""
     plans = grid(("baseline",), seeds=3, bench=DATA_SETS)
