@@ -144,7 +144,8 @@ def over_seeds(spreads: Sequence[Spread], resamples: int) -> Spread:
     value = mean of the S seeds' values. Draw b picks seeds s_1..s_S with replacement:
     value_b = m_b + f(S) * (mean_j value_b(s_j) - m_b), m_b the mean of all seeds at resample b.
     A bootstrap of few values is too narrow, hence f(S) = sqrt(S / (S - 1)) * t(S - 1) / 1.96 with
-    Student's t: wide with two seeds, about 1 with many. Seeds without draws count as exact.
+    Student's t (beyond the table its first-order expansion): wide with two seeds, about 1 with
+    many. Seeds without draws count as exact.
     """
     count = len(spreads)
     value = float(np.mean([seed.value for seed in spreads]))
@@ -157,7 +158,7 @@ def over_seeds(spreads: Sequence[Spread], resamples: int) -> Spread:
     picks_SR = np.random.default_rng((count, resamples)).integers(0, count, (count, resamples))
     picked_R = np.take_along_axis(draws_SR, picks_SR, 0).mean(0)
     mean_R = draws_SR.mean(0)
-    student = STUDENT[count - 2] if count - 2 < len(STUDENT) else NORMAL
+    student = STUDENT[count - 2] if count - 2 < len(STUDENT) else NORMAL + 2.4 / (count - 1)
     factor = np.sqrt(count / (count - 1)) * student / NORMAL
     units = spreads[0].units if len({seed.units for seed in spreads}) == 1 else ()
     return Spread(value, mean_R + factor * (picked_R - mean_R), units if drawn else ())

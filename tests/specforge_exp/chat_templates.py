@@ -68,7 +68,9 @@ def metaspace(special: tuple[str, ...], spelling: str) -> Any:
 
 @cache
 def tokenizer_of(shape: Shape) -> Any:
-    """Its tokenizer, made once."""
+    """Its tokenizer, made once; plain text begins with its first token, as a template's does."""
+    from tokenizers.processors import Sequence, TemplateProcessing
+
     if shape.spelling in ("lines", "gpt2"):
         made = tiny(shape.spelling == "lines")
         new = [token for token in shape.special if token not in made.get_vocab()]
@@ -76,6 +78,11 @@ def tokenizer_of(shape: Shape) -> Any:
     else:
         made = metaspace(shape.special, shape.spelling)
     made.eos_token, made.bos_token = shape.eos[0], shape.bos
+    if shape.bos:
+        backend, first = made.backend_tokenizer, (shape.bos, made.bos_token_id)
+        begins = TemplateProcessing([shape.bos, "$A"], special_tokens=[first])
+        before = [backend.post_processor] if backend.post_processor else []
+        backend.post_processor = Sequence([*before, begins])
     made.chat_template = shape.template
     return made
 

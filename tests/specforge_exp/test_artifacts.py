@@ -1,6 +1,7 @@
 """Write-once artifacts: nothing half-written is ever taken for whole."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from specforge_exp.artifacts import (
     changed_target,
     check,
     differing,
+    git_commit,
     model_digest,
     reusable,
     writing,
@@ -40,6 +42,7 @@ def test_complete_is_reused_and_says_what_made_it(tmp_path: Path, cfg: Config) -
     assert reusable(folder / "run.json", ONE, False, "prep")
     record = json.loads((folder / "run.json").read_text())
     assert set(record) >= {"command", "config", "git", "packages", "inputs", "settings", "seconds"}
+    assert {"python", "torch", "transformers"} <= set(record["packages"])
     assert record["config"]["model"]["name"] == "tiny"
     assert not folder.with_name("thing.partial").exists()
 
@@ -329,5 +332,21 @@ def test_a_hub_id_is_known_by_its_files_in_the_cache(
         assert not Fingerprint({"the target": digest}, {}).changes(before)
     assert another(whole, moved) and another("b/model", whole) and not another(known, moved)
     assert changed_target({"inputs": {"the target": whole}}, "a/model")
+    for inputs in ({"the target": moved}, {"the target": bare}, {}):
+        assert changed_target({"inputs": inputs}, "a/model") == []
     for path in ("a/b/c", str(tmp_path / "nowhere")):
         assert model_digest(path) == path
+
+
+def test_a_changed_tree_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_commit() is None
+    (tmp_path / "code").write_text("before")
+    owner = ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-q", "-m", "one"]
+    for words in (["init", "-q"], ["add", "code"], owner):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    commit = git_commit()
+    assert commit is not None and len(commit) == 40
+    (tmp_path / "code").write_text("after")
+    assert git_commit() == f"{commit}-dirty"

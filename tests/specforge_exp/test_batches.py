@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specforge_exp.config import Config, TrainerConfig
-from specforge_exp.training.batches import draw_of, lay_out, make_batch, share, window_of
+from specforge_exp.training.batches import (
+    draw_of,
+    largest_share,
+    lay_out,
+    make_batch,
+    numbers_of,
+    parts_of,
+    share,
+    window_of,
+)
 from specforge_exp.training.loop import planned
 from specforge_exp.training.ranks import Ranks
 
@@ -20,6 +29,9 @@ def test_every_conversation_once_an_epoch(conversations: int, size: int, epoch: 
     assert sorted(n for window in windows for n in window) == list(range(conversations))
     assert windows[-1] == window_of(conversations, size, 4, epoch, len(whole) - 1)
     assert all(len(window) == size for window in windows[:-1])
+    for seed, other in ((4, epoch + 1), (5, epoch), (4, epoch)):
+        again = [window_of(conversations, size, seed, other, index) for index in whole]
+        assert (again == windows) == ((seed, other) == (4, epoch)) or conversations < 20
 
 
 @given(LENGTHS, st.integers(1, 5))
@@ -29,6 +41,8 @@ def test_processes_share_a_window_evenly(lengths: list[int], world: int) -> None
     assert sorted(n for part in parts for n in part) == numbers
     loads = [sum(lengths[n] for n in part) for part in parts]
     assert max(loads) - min(loads) <= max(lengths)
+    assert max(loads) <= largest_share(lengths, len(lengths), world)
+    assert world > 1 or largest_share(lengths, 2, 1) == sum(sorted(lengths)[-2:])
 
 
 @given(LENGTHS, st.integers(1, 5), st.none() | st.integers(1, 80))
@@ -53,6 +67,8 @@ def test_a_batch_has_no_padding() -> None:
     assert (batch.numbers, batch.draw) == ([-2, -1], 0)
     drawn = make_batch(tokens, [1, 0], torch.device("cpu"), 7)
     assert (drawn.numbers, drawn.draw) == ([1, 0], 7)
+    parts = [(p.ids_T.tolist(), p.numbers, p.lengths, p.draw) for p in parts_of(drawn)]
+    assert parts == [([0, 1, 2, 3, 4], [1], [5], 7), ([0, 1, 2], [0], [3], 7)]
 
 
 def test_every_epoch_draws_anew() -> None:
@@ -69,3 +85,12 @@ def test_every_epoch_draws_anew() -> None:
         assert sorted(n for b in window.batches for n in b.numbers) == sorted(window.numbers)
         assert {(b.step, b.draw) for b in window.batches} == {(window.step, window.epoch)}
     assert draw_of(1, 0) not in (draw_of(0, epoch) for epoch in range(1000))
+
+
+def test_what_is_drawn_follows_from_epoch_and_conversation() -> None:
+    places = [(draw_of(seed, epoch), n) for seed in (0, 1) for epoch in (0, 1) for n in (-1, 0, 1)]
+    first, again = (
+        [torch.rand(2, generator=numbers_of(*place)).tolist() for place in order]
+        for order in (places, reversed(places))
+    )
+    assert first == again[::-1] and len({tuple(pair) for pair in first}) == len(places)

@@ -371,19 +371,19 @@ def response(gained: list[int], accepted: list[int], follows: bool = False) -> P
 
 def test_two_ways_to_average() -> None:
     requests = [
+        response([1], [0]),
         response([4, 1], [3, 2]),  # the answer ended in the second verification
         response([2, 2, 2], [1, 1, 1], follows=True),
-        response([1], [0]),
     ]
     ours = summarise(requests, 3, 10, True)
     assert (ours["prompts"], ours["responses"]) == (2, 3)
-    assert ours["lengths"] == [11 / 5, 1.0]
+    assert ours["lengths"] == [1.0, 11 / 5]
     assert ours["accepted_length"] == (11 / 5 + 1) / 2
     zlab = summarise(requests, 3, 10, True, "responses")
-    assert zlab["lengths"] == [3.5, 2.0, 1.0]
+    assert zlab["lengths"] == [1.0, 3.5, 2.0]
     assert zlab["accepted_length"] == pytest.approx(6.5 / 3)
     assert ours["accepted_length_pooled"] == zlab["accepted_length_pooled"] == 12 / 6
     assert ours["gained"] == [2, 3, 0, 1]
     assert ours["gained_at_least"] == {"3": 1 / 6, "5": 0.0}
-    known = [replace(requests[0], overlap=1.0), *requests[1:]]
+    known = [requests[0], replace(requests[1], overlap=1.0), requests[2]]
     assert summarise(known, 3, 10, True)["novel"]["accepted_length"] == (2 + 1) / 2

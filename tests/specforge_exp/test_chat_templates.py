@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from chat_shapes import SHAPES, Shape
-from chat_templates import chat_of, table, tokenizer_of
+from chat_templates import TALKS, chat_of, table, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specforge_exp.data.chat import Encoded, Message, Unrenderable, encode_many
+from specforge_exp.data.chat import Encoded, Message, Unrenderable, encode_many, prompt_ids
 
 Ids = list[int]
 
@@ -53,6 +53,16 @@ class Oracle:
         said = text[len(prompt) :]
         ends = [at + len(stop) for stop in self.shape.eos if (at := said.find(stop)) >= 0]
         return said[: min(ends, default=len(said))]
+
+
+def test_a_prompt_begins_once() -> None:
+    """Templates write the first token, which tokenizers put before every other text."""
+    for shape in SHAPES:
+        tokenizer, expected = tokenizer_of(shape), Oracle(shape, TALKS["masks"]).prompt(1)
+        assert prompt_ids(tokenizer, TALKS["masks"][:1], shape.kwargs) == expected
+        if shape.bos:
+            assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+            assert expected.count(tokenizer.bos_token_id) == 1
 
 
 def thoughts_of(message: Message) -> str:

@@ -82,4 +82,5 @@ def test_train_counts_what_is_of_no_use(
 def test_the_simulated_length_is_never_below_one() -> None:
     zero = torch.zeros(3)
     sums = {"rows": zero, "length": torch.tensor(0.0), "length_slots": torch.tensor(0)}
-    assert means({**sums, "alpha": zero})["simulated_length"] == 1.0
+    found = means({**sums, "alpha": zero})
+    assert (found["simulated_length"], found["alpha"]) == (1.0, 0.0)

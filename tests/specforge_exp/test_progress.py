@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from specforge_exp.causal.objective import CAUSAL
 from specforge_exp.training.objective import Outcome
-from specforge_exp.training.progress import DRAFTS, WindowLog
+from specforge_exp.training.progress import DRAFTS, WindowLog, means
 from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.tracking import best_step
 
@@ -68,3 +69,67 @@ def test_a_drafts_means_are_of_rows_and_of_slots() -> None:
     found = DRAFTS.means({name: torch.tensor(value) for name, value in sums.items()})
     assert found["onpolicy/accepted_length"] == pytest.approx(3.2)
     assert found["onpolicy/replayed_length"] == pytest.approx(2.5)
+
+
+class Two(Ranks):
+    """The first of two processes, the other of which says `other`."""
+
+    def gather(self, thing: Any) -> list[Any]:
+        return [thing, other(thing)]
+
+
+def other(own: Any) -> Any:
+    """Three times the tokens, FLOP, waiting and sums of the first process."""
+    tokens, flops, waited, sums = own
+    return 3 * tokens, 3 * flops, 3 * waited, {name: 3 * value for name, value in sums.items()}
+
+
+def test_a_line_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two windows of two processes in four seconds; a resumed run writes the same line."""
+    now = 0.0
+    monkeypatch.setattr("specforge_exp.training.progress.time.monotonic", lambda: now)
+    sums = {
+        "rows": torch.tensor([4.0, 0.0]), "alpha": torch.tensor([3.0, 0.0]),
+        "length": torch.tensor(9.0), "length_slots": torch.tensor(4),
+        "onpolicy/loss": torch.tensor(0.5), "onpolicy/anchors": torch.tensor(2),
+        "onpolicy/accepted": torch.tensor(3),
+    }  # fmt: skip
+    expected = {
+        "loss": 1.5, "alpha": 0.75, "alpha/0": 0.75, "alpha/1": 0.0, "simulated_length": 9 / 4,
+        "supervised": 32.0, "onpolicy/loss": 0.5 * 8 / 2, "onpolicy/anchors": 16.0,
+        "onpolicy/accepted_length": 1 + 3 / 2, "tokens_per_s": 60 * 8 / 4,
+        "supervised_tokens_per_s": 32 / 4, "mfu": 5.0 * 8 / 4 / 10, "data_wait": 0.25 * 4 / 2 / 4,
+        "seconds": 4.0,
+    }  # fmt: skip
+    log, ranks = WindowLog(torch.device("cpu"), 10.0), Two(0, 2)
+    for loss in (1.0, 2.0):
+        log.add(Outcome(torch.zeros(()), torch.zeros(2), sums, None, 5.0), 60)
+        log.end_window(loss)
+    log.waited, now = 0.25, 4.0
+    line = log.metrics(ranks, means)
+    line.pop("peak_memory_mb")
+    assert line == expected and log.metrics(ranks, means)["loss"] == 1.5
+    resumed = WindowLog(torch.device("cpu"), 10.0)
+    resumed.restore(log.state(ranks), 0)
+    again = resumed.metrics(Ranks(), means)
+    again.pop("peak_memory_mb")
+    assert again == expected
+    second = WindowLog(torch.device("cpu"), 10.0)
+    second.restore(log.state(ranks), 1)
+    assert (second.tokens, second.flops, second.sums, second.windows) == (0.0, 0.0, {}, 2)
+
+
+def test_own_answers_are_named_apart_from_replay() -> None:
+    rows = {"rows": torch.ones(1), "length": torch.zeros(()), "length_slots": torch.zeros(())}
+    own = {"gained": 12, "verifications": 4, "decoded_tokens": 20}
+    replayed = {"anchors": 2, "accepted": 3}
+
+    def said(**counts: int) -> dict[str, float]:
+        found = means(rows | {f"onpolicy/{k}": torch.tensor(v) for k, v in counts.items()})
+        return {k.removeprefix("onpolicy/"): v for k, v in found.items() if "onpolicy/" in k}
+
+    rest = {"verifications": 4.0, "decoded_tokens": 20.0}
+    assert said(**own) == {"accepted_length": 3.0, "replayed_length": 1.0, **rest}
+    assert said(**own, **replayed) == {
+        "accepted_length": 3.0, "replayed_length": 2.5, "anchors": 2.0, **rest
+    }  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -21,7 +22,14 @@ from specforge_exp.errors import InputError, first_line
 from specforge_exp.generation.modal_calls import Journal
 from specforge_exp.generation.plan import load_plan, make_plan, save_plan
 from specforge_exp.generation.store import journal_entries
-from specforge_exp.records import cut_tail, metric_lines, replacing, whole_lines, write_json
+from specforge_exp.records import (
+    cut_tail,
+    digest_of,
+    metric_lines,
+    replacing,
+    whole_lines,
+    write_json,
+)
 from specforge_exp.report.table import written
 from specforge_exp.training import mirror
 from specforge_exp.training.checkpoint import Snapshot, save_checkpoint
@@ -90,7 +98,9 @@ PARTS = [name for name in READERS if name not in ("mirror", "whole_lines")]
 
 
 @pytest.mark.parametrize("name", PARTS)
-@pytest.mark.parametrize("line", ["{}", '{"step": "x", "part": "a", "id": "a"}', "[]", "3"])
+@pytest.mark.parametrize(
+    "line", ["{}", '{"step": "x"}', '{"step": 1, "part": "a", "id": "a"}', "[]", "3"]
+)
 def test_a_whole_line_of_something_else_is_named(tmp_path: Path, name: str, line: str) -> None:
     """As the lines that it stands between: file, line and what helps."""
     lines, reader, _ = READERS[name]
@@ -99,6 +109,20 @@ def test_a_whole_line_of_something_else_is_named(tmp_path: Path, name: str, line
     file.write_bytes(lines[0] + place + line.encode() + b"\n" + lines[1])
     with pytest.raises(InputError, match=r"metrics\.jsonl:2: .*remove (that line|the file)"):
         reader(file)
+
+
+def test_a_digest_is_of_names_contents_and_what_belongs_to_them() -> None:
+    """Also of where one array ends and the next begins."""
+    whole = np.arange(4)
+    others = [
+        digest_of({"a": whole[:2], "b": whole[2:]}),
+        digest_of({"a": whole[:1], "b": whole[1:]}),
+        digest_of({"a": whole[:2], "c": whole[2:]}),
+        digest_of({"a": whole[2:], "b": whole[:2]}),
+        digest_of({"a": whole[:2], "b": whole[2:]}, b"more"),
+    ]
+    assert len(set(others)) == 5
+    assert digest_of({"b": np.arange(8)[4:8:2] // 2, "a": whole[:2]}) == others[0]
 
 
 SECOND = re.compile(rb"T\d\d:\d\d:\d\d")

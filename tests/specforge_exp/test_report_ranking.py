@@ -8,7 +8,18 @@ import pytest
 from sweep_folders import grid, write_sweep
 
 from specforge_exp.report.collect import collect
-from specforge_exp.report.ranking import OTHERWISE, headline, rank
+from specforge_exp.report.ranking import (
+    BEST,
+    OTHERWISE,
+    SAME,
+    UNKNOWN,
+    WORSE,
+    Ranking,
+    RankingRow,
+    headline,
+    rank,
+)
+from specforge_exp.report.statistics import Spread
 from specforge_exp.report.table import markdown
 
 DATA_SETS = ("stories", "arithmetic", "code")
@@ -45,6 +56,19 @@ def test_what_was_measured_otherwise_is_no_comparison(tmp_path: Path, way: str) 
     assert "NOT COMPARABLE" not in " ".join(headline(rank(collect(sweep_dir), "loss", 300)))
 
 
+def test_a_prompt_that_needed_no_verification_is_left_out(tmp_path: Path) -> None:
+    plan = grid(("baseline",), bench=("stories",))[0]
+    sweep_dir = write_sweep(tmp_path, [plan])
+    file = tmp_path / plan.name / "bench.json"
+    bench = json.loads(file.read_text())
+    bench["datasets"]["stories"] |= {"lengths": [2.0, None, 4.0], "accepted_length": 3.0}
+    file.write_text(json.dumps(bench | {"average": 3.0}))
+    found = rank(collect(sweep_dir), "accepted_length", 200)
+    [entry] = found.ranked
+    assert entry.value == 3.0 and entry.interval == (2.0, 4.0)
+    assert "It is the only finished one" in " ".join(headline(found))
+
+
 def test_a_seed_without_the_metric_does_not_count(tmp_path: Path) -> None:
     """One of three was benched: its value is that of one seed, and so is what is said of it."""
     plans = grid(("baseline",), seeds=3, bench=DATA_SETS)
@@ -57,3 +81,30 @@ def test_a_seed_without_the_metric_does_not_count(tmp_path: Path) -> None:
     assert [entry.seeds for entry in found.ranked] == [1, 1, 1]
     assert "1 of 3" in markdown(sweep, found, rank(sweep, "accepted_length", 300, by_seed=True))
     assert "Training noise is not in the intervals" in " ".join(headline(found))
+
+
+def test_a_seed_that_has_not_ended_does_not_count(tmp_path: Path) -> None:
+    plans = grid(("baseline",), seeds=2)
+    for plan in plans:
+        if plan.record["seed"]:
+            plan.status, plan.tau = "running", plan.tau + 1
+    sweep = collect(write_sweep(tmp_path, plans))
+    found = rank(sweep, "simulated_length", 100)
+    ended = [run.metric("simulated_length") for run in sweep.runs if run.status == "completed"]
+    values = [entry.value for entry in found.ranked]
+    assert values == pytest.approx(sorted(filter(None, ended), reverse=True))
+    assert [(entry.seeds, entry.status) for entry in found.ranked] == [(1, "completed")] * 3
+
+
+def test_all_others_are_worse_where_all_were_compared() -> None:
+    def said(*verdicts: str) -> str:
+        rows = [
+            RankingRow(f"{place}", "x", [], "completed", Spread(3.0), place, verdict=verdict)
+            for place, verdict in enumerate(verdicts, 1)
+        ]
+        return " ".join(headline(Ranking("loss", True, rows)))
+
+    assert "The other is distinguishably worse." in said(BEST, WORSE)
+    assert "All 2 others are distinguishably worse." in said(BEST, WORSE, WORSE)
+    for another in (SAME, UNKNOWN, OTHERWISE):
+        assert "distinguishably worse" not in said(BEST, WORSE, another)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import t
 
 from specforge_exp.report.statistics import (
     Spread,
@@ -147,10 +148,13 @@ def test_averaged_adds_in_quadrature() -> None:
     assert found.interval == pytest.approx((3.75, 4.25))
 
 
-def test_seeds_without_resamples_still_have_a_spread() -> None:
-    found = over_seeds([Spread(3.0), Spread(3.2), Spread(3.1)], 500)
-    assert found.value == pytest.approx(3.1) and found.interval
-    assert found.interval[0] < 3.0 and found.interval[1] > 3.2
+@pytest.mark.parametrize("count", [2, 3, 8, 10, 11, 30])
+def test_seeds_without_resamples_spread_as_students_t(count: int) -> None:
+    values = np.random.default_rng(count).normal(3.0, 0.1, count)
+    found = over_seeds([Spread(float(value)) for value in values], 20_000)
+    assert found.value == pytest.approx(values.mean()) and found.draws is not None
+    error = values.std(ddof=1) / count**0.5
+    assert found.draws.std() / error == pytest.approx(t.ppf(0.975, count - 1) / 1.96, rel=0.03)
 
 
 @settings(deadline=None)

@@ -1,6 +1,7 @@
 """Speculative decoding changes the speed of an answer and nothing else."""
 
 from collections import deque
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -79,6 +80,12 @@ def test_a_perfect_draft_is_accepted_whole() -> None:
     assert found.tokens == alone.tokens
     assert found.gained == [7, 7, 7]
     assert found.accepted == [6, 6, 6]
+    assert found.read == [7, 7, 7]
+    first = frozenset(alone.tokens[:1])
+    for short in (replace(decoding, max_tokens=1), replace(decoding, eos=first)):
+        found = speculate(target, oracle, torch.arange(64), prompt, short)
+        assert (found.tokens, found.gained) == (alone.tokens[:1], [])
+        assert generate(target, prompt, short).tokens == alone.tokens[:1]
 
 
 def nucleus(p: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -26,6 +26,17 @@ def source(tmp_path: Path) -> Path:
     return write(tmp_path / "train.jsonl", *(f"{n % 3}" * 200 + str(n) for n in range(10)))
 
 
+def test_counts_say_what_became_of_each() -> None:
+    cut = {"finish_reasons": ["stop", "length"], "generated_tokens": 9}
+    both = module.Counts()
+    for results in ([cut, {"error": "x"}], [{"finish_reasons": ["stop"], "generated_tokens": 4}]):
+        counts = module.Counts()
+        for result in results:
+            counts.take(result)
+        both.add(counts)
+    assert vars(both) == {"done": 2, "failed": 1, "cut": 1, "tokens": 13}
+
+
 def test_results_come_in_the_order_of_the_source(tmp_path: Path, source: Path) -> None:
     store = make_store(tmp_path / "out", source)
     assert store.plans[0].order.tolist() != list(range(10))
