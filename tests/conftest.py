@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
+import warm
 from modal_local import client as modal_local
 
 from specforge_exp.config import (
@@ -196,10 +198,29 @@ def held(shared_with_jobs: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def control_plane(shared_with_jobs: Path) -> Iterator[modal_local.LocalModal]:
     """A local Modal for everything in this process: modal's client keeps its first address."""
-    options = {"max_containers": 4, "retry_delay_scale": 0}
-    secrets = {"planted": {"PLANTED": PLANTED}}
-    with modal_local.start(options=options, secrets=secrets, share=[shared_with_jobs]) as local:
+    with local_modal_of_forks([shared_with_jobs], max_containers=4, retry_delay_scale=0) as local:
         yield local
+
+
+def local_modal_of_forks(share: Sequence[Path], **options: object) -> modal_local.LocalModal:
+    """A local Modal whose containers are forks of a process that has imported what they import."""
+    kinds = {"forks": "containers", "torch_forks": "torch-containers"}
+    if sys.platform != "linux":
+        kinds = {}
+    return modal_local.start(
+        options={name: warm.server(kind) for name, kind in kinds.items()} | options,
+        secrets={"planted": {"PLANTED": PLANTED}},
+        share=share,
+        env={"OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture
+def cold_containers(control_plane: modal_local.LocalModal) -> Iterator[None]:
+    """Containers of `control_plane` start as they do on Modal: by an interpreter of their own."""
+    control_plane.cold(True)
+    yield
+    control_plane.cold(False)
 
 
 @pytest.fixture

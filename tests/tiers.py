@@ -11,11 +11,14 @@ import ctypes
 import json
 import os
 import resource
+import select
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +29,10 @@ AT_ONCE = 3
 TOGETHER = ("--dist", "loadfile", "--no-loadscope-reorder")
 SUBREAPER = 36
 """PR_SET_CHILD_SUBREAPER: orphans become this process's, so that their CPU time is counted."""
+
+
+WARM: dict[str, str] = {}
+"""Tells the tests where the forking processes are that all of a tier share."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ def pytest(name: str, marker: str, *options: str, files: Sequence[Path] = ()) ->
     command = [sys.executable, "-m", "pytest", "-m", expression, "-o", f"cache_dir={cache(name)}"]
     # What was compiled once is read, by the tests and by what they start, as with a user.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment |= WARM
     done = subprocess.run([*command, *options, *folders], cwd=ROOT, env=environment, check=False)
     return 0 if done.returncode == NOTHING_COLLECTED else done.returncode
 
@@ -131,11 +139,34 @@ def alone(name: str) -> bool:
     return not code
 
 
+@contextmanager
+def forking_processes() -> Iterator[None]:
+    """A place for those of tests/warm.py; they end when nobody holds `alive` open any more."""
+    if sys.platform != "linux":
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="warm-") as folder:
+        os.mkfifo(f"{folder}/alive")
+        alive = os.open(f"{folder}/alive", os.O_RDWR)
+        WARM["WARM_FOLDER"] = folder
+        try:
+            yield
+        finally:
+            WARM.clear()
+            os.close(alive)
+            for file in Path(folder).glob("*.pid"):
+                with suppress(ProcessLookupError):
+                    ended = os.pidfd_open(int(file.read_text()))
+                    select.select([ended], [], [], 60)
+                    os.close(ended)
+
+
 def run(name: str, *options: str, timing: bool = True) -> bool:
     """Run a tier and say what it took; whether all of it passed."""
     began, before = time.monotonic(), cpu_seconds()
-    passed = not pytest(name, "not timing", "--durations=10", *options)
-    passed &= alone(name) if timing else True
+    with forking_processes():
+        passed = not pytest(name, "not timing", "--durations=10", *options)
+        passed &= alone(name) if timing else True
     seconds, cpu = time.monotonic() - began, cpu_seconds() - before
     print(f"tier {name}: {'passed' if passed else 'FAILED'} in {seconds:.0f} s, ", end="")
     print(f"{cpu:.0f} CPU s of a budget of {TIERS[name].budget}", flush=True)

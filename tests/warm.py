@@ -6,6 +6,8 @@ and waited for as `subprocess.Popen`'s are. That a script imports what it needs 
 start it cold. The forking process enters neither Hydra nor torch's threads, and ends with the
 tests; what it forks does not know it.
 
+`warm_containers` does the same for containers of the local Modal, with a process of their own.
+
 Where a script forks its own processes from multiprocessing's fork server, that is a fork, too: a
 spare child of the script, which the program asks that multiprocessing starts as Python.
 """
@@ -13,11 +15,9 @@ spare child of the script, which the program asks that multiprocessing starts as
 from __future__ import annotations
 
 import atexit
-import ctypes
 import fcntl
 import gc
 import importlib
-import json
 import multiprocessing
 import multiprocessing.process
 import os
@@ -38,15 +38,17 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from warm_programs import SPARED, STARTED
+import warm_containers
+from modal_local.orders import give, receive
+from warm_programs import SPARED, STARTED, program
+from warm_spares import keep_fork_servers, keep_spare
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DEATH_SIGNAL = 1
-"""PR_SET_PDEATHSIG: a signal for who outlives what forked it."""
 SEVERAL = re.compile(r"(trainer\.gpus|preprocess\.processes)=[2-9]|target\.placement=ray")
 """An option of a script that starts a fork server."""
-FORK_SERVER = "forkserver"
-"""The kernel's name of such a process and of what it forks."""
+BEGAN_WITH = dict(os.environ)
+RUNNING: list[subprocess.Popen[bytes]] = []
+"""What this process has started, of all its tests or of a tier's."""
 STAGES = "prep regen preprocess train export bench bench_sweep pretrain sft".split()
 
 
@@ -66,55 +68,6 @@ def preload(kind: str) -> None:
     gc.freeze()  # no fork looks through what is imported, or copies its pages by that
 
 
-def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """A line of JSON and the files that come with its first piece; nothing, if who writes it is
-    killed."""
-    text, files, _, _ = socket.recv_fds(connection, 2**22, 64)
-    while not text.endswith(b"\n"):
-        piece = connection.recv(2**22)
-        if not piece:
-            return {}, files
-        text += piece
-    return json.loads(text), files
-
-
-def keep_spares(python: str, count: int) -> None:
-    """Fork children that may become fork servers of this process, and else end with it."""
-    os.environ["WARM_SPARES"] = f"{os.getpid()} {count}"
-    for number in range(count):
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(f"\0warm-{os.getpid()}-{number}")
-        listener.listen()
-        if not os.fork():
-            spare(listener)
-        listener.close()
-    multiprocessing.set_executable(python)
-
-
-def spare(listener: socket.socket) -> None:
-    """Wait to be asked, and be what was asked for."""
-    prctl = ctypes.CDLL(None).prctl
-    prctl(DEATH_SIGNAL, signal.SIGKILL)
-    connection, _ = listener.accept()
-    order, files = receive(connection)
-    if not order:
-        os._exit(1)
-    try:
-        os.symlink(str(os.getpid()), order["taken"])
-    except FileExistsError:  # who asked has given up: of two that take it, each gets half
-        os._exit(1)
-    prctl(DEATH_SIGNAL, 0)
-    Path("/proc/self/comm").write_text(FORK_SERVER)
-    with suppress(OSError):
-        connection.sendall(b"%d" % os.getpid())
-    above = [fcntl.fcntl(file, fcntl.F_DUPFD, 512) for file in files]
-    os.closerange(0, 512)
-    for file, number in zip(above, order["files"], strict=True):
-        os.dup2(file, number)
-    os.closerange(512, 1024)
-    become(order)
-
-
 def execute(cwd: str, more: list[str]) -> None:
     """Do what `sys.argv` says, as Python does; `more` are the folders of PYTHONPATH."""
     if sys.argv[0] == "-c":
@@ -131,8 +84,9 @@ def execute(cwd: str, more: list[str]) -> None:
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def become(order: dict[str, Any]) -> None:
-    """Be the script that was ordered; never returns."""
+def become(order: dict[str, Any], job_server: socket.socket | None = None) -> None:
+    """Be the script that was ordered; never returns. What asks for a job server is the container's
+    main process, the only one whose Python asks for a spare."""
     code = 1
     try:
         for number in (signal.SIGCHLD, signal.SIGTERM):
@@ -147,8 +101,12 @@ def become(order: dict[str, Any]) -> None:
         for folder in more:  # as Python does when it starts
             if os.path.exists(f"{folder}/sitecustomize.py"):
                 runpy.run_path(f"{folder}/sitecustomize.py")
-        if order.get("spares"):
-            keep_spares(order["python"], order["spares"])
+        if order.get("spares") and (asked := keep_fork_servers(order["python"], order["spares"])):
+            become(asked)
+        if job_server:
+            if asked := keep_spare(job_server):
+                become(asked)
+            sys.executable = order["python"]
         execute(order["cwd"], more)
         code = 0
     except SystemExit as end:
@@ -171,9 +129,12 @@ def become(order: dict[str, Any]) -> None:
         os._exit(code)
 
 
-def forked(connection: socket.socket, python: str) -> tuple[int, bool]:
+def forked(connection: socket.socket, python: str, contained: bool) -> tuple[int, bool]:
     """Fork for an order; the child's pid, 0 without one, and whether it ends with who ordered."""
     order, files = receive(connection)
+    if contained and order and not warm_containers.alike(order["env"]):
+        connection.sendall(b"0\n")
+        order = {}
     pid = os.fork() if order else 0
     if order and not pid:
         signal.set_wakeup_fd(-1)
@@ -183,7 +144,8 @@ def forked(connection: socket.socket, python: str) -> tuple[int, bool]:
         for number, file in enumerate(files):
             os.dup2(file, number)
         os.closerange(3, 1024)
-        become({**order, "python": python})
+        job_server = warm_containers.contain(order) if contained else None
+        become({"python": python, **order}, job_server)
     for file in files:
         os.close(file)
     return pid, "bound" in order
@@ -204,14 +166,20 @@ def tell_of_ends(children: dict[int, socket.socket], bound: Container[int]) -> N
 
 def serve(kind: str, path: str) -> None:
     """Fork for every order on the socket until the tests' end of standard input closes."""
-    preload(kind)
-    python = f"{path}.python"
-    Path(python).write_text(SPARED.format(python=sys.executable))
-    Path(python).chmod(0o755)
+    contained = kind in warm_containers.KINDS
+    if not contained:
+        preload(kind)
+    names = '["\\0" + name for name in os.environ.get("WARM_SPARES", "").split()]'
+    begins = "from multiprocessing.forkserver "
+    python = program(f"{path}.python", SPARED, begins=begins, addresses=names)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{path}.new")
     listener.listen(64)
     os.rename(f"{path}.new", path)
+    if contained:  # tests may have no such container
+        if 0 in select.select([0, listener], [], [])[0]:
+            os._exit(0)
+        warm_containers.preload(kind)
     wake, waker = os.pipe2(os.O_NONBLOCK)
     signal.set_wakeup_fd(waker)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -233,7 +201,7 @@ def serve(kind: str, path: str) -> None:
         bound = {pid: each for pid, each in bound.items() if each not in ready and pid in children}
         if listener in ready:
             connection, _ = listener.accept()
-            pid, ends = forked(connection, python)
+            pid, ends = forked(connection, python, contained)
             if pid:
                 children[pid] = connection
                 bound |= {pid: connection} if ends else {}
@@ -243,26 +211,44 @@ def serve(kind: str, path: str) -> None:
 def python(*scripts: str) -> str:
     """The path of a program that is Python, but for scripts of these names, which it starts as
     forks: for shells, and for commands that others start."""
-    path = Path(server("stages")).with_name("-".join(["python", *scripts])) / "python"
-    path.parent.mkdir()
-    path.write_text(STARTED.format(python=sys.executable, scripts=scripts, server=server("stages")))
-    path.chmod(0o755)
-    return str(path)
+    folder = Path(server("stages")).with_name("-".join(["python", *scripts]))
+    folder.mkdir(exist_ok=True)
+    return program(f"{folder}/python", STARTED, scripts=scripts, server=server("stages"))
 
 
 @cache
 def server(kind: str) -> str:
-    """The socket of this process's own forking process, which ends with it."""
-    path = str(Path(tempfile.mkdtemp(prefix="warm-")) / "socket")
+    """The socket of a forking process: the tier's, for all its workers, or this process's own. It
+    ends with whichever it is."""
+    folder = os.environ.get("WARM_FOLDER")  # of tests/tiers.py, which holds `alive` open
+    path = f"{folder or tempfile.mkdtemp(prefix='warm-')}/{kind}"
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.exists(path):
+            process = forking(kind, path, f"{folder}/alive" if folder else None)
+            Path(f"{path}.pid").write_text(str(process.pid))
+            RUNNING.append(process)
+            if not folder:
+                atexit.register(process.communicate)  # closes its standard input, and waits for it
+    return path
+
+
+def forking(kind: str, path: str, alive: str | None) -> subprocess.Popen[bytes]:
+    """Start a forking process and wait until it listens at `path`. It ends with its standard input,
+    which is a pipe, or what `alive` names."""
+    environment = {**BEGAN_WITH, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if kind in warm_containers.KINDS:
+        environment = warm_containers.ENVIRONMENT
+    given = os.open(alive, os.O_RDONLY) if alive else subprocess.PIPE
     process = subprocess.Popen(
-        [sys.executable, __file__, kind, path], stdin=subprocess.PIPE, cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+        [sys.executable, __file__, kind, path], stdin=given, cwd=REPOSITORY, env=environment
+    )
+    if alive:
+        os.close(given)
     while not os.path.exists(path):
         assert process.poll() is None, "what the scripts import cannot be imported"
         time.sleep(0.02)
-    atexit.register(process.communicate)  # closes its standard input, and waits for it
-    return path
+    return process
 
 
 class Started:
@@ -275,13 +261,11 @@ class Started:
         self.returncode: int | None = None
         self.connection = socket.socket(socket.AF_UNIX)
         self.connection.connect(server(kind))
-        text = json.dumps(order).encode() + b"\n"
-        numbers = [file.fileno() for file in (given, output[0], output[-1])]
-        sent = socket.send_fds(self.connection, [text], numbers)
-        if sent < len(text):  # nothing more is an error where the script has already ended
-            self.connection.sendall(text[sent:])
+        give(self.connection, order, [file.fileno() for file in (given, output[0], output[-1])])
         while b"\n" not in self.received:
-            self.received += self.connection.recv(64)
+            piece = self.connection.recv(64)
+            assert piece, "the forking process is gone"
+            self.received += piece
         pid, self.received = self.received.split(b"\n", 1)
         self.pid = int(pid)
 

@@ -63,6 +63,7 @@ def test_the_pipeline(on_local_modal: LocalModal, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cold_containers")
 def test_what_lies_here_is_uploaded(on_local_modal: LocalModal, tmp_path: Path) -> None:
     options = ["experiment=smoke", "model=tiny", "data.name=uploaded"]
     for stage, *more in (["prep"], ["preprocess", "preprocess.source=prep"]):

@@ -39,6 +39,7 @@ def parse(arguments: list[str]) -> Arguments:
     parser.add_argument("--option", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--env-file", default="", help="write the client's environment as JSON")
     parser.add_argument("--share", action="append", default=[], metavar="PATH")
+    parser.add_argument("--env", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument(
         "--stop-at-eof", action="store_true", help="stop when the standard input ends"
     )
@@ -51,6 +52,8 @@ def parse(arguments: list[str]) -> Arguments:
             add_secret(options, text)
         for text in given.option:
             set_option(options, text)
+        for text in given.env:
+            key, _, options.container_env[key] = text.partition("=")
     except ValueError as error:
         parser.error(str(error))
     return Arguments(options, given.env_file, given.stop_at_eof, command)

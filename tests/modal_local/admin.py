@@ -11,7 +11,7 @@ from modal_proto import api_pb2 as pb
 from .containers import kill, main_pid
 from .image_lint import missing_imports
 from .rpc import go_down
-from .scheduling import expire, preempt
+from .scheduling import drain_idle, expire, preempt
 from .state import STATUS_NAMES, Call, ControlPlane, Fault, Fn, Input
 
 
@@ -147,6 +147,7 @@ def state(plane: ControlPlane) -> dict[str, Any]:
             "unimplemented": sum(plane.unimplemented.values()),
             "blobs_created": plane.blobs_created,
             "containers_started": plane.containers_started,
+            "containers_forked": plane.containers_forked,
         },
         "rpcs": dict(plane.rpcs),
         "unimplemented": dict(plane.unimplemented),
@@ -229,6 +230,11 @@ def fault_routes(plane: ControlPlane) -> list[web.RouteDef]:
             volume.full = request.query.get("full", "1") not in ("0", "false")
         return web.Response()
 
+    async def post_cold(request: web.Request) -> web.Response:
+        plane.cold = request.query["cold"] == "1"
+        drain_idle(plane)  # no call gets a container that started otherwise
+        return web.Response()
+
     return [
         web.post("/admin/preempt/{id}", post_preempt),
         web.post("/admin/kill/{id}", post_kill),
@@ -238,4 +244,5 @@ def fault_routes(plane: ControlPlane) -> list[web.RouteDef]:
         web.post("/admin/down", post_down),
         web.post("/admin/full_volume/{id}", post_full),
         web.post("/admin/break_build", post_break),
+        web.post("/admin/cold", post_cold),
     ]

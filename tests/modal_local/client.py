@@ -82,6 +82,10 @@ class LocalModal:
         """Let builds fail whose commands have this text in them; "": let all succeed."""
         self.post("/admin/break_build", text=text)
 
+    def cold(self, cold: bool) -> None:
+        """Start containers cold although there is a process that forks them, or fork them again."""
+        self.post("/admin/cold", cold=int(cold))
+
     def wait_for(self, condition: Callable[[State], Any], timeout: float = 300.0) -> State:
         """Return the first state that fulfils a condition."""
         end = time.monotonic() + timeout
@@ -117,8 +121,9 @@ def start(
     secrets: Mapping[str, Mapping[str, str]] | None = None,
     options: Mapping[str, object] | None = None,
     share: Sequence[str | Path] = (),
+    env: Mapping[str, str] | None = None,
 ) -> LocalModal:
-    """Start a control plane and wait until it serves."""
+    """Start a control plane and wait until it serves; `env` is of every container."""
     package = Path(__file__).resolve().parent
     paths = [str(package.parent), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -128,6 +133,8 @@ def start(
             arguments += ["--secret", f"{name}:{key}={value}"]
     for name, option in (options or {}).items():
         arguments += ["--option", f"{name}={option}"]
+    for key, value in (env or {}).items():
+        arguments += ["--env", f"{key}={value}"]
     for path in share:
         arguments += ["--share", str(path)]
     with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from . import forks
+from .image_lint import image_packages
 from .layouts import container_arguments
 from .logs import STDERR, STDOUT, write_log
 from .objects import image_environment
@@ -189,8 +191,15 @@ async def _start_isolated(plane: ControlPlane, task: Task, sockets: Path) -> Non
         task.http_socket = str(sockets / "http.sock")
         spec["forward"] = [task.http_socket, definition.http_config.port or 8000]
     (sockets / "spec.json").write_text(json.dumps(spec))
-    argv = isolated(str(sockets / "spec.json"), network=not definition.is_server)
-    task.process = await _spawn(argv, environment, "/")
+    torch = "torch" in image_packages(plane, definition.image_id)
+    forking = plane.options.torch_forks if torch else plane.options.forks
+    if forking and not plane.cold and not definition.is_server:
+        order = {"spec": str(sockets / "spec.json"), "words": spec["argv"][1:], "env": environment}
+        task.process = await forks.start(forking, order, MAX_LINE)
+    plane.containers_forked += task.process is not None
+    if task.process is None:
+        argv = isolated(str(sockets / "spec.json"), network=not definition.is_server)
+        task.process = await _spawn(argv, environment, "/")
 
 
 def isolated(spec: str, *, network: bool) -> list[str]:

@@ -1,4 +1,5 @@
-"""The first process of a container; runs inside `unshare`, on the standard library alone.
+"""The first process of a container; runs inside `unshare`, or as a fork that has unshared, on the
+standard library alone.
 
 It builds a root of its own on a tmpfs, enters it, starts the main process, passes signals on and
 reaps orphans. It dies with its standard input, so a control plane that is killed takes its
@@ -19,7 +20,7 @@ import socket
 import struct
 import sys
 import threading
-from typing import Any
+from typing import Any, NoReturn
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
@@ -165,22 +166,28 @@ def start_forwarder(listening: socket.socket, port: int) -> None:
     listening.close()
 
 
-def start_main(spec: dict[str, Any]) -> int:
-    """Fork the main process, in a session of its own."""
+def begin(spec: dict[str, Any]) -> int:
+    """Build the container around this process and fork its main process, in a session of its own;
+    that one's id here, and 0 in there."""
+    listening = None
+    if forward := spec.get("forward"):
+        raise_loopback()
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(forward[0])
+        listening.listen(128)
+    build_root(spec)
+    enter_root(spec["root"])
+    if forward and listening:
+        start_forwarder(listening, forward[1])
     os.makedirs(spec["cwd"], exist_ok=True)
     pid = os.fork()
-    if pid:
-        return pid
-    try:
+    if not pid:
         os.setsid()
         empty = os.open("/dev/null", os.O_RDONLY)
         os.dup2(empty, 0)
         os.close(empty)
         os.chdir(spec["cwd"])
-        os.execv(spec["argv"][0], spec["argv"])
-    except OSError as error:
-        os.write(2, f"modal_local: {spec['argv'][0]}: {error}\n".encode())
-    os._exit(127)
+    return pid
 
 
 def obey(main: int) -> None:
@@ -201,23 +208,23 @@ def reap(main: int) -> int:
             return code if code >= 0 else 128 - code
 
 
-def run() -> None:
+def guard(main: int) -> NoReturn:
+    """Be the first process of a container until its main process has ended."""
+    threading.Thread(target=obey, args=(main,), daemon=True).start()
+    os._exit(reap(main))
+
+
+def run() -> NoReturn:
     """Run the specification that the first argument names."""
     with open(sys.argv[1]) as file:
         spec = json.load(file)
-    forward = spec.get("forward")
-    listening = socket.socket(socket.AF_UNIX)
-    if forward:
-        raise_loopback()
-        listening.bind(forward[0])
-        listening.listen(128)
-    build_root(spec)
-    enter_root(spec["root"])
-    if forward:
-        start_forwarder(listening, forward[1])
-    main = start_main(spec)
-    threading.Thread(target=obey, args=(main,), daemon=True).start()
-    os._exit(reap(main))
+    if main := begin(spec):
+        guard(main)
+    try:
+        os.execv(spec["argv"][0], spec["argv"])
+    except OSError as error:
+        os.write(2, f"modal_local: {spec['argv'][0]}: {error}\n".encode())
+    os._exit(127)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ class Options:
     share: tuple[str, ...] = ()  # host paths that containers may write
     container_env: dict[str, str] = field(default_factory=dict)
     isolation: str = "auto"  # auto | namespaces | plain
+    forks: str = ""  # socket of a process that forks isolated containers; empty: they start cold
+    torch_forks: str = ""  # the same, of those whose image installs torch
     gpus: int = 64  # GPUs that exist; a container waits until as many as it asks for are free
     max_containers: int = 8  # of all functions together, to keep a laptop alive
     max_idle: float = 5.0  # upper bound of every scaledown_window, in seconds

@@ -341,6 +341,14 @@ async def watch(plane: ControlPlane) -> None:
             reconcile(plane, fn)
 
 
+def drain_idle(plane: ControlPlane) -> None:
+    """End every container that has nothing to do."""
+    for task in plane.tasks.values():
+        if task.ready and not task.running:
+            task.draining = True
+            task.fn.arrived.fire()
+
+
 def _drain_idle(plane: ControlPlane, fn: Fn, now: float) -> None:
     window = fn.setting("scaledown_window", "task_idle_timeout_secs") or 60.0
     window = min(window, plane.options.max_idle)

@@ -15,6 +15,7 @@ from typing import Any
 
 from modal_proto import api_pb2 as pb
 
+from .forks import Forked
 from .options import Options
 from .volumes import Checkout, Volume
 
@@ -202,7 +203,7 @@ class Task:
     id: str
     fn: Fn
     dir: Path
-    process: asyncio.subprocess.Process | None = None
+    process: asyncio.subprocess.Process | Forked | None = None
     listener: Any = None
     running: dict[str, Input] = field(default_factory=dict)
     checkouts: dict[str, list[Checkout]] = field(default_factory=dict)  # by volume id
@@ -292,6 +293,8 @@ class ControlPlane:
         self.unimplemented: collections.Counter[str] = collections.Counter()
         self.blobs_created = 0
         self.containers_started = 0
+        self.containers_forked = 0
+        self.cold = False  # whether containers start cold in spite of `options.forks`
         self.faults: list[Fault] = []
         self.broken_builds: set[str] = set()  # images that install what has this text fail
         self.answered: collections.OrderedDict[tuple[str, str], Any] = collections.OrderedDict()

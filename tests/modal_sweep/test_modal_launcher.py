@@ -49,6 +49,7 @@ def test_each_job_gets_the_machine_of_its_own_configuration(
     assert [function["single_use"] for function in machines] == [False, True, True, True]
 
 
+@pytest.mark.usefixtures("cold_containers")
 def test_a_small_job_needs_no_blob(tmp_path: Path, control_plane: LocalModal) -> None:
     before = control_plane.state()
     driver.run(plain(tmp_path / "small", "name=a,b,c"))

@@ -55,6 +55,7 @@ def test_a_sweep_from_its_submission_to_its_end(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cold_containers")
 def test_the_same_command_again_costs_nothing(tmp_path: Path, control_plane: LocalModal) -> None:
     sweep = tmp_path / "sweep"
     command = driver.command(sweep, "+name=again0,again1")

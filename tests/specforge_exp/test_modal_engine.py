@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 import warm
-from conftest import REPOSITORY
+from conftest import REPOSITORY, local_modal_of_forks
 from modal_app import regen_driver
 from modal_app.regen_driver import CHUNK, COMMAND, CRASH, POISON, REFUSED, config, write_prompts
-from modal_local import client
 from modal_local.client import LocalModal
 from test_stages_on_modal import launch
 
@@ -25,7 +24,7 @@ from test_stages_on_modal import launch
 def modal_here(shared_with_jobs: Path) -> Iterator[LocalModal]:
     """A control plane for programs of these tests only."""
     options = {"max_containers": 3, "retry_delay_scale": 0, "max_idle": 20.0}
-    with client.start(options=options, share=[shared_with_jobs]) as local:
+    with local_modal_of_forks([shared_with_jobs], **options) as local:
         yield local
         assert local.state()["unimplemented"] == {}
 
@@ -165,7 +164,7 @@ def test_a_conversation_that_takes_containers_along(tmp_path: Path) -> None:
     texts = [f"Describe a bell {number}." for number in range(4)]
     texts[1] += " " + CRASH
     write_prompts(config(tmp_path, 4), texts)
-    with client.start(options={"max_containers": 2, "crash_retries": 0}) as modal:
+    with local_modal_of_forks([], max_containers=2, crash_retries=0) as modal:
         output = finish(drive(modal, tmp_path, len(texts), 4, 0))
     assert "input 4 = done 3 + failed 1" in output
     [failed] = lines(tmp_path, "failed.jsonl")
