@@ -1,6 +1,7 @@
 """What the scripts share: `command` makes a stage's main of conf/ and the command line, `run` calls
 the stage. It is where Hydra begins; the rest of the package does not know it."""
 
+import argparse
 import atexit
 import gc
 import logging
@@ -83,6 +84,8 @@ def command(task: Task) -> Callable[[], None]:
             words = ["chat.draft=false" if word == "--no-draft" else word for word in words]
         if stage == "export":
             words = [re.sub(r"^from=", "export.source=", word) for word in words]
+        # Python 3.14 reads every option's help at once; Hydra's of --shell-completion is no text.
+        argparse.ArgumentParser._check_help = lambda *_: None  # type: ignore[attr-defined]
         parser = utils.get_args_parser()
         vars(parser)["error"] = lambda message: sys.exit(f"error: {message}; {WRITTEN}")
         arguments = parser.parse_intermixed_args(words)  # flags may stand anywhere
