@@ -27,8 +27,8 @@ def test_peers_are_reproduced() -> None:
     assert result["ok"] is True
     assert set(result["files"]) == {path.name for path in FILES}
     for figures in result["files"].values():
-        assert figures["loss_rel"] <= 2e-6
-        assert figures["grad_rel"] <= 1e-5
+        assert figures["loss_rel"] <= parity.LOSS_TOLERANCE
+        assert figures["grad_rel"] <= parity.GRADIENT_TOLERANCE
 
 
 def changed(tmp_path: Path, source: Path, **changes: object) -> Path:
