@@ -43,8 +43,8 @@ from specforge_exp.training.objective import Outcome, Sample
 
 LOSS_TOLERANCE = 2e-6
 GRADIENT_TOLERANCE = 2e-5
-"""Both sides round, each as its CPU does: with ours in fp64 a recorded gradient is off by 7e-6, on a
-CPU with AVX-512 by 1.5e-5, elsewhere by 0.8e-5."""
+"""Both sides round, each as its CPU does: a recorded gradient is off by 7e-6 with ours in fp64, by
+1.5e-5 on a CPU with AVX-512, by 0.8e-5 elsewhere."""
 NORMS = ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")
 SPECFORGE_HAS = ("fc_norm",)
 """Of those, what SpecForge 0.2.0 means by the name as speculators does."""
