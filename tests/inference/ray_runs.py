@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from safetensors import safe_open
 from test_ranks import with_all_below
 from test_resume import lines
+from warm_spares import FORK_SERVER
 
 from specforge_exp import paths
 from specforge_exp.config import Config, from_omegaconf
@@ -102,8 +103,8 @@ def processes(pid: int, words: str) -> list[int]:
 
 def trainers(pid: int) -> list[int]:
     """The processes below one that train, not the launcher's server that forks them."""
-    forked = [p for p in with_all_below(pid) if name_of(p) == warm.FORK_SERVER]
-    return [p for p in forked if name_of(parent(p)) == warm.FORK_SERVER]
+    forked = [p for p in with_all_below(pid) if name_of(p) == FORK_SERVER]
+    return [p for p in forked if name_of(parent(p)) == FORK_SERVER]
 
 
 def name_of(pid: int) -> str:
