@@ -92,17 +92,19 @@ def test_a_forked_job_server_is_what_a_cold_one_is(
     tmp_path: Path, control_plane: LocalModal
 ) -> None:
     found = []
-    for cold in (False, True):
-        control_plane.cold(cold)
-        before = control_plane.state()["counters"]
-        sweep = tmp_path / f"cold_{cold}"
-        driver.run([LOOKING, "-m", "hydra/launcher=modal", f"hydra.sweep.dir={sweep}"])
-        [end] = driver.ends(sweep).values()
-        after = control_plane.state()["counters"]
-        forked = after["containers_forked"] - before["containers_forked"]
-        said = json.dumps(end["value"]["json"]).replace(str(sweep), "SWEEP")
-        found.append((json.loads(said), forked))
-    control_plane.cold(False)
+    try:
+        for cold in (False, True):
+            control_plane.cold(cold)
+            before = control_plane.state()["counters"]
+            sweep = tmp_path / f"cold_{cold}"
+            driver.run([LOOKING, "-m", "hydra/launcher=modal", f"hydra.sweep.dir={sweep}"])
+            [end] = driver.ends(sweep).values()
+            after = control_plane.state()["counters"]
+            forked = after["containers_forked"] - before["containers_forked"]
+            said = json.dumps(end["value"]["json"]).replace(str(sweep), "SWEEP")
+            found.append((json.loads(said), forked))
+    finally:
+        control_plane.cold(False)
     (warm, forked), (cold, not_forked) = found
     assert warm == cold
     assert not not_forked and (forked or control_plane.state()["isolation"] == "plain")

@@ -65,10 +65,15 @@ def test_a_drafts_means_are_of_rows_and_of_slots() -> None:
     replay = {"onpolicy/anchors": 4.0, "onpolicy/loss": 3.0}
     length = {"simulated_length": 1.0, "onpolicy/accepted_length": 2.5}
     assert found == pytest.approx(text | replay | length)
+    replayed = ("onpolicy/anchors", "onpolicy/accepted", "onpolicy/loss")
     sums |= {"onpolicy/verifications": 5.0, "onpolicy/gained": 16.0}
     found = DRAFTS.means({name: torch.tensor(value) for name, value in sums.items()})
     assert found["onpolicy/accepted_length"] == pytest.approx(3.2)
     assert found["onpolicy/replayed_length"] == pytest.approx(2.5)
+    own = {name: value for name, value in sums.items() if name not in replayed}
+    found = DRAFTS.means({name: torch.tensor(value) for name, value in own.items()})
+    lengths = found["onpolicy/accepted_length"], found["onpolicy/replayed_length"]
+    assert lengths == pytest.approx((3.2, 1.0))
 
 
 class Two(Ranks):
@@ -117,19 +122,3 @@ def test_a_line_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     second = WindowLog(torch.device("cpu"), 10.0)
     second.restore(log.state(ranks), 1)
     assert (second.tokens, second.flops, second.sums, second.windows) == (0.0, 0.0, {}, 2)
-
-
-def test_own_answers_are_named_apart_from_replay() -> None:
-    rows = {"rows": torch.ones(1), "length": torch.zeros(()), "length_slots": torch.zeros(())}
-    own = {"gained": 12, "verifications": 4, "decoded_tokens": 20}
-    replayed = {"anchors": 2, "accepted": 3}
-
-    def said(**counts: int) -> dict[str, float]:
-        found = means(rows | {f"onpolicy/{k}": torch.tensor(v) for k, v in counts.items()})
-        return {k.removeprefix("onpolicy/"): v for k, v in found.items() if "onpolicy/" in k}
-
-    rest = {"verifications": 4.0, "decoded_tokens": 20.0}
-    assert said(**own) == {"accepted_length": 3.0, "replayed_length": 1.0, **rest}
-    assert said(**own, **replayed) == {
-        "accepted_length": 3.0, "replayed_length": 2.5, "anchors": 2.0, **rest
-    }  # fmt: skip
