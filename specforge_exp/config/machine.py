@@ -46,6 +46,8 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
     # Never uploaded: here the run's folder may hold no more than a log.
     trained = {**needs(paths.run_dir, "train", model, tokens), "local": None}
     gpus = {"sglang": gpu, "vllm": gpu, "transformers": one_gpu(gpu)}
+    # What a study may prune by.
+    watchable = [*dict.fromkeys(f"eval/{n}" for n in ("simulated_length", "loss", *here.objectives))]
     stages: dict[str, dict[str, Any]] = {
         "prefetch": cores(4, 16),
         "prep": {**cores(2, 16), "unique": [str(paths.prompts_dir(there))]},
@@ -63,7 +65,7 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
             "unique": [str(run)],
             "progress_file": f"{run}/metrics.jsonl",
             "outputs": [f"{run}/{name}" for name in ("evaluation.json", "run.json")],
-            "progress_keys": ["eval/simulated_length"],  # what a study prunes by
+            "progress_keys": watchable,
             "checkpoints": f"{run}/step-*[0-9]",  # not .partial
             "requires": [model, tokens],
         },

@@ -74,6 +74,13 @@ def directions(names: Sequence[str]) -> list[str]:
     return ["minimize" if name in ("loss", "gpu_hours") else "maximize" for name in names]
 
 
+def watched(names: Sequence[str]) -> str | None:
+    """What metrics.jsonl calls the first of them that an evaluation has: pruning goes by it, so it
+    has to go the way of the study; None: it has none of them."""
+    known = (name for name in names if name not in ("gpu_hours", "accepted_length"))
+    return next((f"eval/{name}" for name in known), None)
+
+
 def if_done(stage: str, resume: bool) -> str:
     """Whether -m leaves a finished run alone; the other stages look for what has changed."""
     return "skip" if stage in ("train", *OF_THE_MODEL) and resume else "rerun"
@@ -83,6 +90,6 @@ def register() -> None:
     """Make them known to OmegaConf under their own names."""
     for function in (
         folder_name, repository, gpu_count, both_secrets, when_losses_differ, in_a_sweep,
-        returned, directions, if_done,
+        returned, directions, watched, if_done,
     ):  # fmt: skip
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)

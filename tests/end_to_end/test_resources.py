@@ -208,6 +208,12 @@ def test_what_a_stage_needs() -> None:
     assert checkpoints is not None and f"/{name}/step-" in checkpoints
 
 
+def test_a_study_on_modal_hears_what_it_prunes_by() -> None:
+    for named, stage in (("simulated_length", "train"), ("alpha/0", "train"), ("loss", "sft")):
+        found = settings(stage, f"objectives=[{named}]").progress_keys
+        assert f"eval/{named}" in found and len(found) == len({*found})
+
+
 def test_half_a_checkpoint_is_not_one(tmp_path: Path) -> None:
     pattern = Path(str(settings("train").checkpoints)).name
     for name in ("step-000100", "step-000200.partial", "step-1000000"):

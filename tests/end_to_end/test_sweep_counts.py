@@ -105,6 +105,29 @@ def test_what_a_stage_returns_and_which_way_it_should_go() -> None:
         assert (options.names, options.direction, options.if_done) == ([], [], "rerun")
 
 
+@pytest.mark.parametrize(
+    ("words", "stage", "direction", "metric"),
+    [
+        (["hparams_search=opd"], "train", ["maximize"], "eval/simulated_length"),
+        (["hparams_search=opd", "objectives=[loss]"], "train", ["minimize"], "eval/loss"),
+        (["hparams_search=onpolicy", "objectives=[alpha/0]"], "train", ["maximize"], "eval/alpha/0"),
+        (["hparams_search=opd", "objectives=[gpu_hours]"], "train", ["minimize"], None),
+        (["hparams_search=opd_cost"], "train", ["maximize", "minimize"], "eval/simulated_length"),
+        (["hparams_search=opd_stock", "objectives=[loss]"], "train", ["minimize"], ""),
+        (["hydra/sweeper=optuna_async"], "sft", ["minimize"], "eval/loss"),
+        (["hydra/sweeper=optuna_async"], "bench", ["maximize"], None),
+    ],
+)
+def test_a_study_goes_the_way_of_what_it_returns(
+    words: list[str], stage: str, direction: list[str], metric: str | None
+) -> None:
+    """Also in what it prunes by: a study of losses looks for the smallest."""
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        wanted = [*words, f"hydra.job.name={stage}", "model=tiny"]
+        options = compose("config", wanted, return_hydra_config=True).hydra.sweeper
+    assert (options.direction, options.get("progress_metric", "")) == (direction, metric)
+
+
 def test_the_stock_sweeper_takes_the_same_options(tmp_path: Path) -> None:
     command = [sys.executable, "train.py", "-m", "hydra/sweeper=basic", "loss=full-opd,mixed"]
     tiny = ["model=tiny", f"paths.checkpoints={tmp_path}", f"paths.datasets={tmp_path}"]
