@@ -1,6 +1,7 @@
 """One conversation: which turns are answered, what is kept, and when it ends."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,8 +41,10 @@ def test_every_answer_is_the_targets_own_and_is_built_upon() -> None:
         "three",
         "answer 6",
     ]
+    assert [len(request.messages) for request in engine.asked] == [2, 4, 6]
     assert engine.asked[1].messages[2]["content"] == "answer 2"
     assert found["finish_reasons"] == ["stop"] * 3 and found["generated_tokens"] == 12
+    assert found["prompt_tokens"] == [10] * 3
     assert found["category"] == "x"
     assert found["regenerated"]["model"] == "m" and found["regenerated"]["time"]
     assert contents(record)[2] == "old"
@@ -62,6 +65,8 @@ def test_tools_and_their_results_stay() -> None:
     found = outcome(record, engine)
     assert found["conversations"][:3] == messages[:3] and contents(found)[3] == "new"
     assert engine.asked[0].tools == tools
+    told = {"id": "c", "conversations": messages[:3]}  # the result is what is to be answered
+    assert contents(outcome(told, engine))[3:] == ["new"]
     only = {"id": "c", "conversations": messages[:2]}
     assert outcome(only, engine)["error"].startswith("nothing to answer")
 
@@ -88,8 +93,11 @@ def test_truncated_answers() -> None:
     record, sampling = talk("one"), Sampling(max_tokens=8)
     keep = outcome(record, Instant(reply=cut), sampling=sampling)
     assert contents(keep) == ["one", "cut"] and keep["finish_reasons"] == ["length"]
-    again = outcome(record, Instant(reply=cut), sampling=sampling, truncated="retry")
+    longer = Instant(reply=cut)
+    again = outcome(record, longer, sampling=sampling, truncated="retry")
     assert contents(again) == ["one", "whole"]
+    assert [request.sampling.max_tokens for request in longer.asked] == [8, 16]
+    assert len({request.seed for request in longer.asked}) == 1  # the same answer, with more room
     drop = outcome(record, Instant(reply=cut), sampling=sampling, truncated="drop")
     assert drop["error"] == "cut at regen.max_tokens=8" and contents(drop) == ["one"]
 
@@ -120,11 +128,24 @@ def test_thoughts(thinking: str, inline: bool) -> None:
     assert message.get("reasoning_content") == ("hm" if thinking == "kept" else None)
 
 
+def test_thoughts_that_are_none() -> None:
+    """Neither an empty one nor the lines after one are part of what is kept."""
+    replies = said("<think>\n\n</think>\n\nyes"), said("\n\nyes", reasoning_content="\n")
+    for reply in replies:
+        found = outcome(talk("one"), Instant(reply=lambda _, r=reply: r), thinking="kept")
+        assert found["conversations"][1] == {"role": "assistant", "content": "yes"}
+
+
 def test_nothing_but_thoughts_is_a_failure() -> None:
-    found = outcome(
-        talk("one"), Instant(reply=lambda request: said("<think>\nhm", "length")), thinking="on"
-    )
+    def thinks(request: Request) -> Answer:
+        return said("yes") if len(request.messages) < least else said("<think>\nhm", "length")
+
+    least = 1
+    found = outcome(talk("one"), Instant(reply=thinks), thinking="on")
     assert "nothing but thoughts in regen.max_tokens=4096" in found["error"]
+    least = 3  # what came before counts
+    found = outcome(talk("one", "o", "two"), Instant(reply=thinks), thinking="on")
+    assert contents(found) == ["one", "yes"] and "error" not in found
 
 
 def test_an_empty_answer_is_asked_again_with_another_seed() -> None:
@@ -133,6 +154,8 @@ def test_an_empty_answer_is_asked_again_with_another_seed() -> None:
     assert len({request.seed for request in engine.asked}) == 3
     found = outcome(talk("one"), Instant(reply=lambda request: said(" \n")), attempts=2)
     assert found["error"] == "the answer is empty" and contents(found) == ["one"]
+    later = Instant(reply=lambda request: said("" if len(request.messages) > 1 else "x"))
+    assert outcome(talk("one", "o", "two"), later)["error"] == "the answer is empty"
 
 
 def test_a_conversation_ends_where_max_length_is_full() -> None:
@@ -145,10 +168,24 @@ def test_a_conversation_ends_where_max_length_is_full() -> None:
     found = outcome(talk("x"), engine, max_length=9, count=count)
     assert found["error"] == "the prompt alone has 10 tokens, max_length=9"
 
+    assert "has 10 tokens" in outcome(talk("x"), engine, max_length=10, count=count)["error"]
+    assert "error" not in outcome(talk("x"), engine, max_length=11, count=count)
+    many = talk("\N{CJK UNIFIED IDEOGRAPH-4E2D}" * 40)  # 120 bytes, each of which may be a token
+    assert "error" in outcome(many, engine, max_length=150, count=lambda *_: 150)
+
     def never(record: Record, messages: list[Any]) -> int:
         raise AssertionError("a short conversation is not tokenised")
 
     outcome(talk("short"), engine, max_length=2048, count=never)
+    for most, answers in ((104, 1), (105, 2), (208, 2), (209, 3)):  # what servers have counted
+        engine = Instant(reply=lambda request: replace(said("x"), prompt_tokens=growing(request)))
+        found = outcome(talk("1", "o", "2", "o", "3"), engine, max_length=most)
+        assert len(engine.asked) == len(found["finish_reasons"]) == answers
+
+
+def growing(request: Request) -> int:
+    """100 tokens of a prompt, 4 of an answer, 100 more of the next question."""
+    return 50 * (len(request.messages) + 1) + 2 * (len(request.messages) - 1)
 
 
 @pytest.mark.parametrize("error", [Refused, Unrenderable, Failed])
@@ -166,14 +203,29 @@ def test_an_engine_that_gives_up(error: type[Exception]) -> None:
     else:
         assert found["error"] == "too long" and contents(found) == ["1", "o", "2", "o"]
         assert next(iter(found)) == "error"
+    given = talk("1", "o", "2", "o", "3", "o")
+    given["conversations"][3]["weight"] = 0  # stands between the last own answer and the end
+    if error is not Failed:
+        assert contents(outcome(given, Instant(reply=second))) == ["1", "x"]
 
 
 def test_seeds_depend_on_the_request_alone() -> None:
-    def seeds(**changes: Any) -> list[int]:
+    def seeds(name: str = "c", **changes: Any) -> list[int]:
         engine = Instant()
-        outcome(talk("1", "o", "2", "o"), engine, **changes)
+        outcome({**talk("1", "o", "2", "o"), "id": name}, engine, **changes)
         return [request.seed for request in engine.asked]
 
     assert seeds() == seeds() and len(set(seeds())) == 2
     assert not set(seeds()) & set(seeds(seed=1)) | set(seeds()) & set(seeds(sample=1))
+    assert not set(seeds()) & set(seeds("d"))
     assert all(0 <= seed < 2**31 for seed in seeds())
+
+
+def test_a_request_says_where_its_beginning_is() -> None:
+    """The turns of one answer are one session, on one server, with one template."""
+    engine = Instant()
+    for sample in (0, 1):
+        item = Item(talk("1", "o", "2", "o"), sample, server=3)
+        asyncio.run(regenerate(item, rules(template_kwargs={"a": 1}), engine.answer))
+    assert [request.session for request in engine.asked] == ["c/0"] * 2 + ["c/1"] * 2
+    assert all((r.server, r.template_kwargs) == (3, {"a": 1}) for r in engine.asked)

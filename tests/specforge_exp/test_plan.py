@@ -38,6 +38,16 @@ def test_lines_without_an_id_are_different(tmp_path: Path) -> None:
     assert make_plan(path, "d", 4, None).twice.tolist() == [2]
 
 
+def test_an_id_is_there_once(tmp_path: Path) -> None:
+    """Whatever the line says beside it, and whether it is a number or text."""
+    path = tmp_path / "a.jsonl"
+    texts = [{"role": "user", "content": str(n)} for n in range(5)]
+    names = ["x", 0, "x", "0", "y"]
+    records = [{"id": n, "conversations": [text]} for n, text in zip(names, texts, strict=True)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert make_plan(path, "d", 4, None).twice.tolist() == [2, 3]
+
+
 def test_shared_beginnings_go_together(tmp_path: Path) -> None:
     prefixes = [letter * 600 for letter in "abc"]
     path = write(tmp_path / "a.jsonl", *(prefixes[n % 3] + str(n) for n in range(12)))
@@ -58,6 +68,9 @@ def test_a_group_that_does_not_fit_begins_a_chunk(tmp_path: Path) -> None:
 def test_a_long_conversation_does_not_make_a_long_chunk(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", *(str(n) * (CHUNK_BYTES // 2) for n in range(4)))
     assert groups(path, 100) == [[0], [1], [2], [3]]
+    half, whole = "x" * (CHUNK_BYTES // 2), "y" * (CHUNK_BYTES + 1)
+    path = write(tmp_path / "a.jsonl", whole, half, half + "1", "2", "3")
+    assert sorted(groups(path, 100)) == [[0], [1], [2, 3, 4]]
 
 
 def test_tools_are_part_of_the_beginning(tmp_path: Path) -> None:
@@ -99,6 +112,7 @@ def test_a_plan_comes_back_as_it_was(tmp_path: Path) -> None:
     assert len(again.order) == 7
     other = make_plan(path, "other content", 4, 7)
     assert other.name(0) != plan.name(0)
+    assert make_plan(path, "d", 3, 7).name(0) != plan.name(0)  # of other conversations
 
 
 def test_a_plan_that_is_not_what_was_written_is_made_again(tmp_path: Path) -> None:

@@ -71,11 +71,20 @@ def test_the_rate_is_bounded(tmp_path: Path) -> None:
     assert time.monotonic() - began >= 19 / 100
 
 
-def test_who_kills_servers_is_found(tmp_path: Path) -> None:
-    """Two of forty: they fail with the reason, everybody else is answered exactly once."""
+@pytest.mark.parametrize(("concurrency", "servers"), [(8, 1), (1, 1), (3, 2)])
+def test_who_kills_servers_is_found(tmp_path: Path, concurrency: int, servers: int) -> None:
+    """Two of forty: they fail with the reason, everybody else is answered exactly once. The first
+    of two servers cannot be reached."""
+
+    class Partly(Instant):
+        async def answer(self, request: Request) -> Answer:
+            if servers > 1 and request.server == 0:
+                raise Unreachable("http://one: it cannot be reached")
+            return await super().answer(request)
+
     questions = [f"{'poison ' if n in (7, 23) else ''}{n}" for n in range(40)]
     store = make_store(tmp_path / "out", write(tmp_path / "a.jsonl", *questions), chunk_size=9)
-    answer_all(store, Instant(poison="poison"), concurrency=8)
+    answer_all(store, Partly(servers, poison="poison"), concurrency=concurrency)
     done, failed = merged(store)
     assert [json.loads(line)["id"] for line in failed] == ["7", "23"]
     assert all(json.loads(line)["error"] == "the server dies of it" for line in failed)
@@ -166,7 +175,7 @@ def test_a_signal_lets_answers_end(tmp_path: Path, drain: float) -> None:
         job = Regeneration(store, engine, rules(), RateLimit(None), progress)
         asyncio.run(answer_missing(job, 4, drain))
         assert interrupt.number == signal.SIGTERM
-    assert len(engine.asked) == 4 and engine.closed
+    assert len(engine.asked) == 4 and engine.closed and progress.in_flight == 0
     assert store.counts.done == (4 if drain > 1 else 0)
     said_so = json.loads((tmp_path / "out" / "progress.json").read_text())
     assert said_so["total"] == 30

@@ -88,6 +88,34 @@ def test_what_a_kill_leaves_is_continued(tmp_path: Path, source: Path) -> None:
     assert make_store(tmp_path / "out", source).counts.done == 10
 
 
+def test_what_came_in_any_order_is_continued(tmp_path: Path, source: Path) -> None:
+    """Each result at its place, and what is missing is asked for."""
+    store = make_store(tmp_path / "out", source, chunk_size=10)
+    chunk = next(store.chunks())
+    for place in (7, 2):
+        store.add(chunk, place, result_of(store.read(chunk, place)))
+    store.close()
+    again = make_store(tmp_path / "out", source)
+    assert next(again.chunks()).missing() == [0, 1, 3, 4, 5, 6, 8, 9]
+    answer_all(again, Instant())
+    assert ids(merged(again)[0]) == results(10)
+
+
+def test_a_changed_shard_is_no_result(tmp_path: Path, source: Path) -> None:
+    """Also where it can be read; what looks like a failure within a result is none."""
+    store = make_store(tmp_path / "out", source)
+    inner = {"role": "user", "content": "", "tool_calls": [{"function": {"error": 1}, "id": "1"}]}
+    for chunk in store.chunks():
+        for place in chunk.missing():
+            record = store.read(chunk, place) | {"note": {"error": 1}, "more": [inner]}
+            store.add(chunk, place, result_of(record))
+    assert ids(merged(store)[0]) == results(10)
+    shard = next(store.shards.glob("*.jsonl"))
+    shard.write_bytes(shard.read_bytes().replace(b"stop", b"stap", 1))
+    with pytest.raises(InputError, match=r"jsonl: it was changed.*remove the file: only its"):
+        merged(store)
+
+
 def test_a_changed_line_of_a_journal_is_named(tmp_path: Path, source: Path) -> None:
     """Also where it is a result still; lines of an older version have no digits and count."""
     store = make_store(tmp_path / "out", source, chunk_size=10)
@@ -145,10 +173,11 @@ def test_a_full_disk_tears_no_line(
         with pytest.raises(OSError, match="No space left") as error:
             store.add(chunk, 1, result_of(store.read(chunk, 1)))
     assert error.value.errno == errno.ENOSPC
+    store.add(chunk, 2, result_of(store.read(chunk, 2)))  # of another task, before the run ends
     store.close()
     again = make_store(tmp_path / "out", source)
     answer_all(again, engine := Instant())
-    assert len(engine.asked) == 9
+    assert len(engine.asked) == 8
     assert ids(merged(again)[0]) == results(10)
 
 
