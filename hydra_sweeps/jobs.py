@@ -153,8 +153,8 @@ class Job:
         text = OmegaConf.to_yaml(OmegaConf.create(self.written(ignore)), sort_keys=True)
         text += "".join(f"{key}={value!r}\n" for key, value in values.items())
         for name in self.value("hydra.sweeper.inputs") or []:
-            file = Path(str(name))
-            text += f"\n{hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None}"
+            if (file := Path(str(name))).is_file():
+                text += f"\n{hashlib.sha256(file.read_bytes()).hexdigest()}"
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     def written(self, ignore: Sequence[str]) -> Any:

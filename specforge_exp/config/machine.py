@@ -67,7 +67,7 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
             "outputs": [f"{run}/{name}" for name in ("evaluation.json", "run.json")],
             "progress_keys": watchable,
             "checkpoints": f"{run}/step-*[0-9]",  # not .partial
-            "requires": [model, tokens],
+            "requires": [model, tokens, *begun_with(here, there)],
         },
         "export": {  # loads the target in float32 to compare: 4 bytes per weight
             **cores(4, 64),
@@ -104,6 +104,17 @@ def need(
     place = {"volume": here.resources["volumes"][root], "path": path.relative_to(root).as_posix()}
     made = {"remedy": command(maker), "requires": [*requires]}
     return {**place, "local": str(folder(here)), "record": "run.json", **made}
+
+
+def begun_with(here: Config, there: Config) -> list[dict[str, Any]]:
+    """What trainer.init names, on the Volume of the runs: what is elsewhere no container has."""
+    if (init := here.trainer.init) is None:
+        return []
+    root = there.paths.checkpoints
+    folder = Path(root, init)
+    path = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else init
+    record = "state.json" if folder.name.startswith("step-") else "run.json"
+    return [{"volume": here.resources["volumes"][root], "path": path, "record": record}]
 
 
 def cores(count: int, gib: int, gpu: Any = None) -> dict[str, Any]:

@@ -208,6 +208,23 @@ def test_what_a_stage_needs() -> None:
     assert checkpoints is not None and f"/{name}/step-" in checkpoints
 
 
+@pytest.mark.parametrize(
+    ("init", "path", "record"),
+    [
+        ("other", "other", "run.json"),
+        ("/root/.cache/specforge/checkpoints/other", "other", "run.json"),
+        ("other/step-000003", "other/step-000003", "state.json"),
+        ("runs/other", "runs/other", "run.json"),
+        ("/elsewhere/other", "/elsewhere/other", "run.json"),
+    ],
+)
+def test_weights_to_begin_with_lie_on_a_volume(init: str, path: str, record: str) -> None:
+    """Where they do not, that is said before a machine is rented; others make other runs."""
+    *_, found = settings("train", f"trainer.init={init}").requires
+    assert found == {"volume": "specforge-checkpoints", "path": path, "record": record}
+    assert all(need["path"] != path for need in settings("bench", f"trainer.init={init}").requires)
+
+
 def test_a_study_on_modal_hears_what_it_prunes_by() -> None:
     for named, stage in (("simulated_length", "train"), ("alpha/0", "train"), ("loss", "sft")):
         found = settings(stage, f"objectives=[{named}]").progress_keys

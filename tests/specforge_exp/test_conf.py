@@ -20,6 +20,7 @@ from hydra.core.config_store import ConfigStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hydra_sweeps.jobs import Job
 from specforge_exp import paths
 from specforge_exp.config import Config, LossConfig, from_omegaconf, locate
 from specforge_exp.config.keys import unknown_key
@@ -366,11 +367,20 @@ def test_large_models_say_their_size() -> None:
 
 
 @pytest.mark.parametrize("name", ["experiment", "optuna_async"])
-def test_a_sweep_knows_the_tokens_that_its_runs_are_made_of(name: str) -> None:
-    cfg = Config()
-    cfg.data.name, cfg.model.name, cfg.paths.datasets = "d", "m", "/sets"
-    text = (CONF / "hydra" / "sweeper" / f"{name}.yaml").read_text()
-    [(_, path)] = re.findall(r'^inputs: \[(")(.+)"\]$', text, re.MULTILINE)
-    for key, value in {"paths.datasets": "/sets", "data.name": "d", "model.name": "m"}.items():
-        path = path.replace(f"${{{key}}}", value)
-    assert path == str(paths.tokens_dir(cfg) / "run.json")
+@pytest.mark.parametrize("init", ["other", "{}/other", "{}/other/step-000003", "other/export"])
+def test_a_sweep_knows_what_its_runs_are_made_of(name: str, init: str, tmp_path: Path) -> None:
+    """Tokens, or weights to begin with, that were made again are others."""
+    cfg = composed("model=tiny", "data.name=d", f"paths.datasets={tmp_path}")
+    words = [f"trainer.init={init.format(tmp_path)}", f"paths.checkpoints={tmp_path}"]
+    words += [f"hydra/sweeper={name}", "model=tiny", "data.name=d", f"paths.datasets={tmp_path}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        job = Job(0, [], compose("config", words, return_hydra_config=True))
+    weights = tmp_path / "other" / init.partition("other/")[2]
+    record = "state.json" if "step" in init else "run.json"
+    seen = {job.digest()}
+    for file in (paths.tokens_dir(cfg) / "run.json", weights / record):
+        file.parent.mkdir(parents=True)
+        for content in ("made", "made again"):
+            file.write_text(content)
+            seen.add(job.digest())
+    assert len(seen) == 5
