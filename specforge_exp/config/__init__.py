@@ -101,7 +101,7 @@ class Config:
     """With -m: repeat every run of a grid with so many seeds, counted up from `seed`."""
     objectives: list[str] = field(default_factory=lambda: ["simulated_length"])
     """What train returns, for a study: simulated_length, loss, alpha, top1 (or alpha/0, the first
-    unroll step's) of its last evaluation, gpu_hours."""
+    unroll step's) of its last evaluation, gpu_hours (of trainers, and of the target's workers)."""
     epochs: int = 10
     """Passes over the training conversations."""
     max_steps: int | None = None

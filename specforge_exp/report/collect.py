@@ -332,7 +332,7 @@ def add_record(run: SweepRun, record: dict[str, Any]) -> None:
         if value is not None:
             run.choices.setdefault(key, value)
     gpus = record.get("processes") or (config.get("trainer") or {}).get("gpus")
-    run.gpus = int(gpus or run.gpus)
+    run.gpus = int(gpus or run.gpus) + int(record.get("workers") or 0)
     if evaluation := numbers(record.get("evaluation") or {}):
         last, logged = evaluation.get("loss", 0.0), run.evaluation.get("loss")
         if logged is not None and not math.isclose(last, logged, rel_tol=1e-3):

@@ -34,6 +34,7 @@ from test_mooncake import NEEDS_MOONCAKE
 from test_ranks import listening, with_all_below
 from test_resume import lines, run_of, wait_for_step
 
+from specforge_exp.artifacts import read_record
 from specforge_exp.config import Config
 from specforge_exp.inference.cluster import CLUSTERS
 from specforge_exp.stages.train import train
@@ -197,6 +198,8 @@ def test_proposals_are_judged_by_workers(folder: Path) -> None:
     assert process.wait(300) == 0, said(folder, "replay-12")
     assert_equal(cfg, "replay-12", "replay-1")
     assert "proposed tokens beside" in said(folder, "replay-12")
+    record = read_record(run_of(cfg, "replay-12") / "run.json")
+    assert (record["processes"], record["workers"]) == (1, 2)
 
 
 @NEEDS_MOONCAKE

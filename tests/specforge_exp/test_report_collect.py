@@ -42,6 +42,8 @@ def test_gpu_hours_and_cost(tmp_path: Path) -> None:
     change(tmp_path / plans[0].name / "run.json", config={"trainer": {"gpus": 8}})
     run = collect(sweep_dir).runs[0]
     assert run.gpu_hours == pytest.approx(8 * 45 * 2.7 / 3600)
+    change(tmp_path / plans[0].name / "run.json", workers=4)  # the target's
+    assert collect(sweep_dir).runs[0].gpu_hours == pytest.approx(12 * 45 * 2.7 / 3600)
     assert run.usd == pytest.approx(45 * 2.7 / 3600 * 31.6)
     make(sweep_dir, ReportConfig(resamples=10))
     assert "USD" in (sweep_dir / "report.md").read_text()

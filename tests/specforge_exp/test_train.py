@@ -15,7 +15,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.stages.export import chosen_checkpoint
 from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.stages.sft import sft
-from specforge_exp.stages.train import train
+from specforge_exp.stages.train import objectives, train
 from specforge_exp.training import loop
 from specforge_exp.training.checkpoint import newest_checkpoint, read_checkpoint, step_folders
 
@@ -99,6 +99,8 @@ def test_it_returns_the_objectives(run: Config) -> None:
     assert again == length and alpha == record["evaluation"]["alpha/0"]
     seconds = sum(line.get("seconds", 0) for line in metrics(run))
     assert hours == pytest.approx(seconds / 3600, rel=0.2) and seconds > 0
+    on_five = record | {"processes": 2, "workers": 3, "seconds": 3600.0}
+    assert objectives(several, on_five)[1] == 5  # type: ignore[index]
     with pytest.raises(InputError, match=r"objectives=tau is not valid; choose one of: simulated_"):
         replace(run, objectives=["tau"])
 
