@@ -1,7 +1,6 @@
 """Regeneration: every turn by the target itself, in order, exactly once."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,15 +17,12 @@ from conftest import REPOSITORY, write_jsonl
 from holding import environment, hold, release
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from transformers import GenerationConfig
 
 from specforge_exp import paths
 from specforge_exp.config import Config
 from specforge_exp.config.machine import machine
-from specforge_exp.data.chat import Unrenderable, prompt_ids
+from specforge_exp.data.chat import prompt_ids
 from specforge_exp.errors import InputError
-from specforge_exp.generation.engine import Sampling
-from specforge_exp.generation.rules import rules_of, sampling_of
 from specforge_exp.stages import regen as stage
 from specforge_exp.stages.prep import prep
 from specforge_exp.stages.regen import regen
@@ -257,57 +253,6 @@ def test_a_hundred_thousand_tokens(cfg: Config, prompts: list[Record]) -> None:
     [failed] = read(folder / "failed.jsonl")
     assert failed["id"] == "endless" and "context of 2048 tokens" in failed["error"]
     assert [r["id"] for r in read(folder / "train.jsonl")] == ["one", "two"]
-
-
-def test_the_models_own_sampling(cfg: Config, tmp_path: Path) -> None:
-    """Null means the generation config of the model; what is given wins."""
-    cfg.regen.temperature = None
-    own = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
-    own["repetition_penalty"] = 1.05
-    cfg.model.path = str(tmp_path)
-    (tmp_path / "generation_config.json").write_text(json.dumps(own))
-    most = cfg.regen.max_tokens
-    assert sampling_of(cfg) == Sampling(0.6, 0.95, 20, 0.0, most, repetition_penalty=1.05)
-    cfg.regen.temperature, cfg.regen.top_k, cfg.regen.top_p = 0.0, 0, 1.0
-    cfg.regen.repetition_penalty = 1.0
-    off = ("top_k", "repetition_penalty")
-    assert sampling_of(cfg) == Sampling(0.0, 1.0, 0, 0.0, most, off=off)
-    cfg.regen.temperature = None
-    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": False}))
-    assert sampling_of(cfg).temperature == 0.0
-
-
-def test_what_the_model_would_say_of_sampling_is_not_guessed(
-    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where its files are nowhere, what is null must be given, and a server is told what is off."""
-    monkeypatch.setattr(
-        GenerationConfig,
-        "from_pretrained",
-        classmethod(lambda *_: (_ for _ in ()).throw(OSError())),
-    )
-    cfg.model.path = "nobody/nothing"
-    with pytest.raises(InputError, match=r"regen\.top_p=\.\.\. regen\.top_k=\.\.\. regen.rep"):
-        sampling_of(cfg)
-    cfg.regen.dry_run = True
-    assert "top_p unknown, top_k unknown" in stage.describe(cfg, [])
-    cfg.regen.top_p, cfg.regen.top_k, cfg.regen.repetition_penalty = 0.9, 0, 1.0
-    assert sampling_of(cfg).off == ("top_k", "repetition_penalty", "min_p")
-    assert "temperature 0.7, top_p 0.9, top_k 0" in stage.describe(cfg, [])
-    cfg.model.path = str(tmp_path)  # a folder says that there is none
-    assert sampling_of(cfg).off == ()
-
-
-def test_a_template_that_refuses_is_no_end_of_the_run(cfg: Config, tmp_path: Path) -> None:
-    """Also where tokens are counted first, which is done of long conversations alone."""
-    refusing = tmp_path / "refusing"
-    shutil.copytree(cfg.model.path, refusing)
-    (refusing / "chat_template.jinja").write_text("{{ raise_exception('not this one') }}")
-    cfg.model.path = str(refusing)
-    count = rules_of(cfg).count
-    assert count is not None
-    with pytest.raises(Unrenderable, match="not this one"):  # what `regenerate` writes down
-        count({}, say("word " * 400)["conversations"])
 
 
 def test_a_target_too_shallow_for_the_draft(
