@@ -70,8 +70,8 @@ def test_what_is_counted_is_what_is_asked(cfg: Config, tmp_path: Path) -> None:
     message = {"role": "assistant", "content": "word " * 9}
     for thoughts, flag, tools in (
         ("", "", []),
-        ("so", "", []),
-        ("", "on", []),
+        ("one two three", "", []),
+        ("", "four five six", []),
         ("", "", [{"type": "function"}]),
     ):
         cfg.model.chat_template_kwargs = {"flag": flag}
