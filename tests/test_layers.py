@@ -49,7 +49,7 @@ BUDGETS = {
     "modal_sweep": 33_140,
     "hydra_sweeps": 30_010,
     "hydra_plugins": 1_010,
-    "specforge_exp": 242_610,
+    "specforge_exp": 242_870,
     "specforge_exp/data": 19_390,
     "specforge_exp/target": 10_810,
     "specforge_exp/drafts": 55_190,
@@ -57,9 +57,9 @@ BUDGETS = {
     "specforge_exp/inference": 16_540,
     "specforge_exp/generation": 23_960,
     "specforge_exp/bench": 11_250,
-    "specforge_exp/report": 17_750,
+    "specforge_exp/report": 17_760,
     "specforge_exp/chat": 4_130,
-    "": 307_350,
+    "": 307_610,
     "specforge_exp/causal": 5_760,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be

@@ -46,8 +46,6 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
     # Never uploaded: here the run's folder may hold no more than a log.
     trained = {**needs(paths.run_dir, "train", model, tokens), "local": None}
     gpus = {"sglang": gpu, "vllm": gpu, "transformers": one_gpu(gpu)}
-    # What a study may prune by.
-    watchable = [*dict.fromkeys(f"eval/{n}" for n in ("simulated_length", "loss", *here.objectives))]
     stages: dict[str, dict[str, Any]] = {
         "prefetch": cores(4, 16),
         "prep": {**cores(2, 16), "unique": [str(paths.prompts_dir(there))]},
@@ -65,7 +63,7 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
             "unique": [str(run)],
             "progress_file": f"{run}/metrics.jsonl",
             "outputs": [f"{run}/{name}" for name in ("evaluation.json", "run.json")],
-            "progress_keys": watchable,
+            "progress_keys": measured(here.objectives),
             "checkpoints": f"{run}/step-*[0-9]",  # not .partial
             "requires": [model, tokens, *begun_with(here, there)],
         },
@@ -115,6 +113,11 @@ def begun_with(here: Config, there: Config) -> list[dict[str, Any]]:
     path = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else init
     record = "state.json" if folder.name.startswith("step-") else "run.json"
     return [{"volume": here.resources["volumes"][root], "path": path, "record": record}]
+
+
+def measured(objectives: list[str]) -> list[str]:
+    """What a study may prune by, as metrics.jsonl calls it."""
+    return [f"eval/{name}" for name in dict.fromkeys(["simulated_length", "loss", *objectives])]
 
 
 def cores(count: int, gib: int, gpu: Any = None) -> dict[str, Any]:

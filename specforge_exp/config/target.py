@@ -175,3 +175,8 @@ class TargetConfig:
     def gpus(self) -> int:
         """That the workers have, together."""
         return self.workers * self.tp_size
+
+    @property
+    def own_gpus(self) -> int:
+        """That a training's own workers have; of shared ones nobody can say whose they are."""
+        return self.gpus if (self.placement, self.share) == ("ray", "none") else 0

@@ -135,9 +135,7 @@ def train_on(cfg: Config, device: torch.device, ranks: Ranks, stream: Stream | N
     evaluation = fit(cfg, draft, objective, splits, run)
     if text := objective.features.summary(ranks):
         log.info("train: %s", text)
-    shared = cfg.target.share == "sweep"  # which run they are whose, nobody can say
-    workers = {"workers": cfg.target.gpus} if stream and not shared else {}
-    record = ended(cfg, run, evaluation, nothing_to_learn=reasons, **workers)
+    record = ended(cfg, run, evaluation, nothing_to_learn=reasons, workers=cfg.target.own_gpus)
     if ranks.rank == 0:
         log.info("train: complete: %s: %s%s", folder, summary(evaluation), of_no_use(reasons))
     return record
@@ -274,8 +272,7 @@ def of_no_use(reasons: dict[str, dict[str, int]]) -> str:
 def objectives(cfg: Config, record: dict[str, Any]) -> float | tuple[float, ...]:
     """The values that `objectives` names, one by itself, from a run's record."""
     gpus = record.get("processes", cfg.trainer.gpus) + record.get("workers", 0)
-    gpu_hours = gpus * record.get("seconds", 0.0) / 3600
-    results = {**record["evaluation"], "gpu_hours": gpu_hours}
+    results = {**record["evaluation"], "gpu_hours": gpus * record.get("seconds", 0.0) / 3600}
     values = tuple(float(results[name]) for name in cfg.objectives)
     return values if len(values) > 1 else values[0]
 

@@ -110,7 +110,7 @@ def test_what_a_stage_returns_and_which_way_it_should_go() -> None:
     [
         (["hparams_search=opd"], "train", ["maximize"], "eval/simulated_length"),
         (["hparams_search=opd", "objectives=[loss]"], "train", ["minimize"], "eval/loss"),
-        (["hparams_search=onpolicy", "objectives=[alpha/0]"], "train", ["maximize"], "eval/alpha/0"),
+        (["hparams_search=onpolicy", "objectives=[top1]"], "train", ["maximize"], "eval/top1"),
         (["hparams_search=opd", "objectives=[gpu_hours]"], "train", ["minimize"], None),
         (["hparams_search=opd_cost"], "train", ["maximize", "minimize"], "eval/simulated_length"),
         (["hparams_search=opd_stock", "objectives=[loss]"], "train", ["minimize"], ""),

@@ -162,3 +162,6 @@ def test_options_that_just_go_together() -> None:
     ):  # fmt: skip
         cfg = together(values)
         assert cfg.target.gpus == (6 if cfg.target.engine == "vllm" else 1)
+    assert together(RAY | {"target.workers": 3}).target.own_gpus == 3
+    for values in ({}, RAY | {"target.share": "sweep"}):
+        assert together(values).target.own_gpus == 0
