@@ -20,7 +20,7 @@ def test_the_models_own_sampling(cfg: Config, tmp_path: Path) -> None:
     """Null means the generation config of the model; what is given wins."""
     cfg.regen.temperature = None
     own = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
-    own["repetition_penalty"] = 1.05
+    own |= {"repetition_penalty": 1.05, "max_new_tokens": 3}  # the last is the run's alone
     cfg.model.path = str(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps(own))
     most = cfg.regen.max_tokens
