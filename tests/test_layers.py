@@ -47,7 +47,7 @@ FLOORS = {
 """Every house from its floor upwards; the longer name of a file counts."""
 BUDGETS = {
     "modal_sweep": 33_140,
-    "hydra_sweeps": 30_010,
+    "hydra_sweeps": 30_040,
     "hydra_plugins": 1_010,
     "specforge_exp": 242_870,
     "specforge_exp/data": 19_390,
@@ -59,7 +59,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_250,
     "specforge_exp/report": 17_760,
     "specforge_exp/chat": 4_130,
-    "": 307_610,
+    "": 307_650,
     "specforge_exp/causal": 5_760,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be

@@ -79,7 +79,11 @@ class Param:
         if self.kind == "choice":
             return value in self.choices
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and self.low <= value <= self.high and self.typed(value) == value
+        if not number or not self.low <= value <= self.high:
+            return False
+        if self.kind == "int":
+            return bool((value - self.low) % (self.step or 1) == 0)
+        return self.step is None or value in self.values()
 
     def typed(self, value: Any) -> Any:
         """A value that it holds, as Optuna would give it."""

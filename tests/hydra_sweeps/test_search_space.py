@@ -64,6 +64,17 @@ def test_the_grammar_of_overrides(text: str, described: str) -> None:
     assert param(text).described() == described
 
 
+def test_values_of_a_range() -> None:
+    """Its end too; what is suggested is a number as Hydra writes it."""
+    tenths, odd = param("x=range(0.0,1.0,0.1)"), param("x=range(1,8,3)")
+    assert odd.values() == [1, 4, 7] and len(tenths.values()) == 11 and tenths.values()[-1] == 1
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    suggested = {tenths.suggest(study.ask()) for _ in range(60)}
+    assert suggested <= {*tenths.values()} and len(suggested) > 6
+    assert [value for value in (0, 1, 2, 4.5, 7, 8, True, "4", 1.0) if odd.holds(value)] == [1, 7, 1]
+    assert all(map(param("x=interval(0.0,6.0)").holds, (0.0, 6.0, 3))) and tenths.holds(1.0)
+
+
 @pytest.mark.parametrize(
     "text",
     ["x=tag(log,interval(0.0,1.0))", "x=interval(2.0,1.0)", "x=range(3,1,-1)"],
@@ -182,8 +193,9 @@ def test_first_points() -> None:
     [
         ("kind=z", "kind=z lies outside a, b"),
         ("x=11", "x=11 lies outside float 0.0 to 9.0"),
+        ("gamma=0.3", "gamma=0.3 lies outside float 0.0 to 1.0 by 0.25"),
         ("kind=a beta=0.1", "beta exists only with kind=b"),
-        ("gama=1", "gama is not searched; searched: kind, x, beta"),
+        ("gama=1", "gama is not searched; searched: kind, x, gamma, beta"),
         ("steps=3", "steps is 2 in all jobs"),
         ("x=1,2", "a point has one value for each key"),
         ("x=(", "cannot be read"),
@@ -191,6 +203,7 @@ def test_first_points() -> None:
 )
 def test_first_points_outside_the_space(point: str, message: str) -> None:
     params = {"kind": "a,b", "x": "interval(0.0,9.0)", "steps": "2"}
+    params |= {"gamma": "range(0.0,1.0,0.25)"}
     space = space_of(params=params, conditional={"kind=b": {"beta": "interval(0.0,1.0)"}})
     with pytest.raises(SweepError, match=message.replace("(", r"\(")):
         point_of(space, point)
