@@ -277,3 +277,8 @@ def test_the_cost_is_known_before(tmp_path: Path) -> None:
     assert "at most 50 proposed ones (1.40 times as many as without)" in replay
     assert "2 rounds, 8 conversations answered" in rolled
     assert "at most 80 tokens for answers of 10, in at least 20 verifications of 4 tokens" in rolled
+    cfg.trainer.accumulate = 2  # an epoch's second step has two conversations
+    cfg.onpolicy = OnPolicyConfig(name="replay", anchors=3, length=2)
+    [replay] = cost_lines(cfg, tokens)
+    assert "in 4 of 4 steps the target reads 150 tokens of conversations" in replay
+    assert "at most 36 proposed ones (1.24 times as many as without)" in replay
