@@ -74,3 +74,5 @@ def test_a_chain_misses_nothing_after_its_turn() -> None:
     ]:  # fmt: skip
         found = missed(torch.tensor([anchor]), torch.tensor(chain)[:, None], ids_T, turns_T)
         assert found.tolist() == before, (anchor, chain)
+    chains = torch.tensor([[12, 99], [99, 14], [0, 0], [0, 0]])  # both miss what follows 2
+    assert missed(torch.tensor([1, 2]), chains, ids_T, turns_T).tolist() == [2]
