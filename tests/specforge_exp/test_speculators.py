@@ -149,7 +149,7 @@ CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str]] = [
     ("eagle3", "sglang", lambda c: c.update(mask_token_id=7), "mask_token_id=7 is not known"),
     ("eagle3", "speculators", lambda c: c.pop("norm_before_residual"), "no norm_before_residual"),
     ("eagle3", "speculators", lambda c: c.update(speculators_model_type="mtp"), "is not eagle3"),
-    ("peagle", "sglang", lambda c: c.pop("mask_token_id"), "has no mask_token_id"),
+    ("peagle", "sglang", lambda c: c.update(mask_token_id=None), "has no mask_token_id"),
     ("dflash", "sglang", lambda c: c["dflash_config"].pop("mask_token_id"), "no dflash_config"),
     ("dflash", "sglang", lambda c: c["dflash_config"].update(x=1), "dflash_config.x=1 is"),
     ("dflash", "speculators", lambda c: c.update(draft_vocab_size=64), "draft_vocab_size=64 is"),
@@ -160,6 +160,38 @@ CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str]] = [
     ("dflash", "speculators", lambda c: c.update(markov_rank=8), "markov_rank=8 is not known"),
     ("dspark", "speculators", lambda c: c.pop("sample_from_anchor"), "has no sample_from_anchor"),
     ("dspark", "sglang", lambda c: c.pop("markov_rank"), "has no markov_rank"),
+    ("eagle3", "sglang", lambda c: c.update(is_neox_style=False), "is_neox_style=False is not"),
+    ("eagle3", "sglang", lambda c: c.update(is_causal=False), "is_causal=False is not known"),
+    (
+        "dflash", "sglang", lambda c: c.update(rope_is_neox_style=False),
+        "rope_is_neox_style=False is not",
+    ),
+    ("dflash", "sglang", lambda c: c.update(is_causal=True), "is_causal or dflash_config.causal"),
+    ("dflash", "sglang", lambda c: c["dflash_config"].update(causal=True), "slots see those after"),
+    ("sliding", "sglang", lambda c: c.pop("use_sliding_window"), "use_sliding_window is not true"),
+    (
+        "dflash", "sglang", lambda c: c.update(layer_types=["chunked_attention"] * 2),
+        "does not say which of num_hidden_layers=2 layers",
+    ),
+    (
+        "eagle3", "sglang", lambda c: c.update(rope_scaling={"type": "linear", "factor": 2.0}),
+        "are two rotary embeddings",
+    ),
+    (
+        "eagle3", "sglang",
+        lambda c: c["rope_parameters"].update(rope_type="dynamic", factor=2.0), "known: default",
+    ),
+    (
+        "dflash", "sglang", lambda c: c["rope_parameters"].update(partial_rotary_factor=0.5),
+        "of whole heads",
+    ),
+    (
+        "dflash", "speculators",
+        lambda c: c["transformer_layer_config"].update(
+            rope_parameters={"full_attention": {"rope_theta": 1e6}}
+        ),
+        "the same in all layers",
+    ),
 ]  # fmt: skip
 
 
@@ -205,6 +237,24 @@ def test_other_makers_folders(tiny_target: Target, tmp_path: Path) -> None:
     save_file(tensors, weights)
     with pytest.raises(InputError, match=r"embed_tokens\.weight is the draft's own"):
         type(draft).load(tmp_path, target)
+
+
+@pytest.mark.parametrize("non_causal", [True, False])
+def test_what_engines_read_first(non_causal: bool, tiny_target: Target, tmp_path: Path) -> None:
+    """`is_causal` and the inner block_size, before what says the same elsewhere; SGLang and z-lab's
+    code read no other word for whether slots see those after them."""
+    draft, target = draft_of("sliding", tiny_target)
+    draft.config.sliding_window_non_causal = non_causal
+    draft.write(tmp_path, target, TINY.path, torch.float32)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    assert config.get("is_causal") == config["dflash_config"].get("causal")
+    assert config.get("is_causal") == (False if non_causal else None)
+    if non_causal:
+        config["dflash_config"].update(causal=True, block_size=4)
+        file.write_text(json.dumps(config))
+        read = type(draft).load(tmp_path, target).config
+        assert read.sliding_window_non_causal and read.block_size == 4
 
 
 @pytest.mark.parametrize("layout", ["sglang", "speculators"])
