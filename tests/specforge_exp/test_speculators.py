@@ -18,6 +18,7 @@ from test_conf import composed
 from specforge_exp import paths
 from specforge_exp.config import Config, DraftConfig, draft_config_class, locate
 from specforge_exp.drafts.folder import usual_entries
+from specforge_exp.drafts.layers import RMSNorm
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.stages.bench import bench
@@ -216,6 +217,28 @@ def test_what_cannot_be_read_is_refused(
     assert "\n" not in str(error.value)
 
 
+def said_of(draft: Any) -> tuple[set[float], float]:
+    """What its norms add, and the base of its rotary embedding."""
+    norms = {module.eps for module in draft.modules() if isinstance(module, RMSNorm)}
+    return norms, draft.rotary.config.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize("drafted", [None, 4])
+@pytest.mark.parametrize("name", ["eagle31", "peagle", "dspark"])
+def test_numbers_that_no_shape_shows(
+    name: str, drafted: int | None, tiny_target: Target, tmp_path: Path
+) -> None:
+    """They are those of config.json."""
+    draft, target = draft_of(name, tiny_target)
+    draft.write(tmp_path, target, TINY.path, torch.float32, drafted)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    layer = config.get("transformer_layer_config", config)
+    layer |= {"rms_norm_eps": 3e-5, "rope_theta": 5e5, "rope_parameters": None}
+    file.write_text(json.dumps(config))
+    assert said_of(type(draft).load(tmp_path, target)) == ({3e-5}, 5e5)
+
+
 def test_other_makers_folders(tiny_target: Target, tmp_path: Path) -> None:
     """What they leave out is as usual; a copy of the target's weights is none of the draft's, and
     another's is refused."""
@@ -225,14 +248,16 @@ def test_other_makers_folders(tiny_target: Target, tmp_path: Path) -> None:
     config, tensors = json.loads(file.read_text()), load_file(weights)
     for name in (
         "eagle_config", "eagle_aux_hidden_state_layer_ids", "target_model_name_or_path",
-        "rope_parameters", "target_hidden_size", "num_hidden_layers",
+        "rope_parameters", "rope_theta", "target_hidden_size", "num_hidden_layers", "rms_norm_eps",
     ):  # fmt: skip
         del config[name]
     config |= {"pretraining_tp": 1, "use_cache": True, "transformers_version": "4.57.1"}
     file.write_text(json.dumps(config))
     tensors["embed_tokens.weight"] = target.embed_VH.clone()
     save_file(tensors, weights)
-    assert same_weights(type(draft).load(tmp_path, target), draft)
+    loaded = type(draft).load(tmp_path, target)
+    assert same_weights(loaded, draft)
+    assert said_of(loaded) == said_of(draft) == ({1e-6}, 1e4)
     tensors["embed_tokens.weight"][0] += 1
     save_file(tensors, weights)
     with pytest.raises(InputError, match=r"embed_tokens\.weight is the draft's own"):
