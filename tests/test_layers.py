@@ -52,7 +52,7 @@ BUDGETS = {
     "specforge_exp": 242_870,
     "specforge_exp/data": 19_390,
     "specforge_exp/target": 10_810,
-    "specforge_exp/drafts": 55_190,
+    "specforge_exp/drafts": 55_710,
     "specforge_exp/training": 21_050,
     "specforge_exp/inference": 16_540,
     "specforge_exp/generation": 23_960,

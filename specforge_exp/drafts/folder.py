@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specforge_exp.errors import InputError
+from specforge_exp.target.shape import ROTARY
 
 
 def write_export(
@@ -48,21 +49,43 @@ def rope_spellings(config: Any) -> dict[str, Any]:
 
 def usual_entries(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """config.json with what makers leave out where it is as usual; one spelling of the rotary
-    embedding."""
+    embedding, as of `rotary`."""
     check_keys(folder, config, ("hidden_size", "num_attention_heads"))
     heads = config["num_attention_heads"]
-    rope = config.get("rope_parameters")
-    if not rope:
-        scaling = dict(config.get("rope_scaling") or {})
-        kind = scaling.pop("rope_type", scaling.pop("type", "default"))
-        rope = {"rope_type": kind, **scaling}
-    rope = {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0), **rope}
     usual = {
         "num_hidden_layers": 1, "num_key_value_heads": heads, "rms_norm_eps": 1e-6,
         "head_dim": config["hidden_size"] // heads,
     }  # fmt: skip
     given = {name: value for name, value in config.items() if value is not None}
-    return {**config, **usual, **given, "rope_parameters": rope}
+    return {**config, **usual, **given, "rope_parameters": rotary(folder, config)}
+
+
+def rotary(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary embedding of a config.json in any spelling, as rope_parameters.
+
+    Raises:
+        InputError: two spellings mean two, or engines do not compute it alike at every length.
+    """
+    base = {"rope_type": "default", "rope_theta": config.get("rope_theta") or 10000.0}
+    spelt = []
+    for name in ("rope_parameters", "rope_scaling"):
+        given = {key: value for key, value in (config.get(name) or {}).items() if value is not None}
+        kind = given.pop("type", "default")
+        spelt += [{**base, "rope_type": kind, **given}] if given or kind != "default" else []
+    rope = spelt[0] if spelt else base
+    if any(other != rope for other in spelt):
+        raise InputError(
+            f"{folder}/config.json: rope_parameters={config['rope_parameters']} and rope_scaling="
+            f"{config['rope_scaling']} are two rotary embeddings; leave the draft's own"
+        )
+    kinds = [value for value in rope.values() if isinstance(value, dict)]
+    if rope["rope_type"] not in ROTARY or kinds or rope.get("partial_rotary_factor", 1) != 1:
+        raise InputError(
+            f"{folder}/config.json: of the rotary embedding {rope} engines compute different "
+            f"drafts, or another one from some length on; known: {', '.join(ROTARY)}, of whole "
+            "heads, the same in all layers"
+        )
+    return rope
 
 
 def read_export(folder: Path, keys: Iterable[str] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:

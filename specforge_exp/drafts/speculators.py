@@ -29,6 +29,8 @@ SILENT = {
     "torch_dtype", "transformers_version", "use_cache", "use_sliding_window",
 }  # fmt: skip
 """Entries that change nothing of what a draft says."""
+FALSE_COUNTS = {"is_causal", "is_neox_style", "rope_is_neox_style"}
+"""Entries that engines take for true where they are left out."""
 
 
 def in_speculators_layout(folder: Path) -> bool:
@@ -103,7 +105,8 @@ def flattened(folder: Path, config: dict[str, Any], algorithm: str, said: str) -
 def check_known(folder: Path, config: dict[str, Any], known: set[str], where: str = "") -> None:
     """Refuse entries that may change what a draft says and are not read; InputError."""
     for name, value in config.items():
-        if value and name not in known | SILENT:
+        counts = value or (value is not None and name in FALSE_COUNTS)
+        if counts and name not in known | SILENT:
             raise InputError(
                 f"{folder}/config.json: {where}{name}={value} is not known of this draft, and may "
                 "change what it says; is it another draft="

@@ -94,6 +94,7 @@ def test_serving_is_training_and_an_export_is_the_draft(
     decoder.commit(aux[:, 3:11], ids[4:12].tolist())
     _, found = decoder.propose(cfg.steps, lambda row: int(row.argmax()))
     assert len(found) == cfg.steps
+    assert len(decoder.propose(2, lambda row: int(row.argmax()))[0]) == 2
     wanted = expected[10, draft.first_slot :]
     torch.testing.assert_close(torch.stack(found), wanted, rtol=1e-4, atol=1e-4)
 

@@ -236,6 +236,24 @@ def test_packed_is_unpacked(turns: list[list[int]]) -> None:
     assert_same(gradients(draft), expected, 2e-5)
 
 
+@pytest.mark.parametrize("supervision", ["specforge", "speculators"])
+def test_packed_is_unpacked_for_the_peers(random_target: Target, supervision: str) -> None:
+    """Their last slots, too, whose next token would be another conversation's."""
+    draft, cfg = small_draft(random_target), replace(CFG, supervision=supervision)
+    loss = Loss(opd, LossConfig(name="ce", lambda_ce=1.0))
+    each = [packed(random_target, conversation(n, [0, 1, 1, 1, 1])) for n in range(3)]
+    together = packed(random_target, *(conversation(n, [0, 1, 1, 1, 1]) for n in range(3)))
+    window = divisors(together, cfg)
+    whole = draft.objective(together, random_target.head, loss, cfg, window)
+    whole.loss.backward()
+    expected = gradients(draft)
+    parts = [draft.objective(one, random_target.head, loss, cfg, window) for one in each]
+    for part in parts:
+        part.loss.backward()
+    torch.testing.assert_close(sum(part.loss for part in parts), whole.loss)
+    assert_same(gradients(draft), expected, 2e-5)
+
+
 def test_decoder_repeats_the_unroll(random_target: Target) -> None:
     """Every state of the training unroll is the one that serving reaches."""
     draft = small_draft(random_target)

@@ -105,6 +105,27 @@ def test_decoder_repeats_the_unroll(random_target: Target, options: dict[str, An
             torch.testing.assert_close(logits[step], expected_D, rtol=1e-4, atol=1e-4)
 
 
+@each_variant
+def test_proposals_read_what_was_proposed(random_target: Target, options: dict[str, Any]) -> None:
+    """Whatever is chosen, also beyond the text: the logits of packed chains are the decoder's."""
+    draft, _ = variant(random_target, options)
+    sample = packed(random_target, conversation(1), conversation(2))
+    anchors, chosen_KR, seen = (4, T - 2, T + 6), torch.randint(0, 64, (K, 3)), list[Tensor]()
+
+    def choose(step: int, logits_RD: Tensor) -> Tensor:
+        seen.append(logits_RD)
+        return chosen_KR[step]
+
+    draft.propose(sample, torch.tensor(anchors), K, choose)
+    for chain, anchor in enumerate(anchors):
+        ids, aux = (x[anchor // T * T : anchor + 1] for x in (sample.ids_T, sample.aux_TA))
+        decoder, rest = draft.decoder(), iter(chosen_KR[:, chain].tolist())
+        decoder.commit(aux[None, :-1], ids[1:].tolist())
+        _, logits = decoder.propose(K, lambda _, rest=rest: next(rest))
+        found_KD = torch.stack(seen)[:, chain]
+        torch.testing.assert_close(found_KD, torch.stack(logits), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", VARIANTS[2:], ids=lambda v: "+".join(v)[:30])
 def test_packed_is_unpacked(options: dict[str, Any]) -> None:
     """Conversations in one forward or one after the other; checkpointed or not."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_eagle3
 import torch
 from conftest import conversation_set
 from exported import eagle3_states
@@ -23,6 +24,7 @@ from specforge_exp.config import Config, EngineConfig, LossConfig, TrainerConfig
 from specforge_exp.data import synthetic
 from specforge_exp.data.chat import prompt_ids
 from specforge_exp.data.conversations import asks_of
+from specforge_exp.drafts.eagle3.draft import Eagle3
 from specforge_exp.drafts.eagle3.training import needed_flops
 from specforge_exp.drafts.eagle3.unroll import unroll
 from specforge_exp.drafts.peagle.config import PEagleConfig
@@ -155,6 +157,19 @@ def test_training_and_decoder_are_the_definition(random_target: Target, cfg: PEa
             expected_KD = draft.lm_head(draft.norm(expected_KH))
             torch.testing.assert_close(torch.stack(logits), expected_KD, rtol=1e-4, atol=1e-4)
     assert compared > 30
+
+
+@pytest.mark.parametrize("kind", [PEagle, Eagle3])
+def test_what_is_proposed_are_the_targets_tokens(kind: Any, random_target: Target) -> None:
+    """By a draft that knows every third of them."""
+    cfg = replace(CFG if kind is PEagle else test_eagle3.CFG, draft_vocab_size=22)
+    mapping = vocabulary_mapping((torch.arange(V) % 3 == 0).float(), 22)
+    draft = kind.new(random_target, cfg, mapping, seed=3)
+    sample = packed(random_target, conversation(0, [1] * T))
+    decoder = draft.decoder()
+    decoder.commit(sample.aux_TA[None, :5], sample.ids_T[1:6].tolist())
+    tokens, logits = decoder.propose(K, lambda logits_D: int(logits_D.argmax()))
+    assert tokens == [3 * int(logits_D.argmax()) for logits_D in logits] != [0] * K
 
 
 def test_gradients_are_autograds(random_target: Target) -> None:

@@ -18,6 +18,7 @@ from test_conf import composed
 from specforge_exp import paths
 from specforge_exp.config import Config, DraftConfig, draft_config_class, locate
 from specforge_exp.drafts.folder import usual_entries
+from specforge_exp.drafts.layers import RMSNorm
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.stages.bench import bench
@@ -149,7 +150,7 @@ CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str]] = [
     ("eagle3", "sglang", lambda c: c.update(mask_token_id=7), "mask_token_id=7 is not known"),
     ("eagle3", "speculators", lambda c: c.pop("norm_before_residual"), "no norm_before_residual"),
     ("eagle3", "speculators", lambda c: c.update(speculators_model_type="mtp"), "is not eagle3"),
-    ("peagle", "sglang", lambda c: c.pop("mask_token_id"), "has no mask_token_id"),
+    ("peagle", "sglang", lambda c: c.update(mask_token_id=None), "has no mask_token_id"),
     ("dflash", "sglang", lambda c: c["dflash_config"].pop("mask_token_id"), "no dflash_config"),
     ("dflash", "sglang", lambda c: c["dflash_config"].update(x=1), "dflash_config.x=1 is"),
     ("dflash", "speculators", lambda c: c.update(draft_vocab_size=64), "draft_vocab_size=64 is"),
@@ -160,6 +161,38 @@ CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str]] = [
     ("dflash", "speculators", lambda c: c.update(markov_rank=8), "markov_rank=8 is not known"),
     ("dspark", "speculators", lambda c: c.pop("sample_from_anchor"), "has no sample_from_anchor"),
     ("dspark", "sglang", lambda c: c.pop("markov_rank"), "has no markov_rank"),
+    ("eagle3", "sglang", lambda c: c.update(is_neox_style=False), "is_neox_style=False is not"),
+    ("eagle3", "sglang", lambda c: c.update(is_causal=False), "is_causal=False is not known"),
+    (
+        "dflash", "sglang", lambda c: c.update(rope_is_neox_style=False),
+        "rope_is_neox_style=False is not",
+    ),
+    ("dflash", "sglang", lambda c: c.update(is_causal=True), "is_causal or dflash_config.causal"),
+    ("dflash", "sglang", lambda c: c["dflash_config"].update(causal=True), "slots see those after"),
+    ("sliding", "sglang", lambda c: c.pop("use_sliding_window"), "use_sliding_window is not true"),
+    (
+        "dflash", "sglang", lambda c: c.update(layer_types=["chunked_attention"] * 2),
+        "does not say which of num_hidden_layers=2 layers",
+    ),
+    (
+        "eagle3", "sglang", lambda c: c.update(rope_scaling={"type": "linear", "factor": 2.0}),
+        "are two rotary embeddings",
+    ),
+    (
+        "eagle3", "sglang",
+        lambda c: c["rope_parameters"].update(rope_type="dynamic", factor=2.0), "known: default",
+    ),
+    (
+        "dflash", "sglang", lambda c: c["rope_parameters"].update(partial_rotary_factor=0.5),
+        "of whole heads",
+    ),
+    (
+        "dflash", "speculators",
+        lambda c: c["transformer_layer_config"].update(
+            rope_parameters={"full_attention": {"rope_theta": 1e6}}
+        ),
+        "the same in all layers",
+    ),
 ]  # fmt: skip
 
 
@@ -184,6 +217,28 @@ def test_what_cannot_be_read_is_refused(
     assert "\n" not in str(error.value)
 
 
+def said_of(draft: Any) -> tuple[set[float], float]:
+    """What its norms add, and the base of its rotary embedding."""
+    norms = {module.eps for module in draft.modules() if isinstance(module, RMSNorm)}
+    return norms, draft.rotary.config.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize("drafted", [None, 4])
+@pytest.mark.parametrize("name", ["eagle31", "peagle", "dspark"])
+def test_numbers_that_no_shape_shows(
+    name: str, drafted: int | None, tiny_target: Target, tmp_path: Path
+) -> None:
+    """They are those of config.json."""
+    draft, target = draft_of(name, tiny_target)
+    draft.write(tmp_path, target, TINY.path, torch.float32, drafted)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    layer = config.get("transformer_layer_config", config)
+    layer |= {"rms_norm_eps": 3e-5, "rope_theta": 5e5, "rope_parameters": None}
+    file.write_text(json.dumps(config))
+    assert said_of(type(draft).load(tmp_path, target)) == ({3e-5}, 5e5)
+
+
 def test_other_makers_folders(tiny_target: Target, tmp_path: Path) -> None:
     """What they leave out is as usual; a copy of the target's weights is none of the draft's, and
     another's is refused."""
@@ -193,18 +248,38 @@ def test_other_makers_folders(tiny_target: Target, tmp_path: Path) -> None:
     config, tensors = json.loads(file.read_text()), load_file(weights)
     for name in (
         "eagle_config", "eagle_aux_hidden_state_layer_ids", "target_model_name_or_path",
-        "rope_parameters", "target_hidden_size", "num_hidden_layers",
+        "rope_parameters", "rope_theta", "target_hidden_size", "num_hidden_layers", "rms_norm_eps",
     ):  # fmt: skip
         del config[name]
     config |= {"pretraining_tp": 1, "use_cache": True, "transformers_version": "4.57.1"}
     file.write_text(json.dumps(config))
     tensors["embed_tokens.weight"] = target.embed_VH.clone()
     save_file(tensors, weights)
-    assert same_weights(type(draft).load(tmp_path, target), draft)
+    loaded = type(draft).load(tmp_path, target)
+    assert same_weights(loaded, draft)
+    assert said_of(loaded) == said_of(draft) == ({1e-6}, 1e4)
     tensors["embed_tokens.weight"][0] += 1
     save_file(tensors, weights)
     with pytest.raises(InputError, match=r"embed_tokens\.weight is the draft's own"):
         type(draft).load(tmp_path, target)
+
+
+@pytest.mark.parametrize("non_causal", [True, False])
+def test_what_engines_read_first(non_causal: bool, tiny_target: Target, tmp_path: Path) -> None:
+    """`is_causal` and the inner block_size, before what says the same elsewhere; SGLang and z-lab's
+    code read no other word for whether slots see those after them."""
+    draft, target = draft_of("sliding", tiny_target)
+    draft.config.sliding_window_non_causal = non_causal
+    draft.write(tmp_path, target, TINY.path, torch.float32)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    assert config.get("is_causal") == config["dflash_config"].get("causal")
+    assert config.get("is_causal") == (False if non_causal else None)
+    if non_causal:
+        config["dflash_config"].update(causal=True, block_size=4)
+        file.write_text(json.dumps(config))
+        read = type(draft).load(tmp_path, target).config
+        assert read.sliding_window_non_causal and read.block_size == 4
 
 
 @pytest.mark.parametrize("layout", ["sglang", "speculators"])

@@ -8,14 +8,17 @@ import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import test_dflash
 import torch
 from conftest import make_config
 from test_bench_served import figures
 from test_bench_sets import composed
 from test_dflash_pipeline import DRAFT
+from test_eagle3 import conversation
 from transformers import AutoConfig, AutoModelForCausalLM
 from wheels import wheel
 
@@ -30,7 +33,7 @@ from specforge_exp.stages.export import export
 from specforge_exp.stages.prep import prep
 from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.stages.train import train
-from specforge_exp.target import load_tokenizer
+from specforge_exp.target import Target, load_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -101,6 +104,33 @@ def test_the_export_in_its_own_code(
     by_responses = replace(exported, bench=replace(exported.bench, average="responses", force=True))
     bench(by_responses)
     assert figures(by_responses)["stories"]["accepted_length"] > statistics.mean(lengths)
+
+
+@pytest.mark.parametrize("full", [[], [1]])
+@pytest.mark.parametrize("non_causal", [False, True])
+def test_windows_in_its_own_code(
+    full: list[int], non_causal: bool, zlab: Zlab, random_target: Target, tmp_path: Path
+) -> None:
+    """The states of a block are ours, whichever of its slots see each other."""
+    windows = {"sliding_window": 6, "full_attention_indices": full}
+    cfg = replace(test_dflash.CFG, **windows, sliding_window_non_causal=non_causal)
+    draft = test_dflash.small_draft(random_target, cfg)
+    draft.write(tmp_path, random_target, "nowhere", torch.float32)
+    theirs = zlab.model.DFlashDraftModel.from_pretrained(
+        tmp_path, attn_implementation="sdpa", dtype=torch.float32
+    )
+    ids_T, _ = conversation(4, test_dflash.LONG)
+    aux_1TA, _ = random_target.features(ids_T[None, :11])
+    decoder = draft.decoder()
+    decoder.commit(aux_1TA, ids_T[1:12].tolist())
+    block_1S = torch.full((1, cfg.block_size), draft.config.mask_token_id)
+    block_1S[0, 0] = ids_T[11]
+    with torch.no_grad():
+        (found_SH,) = theirs.eval()(
+            position_ids=torch.arange(11 + cfg.block_size)[None],
+            noise_embedding=random_target.embed_VH[block_1S], target_hidden=aux_1TA,
+        )  # fmt: skip
+    torch.testing.assert_close(found_SH, decoder.fill(cfg.steps), rtol=1e-5, atol=1e-5)
 
 
 def test_its_sets_and_wording(zlab: Zlab) -> None:

@@ -3,8 +3,9 @@
 Tensor names and configuration are those of published DFlash drafts: model_type qwen3, a nested
 dflash_config, `num_target_layers` the target's depth; embeddings and head are the target's and not
 saved. Layers are numbered from 0 by their outputs. Layers with a window are those of `layer_types`;
-engines let their slots see what is before them unless `dflash_config.causal` is false. There is no
-`auto_map`, which may name only code that lies in the folder: engines have the draft's.
+engines let their slots see what is before them unless `is_causal` is false; vLLM reads
+`dflash_config.causal`, too. There is no `auto_map`, which may name only code that lies in the
+folder: engines have the draft's.
 """
 
 import logging
@@ -28,7 +29,7 @@ SHAPES = (
 KNOWN = {
     *SHAPES, "block_size", "num_target_layers", "hidden_act", "layer_types", "sliding_window",
     "sample_from_anchor", "dspark_bonus_anchor", "draft_vocab_size", "target_hidden_size",
-    "dflash_config",
+    "dflash_config", "is_causal",
 }  # fmt: skip
 SAME = "block_size mask_token_id sample_from_anchor sliding_window_non_causal window".split()
 """Options that a draft's shapes have by the same name."""
@@ -42,7 +43,8 @@ def export_config(draft: DFlashModel, target: Target, target_path: str) -> dict[
     config = draft.config
     text = target.model.config.get_text_config()
     sliding, nested = any(draft.sliding), {}
-    if sliding and config.sliding_window_non_causal:
+    non_causal = sliding and config.sliding_window_non_causal
+    if non_causal:
         nested["causal"] = False
     if sliding and config.window != "slot":
         nested["window"] = config.window
@@ -64,6 +66,7 @@ def export_config(draft: DFlashModel, target: Target, target_path: str) -> dict[
         "max_window_layers": config.num_hidden_layers,
         "use_sliding_window": sliding,
         **({"sliding_window": config.sliding_window} if sliding else {}),
+        **({"is_causal": False} if non_causal else {}),
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -93,6 +96,7 @@ def read_any(
     config = flattened(folder, config, algorithm, said)
     top, nested = {"mask_token_id", "target_layer_ids"}, config.get("dflash_config")
     given = {name: value for name, value in config.items() if value is not None}
+    causal = given.get("is_causal", (nested or {}).get("causal"))
     if AUX in given or nested is None:  # as speculators writes, or DeepSeek's DSpark
         if AUX in given and SLIDING in given.get("layer_types", ()):  # nor on this one's
             check_keys(folder, given, [NON_CAUSAL])
@@ -104,11 +108,19 @@ def read_any(
             "window": given.pop("window", "slot"),
         }  # fmt: skip
         given.pop(AUX, None)
+    if causal and {*(given.get("layer_types") or kinds_of(given))} != {SLIDING}:
+        raise InputError(
+            f"{folder}/config.json: is_causal or dflash_config.causal is true, and a layer has no "
+            "window: here its slots see those after them, in engines they would not"
+        )
+    if causal is not None:
+        nested = {**nested, "causal": causal}
     if "sample_from_anchor" in given:
         nested = {**nested, "sample_from_anchor": given["sample_from_anchor"]}
     nested = {name: value for name, value in nested.items() if value is not None}
-    usual = {"num_target_layers": layers, "block_size": nested.pop("block_size", None)}
-    config = {**usual, **given, "dflash_config": nested}
+    usual = {"num_target_layers": layers, "block_size": given.get("block_size")}
+    size = {"block_size": nested.pop("block_size")} if "block_size" in nested else {}
+    config = {**usual, **given, **size, "dflash_config": nested}
     wanted = [*SHAPES, *own, "block_size", *(f"dflash_config.{name}" for name in sorted(top))]
     check_keys(folder, {n: v for n, v in config.items() if v is not None}, wanted)
     check_known(folder, config, KNOWN | top | {*own})
@@ -191,13 +203,22 @@ def loaded_config(folder: Path, config: dict[str, Any]) -> Qwen3Config:
     """Shapes of an exported draft.
 
     Raises:
-        InputError: it has layers with a window and no size of it.
+        InputError: it has layers with a window and no size of it, or of another kind.
     """
     nested = config["dflash_config"]
     kinds = config.get("layer_types") or kinds_of(config)
     sliding = SLIDING in kinds
-    if sliding and not config.get("sliding_window"):
-        raise InputError(f"{folder / 'config.json'}: layer_types has windows, sliding_window none")
+    if len(kinds) != config["num_hidden_layers"] or not {*kinds} <= {SLIDING, "full_attention"}:
+        raise InputError(
+            f"{folder / 'config.json'}: layer_types={kinds} does not say which of "
+            f"num_hidden_layers={config['num_hidden_layers']} layers have a window"
+        )
+    unused = not config.get("use_sliding_window", config.get("model_type") != "qwen3")
+    if sliding and (unused or not config.get("sliding_window")):
+        raise InputError(
+            f"{folder / 'config.json'}: layer_types has windows, and sliding_window has none or "
+            "use_sliding_window is not true, without which a Qwen3's is null"
+        )
     return Qwen3Config(
         **{name: config[name] for name in SHAPES},
         layer_types=kinds,

@@ -157,14 +157,15 @@ def read_any(
     for other in ("pard_token", "ptd_token_id"):  # vLLM's names of the mask token
         if other in config and "mask_token_id" in own:
             config.setdefault("mask_token_id", config.pop(other))
-    check_keys(folder, config, ("vocab_size", "intermediate_size", "max_position_embeddings", *own))
+    said = {name: value for name, value in config.items() if value is not None}
+    check_keys(folder, said, ("vocab_size", "intermediate_size", "max_position_embeddings", *own))
     check_known(folder, config, KNOWN | {*own})
     nested = dict(config.get("eagle_config") or {})
     check_known(folder, nested, {AUX, "use_aux_hidden_state", "norm_before_fc"}, "eagle_config.")
     if nested.get("use_aux_hidden_state", True) is not True:
         raise InputError(f"{folder}/config.json: eagle_config.use_aux_hidden_state is not true")
     usual = {"target_hidden_size": config["hidden_size"], "draft_vocab_size": config["vocab_size"]}
-    config = {**usual, **{name: value for name, value in config.items() if value is not None}}
+    config = {**usual, **said}
     if nested.get("norm_before_fc"):
         config["norm_before_fc"] = True
     by_input, ids = config.get(AUX), nested.get(AUX)
