@@ -49,9 +49,9 @@ BUDGETS = {
     "modal_sweep": 33_140,
     "hydra_sweeps": 30_010,
     "hydra_plugins": 1_010,
-    "specforge_exp": 242_610,
+    "specforge_exp": 243_050,
     "specforge_exp/data": 19_390,
-    "specforge_exp/target": 10_810,
+    "specforge_exp/target": 11_220,
     "specforge_exp/drafts": 55_190,
     "specforge_exp/training": 21_050,
     "specforge_exp/inference": 16_540,
@@ -59,8 +59,8 @@ BUDGETS = {
     "specforge_exp/bench": 11_250,
     "specforge_exp/report": 17_750,
     "specforge_exp/chat": 4_130,
-    "": 307_350,
-    "specforge_exp/causal": 5_760,
+    "": 307_790,
+    "specforge_exp/causal": 5_800,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
 written."""

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from specforge_exp.config import Config, TargetConfig, TrainerConfig
 from specforge_exp.errors import InputError
 from specforge_exp.stages.train import train
 from specforge_exp.target import Target
-from specforge_exp.target.packing import together
+from specforge_exp.target.packing import first_that_follows, last_states, together
 
 LENGTHS = [3, 21, 9, 14, 1]
 
@@ -46,6 +47,31 @@ def test_together_is_one_by_one_or_refused(family: str) -> None:
         target.take_packing()
         near = dtype == torch.bfloat16 or difference(target, 30) <= 1e-5
         assert near, difference(target, 30)
+
+
+def scaled_from(floor: int) -> Any:
+    """A Llama 4 that scales queries from so many tokens of a forward on."""
+    config = FAMILIES["Llama 4 (text)"]()
+    config.floor_scale = floor
+    return build(config).eval().requires_grad_(False)
+
+
+def test_no_forward_reaches_the_place_from_which_a_model_scales() -> None:
+    """By where a token stands, not by its position: 20 tokens are together but never 30."""
+    target = Target(scaled_from(20), [0, 5])
+    target.take_packing()
+    assert difference(target, 30) <= 1e-5
+    ids_T = tokens(20)
+    last_states(target.decoder, ids_T, [20], True)
+    last_states(target.decoder, ids_T[1:], [10, 9], True)
+    with pytest.raises(InputError, match=r"^20 packed tokens, .* 20 on: trainer.pack_tokens=19"):
+        last_states(target.decoder, ids_T, [10, 10], True)
+
+
+def test_an_attention_that_is_not_here_is_passed_over(random_target: Target) -> None:
+    model, decoder = random_target.model, random_target.decoder
+    assert first_that_follows(model, decoder, ["flash_attention_2", "documents"]) == "documents"
+    assert first_that_follows(model, decoder, ["flash_attention_2"]) is None
 
 
 def test_forwards_have_room_and_miss_nothing() -> None:
