@@ -7,10 +7,12 @@ import pytest
 import torch
 import transformers as tf
 from families import BASE, FAMILIES, HEADS, YARN, build, save
+from torch import nn
 
 from specforge_exp.config import ModelConfig
 from specforge_exp.errors import InputError
 from specforge_exp.target import Target, load_target
+from specforge_exp.target.anatomy import find_layers, norm_weight, outputs_of
 from specforge_exp.target.segments import check_segments
 
 
@@ -33,6 +35,58 @@ def test_states_of_several_streams_are_refused(tmp_path: Path) -> None:
     model = ModelConfig(name="t", path=str(save(config, tmp_path)), aux_layers=[1])
     with pytest.raises(InputError, match="layers of gemma3n_text do not give one state of 64"):
         load_target(model, torch.device("cpu"))
+
+
+def test_the_layers_are_as_many_as_the_configuration_says() -> None:
+    model = build(FAMILIES["Llama 2"]())
+    layers = model.model.layers
+    del model.model.layers
+    model.model.others = nn.ModuleList([nn.Identity()])
+    with pytest.raises(InputError, match="has no list of 8 layers beside its embeddings"):
+        find_layers(model)
+    model.model.layers = layers
+    assert find_layers(model) == (model.model, "layers")
+
+
+class Norm(nn.Module):
+    """(x - mean, or x) / its root mean square * (w + added) + bias."""
+
+    def __init__(self, added: float, bias: float = 0.0, mean: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-0.5, 2, 6).bfloat16())
+        self.added, self.bias, self.mean = added, bias, mean
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x - x.mean(-1, keepdim=True) if self.mean else x
+        rms = x.square().mean(-1, keepdim=True).add(1e-6).sqrt()
+        return x / rms * (self.weight + self.added) + self.bias
+
+
+@pytest.mark.parametrize("added", [0.0, 1.0, 0.05])
+@pytest.mark.parametrize(("bias", "mean"), [(0.0, False), (0.5, False), (0.0, True)])
+def test_what_a_norm_multiplies_by(added: float, bias: float, mean: bool) -> None:
+    """To the last digit where it is the weight or 1 more; the same as an RMS norm without more."""
+    norm = Norm(added, bias, mean)
+    weight_S, same = norm_weight(norm, 6) or (torch.zeros(6), None)
+    assert same == (not bias and not mean)
+    rtol, atol = (0.02, 2e-2) if added == 0.05 or bias else (0, 0)
+    torch.testing.assert_close(weight_S, norm.weight.data + added, rtol=rtol, atol=atol)
+
+
+def test_norms_without_weights() -> None:
+    weight_S, same = norm_weight(nn.LayerNorm(4, elementwise_affine=False), 4) or (None, None)
+    assert weight_S is not None and not same
+    torch.testing.assert_close(weight_S, torch.ones(4))
+    assert (norm_weight(nn.RMSNorm(4, elementwise_affine=False), 4) or (0, 0))[1]
+    assert norm_weight(None, 4) is None and norm_weight(nn.Bilinear(4, 4, 1), 4) is None
+
+
+def test_the_first_of_several_outputs_counts() -> None:
+    """And nothing looks into a module afterwards."""
+    module = nn.LSTM(3, 2)
+    with outputs_of({"a": module}) as outputs:
+        states, _ = module(torch.ones(4, 3))
+    assert outputs["a"] is states and not module._forward_hooks
 
 
 @pytest.mark.parametrize("lost", [{"mscale": 1.0, "mscale_all_dim": 1.0}, {"truncate": False}, {}])
