@@ -6,14 +6,16 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from families import BASE, FAMILIES, HEADS, YARN, build, save
+from families import FAMILIES, HEADS, YARN, build, save
 from torch import nn
 
 from specforge_exp.config import ModelConfig
 from specforge_exp.errors import InputError
 from specforge_exp.target import Target, load_target
-from specforge_exp.target.anatomy import find_layers, norm_weight, outputs_of
+from specforge_exp.target.anatomy import find_layers, norm_weight, outputs_of, part_weights
 from specforge_exp.target.segments import check_segments
+
+ROTATED = ("q_proj", "k_proj", "q_norm", "k_norm")
 
 
 @pytest.mark.parametrize("family", ["Llama 2", "Qwen3-MoE"])
@@ -53,7 +55,7 @@ class Norm(nn.Module):
 
     def __init__(self, added: float, bias: float = 0.0, mean: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.linspace(-0.5, 2, 6).bfloat16())
+        self.weight = nn.Parameter(torch.linspace(-0.5, 2, 6))
         self.added, self.bias, self.mean = added, bias, mean
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,14 +65,16 @@ class Norm(nn.Module):
 
 
 @pytest.mark.parametrize("added", [0.0, 1.0, 0.05])
-@pytest.mark.parametrize(("bias", "mean"), [(0.0, False), (0.5, False), (0.0, True)])
+@pytest.mark.parametrize(("bias", "mean"), [(0.0, False), (0.5, False), (5e-4, False), (0.0, True)])
 def test_what_a_norm_multiplies_by(added: float, bias: float, mean: bool) -> None:
     """To the last digit where it is the weight or 1 more; the same as an RMS norm without more."""
     norm = Norm(added, bias, mean)
     weight_S, same = norm_weight(norm, 6) or (torch.zeros(6), None)
     assert same == (not bias and not mean)
-    rtol, atol = (0.02, 2e-2) if added == 0.05 or bias else (0, 0)
-    torch.testing.assert_close(weight_S, norm.weight.data + added, rtol=rtol, atol=atol)
+    rtol = 1e-5 if added == 0.05 else 0
+    torch.testing.assert_close(weight_S, norm.weight.data + added, rtol=rtol, atol=1e-8)
+    part = nn.ModuleDict({"norm": norm, "proj": nn.Linear(6, 6)})
+    assert torch.equal(part_weights(part)["norm.weight"], weight_S)
 
 
 def test_norms_without_weights() -> None:
@@ -92,10 +96,20 @@ def test_the_first_of_several_outputs_counts() -> None:
 @pytest.mark.parametrize("lost", [{"mscale": 1.0, "mscale_all_dim": 1.0}, {"truncate": False}, {}])
 def test_what_a_yarn_does_otherwise_is_not_copied(lost: dict[str, Any]) -> None:
     """Ministral 3's rotates without the factor that a draft's has."""
-    config = tf.LlamaConfig(**BASE, rope_parameters={**YARN, **lost})
+    config = tf.Qwen3Config(**HEADS, rope_parameters={**YARN, **lost})
     copied = Target(build(config), [0]).last_layers(1)[0]
     assert "self_attn.o_proj.weight" in copied
-    assert ("self_attn.q_proj.weight" in copied) == (not lost)
+    for name in ROTATED:
+        assert (f"self_attn.{name}.weight" in copied) == (not lost)
+
+
+def test_what_rotates_by_pairs_or_has_three_parts_is_not_copied() -> None:
+    """Cohere rotates neighbours; a layer of Falcon-H1 is a Mamba, too."""
+    copied = Target(build(tf.CohereConfig(**HEADS)), [0]).last_layers(1)[0]
+    assert {f"self_attn.{name}.weight" for name in ("o_proj", "v_proj")} < set(copied)
+    assert not any(f"self_attn.{name}.weight" in copied for name in ROTATED)
+    mamba = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+    assert Target(build(tf.FalconH1Config(**HEADS, **mamba)), [0]).last_layers(1) == [{}]
 
 
 def test_more_tokens_than_a_model_counts_by_place_are_refused() -> None:
