@@ -18,6 +18,7 @@ from specforge_exp.stages.sft import sft
 from specforge_exp.stages.train import train
 from specforge_exp.training import loop
 from specforge_exp.training.checkpoint import newest_checkpoint, read_checkpoint, step_folders
+from specforge_exp.training.schedule import learning_rate
 
 
 def metrics(cfg: Config) -> list[dict[str, Any]]:
@@ -68,6 +69,8 @@ def test_training_learns_and_leaves_a_record(run: Config) -> None:
     lines = metrics(run)
     assert {"lr", "grad_norm", "ce", "alpha/0", "top1/2", "simulated_length"} <= set(lines[0])
     assert any("eval/loss" in line for line in lines)
+    rates = [line["lr"] for line in lines if "lr" in line]
+    assert rates == [learning_rate(step, 9, run.lr, run.trainer) for step in range(9)]
 
 
 def test_complete_is_reused(run: Config) -> None:
@@ -147,6 +150,10 @@ def test_the_first_step_is_the_gradient_of_the_formula(run: Config) -> None:
     a, b = (newest_checkpoint(paths.run_dir(c)) for c in (one, all_at_once))
     assert a is not None
     assert b is not None
+    clip, norm = run.trainer.clip, metrics(one)[0]["grad_norm"]
+    moments = [value for name, value in a.optimizer.items() if name.endswith(":exp_avg")]
+    clipped = 10 * float(torch.cat([value.flatten() for value in moments]).norm())  # 1 / (1 - 0.9)
+    assert clipped == pytest.approx(min(clip, norm), rel=1e-3) and norm > clip
     for name in a.draft:
         moment = f"{name}:exp_avg"
         if moment in a.optimizer:
