@@ -11,6 +11,7 @@ import torch
 
 from specforge_exp import paths
 from specforge_exp.config import Config, LossConfig, TrainerConfig
+from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
 from specforge_exp.stages.export import chosen_checkpoint
 from specforge_exp.stages.preprocess import preprocess
@@ -69,6 +70,8 @@ def test_training_learns_and_leaves_a_record(run: Config) -> None:
     lines = metrics(run)
     assert {"lr", "grad_norm", "ce", "alpha/0", "top1/2", "simulated_length"} <= set(lines[0])
     assert any("eval/loss" in line for line in lines)
+    read = sum(line["tokens_per_s"] * line["seconds"] for line in lines if "loss" in line)
+    assert read == pytest.approx(3 * sum(read_split(paths.tokens_dir(run), "train").lengths))
     rates = [line["lr"] for line in lines if "lr" in line]
     assert rates == [learning_rate(step, 9, run.lr, run.trainer) for step in range(9)]
 
