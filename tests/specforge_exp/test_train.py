@@ -141,14 +141,21 @@ def test_a_checkpoint_of_another_run_is_refused(run: Config) -> None:
     assert [f.name for f in step_folders(paths.run_dir(run))] == ["step-000001"]
 
 
-def test_the_first_step_is_the_gradient_of_the_formula(run: Config) -> None:
+def test_the_first_step_is_the_gradient_of_the_formula(
+    run: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Accumulating four windows of one batch equals one window's batch of all (one divisor)."""
     one = replace(run, run_name="one", max_steps=1)
     one.trainer = replace(run.trainer, batch_size=1, accumulate=12)
     all_at_once = replace(run, run_name="all", max_steps=1)
     all_at_once.trainer = replace(run.trainer, batch_size=12, accumulate=1)
-    train(one)
     train(all_at_once)
+    monkeypatch.setattr(loop, "EVAL_TOKENS", 1)  # each held-out conversation by itself
+    train(one)
+    files = [paths.run_dir(each) / "evaluation.json" for each in (one, all_at_once)]
+    alone, together = (json.loads(file.read_text()) for file in files)
+    assert alone["slots"] == together["slots"] and len(set(together["length"])) == 4
+    assert alone["length"] == pytest.approx(together["length"], rel=1e-4)
     assert losses(one)[1] == pytest.approx(losses(all_at_once)[1], rel=1e-5)
     a, b = (newest_checkpoint(paths.run_dir(c)) for c in (one, all_at_once))
     assert a is not None
