@@ -156,6 +156,8 @@ def test_the_first_step_is_the_gradient_of_the_formula(
     alone, together = (json.loads(file.read_text()) for file in files)
     assert alone["slots"] == together["slots"] and len(set(together["length"])) == 4
     assert alone["length"] == pytest.approx(together["length"], rel=1e-4)
+    held_out = [metrics(each)[-1]["eval/loss"] for each in (one, all_at_once)]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
     assert losses(one)[1] == pytest.approx(losses(all_at_once)[1], rel=1e-5)
     a, b = (newest_checkpoint(paths.run_dir(c)) for c in (one, all_at_once))
     assert a is not None
