@@ -24,13 +24,15 @@ from specforge_exp.drafts.rows import number_in_each
 from specforge_exp.errors import InputError
 from specforge_exp.sharding import save_shared_once
 from specforge_exp.target import packing
-from specforge_exp.target.anatomy import find_layers
+from specforge_exp.target.anatomy import find_layers, one_line, visited
 from specforge_exp.target.files import not_loadable
 from specforge_exp.target.loading import check_weights, from_files
 from specforge_exp.training.batches import Batch, moved
 from specforge_exp.training.objective import Outcome
 
 log = logging.getLogger(__name__)
+
+FLASH = "flash_attention_2"
 
 
 class Causal(nn.Module):
@@ -121,12 +123,7 @@ def needed_flops(causal: Causal, lengths: list[int], rows: int) -> float:
     Nothing for what is computed twice.
     """
     config = causal.model.config.get_text_config()
-    visits = getattr(config, "num_experts_per_tok", None)
-    layers = 0.0
-    for unit in causal.units:
-        for weight in unit.parameters():
-            share = visits / len(weight) if weight.dim() == 3 and visits else 1.0
-            layers += weight.numel() * share if weight.dim() > 1 else 0
+    layers = sum(visited(unit, config) for unit in causal.units)
     head: int = causal.model.get_output_embeddings().weight.numel()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(causal.units)
@@ -180,22 +177,34 @@ def patch(model: Any, wanted: str) -> None:
 def choose_attention(model: Any, decoder: Any, cfg: CausalConfig, device: torch.device) -> str:
     """The attention that a model gets.
 
+    It is on the CPU still, where flash attention does not run: there another one says whether what
+    is not attention keeps packed conversations apart.
+
     Raises:
-        InputError: packed conversations see each other with every attention that may be used.
+        InputError: packed conversations see each other with every attention that may be used, or
+            it does not take the one that is asked for.
     """
     packing.register()
     own: str = model.config.get_text_config()._attn_implementation
-    if cfg.attention == "auto" and device.type == "cuda" and is_flash_attn_2_available():
-        return "flash_attention_2"
-    mine = packing.NAMES.get(own, own)
+    mine, asked = packing.NAMES.get(own, own), cfg.attention == FLASH
     several = [mine, own] if cfg.packing else [own]
-    names = {"auto": several, "documents": [mine]}.get(cfg.attention, [cfg.attention])
+    measured = {"auto": several, FLASH: several, "documents": [mine]}
+    names = measured.get(cfg.attention, [cfg.attention])
     if not cfg.packing:
         model.set_attn_implementation(names[0])
-        return names[0]
-    if (found := packing.first_that_follows(model, decoder, names)) is None:
+    elif (found := packing.first_that_follows(model, decoder, names)) is None:
         raise InputError(
             f"{model.config.model_type} does not keep packed conversations apart (attention: "
             f"{', '.join(names)}); causal.packing=false runs them one by one"
         )
-    return found
+    else:
+        names = [found]
+    if asked or (cfg.attention == "auto" and device.type == "cuda" and is_flash_attn_2_available()):
+        try:
+            model.set_attn_implementation(FLASH)
+        except packing.FAILURES as error:
+            if asked:
+                raise InputError(f"causal.attention={FLASH}: {one_line(error)}") from None
+        else:
+            return FLASH
+    return names[0]

@@ -48,6 +48,17 @@ def find_layers(model: Any) -> tuple[Any, str]:
     )
 
 
+def visited(module: nn.Module, text: Any) -> float:
+    """Numbers in a module's matrices that a token is multiplied with: of experts, which lie in one
+    tensor, as many as it visits."""
+    visits = getattr(text, "num_experts_per_tok", None)
+    number = 0.0
+    for weight in module.parameters():
+        share = visits / len(weight) if weight.dim() == 3 and visits else 1.0
+        number += weight.numel() * share if weight.dim() > 1 else 0
+    return number
+
+
 @contextmanager
 def outputs_of(modules: dict[Any, nn.Module]) -> Iterator[dict[Any, Any]]:
     """What these modules give in the forwards of this block."""

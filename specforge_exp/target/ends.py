@@ -25,7 +25,7 @@ class Ends(Target):
     """scale, softcap and tokens of `Head`."""
     same_norm: bool = False
     """Whether the last norm is an RMS norm with this weight."""
-    counted: int = 0
+    counted: float = 0
     fetch_layers: Callable[[int], list[dict[str, Tensor]]] = lambda number: []
     """Asks for `last_layers`."""
 
@@ -56,7 +56,7 @@ class Ends(Target):
         return self.weights.get("head", self.embed_VH)
 
     @property
-    def parameters(self) -> int:
+    def parameters(self) -> float:
         """As in `Target`."""
         return self.counted
 

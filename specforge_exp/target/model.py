@@ -26,11 +26,9 @@ from specforge_exp.target.anatomy import (
     one_line,
     outputs_of,
     read_end,
+    visited,
 )
 from specforge_exp.target.head import Head
-
-FAILURES = (AttributeError, IndexError, OSError, RuntimeError, TypeError, ValueError)
-"""What a model raises that cannot be run in some way."""
 
 
 def apart(states: Tensor, expected: Tensor) -> float:
@@ -122,11 +120,9 @@ class Target:
         return self.head_weight_VH.data_ptr() == self.embed_VH.data_ptr()
 
     @property
-    def parameters(self) -> int:
-        """Weights that a token passes through, for FLOP counts: all but the embeddings."""
-        embeddings: int = self.model.get_input_embeddings().weight.numel()
-        counted: int = self.decoder.num_parameters() - embeddings
-        return counted
+    def parameters(self) -> float:
+        """Numbers in its layers that a token is multiplied with, for FLOP counts."""
+        return sum(visited(layer, self.text) for layer in self.layers)
 
     def final_norm(self) -> tuple[Tensor, bool]:
         """Weight [H] of the norm before the head as an RMS norm's, and whether it is one."""
@@ -199,7 +195,7 @@ class Target:
         self.compiled = [(x, torch.compile(x.forward, dynamic=True)) for x in self.layers]
         try:
             last_1TH = self.features(ids_1T)[1]
-        except FAILURES as error:
+        except packing.FAILURES as error:
             raise InputError(
                 f"target.compile=true: the layers of {self.text.model_type} cannot be compiled "
                 f"here ({one_line(error)}); target.compile=false runs them as they are"
@@ -226,6 +222,7 @@ class Target:
         if most is None:
             pairs = [self.features(ids_T[None].to(self.device)) for ids_T in texts]
             return [(aux_1TA[0], last_1TH[0]) for aux_1TA, last_1TH in pairs]
+        most = min(most, packing.most_places(self.text) or most)
         sizes = list(map(len, texts))
         states: dict[int, tuple[Tensor, Tensor]] = {}
         for numbers in packing.together(dict(enumerate(sizes)), most):
@@ -237,15 +234,18 @@ class Target:
             states |= dict(zip(numbers, zip(*parts, strict=True), strict=True))
         return [states[number] for number in range(len(texts))]
 
+    @torch.no_grad()
     def check_states(self) -> None:
         """Refuse a target whose layers give no states of its width to feed a draft with.
 
         Raises:
             InputError: they do not.
         """
-        aux_1TA, last_1TH = self.features(few_tokens(self.model))
-        expected = (*last_1TH.shape[:2], len(self.aux_layers) * self.text.hidden_size)
-        if aux_1TA.shape != expected:
+        ids_1T = few_tokens(self.model)
+        with self.captured() as captured:
+            last_1TH = self.decoder(ids_1T, use_cache=False).last_hidden_state
+        sizes = {states.numel() for states in (last_1TH, *captured.values())}
+        if sizes != {ids_1T.numel() * self.text.hidden_size}:
             raise InputError(
                 f"the layers of {self.text.model_type} do not give one state of "
                 f"{self.text.hidden_size} numbers per token, which a draft is fed"
@@ -276,7 +276,7 @@ class Target:
             self.features(ids_1T[:, [3, 2, 1]], cache)
             cache.crop(-3)
             _, last_1TH = self.features(ids_1T[:, 4:], cache)
-        except FAILURES as error:
+        except packing.FAILURES as error:
             raise self.not_decodable(one_line(error)) from None
         difference = apart(last_1TH, self.features(ids_1T)[1][:, 4:])
         if difference > tolerance(last_1TH):

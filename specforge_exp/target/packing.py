@@ -19,10 +19,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from specforge_exp.errors import InputError
+
 NAMES = {"sdpa": "documents", "eager": "documents_eager"}
 """Our attentions, by the one of transformers that they call for each conversation."""
 LENGTHS = [5, 1, 9, 3]
 """Of the conversations that `follows` packs."""
+FAILURES = (AttributeError, ImportError, IndexError, OSError, RuntimeError, TypeError, ValueError)
+"""What a model raises that cannot be run in some way."""
+BY_PLACE = "floor_scale log_scaling_n_floor"
+"""Settings of models whose attention counts tokens by where they stand in a forward, not by their
+positions: from so many tokens on it scales queries."""
 TOLERANCE = 1e-4
 """In fp32. Narrower numbers differ by more than this anyway: there packed conversations must be
 eight times nearer to themselves alone than to one long text."""
@@ -78,7 +85,17 @@ def last_states(decoder: Any, ids_T: Tensor, lengths: list[int], documents: bool
         ids_T: their tokens.
         lengths: of each.
         documents: whether the model's attention is `by_document`.
+
+    Raises:
+        InputError: there are more than the model keeps apart; see `most_places`.
     """
+    most = most_places(decoder.config.get_text_config())
+    if most and len(lengths) > 1 and len(ids_T) > most:
+        raise InputError(
+            f"{len(ids_T)} packed tokens, but {decoder.config.model_type} scales by where a token "
+            f"stands in a forward from {most + 1} on: trainer.pack_tokens={most}, or "
+            "causal.packing=false"
+        )
     positions = [torch.arange(length, device=ids_T.device) for length in lengths]
     more = {"documents": lengths} if documents else {}
     out = decoder(
@@ -103,7 +120,7 @@ def follows(model: Any, decoder: Any, documents: bool) -> bool:
         alone = [
             last_states(decoder, part, [len(part)], documents) for part in ids_T.split(LENGTHS)
         ]
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+    except FAILURES:
         return False
     alone_TH = torch.cat(alone).float()
     apart = float((packed_TH - alone_TH).norm() / alone_TH.norm())
@@ -114,13 +131,23 @@ def follows(model: Any, decoder: Any, documents: bool) -> bool:
 
 def first_that_follows(model: Any, decoder: Any, names: list[str]) -> str | None:
     """The first of these attentions with which a model keeps packed conversations apart; it has
-    it then. None: with none of them, and it has the last."""
+    it then. None: with none of them, and it has the last that it takes."""
     register()
     for name in names:
-        model.set_attn_implementation(name)
+        try:
+            model.set_attn_implementation(name)
+        except FAILURES:  # it has no such attention, or this one is not installed
+            continue
         if follows(model, decoder, name in NAMES.values()):
             return name
     return None
+
+
+def most_places(text: Any) -> int | None:
+    """Tokens that one forward of packed conversations may have; None: any number."""
+    tuned = getattr(text, "attn_temperature_tuning", True)
+    limits = [getattr(text, name, None) for name in BY_PLACE.split()]
+    return min((limit - 1 for limit in limits if limit and tuned), default=None)
 
 
 def together(lengths: Mapping[int, int], most: int) -> list[list[int]]:

@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 from specforge_exp.errors import InputError
 from specforge_exp.target.anatomy import CACHE, one_line
 from specforge_exp.target.model import Target
+from specforge_exp.target.packing import most_places
 
 TOLERANCE = {torch.float32: 1e-4}
 """Difference of states from plain forwards, as a share of their norm; else 0.2."""
@@ -36,9 +37,18 @@ def verify_segments(
         cache: of the text alone; the segments are appended to it.
         anchor_R: position of the last token of the text before each segment.
         tokens_JR: the segments' tokens.
+
+    Raises:
+        InputError: they are more tokens together than `packing.most_places`.
     """
     J, R = tokens_JR.shape
-    device, length = target.device, cache.get_seq_length()
+    device, length, most = target.device, cache.get_seq_length(), most_places(target.text)
+    if most and length + J * R > most:
+        raise InputError(
+            f"{length} tokens and {J * R} proposed ones, but {target.text.model_type} scales by "
+            f"where a token stands in a forward from {most + 1} on: a smaller max_length or "
+            "onpolicy.anchors, or onpolicy=none"
+        )
     anchor_R, chain_R = anchor_R.to(device), torch.arange(R, device=device)
     after_J = torch.arange(1, J + 1, device=device)
     at_Q = (anchor_R[None] + after_J[:, None]).flatten()

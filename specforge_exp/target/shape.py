@@ -15,6 +15,8 @@ ROTARY = {
     "yarn": "factor beta_fast beta_slow original_max_position_embeddings",
 }
 """Rotary embeddings that every engine computes alike at every length, and what they are made of."""
+LOST = ("attention_factor", "mscale", "mscale_all_dim", "truncate")
+"""Of a yarn, what a draft has not: without them it multiplies, or cuts off, otherwise."""
 CHANGING = ("dynamic", "longrope")
 """Those that are another one from some length on."""
 
@@ -88,6 +90,7 @@ def rotates_alike(text: Any) -> bool:
         len(theirs) == 1
         and theirs[0].get("rope_type", "default") in ROTARY
         and theirs[0].get("partial_rotary_factor", 1.0) == 1.0
+        and all(theirs[0].get(name) is None for name in LOST)
     )
 
 

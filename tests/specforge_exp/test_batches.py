@@ -42,6 +42,7 @@ def test_processes_share_a_window_evenly(lengths: list[int], world: int) -> None
     loads = [sum(lengths[n] for n in part) for part in parts]
     assert max(loads) - min(loads) <= max(lengths)
     assert max(loads) <= largest_share(lengths, len(lengths), world)
+    assert share([0, 1, 2], [6, 3, 3], 1, 2) == [1, 2]  # by tokens
     assert world > 1 or largest_share(lengths, 2, 1) == sum(sorted(lengths)[-2:])
 
 

@@ -112,6 +112,26 @@ def test_loss_and_gradients_are_those_of_labels(family: str) -> None:
     assert_alike(ours(causal(model), packed), expected)
 
 
+def test_flash_attention_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not attention is measured all the same; without it, or where a model has none, the
+    measured one stays, unless it was asked for."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr("specforge_exp.causal.model.is_flash_attn_2_available", lambda: True)
+
+    def chosen(model: Any, **options: Any) -> str:
+        made = Causal(model, CausalConfig(**options))
+        return choose_attention(model, made.decoder, made.cfg, cuda)
+
+    model = small_target().model
+    assert chosen(model) == "documents"
+    with pytest.raises(InputError, match=r"causal\.attention=flash_attention_2: "):
+        chosen(model, attention="flash_attention_2")
+    with pytest.raises(InputError, match="does not keep packed conversations apart"):
+        chosen(build(FAMILIES["Qwen3-Next"]()))
+    monkeypatch.setattr(model, "set_attn_implementation", lambda name: None)
+    assert chosen(model) == "flash_attention_2"
+
+
 def test_loss_and_gradients_are_those_of_trl() -> None:
     """Its SFTTrainer with packing; `python benchmarks/sft_step.py --record` made the arrays."""
     arrays = np.load(PARITY, allow_pickle=False)

@@ -211,13 +211,13 @@ def test_states_come_in_order_and_no_more_are_asked_for_than_there_is_room(
         asked.extend(batch.numbers[0] for batch in batches)
         return lambda: [(batch.ids_T, batch.ids_T) for batch in batches]
 
-    source = Features(ask, ahead)
+    source = Features(ask, None if ahead is None else 3 * ahead, token_bytes=3)
     first = in_order(source, ((n, [make_batch(tokens, [n], CPU, 1)]) for n in range(6)))
     assert next(first)[0] == 0
     after_one = {None: 1, 0: 2, 10: 3, 25: 6}[ahead]
-    assert asked == list(range(after_one)) and source.held == 5 * (after_one - 1)
+    assert asked == list(range(after_one)) and source.held == 15 * (after_one - 1)
     for number in (6, 7):
         [(_, [(states, _)])] = in_order(source, [(number, [make_batch(tokens, [number], CPU, 1)])])
         assert len(states) == 5
     assert [number for number, _ in first] == [1, 2, 3, 4, 5]
-    assert source.held == 0 and source.most <= max(5, ahead or 0) + 5
+    assert source.held == 0 and source.most <= 3 * (max(5, ahead or 0) + 5)

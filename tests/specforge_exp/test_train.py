@@ -11,6 +11,7 @@ import torch
 
 from specforge_exp import paths
 from specforge_exp.config import Config, LossConfig, TrainerConfig
+from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
 from specforge_exp.stages.export import chosen_checkpoint
 from specforge_exp.stages.preprocess import preprocess
@@ -18,6 +19,7 @@ from specforge_exp.stages.sft import sft
 from specforge_exp.stages.train import objectives, train
 from specforge_exp.training import loop
 from specforge_exp.training.checkpoint import newest_checkpoint, read_checkpoint, step_folders
+from specforge_exp.training.schedule import learning_rate
 
 
 def metrics(cfg: Config) -> list[dict[str, Any]]:
@@ -68,6 +70,10 @@ def test_training_learns_and_leaves_a_record(run: Config) -> None:
     lines = metrics(run)
     assert {"lr", "grad_norm", "ce", "alpha/0", "top1/2", "simulated_length"} <= set(lines[0])
     assert any("eval/loss" in line for line in lines)
+    read = sum(line["tokens_per_s"] * line["seconds"] for line in lines if "loss" in line)
+    assert read == pytest.approx(3 * sum(read_split(paths.tokens_dir(run), "train").lengths))
+    rates = [line["lr"] for line in lines if "lr" in line]
+    assert rates == [learning_rate(step, 9, run.lr, run.trainer) for step in range(9)]
 
 
 def test_complete_is_reused(run: Config) -> None:
@@ -137,18 +143,31 @@ def test_a_checkpoint_of_another_run_is_refused(run: Config) -> None:
     assert [f.name for f in step_folders(paths.run_dir(run))] == ["step-000001"]
 
 
-def test_the_first_step_is_the_gradient_of_the_formula(run: Config) -> None:
+def test_the_first_step_is_the_gradient_of_the_formula(
+    run: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Accumulating four windows of one batch equals one window's batch of all (one divisor)."""
     one = replace(run, run_name="one", max_steps=1)
     one.trainer = replace(run.trainer, batch_size=1, accumulate=12)
     all_at_once = replace(run, run_name="all", max_steps=1)
     all_at_once.trainer = replace(run.trainer, batch_size=12, accumulate=1)
-    train(one)
     train(all_at_once)
+    monkeypatch.setattr(loop, "EVAL_TOKENS", 1)  # each held-out conversation by itself
+    train(one)
+    files = [paths.run_dir(each) / "evaluation.json" for each in (one, all_at_once)]
+    alone, together = (json.loads(file.read_text()) for file in files)
+    assert alone["slots"] == together["slots"] and len(set(together["length"])) == 4
+    assert alone["length"] == pytest.approx(together["length"], rel=1e-4)
+    held_out = [metrics(each)[-1]["eval/loss"] for each in (one, all_at_once)]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
     assert losses(one)[1] == pytest.approx(losses(all_at_once)[1], rel=1e-5)
     a, b = (newest_checkpoint(paths.run_dir(c)) for c in (one, all_at_once))
     assert a is not None
     assert b is not None
+    clip, norm = run.trainer.clip, metrics(one)[0]["grad_norm"]
+    moments = [value for name, value in a.optimizer.items() if name.endswith(":exp_avg")]
+    clipped = 10 * float(torch.cat([value.flatten() for value in moments]).norm())  # 1 / (1 - 0.9)
+    assert clipped == pytest.approx(min(clip, norm), rel=1e-3) and norm > clip
     for name in a.draft:
         moment = f"{name}:exp_avg"
         if moment in a.optimizer:
