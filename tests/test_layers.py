@@ -59,7 +59,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_250,
     "specforge_exp/report": 17_750,
     "specforge_exp/chat": 4_130,
-    "": 307_350,
+    "": 307_480,
     "specforge_exp/causal": 5_760,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
