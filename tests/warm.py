@@ -56,12 +56,15 @@ def preload(kind: str) -> None:
     """Import what the stages import, or what any Hydra app does."""
     names = ["hydra", "hydra._internal.hydra", "hydra._internal.config_loader_impl"]
     names += ["hydra_sweeps.grid.run", "hydra_sweeps.study.run", "specforge_exp.cli"]
+    if kind == "apps":
+        names += ["optuna.storages._rdb.storage", "sqlalchemy.dialects.sqlite"]
     if kind == "modal":
         names += ["modal", "rich.table", "modal_sweep.client.launch", "modal_sweep.client.session"]
     if kind == "stages":
         names += [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen3")]
-        names += ["specforge_exp.drafts.eagle3", "specforge_exp.drafts.dflash"]
-        names += [f"specforge_exp.stages.{name}" for name in STAGES]
+        names += ["specforge_exp.drafts.eagle3.draft", "specforge_exp.drafts.dflash.draft"]
+        names += [f"specforge_exp.stages.{name}" for name in (*STAGES, "report")]
+        names += ["specforge_exp.report.charts"]
     for name in names:
         importlib.import_module(name)
     gc.collect()

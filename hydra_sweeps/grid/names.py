@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.grid.config import ExperimentSweeperConf
-from hydra_sweeps.jobs import Job, Source, compose
+from hydra_sweeps.jobs import Job, Source, compose, rename
 from hydra_sweeps.overrides import bounded, key_of, quoted, safe, without
 
 log = logging.getLogger(__name__)
@@ -49,9 +49,10 @@ def named_jobs(
     tell_apart(runs)
     jobs = []
     for number, run in enumerate(runs):
-        job = run.job if run.name == run.label else renamed(source, run, options)
-        job.renumber(number)
-        jobs.append(job)
+        if run.name != run.label:
+            set_name(source, run, options)
+        run.job.renumber(number)
+        jobs.append(run.job)
     check_folders(jobs, source)
     return jobs
 
@@ -138,18 +139,18 @@ def place(name: str) -> str:
     return unicodedata.normalize("NFC", posixpath.normpath(name)).casefold()
 
 
-def renamed(source: Source, run: NamedJob, options: ExperimentSweeperConf) -> Job:
-    """The job with its name as an override; SweepError when no key names it."""
+def set_name(source: Source, run: NamedJob, options: ExperimentSweeperConf) -> None:
+    """Give the job its name by an override; SweepError when no key names it."""
     key, job = options.name_key, run.job
     if key is None:
         raise SweepError(
             f"run {job.number} ({job.text}) would write to the folder of another run, "
             f"{job.subdir}; put what differs, or ${{hydra.job.num}}, into hydra.sweep.subdir"
         )
-    name = run.name
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9._+-]*", name):
-        name = quoted(name.replace("${", "\\${"))
-    return compose(source, [*without(job.overrides, key), f"{key}={name}"], job.number)
+    name = text = run.name.replace("${", "\\${")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9._+-]*", run.name):
+        text = quoted(name)
+    rename(source, job, key, name, text)
 
 
 def check_folders(jobs: Sequence[Job], source: Source) -> None:

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.utils import JobReturn
-from omegaconf import OmegaConf
 
 from hydra_sweeps import record
 from hydra_sweeps.command import run_command, run_overrides
-from hydra_sweeps.jobs import Job, compose
+from hydra_sweeps.jobs import Job, compose, rename
 from hydra_sweeps.overrides import LONGEST, bounded, safe, without
 from hydra_sweeps.record import Run, Sweep
 from hydra_sweeps.runner import Runner
@@ -132,8 +131,7 @@ def named_job(search: Search, overrides: Sequence[str], number: int) -> Job:
     trial = f"_trial{number}"
     name = "_".join(safe(part) for part in (label, search.options.study_name) if part)
     name = bounded(name, LONGEST - len(trial)) + trial
-    OmegaConf.update(job.config, key, name)  # as composing it once more would
-    job.overrides = [*without(overrides, key), f"{key}={name}"]
+    rename(search.source, job, key, name, name)
     return job
 
 

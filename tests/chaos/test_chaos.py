@@ -9,12 +9,11 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_the_law_holds(seed: int) -> None:
-    """A few faults of each seed; the process that forks the commands is one of its own."""
+def test_the_law_holds() -> None:
+    """The process that forks the commands is one of its own."""
     script = str(Path(__file__).with_name("chaos.py"))
-    command = [sys.executable, script, "--faults", "10", "--seed", str(seed), "--sweeps", "0"]
+    command = [sys.executable, script, "--faults", "20", "--seed", "1", "--sweeps", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])["counts"]
-    assert sum(counts.values()) == 10
+    assert sum(counts.values()) == 20

@@ -44,14 +44,22 @@ def write_sweep(folder: Path, runs: list[dict[str, Any]], cwd: Path, **changes: 
     return folder
 
 
-@pytest.fixture
-def two_runs(cfg: Config, tokens: Path) -> Config:
-    """Two finished trainings, `one` and `two`; returns the options of the bench."""
+@pytest.fixture(scope="module")
+def trained(made_tokens: Config) -> Config:
+    """Two finished trainings, `one` and `two`."""
+    cfg = deepcopy(made_tokens)
     cfg.max_steps, cfg.draft.ttt_length = 2, 2
     for name, lr in (("one", 1e-3), ("two", 2e-3)):
-        own = deepcopy(cfg)
-        own.run_name, own.lr = name, lr
-        train(own)
+        train(replace(cfg, run_name=name, lr=lr))
+    return cfg
+
+
+@pytest.fixture
+def two_runs(cfg: Config, tokens: Path, trained: Config) -> Config:
+    """Copies of `trained`; returns the options of the bench."""
+    for name in ("one", "two"):
+        copy = Path(cfg.paths.checkpoints) / name
+        shutil.copytree(Path(trained.paths.checkpoints) / name, copy)
     line = deepcopy(cfg)  # a command line that says nothing about the runs
     line.run_name, line.draft.ttt_length, line.model.name = "other", 7, "another"
     line.bench.max_tokens, line.bench.bootstrap, line.bench.chain_length = 8, 20, 2

@@ -7,6 +7,7 @@ Modal and against imitations of the servers.
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,17 @@ def words_of(line: str) -> list[str]:
     return [FILLED.get(word, word) for word in shlex.split(filled) if word not in ("...", "\\")]
 
 
+@cache
+def check_options(options: tuple[str, ...]) -> None:
+    """They compose, for whichever stages they are written."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config: Any = compose("config", list(options), return_hydra_config=True)
+    OmegaConf.set_struct(config, False)
+    del config["hydra"]
+    from_omegaconf(config)
+
+
 def check_stage(stage: str, words: list[str]) -> None:
     """The options of a stage compose; lists of values have -m before them."""
     assert stage in STAGES
@@ -77,12 +89,7 @@ def check_stage(stage: str, words: list[str]) -> None:
             values = ["baseline"] if "glob" in text else override.sweep_string_iterator()
             text = f"{override.get_key_element()}={next(iter(values))}"
         single.append(text)
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config: Any = compose("config", single, return_hydra_config=True)
-    OmegaConf.set_struct(config, False)
-    del config["hydra"]
-    from_omegaconf(config)
+    check_options(tuple(single))
 
 
 def check(words: list[str]) -> None:

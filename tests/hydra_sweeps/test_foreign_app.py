@@ -85,7 +85,11 @@ def test_a_grid(app: Path) -> None:
     assert (app / "sweep" / "sweep.json").exists()
 
 
-@pytest.mark.parametrize("stock", [[], ["stock=no"]], ids=["beside the stock sweeper", "alone"])
+@pytest.mark.parametrize(
+    "stock",
+    [pytest.param([], marks=pytest.mark.slow, id="beside the stock sweeper"),
+     pytest.param(["stock=no"], id="alone")],
+)  # fmt: skip
 def test_a_study(app: Path, stock: list[str]) -> None:
     """Each sampler and pruner is offered with and without hydra-optuna-sweeper."""
     study = ["-m", "hydra/sweeper=optuna_async", "x=range(1,9)", "hydra.sweeper.n_trials=3", *stock]

@@ -19,6 +19,9 @@ from hydra_sweeps.grid.config import ExperimentSweeperConf
 from hydra_sweeps.grid.names import named_jobs, place
 from hydra_sweeps.jobs import Job, Source, check_environment, compose
 from hydra_sweeps.processes import check_value
+from hydra_sweeps.study.config import OptunaAsyncConf
+from hydra_sweeps.study.space import Search
+from hydra_sweeps.study.state import named_job
 from modal_sweep.errors import JobFailed
 from modal_sweep.protocol.result import pack_value
 from tests.study_app.here import composed, study
@@ -63,6 +66,19 @@ def test_names_are_short_enough_and_the_same_on_every_start() -> None:
     assert len({*folders}) == 3 and names(*long[1:]) == folders[1:2]
     with pytest.raises(SweepError, match="more than 255 bytes"):
         names(*long, key=None)
+
+
+@pytest.mark.parametrize("name", ["n", "a b", "n_\\${x}", "1,2"])
+def test_a_job_that_gets_a_name_is_as_composed_with_it(name: str) -> None:
+    """In folders, records and commands, also where they are made of the overrides."""
+    origin = source("hydra.sweep.subdir=${run_name}-${hydra:job.override_dirname}", "gamma=1")
+    points = [[f"run_name='{name}'", f"x={x}"] for x in (1, 2)]
+    jobs = named_jobs(origin, points, ExperimentSweeperConf(name_key="run_name"))
+    search = Search(OptunaAsyncConf(name_key="run_name"), origin, None)  # type: ignore[arg-type]
+    for found in [*jobs, named_job(search, points[0], 3)]:
+        again = compose(origin, found.overrides, found.number)
+        assert (found.config, found.subdir) == (again.config, again.subdir)
+        assert found.digest() == again.digest() and "run_name=" in found.subdir
 
 
 @pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil", ".."])

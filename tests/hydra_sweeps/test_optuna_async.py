@@ -314,7 +314,10 @@ def test_kill_9_again_and_again(tmp_path: Path, kills: int) -> None:
     assert len([*tmp_path.glob("toy_*_trial*")]) == 6
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_an_interrupted_study_continues(tmp_path: Path, number: int, code: int) -> None:
     options = ["x=interval(0.0,6.0)", "steps=1", "hydra.sweeper.n_trials=3"]
     process = controller(tmp_path, *options)
@@ -350,7 +353,11 @@ def test_a_trial_killed_before_it_was_sampled(tmp_path: Path) -> None:
     assert states(tmp_path) == ["COMPLETE", "COMPLETE"]
 
 
-@pytest.mark.parametrize("name", ["median", "hyperband", "successive_halving"])
+@pytest.mark.parametrize(
+    "name",
+    ["median", *(pytest.param(name, marks=pytest.mark.slow)
+                 for name in ("hyperband", "successive_halving"))],
+)  # fmt: skip
 def test_pruners_run(tmp_path: Path, name: str) -> None:
     (tmp_path / "go").touch()
     study(tmp_path, "x=interval(0.0,6.0)", "steps=2", f"hydra/sweeper/pruner={name}",

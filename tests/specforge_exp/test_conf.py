@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -35,6 +36,11 @@ OPTIONS = sorted(
     for path in CONF.rglob("*.yaml")
     if path.parent != CONF and path.parent.name != "local"
 )
+APART = ("data", "model", "tracker")
+"""Groups that say nothing of what another of them says: one of each is composed at a time."""
+TOGETHER = list(
+    zip_longest(*([pair for pair in OPTIONS if pair[0] == group] for group in APART))
+) + [(pair,) for pair in OPTIONS if pair[0] not in APART]
 NEEDED = {
     ("model", "local"): ["model.path=x/y"],
     ("data", "local"): ["data.path=x.jsonl"],
@@ -61,9 +67,11 @@ def choice(group: str, name: str) -> str:
     return f"{top}={'/'.join([*rest, name])}"
 
 
-@pytest.mark.parametrize(("group", "name"), OPTIONS, ids=str)
-def test_every_option_composes(group: str, name: str) -> None:
-    cfg = composed(choice(group, name), *NEEDED.get((group, name), []))
+@pytest.mark.parametrize("options", TOGETHER, ids=str)
+def test_every_option_composes(options: tuple[tuple[str, str] | None, ...]) -> None:
+    chosen = [pair for pair in options if pair]
+    needed = [override for pair in chosen for override in NEEDED.get(pair, [])]
+    cfg = composed(*(choice(*pair) for pair in chosen), *needed)
     assert cfg.run_name
     locate(cfg.loss._target_)
 

@@ -132,11 +132,11 @@ def test_interrupted_training_goes_on(run: Config) -> None:
 
 
 def test_greedy_output_is_the_targets_own(tiny_target: Target, tiny_tokenizer: Any) -> None:
-    """16 prompts in fp32, with an untrained draft."""
+    """8 prompts in fp32, with an untrained draft."""
     target = Target(tiny_target.model, [1, 3, 5])
     draft = DFlash.new(target, DRAFT, {}, 0)
     decoding = Decoding(max_tokens=24, chain_length=5, eos=frozenset({tiny_tokenizer.eos_token_id}))
-    for record in synthetic.generate("bench", 16):
+    for record in synthetic.generate("bench", 8):
         prompt = prompt_ids(tiny_tokenizer, asks_of(record)[0], {})
         found = speculate(target, draft.decoder(), draft.draft_ids_D, prompt, decoding)
         assert found.tokens == generate(target, prompt, decoding).tokens

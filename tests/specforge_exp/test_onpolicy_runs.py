@@ -224,7 +224,7 @@ def test_rollouts_are_what_bench_measures(rolled: Config) -> None:
     target = load_target(
         rolled.model, torch.device("cpu"), feeds=partial(Eagle3.target_layers, rolled.draft)
     )
-    for first, steps in ((0, [1, 2, 3, 4]), (4, [5, 6])):
+    for first, steps in ((0, [1, 4]), (4, [5])):
         draft = Eagle3.new(target, rolled.draft, mapping, rolled.seed)
         if first:
             file = step_folders(paths.run_dir(rolled))[first - 1] / "draft.safetensors"
@@ -272,7 +272,7 @@ def test_resumed_within_a_round(rolled: Config, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param("accumulated", marks=pytest.mark.slow), "two processes, packed"]
+    "layout", ["accumulated", pytest.param("two processes, packed", marks=pytest.mark.slow)]
 )
 def test_layout_changes_no_rollout(rolled: Config, layout: str) -> None:
     """Each process answers for some conversations of a round, and all are trained on."""

@@ -54,10 +54,10 @@ def listening(pids: list[int]) -> list[str]:
 
 
 def small(cfg: Config, name: str, **trainer: Any) -> Config:
-    """Twelve steps of four conversations."""
+    """Eight steps of four conversations."""
     options = {"batch_size": 4, "log_every": 1, "eval_every": 5, "save_every": 5, **trainer}
     return replace(
-        cfg, run_name=name, max_steps=12, epochs=30, trainer=replace(cfg.trainer, **options)
+        cfg, run_name=name, max_steps=8, epochs=30, trainer=replace(cfg.trainer, **options)
     )
 
 
@@ -102,7 +102,7 @@ def trainings(cfg: Config) -> list[list[str]]:
         folder = paths.run_dir(run)
         if ranks.rank == 0:
             (folder / "run.json").unlink()
-            shutil.rmtree(folder / "step-000012")
+            shutil.rmtree(folder / "step-000008")
         ranks.wait()
         train(run)
     os.environ.pop(STORE)  # as torchrun starts them

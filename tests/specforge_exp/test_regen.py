@@ -128,7 +128,7 @@ def test_interrupted_continues(tmp_path: Path, cfg: Config, number: signal.Signa
     prep(cfg)
     folder = tmp_path / "datasets" / "smoke--tiny"
     partial = folder.with_suffix(".partial")
-    begun = bound(started, tmp_path, tokens=120 if number == signal.SIGTERM else 48)
+    begun = bound(started, tmp_path, tokens=120 if number == signal.SIGTERM else 16)
     hold(partial, 1)  # the second chunk's answers, the four of eval
     first = begun()
     deadline = time.monotonic() + 300

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from functools import cache
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +33,9 @@ TOKENS = "quickstart--tiny.tokens"
 JOB = ["experiment=quickstart", "loss=full-opd", "max_steps=2"]
 
 
+@cache
 def composed(*overrides: str) -> Any:
+    """To be read only."""
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
         return compose("config", [*overrides])
 
