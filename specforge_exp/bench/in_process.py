@@ -15,6 +15,7 @@ from specforge_exp.config import Config, locate
 from specforge_exp.data.chat import Message
 from specforge_exp.target import (
     Target,
+    check_decoding,
     check_length,
     check_rotary,
     load_target,
@@ -57,7 +58,7 @@ def load_pair(cfg: Config, folder: Path | None, dtype: str, most: int | None = N
         check_rotary(folder)
     target = load_target(cfg.model, device, dtype, feeds=feeds)
     target.tokens = max(load_tokenizer(cfg.model).get_vocab().values()) + 1
-    target.check_decoding()
+    check_decoding(target)
     if folder is None:
         return Pair(target, None)
     draft = kind.load(folder, target).to(device)

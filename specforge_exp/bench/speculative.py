@@ -11,13 +11,12 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from specforge_exp.target import Target
+from specforge_exp.target import Past, Target
 
 
 class Drafter(Protocol):
@@ -160,48 +159,6 @@ def until_end(tokens: list[int], room: int, eos: frozenset[int]) -> tuple[list[i
         if token in eos:
             return tokens[: index + 1], True
     return tokens, len(tokens) == room
-
-
-class Past:
-    """What a target has read: its keys and values, and the states that feed a draft.
-
-    Between two calls of an iterator that reads with it, it is whole; after an error in one, not.
-    """
-
-    def __init__(self, target: Target) -> None:
-        self.target, self.cache = target, target.new_cache()
-        self.ids: list[int] = []
-        self.aux: list[Tensor] = []
-        """Auxiliary states [1, T, A] of `ids`, one after the other."""
-
-    def begin(self, prompt: list[int]) -> Tensor:
-        """Read a prompt, but for what it has in common with the tokens that were read before.
-
-        Returns:
-            Post-norm states [1, T, H] of the tokens that were new, the last one in any case.
-        """
-        pairs = zip(self.ids, prompt[:-1], strict=False)
-        same = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
-        self.forget(len(self.ids) - same)
-        return self.read(prompt[same:])
-
-    def read(self, ids: list[int]) -> Tensor:
-        """Read more tokens; their post-norm states [1, T, H]."""
-        ids_1T = torch.tensor([ids], device=self.target.device)
-        aux_1TA, last_1TH = self.target.features(ids_1T, self.cache)
-        self.ids += ids
-        self.aux.append(aux_1TA)
-        return last_1TH
-
-    def forget(self, tokens: int) -> None:
-        """Take the last tokens out again."""
-        if tokens == 0:
-            return
-        self.cache.crop(-tokens)
-        del self.ids[-tokens:]
-        if tokens > self.aux[-1].shape[1]:
-            self.aux = [torch.cat(self.aux, 1)]
-        self.aux[-1] = self.aux[-1][:, :-tokens]
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from specforge_exp.target import packing
 from specforge_exp.target.anatomy import find_layers, one_line, visited
 from specforge_exp.target.files import not_loadable
 from specforge_exp.target.loading import check_weights, from_files
+from specforge_exp.target.shape import each_layer
 from specforge_exp.training.batches import Batch, moved
 from specforge_exp.training.objective import Outcome
 
@@ -125,14 +126,15 @@ def needed_flops(causal: Causal, lengths: list[int], rows: int) -> float:
     config = causal.model.config.get_text_config()
     layers = sum(visited(unit, config) for unit in causal.units)
     head: int = causal.model.get_output_embeddings().weight.numel()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(causal.units)
-    window = getattr(config, "sliding_window", None) or max(lengths)
-    pairs = 0.0
-    for kind in kinds:
-        width = window if kind == "sliding_attention" else max(lengths)
-        pairs += sum(n * min(n, width) - min(n, width) ** 2 / 2 for n in lengths)
-    attention: float = 12.0 * pairs * config.num_attention_heads * size
+    attention = 0.0
+    for kind, layer in zip(kinds, each_layer(config), strict=True):
+        heads = layer.num_attention_heads
+        size = getattr(layer, "head_dim", None) or config.hidden_size // heads
+        window = getattr(layer, "sliding_window", None) if kind == "sliding_attention" else None
+        width = window or max(lengths)
+        pairs = sum(n * min(n, width) - min(n, width) ** 2 / 2 for n in lengths)
+        attention += 12.0 * pairs * heads * size
     return 6.0 * (layers * sum(lengths) + head * rows) + attention
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from specforge_exp.bench.in_process import load_pair
-from specforge_exp.bench.speculative import Decoding, Past, generating, speculating
+from specforge_exp.bench.speculative import Decoding, generating, speculating
 from specforge_exp.chat.dialogue import Dialogue, Piece, Spoken
 from specforge_exp.config import Config
 from specforge_exp.data.messages import Unrenderable
 from specforge_exp.data.rendering import Spelling, eos_token_ids, prompt_ids
 from specforge_exp.errors import InputError, first_line
-from specforge_exp.target import load_tokenizer
+from specforge_exp.target import Past, load_tokenizer
 
 
 class LocalModel:

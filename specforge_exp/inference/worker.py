@@ -18,7 +18,7 @@ from specforge_exp.inference.profiling import profiled
 from specforge_exp.inference.states import bytes_of, crossing, packed
 from specforge_exp.inference.store import Bytes, StateStore, store_at
 from specforge_exp.paths import run_dir
-from specforge_exp.target import Target, load_target, set_up_torch
+from specforge_exp.target import Target, check_decoding, load_target, set_up_torch
 from specforge_exp.target.segments import check_segments, verify_segments
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class TargetWorker:
         """
         apart = self.served.agreement(self.target) if self.served else 0.0
         if self.cfg.bench_engine == "transformers" and not self.served:
-            self.target.check_decoding()
+            check_decoding(self.target)
         if self.cfg.onpolicy.replays:
             check_segments(self.target, max(self.cfg.max_length, 4))
         assert self.store  # one that refuses says so now

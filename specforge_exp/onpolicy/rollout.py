@@ -24,13 +24,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from specforge_exp.artifacts import disk_errors
-from specforge_exp.bench.speculative import Decoding, Generation, Past, speculating
+from specforge_exp.bench.speculative import Decoding, Generation, speculating
 from specforge_exp.config import Config
 from specforge_exp.data.tokens import TokenSet
 from specforge_exp.errors import InputError
 from specforge_exp.onpolicy.replay import Replayer
 from specforge_exp.records import replacing
-from specforge_exp.target import Target, take_dtype
+from specforge_exp.target import Past, Target, take_dtype
 from specforge_exp.training.batches import (
     Batch,
     draw_of,

@@ -42,6 +42,7 @@ from specforge_exp.onpolicy.rollout import Rollouts
 from specforge_exp.sharding import shard_draft, without_numbers
 from specforge_exp.target import (
     Target,
+    check_decoding,
     check_gpus,
     check_length,
     check_rotary,
@@ -215,7 +216,7 @@ def whole_target(cfg: Config, device: torch.device, ranks: Ranks) -> Target:
         cfg.model, device, cfg.model.dtype, processes, partial(kind.target_layers, cfg.draft)
     )
     if cfg.bench_engine == "transformers":
-        target.check_decoding()
+        check_decoding(target)
     return target
 
 
@@ -381,7 +382,7 @@ def replaying(
     objective = replace(objective, features=nothing, prepare=replayer.prepare)
     if not cfg.onpolicy.rolls:
         return objective
-    replayer.target.check_decoding()
+    check_decoding(replayer.target)
     rollouts = Rollouts(cfg, splits.train, replayer, run)
     return replace(objective, begin=rollouts.begin, prepare=rollouts.prepare)
 

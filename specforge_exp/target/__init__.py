@@ -12,13 +12,16 @@ from specforge_exp.target.machine import (
     take_what_is_there,
 )
 from specforge_exp.target.model import Target
+from specforge_exp.target.past import Past, check_decoding
 from specforge_exp.target.shape import check_length, draft_shape
 
 __all__ = [
     "DTYPES",
     "Ends",
     "Head",
+    "Past",
     "Target",
+    "check_decoding",
     "check_gpus",
     "check_length",
     "check_rotary",

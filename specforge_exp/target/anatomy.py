@@ -132,7 +132,7 @@ def norm_weight(norm: Any, size: int) -> tuple[Tensor, bool] | None:
     vector_S[1::2] = -1
     try:
         up_S, down_S, mean_S = (norm(x[None])[0] for x in (vector_S, -vector_S, vector_S.abs()))
-    except (RuntimeError, TypeError):
+    except (AttributeError, RuntimeError, TypeError):
         return None
     weight_S, bias_S = vector_S * (up_S - down_S) / 2, (up_S + down_S) / 2
     same = not bias_S.any() and torch.allclose(mean_S, weight_S, rtol=0.05, atol=1e-3)

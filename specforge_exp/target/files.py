@@ -28,6 +28,8 @@ def text_config(cfg: ModelConfig) -> Any:
         config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=False).get_text_config()
     except (OSError, ValueError) as error:
         raise InputError(not_loadable(cfg, error)) from None
+    if getattr(config, "num_hidden_layers", None) is None:
+        raise InputError(f"model.path={cfg.path}: {config.model_type} is no language model")
     if folder := files_of(cfg.path):
         check_rotary(folder)
     return config

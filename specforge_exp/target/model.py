@@ -30,6 +30,9 @@ from specforge_exp.target.anatomy import (
 )
 from specforge_exp.target.head import Head
 
+KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+"""Layers of a cache of transformers that keep nothing else."""
+
 
 def apart(states: Tensor, expected: Tensor) -> float:
     """Length of the difference of states, relative to that of the expected ones."""
@@ -241,50 +244,29 @@ class Target:
         Raises:
             InputError: they do not.
         """
-        ids_1T = few_tokens(self.model)
+        ids_1T, size = few_tokens(self.model), self.text.hidden_size
         with self.captured() as captured:
             last_1TH = self.decoder(ids_1T, use_cache=False).last_hidden_state
-        sizes = {states.numel() for states in (last_1TH, *captured.values())}
-        if sizes != {ids_1T.numel() * self.text.hidden_size}:
+        count = ids_1T.numel() * size
+        alike = (isinstance(x, Tensor) and x.numel() == count for x in captured.values())
+        if last_1TH.shape != (*ids_1T.shape, size) or not all(alike):
             raise InputError(
-                f"the layers of {self.text.model_type} do not give one state of "
-                f"{self.text.hidden_size} numbers per token, which a draft is fed"
+                f"the layers of {self.text.model_type} do not give one state of {size} numbers per "
+                "token, which a draft is fed"
             )
 
-    def new_cache(self) -> DynamicCache:
-        """For the keys and values of one request; rejected tokens are taken out of it again.
-
-        Raises:
-            InputError: some layer keeps a state from which no token can be taken.
-        """
+    @cached_property
+    def crops(self) -> bool:
+        """Whether tokens can be taken out of what every layer keeps."""
         layers = DynamicCache(config=self.text).layers
-        if any(hasattr(layer, "recurrent_states") for layer in layers):
-            kinds = ", ".join(sorted(set(self.text.layer_types)))
-            raise self.not_decodable(f"no token can be taken out of the states of layers: {kinds}")
-        return DynamicCache()
+        return all(type(layer).__name__ in KEYS_AND_VALUES for layer in layers)
 
-    @torch.no_grad()
-    def check_decoding(self) -> None:
-        """Refuse a target that cannot be decoded token by token with tokens taken back.
+    def new_cache(self) -> DynamicCache:
+        """For the keys and values of one text.
 
         Raises:
-            InputError: it cannot.
+            InputError: some layer keeps another state.
         """
-        cache, ids_1T = self.new_cache(), few_tokens(self.model)
-        try:
-            self.features(ids_1T[:, :4], cache)
-            self.features(ids_1T[:, [3, 2, 1]], cache)
-            cache.crop(-3)
-            _, last_1TH = self.features(ids_1T[:, 4:], cache)
-        except packing.FAILURES as error:
-            raise self.not_decodable(one_line(error)) from None
-        difference = apart(last_1TH, self.features(ids_1T)[1][:, 4:])
-        if difference > tolerance(last_1TH):
-            raise self.not_decodable(f"with its past kept its states differ by {difference:.0%}")
-
-    def not_decodable(self, reason: str) -> InputError:
-        """Why bench cannot decode it, and what can."""
-        return InputError(
-            f"{self.text.model_type} cannot be decoded in this process ({reason}); a server "
-            "decodes it: engine=sglang or engine=openai, for train and bench"
-        )
+        if not self.crops:
+            raise InputError("some of its layers keep more than keys and values")
+        return DynamicCache()

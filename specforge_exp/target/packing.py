@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -131,8 +132,12 @@ def follows(model: Any, decoder: Any, documents: bool) -> bool:
 
 def first_that_follows(model: Any, decoder: Any, names: list[str]) -> str | None:
     """The first of these attentions with which a model keeps packed conversations apart; it has
-    it then. None: with none of them, and it has the last that it takes."""
+    it then. None: with none of them, and it has the last that it takes; or it hands states of its
+    layers from token to token, which a few tokens in bfloat16 need not show."""
     register()
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    if any(hasattr(layer, "conv_states") for layer in layers):
+        return None
     for name in names:
         try:
             model.set_attn_implementation(name)

@@ -1,5 +1,6 @@
 """What a draft takes from the configuration of its target; no family is named."""
 
+from collections import Counter
 from typing import Any
 
 from specforge_exp.config import ModelConfig
@@ -45,15 +46,22 @@ def draft_shape(config: Any) -> dict[str, Any]:
 
 
 def first_of(text: Any, names: str, default: Any = None) -> Any:
-    """The first of these attributes that is set; InputError when there is neither one nor a
-    default."""
+    """The first of these attributes that is set, as most layers have it; InputError when there is
+    neither one nor a default."""
+    layers = each_layer(text)
     for name in names.split():
-        value = getattr(text, name, None)
+        value, _ = Counter(getattr(layer, name, None) for layer in layers).most_common(1)[0]
         if value is not None:
             return value
     if default is None:
         raise InputError(f"the target ({text.model_type}) has no {names} in its config.json")
     return default
+
+
+def each_layer(text: Any) -> list[Any]:
+    """The configuration as every layer has it: transformers lets some attributes differ."""
+    differ = getattr(text, "per_layer_attributes", None)
+    return list(text.per_layer_config) if differ else [text] * text.num_hidden_layers
 
 
 def rotaries(text: Any) -> list[dict[str, Any]]:

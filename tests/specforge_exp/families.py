@@ -30,6 +30,12 @@ LATENT = {
     "qk_nope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
     "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
 }  # fmt: skip
+SPARSE = {**LATENT, "index_topk": 12, "index_head_dim": 16, "index_n_heads": 16}
+GATED = {name: value for name, value in LINEAR.items() if name.startswith("linear")}
+MAMBA = {
+    "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2,
+    "mamba_chunk_size": 16,
+}  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
@@ -145,10 +151,103 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "StableLM": lambda: tf.StableLmConfig(**BASE),
     "GPT-NeoX": lambda: tf.GPTNeoXConfig(**BASE),
     "Falcon": falcon,
+    "Qwen3.5": lambda: tf.Qwen3_5TextConfig(**HEADS, **GATED),
+    "Qwen3-VL": lambda: tf.Qwen3VLConfig(
+        text_config=tf.Qwen3VLTextConfig(
+            **{k: v for k, v in HEADS.items() if k not in ("bos_token_id", "eos_token_id")},
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [4, 2, 2],
+                "mrope_interleaved": True,
+            },
+        ),
+        vision_config=tf.Qwen3VLVisionConfig(
+            depth=1,
+            hidden_size=32,
+            intermediate_size=32,
+            num_heads=2,
+            out_hidden_size=64,
+            num_position_embeddings=16,
+            deepstack_visual_indexes=[0],
+        ),
+    ),
+    "Gemma 4": lambda: tf.Gemma4TextConfig(
+        **HEADS,
+        sliding_window=32,
+        global_head_dim=32,
+        num_kv_shared_layers=2,
+        layer_types=2 * [*3 * ["sliding_attention"], "full_attention"],
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=VOCABULARY,
+        final_logit_softcapping=3.0,
+    ),
+    "Mistral Small 4": lambda: tf.Mistral4Config(
+        **{**LATENT, "first_k_dense_replace": 0},
+        rope_parameters={**DEEPSEEK_YARN, "llama_4_scaling_beta": 0.1},
+    ),
+    "DeepSeek-V3.2": lambda: tf.DeepseekV32Config(**SPARSE),
+    "DeepSeek-V4": lambda: tf.DeepseekV4Config(
+        **HEADS,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        q_lora_rank=32,
+        o_groups=2,
+        o_lora_rank=16,
+        index_n_heads=2,
+        index_head_dim=16,
+        index_topk=8,
+        sliding_window=32,
+        num_nextn_predict_layers=0,
+    ),
+    "GLM-5": lambda: tf.GlmMoeDsaConfig(**SPARSE),
+    "Kimi Linear": lambda: tf.KimiLinearConfig(
+        **{k: v for k, v in LATENT.items() if k not in ("q_lora_rank", "n_routed_experts")},
+        num_local_experts=4,
+        linear_head_dim=16,
+        linear_num_heads=4,
+    ),
+    "Falcon-H1": lambda: tf.FalconH1Config(
+        **BASE,
+        **MAMBA,
+        mamba_d_ssm=128,
+        lm_head_multiplier=0.5,
+        key_multiplier=0.7,
+    ),
+    "Granite 4": lambda: tf.GraniteMoeHybridConfig(
+        **BASE,
+        **MAMBA,
+        layer_types=2 * [*3 * ["linear_attention"], "full_attention"],
+        num_local_experts=4,
+        shared_intermediate_size=32,
+        logits_scaling=8.0,
+    ),
+    "Nemotron-H": lambda: tf.NemotronHConfig(
+        **{k: v for k, v in HEADS.items() if k != "num_hidden_layers"},
+        layers_block_type=2 * ["linear_attention", "moe", "full_attention", "mlp"],
+        ssm_state_size=16,
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        n_groups=2,
+        chunk_size=16,
+        n_routed_experts=4,
+        moe_intermediate_size=32,
+        moe_shared_expert_intermediate_size=32,
+    ),
+    "LFM2": lambda: tf.Lfm2Config(**BASE, layer_types=4 * ["conv", "full_attention"]),
+    "Jamba": lambda: tf.JambaConfig(**BASE, num_experts=4, mamba_d_state=8),
     "MiniMax": lambda: tf.MiniMaxConfig(**HEADS, num_local_experts=4, num_experts_per_tok=2),
 }
-ENTANGLED = {"Qwen3-Next", "MiniMax"}
+LINEAR_STATES = {
+    "Qwen3-Next", "Qwen3.5", "Kimi Linear", "Falcon-H1", "Granite 4", "Nemotron-H", "LFM2", "Jamba",
+    "MiniMax",
+}  # fmt: skip
+"""Those with a state that no token can be taken out of."""
+ENTANGLED = {*LINEAR_STATES}
 """Those whose packed conversations see each other."""
+NOT_FED = {"DeepSeek-V4"}
+"""Those whose layers give several states for a token."""
 if Version(tf.__version__) < Version("5.24"):  # Falcon's mask did not know its positions
     ENTANGLED.add("Falcon")
 

@@ -27,7 +27,7 @@ from specforge_exp.drafts.teacher import make_teacher
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss, opd
-from specforge_exp.target import Target, load_target
+from specforge_exp.target import Target, check_decoding, load_target
 from specforge_exp.training.objective import Sample
 
 LENGTH, PROMPT, NEW = 48, 24, 16
@@ -114,7 +114,7 @@ def served(target: Target, draft: Any, folder: Path, ids_T: Tensor, aux_1TA: Ten
 def pipeline(kind: Any, cfg: DraftConfig, folder: Path) -> None:
     """Train, export, reload, compare; decoded answers are those of plain transformers."""
     target = load(folder, kind, cfg)
-    target.check_decoding()
+    check_decoding(target)
     draft = trained(target, kind, cfg)
     export = folder / f"export-{cfg.name}"
     export.mkdir(exist_ok=True)
@@ -168,12 +168,21 @@ checks are tests (`tests/specforge_exp/test_target_matrix.py`). Real weights are
 
 A draft rotates whole heads by the target's embedding for layers that see everything; one that
 changes with the length (dynamic, longrope) becomes the plain one, and `max_length` may not pass the
-length where the target's changes. Its token embeddings are the target's weights, as engines hand
-them to a draft: not multiplied by what a family scales them with. Quantised targets: FP8 and MXFP4
+length (nor bench's own `bench.max_length`) where the target's changes. A config.json, also of
+another maker's draft, whose `rope_scaling` and `rope_parameters` are two different embeddings is
+refused with both: every reader takes one of them. Where layers differ in the size of their heads,
+the draft has that of most. Its token embeddings are the target's weights, as engines hand them to a
+draft: not multiplied by what a family scales them with. Quantised targets: FP8 and MXFP4
 load everywhere and are unpacked where nothing runs them as they are (without a GPU; MXFP4 also
 without its kernels); GPTQ, AWQ, compressed-tensors and bitsandbytes are refused with the name of
 their package where it is not installed, and were not tried with it. The head must be plain numbers.
 A model that needs its own Python code is refused: `trust_remote_code` stays off.
+
+Rejected tokens are taken out of keys and values. A layer that keeps a state instead (linear
+attention, convolutions) or an index goes back to a copy from before the verification, and what was
+accepted is read once more with the next tokens: what is said and τ are exact, bench's seconds are
+longer than those of an engine that keeps the state of every token. `onpolicy=` judges many
+proposals in one forward, which such layers cannot.
 
 `draft.start=target` copies of the last layer what a draft has too: projections, and norms that
 multiply as an RMS norm does (by w or 1 + w). Queries and keys of targets that norm or rotate heads

@@ -72,8 +72,8 @@ def export_config(draft: DFlashModel, target: Target, target_path: str) -> dict[
         "attention_dropout": 0.0,
         "target_model_name_or_path": target_path,
         "tie_word_embeddings": False,
-        "bos_token_id": text.bos_token_id,
-        "eos_token_id": text.eos_token_id,
+        "bos_token_id": getattr(text, "bos_token_id", None),
+        "eos_token_id": getattr(text, "eos_token_id", None),
     }
 
 

@@ -63,8 +63,8 @@ def export_config(draft: Eagle3Model[Any], target: Target, target_path: str) -> 
         "tie_word_embeddings": False,
         "attention_bias": False,
         "pad_token_id": None,
-        "bos_token_id": text.bos_token_id,
-        "eos_token_id": text.eos_token_id,
+        "bos_token_id": getattr(text, "bos_token_id", None),
+        "eos_token_id": getattr(text, "eos_token_id", None),
     }
 
 
