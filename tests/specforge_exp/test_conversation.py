@@ -149,6 +149,12 @@ def test_a_conversation_ends_where_max_length_is_full() -> None:
         raise AssertionError("a short conversation is not tokenised")
 
     outcome(talk("short"), engine, max_length=2048, count=never)
+    told = {**talk("short"), "tools": [{"function": {"name": "f"}}]}
+    thought = talk("short", "o", "go on")
+    thought["conversations"][1] |= {"weight": 0, "reasoning": "hm"}
+    for record in (told, thought):  # how long those are, only the template knows
+        found = outcome(record, engine, max_length=2048, count=lambda record, messages: 2048)
+        assert found["error"] == "the prompt alone has 2048 tokens, max_length=2048"
 
 
 @pytest.mark.parametrize("error", [Refused, Unrenderable, Failed])
