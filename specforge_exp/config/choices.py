@@ -76,9 +76,10 @@ class Source:
     limit: int | None = None
     """Take at most this many conversations after `skip`; null: all."""
 
-    def __post_init__(self) -> None:
-        one_of("format", self.format, tuple(FORMATS))
-        minimums(self, "", shuffle=0, skip=0, limit=1)
+    def check(self, key: str) -> None:
+        """Refuse what is not valid, by the key under which the source stands."""
+        one_of(f"{key}.format", self.format, tuple(FORMATS))
+        minimums(self, f"{key}.", shuffle=0, skip=0, limit=1)
 
 
 @dataclass
@@ -110,6 +111,10 @@ class DataConfig:
         if self.path == "":
             raise InputError("data=local needs data.path=<file, folder or hub:<id>>")
         safe_name("data.name", self.name, "--")
+        one_of("data.format", self.format, tuple(FORMATS))
+        for key in ("train", "eval"):
+            for number, source in enumerate(vars(self)[key]):
+                source.check(f"data.{key}[{number}]")
         if not 0 <= self.split_eval < 1:
             raise InputError(f"data.split_eval={self.split_eval} must be in [0, 1)")
         minimums(self, "data.", sample_size=1, max_turns=1)
