@@ -124,9 +124,10 @@ def needed_flops(causal: Causal, lengths: list[int], rows: int) -> float:
     visits = getattr(config, "num_experts_per_tok", None)
     layers = 0.0
     for unit in causal.units:
-        for weight in unit.parameters():
+        for name, weight in unit.named_parameters():
             share = visits / len(weight) if weight.dim() == 3 and visits else 1.0
-            layers += weight.numel() * share if weight.dim() > 1 else 0
+            multiplies = weight.dim() > 1 and not name.endswith("bias")  # experts' have two
+            layers += weight.numel() * share if multiplies else 0
     head: int = causal.model.get_output_embeddings().weight.numel()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(causal.units)
