@@ -168,11 +168,11 @@ class LossConfig:
     def __post_init__(self) -> None:
         safe_name("loss.name", self.name)
         weights = self.weights()
-        if min(weights.values()) < 0:
-            raise InputError(f"loss weights must not be negative: {weights}")
+        minimums(self, "loss.", **dict.fromkeys(weights, 0))
         ours = self._target_ == LossConfig._target_  # another function may have other knobs
         if ours and self.name != MISSING and not any(weights.values()):
-            raise InputError(f"at least one loss weight must be above 0: {', '.join(weights)}")
+            keys = ", ".join(f"loss.{name}" for name in weights)
+            raise InputError(f"at least one loss weight must be above 0: {keys}")
         above_zero("loss.temperature", self.temperature)
 
     def weights(self) -> dict[str, float]:

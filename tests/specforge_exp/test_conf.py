@@ -119,7 +119,8 @@ def test_seed_defaults() -> None:
         ("+data.eval=[{path: x, skip: -1}]", "data.eval[0].skip=-1 must be at least 0"),
         ("bench=standard bench.suite.gsm8k.format=x", "bench.suite.gsm8k.format=x is not valid"),
         ("model.aux_layers=[1]", "draft=eagle3 is fed by 3"),
-        ("loss.lambda_ce=0", "at least one loss weight"),
+        ("loss.lambda_ce=0", "at least one loss weight must be above 0: loss.lambda_ce, loss."),
+        ("loss.lambda_rkl=-1", "loss.lambda_rkl=-1.0 must be at least 0"),
     ],
 )
 def test_wrong_values_are_named(override: str, named: str) -> None:
