@@ -70,12 +70,8 @@ class Asking:
 
     def decode(self, tokens: list[int]) -> str:
         """The text of an answer, as a later prompt has it; "" where it ended before it began."""
-        if size := len(self.header):
-            begins = [at for at in range(len(tokens)) if (*tokens[at : at + size],) == self.header]
-            marks = set(self.header) & set(self.tokenizer.all_special_ids)
-            if begins or marks & set(tokens):
-                tokens = tokens[begins[-1] + size :] if begins else []
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        said = tokens[begin_of(tokens, self.header, self.tokenizer) :]
+        text: str = self.tokenizer.decode(said, skip_special_tokens=True)
         return text
 
 
@@ -110,6 +106,16 @@ def header_of(tokenizer: Any, kwargs: dict[str, Any]) -> tuple[int, ...]:
     header = before.removeprefix(prompt) if before.startswith(prompt) else ""
     ids = tokenizer(header, add_special_tokens=False)["input_ids"]
     return tuple(ids) if tokenizer.decode(ids, skip_special_tokens=True) != header else ()
+
+
+def begin_of(tokens: list[int], header: tuple[int, ...], tokenizer: Any) -> int:
+    """Where in an answer's tokens stands what it says: behind the last header, and nowhere where
+    they have some of a header's marks alone."""
+    size = len(header)
+    begins = [at for at in range(len(tokens)) if (*tokens[at : at + size],) == header]
+    if not size or begins:
+        return begins[-1] + size if size else 0
+    return len(tokens) if set(header) & set(tokenizer.all_special_ids) & set(tokens) else 0
 
 
 def asking_of(cfg: Config, tokenizer: Any, training_keys: torch.Tensor | None) -> Asking:
