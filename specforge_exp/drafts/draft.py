@@ -68,11 +68,12 @@ class Draft(nn.Module, Generic[Options]):
     @property
     def attention_heads(self) -> AttentionHeads | None:
         """Of the attention that `kernels` compute; None: it is another's, or there is none."""
-        config: Any = getattr(self, "config", None)
-        if config is None:
-            return None
-        M, N = config.num_key_value_heads, config.num_attention_heads
-        return M, N // M, config.head_dim
+        config, names = (
+            getattr(self, "config", None),
+            "num_key_value_heads num_attention_heads head_dim",
+        )
+        M, N, E = (getattr(config, name, None) for name in names.split())
+        return (M, N // M, E) if M and N and E else None
 
     @property
     def units(self) -> list[nn.Module]:
