@@ -68,11 +68,9 @@ class Draft(nn.Module, Generic[Options]):
     @property
     def attention_heads(self) -> AttentionHeads | None:
         """Of the attention that `kernels` compute; None: it is another's, or there is none."""
-        config, names = (
-            getattr(self, "config", None),
-            "num_key_value_heads num_attention_heads head_dim",
-        )
-        M, N, E = (getattr(config, name, None) for name in names.split())
+        names = "num_key_value_heads num_attention_heads head_dim".split()
+        config = getattr(self, "config", None)
+        M, N, E = (getattr(config, name, None) for name in names)
         return (M, N // M, E) if M and N and E else None
 
     @property
