@@ -127,7 +127,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     draft, outcome, extra = prepare(args)
-    use_kernels(torch.device(args.device))  # as where a training starts
+    use_kernels(torch.device(args.device), draft.attention_heads)  # as where a training starts
     report(args, draft, outcome, extra)
 
 

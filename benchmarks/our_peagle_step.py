@@ -47,7 +47,7 @@ def main() -> None:
     del weights, chats, normed
     seam.make_chains = lambda cfg, batch: chains
     window_K = torch.stack([mask.sum() for mask in chains.supervised]).double()
-    use_kernels(torch.device(args.device))
+    use_kernels(torch.device(args.device), draft.attention_heads)
     report(args, draft, lambda: draft(sample, head, loss, cfg, window_K)[1])
 
 

@@ -109,8 +109,6 @@ def main() -> None:
     )
     args = parser.parse_args()
     layers.IN_ORDER["cuda"] |= args.in_order
-    if not args.in_order:
-        use_kernels(torch.device(args.device))
     torch.set_num_threads(args.threads)
     cuda = args.device.startswith("cuda")
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -121,6 +119,8 @@ def main() -> None:
         weights, {**vars(shape), "rms_eps": shape.rms_eps, "head_dim": shape.head_dim}
     ).to(args.device)
     draft.compute_dtype, draft.gradient_checkpointing = dtype, args.checkpointing
+    if not args.in_order:
+        use_kernels(torch.device(args.device), draft.attention_heads)
     sample = packed(chats, args.device, dtype)
     padded = float(len(chats.lengths) * max(chats.lengths))
     del weights, chats

@@ -82,7 +82,7 @@ class JobSettings:
     job's result is no longer its own, and it runs again."""
     unique: list[str] = field(default_factory=list)
     """Places the job writes; two jobs with the same one are refused. pull --checkpoints brings
-    those that lie on a mounted Volume."""
+    those that lie on a mounted Volume; from several Volumes, each into a folder of its name."""
     progress_file: str | None = None
     """JSON lines with `step` and `loss`, relative to the output directory or absolute; shown in the
     table, and brought here with the outputs."""

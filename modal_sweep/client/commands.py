@@ -123,6 +123,7 @@ def pull(arguments: argparse.Namespace) -> int:
     """Bring outputs again; what is here costs nothing."""
     journal = opened(arguments.sweep)
     fetched, records = 0, journal.current()
+    several = len({name for record in records for name, _ in places(record)}) > 1
     for record in records:
         try:
             fetched += collect.pull(journal, record)
@@ -131,20 +132,21 @@ def pull(arguments: argparse.Namespace) -> int:
             continue
         if arguments.checkpoints:
             target = arguments.to or collect.job_folder(journal, record) / "checkpoints"
-            fetched += pull_places(record, target)
+            for name, path in places(record):
+                below = target / name if several else target  # two may have the same path
+                fetched += pull_folder(name, path, below / path)
     print(f"{fetched} files fetched into {journal.sweep_dir}")
     return int(any(record.unpulled for record in records))
 
 
-def pull_places(record: JobRecord, target: Path) -> int:
-    """Bring what a job wrote to mounted Volumes; number of files fetched."""
-    fetched = 0
+def places(record: JobRecord) -> list[tuple[str, str]]:
+    """What a job alone writes to, as a Volume and a path there."""
+    found = []
     for folder in record.plan["unique"]:
         for mount, name in record.plan["options"]["volumes"].items():
             if folder == mount or folder.startswith(mount.rstrip("/") + "/"):
-                path = folder[len(mount.rstrip("/")) :].strip("/")
-                fetched += pull_folder(name, path, target / path)
-    return fetched
+                found.append((name, folder[len(mount.rstrip("/")) :].strip("/")))
+    return found
 
 
 def pull_folder(name: str, path: str, target: Path) -> int:

@@ -11,7 +11,16 @@ import torch
 from specforge_exp.bench.acceptance import PairedAnswer
 from specforge_exp.bench.speculative import Decoding
 from specforge_exp.config import Config
-from specforge_exp.data.chat import Message, Unrenderable, eos_token_ids, prompt_ids
+from specforge_exp.data.chat import (
+    MARKER,
+    PROBE,
+    Message,
+    Unrenderable,
+    eos_token_ids,
+    prompt_ids,
+    prompt_text,
+    render,
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +48,8 @@ class Asking:
     """Tokens of a prompt, at most."""
     seed: int
     """Of the samples."""
+    header: tuple[int, ...] = ()
+    """See `header_of`."""
 
     def encode(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
         """The prompt of a conversation so far; [] where the template refuses it."""
@@ -58,8 +69,9 @@ class Asking:
         return replace(self.decoding, seed=int.from_bytes(digest) >> 1)
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of an answer."""
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        """The text of an answer, as a later prompt has it; "" where it ended before it began."""
+        said = tokens[begin_of(tokens, self.header, self.tokenizer) :]
+        text: str = self.tokenizer.decode(said, skip_special_tokens=True)
         return text
 
 
@@ -82,6 +94,30 @@ Raises:
 """
 
 
+def header_of(tokenizer: Any, kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """The tokens that the model writes between the prompt and an answer, or between its thoughts
+    and the answer, as far as `decode` would leave words of them: a channel's name (gpt-oss)."""
+    try:
+        prompt = prompt_text(tokenizer, [PROBE], kwargs)
+        shown = render(tokenizer, [PROBE, {"role": "assistant", "content": MARKER}], kwargs)
+    except Unrenderable:
+        return ()
+    before, _, _ = shown.partition(MARKER)
+    header = before.removeprefix(prompt) if before.startswith(prompt) else ""
+    ids = tokenizer(header, add_special_tokens=False)["input_ids"]
+    return tuple(ids) if tokenizer.decode(ids, skip_special_tokens=True) != header else ()
+
+
+def begin_of(tokens: list[int], header: tuple[int, ...], tokenizer: Any) -> int:
+    """Where in an answer's tokens stands what it says: behind the last header, and nowhere where
+    they have some of a header's marks alone."""
+    size = len(header)
+    begins = [at for at in range(len(tokens)) if (*tokens[at : at + size],) == header]
+    if not size or begins:
+        return begins[-1] + size if size else 0
+    return len(tokens) if set(header) & set(tokenizer.all_special_ids) & set(tokens) else 0
+
+
 def asking_of(cfg: Config, tokenizer: Any, training_keys: torch.Tensor | None) -> Asking:
     """By the configuration's options of bench."""
     kwargs = dict(cfg.model.chat_template_kwargs)
@@ -95,4 +131,5 @@ def asking_of(cfg: Config, tokenizer: Any, training_keys: torch.Tensor | None) -
         eos=frozenset(eos_token_ids(cfg.model.path, tokenizer)),
     )
     room = (cfg.bench.max_length or cfg.max_length) - cfg.bench.max_tokens
-    return Asking(tokenizer, decoding, kwargs, training_keys, room, cfg.seed)
+    header = header_of(tokenizer, kwargs)
+    return Asking(tokenizer, decoding, kwargs, training_keys, room, cfg.seed, header)

@@ -69,13 +69,13 @@ def load_causal(cfg: Config, device: torch.device, ranks: Ranks) -> Causal:
         model = new_model(source, cfg.seed)
     model.config.use_cache = False
     without_dropout(model)
-    if device.type == "cuda" and cfg.causal.liger != "off":
-        patch(model, cfg.causal.liger)
-    else:
-        spare(model)
     causal = Causal(model, cfg.causal)
     causal.ending, name = ranks.decided(partial(measured, causal, device))
     causal.take_attention(name)
+    if device.type == "cuda" and cfg.causal.liger != "off":
+        patch(model, cfg.causal.liger)  # its kernels run on a GPU alone, where the model is not yet
+    else:
+        spare(model)
     model.train()
     if cfg.trainer.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -31,7 +31,7 @@ class Piece:
 
     text: str
     kind: str = "own"
-    """own: the target's; drafted: by the draft, and kept by the target; thought: of a server."""
+    """own: the target's; drafted: by the draft, and kept by the target; thought: not sent back."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Spoken:
 
     @property
     def text(self) -> str:
-        """What it says, without the thoughts of a server."""
+        """What it says, without thoughts that are told apart."""
         return "".join(piece.text for piece in self.pieces if piece.kind != "thought")
 
     def status(self) -> str:

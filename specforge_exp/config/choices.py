@@ -76,9 +76,10 @@ class Source:
     limit: int | None = None
     """Take at most this many conversations after `skip`; null: all."""
 
-    def __post_init__(self) -> None:
-        one_of("format", self.format, tuple(FORMATS))
-        minimums(self, "", shuffle=0, skip=0, limit=1)
+    def check(self, key: str) -> None:
+        """Refuse what is not valid, by the key under which the source stands."""
+        one_of(f"{key}.format", self.format, tuple(FORMATS))
+        minimums(self, f"{key}.", shuffle=0, skip=0, limit=1)
 
 
 @dataclass
@@ -110,6 +111,10 @@ class DataConfig:
         if self.path == "":
             raise InputError("data=local needs data.path=<file, folder or hub:<id>>")
         safe_name("data.name", self.name, "--")
+        one_of("data.format", self.format, tuple(FORMATS))
+        for key in ("train", "eval"):
+            for number, source in enumerate(vars(self)[key]):
+                source.check(f"data.{key}[{number}]")
         if not 0 <= self.split_eval < 1:
             raise InputError(f"data.split_eval={self.split_eval} must be in [0, 1)")
         minimums(self, "data.", sample_size=1, max_turns=1)
@@ -163,11 +168,11 @@ class LossConfig:
     def __post_init__(self) -> None:
         safe_name("loss.name", self.name)
         weights = self.weights()
-        if min(weights.values()) < 0:
-            raise InputError(f"loss weights must not be negative: {weights}")
+        minimums(self, "loss.", **dict.fromkeys(weights, 0))
         ours = self._target_ == LossConfig._target_  # another function may have other knobs
         if ours and self.name != MISSING and not any(weights.values()):
-            raise InputError(f"at least one loss weight must be above 0: {', '.join(weights)}")
+            keys = ", ".join(f"loss.{name}" for name in weights)
+            raise InputError(f"at least one loss weight must be above 0: {keys}")
         above_zero("loss.temperature", self.temperature)
 
     def weights(self) -> dict[str, float]:

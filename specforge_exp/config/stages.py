@@ -332,8 +332,10 @@ class BenchConfig:
             verify="all confidence",
         )  # fmt: skip
         safe_name("bench.name", self.name or "none")
-        for name in (*self.datasets, *self.suite):
-            safe_name("bench.datasets", name)
+        for key in ("datasets", "suite"):
+            for name, source in vars(self)[key].items():
+                safe_name(f"bench.{key}", name)
+                source.check(f"bench.{key}.{name}")
         for name in self.only:
             one_of("bench.only", name, tuple(self.suite))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from specforge_exp.config import DraftConfig
 from specforge_exp.drafts.folder import read_export, write_export
-from specforge_exp.drafts.kernels.check import use_kernels
+from specforge_exp.drafts.kernels.check import AttentionHeads, use_kernels
 from specforge_exp.drafts.layers import narrowed_once
 from specforge_exp.drafts.replay import replay_outcome
 from specforge_exp.drafts.rows import number_in_each
@@ -63,7 +63,15 @@ class Draft(nn.Module, Generic[Options]):
         """Move to where it trains: on CUDA in bfloat16 and by `kernels`, where those are usable."""
         self.to(device)
         self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        use_kernels(device)
+        use_kernels(device, self.attention_heads)
+
+    @property
+    def attention_heads(self) -> AttentionHeads | None:
+        """Of the attention that `kernels` compute; None: it is another's, or there is none."""
+        names = "num_key_value_heads num_attention_heads head_dim".split()
+        config = getattr(self, "config", None)
+        M, N, E = (getattr(config, name, None) for name in names)
+        return (M, N // M, E) if M and N and E else None
 
     @property
     def units(self) -> list[nn.Module]:

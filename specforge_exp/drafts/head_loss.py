@@ -137,8 +137,7 @@ def visit_rows(
     alpha_KR = torch.zeros(len(states), chains.counts[0], device=device)
     sums = RowSums(alpha_KR, torch.zeros_like(alpha_KR, dtype=torch.bool))
     size = max(1, LOGITS[device.type] // len(heads.weight_DH))
-    held = min(size, len(rows.flat_Q)) if state_QH.dtype == torch.float32 else 0
-    buffer_ND = torch.empty(held, len(heads.weight_DH), device=device)
+    buffer_ND = logits_buffer(min(size, len(rows.flat_Q)), state_QH, heads.weight_DH)
     gradient_QH = torch.zeros_like(state_QH) if gradient else None
     gradient_QF = torch.zeros_like(addition.feature_QF) if addition and gradient else None
     # One more position stands for all that lies outside a conversation.
@@ -225,7 +224,7 @@ def text_losses(
     loss_KR = torch.full((len(states), chains.counts[0]), -1.0, device=device)
     size = max(1, LOGITS[device.type] // len(heads.weight_DH))
     weight_DH = heads.weight_DH.to(state_QH.dtype)
-    buffer_ND = torch.empty(min(size, len(rows.flat_Q)), len(weight_DH), device=device)
+    buffer_ND = logits_buffer(min(size, len(rows.flat_Q)), state_QH, weight_DH)
     for listed_N in torch.arange(len(rows.flat_Q), device=device).split(size):
         flat_N = rows.flat_Q[listed_N]
         logits_ND = head_logits(heads.norm(state_QH[flat_N]), weight_DH, buffer_ND)
@@ -236,6 +235,12 @@ def text_losses(
         loss_N = (torch.logsumexp(logits_ND, -1) - picked_N).clamp(min=0)
         loss_KR[rows.step_Q[listed_N], rows.row_Q[listed_N]] = loss_N
     return loss_KR
+
+
+def logits_buffer(rows: int, state_QH: Tensor, weight_DH: Tensor) -> Tensor:
+    """What `head_logits` writes the logits of so many rows to; of narrow states, it needs none."""
+    held = rows if state_QH.dtype == torch.float32 else 0
+    return torch.empty(held, len(weight_DH), device=state_QH.device)
 
 
 def head_logits(normed_NH: Tensor, weight_DH: Tensor, buffer_ND: Tensor) -> Tensor:

@@ -200,12 +200,18 @@ class OpenAIEngine:
 
 def sent(message: Message) -> Message:
     """A message as OpenAI's interface has it, where the arguments of a call are text: servers make
-    objects of them for their templates. Raises Unrenderable."""
+    objects of them for their templates. Raises Unrenderable.
+
+    Calls and results have ids there. An empty one is what a template makes of none.
+    """
     shown = readable(message, "in")
+    if shown["role"] == "tool":
+        shown = {**shown, "tool_call_id": str(shown.get("tool_call_id") or "")}
     for call in shown.get("tool_calls", []) if shown["role"] == "assistant" else []:
         inner = call.get("function", call)
         text = encode(inner["arguments"]).decode()
         call |= {"type": "function", "function": {**inner, "arguments": text}}
+        call["id"] = str(call.get("id") or "")
     return {key: shown[key] for key in MESSAGE_KEYS if key in shown}
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from specforge_exp.data.messages import Unrenderable, is_given, split_thoughts
+from specforge_exp.data.messages import Unrenderable, is_given, reasoning_of, split_thoughts
 from specforge_exp.generation.engine import Answer, Failed, Message, Refused, Request, Sampling
 
 Record = dict[str, Any]
@@ -124,11 +124,13 @@ async def one_answer(
 def check_room(record: Record, messages: list[Message], rules: Rules, before: list[Answer]) -> None:
     """Raise Stop when the conversation fills max_length already.
 
-    No token is shorter than a byte, so most conversations need no tokenizer.
+    No token is shorter than a byte, so most conversations need no tokenizer; how long a template
+    makes tools, calls and thoughts, only it knows.
     """
     tokens = before[-1].prompt_tokens + before[-1].completion_tokens if before else 0
     size = sum(len(m["content"].encode()) + TEMPLATE_BYTES for m in messages)
-    if tokens < rules.max_length and size >= rules.max_length and rules.count:
+    more = record.get("tools") or any(m.get("tool_calls") or reasoning_of(m) for m in messages)
+    if tokens < rules.max_length and (more or size >= rules.max_length) and rules.count:
         tokens = rules.count(record, messages)
     if tokens >= rules.max_length:
         raise Stop(f"the prompt alone has {tokens} tokens, max_length={rules.max_length}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specforge_exp.config import Config
 from specforge_exp.config.onpolicy import OnPolicyConfig
+from specforge_exp.data.chat import CLOSING
 from specforge_exp.data.rendering import eos_token_ids
 from specforge_exp.drafts.rows import document_bounds, possible_anchors
 from specforge_exp.onpolicy.anchors import Draw, draw, missed
@@ -62,6 +63,8 @@ class Replayer:
     """Positions that there are, as max_length: a chain ends before."""
     ends: frozenset[int] = frozenset()
     """Tokens that end an answer."""
+    closing: frozenset[int] = frozenset()
+    """Tokens that end thoughts."""
     read: int = 0
     """Tokens of conversations that the target has read."""
     verified: int = 0
@@ -207,12 +210,14 @@ def replayer_of(cfg: Config, draft: Any, target: Target, elsewhere: Judge | None
         InputError: the target cannot judge them in one forward.
     """
     tokenizer = load_tokenizer(cfg.model)
-    target.tokens = max(tokenizer.get_vocab().values()) + 1  # others are never said, as in bench
+    known = tokenizer.get_vocab()
+    target.tokens = max(known.values()) + 1  # others are never said, as in bench
     if not elsewhere:
         check_segments(target, max(cfg.max_length, 4))
     ends = frozenset(eos_token_ids(cfg.model.path, tokenizer))
+    closing = frozenset(known[name] for name in (CLOSING,) if name in known)
     steps, limit = cfg.onpolicy.length or cfg.draft.replay_length, cfg.max_length
-    return Replayer(cfg.onpolicy, draft, target, steps, limit, ends, elsewhere=elsewhere)
+    return Replayer(cfg.onpolicy, draft, target, steps, limit, ends, closing, elsewhere=elsewhere)
 
 
 def spans(lengths: list[int]) -> Iterator[slice]:

@@ -158,8 +158,11 @@ class Rollouts:
                 len(prompt) + len(answer.tokens) + proposed,
             ])  # fmt: skip
             said, before = prompt + answer.tokens, places[-1] + 1
-            # What follows in the text follows its own end token, where it has one.
+            # What follows in the text follows its own end token, where it has one, and the answer
+            # as templates show it: most leave out earlier thoughts, of which it then has none.
             if answer.tokens[-1] not in ({ids[places[-1]]} & decoding.eos or decoding.eos):
+                break
+            if replayer.closing & set(answer.tokens) - {ids[place] for place in places}:
                 break
         errors_R = torch.tensor(errors, dtype=torch.long)
         if not said:

@@ -53,9 +53,10 @@ def visited(module: nn.Module, text: Any) -> float:
     tensor, as many as it visits."""
     visits = getattr(text, "num_experts_per_tok", None)
     number = 0.0
-    for weight in module.parameters():
+    for name, weight in module.named_parameters():
         share = visits / len(weight) if weight.dim() == 3 and visits else 1.0
-        number += weight.numel() * share if weight.dim() > 1 else 0
+        multiplies = weight.dim() > 1 and not name.endswith("bias")  # experts' have two
+        number += weight.numel() * share if multiplies else 0
     return number
 
 

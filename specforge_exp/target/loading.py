@@ -90,7 +90,9 @@ def from_files(
 ) -> tuple[Any, dict[str, Any]]:
     """The model and transformers' report; InputError when it cannot be loaded.
 
-    Quantised weights go to their device at once: some kinds cannot be moved later.
+    Weights go to their device as they are read: what is converted on the way there (experts that
+    are put together, numbers of another type) would be a copy in each process's own memory, and
+    quantised ones of some kinds cannot be moved later.
     """
     quantised = ""
     try:
@@ -99,8 +101,8 @@ def from_files(
         if details:
             details = details if isinstance(details, dict) else details.to_dict()
             quantised = f" (its weights are quantised: {details.get('quant_method')})"
-            if device.type == "cuda" and "distributed_config" not in options:
-                options = {**options, "device_map": {"": device}}
+        if device.type != "cpu" and "distributed_config" not in options:
+            options = {**options, "device_map": {"": device}}
         text = type(config) in AutoModelForCausalLM._model_mapping
         kind = AutoModelForCausalLM if text else AutoModelForImageTextToText
         loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(

@@ -10,15 +10,19 @@ import pytest
 from modal_app import driver
 
 from modal_sweep.client import calls, collect, commands, spawn
+from modal_sweep.client.volumes import upload, volume
 from modal_sweep.errors import LaunchError
 from modal_sweep.protocol.journal import Journal
 
 
-def planned(journal: Journal, identity: str, status: str | None, folder: str = "0") -> None:
+def planned(
+    journal: Journal, identity: str, status: str | None, folder: str = "0", **more: Any
+) -> None:
     """A job that was spawned, and its end."""
     place = f"/there/{folder}"
     plan = {"event": "plan", "identity": identity, "job": 0, "code": "c", "subdir": folder}
     plan |= {"overrides": [], "unique": [f"/runs/{folder}"], "ref": {"output_dir": place}}
+    plan |= more
     journal.write([plan, {"event": "spawn", "identity": identity, "generation": 0, "call": "fc"}])
     if status:
         end = {"event": "end", "identity": identity, "generation": 0, "status": status}
@@ -87,6 +91,31 @@ def test_files_of_a_replaced_job_go(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert bring("a" * 9, "both", "old", inline=True) == {"both", "old", "edited", "mine"}
     assert bring("a" * 9, "both", inline=True) == {"both", "edited", "mine"}  # run again
     assert (tmp_path / "1" / "old").exists()
+
+
+@pytest.mark.usefixtures("on_local_modal")
+def test_equal_paths_of_two_volumes_stay_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all of it goes to one folder; what one Volume has keeps its path."""
+    monkeypatch.setattr(collect, "pull", lambda journal, record: 0)
+    monkeypatch.setattr(commands.preflight, "refuse_elsewhere", lambda journal: {})
+    for name in ("runs", "sets"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(name)
+        upload(volume(f"two-{name}"), tmp_path / name, "0")
+    options = {"volumes": {"/runs": "two-runs", "/sets": "two-sets"}}
+    for unique, found in (
+        (["/runs/0"], {"0/x": "runs"}),
+        (["/runs/0", "/sets/0"], {"two-runs/0/x": "runs", "two-sets/0/x": "sets"}),
+    ):
+        sweep, here = tmp_path / f"sweep{len(unique)}", tmp_path / f"here{len(unique)}"
+        journal = Journal(sweep)
+        journal.write([{"event": "sweep", "id": "s", "dict": "d"}])
+        planned(journal, "one", "completed", unique=unique, options=options)
+        commands.pull(argparse.Namespace(sweep=sweep, checkpoints=True, to=here))
+        files = [path for path in here.rglob("*") if path.is_file()]
+        assert {path.relative_to(here).as_posix(): path.read_text() for path in files} == found
 
 
 @pytest.mark.slow

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from chat_shapes import SHAPES
+from chat_templates import tokenizer_of
 
 from specforge_exp.bench import clients
-from specforge_exp.bench.asking import Asking, Talk, asking_of
+from specforge_exp.bench.asking import Asking, Talk, asking_of, header_of
 from specforge_exp.bench.served import converse, repeat
 from specforge_exp.bench.sets import BenchSets
 from specforge_exp.bench.speculative import Decoding
@@ -125,3 +127,22 @@ def test_a_prompt_has_its_tools_and_may_be_refused(
     assert "a prompt is left out: the chat template refuses it: no system role" in caplog.text
     with pytest.raises(InputError, match="no prompt fits"):
         fitting(BenchSets({"x": [refused]}, {}), asking, cfg)
+
+
+def test_an_answer_is_what_stands_behind_its_header() -> None:
+    """The words of Harmony's channels are no answer; a model without a header has said it all."""
+
+    def decoded(name: str, text: str) -> str:
+        shape = next(shape for shape in SHAPES if shape.name == name)
+        tokenizer = tokenizer_of(shape)
+        header = header_of(tokenizer, shape.kwargs)
+        asking = Asking(tokenizer, Decoding(4), shape.kwargs, None, 9, 0, header)
+        return asking.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    thought = "<|channel|>analysis<|message|>Hm."
+    final = "<|start|>assistant<|channel|>final<|message|>"
+    assert decoded("gpt-oss", f"{thought}<|end|>{final}Yes, final.<|return|>") == "Yes, final."
+    assert decoded("gpt-oss", thought) == ""
+    assert decoded("gpt-oss", "Yes.") == "Yes."
+    assert decoded("Cohere 2", "<|START_RESPONSE|>Yes.<|END_RESPONSE|>") == "Yes."
+    assert decoded("Llama 3", "Yes.<|eot_id|>") == "Yes."

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specforge_exp import paths
 from specforge_exp.causal import head as head_module
+from specforge_exp.causal import training
 from specforge_exp.causal.export import export_model, save_model
 from specforge_exp.causal.head import Ending, NextToken, next_token_loss
 from specforge_exp.causal.model import (
@@ -34,6 +35,7 @@ from specforge_exp.config.causal import CausalConfig
 from specforge_exp.errors import InputError
 from specforge_exp.target.anatomy import read_end
 from specforge_exp.training.batches import Batch
+from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.running import check_held_out
 
 CPU = torch.device("cpu")
@@ -208,13 +210,15 @@ def test_mfu_counts_the_products_and_half_of_attention() -> None:
     assert outcome.flops == pytest.approx(products + added_in_place + scores / 2)
 
 
-@pytest.mark.parametrize("family", ["Gemma 2", "Qwen3-MoE"])
+@pytest.mark.parametrize("family", ["Gemma 2", "Qwen3-MoE", "gpt-oss"])
 def test_flops_of_windows_and_of_experts(family: str) -> None:
-    """A row has as many pairs as its window, a token two of four experts."""
+    """A row has as many pairs as its window, a token two of four experts; biases multiply nothing,
+    also where each expert has one."""
     made = causal(build(FAMILIES[family]()))
     config = made.model.config
     shares = {3: 2 / 4, 2: 1.0, 1: 0.0}
-    layers = sum(w.numel() * shares[w.dim()] for x in made.units for w in x.parameters())
+    named = [pair for unit in made.units for pair in unit.named_parameters()]
+    layers = sum(w.numel() * shares[w.dim()] for name, w in named if not name.endswith("bias"))
     head = made.model.lm_head.weight.numel()
     pairs = 0.0
     for kind in getattr(config, "layer_types", None) or ["full_attention"] * len(made.units):
@@ -223,6 +227,26 @@ def test_flops_of_windows_and_of_experts(family: str) -> None:
     attention = 12 * config.num_attention_heads * config.head_dim * pairs
     expected = 6 * (layers * sum(LENGTHS) + 5 * head) + attention
     assert needed_flops(made, LENGTHS, 5) == pytest.approx(expected)
+
+
+def test_a_model_is_measured_before_ligers_kernels_are_in_it(
+    cfg: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They run on a GPU alone, to which the model goes last."""
+    measured, found = training.measured, []
+
+    def measure(causal: Causal, device: torch.device) -> Any:
+        found.append(measured(causal, device))
+        return found[0]
+
+    def patch(model: Any, wanted: str) -> None:
+        assert found and wanted == "auto"
+        raise InterruptedError
+
+    monkeypatch.setattr(training, "measured", measure)
+    monkeypatch.setattr(training, "patch", patch)
+    with pytest.raises(InterruptedError):
+        training.load_causal(cfg, torch.device("cuda"), Ranks())
 
 
 def test_an_evaluation_is_its_formula() -> None:

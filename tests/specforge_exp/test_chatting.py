@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 import warm
 from chat_screen import TerminalScreen, prompts, waiting
+from chat_shapes import SHAPES
+from chat_templates import tokenizer_of
 from conftest import REPOSITORY, TINY, make_config
 from test_server_engine import free_port
 
 from specforge_exp import paths
-from specforge_exp.bench.speculative import Decoding, generate
+from specforge_exp.bench.asking import header_of
+from specforge_exp.bench.speculative import Decoding, Generation, generate
+from specforge_exp.chat import local
 from specforge_exp.chat.dialogue import Dialogue, Spoken
 from specforge_exp.chat.local import LocalModel
 from specforge_exp.config import ChatConfig, Config, Source
@@ -101,6 +105,23 @@ def test_drafted_text_is_what_was_accepted(with_draft: LocalModel) -> None:
     assert 0 < len(drafted) <= spoken.tokens - 1 - len(spoken.gained) + 1
     assert len(spoken.pieces) - len(drafted) >= len(spoken.gained) - 1
     assert sum(spoken.gained) == spoken.tokens - 1
+
+
+def test_what_stands_before_the_header_is_no_answer(
+    trained: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words of gpt-oss's channels do not come into the next prompt."""
+    model, shape = LocalModel(trained, None), next(s for s in SHAPES if s.name == "gpt-oss")
+    tokenizer = model.tokenizer = tokenizer_of(shape)
+    model.header = header_of(tokenizer, {})
+    text = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Y."
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    told = [Generation(tokens[:end], 1.0, [], [], 0.5) for end in (3, len(tokens) - 1, len(tokens))]
+    monkeypatch.setattr(local, "generating", lambda *_: iter(told))
+    texts = [spoken.text for spoken in model.answer(begun(asked("Hi")))]
+    assert [texts[0], texts[-1]] == ["", "Y."]
+    *_, spoken = model.answer(begun(asked("Hi")))
+    assert "".join(piece.text for piece in spoken.pieces) == "analysisHm.assistantfinalY."
 
 
 def test_sampled_answers_follow_seed_and_top_p(trained: Config, alone: LocalModel) -> None:

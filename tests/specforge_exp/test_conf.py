@@ -124,13 +124,17 @@ def test_seed_defaults() -> None:
         ("max_length=5", "draft.ttt_length=7"),
         ("data.split_eval=1.5", "data.split_eval"),
         ("run_name=a/b", "run_name"),
+        ("data=local data.path=x data.format=chat", "data.format=chat is not valid; choose one of"),
+        ("+data.eval=[{path: x, skip: -1}]", "data.eval[0].skip=-1 must be at least 0"),
+        ("bench=standard bench.suite.gsm8k.format=x", "bench.suite.gsm8k.format=x is not valid"),
         ("model.aux_layers=[1]", "draft=eagle3 is fed by 3"),
-        ("loss.lambda_ce=0", "at least one loss weight"),
+        ("loss.lambda_ce=0", "at least one loss weight must be above 0: loss.lambda_ce, loss."),
+        ("loss.lambda_rkl=-1", "loss.lambda_rkl=-1.0 must be at least 0"),
     ],
 )
 def test_wrong_values_are_named(override: str, named: str) -> None:
     with pytest.raises(InputError) as caught:
-        composed(override)
+        composed(*re.split(r" (?=\w+[=.])", override))
     assert named in str(caught.value)
 
 

@@ -181,6 +181,12 @@ def test_a_conversation_ends_where_max_length_is_full() -> None:
         engine = Instant(reply=lambda request: replace(said("x"), prompt_tokens=growing(request)))
         found = outcome(talk("1", "o", "2", "o", "3"), engine, max_length=most)
         assert len(engine.asked) == len(found["finish_reasons"]) == answers
+    told = {**talk("short"), "tools": [{"function": {"name": "f"}}]}
+    thought = talk("short", "o", "go on")
+    thought["conversations"][1] |= {"weight": 0, "reasoning": "hm"}
+    for record in (told, thought):  # how long those are, only the template knows
+        found = outcome(record, engine, max_length=2048, count=lambda record, messages: 2048)
+        assert found["error"] == "the prompt alone has 2048 tokens, max_length=2048"
 
 
 def growing(request: Request) -> int:

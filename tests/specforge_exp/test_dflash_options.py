@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from specforge_exp.config import LossConfig
+from specforge_exp.drafts import head_loss
 from specforge_exp.drafts.dflash import config as options
 from specforge_exp.drafts.dflash import model
 from specforge_exp.drafts.dflash.blocks import make_blocks
@@ -23,7 +24,7 @@ from specforge_exp.drafts.dflash.export import kinds_of
 from specforge_exp.drafts.dflash.training import dpace, needed_flops
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss, RowLoss, TeacherRows, opd
-from specforge_exp.target import Target
+from specforge_exp.target import Head, Target
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "slot": {"sliding_window": 6},
@@ -152,6 +153,26 @@ def test_dpace_weighs_the_whole_loss_of_a_label(target: Target, function: Any) -
     torch.testing.assert_close(found.step_loss_K.sum(), found.loss.detach())
     assert "loss" not in found.sums  # a line of metrics has the window's by this name
     assert_same(gradients(draft), expected, rel=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_room_for_logits_is_held_where_they_go_there(
+    target: Target, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Those of narrow states are made anew in fp32: beside them it would be as much for nothing."""
+    cfg, seen, made = replace(CFG, position_weights="dpace"), [], head_loss.head_logits
+
+    def watched(normed_NH: Tensor, weight_DH: Tensor, buffer_ND: Tensor) -> Tensor:
+        seen.append((normed_NH.dtype, len(buffer_ND) > 0))
+        return made(normed_NH, weight_DH, buffer_ND)
+
+    monkeypatch.setattr(head_loss, "head_logits", watched)
+    draft, sample = small_draft(target, cfg), packed(target, conversation(1, LONG))
+    draft.compute_dtype = dtype
+    head = Head(target.head_weight_VH.to(dtype))
+    draft(sample, head, Loss(opd, LOSS), cfg, draft.denominators(cfg, sample))
+    assert set(seen) == {(dtype, dtype == torch.float32)}
+    assert len(seen) == 2  # the text's, and the loss's
 
 
 def test_flops_are_those_of_the_products(

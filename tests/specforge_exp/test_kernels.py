@@ -6,9 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import test_eagle3 as eagle3
 import torch
+from conftest import small_target
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -224,21 +227,34 @@ def test_what_a_kernel_cannot_read_is_refused() -> None:
         own.row_dots(turned, turned)
 
 
+HEADS = (2, 3, 16)
+"""Of a trial."""
+
+
+def refuse_wide(tiles: Callable[[Tensor], dict[str, Any]]) -> Callable[[Tensor], dict[str, Any]]:
+    def refusing(q_RMGE: Tensor) -> dict[str, Any]:
+        if q_RMGE.shape[-1] > 16:
+            raise RuntimeError("out of resource: shared memory")
+        return tiles(q_RMGE)
+
+    return refusing
+
+
 @pytest.fixture
 def small_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "LENGTHS", [20, 1, 13])
-    monkeypatch.setattr(check, "E", 16)
     monkeypatch.setattr(check, "D", 300)
 
 
 def test_kernels_are_tried(small_trial: None, by_kernels: Callable[[bool], None]) -> None:
     by_kernels(False)
-    assert check.unusable(CPU) is None
+    assert check.unusable(CPU, HEADS) is None
+    assert check.unusable(CPU, None) is None
     assert "cpu" not in USED
 
 
 @pytest.mark.parametrize(
-    "broken", ["shared_queries", "own_attention", "loss_rows", "missing", "raises"]
+    "broken", ["shared_queries", "own_attention", "loss_rows", "missing", "raises", "wide"]
 )
 def test_wrong_kernels_are_found(
     small_trial: None, by_kernels: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch,
@@ -254,11 +270,14 @@ def test_wrong_kernels_are_found(
         monkeypatch.setattr(own, broken, lambda *arguments: None)
     elif broken == "loss_rows":
         monkeypatch.setattr(losses, "TERMS", losses.TERMS[::-1])
-    else:
+    elif broken == "wide":  # a card with too little shared memory for this draft's heads
+        monkeypatch.setattr(attention, "tiles", refuse_wide(attention.tiles))
+    elif broken == "raises":
         monkeypatch.delattr(own, "own_gradients")
-    reason = check.unusable(CPU)
+    reason = check.unusable(CPU, (1, 2, 32) if broken == "wide" else HEADS)
     expected = {
-        "missing": "Triton is not installed", "raises": "ImportError: cannot import name",
+        "wide": "RuntimeError: out of resource", "missing": "Triton is not installed",
+        "raises": "ImportError: cannot import name",
         "shared_queries": "the gradient of step 0 is wrong by",
         "own_attention": "the output of step 1 is wrong by",
         "loss_rows": "the loss of kl: its gradient is wrong by",
@@ -267,19 +286,30 @@ def test_wrong_kernels_are_found(
     assert "cpu" not in USED
 
 
-@pytest.mark.parametrize("reason", [None, "they are broken"])
 def test_kernels_are_used_where_they_are_right(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str | None
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A CPU never asks; a GPU is asked once, and the log says why not."""
-    asked: list[torch.device] = []
-    monkeypatch.setattr(check, "unusable", lambda device: asked.append(device) or reason)
+    """A CPU never asks; a GPU is asked once for heads as a draft has them, and the log says why
+    not."""
+    asked: list[Any] = []
+
+    def unusable(device: torch.device, heads: Any) -> str | None:
+        asked.append((device.type, heads))
+        return "too wide" if heads and heads[2] > 128 else None
+
+    monkeypatch.setattr(check, "unusable", unusable)
+    monkeypatch.setattr(check, "TRIED", {})
+    draft, meta = eagle3.small_draft(small_target()), torch.device("meta")
     try:
-        for device in (CPU, torch.device("meta"), torch.device("meta")):
-            check.use_kernels(device)
-        assert ("meta" in USED) == (reason is None)
-        assert len(asked) == (1 if reason is None else 2)
-        assert ("without Triton's kernels: they are broken" in caplog.text) == bool(reason)
+        draft.trains_on(CPU)
+        draft.trains_on(meta)
+        own = draft.config.num_key_value_heads, 2, draft.config.head_dim
+        assert asked == [("meta", own)] and "meta" in USED
+        for heads, right in ((own, True), ((1, 1, 256), False), (None, True), ((1, 1, 256), False)):
+            check.use_kernels(meta, heads)
+            assert ("meta" in USED) == right
+        assert [heads for _, heads in asked] == [own, (1, 1, 256), None]
+        assert "without Triton's kernels: too wide" in caplog.text
     finally:
         USED.discard("meta")
 
@@ -343,4 +373,4 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_kernels_on_a_gpu() -> None:
-    assert check.unusable(torch.device("cuda")) is None
+    assert check.unusable(torch.device("cuda"), (8, 4, 128)) is None

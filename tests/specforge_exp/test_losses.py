@@ -128,7 +128,7 @@ def test_extreme_logits_stay_finite() -> None:
 def test_weights_are_checked() -> None:
     with pytest.raises(InputError, match="at least one loss weight"):
         LossConfig(name="none")
-    with pytest.raises(InputError, match="must not be negative"):
+    with pytest.raises(InputError, match=r"loss\.beta=-0\.1 must be at least 0"):
         LossConfig(name="negative", lambda_ce=1.0, beta=-0.1)
     LossConfig(name="of_mine", _target_="mine.loss")  # which has knobs of its own
 

@@ -155,6 +155,20 @@ def test_what_follows_another_end_is_left_away(tmp_path: Path) -> None:
     assert later == [1, 2]
 
 
+def test_what_follows_new_thoughts_is_left_away(tmp_path: Path) -> None:
+    """Templates leave earlier thoughts out of a prompt; the text that has some shows that its own
+    does not."""
+    rollouts = made_of(*KINDS[0].values, tmp_path)
+    said = generate(rollouts.replayer.target, [0, 1, 2, 3], Decoding(24)).tokens
+    stop, own, later = max(said, key=said.index), rollouts.tokens[1], []
+    rollouts.replayer.ends, own[0][9] = frozenset({stop}), stop
+    for closing, in_text in ((frozenset[int](), 5), (frozenset(said[:1]), 5), (said[:1], said[0])):
+        rollouts.replayer.closing, own[0][5] = frozenset(closing), in_text
+        answer = rollouts.answered(rollouts.replayer.draft, *own, torch.Generator())
+        later.append(int(answer.turns_T.max()))
+    assert later == [2, 1, 2]
+
+
 @pytest.mark.parametrize(("kind", "draft_cfg"), KINDS)
 def test_narrow_weights_turn_by_the_same_angles(kind: Any, draft_cfg: Any, tmp_path: Path) -> None:
     """A target in bfloat16, as on a GPU: the draft's weights are rounded, its rotations are not."""

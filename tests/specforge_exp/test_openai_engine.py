@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from chat_shapes import SHAPES, Shape
+from chat_templates import TALKS, tokenizer_of
 
 from specforge_exp.config import Config
 from specforge_exp.data.messages import Unrenderable
@@ -22,7 +24,7 @@ from specforge_exp.generation.engine import (
     ServerDied,
     Unreachable,
 )
-from specforge_exp.generation.openai_engine import OpenAIEngine
+from specforge_exp.generation.openai_engine import OpenAIEngine, sent
 
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 GOOD = {
@@ -135,13 +137,34 @@ def test_calls_are_sent_as_the_interface_has_them(cfg: Config, as_text: bool) ->
     sent, after = seen["body"]["messages"]
     assert after == told and sent["reasoning_content"] == "hm"
     assert [call["type"] for call in sent["tool_calls"]] == ["function"] * 3
-    assert [call.get("id") for call in sent["tool_calls"]] == ["1", None, None]
+    assert [call["id"] for call in sent["tool_calls"]] == ["1", "", ""]  # vLLM refuses none
     functions = [call["function"] for call in sent["tool_calls"]]
     assert [json.loads(each["arguments"]) for each in functions] == [arguments, arguments, {}]
     assert [each["name"] for each in functions] == ["f", "f", "g"]
     nameless = {"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}
     with pytest.raises(Unrenderable, match="a tool call has no name"):
         ask(cfg, [GOOD], Request([nameless], Sampling()))
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s.tools and s.name != "Granite 3"])
+def test_an_empty_id_is_none_to_a_template(shape: Shape) -> None:
+    """vLLM refuses a call without one; the prompt is the one that preprocess makes. Granite's has
+    calls as JSON, with all keys that they have."""
+    messages, tokenizer = TALKS["tool calls"], tokenizer_of(shape)
+    there = [sent(message) for message in messages]
+    for message in there:  # as servers hand it to their templates
+        for call in message.get("tool_calls", []):
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    assert [m.get("tool_call_id") for m in there] == [None, None, "", None]
+    with_ids = (
+        "{% for m in messages %}{% for c in m.tool_calls %}{{ c.id }}{% endfor %}{% endfor %}"
+    )
+    for template in (shape.template, shape.template + with_ids):
+        mine, served = (
+            tokenizer.apply_chat_template(m, chat_template=template, tokenize=False, **shape.kwargs)
+            for m in (messages, there)
+        )
+        assert mine == served
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])

@@ -14,7 +14,7 @@ from transformers import GPT2Config
 from specforge_exp.config import Config, TargetConfig, TrainerConfig
 from specforge_exp.errors import InputError
 from specforge_exp.stages.train import train
-from specforge_exp.target import Target
+from specforge_exp.target import Target, check_decoding
 from specforge_exp.target.packing import first_that_follows, last_states, together
 
 LENGTHS = [3, 21, 9, 14, 1]
@@ -49,7 +49,7 @@ def test_together_is_one_by_one_or_refused(family: str) -> None:
             continue
         apart = difference(target, 75)
         assert apart <= (1e-5 if dtype == torch.float32 else 0.2)
-        target.check_decoding()  # what has keys and values kept is no packed text
+        check_decoding(target)  # what has keys and values kept is no packed text
 
 
 def test_learnt_positions_begin_anew() -> None:

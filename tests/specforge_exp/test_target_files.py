@@ -5,13 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY
+from families import FAMILIES, save
 
 from specforge_exp.config import Config, ModelConfig
 from specforge_exp.data.rendering import eos_token_ids
 from specforge_exp.errors import InputError
 from specforge_exp.stages.regen import unready
 from specforge_exp.target.files import generation_config, load_tokenizer
+from specforge_exp.target.loading import check_weights, from_files
 
 
 @pytest.fixture
@@ -55,3 +58,13 @@ def test_regen_says_first_that_there_is_no_model(cfg: Config, tmp_path: Path) ->
     cfg.model.path = str(tmp_path / "nowhere")
     (said,) = unready(cfg)
     assert "nowhere" in said and "regen.top_p" not in said
+
+
+def test_weights_go_to_their_device_as_they_are_read(tmp_path: Path) -> None:
+    """Not to the CPU first, where experts and numbers of another type would be a whole copy for
+    each process."""
+    cfg = ModelConfig("t", str(save(FAMILIES["Qwen3-MoE"](), tmp_path)))
+    options = {"dtype": torch.bfloat16, "output_loading_info": True}
+    model, report = from_files(cfg, torch.device("meta"), options)
+    assert {(w.device.type, w.dtype) for w in model.parameters()} == {("meta", torch.bfloat16)}
+    check_weights(cfg, report)

@@ -7,7 +7,7 @@ import torch
 from conftest import small_target
 
 from specforge_exp.errors import InputError
-from specforge_exp.target import Target
+from specforge_exp.target import Target, check_decoding
 from specforge_exp.target.anatomy import CACHE
 
 
@@ -67,7 +67,7 @@ def test_packed_texts_get_a_call_each_of_the_models_own_attention(own: str, take
 def test_a_past_that_is_kept_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """By one per cent, in fp32."""
     target = small_target()
-    target.check_decoding()
+    check_decoding(target)
     own = target.decoder.forward
 
     def off(ids: Any, **rest: Any) -> Any:
@@ -78,4 +78,4 @@ def test_a_past_that_is_kept_otherwise_is_refused(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(target.decoder, "forward", off)
     with pytest.raises(InputError, match=r"with its past kept its states differ by 1%"):
-        target.check_decoding()
+        check_decoding(target)

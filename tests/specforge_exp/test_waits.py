@@ -10,10 +10,12 @@ import pytest
 import test_dflash as dflash
 import test_dspark as dspark
 import test_eagle3 as eagle3
+import test_onpolicy as onpolicy
 import test_peagle as peagle
 import torch
 from conftest import small_target
 from named_gpu import GPU, There, named_gpu
+from test_onpolicy import K
 from test_standalone import OPTIONS
 from torch import Tensor
 
@@ -21,8 +23,9 @@ from specforge_exp.causal.model import Causal
 from specforge_exp.config import LossConfig
 from specforge_exp.config.causal import CausalConfig
 from specforge_exp.drafts.outcome import RowSums
+from specforge_exp.drafts.replay import replay_outcome
 from specforge_exp.drafts.standalone import Standalone
-from specforge_exp.losses import Loss, opd
+from specforge_exp.losses import Loss, ProposedLoss, opd
 from specforge_exp.onpolicy.judges import Elsewhere
 from specforge_exp.target import Head
 from specforge_exp.training.batches import Batch
@@ -42,6 +45,13 @@ DRAFTS = {
     "peagle": (peagle.small_draft, peagle.CFG),
     "standalone": (standalone, OPTIONS),
 }
+
+
+POSITIONS = {
+    "_local_scalar_dense: out = decoder(", "_local_scalar_dense: out = causal.decoder(",
+    "a copy to the GPU: out = causal.decoder(",
+}  # fmt: skip
+"""Waits of transformers, by the lines that run it."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -66,11 +76,36 @@ def test_a_step_waits_for_no_gpu(
         _ = far.host_ids_D  # once for a training
         waits.clear()
         far(sample, head, LOSS, cfg, There(window))[1].loss.backward()
-        if name != "standalone":  # its layers are transformers', which look at the positions
-            assert waits == []
+        # transformers' layers look at the positions that they are given.
+        assert [what for what in waits if name != "standalone" or what not in POSITIONS] == []
     for (label, weight), mine in zip(draft.named_parameters(), far.parameters(), strict=True):
         wanted, found = weight.grad.flatten(), mine.grad.here.flatten()
         assert torch.cosine_similarity(found, wanted, 0) > 0.99 or not wanted.any(), label
+
+
+@pytest.mark.parametrize(("kind", "cfg"), [*onpolicy.KINDS, (Standalone, OPTIONS)])
+def test_the_loss_of_a_replay_waits_for_no_gpu(
+    kind: Any, cfg: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is proposed has been waited for, and judged, when the sample was made."""
+    target = small_target()
+    draft = onpolicy.small(target, kind, cfg)
+    sample = onpolicy.forced_sample(target, [torch.tensor([6, 9, 20]), torch.tensor([5, 17])])
+    both, window_K = replace(LOSS, proposed=ProposedLoss(LOSS, LOSS, 0.8)), torch.full((K,), 5.0)
+    here = replay_outcome(draft, sample, target.head, both, cfg, window_K)
+    replay = replace(sample.replay, last_PH=There(sample.replay.last_PH))
+    there = {n: There(x) for n, x in vars(sample).items() if isinstance(x, Tensor)}
+    sample = replace(sample, **{**there, "turns_T": sample.turns_T, "replay": replay})
+    with named_gpu(monkeypatch) as waits:
+        far, head = draft.to(GPU), Head(There(target.head_weight_VH))
+        _ = far.host_ids_D
+        waits.clear()
+        found = replay_outcome(far, sample, head, both, cfg, There(window_K))
+        found.loss.backward()
+        assert [what for what in waits if what not in POSITIONS] == []
+    torch.testing.assert_close(found.loss.here, here.loss)
+    for name, value in here.sums.items():
+        torch.testing.assert_close(getattr(found.sums[name], "here", found.sums[name]), value)
 
 
 def test_a_causal_step_waits_for_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ from specforge_exp.drafts.start import copy_matching, start_at_the_end, start_ra
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
 from specforge_exp.target import Head, Target, draft_shape
-from specforge_exp.training.batches import Batch
+from specforge_exp.training.batches import Batch, moved
 from specforge_exp.training.objective import Outcome, Replay, Sample
 
 Options = TypeVar("Options", bound=EagleConfig)
@@ -269,7 +269,7 @@ class Eagle3(Eagle[Eagle3Config]):
     ) -> tuple[ReplayChains, list[Tensor], float]:
         """Proposed chains as far as they count, their states after every step, and FLOP."""
         chains = counted_chains(sample.lengths, replay)
-        proposed_P = replay.tokens_KR[:-1].flatten().to(sample.ids_T.device)
+        proposed_P = moved(replay.tokens_KR[:-1].flatten(), sample.ids_T.device)
         states = unroll(self, chains, sample.ids_T, sample.aux_TA, Fed(more_P=proposed_P))
         return chains, states, training.needed_flops(self, chains)
 

@@ -18,35 +18,50 @@ from specforge_exp.losses import TeacherRows, opd_closed
 log = logging.getLogger(__name__)
 LENGTHS = [70, 1, 45]
 """Of the documents of the trial."""
-M, G, E = 2, 3, 128
 STEPS = 3
 D, HEAT = 5000, 1.5
 """Of the losses of the trial."""
 TERMS = ("kl", *(name for name, _ in OF_OPD.values()))
 """All that `opd_closed` has."""
+AttentionHeads = tuple[int, int, int]
+"""Key-value heads, query heads of each of them, and the size of a head."""
+TRIED: dict[tuple[str, AttentionHeads | None], str | None] = {}
+"""By type of device and heads what `unusable` said."""
 
 
-def use_kernels(device: torch.device) -> None:
+def use_kernels(device: torch.device, heads: AttentionHeads | None) -> None:
     """Let steps on this device be by kernels, if they are right here; otherwise the log says why
-    they are by plain products. On a CPU they always are."""
-    if device.type == "cpu" or device.type in USED:
+    they are by plain products. On a CPU they always are.
+
+    Args:
+        device: where the steps will be.
+        heads: of the draft, whose size says how much of a GPU's shared memory it takes; None: its
+            attention is by no kernels.
+    """
+    if device.type == "cpu":
         return
-    log.info("attention and loss: Triton's kernels are compiled, the first time, and tried")
-    reason = unusable(device)
-    if reason:
+    USED.discard(device.type)
+    if (device.type, heads) not in TRIED:
+        log.info("attention and loss: Triton's kernels are compiled, the first time, and tried")
+        TRIED[device.type, heads] = unusable(device, heads)
+    if reason := TRIED[device.type, heads]:
         log.warning("attention and loss by plain products, without Triton's kernels: %s", reason)
     else:
         USED.add(device.type)
 
 
-def unusable(device: torch.device) -> str | None:
+def unusable(device: torch.device, heads: AttentionHeads | None) -> str | None:
     """Why the kernels cannot be used on a device; None: they gave the right numbers."""
     if find_spec("triton") is None:
         return "Triton is not installed"
-    plain = attention_trial(device, torch.bfloat16), loss_trial(device)
+
+    def attended() -> dict[str, Tensor]:
+        return attention_trial(device, torch.bfloat16, heads) if heads else {}
+
+    plain = attended(), loss_trial(device)
     USED.add(device.type)
     try:
-        first = difference(plain[0], attention_trial(device, torch.bfloat16), 0.03)
+        first = difference(plain[0], attended(), 0.03)
         return first or difference(plain[1], loss_trial(device), 1e-4)
     except Exception as error:  # whatever a compiler or a driver says
         lines = str(error).strip().splitlines()
@@ -94,9 +109,11 @@ def loss_trial(device: torch.device) -> dict[str, Tensor]:
     return found
 
 
-def attention_trial(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def attention_trial(
+    device: torch.device, dtype: torch.dtype, heads: AttentionHeads
+) -> dict[str, Tensor]:
     """Three steps of attention over packed documents, and their gradients."""
-    generator = torch.Generator().manual_seed(0)
+    generator, (M, G, E) = torch.Generator().manual_seed(0), heads
 
     def random(*shape: int) -> Tensor:
         drawn = torch.randn(*shape, generator=generator) / 2

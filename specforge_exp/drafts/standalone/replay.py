@@ -20,6 +20,7 @@ from specforge_exp.drafts.rows import document_bounds
 from specforge_exp.target import packing
 from specforge_exp.target.anatomy import CACHE
 from specforge_exp.target.segments import seeing
+from specforge_exp.training.batches import moved, moved_together
 from specforge_exp.training.objective import Replay, Sample
 
 
@@ -58,13 +59,16 @@ class Layout:
 
 def layout(lengths: list[int], anchor_R: Tensor, steps: int, device: torch.device) -> Layout:
     """Packed conversations, and behind them the tokens that `steps` - 1 steps propose."""
-    start_T, _ = document_bounds(lengths, device)
-    place_T = torch.arange(len(start_T), device=device)
-    after_Q = torch.arange(1, steps, device=device).repeat_interleave(len(anchor_R))
-    chain_Q = torch.arange(len(anchor_R), device=device).repeat(steps - 1)
-    anchor_Q = anchor_R.to(device)[chain_Q]
+    start_T, _ = document_bounds(lengths, anchor_R.device)
+    place_T = torch.arange(len(start_T))
+    after_Q = torch.arange(1, steps).repeat_interleave(len(anchor_R))
+    chain_Q = torch.arange(len(anchor_R)).repeat(steps - 1)
+    anchor_Q = anchor_R[chain_Q]
     last_L, start_L = torch.cat([place_T, anchor_Q]), torch.cat([start_T, start_T[anchor_Q]])
     at_L = last_L - start_L + torch.cat([torch.zeros_like(place_T), after_Q])
+    place_T, last_L, start_L, at_L, chain_Q, after_Q = moved_together(
+        [place_T, last_L, start_L, at_L, chain_Q, after_Q], device
+    )
     text_LT = (place_T >= start_L[:, None]) & (place_T <= last_L[:, None])
     own_QQ = (chain_Q[:, None] == chain_Q) & (after_Q[:, None] >= after_Q)
     own_LQ = torch.nn.functional.pad(own_QQ, (0, 0, len(place_T), 0))
@@ -89,7 +93,7 @@ def proposals(
     places = layout(sample.lengths, anchor_R, steps, sample.ids_T.device)
     weight_DH = draft.model.get_output_embeddings().weight.to(draft.compute_dtype)
     tokens: list[Tensor] = []
-    state_RH = places.read(draft, sample.ids_T)[anchor_R.to(sample.ids_T.device)]
+    state_RH = places.read(draft, sample.ids_T)[moved(anchor_R, sample.ids_T.device)]
     for step in range(steps):
         if step:
             state_RH = places.read(draft, tokens[-1])
@@ -101,9 +105,9 @@ def chain_states(draft: Any, sample: Sample, replay: Replay, chains: ReplayChain
     """The states that choose each step's tokens, of the chains that count: [rows, H] of each."""
     device, steps = sample.ids_T.device, len(replay.tokens_KR)
     places = layout(sample.lengths, replay.anchor_R, steps, device)
-    proposed_Q = replay.tokens_KR[:-1].flatten().to(device)
+    proposed_Q = moved(replay.tokens_KR[:-1].flatten(), device)
     state_LH = places.read(draft, torch.cat([sample.ids_T, proposed_Q]))
     first, number = len(sample.ids_T), len(replay.anchor_R)
     at_KR = torch.cat([replay.anchor_R, first + torch.arange(len(proposed_Q))]).view(-1, number)
-    ordered = at_KR[:, chains.chain_R].to(device)
+    ordered = moved(at_KR[:, chains.chain_R], device)
     return [state_LH[at_R[:rows]] for at_R, rows in zip(ordered, chains.counts, strict=True)]
