@@ -5,14 +5,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sweep_folders import grid, write_sweep
 from test_published import RESULT
 from test_report import change
 
+from specforge_exp.causal.objective import intervals, means
 from specforge_exp.config import ReportConfig
+from specforge_exp.losses import TERMS
+from specforge_exp.report.charts import charts
 from specforge_exp.report.collect import collect, labels
+from specforge_exp.report.ranking import rank
 from specforge_exp.stages.report import make
 
 
@@ -45,6 +50,31 @@ def test_gpu_hours_and_cost(tmp_path: Path) -> None:
     assert run.usd == pytest.approx(45 * 2.7 / 3600 * 31.6)
     make(sweep_dir, ReportConfig(resamples=10))
     assert "USD" in (sweep_dir / "report.md").read_text()
+
+
+def test_hours_of_a_run_are_the_mean_of_those_that_are_known(tmp_path: Path) -> None:
+    """One of two seeds has lost its metrics: it took no time that anybody knows, not none."""
+    plans = grid(("baseline",), seeds=2)
+    sweep_dir = write_sweep(tmp_path, plans)
+    for plan in plans[:2]:
+        change(tmp_path / plan.name / "run.json", processes=8)
+    (tmp_path / plans[1].name / "metrics.jsonl").unlink()
+    sweep = collect(sweep_dir)
+    [cost] = [c for c in charts(sweep, rank(sweep, "simulated_length", 10)) if c.key == "cost"]
+    hours = cost.figure.renderers[0].data_source.data["hours"]
+    assert sorted(hours) == pytest.approx([45 * 2.7 / 3600 * gpus for gpus in (1, 1, 8)])
+
+
+def test_less_is_better_of_every_loss(tmp_path: Path) -> None:
+    """Of all terms of drafts' losses, and of what a causal model reports."""
+    sweep = collect(write_sweep(tmp_path, grid(("baseline",)), objectives=[]))
+    terms = [name for name, _ in TERMS.values()]
+    causal = set(means({"rows": torch.ones(1), "nll": torch.ones(1), "top1": torch.ones(1)}))
+    causal |= set(intervals([[1.0, 1.0], [2.0, 1.0]]))
+    for name in ("loss", "kl", *terms, *causal - {"top1", "supervised"}, "gpu_hours"):
+        assert sweep.minimised(name) and sweep.minimised(f"{name}/0"), name
+    for name in ("simulated_length", "accepted_length", "alpha", "top1", "tokens_per_s"):
+        assert not sweep.minimised(name) and not sweep.minimised(f"{name}/0"), name
 
 
 def test_published_figures_stand_beside_the_same_setting_only(tmp_path: Path) -> None:

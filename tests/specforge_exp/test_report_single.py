@@ -1,6 +1,8 @@
 """report.py run=: runs that are named themselves, one or several on a page."""
 
+import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,20 @@ def test_two_runs_side_by_side(checkpoints: Path, capsys: pytest.CaptureFixture[
     assert "| 1 | 25.0 % | 50.0 % |" in printed and "| at least 5 | 0.0 % | 0.0 % |" in printed
     folder = checkpoints / "sweeps" / "compared" / f"{first}--{second}"
     assert distribution_table(both.runs) in (folder / "report.md").read_text()
+
+
+def test_runs_of_one_name_stay_apart(checkpoints: Path, tmp_path: Path) -> None:
+    """In two folders of checkpoints, and one of them asked for twice."""
+    first, second = names(checkpoints)[:2]
+    shutil.copytree(checkpoints / second, tmp_path / "other" / first)
+    asked = [first, str(tmp_path / "other" / first), str(checkpoints / first)]
+    both = collect_runs(asked, str(checkpoints))
+    assert [run.folder for run in both.runs] == [checkpoints / first, tmp_path / "other" / first]
+    write(both, ReportConfig(metric="loss", resamples=50))
+    with (both.folder / "report.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["run"] for row in rows}) == 2
+    assert all(row["group_value"] == row["value"] for row in rows)
 
 
 def test_a_distribution_of_some_data_sets_is_none_of_all(checkpoints: Path) -> None:

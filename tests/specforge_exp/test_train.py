@@ -11,6 +11,7 @@ import torch
 
 from specforge_exp import paths
 from specforge_exp.config import Config, LossConfig, TrainerConfig
+from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
 from specforge_exp.stages.export import chosen_checkpoint
 from specforge_exp.stages.preprocess import preprocess
@@ -63,6 +64,8 @@ def test_training_learns_and_leaves_a_record(run: Config) -> None:
     assert record["evaluation"]["simulated_length"] == length > 1
     by_conversation = json.loads((folder / "evaluation.json").read_text())
     assert len(by_conversation["length"]) == len(by_conversation["slots"]) == 4
+    held_out = read_split(paths.tokens_dir(run), "eval")
+    assert by_conversation["held_out"] == held_out.digest
     together = sum(by_conversation["length"]) / sum(by_conversation["slots"])
     assert together == pytest.approx(length) and by_conversation["step"] == 9
     lines = metrics(run)
