@@ -370,6 +370,18 @@ def test_what_a_server_does_not_say_is_not_counted_as_nothing(cfg: Config) -> No
         check_speculated(cfg, "own", [[Exchange([0], answer)]])
 
 
+@pytest.mark.parametrize("accepted", [[2, 6], None])
+def test_a_server_that_drafts_more_than_is_counted_is_refused(
+    cfg: Config, accepted: list[int] | None
+) -> None:
+    """Six of seven drafted tokens stood: a histogram up to five would lose that verification."""
+    answer = streamed(1, 3, 7).end(2, accepted)
+    exchanges = [[Exchange([0], answer)]]
+    with pytest.raises(InputError, match=r"kept 6 drafted tokens .* bench\.chain_length=5"):
+        check_speculated(cfg, "own", exchanges)
+    check_speculated(replace(cfg, bench=replace(cfg.bench, chain_length=6)), "own", exchanges)
+
+
 def test_one_server_is_measured(cfg: Config) -> None:
     """Of several the first alone would be."""
     cfg.engine = EngineConfig(
