@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple, cast
@@ -75,7 +76,7 @@ def parse(name: str, file: IO[bytes], columns: Columns) -> Iterator[Raw | Reject
             yield from parse_lines(name, file)
         else:
             yield from parse_json(name, file)
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{name} is a broken gzip file: {error}; fetch it again") from None
 
 

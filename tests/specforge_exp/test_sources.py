@@ -223,6 +223,7 @@ def test_instructions(tmp_path: Path) -> None:
         {"instruction": "Say hi."},
         {"output": "Hi."},
         {"instruction": "And?", "output": "Bye.", "history": [["Hi", "Hello"], ["Go", "on"]]},
+        {"instruction": "Double.", "input": 5, "output": "10"},
     ]
     path = write_lines(tmp_path / "a.jsonl", *records)
     first, second = load(Source(str(path), "instruction"), "test")
@@ -231,7 +232,7 @@ def test_instructions(tmp_path: Path) -> None:
     assert [m["content"] for m in second["conversations"]] == ["Say hi.", "Hi."]
     reasons = [item.reason for item in set_aside(Source(str(path), "instruction"))]
     assert reasons[:2] == ["no `output` or `response` text", "no `instruction` text"]
-    assert reasons[2] == "`history` is not read; give `messages`"
+    assert reasons[2:] == ["`history` is not read; give `messages`", "`input` is not text"]
 
 
 def test_pictures_leave_the_text(tmp_path: Path) -> None:
@@ -282,6 +283,7 @@ def test_answers_before_anyone_asked_are_left_out() -> None:
         ("broken.json", "is not JSON: .*line 1 column 2"),
         ("number.json", "holds a int, not a list"),
         ("broken.jsonl.gz", "is a broken gzip file"),
+        ("torn.jsonl.gz", "is a broken gzip file"),
         ("nothing.jsonl", r"test: .*nothing.jsonl \(format conversations\) is empty"),
         ("bad.jsonl", r"is empty: 1 not JSON; first .*bad.jsonl:1"),
     ],
@@ -294,6 +296,7 @@ def test_unreadable_sources(
     contents = {
         "a.txt": b"x", "broken.json": b"{]", "number.json": b"5", "nothing.jsonl": b"\n",
         "bad.jsonl": b"{", "broken.jsonl.gz": gzip.compress(b"{}\n" * 99)[:-9],
+        "torn.jsonl.gz": gzip.compress(b"{}")[:10] + b"\x07" + bytes(20),
     }  # fmt: skip
     for file, data in contents.items():
         (tmp_path / file).write_bytes(data)

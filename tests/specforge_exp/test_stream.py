@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from itertools import pairwise
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from tokenizers import Tokenizer
 
 from specforge_exp.config import Config
 from specforge_exp.config.causal import PretrainConfig, TextSource
-from specforge_exp.data.stream import RowStream, Tokens, encode, held_out, texts
+from specforge_exp.data.stream import RowStream, Tokens, Workers, encode, held_out, texts
 from specforge_exp.errors import InputError
 from specforge_exp.stages.pretrain import tokens_of
 
@@ -103,6 +105,21 @@ def test_any_place_gives_the_rows_that_follow(sources: list[TextSource], tokens:
 def test_workers_change_nothing(sources: list[TextSource], tokens: Tokens) -> None:
     alone, together = (rows(stream(sources, tokens, n), range(10)) for n in (0, 2))
     assert alone == together
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_worker_that_died_is_said(tokens: Tokens, asked: int) -> None:
+    """Before it was asked, and with a question that it has not read."""
+    ours, theirs = Pipe()
+
+    def blocks() -> Iterator[list[tuple[int, str]]]:
+        for number in range(2):
+            if number == asked:
+                theirs.close()
+            yield [(number, "one")]
+
+    with pytest.raises(InputError, match=r"has died; run the same command to continue"):
+        list(Workers(tokens, 1, [ours]).encoded(blocks()))
 
 
 def test_sources_come_by_weight(sources: list[TextSource], tokens: Tokens) -> None:
