@@ -22,6 +22,7 @@ from specforge_exp.artifacts import content_of, read_object
 from specforge_exp.bench.published import Beside, beside
 from specforge_exp.errors import InputError
 from specforge_exp.records import metric_lines, unsealed
+from specforge_exp.report.measured import way_of
 from specforge_exp.report.origin import record_of, run_folder, strange_bench
 from specforge_exp.report.record import (
     FILE,
@@ -44,11 +45,6 @@ LOWER_IS_BETTER = re.compile(
     r"seconds|hours|.*_mb|.*memory.*|data_wait"
 )
 ACCEPTED = "accepted_length"
-HOW = (
-    "chain_length temperature max_tokens max_length turns average thinking dtype verify "
-    "verify_cost model.chat_template_kwargs"
-)
-"""Of bench's settings those that an accepted length depends on, beside draft, prompts and seed."""
 
 
 @dataclass(frozen=True)
@@ -385,24 +381,9 @@ def add_bench(run: SweepRun, bench: dict[str, Any]) -> None:
             strata.append(stratum(name, gained, [length is not None for length in lengths]))
     run.evaluation[ACCEPTED] = float(bench["average"])
     run.published = beside(bench)
-    settings = {"verify": "all"} | bench.get("settings", {})
-    how = {key: settings.get(key) for key in HOW.split()}
-    how["engine"] = settings.get("engine", {}).get("name", "transformers")
-    how |= {f"data set {name}": prompts_of(bench, name) for name in bench["datasets"]}
-    run.measured = ", ".join(f"{key} {value}" for key, value in how.items())
+    run.measured = way_of(bench)
     if run.datasets and len(strata) == len(run.datasets):
         run.samples[ACCEPTED] = StratifiedSample(tuple(strata), run.measured)
-
-
-def prompts_of(bench: dict[str, Any], name: str) -> str:
-    """What tells the prompts of a data set from others: a file's digest, how many, which of all."""
-    figures, settings = bench["datasets"][name], bench.get("settings", {})
-    source = (settings.get("suite") or settings.get("datasets") or {}).get(name, {})
-    digest = bench.get("inputs", {}).get(f"the file of bench data set {name}", "")[:8]
-    told = [f"{key} {source[key]}" for key in ("shuffle", "skip") if source.get(key) is not None]
-    return " ".join(
-        [f"{figures.get('source')}", digest, *told, f"{figures.get('prompts')} prompts"]
-    )
 
 
 def add_tracker(run: SweepRun, tracker: dict[str, Any]) -> None:

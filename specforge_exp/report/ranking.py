@@ -186,7 +186,7 @@ def entry_of(runs: list[SweepRun], metric: str, resamples: int) -> RankingRow:
     measured = [spread for _, spread in spreads if spread is not None]
     if measured:
         entry.seeds = len(measured) if entry.finished else 0
-        told = {way_of(run, metric) for run, spread in spreads if spread is not None}
+        told = {measured_how(run, metric) for run, spread in spreads if spread is not None}
         entry.measured = frozenset(way for way in told if way is not None)
         entry.spread = (
             over_seeds(measured, resamples) if entry.finished else Spread(measured[0].value)
@@ -194,7 +194,7 @@ def entry_of(runs: list[SweepRun], metric: str, resamples: int) -> RankingRow:
     return entry
 
 
-def way_of(run: SweepRun, metric: str) -> str | None:
+def measured_how(run: SweepRun, metric: str) -> str | None:
     """How a run measured a metric; None where that makes no difference, or is not told."""
     if metric == ACCEPTED:
         return run.measured

@@ -11,7 +11,13 @@ from sweep_folders import grid, write_sweep
 from specforge_exp.config import ReportConfig
 from specforge_exp.errors import InputError
 from specforge_exp.report.collect import collect
-from specforge_exp.report.single import collect_runs, distribution_table, shares, tau
+from specforge_exp.report.single import (
+    collect_runs,
+    distribution_chart,
+    distribution_table,
+    shares,
+    tau,
+)
 from specforge_exp.stages.report import write
 
 DATA_SETS = ("stories", "arithmetic")
@@ -78,6 +84,32 @@ def test_a_distribution_of_some_data_sets_is_none_of_all(checkpoints: Path) -> N
     (checkpoints / first / "bench.json").write_text(json.dumps(bench))
     [run] = collect_runs([first], str(checkpoints)).runs
     assert shares(run) == []
+
+
+def test_the_chart_has_the_figures_of_the_table(checkpoints: Path) -> None:
+    [run] = collect_runs(names(checkpoints)[:1], str(checkpoints)).runs
+    chart = distribution_chart([run])
+    assert chart is not None
+    data = chart.figure.renderers[0].data_source.data
+    told = {key: values[0] for key, values in data.items()}
+    assert told == {"run": run.label, "xs": [1, 2, 3, 4], "ys": [0.25] * 4,
+                    "three": 0.5, "five": 0.0}  # fmt: skip
+
+
+def test_what_runs_say_of_themselves(checkpoints: Path) -> None:
+    """When they ended and what made them; of one that has not ended, that it goes on."""
+    first, second, third = names(checkpoints)[:3]
+    for name, finished in ((first, "2026-11-02"), (second, "2026-11-01")):
+        file = checkpoints / name / "run.json"
+        told = {"finished": finished, "command": f"train.py run_name={name}"}
+        file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    both = collect_runs([first, second], str(checkpoints))
+    assert (both.started, both.updated, both.state) == ("2026-11-01", "2026-11-02", "complete")
+    assert [run.command for run in both.runs] == [f"train.py run_name={n}" for n in (first, second)]
+    (checkpoints / third / "run.json").unlink()
+    going = collect_runs([first, third], str(checkpoints))
+    assert [run.status for run in going.runs] == ["completed", "running"]
+    assert going.state == "running"
 
 
 def test_a_sweep_shows_the_distributions_of_its_runs(checkpoints: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from specforge_exp.config import Source
 from specforge_exp.data import files
 from specforge_exp.data.files import Rejected
+from specforge_exp.data.formats import FORMATS, convert
 from specforge_exp.data.sources import from_first_user, hub_name, load, local_files, read
 from specforge_exp.errors import InputError
 
@@ -157,6 +158,57 @@ def test_parquet(tmp_path: Path) -> None:
     (tmp_path / "c.parquet").write_bytes(b"PAR0")
     with pytest.raises(InputError, match="not a readable Parquet file"):
         list(read(Source(str(tmp_path / "c.parquet"))))
+    torn = bytearray((tmp_path / "a.parquet").read_bytes())
+    torn[4:40] = b"\xff" * 36  # the header of the first page
+    (tmp_path / "d.parquet").write_bytes(torn)
+    text = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"),
+                                            pyarrow.py_buffer(b"\xff"))  # fmt: skip
+    parquet.write_table(pyarrow.table({"messages": text}), tmp_path / "e.parquet")
+    for name in ("d.parquet", "e.parquet"):
+        unreadable = pytest.raises(InputError, match=f"{name} is not a readable Parquet .* again")
+        with (tmp_path / name).open("rb") as file, unreadable:
+            list(files.parse(name, file, files.Columns("messages id")))
+
+
+TABLES: list[tuple[str, dict[str, Any]]] = [
+    ("conversations", conversation("1", id="a", system="Be brief.", tools=[{"name": "f"}])),
+    ("conversations", conversation("2", functions=[{"name": "f"}], image="x", url="y", source="z")),
+    ("conversations", {"messages": conversation("3")["conversations"], "conversation_id": 7}),
+    ("image", {"conversation": conversation("4 <image>")["conversations"], "prompt_id": "b"}),
+    ("instruction", {"instruction": "5", "input": "x", "output": "y", "system": "z", "uuid": "c"}),
+    ("instruction", {"instruction": "6", "response": "y", "tools": [{"name": "f"}]}),
+    ("instruction", {"instruction": "7", "response": "y", "history": [["a", "b"]]}),
+    ("humaneval", {"prompt": "def f():", "task_id": "t/1"}),
+    ("gsm8k", {"question": "8?", "id": "d"}),
+    ("gsm8k", {"prompt": "9?"}),
+    ("math", {"question": "10?"}),
+    ("math", {"problem": "11?"}),
+    ("livecodebench", {"question_content": "12?", "starter_code": "class A:"}),
+    ("alpaca", {"instruction": "13", "input": "x"}),
+]
+
+
+@pytest.mark.parametrize(("name", "record"), TABLES)
+def test_of_a_table_all_is_read_that_its_format_knows(name: str, record: dict[str, Any]) -> None:
+    """What a line of JSON gives, though only some columns are read."""
+    adapt, columns = FORMATS[name]
+    read_of = columns.of("a.parquet", [*record, "other"])
+    assert read_of == list(record)
+    found = convert(("a", record), adapt)
+    assert isinstance(found, Rejected) == ("history" in record)
+
+
+def test_places_and_empty_texts_of_a_table(tmp_path: Path) -> None:
+    """Rows are counted through all batches; nulls leave a record, empty texts stay."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    asks = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "name": "A"}]
+    table = pyarrow.Table.from_pylist([{"messages": asks}] * files.BATCH_ROWS + [{"messages": []}])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    *good, bad = read(Source(str(tmp_path / "a.parquet")))
+    assert isinstance(bad, Rejected) and bad.where.endswith(f"#{files.BATCH_ROWS}")
+    assert isinstance(good[0], dict) and good[0]["conversations"] == asks
 
 
 def test_hub_reads_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
