@@ -10,6 +10,7 @@ from sweep_folders import grid, write_sweep
 
 from specforge_exp.config import ReportConfig
 from specforge_exp.errors import InputError
+from specforge_exp.report import single
 from specforge_exp.report.collect import collect
 from specforge_exp.report.single import (
     collect_runs,
@@ -94,6 +95,35 @@ def test_the_chart_has_the_figures_of_the_table(checkpoints: Path) -> None:
     told = {key: values[0] for key, values in data.items()}
     assert told == {"run": run.label, "xs": [1, 2, 3, 4], "ys": [0.25] * 4,
                     "three": 0.5, "five": 0.0}  # fmt: skip
+
+
+def test_distributions_of_other_lengths_and_of_too_many_runs(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data sets of one run count up to their own longest; of many runs the best are drawn."""
+    first, second = names(checkpoints)[:2]
+    bench = json.loads((checkpoints / first / "bench.json").read_text())
+    bench["datasets"][DATA_SETS[0]]["gained"] = [5, 5]
+    (checkpoints / first / "bench.json").write_text(json.dumps(bench))
+    runs = collect_runs([second, first], str(checkpoints)).runs
+    assert shares(runs[1]) == pytest.approx([10 / 30, 10 / 30, 5 / 30, 5 / 30])
+    monkeypatch.setattr(single, "MOST", 1)
+    chart = distribution_chart(runs)
+    assert chart is not None and tau(runs[1]) > tau(runs[0])
+    assert chart.figure.renderers[0].data_source.data["run"] == [runs[1].label]
+
+
+def test_a_folder_that_holds_no_run_is_none(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's own path comes before a name below the checkpoints."""
+    first, second = names(checkpoints)[:2]
+    (checkpoints / "empty").mkdir()
+    with pytest.raises(InputError, match="run=empty is no folder of a run"):
+        collect_runs(["empty"], str(checkpoints))
+    shutil.copytree(checkpoints / second, checkpoints / "here" / first)
+    monkeypatch.chdir(checkpoints / "here")
+    assert [run.folder for run in collect_runs([first], str(checkpoints)).runs] == [Path(first)]
 
 
 def test_what_runs_say_of_themselves(checkpoints: Path) -> None:

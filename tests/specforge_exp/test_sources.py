@@ -99,8 +99,25 @@ def test_a_folder_is_read_in_order(tmp_path: Path) -> None:
 def test_json_may_hold_lines_or_records_by_name(tmp_path: Path) -> None:
     write_lines(tmp_path / "lines.json", conversation("1"), conversation("2"))
     (tmp_path / "named.json").write_text(json.dumps({"a": conversation("3")}))
-    (tmp_path / "one.json").write_text(json.dumps(conversation("4")))
+    (tmp_path / "one.json").write_text(json.dumps(conversation("4", meta={"language": "en"})))
+    (tmp_path / "zero.json").write_text("{}")
     assert texts(Source(str(tmp_path))) == ["1", "2", "3", "4"]
+    assert [item.where for item in set_aside(Source(str(tmp_path)))] == [
+        f"{tmp_path / 'zero.json'}#0"
+    ]
+
+
+@pytest.mark.parametrize("before", ["\ufeff", " \n", "\ufeff\n"])
+def test_a_list_may_begin_with_a_mark_or_with_white_space(tmp_path: Path, before: str) -> None:
+    (tmp_path / "a.json").write_text(before + json.dumps([conversation("1"), conversation("2")]))
+    assert texts(Source(str(tmp_path))) == ["1", "2"]
+
+
+def test_a_line_that_is_nested_too_deep_is_set_aside(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", "[" * 200_000, conversation("1"))
+    assert texts(Source(str(path))) == ["1"]
+    (bad,) = set_aside(Source(str(path)))
+    assert bad.where == f"{path}:1" and bad.reason.startswith("not JSON")
 
 
 RECORDS = st.lists(
