@@ -201,9 +201,18 @@ async def carry_out(title: str, conversations: Sequence[Converse], size: int) ->
 
 
 def check_speculated(cfg: Config, name: str, conversations: list[list[Exchange]]) -> None:
-    """Raise InputError when no answer of a data set took a verification, or when bench.average
-    needs to know how many drafted tokens stood and the server does not say."""
+    """Raise InputError when no answer of a data set took a verification, one kept more drafted
+    tokens than bench counts, or bench.average needs to know how many and the server does not say.
+    """
     answers = [exchange.answer for turns in conversations for exchange in turns]
+    kept = [n for a in answers for n in a.generation.accepted]
+    kept += [n - 1 for a in answers for n in a.generation.gained]
+    if max(kept, default=0) > cfg.chain_length:
+        raise InputError(
+            f"bench {name}: the server kept {max(kept)} drafted tokens of one verification, so it "
+            f"drafts more than bench.chain_length={cfg.chain_length}: give the number it was "
+            "started with"
+        )
     silent = sum(a.verified > 0 and not a.generation.accepted for a in answers)
     if silent and cfg.bench.average == "responses":
         raise InputError(

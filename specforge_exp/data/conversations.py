@@ -41,8 +41,9 @@ def normalise(record: Any) -> dict[str, Any]:
     so the same conversation always has the same id.
 
     Raises:
-        BadRecord: it has no messages, an unknown role, content that is not text, `tools` that are
-            not a JSON list, a weight that is neither 0 nor 1, or options of a chat template.
+        BadRecord: it has no messages, an unknown role, content or a `system` that is not text,
+            `tools` that are not a JSON list, a weight that is neither 0 nor 1, or options of a chat
+            template.
     """
     if not isinstance(record, dict):
         raise BadRecord(f"a {type(record).__name__} where an object was expected")
@@ -64,8 +65,9 @@ def normalise(record: Any) -> dict[str, Any]:
     for key in ("images", "videos", "audios"):
         if rest.get(key):
             rest["image"] = rest.pop(key)
-    if isinstance(rest.get("system"), str):
-        system = rest.pop("system")
+    if system := rest.pop("system", None):
+        if not isinstance(system, str):
+            raise BadRecord("the `system` beside the messages is not text")
         if system.strip() and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
     name = record.get(named)
@@ -162,12 +164,13 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 def asks_of(record: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """The messages before each answer: what a model that answers for itself is asked in turn.
 
-    What no user says, such as the result of a tool, answers the recorded answer and is left out.
+    The result of a tool, and what stands without a user's words, is for the recorded answer and
+    left out.
     """
     asks: list[list[dict[str, Any]]] = [[]]
     for message in record["conversations"]:
         if message["role"] == "assistant":
             asks.append([])
-        else:
+        elif message["role"] != "tool":
             asks[-1].append(message)
     return [ask for ask in asks if any(message["role"] == "user" for message in ask)]

@@ -5,12 +5,13 @@ import io
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple, cast
 
 from specforge_exp.data.conversations import IDS
-from specforge_exp.errors import InputError
+from specforge_exp.errors import InputError, first_line
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 RAW_CHARACTERS = 2000
@@ -75,7 +76,7 @@ def parse(name: str, file: IO[bytes], columns: Columns) -> Iterator[Raw | Reject
             yield from parse_lines(name, file)
         else:
             yield from parse_json(name, file)
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{name} is a broken gzip file: {error}; fetch it again") from None
 
 
@@ -173,8 +174,9 @@ def parse_parquet(name: str, file: IO[bytes], columns: Columns) -> Iterator[Raw]
         batches = table.iter_batches(BATCH_ROWS, columns=names)
         for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
             yield f"{name}#{number}", without_nulls(row)
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{name} is not a readable Parquet file: {error}") from None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        why = first_line(error)
+        raise InputError(f"{name} is not a readable Parquet file: {why}; fetch it again") from None
 
 
 def without_nulls(value: Any) -> Any:

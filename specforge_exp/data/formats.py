@@ -61,8 +61,11 @@ def instruction(value: Any) -> Record:
     asks = text_of(value, "instruction")
     if value.get("history"):
         raise BadRecord("`history` is not read; give `messages`")
-    if isinstance(value.get("input"), str) and value["input"].strip():
-        asks += "\n\n" + value["input"]
+    more = value.get("input")
+    if not isinstance(more, str | None):
+        raise BadRecord("`input` is not text")
+    if more and more.strip():
+        asks += "\n\n" + more
     answer = {"role": "assistant", "content": text_of(value, "output", "response")}
     extra = {key: value[key] for key in (*IDS, *MORE.split()) if key in value}
     return extra | {"conversations": [user(asks), answer]}

@@ -34,6 +34,7 @@ MADE = 5000
 """Documents of a synthetic source."""
 BLOCK = 32
 """Documents that a process tokenises at a time."""
+DIED = "a process that tokenises has died; run the same command to continue"
 STATE = "stream:state"
 """Name of the tensor that a checkpoint keeps."""
 
@@ -236,7 +237,10 @@ class Workers:
             # A process is asked again when it has answered, or both could wait for full pipes.
             answered = self.answer(waiting.popleft()) if len(waiting) == self.processes else []
             pipe = self.pipes[turn % self.processes]
-            pipe.send(words)
+            try:
+                pipe.send(words)
+            except ConnectionError:
+                raise InputError(DIED) from None
             waiting.append((numbers, pipe))
             yield from answered
 
@@ -244,10 +248,8 @@ class Workers:
         """The tokens of a block, by the numbers of its documents."""
         try:
             return list(zip(asked[0], asked[1].recv(), strict=True))
-        except EOFError:
-            raise InputError(
-                "a process that tokenises has died; run the same command to continue"
-            ) from None
+        except (EOFError, ConnectionError):
+            raise InputError(DIED) from None
 
 
 def blocks_of(numbered: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:

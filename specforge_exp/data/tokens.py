@@ -11,6 +11,7 @@ for; both name the file and the command that makes it again.
 Shape suffixes: T tokens, C conversations.
 """
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -116,6 +117,15 @@ class TokenSet:
     def first(self) -> list[int]:
         """The number of each shard's first conversation, and how many there are."""
         return [0, *np.cumsum([len(shard.offsets) - 1 for shard in self.shards]).tolist()]
+
+    @cached_property
+    def digest(self) -> str:
+        """The same for the same conversations, whatever the shards."""
+        digest = hashlib.sha256(self.lengths.tobytes())
+        for part in ("ids", "turns"):
+            for shard in self.shards:
+                digest.update(getattr(shard, part).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return self.first[-1]

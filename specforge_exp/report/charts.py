@@ -308,17 +308,12 @@ def data_set_chart(sweep: Collected, ranking: Ranking) -> Chart | None:
     return Chart("datasets", "Accepted length τ by data set", note, chart, wide=True)
 
 
-def mean_hours(entry: RankingRow) -> float:
-    """GPU hours of one of its runs."""
-    return sum(run.gpu_hours or 0.0 for run in entry.finished) / len(entry.finished)
-
-
 def cost_chart(sweep: Collected, ranking: Ranking) -> Chart | None:
     """The metric over what training took."""
-    entries = [e for e in ranking.ranked if any(run.gpu_hours for run in e.runs)]
+    entries = [entry for entry in ranking.ranked if entry.mean("gpu_hours")]
     if len(entries) < 2 or ranking.metric == "gpu_hours":
         return None
-    hours = [mean_hours(entry) for entry in entries]
+    hours = [entry.mean("gpu_hours") or 0.0 for entry in entries]
     if max(hours) < 1.05 * min(hours):
         return None
     chart = new_figure(
@@ -327,7 +322,7 @@ def cost_chart(sweep: Collected, ranking: Ranking) -> Chart | None:
         x_axis_type="log" if spans_decades(hours) else "linear",
     )  # fmt: skip
     for group, colour in by_loss(entries, colours(sweep.runs)):
-        data = entry_columns(group) | {"hours": [mean_hours(entry) for entry in group]}
+        data = entry_columns(group) | {"hours": [entry.mean("gpu_hours") for entry in group]}
         value_marks(chart, "hours", source=ColumnDataSource(data), **colour)
     note = "GPUs times hours of training; on a machine without GPUs, processes times hours."
     return Chart("cost", f"{heading(ranking.metric)} against GPU hours", note, chart)

@@ -22,6 +22,7 @@ from specforge_exp.artifacts import content_of, read_object
 from specforge_exp.bench.published import Beside, beside
 from specforge_exp.errors import InputError
 from specforge_exp.records import metric_lines, unsealed
+from specforge_exp.report.measured import way_of
 from specforge_exp.report.origin import record_of, run_folder, strange_bench
 from specforge_exp.report.record import (
     FILE,
@@ -40,14 +41,10 @@ NOT_CHOSEN = {"run_dir", "run_name", "usd_per_hour", "gpus"}
 NOT_TRIED = re.compile(r"seeds|run_name|sweep(_name)?|lr_point|(report|tracker|resources)([./].*)?")
 """Overrides that change no number, or only say where others come from."""
 LOWER_IS_BETTER = re.compile(
-    r"loss|ce|reverse_kl|hinge|tv|lk_\w+|gpu_hours|usd|cost|seconds|hours|.*_mb|.*memory.*|data_wait"
+    r"loss(_low|_high)?|nll|perplexity|(hard_)?ce|(reverse_)?kl|hinge|tv|lk_\w+|gpu_hours|usd|cost|"
+    r"seconds|hours|.*_mb|.*memory.*|data_wait"
 )
 ACCEPTED = "accepted_length"
-HOW = (
-    "chain_length temperature max_tokens max_length turns average thinking dtype verify "
-    "verify_cost model.chat_template_kwargs"
-)
-"""Of bench's settings those that an accepted length depends on, beside draft, prompts and seed."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +104,8 @@ class SweepRun:
     datasets: dict[str, DataSet] = field(default_factory=dict)
     measured: str = ""
     """How bench measured accepted_length; numbers measured otherwise are no comparison."""
+    held_out: str = ""
+    """Which conversations its evaluations are of; numbers of others are no comparison."""
     published: list[Beside] = field(default_factory=list)
     """Other people's figures of the setting that bench measured last."""
     not_known: list[str] = field(default_factory=list)
@@ -354,7 +353,8 @@ def add_conversations(run: SweepRun, record: dict[str, Any]) -> None:
     name, total, terms = "simulated_length", "length", "slots"
     if "tokens" in record:  # of a causal model
         name, total, terms = "loss", "loss", "tokens"
-    sample = StratifiedSample((stratum("held-out", record[total], record[terms]),))
+    held_out = f"held-out conversations {record['held_out']}" if "held_out" in record else ""
+    sample = StratifiedSample((stratum("held-out", record[total], record[terms]),), held_out)
     reported = run.evaluation.setdefault(name, sample.estimate)
     if not math.isclose(sample.estimate, reported, rel_tol=1e-3):
         if not run.final:  # a step ahead of metrics.jsonl, or behind
@@ -362,7 +362,7 @@ def add_conversations(run: SweepRun, record: dict[str, Any]) -> None:
         raise ValueError(
             f"it gives a {name} of {sample.estimate:.4f}, the run reports {reported:.4f}"
         )
-    run.samples[name] = sample
+    run.samples[name], run.held_out = sample, held_out
 
 
 def add_bench(run: SweepRun, bench: dict[str, Any]) -> None:
@@ -381,11 +381,7 @@ def add_bench(run: SweepRun, bench: dict[str, Any]) -> None:
             strata.append(stratum(name, gained, [length is not None for length in lengths]))
     run.evaluation[ACCEPTED] = float(bench["average"])
     run.published = beside(bench)
-    settings = {"verify": "all"} | bench.get("settings", {})
-    how = {key: settings.get(key) for key in HOW.split()}
-    how["engine"] = settings.get("engine", {}).get("name", "transformers")
-    how |= {f"data set {n}": f.get("source") for n, f in bench["datasets"].items()}
-    run.measured = ", ".join(f"{key} {value}" for key, value in how.items())
+    run.measured = way_of(bench)
     if run.datasets and len(strata) == len(run.datasets):
         run.samples[ACCEPTED] = StratifiedSample(tuple(strata), run.measured)
 

@@ -186,12 +186,19 @@ def entry_of(runs: list[SweepRun], metric: str, resamples: int) -> RankingRow:
     measured = [spread for _, spread in spreads if spread is not None]
     if measured:
         entry.seeds = len(measured) if entry.finished else 0
-        told = {run.measured for run, spread in spreads if spread is not None}
-        entry.measured = frozenset(told) if metric == ACCEPTED else frozenset()
+        told = {measured_how(run, metric) for run, spread in spreads if spread is not None}
+        entry.measured = frozenset(way for way in told if way is not None)
         entry.spread = (
             over_seeds(measured, resamples) if entry.finished else Spread(measured[0].value)
         )
     return entry
+
+
+def measured_how(run: SweepRun, metric: str) -> str | None:
+    """How a run measured a metric; None where that makes no difference, or is not told."""
+    if metric == ACCEPTED:
+        return run.measured
+    return run.held_out or None if metric in run.evaluation else None
 
 
 def check_metric(sweep: Collected, metric: str) -> None:
@@ -245,16 +252,17 @@ def headline(ranking: Ranking) -> list[str]:
 
 
 def otherwise(ranking: Ranking) -> list[str]:
-    """That accepted lengths were not all measured alike, and in what they differ."""
+    """That a metric was not measured alike in all, and in what they differ."""
     ways = sorted({way for entry in ranking.ranked for way in entry.measured})
     if len(ways) < 2:
         return []
     parts = [way.split(", ") for way in ways]
     own = [[part for part in each if not all(part in way for way in parts)] for each in parts]
     named = " beside ".join(", ".join(each) or "no other" for each in own)
+    again = "bench=standard" if "held-out" in named else "bench.force=true"
     return [
-        f"NOT COMPARABLE, measured otherwise: {named}; {script('bench')} sweep=<folder> "
-        "bench.force=true measures all alike."
+        f"NOT COMPARABLE, measured otherwise: {named}; {script('bench')} sweep=<folder> {again} "
+        "measures all alike."
     ]
 
 

@@ -24,14 +24,19 @@ def collect_runs(names: list[str], checkpoints: str) -> Collected:
     Raises:
         InputError: there is no such run; lists those that are there.
     """
-    folders = [find_run(name, Path(checkpoints)) for name in names]
-    short = labels([folder.name for folder in folders])
-    runs = [listed(*each) for each in zip(range(len(folders)), folders, short, strict=True)]
+    found = [find_run(name, Path(checkpoints)) for name in names]
+    folders = list({folder.resolve(): folder for folder in found}.values())  # each run once
+    last = [folder.name for folder in folders]
+    own = [f.name if last.count(f.name) == 1 else str(f) for f in folders]
+    runs = [
+        listed(number, *each)
+        for number, each in enumerate(zip(folders, own, labels(own), strict=True))
+    ]
     together = Path(checkpoints) / "sweeps" / "compared" / "--".join(f.name for f in folders)
     finished = [str(record_of(folder).get("finished", "")) for folder in folders]
     return Collected(
         folder=folders[0] if len(folders) == 1 else together,
-        name=", ".join(folder.name for folder in folders),
+        name=", ".join(own),
         script="train",
         kind="grid",
         state="complete" if all(run.final for run in runs) else "running",
@@ -57,15 +62,15 @@ def find_run(name: str, checkpoints: Path) -> Path:
     )
 
 
-def listed(number: int, folder: Path, label: str) -> SweepRun:
+def listed(number: int, folder: Path, name: str, label: str) -> SweepRun:
     """A run by its own records."""
     record = record_of(folder)
     config: dict[str, Any] = record.get("config") or {}
     named = {key: (config.get(key) or {}).get("name") for key in ("model", "data", "draft", "loss")}
-    choices = {**named, "lr": config.get("lr"), "run_name": folder.name}  # no two are one row
+    choices = {**named, "lr": config.get("lr"), "run_name": name}  # no two are one row
     run = SweepRun(
         number=number,
-        name=folder.name,
+        name=name,
         label=label,
         status="completed" if (folder / "run.json").exists() else "running",
         error=None,

@@ -130,4 +130,8 @@ def ranking(results: dict[str, dict[str, Any]]) -> str:
             + " ".join(f"{cell:>12}" for cell in cells)
             + (f"  NOT LOSSLESS: {', '.join(lossy)}" if lossy else "")
         )
+    files = [f"the file of bench data set {name}" for name in sets]
+    asked = {tuple(map(result["inputs"].get, files)) for result in results.values()}
+    if len(asked) > 1:
+        lines.append("NOT COMPARABLE: not all were asked the same prompts; bench=standard does")
     return "\n".join(lines)

@@ -379,7 +379,8 @@ def evaluate(
     pairs, measure = [everybodys[number] for number in sorted(everybodys)], objective.measure
     if ranks.rank == 0:
         values = [pair[0] for pair in pairs], [int(pair[1]) for pair in pairs]
-        content = {"step": step, **dict(zip(measure.pair, values, strict=True))}
+        told = {"step": step, "held_out": tokens.digest}
+        content = told | dict(zip(measure.pair, values, strict=True))
         write_record(run.folder / "evaluation.json", content)
     metrics = measure.means(total.everywhere(ranks).sums)
     return {"loss": float(loss), **metrics, **measure.intervals(pairs)}

@@ -14,7 +14,7 @@ import warm
 from specforge_exp.config import Config, InputError, Source
 from specforge_exp.report.record import find_sweep, read_sweep
 from specforge_exp.stages import bench_sweep as module
-from specforge_exp.stages.bench_sweep import bench_sweep
+from specforge_exp.stages.bench_sweep import bench_sweep, ranking
 from specforge_exp.stages.export import export
 from specforge_exp.stages.train import train
 
@@ -102,6 +102,19 @@ def test_every_finished_run_is_benched_with_its_own_options(
     assert bench_sweep(two_runs) == best
     assert (checkpoints / "one" / "bench.json").stat().st_mtime_ns == before
     assert caplog.text.count("bench: complete, reused") == 2
+
+
+def test_runs_that_were_asked_other_prompts_are_no_comparison() -> None:
+    """A sweep over data sets, each run with its own held-out conversations."""
+    figures = {"held-out": {"accepted_length": 2.0, "lossless": True}}
+    results = {
+        name: {"inputs": {"the export": name, "the file of bench data set held-out": prompts},
+               "average": 2.0, "datasets": figures}
+        for name, prompts in (("one", "a"), ("two", "a"), ("three", "b"))
+    }  # fmt: skip
+    assert "NOT COMPARABLE" in ranking(results)
+    del results["three"]
+    assert "NOT COMPARABLE" not in ranking(results)
 
 
 def test_the_engine_is_the_command_lines(two_runs: Config, tmp_path: Path) -> None:

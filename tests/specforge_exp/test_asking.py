@@ -3,19 +3,22 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from aiohttp import web
 from chat_shapes import SHAPES
 from chat_templates import tokenizer_of
 
 from specforge_exp.bench import clients
+from specforge_exp.bench.acceptance import ngram_keys
 from specforge_exp.bench.asking import Asking, Talk, asking_of, header_of
-from specforge_exp.bench.served import converse, repeat
+from specforge_exp.bench.served import Exchange, carry_out, converse, repeat, together
 from specforge_exp.bench.sets import BenchSets
-from specforge_exp.bench.speculative import Decoding
+from specforge_exp.bench.speculative import Decoding, Generation
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
 from specforge_exp.serving.server import connections
@@ -68,6 +71,44 @@ def test_samples_follow_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
         others = [seed for turns in seeds(name, 1, 1.0, [0, 1]).values() for seed in turns]
         assert not set(every) & set(others)
         assert seeds(name, 0, 0.0, [0]) == {(0, False): [None] * 2, (0, True): [None] * 2}
+
+
+def exchange(*tokens: int, verified: int = 0) -> Exchange:
+    return Exchange([9], clients.ServedAnswer(Generation(list(tokens), 1.0), verified))
+
+
+def test_both_ways_stand_beside_each_other() -> None:
+    """By conversation and turn; the target's own answer, where there is one, tells what is new."""
+    drafted = [[exchange(1, verified=3), exchange(2)], [exchange(3, verified=4)]], 2.5
+    alone = [[exchange(11), exchange(*range(8))], [exchange(13)]], 7.5
+    asking: Any = SimpleNamespace(training_keys=ngram_keys(torch.arange(8)))
+    found = together(drafted, alone, asking)
+    told = [(r.with_draft.tokens, r.alone and r.alone.tokens, r.follows, r.verified, r.overlap)
+            for r in found.requests]  # fmt: skip
+    assert told == [
+        ([1], [11], False, 3, 0.0), ([2], [*range(8)], True, 0, 1.0), ([3], [13], False, 4, 0.0),
+    ]  # fmt: skip
+    assert (found.seconds, found.seconds_alone) == (2.5, 7.5)
+    without = together(([[exchange(*range(8))]], 2.5), None, asking)
+    assert without.requests[0].overlap == 1.0 and without.seconds_alone is None
+
+
+def test_answers_keep_their_places_whoever_is_first() -> None:
+    """Four conversations, two at a time, the first of them the slowest."""
+    under_way = most = 0
+
+    async def talk(number: int) -> list[Exchange]:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        for _ in range(20 - 5 * number):
+            await asyncio.sleep(0)
+        under_way -= 1
+        return [exchange(number)]
+
+    found, seconds = asyncio.run(carry_out("x", [partial(talk, n) for n in range(4)], 2))
+    assert [turns[0].answer.generation.tokens for turns in found] == [[0], [1], [2], [3]]
+    assert most == 2 and 0 < seconds < 60
 
 
 @pytest.mark.parametrize("others", [0, 3])

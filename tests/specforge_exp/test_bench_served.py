@@ -27,7 +27,7 @@ from specforge_exp import paths
 from specforge_exp.bench.acceptance import PairedAnswer, summarise
 from specforge_exp.bench.clients import AnswerStream, accepted_of
 from specforge_exp.bench.served import Exchange, check_speculated, server_of, serving
-from specforge_exp.config import Config, EngineConfig, Source
+from specforge_exp.config import BenchConfig, Config, EngineConfig, Source
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.errors import InputError
 from specforge_exp.stages.bench import bench
@@ -368,6 +368,15 @@ def test_what_a_server_does_not_say_is_not_counted_as_nothing(cfg: Config) -> No
     cfg.bench.average = "responses"
     with pytest.raises(InputError, match=r"average=responses needs .* of 1 of 1 answers"):
         check_speculated(cfg, "own", [[Exchange([0], answer)]])
+
+
+def test_a_server_that_drafts_more_than_is_counted_is_refused(cfg: Config) -> None:
+    """Six of seven drafted tokens stood: a histogram up to five would lose that verification."""
+    for accepted in ([2, 6], None):
+        exchanges = [[Exchange([0], streamed(1, 3, 7).end(2, accepted))]]
+        with pytest.raises(InputError, match=r"kept 6 drafted .* bench\.chain_length=5"):
+            check_speculated(cfg, "own", exchanges)
+        check_speculated(replace(cfg, bench=BenchConfig(chain_length=6)), "own", exchanges)
 
 
 def test_one_server_is_measured(cfg: Config) -> None:

@@ -330,6 +330,7 @@ def test_recorded_answers_are_left_to_the_model() -> None:
     assert roles(said("system", "user", "assistant")) == [["system", "user"]]
     talk = said("user", "assistant", "user", "assistant", "tool", "assistant", "user")
     assert roles(talk) == [["user"], ["user"], ["user"]]
+    assert roles(said("user", "assistant", "tool", "user")) == [["user"], ["user"]]
 
 
 def test_tools_are_described_as_in_training(cfg: Config) -> None:

@@ -98,6 +98,7 @@ def test_no_tools_leave_no_key(tools: object) -> None:
         ({"messages": []}, "no `conversations`"),
         ({"messages": [{**ASKED, "weight": 0.5}]}, "`weight` of a message is neither .*: 0.5"),
         ({"messages": [{**ASKED, "loss": "no"}]}, "`loss` of a message is neither 0 nor 1"),
+        ({"messages": [ASKED], "system": [{"type": "text", "text": "x"}]}, "`system` .* not text"),
         ({"messages": [ASKED], "chat_template_kwargs": {"a": 1}}, "model.chat_template_kwargs"),
     ],
 )

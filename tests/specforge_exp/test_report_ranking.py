@@ -56,6 +56,44 @@ def test_what_was_measured_otherwise_is_no_comparison(tmp_path: Path, way: str) 
     assert "NOT COMPARABLE" not in " ".join(headline(rank(collect(sweep_dir), "loss", 300)))
 
 
+@pytest.mark.parametrize("metric", ["simulated_length", "loss", "accepted_length"])
+def test_other_held_out_conversations_are_no_comparison(tmp_path: Path, metric: str) -> None:
+    """As many of another data set, in a sweep over `data`: not paired, and no run is worse."""
+    plans = grid(("baseline", "full-opd"), bench=("held-out",))
+    sweep_dir = write_sweep(tmp_path, plans)
+    for number, plan in enumerate(plans):
+        data = "0123456789ab" if number else "fedcba987654"
+        for name, told in (
+            ("evaluation.json", {"held_out": data}),
+            ("bench.json", {"inputs": {"the file of bench data set held-out": data}}),
+        ):
+            file = tmp_path / plan.name / name
+            file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    found = rank(collect(sweep_dir), metric, 100)
+    other = next(entry for entry in found.ranked if entry.name == plans[0].name)
+    verdicts = [entry.verdict for entry in found.ranked[1:]]
+    assert other.verdict == OTHERWISE and verdicts.count(OTHERWISE) == 1
+    assert other.against is not None and other.against.interval is None
+    said = " ".join(headline(found))
+    assert "NOT COMPARABLE" in said and "01234567" in said and "fedcba98" in said
+    assert "bench=standard measures all alike" in said
+
+
+@pytest.mark.parametrize("other", [{"skip": 40}, {"shuffle": 1}])
+def test_other_prompts_of_one_file_are_no_comparison(tmp_path: Path, other: dict[str, int]) -> None:
+    plans = grid(("baseline",), bench=("code",))
+    sweep_dir = write_sweep(tmp_path, plans)
+    for plan in plans:
+        file = tmp_path / plan.name / "bench.json"
+        bench = json.loads(file.read_text())
+        own = other if plan is plans[0] else {}
+        bench["settings"]["datasets"] = {"code": {"skip": 0, "shuffle": 0} | own}
+        file.write_text(json.dumps(bench))
+    found = rank(collect(sweep_dir), "accepted_length", 100)
+    ways = {entry.name: entry.measured for entry in found.ranked}
+    assert ways[plans[0].name] != ways[plans[1].name] == ways[plans[2].name]
+
+
 def test_a_prompt_that_needed_no_verification_is_left_out(tmp_path: Path) -> None:
     plan = grid(("baseline",), bench=("stories",))[0]
     sweep_dir = write_sweep(tmp_path, [plan])

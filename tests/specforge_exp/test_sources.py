@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from specforge_exp.config import Source
 from specforge_exp.data import files
 from specforge_exp.data.files import Rejected
+from specforge_exp.data.formats import FORMATS, convert
 from specforge_exp.data.sources import from_first_user, hub_name, load, local_files, read
 from specforge_exp.errors import InputError
 
@@ -98,8 +99,25 @@ def test_a_folder_is_read_in_order(tmp_path: Path) -> None:
 def test_json_may_hold_lines_or_records_by_name(tmp_path: Path) -> None:
     write_lines(tmp_path / "lines.json", conversation("1"), conversation("2"))
     (tmp_path / "named.json").write_text(json.dumps({"a": conversation("3")}))
-    (tmp_path / "one.json").write_text(json.dumps(conversation("4")))
+    (tmp_path / "one.json").write_text(json.dumps(conversation("4", meta={"language": "en"})))
+    (tmp_path / "zero.json").write_text("{}")
     assert texts(Source(str(tmp_path))) == ["1", "2", "3", "4"]
+    assert [item.where for item in set_aside(Source(str(tmp_path)))] == [
+        f"{tmp_path / 'zero.json'}#0"
+    ]
+
+
+@pytest.mark.parametrize("before", ["\ufeff", " \n", "\ufeff\n"])
+def test_a_list_may_begin_with_a_mark_or_with_white_space(tmp_path: Path, before: str) -> None:
+    (tmp_path / "a.json").write_text(before + json.dumps([conversation("1"), conversation("2")]))
+    assert texts(Source(str(tmp_path))) == ["1", "2"]
+
+
+def test_a_line_that_is_nested_too_deep_is_set_aside(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", "[" * 200_000, conversation("1"))
+    assert texts(Source(str(path))) == ["1"]
+    (bad,) = set_aside(Source(str(path)))
+    assert bad.where == f"{path}:1" and bad.reason.startswith("not JSON")
 
 
 RECORDS = st.lists(
@@ -157,6 +175,57 @@ def test_parquet(tmp_path: Path) -> None:
     (tmp_path / "c.parquet").write_bytes(b"PAR0")
     with pytest.raises(InputError, match="not a readable Parquet file"):
         list(read(Source(str(tmp_path / "c.parquet"))))
+    torn = bytearray((tmp_path / "a.parquet").read_bytes())
+    torn[4:40] = b"\xff" * 36  # the header of the first page
+    (tmp_path / "d.parquet").write_bytes(torn)
+    text = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"),
+                                            pyarrow.py_buffer(b"\xff"))  # fmt: skip
+    parquet.write_table(pyarrow.table({"messages": text}), tmp_path / "e.parquet")
+    for name in ("d.parquet", "e.parquet"):
+        unreadable = pytest.raises(InputError, match=f"{name} is not a readable Parquet .* again")
+        with (tmp_path / name).open("rb") as file, unreadable:
+            list(files.parse(name, file, files.Columns("messages id")))
+
+
+TABLES: list[tuple[str, dict[str, Any]]] = [
+    ("conversations", conversation("1", id="a", system="Be brief.", tools=[{"name": "f"}])),
+    ("conversations", conversation("2", functions=[{"name": "f"}], image="x", url="y", source="z")),
+    ("conversations", {"messages": conversation("3")["conversations"], "conversation_id": 7}),
+    ("image", {"conversation": conversation("4 <image>")["conversations"], "prompt_id": "b"}),
+    ("instruction", {"instruction": "5", "input": "x", "output": "y", "system": "z", "uuid": "c"}),
+    ("instruction", {"instruction": "6", "response": "y", "tools": [{"name": "f"}]}),
+    ("instruction", {"instruction": "7", "response": "y", "history": [["a", "b"]]}),
+    ("humaneval", {"prompt": "def f():", "task_id": "t/1"}),
+    ("gsm8k", {"question": "8?", "id": "d"}),
+    ("gsm8k", {"prompt": "9?"}),
+    ("math", {"question": "10?"}),
+    ("math", {"problem": "11?"}),
+    ("livecodebench", {"question_content": "12?", "starter_code": "class A:"}),
+    ("alpaca", {"instruction": "13", "input": "x"}),
+]
+
+
+@pytest.mark.parametrize(("name", "record"), TABLES)
+def test_of_a_table_all_is_read_that_its_format_knows(name: str, record: dict[str, Any]) -> None:
+    """What a line of JSON gives, though only some columns are read."""
+    adapt, columns = FORMATS[name]
+    read_of = columns.of("a.parquet", [*record, "other"])
+    assert read_of == list(record)
+    found = convert(("a", record), adapt)
+    assert isinstance(found, Rejected) == ("history" in record)
+
+
+def test_places_and_empty_texts_of_a_table(tmp_path: Path) -> None:
+    """Rows are counted through all batches; nulls leave a record, empty texts stay."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    asks = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "name": "A"}]
+    table = pyarrow.Table.from_pylist([{"messages": asks}] * files.BATCH_ROWS + [{"messages": []}])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    *good, bad = read(Source(str(tmp_path / "a.parquet")))
+    assert isinstance(bad, Rejected) and bad.where.endswith(f"#{files.BATCH_ROWS}")
+    assert isinstance(good[0], dict) and good[0]["conversations"] == asks
 
 
 def test_hub_reads_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +292,7 @@ def test_instructions(tmp_path: Path) -> None:
         {"instruction": "Say hi."},
         {"output": "Hi."},
         {"instruction": "And?", "output": "Bye.", "history": [["Hi", "Hello"], ["Go", "on"]]},
+        {"instruction": "Double.", "input": 5, "output": "10"},
     ]
     path = write_lines(tmp_path / "a.jsonl", *records)
     first, second = load(Source(str(path), "instruction"), "test")
@@ -231,7 +301,7 @@ def test_instructions(tmp_path: Path) -> None:
     assert [m["content"] for m in second["conversations"]] == ["Say hi.", "Hi."]
     reasons = [item.reason for item in set_aside(Source(str(path), "instruction"))]
     assert reasons[:2] == ["no `output` or `response` text", "no `instruction` text"]
-    assert reasons[2] == "`history` is not read; give `messages`"
+    assert reasons[2:] == ["`history` is not read; give `messages`", "`input` is not text"]
 
 
 def test_pictures_leave_the_text(tmp_path: Path) -> None:
@@ -282,6 +352,7 @@ def test_answers_before_anyone_asked_are_left_out() -> None:
         ("broken.json", "is not JSON: .*line 1 column 2"),
         ("number.json", "holds a int, not a list"),
         ("broken.jsonl.gz", "is a broken gzip file"),
+        ("torn.jsonl.gz", "is a broken gzip file"),
         ("nothing.jsonl", r"test: .*nothing.jsonl \(format conversations\) is empty"),
         ("bad.jsonl", r"is empty: 1 not JSON; first .*bad.jsonl:1"),
     ],
@@ -294,6 +365,7 @@ def test_unreadable_sources(
     contents = {
         "a.txt": b"x", "broken.json": b"{]", "number.json": b"5", "nothing.jsonl": b"\n",
         "bad.jsonl": b"{", "broken.jsonl.gz": gzip.compress(b"{}\n" * 99)[:-9],
+        "torn.jsonl.gz": gzip.compress(b"{}")[:10] + b"\x07" + bytes(20),
     }  # fmt: skip
     for file, data in contents.items():
         (tmp_path / file).write_bytes(data)

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from itertools import pairwise
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,15 @@ from tokenizers import Tokenizer
 
 from specforge_exp.config import Config
 from specforge_exp.config.causal import PretrainConfig, TextSource
-from specforge_exp.data.stream import RowStream, Tokens, encode, held_out, texts
+from specforge_exp.data.stream import (
+    RowStream,
+    Tokens,
+    Workers,
+    encode,
+    held_out,
+    text_digest,
+    texts,
+)
 from specforge_exp.errors import InputError
 from specforge_exp.stages.pretrain import tokens_of
 
@@ -105,6 +115,21 @@ def test_workers_change_nothing(sources: list[TextSource], tokens: Tokens) -> No
     assert alone == together
 
 
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_worker_that_died_is_said(tokens: Tokens, asked: int) -> None:
+    """Before it was asked, and with a question that it has not read."""
+    ours, theirs = Pipe()
+
+    def blocks() -> Iterator[list[tuple[int, str]]]:
+        for number in range(2):
+            if number == asked:
+                theirs.close()
+            yield [(number, "one")]
+
+    with pytest.raises(InputError, match=r"has died; run the same command to continue"):
+        list(Workers(tokens, 1, [ours]).encoded(blocks()))
+
+
 def test_sources_come_by_weight(sources: list[TextSource], tokens: Tokens) -> None:
     made = stream(sources, tokens)
     for step in range(8):
@@ -142,6 +167,16 @@ def test_files_of_every_kind(name: str, tmp_path: Path) -> None:
         pq.write_table(pa.table({"text": ["one\nline\n", "two\n"], "id": [1, 2]}), path)
     assert list(texts(TextSource(str(path)), 0)) == ["one\nline\n", "two\n"]
     assert list(texts(TextSource(str(path)), 1)) == ["two\n"]
+
+
+def test_other_text_is_another_source(tmp_path: Path) -> None:
+    """What a run's fingerprint has of it; the hub's and templates stand for themselves."""
+    source = TextSource(str(tmp_path))
+    (tmp_path / "a.txt").write_text("one")
+    first = text_digest(source)
+    assert text_digest(source) == first
+    (tmp_path / "a.txt").write_text("two")
+    assert text_digest(source) != first and text_digest(TextSource("hub:o/n")) == "hub:o/n"
 
 
 def test_a_stream_of_the_hub(tmp_path: Path) -> None:

@@ -49,6 +49,19 @@ def test_any_cut_reads_the_same(
     )
 
 
+def test_a_digest_is_of_the_conversations_and_not_of_the_shards(tmp_path: Path) -> None:
+    def digest(name: str, shard_tokens: int, *sizes: int) -> str:
+        (tmp_path / name).mkdir()
+        writer = ShardWriter(tmp_path / name, "eval", shard_tokens)
+        writer.add(arrays_of([conversation(size) for size in sizes]))
+        writer.flush()
+        write_json(tmp_path / name / "index.json", {"train": [], "eval": writer.shards})
+        return read_split(tmp_path / name, "eval").digest
+
+    assert digest("one", 99, 7, 5, 9) == digest("three", 1, 7, 5, 9)
+    assert len({digest("a", 99, 5, 7, 9), digest("b", 99, 7, 5), digest("c", 99, 7, 5, 9)}) == 3
+
+
 @pytest.mark.parametrize(
     ("name", "at", "value", "problem"),
     [

@@ -65,6 +65,8 @@ def test_training_learns_and_leaves_a_record(run: Config) -> None:
     assert record["evaluation"]["simulated_length"] == length > 1
     by_conversation = json.loads((folder / "evaluation.json").read_text())
     assert len(by_conversation["length"]) == len(by_conversation["slots"]) == 4
+    held_out = read_split(paths.tokens_dir(run), "eval")
+    assert by_conversation["held_out"] == held_out.digest
     together = sum(by_conversation["length"]) / sum(by_conversation["slots"])
     assert together == pytest.approx(length) and by_conversation["step"] == 9
     lines = metrics(run)
