@@ -205,7 +205,7 @@ def main() -> None:
             for check in CHECKS:
                 answer = examine(check, path)
                 if answer != "yes":
-                    notes[family], answer = answer, "refused"
+                    notes[family], answer = answer.replace(folder, "<folder>"), "refused"
                 cells.append(answer)
         print(f"| {family} | " + " | ".join(cells) + " |", flush=True)
     print("\nRefused, in the words of train and bench:\n")
