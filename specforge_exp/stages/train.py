@@ -19,11 +19,7 @@ import torch
 from torch import Tensor
 
 from specforge_exp import paths
-from specforge_exp.artifacts import (
-    Fingerprint,
-    model_digest,
-    sha256,
-)
+from specforge_exp.artifacts import Fingerprint, model_digest, sha256
 from specforge_exp.config import Config, LossConfig, locate
 from specforge_exp.config.checks import shared_evenly
 from specforge_exp.config.onpolicy import ProposedTerms

@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import Qwen3Config
+from transformers import CONFIG_MAPPING, Qwen3Config
 
 from specforge_exp.drafts.dflash.model import DFlashModel
 from specforge_exp.drafts.folder import check_keys, check_target, rope_spellings
@@ -213,7 +213,9 @@ def loaded_config(folder: Path, config: dict[str, Any]) -> Qwen3Config:
             f"{folder / 'config.json'}: layer_types={kinds} does not say which of "
             f"num_hidden_layers={config['num_hidden_layers']} layers have a window"
         )
-    unused = not config.get("use_sliding_window", config.get("model_type") != "qwen3")
+    kind = config.get("model_type")
+    switched = kind in CONFIG_MAPPING and hasattr(CONFIG_MAPPING[kind](), "use_sliding_window")
+    unused = not config.get("use_sliding_window", not switched)
     if sliding and (unused or not config.get("sliding_window")):
         raise InputError(
             f"{folder / 'config.json'}: layer_types has windows, and sliding_window has none or "
