@@ -26,7 +26,7 @@ from specforge_exp.sharding import save_shared_once
 from specforge_exp.target import packing
 from specforge_exp.target.anatomy import find_layers, one_line, visited
 from specforge_exp.target.files import not_loadable
-from specforge_exp.target.loading import check_weights, from_files
+from specforge_exp.target.loading import check_weights, from_files, no_bars_in_logs
 from specforge_exp.target.shape import each_layer
 from specforge_exp.training.batches import Batch, moved
 from specforge_exp.training.objective import Outcome
@@ -140,6 +140,7 @@ def needed_flops(causal: Causal, lengths: list[int], rows: int) -> float:
 
 def new_model(cfg: ModelConfig, seed: int) -> Any:
     """From its weights, or, with model.init=random, from its configuration alone; fp32."""
+    no_bars_in_logs()
     if cfg.init == "weights":
         options = {"dtype": torch.float32, "output_loading_info": True}
         model, report = from_files(cfg, torch.device("cpu"), options)

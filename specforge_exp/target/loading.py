@@ -64,8 +64,7 @@ def load_target(
         InputError: it cannot be found or read, weights of it are missing, it has too few layers, or
             its states and logits cannot be followed.
     """
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    no_bars_in_logs()
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     aux_layers = aux_layer_ids(text_config(cfg).num_hidden_layers, cfg.aux_layers, feeds)
@@ -83,6 +82,12 @@ def load_target(
     except InputError as error:
         raise InputError(f"model.path={cfg.path}: {error}") from None
     return target
+
+
+def no_bars_in_logs() -> None:
+    """Let transformers draw progress bars on a terminal alone."""
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
 
 
 def from_files(

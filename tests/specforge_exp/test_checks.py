@@ -120,7 +120,7 @@ NOT_TOGETHER: list[tuple[dict[str, Any], str]] = [
             ("epochs", 0),
         ]
     ),
-    ({"loss.lambda_ce": -1.0, "loss.lambda_rkl": 2.0}, "must not be negative"),
+    ({"loss.lambda_ce": -1.0, "loss.lambda_rkl": 2.0}, "loss.lambda_ce=-1.0 must be at least 0"),
     ({"export.source": "x", "export.best": True}, "export.source=x is a draft"),
     ({"export.source": "x", "export.step": 1}, "export.source=x is a draft"),
     ({"engine.name": "openai"}, "engine=openai needs engine.urls="),
