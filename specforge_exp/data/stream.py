@@ -81,14 +81,15 @@ def documents(source: TextSource, first: int, held_out: int) -> Iterator[tuple[i
         InputError: it cannot be read, or nothing is left to train on.
     """
     while True:
-        number = first
+        number, empty = first, first == 0  # whoever goes on in a pass has had what stands before
         for text in texts(source, held_out + first):
             yield number, text
             number += 1
-        if not number:
+            empty = empty and not text
+        if empty:
             raise InputError(
-                f"pretrain.sources: {source.path} has no document beyond the first {held_out}, "
-                "which are held out (pretrain.eval_documents)"
+                f"pretrain.sources: {source.path} has no text beyond the first {held_out} "
+                "documents, which are held out (pretrain.eval_documents)"
             )
         first = 0
 

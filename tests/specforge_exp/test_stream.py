@@ -189,8 +189,11 @@ def test_a_stream_of_the_hub(tmp_path: Path) -> None:
 def test_refusals_name_the_source(
     sources: list[TextSource], tokens: Tokens, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="no document beyond the first 9, which are held out"):
-        stream(sources, tokens, held=9).take(0, 1)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": "held out"}\n{"text": ""}\n{"text": ""}\n')
+    for given, held in ((sources, 9), ([TextSource(str(empty))], 1)):
+        with pytest.raises(InputError, match=f"no text beyond the first {held} documents, which"):
+            stream(given, tokens, held=held).take(0, 1)
     with pytest.raises(InputError, match=r"a.jsonl:1 has no text in `body` \(there is: text\)"):
         list(texts(TextSource(sources[0].path, field="body"), 0))
     with pytest.raises(InputError, match=r"nothing is no \.jsonl"):
