@@ -101,6 +101,8 @@ def read_end(model: Any, decoder: Any) -> tuple[Any, Head]:
         last_BTH = outputs.pop("")["last_hidden_state"]
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{kind} cannot be run on tokens alone: {one_line(error)}") from None
+    if served_BTV.shape[:-1] != last_BTH.shape[:-1]:
+        raise InputError(f"{kind} is no model of next tokens: its logits are not one row a token")
     module = model.get_output_embeddings()
     weight = getattr(module, "weight", None)
     if weight is None or weight.dtype not in PLAIN:

@@ -12,7 +12,13 @@ from torch import nn
 from specforge_exp.config import ModelConfig
 from specforge_exp.errors import InputError
 from specforge_exp.target import Target, load_target
-from specforge_exp.target.anatomy import find_layers, norm_weight, outputs_of, part_weights
+from specforge_exp.target.anatomy import (
+    find_layers,
+    norm_weight,
+    outputs_of,
+    part_weights,
+    read_end,
+)
 from specforge_exp.target.segments import check_segments
 
 ROTATED = ("q_proj", "k_proj", "q_norm", "k_norm")
@@ -37,6 +43,21 @@ def test_states_of_several_streams_are_refused(tmp_path: Path) -> None:
     model = ModelConfig(name="t", path=str(save(config, tmp_path)), aux_layers=[1])
     with pytest.raises(InputError, match="layers of gemma3n_text do not give one state of 64"):
         load_target(model, torch.device("cpu"))
+
+
+def test_logits_of_other_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a block that a diffusion model fills in."""
+    model = build(FAMILIES["Llama 2"]())
+    own = model.forward
+
+    def twice(*args: Any, **rest: Any) -> Any:
+        out = own(*args, **rest)
+        out.logits = out.logits.repeat(1, 2, 1)
+        return out
+
+    monkeypatch.setattr(model, "forward", twice)
+    with pytest.raises(InputError, match=r"llama is no model of next tokens: its logits are not"):
+        read_end(model, find_layers(model)[0])
 
 
 def test_the_layers_are_as_many_as_the_configuration_says() -> None:
