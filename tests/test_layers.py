@@ -59,7 +59,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_360,
     "specforge_exp/report": 18_040,
     "specforge_exp/chat": 4_230,
-    "": 310_890,
+    "": 310_900,
     "specforge_exp/causal": 5_830,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be

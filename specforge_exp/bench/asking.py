@@ -111,10 +111,12 @@ def header_of(tokenizer: Any, kwargs: dict[str, Any]) -> tuple[int, ...]:
 def begin_of(tokens: list[int], header: tuple[int, ...], tokenizer: Any) -> int:
     """Where in an answer's tokens stands what it says: behind the last header, and nowhere where
     they have some of a header's marks alone."""
+    if not header:
+        return 0
     size = len(header)
     begins = [at for at in range(len(tokens)) if (*tokens[at : at + size],) == header]
-    if not size or begins:
-        return begins[-1] + size if size else 0
+    if begins:
+        return begins[-1] + size
     return len(tokens) if set(header) & set(tokenizer.all_special_ids) & set(tokens) else 0
 
 

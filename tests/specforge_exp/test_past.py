@@ -1,12 +1,17 @@
 """What a target has read: tokens go in and out, and the states are those of plain forwards."""
 
+from typing import Any
+
 import pytest
 import torch
+from conftest import small_target
 from families import FAMILIES, build, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specforge_exp.target import Past, Target
+from specforge_exp.errors import InputError
+from specforge_exp.target import Past, Target, check_decoding
+from specforge_exp.target.anatomy import CACHE
 
 TEXT = tokens(60)
 OTHER = tokens(60, 1)
@@ -54,3 +59,20 @@ def test_the_next_prompt_begins_like_the_last(target: Target) -> None:
         torch.testing.assert_close(last_1TH, expected_1TH, rtol=1e-4, atol=1e-4)
         past.read(OTHER[40:43].tolist())
     assert_whole(past)
+
+
+def test_a_past_that_is_kept_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one per cent, in fp32."""
+    target = small_target()
+    check_decoding(target)
+    own = target.decoder.forward
+
+    def off(ids: Any, **rest: Any) -> Any:
+        out = own(ids, **rest)
+        if rest.get(CACHE) is not None:
+            out.last_hidden_state = out.last_hidden_state * 1.01
+        return out
+
+    monkeypatch.setattr(target.decoder, "forward", off)
+    with pytest.raises(InputError, match=r"with its past kept its states differ by 1%"):
+        check_decoding(target)
