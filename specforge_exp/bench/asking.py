@@ -12,8 +12,6 @@ from specforge_exp.bench.acceptance import PairedAnswer
 from specforge_exp.bench.speculative import Decoding
 from specforge_exp.config import Config
 from specforge_exp.data.chat import (
-    MARKER,
-    PROBE,
     Message,
     Unrenderable,
     eos_token_ids,
@@ -21,6 +19,7 @@ from specforge_exp.data.chat import (
     prompt_text,
     render,
 )
+from specforge_exp.data.turns import MARKER, PROBE
 
 log = logging.getLogger(__name__)
 
