@@ -161,7 +161,9 @@ def new_model(cfg: ModelConfig, seed: int) -> Any:
     torch.manual_seed(seed)
     try:
         config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=False)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise InputError(not_loadable(cfg, error)) from None
 
