@@ -12,8 +12,6 @@ from specforge_exp.bench.acceptance import PairedAnswer
 from specforge_exp.bench.speculative import Decoding
 from specforge_exp.config import Config
 from specforge_exp.data.chat import (
-    MARKER,
-    PROBE,
     Message,
     Unrenderable,
     eos_token_ids,
@@ -21,6 +19,8 @@ from specforge_exp.data.chat import (
     prompt_text,
     render,
 )
+from specforge_exp.data.messages import MARKS
+from specforge_exp.data.turns import MARKER, PROBE
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,17 @@ class Talk(NamedTuple):
     """Turn by turn."""
     tools: list[Any] | None = None
     """That its prompts describe."""
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What a model writes besides what it says, where the text would keep words of it, as the
+    tokens around them are left out."""
+
+    header: tuple[int, ...] = ()
+    """Between the prompt and an answer, or its thoughts and the answer: a channel's name."""
+    thoughts: tuple[int, int] | None = None
+    """The first token of the marks that thoughts begin with, the last of those at their end."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +59,7 @@ class Asking:
     """Tokens of a prompt, at most."""
     seed: int
     """Of the samples."""
-    header: tuple[int, ...] = ()
-    """See `header_of`."""
+    heading: Heading = Heading()
 
     def encode(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
         """The prompt of a conversation so far; [] where the template refuses it."""
@@ -70,7 +80,7 @@ class Asking:
 
     def decode(self, tokens: list[int]) -> str:
         """The text of an answer, as a later prompt has it; "" where it ended before it began."""
-        said = tokens[begin_of(tokens, self.header, self.tokenizer) :]
+        said = tokens[begin_of(tokens, self.heading, self.tokenizer) :]
         text: str = self.tokenizer.decode(said, skip_special_tokens=True)
         return text
 
@@ -94,9 +104,16 @@ Raises:
 """
 
 
+def heading_of(tokenizer: Any, kwargs: dict[str, Any]) -> Heading:
+    """What stands before what an answer says, by the tokenizer and its chat template."""
+    pairs = [[tokenizer(mark.strip(), add_special_tokens=False) for mark in pair] for pair in MARKS]
+    ends = [(opening["input_ids"][0], closing["input_ids"][-1]) for opening, closing in pairs]
+    left_out = [pair for pair in ends if len({*pair} & {*tokenizer.all_special_ids}) == 2]
+    return Heading(header_of(tokenizer, kwargs), left_out[0] if left_out else None)
+
+
 def header_of(tokenizer: Any, kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """The tokens that the model writes between the prompt and an answer, or between its thoughts
-    and the answer, as far as `decode` would leave words of them: a channel's name (gpt-oss)."""
+    """See `Heading.header`."""
     try:
         prompt = prompt_text(tokenizer, [PROBE], kwargs)
         shown = render(tokenizer, [PROBE, {"role": "assistant", "content": MARKER}], kwargs)
@@ -108,16 +125,21 @@ def header_of(tokenizer: Any, kwargs: dict[str, Any]) -> tuple[int, ...]:
     return tuple(ids) if tokenizer.decode(ids, skip_special_tokens=True) != header else ()
 
 
-def begin_of(tokens: list[int], header: tuple[int, ...], tokenizer: Any) -> int:
-    """Where in an answer's tokens stands what it says: behind the last header, and nowhere where
-    they have some of a header's marks alone."""
+def begin_of(tokens: list[int], heading: Heading, tokenizer: Any) -> int:
+    """Where in an answer's tokens stands what it says: behind the last header or the end of its
+    thoughts, and nowhere where they have a part of either alone."""
+    header, begin = heading.header, 0
+    if heading.thoughts:
+        opening, closing = heading.thoughts
+        ends = [at for at, token in enumerate(tokens) if token == closing]
+        begin = ends[-1] + 1 if ends else len(tokens) * (opening in tokens)
     if not header:
-        return 0
+        return begin
     size = len(header)
     begins = [at for at in range(len(tokens)) if (*tokens[at : at + size],) == header]
     if begins:
         return begins[-1] + size
-    return len(tokens) if set(header) & set(tokenizer.all_special_ids) & set(tokens) else 0
+    return len(tokens) if set(header) & set(tokenizer.all_special_ids) & set(tokens) else begin
 
 
 def asking_of(cfg: Config, tokenizer: Any, training_keys: torch.Tensor | None) -> Asking:
@@ -133,5 +155,5 @@ def asking_of(cfg: Config, tokenizer: Any, training_keys: torch.Tensor | None) -
         eos=frozenset(eos_token_ids(cfg.model.path, tokenizer)),
     )
     room = (cfg.bench.max_length or cfg.max_length) - cfg.bench.max_tokens
-    header = header_of(tokenizer, kwargs)
-    return Asking(tokenizer, decoding, kwargs, training_keys, room, cfg.seed, header)
+    heading = heading_of(tokenizer, kwargs)
+    return Asking(tokenizer, decoding, kwargs, training_keys, room, cfg.seed, heading)

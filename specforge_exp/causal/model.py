@@ -118,6 +118,16 @@ def by_conversation(values: RowValues, batch: Batch, z_loss: float) -> Tensor:
     return torch.stack([sums_B, number_in_each(counts_T, lengths_B).double()], 1)
 
 
+WITHOUT_PAIRS = ("linear_attention", "conv", "moe", "mlp")
+"""Kinds of layers whose tokens attend to none other; what a recurrence multiplies is left out."""
+SEEN = {
+    "sliding_attention": "sliding_window",
+    "hybrid_sliding": "sliding_window",
+    "indexed_attention": "index_topk",
+}
+"""The entry that says how many tokens a query of such a layer sees at most."""
+
+
 def needed_flops(causal: Causal, lengths: list[int], rows: int) -> float:
     """FLOP of forward and backward: 6 per weight and use, of experts as many as a token visits;
     scores and their sums for the pairs that the causal mask leaves, within a layer's window.
@@ -126,15 +136,17 @@ def needed_flops(causal: Causal, lengths: list[int], rows: int) -> float:
     config = causal.model.config.get_text_config()
     layers = sum(visited(unit, config) for unit in causal.units)
     head: int = causal.model.get_output_embeddings().weight.numel()
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(causal.units)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(causal.units)
     attention = 0.0
     for kind, layer in zip(kinds, each_layer(config), strict=True):
-        heads = layer.num_attention_heads
-        size = getattr(layer, "head_dim", None) or config.hidden_size // heads
-        window = getattr(layer, "sliding_window", None) if kind == "sliding_attention" else None
-        width = window or max(lengths)
+        if kind in WITHOUT_PAIRS:
+            continue
+        size = getattr(layer, "head_dim", None) or config.hidden_size // layer.num_attention_heads
+        sizes = [getattr(layer, name, None) or size for name in ("qk_head_dim", "v_head_dim")]
+        seen = SEEN.get(kind)
+        width = (getattr(layer, seen, None) if seen else None) or max(lengths)
         pairs = sum(n * min(n, width) - min(n, width) ** 2 / 2 for n in lengths)
-        attention += 12.0 * pairs * heads * size
+        attention += 6.0 * pairs * layer.num_attention_heads * sum(sizes)
     return 6.0 * (layers * sum(lengths) + head * rows) + attention
 
 
@@ -149,7 +161,9 @@ def new_model(cfg: ModelConfig, seed: int) -> Any:
     torch.manual_seed(seed)
     try:
         config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=False)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise InputError(not_loadable(cfg, error)) from None
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from specforge_exp.bench.asking import begin_of, header_of
+from specforge_exp.bench.asking import begin_of, heading_of
 from specforge_exp.bench.in_process import load_pair
 from specforge_exp.bench.speculative import Decoding, generating, speculating
 from specforge_exp.chat.dialogue import Dialogue, Piece, Spoken
@@ -27,7 +27,7 @@ class LocalModel:
         self.target, self.draft = load_pair(cfg, draft, cfg.model.dtype)
         self.eos = frozenset(eos_token_ids(cfg.model.path, self.tokenizer))
         self.random = torch.Generator().manual_seed(cfg.seed)
-        self.header = header_of(self.tokenizer, cfg.model.chat_template_kwargs)
+        self.heading = heading_of(self.tokenizer, cfg.model.chat_template_kwargs)
         self.past: Past | None = None
 
     def answer(self, dialogue: Dialogue) -> Generator[Spoken]:
@@ -57,7 +57,7 @@ class LocalModel:
                     if text := spelling.add(token):
                         spoken.pieces.append(Piece(text, "drafted" if place < kept else "own"))
                     ends.append(len(spoken.pieces))
-                before = ends[begin_of(answer.tokens, self.header, self.tokenizer)]
+                before = ends[begin_of(answer.tokens, self.heading, self.tokenizer)]
                 spoken.pieces[:before] = [Piece(p.text, "thought") for p in spoken.pieces[:before]]
                 spoken.tokens, spoken.gained = len(answer.tokens), answer.gained
                 spoken.seconds, spoken.first_seconds = answer.seconds, answer.first_seconds

@@ -8,8 +8,7 @@ whole conversation does not show as serving does becomes a sequence of its own.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 from specforge_exp.data.messages import (
     REASONING,
@@ -17,21 +16,21 @@ from specforge_exp.data.messages import (
     Unrenderable,
     parsed,
     readable,
-    reasoning_of,
     split_thoughts,
 )
 from specforge_exp.data.rendering import (
     Chat,
+    Encoded,
     TokenRow,
     cuts,
     eos_token_ids,
     glued,
     prompt_ids,
     prompt_text,
-    refusal,
     render,
     tokens_of_prefix,
 )
+from specforge_exp.data.turns import Conversation, Turn, Unlike, text_until
 
 __all__ = [
     "Chat",
@@ -47,93 +46,7 @@ __all__ = [
     "split_thoughts",
 ]
 
-PROBE: Message = {"role": "user", "content": "x"}
-"""What may follow an answer."""
-MARKER = "⟦answer⟧"
-OPENING, CLOSING = "<think>", "</think>"
 CHANGED = "the chat template changes it later (preprocess.changed_turns=leave_out)"
-
-
-class Unlike(Unrenderable):
-    """One turn cannot be shown as serving shows it; the others may be."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids, and the supervised tokens [first, last) of each turn."""
-
-    ids: list[int]
-    spans: list[tuple[int, int]]
-    numbers: tuple[int, ...] = ()
-    """Which answers of the conversation the turns are, from 1."""
-    apart: tuple["Encoded", ...] = ()
-    """Sequences of other turns, which serving sees otherwise than this one shows them."""
-    left_out: tuple[str, ...] = ()
-    """Why further turns are supervised nowhere, one reason each."""
-
-    @property
-    def turns(self) -> list[int]:
-        """Per token the number of its turn from 1, or 0."""
-        turns = [0] * len(self.ids)
-        for number, (first, last) in enumerate(self.spans, 1):
-            turns[first:last] = [number] * (last - first)
-        return turns
-
-
-@dataclass(frozen=True)
-class Turn:
-    """An answer and what a server asks the model before it."""
-
-    number: int
-    """Of the answers, from 1."""
-    until: int
-    """Messages up to and with it."""
-    message: Message
-    prompt: str
-
-    @property
-    def answer(self) -> str:
-        """What it says, without its thoughts, trimmed as templates may."""
-        return split_thoughts(self.message["content"])[3].strip()
-
-    @property
-    def thoughts(self) -> str:
-        """What it thinks, trimmed; "" without."""
-        inline = split_thoughts(self.message["content"])[1]
-        return (reasoning_of(self.message) or inline).strip()
-
-
-@dataclass
-class Conversation:
-    """A conversation on its way to tokens."""
-
-    chat: Chat
-    messages: list[Message]
-    kwargs: dict[str, Any]
-    """For the template, tools with them."""
-    waiting: list[Turn] = field(default_factory=list)
-    """Turns that no sequence supervises yet."""
-    left_out: list[str] = field(default_factory=list)
-    sequences: list[Encoded] = field(default_factory=list)
-    texts: dict[int, str] = field(default_factory=dict)
-    """The template's renderings, by how many messages they show."""
-
-    def until(self, messages: int) -> str:
-        """The first messages as text; raises Unrenderable."""
-        if messages not in self.texts:
-            self.texts[messages] = self.rendered(self.messages[:messages])
-        return self.texts[messages]
-
-    def rendered(self, messages: list[Message]) -> str:
-        """As text; raises Unrenderable."""
-        try:
-            text = render(self.chat.tokenizer, messages, self.kwargs)
-            text.encode()
-        except Unrenderable as error:
-            raise Unrenderable(refusal(self.chat, messages, self.kwargs, str(error))) from None
-        except UnicodeEncodeError:
-            raise Unrenderable("it holds half a character (a lone surrogate)") from None
-        return text
 
 
 def opened(chat: Chat, record: Message) -> Conversation:
@@ -179,101 +92,6 @@ def next_text(talk: Conversation) -> str | None:
             talk.left_out.append(str(reason))
             talk.waiting.pop()
     return None
-
-
-def text_until(talk: Conversation, turn: Turn) -> str:
-    """The conversation up to a turn: its prompt and what the model writes, with its end.
-
-    Raises:
-        Unlike: the template changes the answer, or its prompt opens what the answer lacks.
-    """
-    shown = talk.until(turn.until)
-    said = shown.removeprefix(turn.prompt) if shown.startswith(turn.prompt) else None
-    if said is None or cut_thoughts(turn, said):
-        said = written(talk, turn, shown)
-    text = turn.prompt + said
-    calls = turn.message.get("tool_calls") or []
-    if not all(any(name in said for name in names_of(call)) for call in calls):
-        raise Unlike("the chat template does not show a call of a tool")
-    if turn.answer not in said and not calls:
-        raise Unlike("the chat template rewrites an answer")
-    if any(stop in said for stop in talk.chat.stops):
-        return text
-    return with_stop(talk, turn, text)
-
-
-def names_of(call: dict[str, Any]) -> list[str]:
-    """What a template may show of a call: the function, or an id that holds it (Kimi)."""
-    return [call.get("function", call)["name"], *([str(call["id"])] if call.get("id") else [])]
-
-
-def cut_thoughts(turn: Turn, said: str) -> bool:
-    """Whether thoughts that the model has written are not among what the template shows.
-
-    A template that knows no thoughts beside the content leaves them out for good: they are not its
-    model's, unless its prompt opens them.
-    """
-    inline = bool(split_thoughts(turn.message["content"])[1].strip())
-    return bool(turn.thoughts) and turn.thoughts not in said and (inline or opens(turn.prompt))
-
-
-def opens(prompt: str) -> bool:
-    """Whether a prompt ends within thoughts."""
-    return prompt.rstrip().endswith(OPENING)
-
-
-def written(talk: Conversation, turn: Turn, shown: str) -> str:
-    """What the model writes after its prompt, where the template shows it otherwise.
-
-    Raises:
-        Unlike: that cannot be told.
-    """
-    opening = opens(turn.prompt)
-    if turn.thoughts and turn.prompt.rstrip().endswith(CLOSING):
-        raise Unlike(
-            "its prompt closes the thoughts that an answer has (preprocess.thinking=out takes them "
-            "out)"
-        )
-    if opening and not turn.thoughts:
-        raise Unlike(
-            "its prompt opens thoughts, and an answer has none (regen.thinking=kept records them, "
-            "model.chat_template_kwargs may switch them off)"
-        )
-    if not turn.thoughts or not turn.answer or turn.message.get("tool_calls"):
-        raise Unlike("the chat template shows an answer without the prompt that it follows")
-    _, inline, _, answer = split_thoughts(turn.message["content"])
-    raw = str(turn.message["content"])
-    if not inline.strip():
-        raw = f"{OPENING}\n{turn.thoughts}\n{CLOSING}\n\n{answer.lstrip()}"
-    if opening:
-        raw = raw.lstrip().removeprefix(OPENING)
-        raw = raw.lstrip() if turn.prompt[-1].isspace() else raw
-    bare = {"role": "assistant", "content": MARKER}
-    tail = talk.rendered([*talk.messages[: turn.until - 1], bare]).rpartition(MARKER)[2]
-    for ending in (answer.lstrip(), answer.strip()):  # as it is, or as templates trim it
-        if shown.rstrip().endswith((ending + tail).rstrip()):
-            return raw.rstrip() + ending[len(turn.answer) :] + tail
-    raise Unlike("the chat template rewrites an answer")
-
-
-def with_stop(talk: Conversation, turn: Turn, text: str) -> str:
-    """The text up to a turn with the stop that the next message begins with, where a template has
-    none before."""
-    role = "tool" if turn.message.get("tool_calls") else "user"
-    bare = {**turn.message, "content": turn.answer}
-    bare.pop("reasoning_content", None)
-    before = [*talk.messages[: turn.until - 1], bare]
-    try:
-        body = talk.rendered(before).rstrip()
-        following = talk.rendered([*before, {**PROBE, "role": role}])
-    except Unrenderable:
-        return text
-    if not following.startswith(body):
-        return text
-    rest = following[len(body) :]
-    space = rest[: len(rest) - len(rest.lstrip())]
-    stop = next((stop for stop in talk.chat.stops if rest.startswith(space + stop)), None)
-    return text.rstrip() + space + stop if stop else text
 
 
 def span_in(talk: Conversation, row: TokenRow, turn: Turn) -> tuple[int, int] | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from specforge_exp.data.messages import Message, Unrenderable, joined
+from specforge_exp.data.messages import MARKS, Message, Unrenderable, joined
 from specforge_exp.target.files import generation_config
 
 REMEMBERED = 256
@@ -118,6 +118,12 @@ class Chat:
         return [name for name in names if name]
 
     @cached_property
+    def marks(self) -> tuple[str, str] | None:
+        """What opens and closes thoughts, where the template mentions it."""
+        template = str(self.tokenizer.chat_template)
+        return next((pair for pair in MARKS if pair[0].strip() in template), None)
+
+    @cached_property
     def headers(self) -> dict[str, list[int]]:
         """Tokens of short texts that come again and again."""
         return {}
@@ -152,6 +158,28 @@ class TokenRow:
     def token_at(self, character: int) -> int:
         """The first token that begins there or later."""
         return bisect_left(self.offsets, (character,))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids, and the supervised tokens [first, last) of each turn."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    numbers: tuple[int, ...] = ()
+    """Which answers of the conversation the turns are, from 1."""
+    apart: tuple["Encoded", ...] = ()
+    """Sequences of other turns, which serving sees otherwise than this one shows them."""
+    left_out: tuple[str, ...] = ()
+    """Why further turns are supervised nowhere, one reason each."""
+
+    @property
+    def turns(self) -> list[int]:
+        """Per token the number of its turn from 1, or 0."""
+        turns = [0] * len(self.ids)
+        for number, (first, last) in enumerate(self.spans, 1):
+            turns[first:last] = [number] * (last - first)
+        return turns
 
 
 def tokens_of_prefix(chat: Chat, row: TokenRow, prefix: str) -> int | None:

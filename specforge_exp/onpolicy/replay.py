@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specforge_exp.config import Config
 from specforge_exp.config.onpolicy import OnPolicyConfig
-from specforge_exp.data.chat import CLOSING
+from specforge_exp.data.messages import MARKS
 from specforge_exp.data.rendering import eos_token_ids
 from specforge_exp.drafts.rows import document_bounds, possible_anchors
 from specforge_exp.onpolicy.anchors import Draw, draw, missed
@@ -215,7 +215,8 @@ def replayer_of(cfg: Config, draft: Any, target: Target, elsewhere: Judge | None
     if not elsewhere:
         check_segments(target, max(cfg.max_length, 4))
     ends = frozenset(eos_token_ids(cfg.model.path, tokenizer))
-    closing = frozenset(known[name] for name in (CLOSING,) if name in known)
+    closings = [closing.strip() for _, closing in MARKS]
+    closing = frozenset(known[name] for name in closings if name in known)
     steps, limit = cfg.onpolicy.length or cfg.draft.replay_length, cfg.max_length
     return Replayer(cfg.onpolicy, draft, target, steps, limit, ends, closing, elsewhere=elsewhere)
 

@@ -23,6 +23,8 @@ OF_OUTPUT = {field.name for field in fields(BaseModelOutputWithPast)}
 CACHE = "cache" if "cache" in OF_OUTPUT else "past_key_values"
 """The argument of a forward for keys and values of before. transformers renamed it in 5.24, and a
 forward may take a name that it does not know without a word, as if there were nothing before."""
+VISITS = ("num_experts_per_tok", "top_k_experts")
+"""How configurations call the number of experts that a token visits."""
 
 
 def find_layers(model: Any) -> tuple[Any, str]:
@@ -51,10 +53,11 @@ def find_layers(model: Any) -> tuple[Any, str]:
 def visited(module: nn.Module, text: Any) -> float:
     """Numbers in a module's matrices that a token is multiplied with: of experts, which lie in one
     tensor, as many as it visits."""
-    visits = getattr(text, "num_experts_per_tok", None)
+    visits = next((number for name in VISITS if (number := getattr(text, name, None))), None)
     number = 0.0
     for name, weight in module.named_parameters():
-        share = visits / len(weight) if weight.dim() == 3 and visits else 1.0
+        experts = weight.dim() == 3 and weight.shape[1] > 1  # a channel's convolution has 1
+        share = visits / len(weight) if experts and visits else 1.0
         multiplies = weight.dim() > 1 and not name.endswith("bias")  # experts' have two
         number += weight.numel() * share if multiplies else 0
     return number

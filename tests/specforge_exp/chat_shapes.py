@@ -26,6 +26,8 @@ class Shape:
     bos: str | None = None
     tools: bool = False
     """It shows tool calls."""
+    thinks: str = "<think>"
+    """What the model's thoughts begin with."""
 
 
 def chatml(assistant: str, prompt: str = "", start: str = "", system: str = "") -> str:
@@ -91,11 +93,10 @@ def instructed(user: str, answer: str, call: str = "", system: str = "") -> str:
 
 
 MISTRAL_LAST = (
-    "{{- bos_token }}{%- set ns = namespace(last=-1, system='') %}{%- for m in messages %}"
-    "{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}"
-    "{%- if m.role == 'system' %}{%- set ns.system = m.content + '\n\n' %}{%- endif %}"
-    "{%- endfor %}{%- for m in messages %}{%- if m.role == 'user' %}"
-    "{{- '[INST] ' + (ns.system if loop.index0 == ns.last else '') + m.content + '[/INST]' }}"
+    "{{- bos_token }}{%- set ns = namespace(system='') %}{%- for m in messages %}"
+    "{%- if m.role == 'system' %}{%- set ns.system = m.content + '\n\n' %}"
+    "{%- elif m.role == 'user' %}"
+    "{{- '[INST] ' + (ns.system if loop.last else '') + m.content + '[/INST]' }}"
     "{%- elif m.tool_calls %}CALL{%- elif m.role == 'tool' %}"
     "{{- '[TOOL_RESULTS]' + m.content + '[/TOOL_RESULTS]' }}{%- elif m.role == 'assistant' %}"
     "{{- ' ' + m.content + eos_token }}{%- endif %}{%- endfor %}"
@@ -119,6 +120,30 @@ GEMMA = (
     "{{- m.content | trim + '<end_of_turn>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{%- endif %}"
 )
+GEMMA4 = (
+    "{{- bos_token }}{%- if enable_thinking or messages[0].role == 'system' %}"
+    "{{- '<|turn>system\n' + ('<|think|>\n' if enable_thinking else '') }}"
+    "{{- (messages[0].content if messages[0].role == 'system' else '') + '<turn|>\n' }}"
+    "{%- endif %}{%- set ns = namespace(asked=-1, before='') %}{%- for m in messages %}"
+    "{%- if m.role == 'user' %}{%- set ns.asked = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for m in messages %}{%- if m.role == 'user' %}"
+    "{{- '<|turn>user\n' + m.content | trim + '<turn|>\n' }}{%- elif m.role == 'tool' %}"
+    "{{- m.content + '<tool_response|>' }}{%- elif m.role == 'assistant' %}"
+    "{{- '' if ns.before == 'tool' else '<|turn>model\n' }}{%- if m.tool_calls %}"
+    "{%- if m.reasoning_content and loop.index0 > ns.asked %}"
+    "{{- '<|channel>thought\n' + m.reasoning_content + '\n<channel|>' }}{%- endif %}"
+    "{%- for call in m.tool_calls %}{%- set c = call.function %}"
+    "{{- '<|tool_call>call:' + c.name + (c.arguments | tojson) + '<tool_call|>' }}{%- endfor %}"
+    "{{- '<|tool_response>' }}{%- else %}{{- m.content | trim + '<turn|>\n' }}{%- endif %}"
+    "{%- endif %}{%- set ns.before = m.role %}{%- endfor %}"
+    "{%- if add_generation_prompt and ns.before != 'tool' %}{{- '<|turn>model\n' }}"
+    "{{- '' if enable_thinking else '<|channel>thought\n<channel|>' }}{%- endif %}"
+)
+TURNS = (
+    "<bos>", "<eos>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|tool_call>",
+    "<tool_call|>", "<|tool_response>", "<tool_response|>", "<|think|>",
+)  # fmt: skip
+TURN_ENDS = ("<eos>", "<turn|>", "<|tool_response>")
 HARMONY = (
     "{%- set ns = namespace(last=-1) %}{%- for m in messages %}"
     "{%- if m.role == 'assistant' and not m.tool_calls %}{%- set ns.last = loop.index0 %}"
@@ -279,7 +304,7 @@ SHAPES = (
     Shape("Qwen3-Thinking-2507", chatml(QWEN3, "{{- '<think>\\n' }}"), (*IM, *THINK),
           ("<|im_end|>",), tools=True),
     # mistralai/Mistral-7B-Instruct-v0.3: the space is the template's, the token with it is the
-    # model's; the system's words stand before the last user turn, wherever that is
+    # model's; the system's words stand before a question that is the last message: in prompts only
     Shape("Mistral v0.3", MISTRAL_LAST.replace("CALL", MISTRAL_CALL), MISTRAL, ("</s>",), "first",
           bos="<s>", tools=True),
     # mistralai/Mixtral-8x7B-Instruct-v0.1: the same with marks that are no tokens
@@ -294,13 +319,20 @@ SHAPES = (
     # google/gemma-2-9b-it, gemma-3: no system role
     Shape("Gemma", GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
           ("<eos>", "<end_of_turn>"), bos="<bos>"),
+    # google/gemma-4-31B-it: the prompt closes empty thoughts that no answer is shown with; what
+    # the model thinks is shown before calls alone
+    Shape("Gemma 4", GEMMA4, TURNS, TURN_ENDS, bos="<bos>", tools=True,
+          thinks="<|channel>thought"),
+    Shape("Gemma 4, thinking", GEMMA4, TURNS, TURN_ENDS, kwargs={"enable_thinking": True},
+          bos="<bos>", tools=True, thinks="<|channel>thought"),
     # microsoft/Phi-3-mini-4k-instruct, Phi-4-mini: <|end|> is a token of its own
     Shape("Phi-3", PHI, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"),
           ("<|endoftext|>", "<|end|>"), "first"),
     # microsoft/phi-4
     Shape("Phi-4", PHI4, (*IM, "<|im_sep|>"), ("<|im_end|>",)),
     # openai/gpt-oss-20b: Harmony
-    Shape("gpt-oss", HARMONY, CHANNELS, ("<|return|>", "<|call|>"), tools=True),
+    Shape("gpt-oss", HARMONY, CHANNELS, ("<|return|>", "<|call|>"), tools=True,
+          thinks="<|channel|>analysis<|message|>"),
     # deepseek-ai/DeepSeek-V3-0324
     Shape("DeepSeek-V3", DEEPSEEK_V3, (*DEEP, *DEEP_TOOLS), DEEP[1:2], bos=DEEP[0], tools=True),
     # deepseek-ai/DeepSeek-R1-Distill-Qwen-7B: cuts all thoughts, its prompt opens them

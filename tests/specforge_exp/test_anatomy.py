@@ -24,14 +24,32 @@ from specforge_exp.target.segments import check_segments
 ROTATED = ("q_proj", "k_proj", "q_norm", "k_norm")
 
 
-@pytest.mark.parametrize("family", ["Llama 2", "Qwen3-MoE"])
-def test_flops_count_what_a_token_visits(family: str) -> None:
-    """Two of four experts; no norm, embedding or head."""
-    target = Target(build(FAMILIES[family]()), [0])
-    weights = [w for layer in target.layers for w in layer.parameters()]
-    matrices, experts = (sum(w.numel() for w in weights if w.dim() == d) for d in (2, 3))
-    assert target.parameters == matrices + experts / 2
-    assert (experts > 0) == (family == "Qwen3-MoE")
+OF_EXPERTS = {
+    "Gemma 4 with experts": lambda: tf.Gemma4TextConfig(
+        **HEADS, hidden_size_per_layer_input=0, layer_types=8 * ["full_attention"],
+        enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "experts", "convolved"),
+    [
+        ("Llama 2", False, False),
+        ("Qwen3-MoE", True, False),
+        ("Gemma 4 with experts", True, False),
+        ("Qwen3-Next", True, True),
+    ],
+)
+def test_flops_count_what_a_token_visits(family: str, experts: bool, convolved: bool) -> None:
+    """Two of four experts, all of a convolution; no norm, embedding or head."""
+    target = Target(build({**FAMILIES, **OF_EXPERTS}[family]()), [0])
+    named = [pair for layer in target.layers for pair in layer.named_parameters()]
+    several = sum(w.numel() for name, w in named if w.dim() == 3 and "experts" in name)
+    convolutions = sum(w.numel() for name, w in named if "conv1d" in name)
+    matrices = sum(w.numel() for _, w in named if w.dim() == 2)
+    assert target.parameters == matrices + several / 2 + convolutions
+    assert (several > 0, convolutions > 0) == (experts, convolved)
 
 
 def test_states_of_several_streams_are_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from chat_templates import tokenizer_of
 
 from specforge_exp.bench import clients
 from specforge_exp.bench.acceptance import ngram_keys
-from specforge_exp.bench.asking import Asking, Talk, asking_of, header_of
+from specforge_exp.bench.asking import Asking, Talk, asking_of, heading_of
 from specforge_exp.bench.served import Exchange, carry_out, converse, repeat, together
 from specforge_exp.bench.sets import BenchSets
 from specforge_exp.bench.speculative import Decoding, Generation
@@ -176,8 +176,8 @@ def test_an_answer_is_what_stands_behind_its_header() -> None:
     def decoded(name: str, text: str) -> str:
         shape = next(shape for shape in SHAPES if shape.name == name)
         tokenizer = tokenizer_of(shape)
-        header = header_of(tokenizer, shape.kwargs)
-        asking = Asking(tokenizer, Decoding(4), shape.kwargs, None, 9, 0, header)
+        heading = heading_of(tokenizer, shape.kwargs)
+        asking = Asking(tokenizer, Decoding(4), shape.kwargs, None, 9, 0, heading)
         return asking.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     thought = "<|channel|>analysis<|message|>Hm."
@@ -186,4 +186,7 @@ def test_an_answer_is_what_stands_behind_its_header() -> None:
     assert decoded("gpt-oss", thought) == ""
     assert decoded("gpt-oss", "Yes.") == "Yes."
     assert decoded("Cohere 2", "<|START_RESPONSE|>Yes.<|END_RESPONSE|>") == "Yes."
+    assert decoded("Gemma 4", "<|channel>thought\nHm.\n<channel|>Yes.<turn|>") == "Yes."
+    assert decoded("Gemma 4", "<|channel>thought\nHm.") == ""
+    assert decoded("Gemma 4", "Yes.<turn|>") == "Yes."
     assert decoded("Llama 3", "Yes.<|eot_id|>") == "Yes."

@@ -33,7 +33,7 @@ from specforge_exp.causal.objective import CAUSAL, causal_lm
 from specforge_exp.config import Config
 from specforge_exp.config.causal import CausalConfig
 from specforge_exp.errors import InputError
-from specforge_exp.target.anatomy import read_end
+from specforge_exp.target.anatomy import read_end, visited
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.running import check_held_out
@@ -210,6 +210,11 @@ def test_mfu_counts_the_products_and_half_of_attention() -> None:
     assert outcome.flops == pytest.approx(products + added_in_place + scores / 2)
 
 
+def pairs(window: int) -> float:
+    """Of the packed conversations, half of the one that a token forms with itself."""
+    return sum(min(at + 0.5, window) for length in LENGTHS for at in range(length))
+
+
 @pytest.mark.parametrize("family", ["Gemma 2", "Qwen3-MoE", "gpt-oss"])
 def test_flops_of_windows_and_of_experts(family: str) -> None:
     """A row has as many pairs as its window, a token two of four experts; biases multiply nothing,
@@ -220,13 +225,31 @@ def test_flops_of_windows_and_of_experts(family: str) -> None:
     named = [pair for unit in made.units for pair in unit.named_parameters()]
     layers = sum(w.numel() * shares[w.dim()] for name, w in named if not name.endswith("bias"))
     head = made.model.lm_head.weight.numel()
-    pairs = 0.0
-    for kind in getattr(config, "layer_types", None) or ["full_attention"] * len(made.units):
-        window = config.sliding_window if kind == "sliding_attention" else 999
-        pairs += sum(min(at + 0.5, window) for length in LENGTHS for at in range(length))
-    attention = 12 * config.num_attention_heads * config.head_dim * pairs
+    windows = [
+        config.sliding_window if kind == "sliding_attention" else 999
+        for kind in getattr(config, "layer_types", None) or ["full_attention"] * len(made.units)
+    ]
+    attention = 12 * config.num_attention_heads * config.head_dim * sum(map(pairs, windows))
     expected = 6 * (layers * sum(LENGTHS) + 5 * head) + attention
     assert needed_flops(made, LENGTHS, 5) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "attended"),
+    [
+        ("Mistral v0.3", 8 * (16 + 16) * pairs(32)),  # all layers have the window, none is named
+        ("Qwen3.5", 2 * (16 + 16) * pairs(999)),  # two of eight layers attend
+        ("DeepSeek-V3.2", 8 * (24 + 16) * pairs(12)),  # to twelve tokens each
+    ],
+)
+def test_flops_of_attention_by_its_kind(family: str, attended: float) -> None:
+    """Only layers that attend, by as many tokens as they see, and the sizes of keys and values."""
+    made = causal(build(FAMILIES[family]()), packing=False)
+    config = made.model.config.get_text_config()
+    weights = sum(visited(unit, config) for unit in made.units)
+    attention = 6 * config.num_attention_heads * attended
+    expected = 6 * weights * sum(LENGTHS) + attention
+    assert needed_flops(made, LENGTHS, 0) == pytest.approx(expected)
 
 
 def test_a_model_is_measured_before_ligers_kernels_are_in_it(

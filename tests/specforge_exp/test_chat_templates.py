@@ -47,12 +47,30 @@ class Oracle:
     def follows(self, number: int, until: int) -> str | None:
         """What stands behind the prompt of an answer in the first messages, up to the first stop;
         None where the prompt is not how they begin."""
-        text, prompt = self.text(until, False), self.text(self.answers[number - 1], True)
+        return self.after(self.text(self.answers[number - 1], True), self.text(until, False))
+
+    def after(self, prompt: str, text: str) -> str | None:
         if not text.startswith(prompt):
             return None
         said = text[len(prompt) :]
         ends = [at + len(stop) for stop in self.shape.eos if (at := said.find(stop)) >= 0]
         return said[: min(ends, default=len(said))]
+
+    def alone(self, number: int) -> str | None:
+        """What stands behind the prompt of an answer that is all there is besides its question, or
+        behind empty thoughts that the prompt has closed; None where the template shows neither."""
+        at = self.answers[number - 1]
+        before = [self.messages[at - 1]]
+        if before[0]["role"] == "tool":
+            before = [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                *before,
+            ]
+        single = Oracle(self.shape, [*before, self.messages[at]])
+        prompt, text = single.text(len(before), True), single.text(len(before) + 1, False)
+        closed = f"{self.shape.thinks}\n<channel|>"
+        return self.after(prompt.removesuffix(closed), text)
 
 
 def test_a_prompt_begins_once() -> None:
@@ -101,6 +119,8 @@ def check(oracle: Oracle, result: Encoded | Unrenderable) -> None:
                     oracle.follows(number, until)
                     for until in (oracle.answers[number - 1] + 1, oracle.answers[number - 1] + 2)
                 ]
+                if shown == [None, None]:
+                    shown = [oracle.alone(number)]
                 assert_as_shown(said, shown, thoughts_of(message), shape)
 
 
@@ -109,7 +129,7 @@ def assert_as_shown(said: str, shown: list[str | None], thoughts: str, shape: Sh
     ends = (*shape.eos, "<|end|>")
     if without(said, ends) not in [without(text, ends) for text in shown if text is not None]:
         assert thoughts
-        assert said.lstrip().removeprefix("<think>").lstrip().startswith(thoughts)
+        assert said.lstrip().removeprefix(shape.thinks).lstrip().startswith(thoughts)
     elif thoughts and opens(shape):
         assert thoughts in said
 
@@ -228,6 +248,10 @@ THOUGHT = [
 TAGGED = [user("Hi"), assistant("<think>\na\n</think>\n\nOne.")]
 CALLED = [user("Rain?"), assistant("Wait.", tool_calls=[CALL]), {"role": "tool", "content": "sun"}]
 CALLED += [assistant("No.", tool_calls=[])]
+THOUGHT_CALLED = [
+    user("Rain?"), assistant("", thinking="a", tool_calls=[CALL]),
+    {"role": "tool", "content": "sun"}, assistant("No.", thinking="b"),
+]  # fmt: skip
 RETURN, EOS = "<|return|>", "<｜end▁of▁sentence｜>"
 
 
@@ -267,6 +291,26 @@ RETURN, EOS = "<|return|>", "<｜end▁of▁sentence｜>"
             '\nWait.\n<tool_call>weather\n{"city": "Rome"}\n</tool_call><|observation|>',
             "\nNo.<|user|>"]),
         ("Vicuna", TWICE, ["One.</s>", "Two.</s>"]),
+        ("Mistral v0.3", [{"role": "system", "content": "Be kind."}, *TWICE], [
+            " One.</s>", " Two.</s>"]),
+        ("gpt-oss", THOUGHT_CALLED, [
+            "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>commentary"
+            ' to=functions.weather <|constrain|>json<|message|>{"city": "Rome"}<|call|>',
+            "<|channel|>analysis<|message|>b<|end|>"
+            f"<|start|>assistant<|channel|>final<|message|>No.{RETURN}"]),
+        ("GLM-4.5", THOUGHT_CALLED, [
+            '\n<think>a</think>\n<tool_call>weather\n{"city": "Rome"}\n</tool_call>'
+            "<|observation|>", "\n<think>b</think>\nNo.<|user|>"]),
+        ("Gemma 4", TWICE, ["One.<turn|>", "Two.<turn|>"]),
+        ("Gemma 4", CALLED, [
+            '<|tool_call>call:weather{"city": "Rome"}<tool_call|><|tool_response>', "No.<turn|>"]),
+        ("Gemma 4", TAGGED, [
+            "its prompt closes the thoughts that an answer has (preprocess.thinking=out takes them "
+            "out)"]),
+        ("Gemma 4, thinking", THOUGHT_CALLED, [
+            '<|channel>thought\na\n<channel|><|tool_call>call:weather{"city": "Rome"}<tool_call|>'
+            "<|tool_response>", "<|channel>thought\nb\n<channel|>No.<turn|>"]),
+        ("Gemma 4, thinking", TAGGED, ["<|channel>thought\na\n<channel|>One.<turn|>"]),
         ("Gemma", [{"role": "system", "content": "Be kind."}, *TWICE], [
             "the chat template refuses it: System role not supported; prep with data.system=join "
             "puts the system message in front of the first user turn"]),

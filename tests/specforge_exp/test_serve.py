@@ -136,6 +136,8 @@ def test_the_seed_decides(url: str) -> None:
         ({"messages": ASK, "tools": {}}, "tools must be a list"),
         ({"messages": ASK, "chat_template_kwargs": []}, "must be an object"),
         ({"messages": ASK, "stream": True}, "stream=true is not supported"),
+        ({"messages": ASK, "stop": ["."]}, r"stop=\['\.'\] is not supported"),
+        ({"messages": ASK, "presence_penalty": 0.5, "logit_bias": {}}, "presence_penalty=0.5"),
         ({"messages": [{"role": "user", "content": "apple " * 4000}]}, "the context of 2000"),
     ],
 )  # fmt: skip

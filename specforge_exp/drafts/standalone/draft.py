@@ -258,7 +258,9 @@ def small_model(target: Target, cfg: StandaloneConfig, seed: int) -> Any:
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     torch.manual_seed(seed)
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
     except (TypeError, ValueError) as error:
         raise InputError(f"draft.config={cfg.config} makes no model: {error}") from None
 

@@ -37,6 +37,11 @@ NUMBERS: dict[str, tuple[Any, float, float]] = {
     "n": (int, 1, 1),
 }
 """Types and bounds of the numbers in a request."""
+UNSERVED = (
+    "stop", "stop_token_ids", "logit_bias", "presence_penalty", "frequency_penalty", "min_tokens",
+    "logprobs", "response_format",
+)  # fmt: skip
+"""Fields that would change an answer, unless they are empty or 0."""
 DRAIN = 86400.0
 """Seconds that answers under way may take after SIGTERM."""
 
@@ -49,7 +54,7 @@ def parse(body: Any) -> Request:
     """A request from the body of /v1/chat/completions; fields that nobody knows are ignored.
 
     Raises:
-        BadField: a known field has a wrong type or value.
+        BadField: a known field has a wrong type or value, or asks for what is not served.
     """
     if not isinstance(body, dict):
         raise BadField("the body must be an object with messages")
@@ -71,6 +76,8 @@ def parse(body: Any) -> Request:
             raise BadField(f"{name} must be {'a list' if kind is list else 'an object'}")
     if body.get("stream"):
         raise BadField("stream=true is not supported; answers come whole")
+    if unserved := [name for name in UNSERVED if body.get(name)]:
+        raise BadField(f"{unserved[0]}={body[unserved[0]]!r} is not supported; leave it out")
     sampling = Sampling(
         numbers.get("temperature", 1.0),
         numbers.get("top_p", 1.0),

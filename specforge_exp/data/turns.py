@@ -1,0 +1,219 @@
+"""The turns of a conversation, and what the model writes in each: the text behind its prompt."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from specforge_exp.data.messages import (
+    MARKS,
+    Message,
+    Unrenderable,
+    reasoning_of,
+    split_thoughts,
+)
+from specforge_exp.data.rendering import Chat, Encoded, prompt_text, refusal, render
+
+PROBE: Message = {"role": "user", "content": "x"}
+"""What may follow an answer."""
+MARKER = "⟦answer⟧"
+
+
+class Unlike(Unrenderable):
+    """One turn cannot be shown as serving shows it; the others may be."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An answer and what a server asks the model before it."""
+
+    number: int
+    """Of the answers, from 1."""
+    until: int
+    """Messages up to and with it."""
+    message: Message
+    prompt: str
+
+    @property
+    def answer(self) -> str:
+        """What it says, without its thoughts, trimmed as templates may."""
+        return split_thoughts(self.message["content"])[3].strip()
+
+    @property
+    def thoughts(self) -> str:
+        """What it thinks, trimmed; "" without."""
+        inline = split_thoughts(self.message["content"])[1]
+        return (reasoning_of(self.message) or inline).strip()
+
+
+@dataclass
+class Conversation:
+    """A conversation on its way to tokens."""
+
+    chat: Chat
+    messages: list[Message]
+    kwargs: dict[str, Any]
+    """For the template, tools with them."""
+    waiting: list[Turn] = field(default_factory=list)
+    """Turns that no sequence supervises yet."""
+    left_out: list[str] = field(default_factory=list)
+    sequences: list[Encoded] = field(default_factory=list)
+    texts: dict[int, str] = field(default_factory=dict)
+    """The template's renderings, by how many messages they show."""
+
+    def until(self, messages: int) -> str:
+        """The first messages as text; raises Unrenderable."""
+        if messages not in self.texts:
+            self.texts[messages] = self.rendered(self.messages[:messages])
+        return self.texts[messages]
+
+    def rendered(self, messages: list[Message]) -> str:
+        """As text; raises Unrenderable."""
+        try:
+            text = render(self.chat.tokenizer, messages, self.kwargs)
+            text.encode()
+        except Unrenderable as error:
+            raise Unrenderable(refusal(self.chat, messages, self.kwargs, str(error))) from None
+        except UnicodeEncodeError:
+            raise Unrenderable("it holds half a character (a lone surrogate)") from None
+        return text
+
+
+def text_until(talk: Conversation, turn: Turn) -> str:
+    """The conversation up to a turn: its prompt and what the model writes, with its end.
+
+    Raises:
+        Unlike: the template changes the answer, or its prompt opens what the answer lacks.
+    """
+    shown = talk.until(turn.until)
+    said = shown.removeprefix(turn.prompt) if shown.startswith(turn.prompt) else behind(talk, turn)
+    if said is None or cut_thoughts(talk, turn, said):
+        said = written(talk, turn, shown)
+    text = turn.prompt + said
+    calls = turn.message.get("tool_calls") or []
+    if not all(any(name in said for name in names_of(call)) for call in calls):
+        raise Unlike("the chat template does not show a call of a tool")
+    if turn.answer not in said and not calls:
+        raise Unlike("the chat template rewrites an answer")
+    if any(stop in said for stop in talk.chat.stops):
+        return text
+    return with_stop(talk, turn, text)
+
+
+def names_of(call: dict[str, Any]) -> list[str]:
+    """What a template may show of a call: the function, or an id that holds it (Kimi)."""
+    return [call.get("function", call)["name"], *([str(call["id"])] if call.get("id") else [])]
+
+
+def behind(talk: Conversation, turn: Turn) -> str | None:
+    """What a template shows of an answer behind the end of its prompt, where what it shows before
+    that differs: earlier thoughts, the system's words, empty thoughts that the prompt closes.
+
+    The end is what stands behind the last question in both.
+
+    Returns:
+        None where the prompt ends otherwise.
+    """
+    *before, asked = talk.messages[: turn.until - 1]
+    marked = {**asked, "content": MARKER}
+    try:
+        prompt = prompt_text(talk.chat.tokenizer, [*before, marked], talk.kwargs)
+        shown = talk.rendered([*before, marked, turn.message])
+    except Unrenderable:
+        return None
+    header, rest = (text.rpartition(MARKER)[2] for text in (prompt, shown))
+    if not header or not turn.prompt.endswith(header):
+        return None
+    headers = (header, without_empty_thoughts(header))
+    return next((rest.removeprefix(head) for head in headers if rest.startswith(head)), None)
+
+
+def without_empty_thoughts(header: str) -> str:
+    """The end of a prompt up to thoughts that it opens and closes at once."""
+    for opening, closing in MARKS:
+        inner = header.rstrip().removesuffix(closing.strip()).rstrip()
+        if closes(header) and inner.endswith(opening.strip()):
+            return inner.removesuffix(opening.strip())
+    return header
+
+
+def cut_thoughts(talk: Conversation, turn: Turn, said: str) -> bool:
+    """Whether thoughts that the model has written are not among what the template shows, or its
+    prompt closes them.
+
+    A template that knows no thoughts leaves those beside the content out for good: they are not its
+    model's.
+    """
+    if not turn.thoughts or closes(turn.prompt):
+        return bool(turn.thoughts)
+    marks = talk.chat.marks
+    inline = bool(split_thoughts(turn.message["content"])[1].strip())
+    if inline and marks not in (None, MARKS[0]):  # which a model with marks of its own never writes
+        return True
+    return turn.thoughts not in said and (inline or opens(turn.prompt) or marks is not None)
+
+
+def opens(prompt: str) -> bool:
+    """Whether a prompt ends within thoughts."""
+    return prompt.rstrip().endswith(tuple(opening.strip() for opening, _ in MARKS))
+
+
+def closes(prompt: str) -> bool:
+    """Whether a prompt ends behind thoughts."""
+    return prompt.rstrip().endswith(tuple(closing.strip() for _, closing in MARKS))
+
+
+def written(talk: Conversation, turn: Turn, shown: str) -> str:
+    """What the model writes after its prompt, where the template shows it otherwise.
+
+    Raises:
+        Unlike: that cannot be told.
+    """
+    if turn.thoughts and closes(turn.prompt):
+        raise Unlike(
+            "its prompt closes the thoughts that an answer has (preprocess.thinking=out takes them "
+            "out)"
+        )
+    opened = opens(turn.prompt)
+    if opened and not turn.thoughts:
+        raise Unlike(
+            "its prompt opens thoughts, and an answer has none (regen.thinking=kept records them, "
+            "model.chat_template_kwargs may switch them off)"
+        )
+    if not turn.thoughts or not turn.answer or turn.message.get("tool_calls"):
+        raise Unlike("the chat template shows an answer without the prompt that it follows")
+    opening, closing = marks = talk.chat.marks or MARKS[0]
+    _, inline, _, answer = split_thoughts(turn.message["content"])
+    raw = str(turn.message["content"])
+    if not inline.strip() or marks != MARKS[0]:
+        raw = f"{opening}{turn.thoughts}{closing}{answer.lstrip()}"
+    if opened:
+        raw = raw.lstrip().removeprefix(opening.strip())
+        raw = raw.lstrip() if turn.prompt[-1].isspace() else raw
+    bare = {"role": "assistant", "content": MARKER}
+    tail = talk.rendered([*talk.messages[: turn.until - 1], bare]).rpartition(MARKER)[2]
+    for ending in (answer.lstrip(), answer.strip()):  # as it is, or as templates trim it
+        if shown.rstrip().endswith((ending + tail).rstrip()):
+            return raw.rstrip() + ending[len(turn.answer) :] + tail
+    raise Unlike("the chat template rewrites an answer")
+
+
+def with_stop(talk: Conversation, turn: Turn, text: str) -> str:
+    """The text up to a turn with the stop that the next message begins with, where a template has
+    none before."""
+    calls = turn.message.get("tool_calls")
+    role, answer = ("tool", turn.answer) if calls else ("user", MARKER)
+    bare = {**turn.message, "content": answer}
+    bare.pop("reasoning_content", None)
+    before = [*talk.messages[: turn.until - 1], bare]
+    try:
+        texts = talk.rendered(before), talk.rendered([*before, {**PROBE, "role": role}])
+    except Unrenderable:
+        return text
+    # What stands before an answer may change with a further question.
+    body, following = texts if calls else (shown.rpartition(MARKER)[2] for shown in texts)
+    body = body.rstrip()
+    if not following.startswith(body):
+        return text
+    rest = following[len(body) :]
+    space = rest[: len(rest) - len(rest.lstrip())]
+    stop = next((stop for stop in talk.chat.stops if rest.startswith(space + stop)), None)
+    return text.rstrip() + space + stop if stop else text
