@@ -36,11 +36,22 @@ OPTIONS = sorted(
     for path in CONF.rglob("*.yaml")
     if path.parent != CONF and path.parent.name != "local"
 )
-APART = ("data", "model", "tracker")
+APART = (
+    ("data", "model", "tracker", "bench", "loss", "paths", "naming", "hydra/sweeper"),
+    ("draft", "resources"),
+    ("engine", "onpolicy"),
+)
 """Groups that say nothing of what another of them says: one of each is composed at a time."""
-TOGETHER = list(
-    zip_longest(*([pair for pair in OPTIONS if pair[0] == group] for group in APART))
-) + [(pair,) for pair in OPTIONS if pair[0] not in APART]
+
+
+def of_group(group: str) -> list[tuple[str, str]]:
+    """Its options, with those of folders in it."""
+    return [pair for pair in OPTIONS if f"{pair[0]}/".startswith(f"{group}/")]
+
+
+TOGETHER = [row for some in APART for row in zip_longest(*map(of_group, some))] + [
+    (pair,) for pair in OPTIONS if not any(pair in of_group(name) for some in APART for name in some)
+]
 NEEDED = {
     ("model", "local"): ["model.path=x/y"],
     ("data", "local"): ["data.path=x.jsonl"],
