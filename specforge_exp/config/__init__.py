@@ -253,7 +253,8 @@ class Config:
 @cache
 def schema() -> DictConfig:
     """All options with their types, to be merged into: making it takes as long as a merge."""
-    return OmegaConf.structured(Config)
+    made: DictConfig = OmegaConf.structured(Config)
+    return made
 
 
 def from_omegaconf(cfg: DictConfig) -> Config:

@@ -49,9 +49,8 @@ def of_group(group: str) -> list[tuple[str, str]]:
     return [pair for pair in OPTIONS if f"{pair[0]}/".startswith(f"{group}/")]
 
 
-TOGETHER = [row for some in APART for row in zip_longest(*map(of_group, some))] + [
-    (pair,) for pair in OPTIONS if not any(pair in of_group(name) for some in APART for name in some)
-]
+TOGETHER = [row for some in APART for row in zip_longest(*map(of_group, some))]
+TOGETHER += [(pair,) for pair in OPTIONS if pair not in {pair for row in TOGETHER for pair in row}]
 NEEDED = {
     ("model", "local"): ["model.path=x/y"],
     ("data", "local"): ["data.path=x.jsonl"],
