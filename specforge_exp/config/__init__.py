@@ -251,10 +251,9 @@ class Config:
 
 
 @cache
-def schema() -> DictConfig:
+def schema() -> Any:
     """All options with their types, to be merged into: making it takes as long as a merge."""
-    made: DictConfig = OmegaConf.structured(Config)
-    return made
+    return OmegaConf.structured(Config)
 
 
 def from_omegaconf(cfg: DictConfig) -> Config:

@@ -36,20 +36,11 @@ OPTIONS = sorted(
     for path in CONF.rglob("*.yaml")
     if path.parent != CONF and path.parent.name != "local"
 )
-APART = (
-    ("data", "model", "tracker", "bench", "loss", "paths", "naming", "hydra/sweeper"),
-    ("draft", "resources"),
-    ("engine", "onpolicy"),
-)
+APART = "data model tracker bench loss paths hydra/sweeper", "draft resources", "engine onpolicy"
 """Groups that say nothing of what another of them says: one of each is composed at a time."""
-
-
-def of_group(group: str) -> list[tuple[str, str]]:
-    """Its options, with those of folders in it."""
-    return [pair for pair in OPTIONS if f"{pair[0]}/".startswith(f"{group}/")]
-
-
-TOGETHER = [row for some in APART for row in zip_longest(*map(of_group, some))]
+TOGETHER = [row for some in APART for row in zip_longest(
+    *([pair for pair in OPTIONS if f"{pair[0]}/".startswith(f"{name}/")] for name in some.split())
+)]  # fmt: skip
 TOGETHER += [(pair,) for pair in OPTIONS if pair not in {pair for row in TOGETHER for pair in row}]
 NEEDED = {
     ("model", "local"): ["model.path=x/y"],
