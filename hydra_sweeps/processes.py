@@ -29,7 +29,7 @@ from hydra.core.utils import (
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_sweeps.errors import JobFailed
-from hydra_sweeps.jobs import SIGNALS, Ends, Reports, Source, compose, failure, show_failure
+from hydra_sweeps.jobs import SIGNALS, Ends, Job, Reports, Source, compose, failure, show_failure
 from hydra_sweeps.records import Tail
 
 log = logging.getLogger(__name__)
@@ -75,12 +75,12 @@ class Processes:
         configure_log(master.hydra.hydra_logging, master.hydra.verbose)
         Path(str(master.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
 
-    def start(self, number: int, overrides: Sequence[str]) -> None:
-        """Compose a job and fork it."""
+    def start(self, number: int, overrides: Sequence[str], job: Job | None = None) -> None:
+        """Fork a job; compose it where the caller has not."""
         log.info(f"\t#{number} : {' '.join(filter_overrides(overrides))}")
         source = Source(self.launcher.config, self.launcher.hydra_context)
         try:
-            job = compose(source, overrides, number)
+            job = job or compose(source, overrides, number)
             folder = Path(str(job.value("hydra.sweep.dir")), job.subdir)
             progress = job.value("hydra.sweeper.progress_file")
             folder.mkdir(parents=True, exist_ok=True)

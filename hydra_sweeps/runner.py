@@ -10,7 +10,7 @@ from hydra.errors import CompactHydraException
 from hydra.plugins.launcher import Launcher
 
 from hydra_sweeps.errors import JobFailed
-from hydra_sweeps.jobs import Ends, Reports, failure, show_failure
+from hydra_sweeps.jobs import Ends, Job, Reports, failure, show_failure
 from hydra_sweeps.records import reason
 
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
@@ -64,6 +64,16 @@ def open_runner(launcher: Launcher, several: bool, total: int = 1) -> Runner:
 
         return Processes(launcher, several)
     return Batches(launcher)
+
+
+def begin(runner: Runner, job: Job) -> None:
+    """Start a job that is composed, which processes of this machine take as it is."""
+    from hydra_sweeps.processes import Processes
+
+    if isinstance(runner, Processes):
+        runner.start(job.number, job.overrides, job)
+    else:
+        runner.start(job.number, job.overrides)
 
 
 class Batches:

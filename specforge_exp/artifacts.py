@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -374,6 +375,7 @@ def git_commit() -> str | None:
         return None
 
 
+@cache
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a number."""
     versions = {"python": platform.python_version()}

@@ -23,6 +23,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 import warm
+from hydra.core.config_store import ConfigStore
 from modal_local import client as modal_local
 
 from specforge_exp.config import (
@@ -42,12 +43,18 @@ if TYPE_CHECKING:
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background jobs:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # programs of the tests inherit it
+# Hydra copies its store for every composition. Here as in the scripts there is one per process.
+vars(ConfigStore.instance())["__deepcopy__"] = lambda memo: ConfigStore.instance()
 gc.disable()  # while tests are collected nearly nothing becomes garbage
 
 
 def pytest_collection_finish() -> None:
-    """No test looks for garbage in what was imported: that is a tenth of what a tier takes."""
+    """No test looks for garbage in what was imported: that is a tenth of what a tier takes.
+
+    Nor every 700 new objects, of which a composed configuration has some ten thousand.
+    """
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     gc.enable()
 
 

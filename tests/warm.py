@@ -67,6 +67,9 @@ def preload(kind: str) -> None:
         names += ["specforge_exp.report.charts"]
     for name in names:
         importlib.import_module(name)
+    # Hydra copies its store for every composition. Here as in the scripts there is one per process.
+    store = sys.modules["hydra.core.config_store"].ConfigStore.instance()
+    vars(store)["__deepcopy__"] = lambda memo: store
     gc.collect()
     gc.freeze()  # no fork looks through what is imported, or copies its pages by that
 

@@ -39,7 +39,7 @@ from hydra_sweeps.jobs import (
 from hydra_sweeps.processes import check_value
 from hydra_sweeps.record import Run, Sweep
 from hydra_sweeps.records import write_whole
-from hydra_sweeps.runner import is_basic, launch, neighbours, open_runner
+from hydra_sweeps.runner import begin, is_basic, launch, neighbours, open_runner
 from hydra_sweeps.table import plan, shown, table
 
 log = logging.getLogger(__name__)
@@ -242,7 +242,7 @@ def run_processes(grid: Grid, n_jobs: int) -> None:
                 job = waiting.popleft()
                 grid.begin([job])
                 started[job.number] = time.monotonic()
-                runner.start(job.number, job.overrides)
+                begin(runner, job)
             for number, returned in runner.ended(1.0):
                 grid.end(number, returned, started.pop(number))
     finally:

@@ -20,6 +20,7 @@ from hydra_sweeps.jobs import compose
 from hydra_sweeps.overrides import key_of
 from hydra_sweeps.record import Outcome
 from hydra_sweeps.records import reason
+from hydra_sweeps.runner import begin
 from hydra_sweeps.study.leases import ENDED, LEASE, SETTLED
 from hydra_sweeps.study.state import RunningTrial, Study, named_job, point_of, run_of
 from hydra_sweeps.study.trials import (
@@ -201,7 +202,7 @@ def start(study: Study, trial: Any, overrides: Sequence[str] | None = None) -> N
     study.sweep.runs[run.name] = run
     study.write()
     study.running[number] = RunningTrial(trial, run, time.monotonic())
-    study.runner.start(number, job.overrides)
+    begin(study.runner, job)
 
 
 def twin_of(study: Study, trial: Any, point: str) -> Any:

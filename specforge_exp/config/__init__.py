@@ -6,6 +6,7 @@ Hydra composes `conf/` against `Config`, so a misspelt key or a wrong type is re
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -249,13 +250,19 @@ class Config:
         return self.draft.chain_length(self.bench.chain_length)
 
 
+@cache
+def schema() -> Any:
+    """All options with their types, to be merged into: making it takes as long as a merge."""
+    return OmegaConf.structured(Config)
+
+
 def from_omegaconf(cfg: DictConfig) -> Config:
     """Resolve what Hydra composed into a `Config`; raises InputError for what does not fit."""
     if missing := valueless(OmegaConf.to_container(cfg)):
         raise InputError(missing)
     try:
         # A launcher's copy without Hydra's node has forgotten its type.
-        typed = OmegaConf.merge(Config, cfg)
+        typed = OmegaConf.merge(schema(), cfg)
         typed.draft = draft_options(typed.draft)
         config = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:

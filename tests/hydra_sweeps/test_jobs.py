@@ -5,13 +5,14 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import warm
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
 
 from hydra_sweeps.command import Terminated, raising_sigterm
 from hydra_sweeps.errors import SweepError
@@ -34,9 +35,16 @@ def fresh_hydra(hydra_restore_singletons: Any) -> Iterator[None]:
     GlobalHydra.instance().clear()
 
 
-def source(*overrides: str) -> Source:
+@cache
+def source_once(*overrides: str) -> Source:
     context, master = composed(Path("/nowhere"), *overrides)
     return Source(master, context)
+
+
+def source(*overrides: str) -> Source:
+    """To be read only."""
+    setup_globals()  # `${hydra:...}`, which `fresh_hydra` has forgotten
+    return source_once(*overrides)
 
 
 def job(*overrides: str) -> Job:

@@ -1,12 +1,15 @@
 """The search space: Hydra's grammar, conditions, first points, grids."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.types import HydraContext
+from omegaconf import DictConfig
 
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.study.params import Param
@@ -20,18 +23,24 @@ def fresh_hydra(hydra_restore_singletons: Any) -> Iterator[None]:
     GlobalHydra.instance().clear()
 
 
+@cache
+def plain() -> tuple[HydraContext, DictConfig]:
+    """Without a sweep, to be read only."""
+    return composed(Path("/nowhere"))
+
+
 def space_of(
     *arguments: str,
     params: dict[str, str] | None = None,
     conditional: dict[str, Any] | None = None,
 ) -> Space:
-    context, master = composed(Path("/nowhere"))
+    context, master = plain()
     loader = context.config_loader
     return read_space(loader, master, params or {}, conditional or {}, arguments)
 
 
 def point_of(space: Space, text: str, strict: bool = False) -> dict[str, Any]:
-    loader = composed(Path("/nowhere"))[0].config_loader
+    loader = plain()[0].config_loader
     return first_point(loader, space, "warm_start[0]", text, strict)
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 import warm
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
+from test_conf import composed
 
 from specforge_exp import paths
 from specforge_exp.bench.acceptance import PairedAnswer, summarise
@@ -21,7 +20,7 @@ from specforge_exp.bench.in_process import converse, load_pair
 from specforge_exp.bench.served import converse as ask_server
 from specforge_exp.bench.sets import SHIPPED, BenchSets, bench_sets
 from specforge_exp.bench.speculative import Generation
-from specforge_exp.config import Config, Source, from_omegaconf
+from specforge_exp.config import Config, Source
 from specforge_exp.data.conversations import asks_of
 from specforge_exp.data.sources import load, spelt_out
 from specforge_exp.errors import InputError
@@ -32,7 +31,6 @@ from specforge_exp.stages.train import train
 from specforge_exp.target import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-ConfigStore.instance().store(name="schema", node=Config)
 TEN = "gsm8k math500 aime24 aime25 humaneval mbpp livecodebench swe-bench mt-bench alpaca".split()
 STEPS = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 CODER = (
@@ -41,11 +39,6 @@ CODER = (
     "You will NOT return anything except for the program\n\n### Question:\nAdd.\n\n"
 )
 END = "\n\n### Answer: (use the provided format with backticks)"
-
-
-def composed(*overrides: str) -> Config:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return from_omegaconf(compose("config", list(overrides)))
 
 
 def write_lines(path: Path, *records: dict[str, Any]) -> Path:

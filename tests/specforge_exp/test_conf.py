@@ -36,11 +36,12 @@ OPTIONS = sorted(
     for path in CONF.rglob("*.yaml")
     if path.parent != CONF and path.parent.name != "local"
 )
-APART = ("data", "model", "tracker")
+APART = "data model tracker bench loss paths hydra/sweeper", "draft resources", "engine onpolicy"
 """Groups that say nothing of what another of them says: one of each is composed at a time."""
-TOGETHER = list(
-    zip_longest(*([pair for pair in OPTIONS if pair[0] == group] for group in APART))
-) + [(pair,) for pair in OPTIONS if pair[0] not in APART]
+TOGETHER = [row for some in APART for row in zip_longest(
+    *([pair for pair in OPTIONS if f"{pair[0]}/".startswith(f"{name}/")] for name in some.split())
+)]  # fmt: skip
+TOGETHER += [(pair,) for pair in OPTIONS if pair not in {pair for row in TOGETHER for pair in row}]
 NEEDED = {
     ("model", "local"): ["model.path=x/y"],
     ("data", "local"): ["data.path=x.jsonl"],

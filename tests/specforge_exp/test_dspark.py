@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import conversation_set, small_target
-from hydra import compose, initialize_config_dir
 from proofs import second_token_pvalue
 from safetensors.torch import load_file, save_file
-from test_conf import CONF
+from test_conf import composed
 from test_dflash import CFG as DFLASH
 from test_dflash import LONG
 from test_dflash_pipeline import DRAFT as DFLASH_RUN
@@ -22,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from specforge_exp import paths
 from specforge_exp.bench.speculative import Decoding, generate, speculate
 from specforge_exp.bench.table import table
-from specforge_exp.config import Config, LossConfig, from_omegaconf
+from specforge_exp.config import Config, LossConfig
 from specforge_exp.config.checks import typed
 from specforge_exp.data import synthetic
 from specforge_exp.data.chat import prompt_ids
@@ -317,11 +316,6 @@ def test_every_stage_takes_it(cfg: Config, tokens: Path) -> None:
     for name, figures in some["datasets"].items():
         assert figures["lossless"] and every["datasets"][name]["lossless"]
         assert figures["verified_per_token"] < every["datasets"][name]["verified_per_token"]
-
-
-def composed(*overrides: str) -> Config:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return from_omegaconf(compose("config", list(overrides)))
 
 
 def test_its_loss_and_what_it_refuses() -> None:

@@ -113,36 +113,40 @@ def test_layout_changes_no_loss(base: Config, run: Config, layout: str) -> None:
     assert verified[0] == verified[1]
 
 
-def test_it_starts_at_a_step(base: Config) -> None:
+@pytest.fixture(scope="module")
+def off(base: Config) -> Config:
+    """Three steps of `base` without replay."""
+    cfg = replace(base, run_name="off", max_steps=3, onpolicy=replace(base.onpolicy, name="none"))
+    train(cfg)
+    return cfg
+
+
+def test_it_starts_at_a_step(base: Config, off: Config) -> None:
     """Before it, the losses are those without."""
-    later = replace(base, run_name="later", onpolicy=replace(base.onpolicy, start=4))
-    off = replace(base, run_name="off", onpolicy=replace(base.onpolicy, name="none"))
+    later = replace(base, run_name="later", max_steps=3, onpolicy=replace(base.onpolicy, start=2))
     train(later)
-    train(off)
     found, expected = ([line["loss"] for line in lines(c)] for c in (later, off))
-    assert found[:4] == expected[:4]
-    assert found[4] != expected[4]
-    assert ["onpolicy/anchors" in line for line in lines(later)] == [False] * 4 + [True] * 2
+    assert found[:2] == expected[:2]
+    assert found[2] != expected[2]
+    assert ["onpolicy/anchors" in line for line in lines(later)] == [False] * 2 + [True]
     assert not any(key.startswith("onpolicy") for line in lines(off) for key in line)
 
 
-def test_replay_alone(base: Config, caplog: pytest.LogCaptureFixture) -> None:
+def test_replay_alone(base: Config, off: Config, caplog: pytest.LogCaptureFixture) -> None:
     """Without the text's loss, shorter and beyond rejections: the steps before it are those
     without, evaluation has the text's loss, and what the target read is summed up."""
-    own = replace(base.onpolicy, level0=0.0, start=2, length=2, beyond=1)
-    cfg = replace(base, run_name="alone", max_steps=4, onpolicy=own)
-    off = replace(base, run_name="without", max_steps=4, onpolicy=replace(own, name="none"))
+    own = replace(base.onpolicy, level0=0.0, start=1, length=2, beyond=1)
+    cfg = replace(base, run_name="alone", max_steps=3, onpolicy=own)
     with caplog.at_level("INFO"):
         train(cfg)
-    train(off)
     found, expected = lines(cfg), lines(off)
-    assert [x["loss"] for x in found[:2]] == [x["loss"] for x in expected[:2]]
-    assert all(x["loss"] == pytest.approx(x["onpolicy/loss"]) for x in found[2:])
+    assert found[0]["loss"] == expected[0]["loss"]
+    assert all(x["loss"] == pytest.approx(x["onpolicy/loss"]) for x in found[1:])
     held_out = [read_record(paths.run_dir(c) / "run.json")["evaluation"] for c in (cfg, off)]
     assert held_out[0]["loss"] == pytest.approx(held_out[1]["loss"], rel=0.2)
-    verified = sum(x["onpolicy/verified_tokens"] for x in found[2:])
-    read = round(sum(x["tokens_per_s"] * x["seconds"] for x in found[2:]))
-    assert verified == sum(x["onpolicy/anchors"] for x in found[2:])  # the first of two tokens
+    verified = sum(x["onpolicy/verified_tokens"] for x in found[1:])
+    read = round(sum(x["tokens_per_s"] * x["seconds"] for x in found[1:]))
+    assert verified == sum(x["onpolicy/anchors"] for x in found[1:])  # the first of two tokens
     said = f"the target read {verified:.0f} proposed tokens beside {read} of conversations "
     assert said + f"({1 + verified / read:.2f} times as many as without)" in caplog.text
 

@@ -7,7 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import warm
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.errors import CompactHydraException
+from hydra.types import HydraContext, RunMode
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 APP = REPOSITORY / "tests" / "sweep_app"
@@ -31,6 +39,33 @@ def sweep(
     printed, errors = process.communicate(timeout=300)
     assert process.returncode == code, printed + errors
     return printed, errors
+
+
+def refused(folder: Path, *overrides: str) -> str:
+    """What a sweep that is refused says, in this process: Hydra ends with what such an error says.
+
+    Without the launchers of the app.
+    """
+    GlobalHydra.instance().clear()
+    hydra = Hydra.create_main_hydra2("app", create_config_search_path(f"file://{APP / 'conf'}"))
+    try:
+        with pytest.raises(CompactHydraException) as caught:
+            config = hydra.compose_config(
+                config_name="config",
+                overrides=[f"folder={folder}", *overrides],
+                run_mode=RunMode.MULTIRUN,
+                with_log_configuration=False,
+            )
+            context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
+            sweeper = Plugins.instance().instantiate_sweeper(
+                hydra_context=context,
+                task_function=None,
+                config=config,  # type: ignore[arg-type]
+            )
+            sweeper.sweep(list(config.hydra.overrides.task))
+    finally:
+        GlobalHydra.instance().clear()
+    return str(caught.value)
 
 
 def content(folder: Path) -> dict[str, Any]:
