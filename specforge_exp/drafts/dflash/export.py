@@ -103,7 +103,6 @@ def read_any(
         ids = [layer - 1 for layer in given[AUX]] if AUX in given else given.get("target_layer_ids")
         nested = {
             "mask_token_id": given.get("mask_token_id"), "target_layer_ids": ids,
-            "sample_from_anchor": bool(own) and not given.get("dspark_bonus_anchor", False),
             "causal": not given.pop(NON_CAUSAL, False),
             "window": given.pop("window", "slot"),
         }  # fmt: skip
@@ -115,8 +114,10 @@ def read_any(
         )
     if causal is not None:
         nested = {**nested, "causal": causal}
+    usual_anchor = bool(own) and not given.get("dspark_bonus_anchor", False)  # of a DSpark: true
+    nested = {"sample_from_anchor": usual_anchor, **nested}
     if "sample_from_anchor" in given:
-        nested = {**nested, "sample_from_anchor": given["sample_from_anchor"]}
+        nested["sample_from_anchor"] = given["sample_from_anchor"]
     nested = {name: value for name, value in nested.items() if value is not None}
     usual = {"num_target_layers": layers, "block_size": given.get("block_size")}
     size = {"block_size": nested.pop("block_size")} if "block_size" in nested else {}
