@@ -124,6 +124,14 @@ def check_keys(folder: Path, config: dict[str, Any], keys: Iterable[str]) -> Non
             node = node[name]
 
 
+def check_mask(folder: Path, token: Any, vocabulary: int) -> None:
+    """Refuse a mask token that no row of the embeddings stands for."""
+    if not isinstance(token, int) or not 0 <= token < vocabulary:
+        raise InputError(
+            f"{folder}/config.json: mask_token_id={token} is none of the tokens 0..{vocabulary - 1}"
+        )
+
+
 def check_target(
     folder: Path, pairs: dict[str, tuple[Any, Any]], path: str = "", remedy: str = ""
 ) -> None:

@@ -37,7 +37,12 @@ def test_numbers_that_no_shape_shows(
     layer = config.get("transformer_layer_config", config)
     layer |= {"rms_norm_eps": 3e-5, "rope_theta": 5e5, "rope_parameters": None}
     file.write_text(json.dumps(config))
-    assert said_of(type(draft).load(tmp_path, target)) == ({3e-5}, 5e5)
+    loaded = type(draft).load(tmp_path, target)
+    assert said_of(loaded) == ({3e-5}, 5e5)
+    other = tmp_path / "other"
+    other.mkdir()
+    loaded.write(other, target, TINY.path, torch.float32, None if drafted else 4)
+    assert said_of(type(draft).load(other, target)) == ({3e-5}, 5e5)
 
 
 def test_other_makers_folders(tiny_target: Target, tmp_path: Path) -> None:
@@ -49,10 +54,15 @@ def test_other_makers_folders(tiny_target: Target, tmp_path: Path) -> None:
     config, tensors = json.loads(file.read_text()), load_file(weights)
     for name in (
         "eagle_config", "eagle_aux_hidden_state_layer_ids", "target_model_name_or_path",
-        "rope_parameters", "rope_theta", "target_hidden_size", "num_hidden_layers", "rms_norm_eps",
+        "rope_parameters", "rope_theta", "target_hidden_size", "num_hidden_layers", "head_dim",
     ):  # fmt: skip
         del config[name]
-    config |= {"pretraining_tp": 1, "use_cache": True, "transformers_version": "4.57.1"}
+    config |= {
+        "rms_norm_eps": None,
+        "pretraining_tp": 1,
+        "use_cache": True,
+        "transformers_version": "4.57.1",
+    }
     file.write_text(json.dumps(config))
     tensors["embed_tokens.weight"] = target.embed_VH.clone()
     save_file(tensors, weights)
@@ -85,7 +95,8 @@ def test_what_engines_read_first(non_causal: bool, tiny_target: Target, tmp_path
 
 def of_model_optimizer(config: dict[str, Any], tensors: dict[str, Any]) -> None:
     """An EAGLE-3 as NVIDIA's tool writes it: no engine reads t2d."""
-    del tensors["t2d"], config["eagle_aux_hidden_state_layer_ids"]
+    del config["eagle_aux_hidden_state_layer_ids"]
+    tensors.pop("t2d", None)
     config["eagle_config"] |= {
         "use_input_layernorm_in_first_layer": True, "use_last_layernorm": True,
         "use_mtp_layernorm": False, "next_layer_regular": True, "parallel_draft_step": 1,

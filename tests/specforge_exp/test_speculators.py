@@ -17,6 +17,7 @@ from test_conf import composed
 
 from specforge_exp import paths
 from specforge_exp.config import Config, DraftConfig, draft_config_class, locate
+from specforge_exp.drafts.eagle3.export import AUX
 from specforge_exp.drafts.folder import usual_entries
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
@@ -49,6 +50,8 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 kinds = pytest.mark.parametrize("name", KINDS)
+PARTIAL = {name for name, own in KINDS.items() if own.get("draft_vocab_size")}
+"""Those that say some of the target's tokens."""
 
 
 def options_of(name: str) -> DraftConfig:
@@ -105,7 +108,14 @@ def test_both_layouts_are_the_same_draft(name: str, tiny_target: Target, tmp_pat
     config = json.loads((first[4] / "config.json").read_text())
     how = config["speculators_config"]
     assert config["speculators_model_type"] == how["algorithm"] == type(draft).algorithm
-    assert how["proposal_methods"][0]["speculative_tokens"] == 4
+    assert how["proposal_methods"] == [
+        {
+            "proposal_type": "greedy", "speculative_tokens": 4, "verifier_accept_k": 1,
+            "accept_tolerance": 0.0,
+        }
+    ]  # fmt: skip
+    for folder in first.values():  # with d2t vLLM does not start where the vocabulary is whole
+        assert ("d2t" in load_file(folder / "model.safetensors")) == (name in PARTIAL)
     assert how["verifier"] == {"name_or_path": TINY.path, "architectures": ["Qwen3ForCausalLM"]}
 
 
@@ -147,6 +157,11 @@ CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str]] = [
         "by which vLLM feeds the draft",
     ),
     ("eagle3", "sglang", lambda c: c.update(mask_token_id=7), "mask_token_id=7 is not known"),
+    (
+        "eagle3", "sglang",
+        lambda c: (c.pop(AUX), c["eagle_config"].update({AUX: [0, 2, 4]})),
+        r"its auxiliary layers is \[0, 2, 4\]",
+    ),
     ("eagle3", "speculators", lambda c: c.pop("norm_before_residual"), "no norm_before_residual"),
     ("eagle3", "speculators", lambda c: c.update(speculators_model_type="mtp"), "is not eagle3"),
     ("peagle", "sglang", lambda c: c.update(mask_token_id=None), "has no mask_token_id"),
@@ -213,6 +228,8 @@ CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str]] = [
         "eagle_config.parallel_draft_step=2; EAGLE-3 has 1$",
     ),
     ("peagle", "sglang", lambda c: c.update(ptd_token_id=8), "are not one token"),
+    ("peagle", "sglang", lambda c: c.update(mask_token_id=1024), "none of the tokens 0..1023$"),
+    ("dspark", "speculators", lambda c: c.update(mask_token_id="7"), "mask_token_id=7 is none of"),
 ]  # fmt: skip
 
 
@@ -328,3 +345,6 @@ def test_the_base_of_a_rotary_embedding_may_stand_beside_it() -> None:
         for name in ("rope_parameters", "rope_scaling"):
             read = usual_entries(Path(), {**sizes, name: rope})
             assert read["rope_parameters"] == {"rope_theta": 1e6, **rope}
+    read = usual_entries(Path(), {**sizes, "rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert read["rope_parameters"] == {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}
+    assert (read["num_key_value_heads"], read["head_dim"], read["num_hidden_layers"]) == (2, 4, 1)

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, Qwen3Config
 
 from specforge_exp.drafts.dflash.model import DFlashModel
-from specforge_exp.drafts.folder import check_keys, check_target, rope_spellings
+from specforge_exp.drafts.folder import check_keys, check_mask, check_target, rope_spellings
 from specforge_exp.drafts.speculators import check_known, flattened
 from specforge_exp.errors import InputError
 from specforge_exp.target import Target
@@ -124,6 +124,7 @@ def read_any(
     config = {**usual, **given, **size, "dflash_config": nested}
     wanted = [*SHAPES, *own, "block_size", *(f"dflash_config.{name}" for name in sorted(top))]
     check_keys(folder, {n: v for n, v in config.items() if v is not None}, wanted)
+    check_mask(folder, nested["mask_token_id"], config["vocab_size"])
     check_known(folder, config, KNOWN | top | {*own})
     inside = top | {"sample_from_anchor", "causal", "window"}
     check_known(folder, nested, inside, "dflash_config.")

@@ -14,7 +14,13 @@ from torch import Tensor
 from specforge_exp.config.machine import script
 from specforge_exp.drafts.eagle3.config import Variant
 from specforge_exp.drafts.eagle3.model import Eagle3Model
-from specforge_exp.drafts.folder import check_keys, check_target, read_export, rope_spellings
+from specforge_exp.drafts.folder import (
+    check_keys,
+    check_mask,
+    check_target,
+    read_export,
+    rope_spellings,
+)
 from specforge_exp.drafts.speculators import check_known, flattened
 from specforge_exp.errors import InputError
 from specforge_exp.target import Target
@@ -128,8 +134,11 @@ def exported_variant(folder: Path, config: dict[str, Any]) -> Variant:
 
 def exported_tensors(draft: Eagle3Model[Any]) -> dict[str, Tensor]:
     """The weights by the names that engines load: of a further layer's one norm before attention
-    vLLM reads input_layernorm, SGLang hidden_norm."""
+    vLLM reads input_layernorm, SGLang hidden_norm. A draft of the whole vocabulary has no mapping:
+    vLLM does not start with one."""
     tensors = dict(draft.state_dict())
+    if draft.config.draft_vocab_size == draft.config.vocab_size:
+        del tensors["d2t"], tensors["t2d"]
     for number in draft.layers:
         norm = tensors[f"layers.{number}.input_layernorm.weight"]
         tensors[f"layers.{number}.hidden_norm.weight"] = norm.clone()
@@ -172,6 +181,8 @@ def read_any(
         if masks:
             raise InputError(f"{folder}/config.json: {', '.join(MASKS)} are not one token")
     check_keys(folder, said, ("vocab_size", "intermediate_size", "max_position_embeddings", *own))
+    if "mask_token_id" in own:
+        check_mask(folder, said["mask_token_id"], said["vocab_size"])
     check_known(folder, said, KNOWN | {*own})
     nested = dict(said.get("eagle_config") or {})
     check_known(folder, nested, {AUX, UNUSED, "norm_before_fc", *PLAIN}, "eagle_config.")
@@ -194,7 +205,7 @@ def read_any(
     config["eagle_config"] = {AUX: given, "use_aux_hidden_state": True}
     exported_variant(folder, config)
     size, vocabulary = config["draft_vocab_size"], config["vocab_size"]
-    if size == vocabulary:  # speculators has no mapping then
+    if size == vocabulary:  # there is no mapping then
         tensors.setdefault("d2t", torch.zeros(size, dtype=torch.long))
     if "d2t" in tensors and "t2d" not in tensors:  # as of Model Optimizer; no engine reads it
         ids_D = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
@@ -209,12 +220,9 @@ def as_speculators(
     entries = {name: bool(config.get(name)) for name in NORMS}
     names = (*own, "draft_vocab_size", "target_hidden_size", AUX)
     entries |= {name: config[name] for name in names}
-    left_out = {name for name in tensors if ".hidden_norm." in name and name.startswith("layers.")}
-    if config["draft_vocab_size"] == config["vocab_size"]:
-        left_out |= {"d2t", "t2d"}
     named = {
-        name.replace("midlayer.", "layers.0."): value
-        for name, value in tensors.items() if name not in left_out
+        name.replace("midlayer.", "layers.0."): value for name, value in tensors.items()
+        if not (".hidden_norm." in name and name.startswith("layers."))
     }  # fmt: skip
     return {**entries, "embed_requires_grad": False}, named
 
