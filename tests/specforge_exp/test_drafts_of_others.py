@@ -57,17 +57,15 @@ def test_other_makers_folders(tiny_target: Target, tmp_path: Path) -> None:
         "rope_parameters", "rope_theta", "target_hidden_size", "num_hidden_layers", "head_dim",
     ):  # fmt: skip
         del config[name]
-    config |= {
-        "rms_norm_eps": None,
-        "pretraining_tp": 1,
-        "use_cache": True,
-        "transformers_version": "4.57.1",
-    }
+    config |= {"pretraining_tp": 1, "use_cache": True, "transformers_version": "4.57.1"}
+    config |= {"rms_norm_eps": None, "sliding_window": 16}  # which no layer has
     file.write_text(json.dumps(config))
     tensors["embed_tokens.weight"] = target.embed_VH.clone()
+    tensors |= {f"verifier_{name}.weight": torch.ones(1) for name in ("lm_head", "norm")}
     save_file(tensors, weights)
     loaded = type(draft).load(tmp_path, target)
     assert same_weights(loaded, draft)
+    assert loaded.written(target, "") == draft.written(target, "")
     assert said_of(loaded) == said_of(draft) == ({1e-6}, 1e4)
     tensors["embed_tokens.weight"][0] += 1
     save_file(tensors, weights)

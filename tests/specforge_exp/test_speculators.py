@@ -106,6 +106,9 @@ def test_both_layouts_are_the_same_draft(name: str, tiny_target: Target, tmp_pat
             found = (tmp_path / f"{drafted}-{again}" / file).read_bytes()
             assert found == (first[again] / file).read_bytes(), (file, drafted, again)
     config = json.loads((first[4] / "config.json").read_text())
+    flat, layer = json.loads((first[None] / "config.json").read_text()), "transformer_layer_config"
+    for entry in ("head_dim", "num_key_value_heads", "rope_parameters", "max_position_embeddings"):
+        assert config[layer][entry] == flat[entry]
     how = config["speculators_config"]
     assert config["speculators_model_type"] == how["algorithm"] == type(draft).algorithm
     assert how["proposal_methods"] == [
@@ -226,6 +229,13 @@ CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str]] = [
     (
         "eagle3", "sglang", lambda c: c["eagle_config"].update(parallel_draft_step=2),
         "eagle_config.parallel_draft_step=2; EAGLE-3 has 1$",
+    ),
+    *(
+        (name, "sglang", lambda c, entry=entry: c.update({entry: 2000}), f"its {entry} is 2000, ")
+        for name, entry in [
+            ("eagle3", "vocab_size"), ("eagle3", "target_hidden_size"), ("dflash", "vocab_size"),
+            ("dflash", "hidden_size"), ("dflash", "num_target_layers"),
+        ]
     ),
     ("peagle", "sglang", lambda c: c.update(ptd_token_id=8), "are not one token"),
     ("peagle", "sglang", lambda c: c.update(mask_token_id=1024), "none of the tokens 0..1023$"),
