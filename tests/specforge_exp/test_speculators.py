@@ -187,6 +187,11 @@ CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str]] = [
     ("dflash", "sglang", lambda c: c.update(is_causal=True), "is_causal or dflash_config.causal"),
     ("dflash", "sglang", lambda c: c["dflash_config"].update(causal=True), "slots see those after"),
     ("sliding", "sglang", lambda c: c.pop("use_sliding_window"), "use_sliding_window is not true"),
+    ("sliding", "sglang", lambda c: c.update(sliding_window=None), "sliding_window has none"),
+    (
+        "dflash", "sglang", lambda c: c["dflash_config"].update(target_layer_ids=[0, 2, 4]),
+        r"dflash_config.target_layer_ids is \[0, 2, 4\]",
+    ),
     (
         "dflash", "sglang", lambda c: c.update(layer_types=["chunked_attention"] * 2),
         "does not say which of num_hidden_layers=2 layers",
