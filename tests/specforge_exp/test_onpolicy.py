@@ -108,8 +108,8 @@ class Forced:
 
 
 def greedy_text(target: Target, seed: int, new: int = 30) -> Tensor:
-    size, generator = len(target.embed_VH), torch.Generator().manual_seed(seed)
-    prompt = torch.randint(0, size, (5,), generator=generator).tolist()
+    size, seeded = len(target.embed_VH), torch.Generator().manual_seed(seed)
+    prompt = torch.randint(size, (5,), generator=seeded).tolist()
     return torch.tensor([*prompt, *generate(target, prompt, Decoding(new)).tokens])
 
 
@@ -318,9 +318,8 @@ def chain_of(
 @pytest.mark.parametrize("options", [{}, {"beyond": 2}, {"length": 2, "decay": 0.5}], ids=str)
 @pytest.mark.parametrize(("kind", "cfg"), KINDS)
 def test_the_loss_is_what_its_formula_says(kind: Any, cfg: Any, options: dict[str, Any]) -> None:
-    """In packed conversations, over a window of two samples, each proposed position by itself. Of
-    four tokens some proposals are right: chains are of unlike lengths."""
-    target = small_target(vocabulary=4)
+    """In packed conversations, over a window of two samples, each proposed position by itself."""
+    target = small_target(vocabulary=4)  # of which some are guessed: chains of unlike lengths
     draft = small(target, kind, cfg)
     own = OnPolicyConfig(name="replay", anchors=6, **options)
     steps = own.length or K
@@ -348,8 +347,6 @@ def test_the_loss_is_what_its_formula_says(kind: Any, cfg: Any, options: dict[st
                 q, p = logq_KV[k], logp_KV[k]
                 value = -(p.exp() * q).sum() if k < right else (q.exp() * (q - p)).sum()
                 expected.append(own.decay**k * float(value))
-    if cfg.num_layers == 2 and not options:  # this one is right at times
-        assert 0 < window_K[K + steps - 1] < window_K[K]
     decay_K = own.decay ** torch.arange(steps, dtype=torch.float64)
     divisor = float((decay_K * window_K[K : K + steps]).sum())
     scale = float(decay_K.sum()) if kind is Eagle3 else 1.0
