@@ -17,7 +17,6 @@ from specforge_exp.target import (
     Target,
     check_decoding,
     check_length,
-    check_rotary,
     load_target,
     load_tokenizer,
     set_up_torch,
@@ -54,8 +53,6 @@ def load_pair(cfg: Config, folder: Path | None, dtype: str, most: int | None = N
     kind = locate(cfg.draft._target_)
     feeds = partial(kind.target_layers, cfg.draft) if folder else None
     check_length(cfg.model, most or cfg.max_length, "bench.max_length" if most else "max_length")
-    if folder:
-        check_rotary(folder)
     target = load_target(cfg.model, device, dtype, feeds=feeds)
     target.tokens = max(load_tokenizer(cfg.model).get_vocab().values()) + 1
     check_decoding(target)

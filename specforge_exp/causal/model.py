@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from specforge_exp.causal.head import Ending, NextToken, RowValues, next_token_loss
@@ -25,7 +25,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.sharding import save_shared_once
 from specforge_exp.target import packing
 from specforge_exp.target.anatomy import find_layers, one_line, visited
-from specforge_exp.target.files import not_loadable
+from specforge_exp.target.files import model_config, not_loadable
 from specforge_exp.target.loading import check_weights, from_files, no_bars_in_logs
 from specforge_exp.target.shape import each_layer
 from specforge_exp.training.batches import Batch, moved
@@ -158,13 +158,13 @@ def new_model(cfg: ModelConfig, seed: int) -> Any:
         model, report = from_files(cfg, torch.device("cpu"), options)
         check_weights(cfg, report)
         return model
+    config = model_config(cfg)
     torch.manual_seed(seed)
     try:
-        config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=False)
         return AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except (ValueError, KeyError) as error:
         raise InputError(not_loadable(cfg, error)) from None
 
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from specforge_exp.errors import InputError
 from specforge_exp.target.shape import ROTARY
 
+USUAL = ("beta_fast", "beta_slow")
+"""Of a rotary embedding, what transformers and engines take alike where it is left out."""
+
 
 def write_export(
     folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype
@@ -78,12 +81,16 @@ def rotary(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             f"{folder}/config.json: rope_parameters={config['rope_parameters']} and rope_scaling="
             f"{config['rope_scaling']} are two rotary embeddings; leave the draft's own"
         )
-    kinds = [value for value in rope.values() if isinstance(value, dict)]
-    if rope["rope_type"] not in ROTARY or kinds or rope.get("partial_rotary_factor", 1) != 1:
+    kind, kinds = rope["rope_type"], [v for v in rope.values() if isinstance(v, dict)]
+    if kind not in ROTARY or kinds or rope.get("partial_rotary_factor", 1) != 1:
         raise InputError(
             f"{folder}/config.json: of the rotary embedding {rope} engines compute different "
             f"drafts, or another one from some length on; known: {', '.join(ROTARY)}, of whole "
             "heads, the same in all layers"
+        )
+    if missing := [name for name in ROTARY[kind].split() if name not in {*rope, *USUAL}]:
+        raise InputError(
+            f"{folder}/config.json: the rotary embedding {rope} has no {', '.join(missing)}"
         )
     return rope
 
@@ -115,6 +122,14 @@ def check_keys(folder: Path, config: dict[str, Any], keys: Iterable[str]) -> Non
             if not isinstance(node, dict) or name not in node:
                 raise InputError(f"{folder}/config.json has no {key}")
             node = node[name]
+
+
+def check_mask(folder: Path, token: Any, vocabulary: int) -> None:
+    """Refuse a mask token that no row of the embeddings stands for."""
+    if not isinstance(token, int) or not 0 <= token < vocabulary:
+        raise InputError(
+            f"{folder}/config.json: mask_token_id={token} is none of the tokens 0..{vocabulary - 1}"
+        )
 
 
 def check_target(

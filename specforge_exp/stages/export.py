@@ -34,7 +34,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.inputs import commands, lacking
 from specforge_exp.serving.downloads import download
 from specforge_exp.serving.publishing import model_card, publish
-from specforge_exp.target import DTYPES, Target, check_rotary, load_target, set_up_torch
+from specforge_exp.target import DTYPES, Target, load_target, set_up_torch
 from specforge_exp.target.files import text_config
 from specforge_exp.training.checkpoint import (
     OVER,
@@ -139,10 +139,10 @@ def converted(cfg: Config, source: str) -> Path:
         )
     theirs = download(source) if on_the_hub(source) else Path(source)
     file = theirs / "model.safetensors"
-    if not file.is_file():
+    if not file.is_file() or not (theirs / "config.json").is_file():
         raise InputError(
-            f"from={source} is no folder or hub id of a draft with one model.safetensors, the only "
-            "file of weights that is read"
+            f"from={source} is no folder or hub id of a draft with config.json and one "
+            "model.safetensors, the only file of weights that is read"
         )
     digests = {"the checkpoint": sha256(file), "its config": sha256(theirs / "config.json")}
     fingerprint = Fingerprint(
@@ -150,7 +150,6 @@ def converted(cfg: Config, source: str) -> Path:
     )
     if reusable(folder / "run.json", fingerprint, cfg.export.force, "export"):
         return folder
-    check_rotary(theirs)
     kind, device = locate(own._target_), set_up_torch(cfg)
     config, tensors = kind.opened(theirs, text_config(cfg.model).num_hidden_layers)
     options = kind.declared(config)

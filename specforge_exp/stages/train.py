@@ -41,7 +41,6 @@ from specforge_exp.target import (
     check_decoding,
     check_gpus,
     check_length,
-    check_rotary,
     load_target,
     take_what_is_there,
 )
@@ -392,6 +391,5 @@ def fingerprint_of(cfg: Config, tokens: Path) -> Fingerprint:
     if (origin := cfg.draft.origin) is not None:
         inputs["draft.path"] = model_digest(origin)
     if (init := cfg.trainer.init) is not None:
-        inputs["trainer.init"] = sha256(weights := initial_weights(cfg, init))
-        check_rotary(weights.parent)
+        inputs["trainer.init"] = sha256(initial_weights(cfg, init))
     return Fingerprint(inputs, training_settings(cfg))

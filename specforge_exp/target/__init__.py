@@ -1,7 +1,7 @@
 """The frozen target: its states and logits, and what differs between families, read from it."""
 
 from specforge_exp.target.ends import Ends, make_ends
-from specforge_exp.target.files import check_rotary, load_tokenizer, text_config
+from specforge_exp.target.files import load_tokenizer, text_config
 from specforge_exp.target.head import Head
 from specforge_exp.target.loading import load_target
 from specforge_exp.target.machine import (
@@ -24,7 +24,6 @@ __all__ = [
     "check_decoding",
     "check_gpus",
     "check_length",
-    "check_rotary",
     "draft_shape",
     "load_target",
     "load_tokenizer",

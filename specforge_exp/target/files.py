@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from specforge_exp.artifacts import files_of, read_object
@@ -20,16 +21,22 @@ SPELLINGS = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 def text_config(cfg: ModelConfig) -> Any:
     """The configuration of the language model; InputError when it cannot be read."""
+    config = model_config(cfg).get_text_config()
+    if getattr(config, "num_hidden_layers", None) is None:
+        raise InputError(f"model.path={cfg.path}: {config.model_type} is no language model")
+    return config
+
+
+def model_config(cfg: ModelConfig) -> Any:
+    """A model's whole configuration; InputError when it cannot be read, or says two things."""
     if Path(cfg.path).is_file():  # which transformers would open
         raise InputError(
             f"model.path={cfg.path} is a file; a model is a folder with config.json, or a hub id"
         )
     try:
-        config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=False).get_text_config()
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(not_loadable(cfg, error)) from None
-    if getattr(config, "num_hidden_layers", None) is None:
-        raise InputError(f"model.path={cfg.path}: {config.model_type} is no language model")
     if folder := files_of(cfg.path):
         check_rotary(folder)
     return config
@@ -69,9 +76,8 @@ def generation_config(path: str) -> GenerationConfig:
             raise InputError(f"{file} cannot be read: {first_line(error)}") from None
         weights = [file for file in folder.glob("*") if file.suffix in WEIGHTS] if folder else []
         if weights or Path(path).is_dir() or asked_for(path):
-            with suppress(OSError, ValueError):
-                config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-                return GenerationConfig.from_model_config(config)
+            with suppress(InputError):
+                return GenerationConfig.from_model_config(model_config(ModelConfig("model", path)))
             return GenerationConfig()
         raise InputError(
             f"model.path={path}: its generation_config.json cannot be read "

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
 from specforge_exp.config import Config, ModelConfig, locate
 from specforge_exp.errors import InputError
-from specforge_exp.target.files import not_loadable, text_config
+from specforge_exp.target.files import model_config, not_loadable, text_config
 from specforge_exp.target.machine import DTYPES
 from specforge_exp.target.model import Target
 
@@ -99,9 +99,8 @@ def from_files(
     are put together, numbers of another type) would be a copy in each process's own memory, and
     quantised ones of some kinds cannot be moved later.
     """
-    quantised = ""
+    quantised, config = "", model_config(cfg)
     try:
-        config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=False)
         details = getattr(config, "quantization_config", None)
         if details:
             details = details if isinstance(details, dict) else details.to_dict()
@@ -113,7 +112,7 @@ def from_files(
         loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(
             cfg.path, trust_remote_code=False, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not quantised:
             raise
         raise InputError(not_loadable(cfg, error) + quantised) from None

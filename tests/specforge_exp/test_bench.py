@@ -114,7 +114,7 @@ def change(folder: Path, name: str, value: torch.Tensor | None) -> None:
         ("extra.weight", torch.zeros(2), "extra.weight is not expected"),
         ("fc.weight", torch.zeros(2, 2), r"fc.weight has shape \[2, 2\]"),
         ("d2t", torch.zeros(512, dtype=torch.int64), "different tokens"),
-        ("t2d", None, "t2d is missing"),
+        ("d2t", None, "d2t is missing"),
     ],
 )
 def test_a_broken_export_is_refused(

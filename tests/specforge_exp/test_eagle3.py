@@ -135,6 +135,7 @@ def test_a_loss_of_ones_own_is_differentiated(random_target: Target) -> None:
     second = draft.objective(sample, random_target.head, Loss(own, LOSS.cfg), CFG, window)
     second.loss.backward()
     torch.testing.assert_close(second.loss, first.loss)
+    torch.testing.assert_close(second.sums, first.sums)  # the loss itself is none of the metrics
     assert_same(gradients(draft), expected)
 
 

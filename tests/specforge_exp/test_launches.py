@@ -146,3 +146,4 @@ def test_a_weight_is_narrowed_once(made: Any, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(layers, "narrow", narrow)
     window(draft, cfg, 1)
     assert set(seen.values()) == {1} and len(seen) >= 7
+    assert layers.COPIES.get() is None  # what is called between two windows reads the weights

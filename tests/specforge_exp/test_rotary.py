@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,11 @@ import pytest
 from families import longrope
 
 from specforge_exp.bench import in_process
+from specforge_exp.causal.model import new_model
 from specforge_exp.config import Config, ModelConfig
+from specforge_exp.drafts.eagle3 import Eagle3
 from specforge_exp.errors import InputError
-from specforge_exp.stages.export import converted
-from specforge_exp.stages.train import fingerprint_of
-from specforge_exp.target import check_rotary, text_config
+from specforge_exp.target.files import check_rotary, text_config
 
 PLAIN = {"rope_type": "default", "rope_theta": 1e6}
 SCALED = {"rope_type": "linear", "factor": 2.0}
@@ -59,15 +61,29 @@ def test_one_rotary_embedding(tmp_path: Path, alike: bool, entries: dict[str, An
 
 
 def test_two_rotary_embeddings_are_refused_wherever_one_is_read(
-    cfg: Config, tokens: Path, tmp_path: Path
+    cfg: Config, tmp_path: Path
 ) -> None:
+    """Of a target, of any model whose weights are read, and of a draft in any layout."""
     two = other_rotary(cfg, tmp_path / "two", rope_scaling=SCALED, rope_parameters=PLAIN)
-    cfg.trainer.init = str(two)
+    model = ModelConfig(name="t", path=str(two))
     for read in (
-        lambda: text_config(ModelConfig(name="t", path=str(two))),
-        lambda: in_process.load_pair(cfg, two, "float32"),
-        lambda: fingerprint_of(cfg, tokens),
-        lambda: converted(cfg, str(two)),
+        lambda: text_config(model),
+        lambda: new_model(model, 0),
+        lambda: new_model(replace(model, init="random"), 0),
+        lambda: Eagle3.opened(two, 8),
     ):
-        with pytest.raises(InputError, match=r"is not rope_parameters=\{"):
+        with pytest.raises(InputError, match=r"rope_parameters=\{.* rope_scaling=|rope_scaling=\{"):
             read()
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    "rope", [{"rope_type": "yarn"}, {"rope_type": "llama3", "factor": 8.0}, "yarn"]
+)
+def test_half_a_rotary_embedding(cfg: Config, tmp_path: Path, name: str, rope: Any) -> None:
+    """In one line, whoever reads it."""
+    model = ModelConfig("t", str(other_rotary(cfg, tmp_path / "half", **{name: rope})))
+    for read in (text_config, partial(new_model, seed=0)):
+        with pytest.raises(InputError, match=r"cannot be loaded as a folder: .*rope_") as error:
+            read(model)
+        assert "\n" not in str(error.value)

@@ -12,13 +12,13 @@ import pytest
 import torch
 import warm
 from conftest import TINY
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_conf import composed
 
 from specforge_exp import paths
 from specforge_exp.config import Config, DraftConfig, draft_config_class, locate
+from specforge_exp.drafts.eagle3.export import AUX
 from specforge_exp.drafts.folder import usual_entries
-from specforge_exp.drafts.layers import RMSNorm
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.stages.bench import bench
@@ -50,6 +50,8 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 kinds = pytest.mark.parametrize("name", KINDS)
+PARTIAL = {name for name, own in KINDS.items() if own.get("draft_vocab_size")}
+"""Those that say some of the target's tokens."""
 
 
 def options_of(name: str) -> DraftConfig:
@@ -104,9 +106,19 @@ def test_both_layouts_are_the_same_draft(name: str, tiny_target: Target, tmp_pat
             found = (tmp_path / f"{drafted}-{again}" / file).read_bytes()
             assert found == (first[again] / file).read_bytes(), (file, drafted, again)
     config = json.loads((first[4] / "config.json").read_text())
+    flat, layer = json.loads((first[None] / "config.json").read_text()), "transformer_layer_config"
+    for entry in ("head_dim", "num_key_value_heads", "rope_parameters", "max_position_embeddings"):
+        assert config[layer][entry] == flat[entry]
     how = config["speculators_config"]
     assert config["speculators_model_type"] == how["algorithm"] == type(draft).algorithm
-    assert how["proposal_methods"][0]["speculative_tokens"] == 4
+    assert how["proposal_methods"] == [
+        {
+            "proposal_type": "greedy", "speculative_tokens": 4, "verifier_accept_k": 1,
+            "accept_tolerance": 0.0,
+        }
+    ]  # fmt: skip
+    for folder in first.values():  # with d2t vLLM does not start where the vocabulary is whole
+        assert ("d2t" in load_file(folder / "model.safetensors")) == (name in PARTIAL)
     assert how["verifier"] == {"name_or_path": TINY.path, "architectures": ["Qwen3ForCausalLM"]}
 
 
@@ -148,6 +160,11 @@ CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str]] = [
         "by which vLLM feeds the draft",
     ),
     ("eagle3", "sglang", lambda c: c.update(mask_token_id=7), "mask_token_id=7 is not known"),
+    (
+        "eagle3", "sglang",
+        lambda c: (c.pop(AUX), c["eagle_config"].update({AUX: [0, 2, 4]})),
+        r"its auxiliary layers is \[0, 2, 4\]",
+    ),
     ("eagle3", "speculators", lambda c: c.pop("norm_before_residual"), "no norm_before_residual"),
     ("eagle3", "speculators", lambda c: c.update(speculators_model_type="mtp"), "is not eagle3"),
     ("peagle", "sglang", lambda c: c.update(mask_token_id=None), "has no mask_token_id"),
@@ -170,6 +187,11 @@ CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str]] = [
     ("dflash", "sglang", lambda c: c.update(is_causal=True), "is_causal or dflash_config.causal"),
     ("dflash", "sglang", lambda c: c["dflash_config"].update(causal=True), "slots see those after"),
     ("sliding", "sglang", lambda c: c.pop("use_sliding_window"), "use_sliding_window is not true"),
+    ("sliding", "sglang", lambda c: c.update(sliding_window=None), "sliding_window has none"),
+    (
+        "dflash", "sglang", lambda c: c["dflash_config"].update(target_layer_ids=[0, 2, 4]),
+        r"dflash_config.target_layer_ids is \[0, 2, 4\]",
+    ),
     (
         "dflash", "sglang", lambda c: c.update(layer_types=["chunked_attention"] * 2),
         "does not say which of num_hidden_layers=2 layers",
@@ -193,6 +215,36 @@ CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str]] = [
         ),
         "the same in all layers",
     ),
+    (
+        "eagle3", "sglang", lambda c: c["rope_parameters"].update(rope_type="yarn"),
+        "has no factor, original_max_position_embeddings$",
+    ),
+    (
+        "dflash", "sglang", lambda c: c["rope_parameters"].update(rope_type="llama3", factor=8.0),
+        "has no low_freq_factor, high_freq_factor, original_max_position_embeddings$",
+    ),
+    (
+        "eagle3", "sglang", lambda c: c["eagle_config"].update(use_mtp_layernorm=True),
+        "eagle_config.use_mtp_layernorm=True; EAGLE-3 has False$",
+    ),
+    (
+        "eagle3", "sglang", lambda c: c["eagle_config"].update(use_aux_hidden_state=False),
+        "eagle_config.use_aux_hidden_state=False; EAGLE-3 has True$",
+    ),
+    (
+        "eagle3", "sglang", lambda c: c["eagle_config"].update(parallel_draft_step=2),
+        "eagle_config.parallel_draft_step=2; EAGLE-3 has 1$",
+    ),
+    *(
+        (name, "sglang", lambda c, entry=entry: c.update({entry: 2000}), f"its {entry} is 2000, ")
+        for name, entry in [
+            ("eagle3", "vocab_size"), ("eagle3", "target_hidden_size"), ("dflash", "vocab_size"),
+            ("dflash", "hidden_size"), ("dflash", "num_target_layers"),
+        ]
+    ),
+    ("peagle", "sglang", lambda c: c.update(ptd_token_id=8), "are not one token"),
+    ("peagle", "sglang", lambda c: c.update(mask_token_id=1024), "none of the tokens 0..1023$"),
+    ("dspark", "speculators", lambda c: c.update(mask_token_id="7"), "mask_token_id=7 is none of"),
 ]  # fmt: skip
 
 
@@ -215,71 +267,6 @@ def test_what_cannot_be_read_is_refused(
     with pytest.raises(InputError, match=message) as error:
         type(draft).load(tmp_path, target)
     assert "\n" not in str(error.value)
-
-
-def said_of(draft: Any) -> tuple[set[float], float]:
-    """What its norms add, and the base of its rotary embedding."""
-    norms = {module.eps for module in draft.modules() if isinstance(module, RMSNorm)}
-    return norms, draft.rotary.config.rope_parameters["rope_theta"]
-
-
-@pytest.mark.parametrize("drafted", [None, 4])
-@pytest.mark.parametrize("name", ["eagle31", "peagle", "dspark"])
-def test_numbers_that_no_shape_shows(
-    name: str, drafted: int | None, tiny_target: Target, tmp_path: Path
-) -> None:
-    """They are those of config.json."""
-    draft, target = draft_of(name, tiny_target)
-    draft.write(tmp_path, target, TINY.path, torch.float32, drafted)
-    file = tmp_path / "config.json"
-    config = json.loads(file.read_text())
-    layer = config.get("transformer_layer_config", config)
-    layer |= {"rms_norm_eps": 3e-5, "rope_theta": 5e5, "rope_parameters": None}
-    file.write_text(json.dumps(config))
-    assert said_of(type(draft).load(tmp_path, target)) == ({3e-5}, 5e5)
-
-
-def test_other_makers_folders(tiny_target: Target, tmp_path: Path) -> None:
-    """What they leave out is as usual; a copy of the target's weights is none of the draft's, and
-    another's is refused."""
-    draft, target = draft_of("eagle3", tiny_target)
-    draft.write(tmp_path, target, TINY.path, torch.float32)
-    file, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
-    config, tensors = json.loads(file.read_text()), load_file(weights)
-    for name in (
-        "eagle_config", "eagle_aux_hidden_state_layer_ids", "target_model_name_or_path",
-        "rope_parameters", "rope_theta", "target_hidden_size", "num_hidden_layers", "rms_norm_eps",
-    ):  # fmt: skip
-        del config[name]
-    config |= {"pretraining_tp": 1, "use_cache": True, "transformers_version": "4.57.1"}
-    file.write_text(json.dumps(config))
-    tensors["embed_tokens.weight"] = target.embed_VH.clone()
-    save_file(tensors, weights)
-    loaded = type(draft).load(tmp_path, target)
-    assert same_weights(loaded, draft)
-    assert said_of(loaded) == said_of(draft) == ({1e-6}, 1e4)
-    tensors["embed_tokens.weight"][0] += 1
-    save_file(tensors, weights)
-    with pytest.raises(InputError, match=r"embed_tokens\.weight is the draft's own"):
-        type(draft).load(tmp_path, target)
-
-
-@pytest.mark.parametrize("non_causal", [True, False])
-def test_what_engines_read_first(non_causal: bool, tiny_target: Target, tmp_path: Path) -> None:
-    """`is_causal` and the inner block_size, before what says the same elsewhere; SGLang and z-lab's
-    code read no other word for whether slots see those after them."""
-    draft, target = draft_of("sliding", tiny_target)
-    draft.config.sliding_window_non_causal = non_causal
-    draft.write(tmp_path, target, TINY.path, torch.float32)
-    file = tmp_path / "config.json"
-    config = json.loads(file.read_text())
-    assert config.get("is_causal") == config["dflash_config"].get("causal")
-    assert config.get("is_causal") == (False if non_causal else None)
-    if non_causal:
-        config["dflash_config"].update(causal=True, block_size=4)
-        file.write_text(json.dumps(config))
-        read = type(draft).load(tmp_path, target).config
-        assert read.sliding_window_non_causal and read.block_size == 4
 
 
 @pytest.mark.parametrize("layout", ["sglang", "speculators"])
@@ -373,3 +360,6 @@ def test_the_base_of_a_rotary_embedding_may_stand_beside_it() -> None:
         for name in ("rope_parameters", "rope_scaling"):
             read = usual_entries(Path(), {**sizes, name: rope})
             assert read["rope_parameters"] == {"rope_theta": 1e6, **rope}
+    read = usual_entries(Path(), {**sizes, "rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert read["rope_parameters"] == {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}
+    assert (read["num_key_value_heads"], read["head_dim"], read["num_hidden_layers"]) == (2, 4, 1)

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, Qwen3Config
 
 from specforge_exp.drafts.dflash.model import DFlashModel
-from specforge_exp.drafts.folder import check_keys, check_target, rope_spellings
+from specforge_exp.drafts.folder import check_keys, check_mask, check_target, rope_spellings
 from specforge_exp.drafts.speculators import check_known, flattened
 from specforge_exp.errors import InputError
 from specforge_exp.target import Target
@@ -103,7 +103,6 @@ def read_any(
         ids = [layer - 1 for layer in given[AUX]] if AUX in given else given.get("target_layer_ids")
         nested = {
             "mask_token_id": given.get("mask_token_id"), "target_layer_ids": ids,
-            "sample_from_anchor": bool(own) and not given.get("dspark_bonus_anchor", False),
             "causal": not given.pop(NON_CAUSAL, False),
             "window": given.pop("window", "slot"),
         }  # fmt: skip
@@ -115,14 +114,17 @@ def read_any(
         )
     if causal is not None:
         nested = {**nested, "causal": causal}
+    usual_anchor = bool(own) and not given.get("dspark_bonus_anchor", False)  # of a DSpark: true
+    nested = {"sample_from_anchor": usual_anchor, **nested}
     if "sample_from_anchor" in given:
-        nested = {**nested, "sample_from_anchor": given["sample_from_anchor"]}
+        nested["sample_from_anchor"] = given["sample_from_anchor"]
     nested = {name: value for name, value in nested.items() if value is not None}
     usual = {"num_target_layers": layers, "block_size": given.get("block_size")}
     size = {"block_size": nested.pop("block_size")} if "block_size" in nested else {}
     config = {**usual, **given, **size, "dflash_config": nested}
     wanted = [*SHAPES, *own, "block_size", *(f"dflash_config.{name}" for name in sorted(top))]
     check_keys(folder, {n: v for n, v in config.items() if v is not None}, wanted)
+    check_mask(folder, nested["mask_token_id"], config["vocab_size"])
     check_known(folder, config, KNOWN | top | {*own})
     inside = top | {"sample_from_anchor", "causal", "window"}
     check_known(folder, nested, inside, "dflash_config.")

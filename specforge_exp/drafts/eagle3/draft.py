@@ -100,9 +100,11 @@ class Eagle(Eagle3Model[Options]):
         """
         config, tensors = cls.opened(folder, len(target.layers))
         check_export(folder, config, target)
-        for name in ("d2t", "t2d"):
-            if name not in tensors:
-                raise InputError(f"{folder}: {name} is missing")
+        for name, size in (("d2t", "draft_vocab_size"), ("t2d", "vocab_size")):
+            if name not in tensors or tensors[name].shape != (config[size],):
+                raise InputError(
+                    f"{folder}: {name} is missing or is not {size}={config[size]} long"
+                )
         variant = exported_variant(folder, config)
         llama = LlamaConfig(
             num_hidden_layers=variant.num_layers,

@@ -14,7 +14,13 @@ from torch import Tensor
 from specforge_exp.config.machine import script
 from specforge_exp.drafts.eagle3.config import Variant
 from specforge_exp.drafts.eagle3.model import Eagle3Model
-from specforge_exp.drafts.folder import check_keys, check_target, read_export, rope_spellings
+from specforge_exp.drafts.folder import (
+    check_keys,
+    check_mask,
+    check_target,
+    read_export,
+    rope_spellings,
+)
 from specforge_exp.drafts.speculators import check_known, flattened
 from specforge_exp.errors import InputError
 from specforge_exp.target import Target
@@ -31,6 +37,18 @@ KEYS = (
 ).split()
 NORMS = ("norm_before_fc", "fc_norm", "norm_before_residual", "norm_output")
 AUX = "eagle_aux_hidden_state_layer_ids"
+PLAIN = {
+    "use_aux_hidden_state": True, "use_input_layernorm_in_first_layer": True,
+    "use_last_layernorm": True, "use_mtp_layernorm": False, "next_layer_regular": True,
+    "parallel_draft_step": 1,
+}  # fmt: skip
+"""What exports of NVIDIA's Model Optimizer say in `eagle_config` where they are EAGLE-3 as it is
+here: norms of the embeddings and before the head, further layers that read states alone, one head.
+"""
+UNUSED = "parallel_draft_heads_num_layers"
+"""Of further heads, which a parallel_draft_step of 1 has not."""
+MASKS = ("mask_token_id", "pard_token", "ptd_token_id")
+"""Names of P-EAGLE's mask token; which of them vLLM reads first changed with its releases."""
 KNOWN = {
     *SHAPES, *KEYS, *NORMS, AUX, "eagle_config", "layer_types", "sliding_window",
     "num_aux_hidden_states",
@@ -116,8 +134,11 @@ def exported_variant(folder: Path, config: dict[str, Any]) -> Variant:
 
 def exported_tensors(draft: Eagle3Model[Any]) -> dict[str, Tensor]:
     """The weights by the names that engines load: of a further layer's one norm before attention
-    vLLM reads input_layernorm, SGLang hidden_norm."""
+    vLLM reads input_layernorm, SGLang hidden_norm. A draft of the whole vocabulary has no mapping:
+    vLLM does not start with one."""
     tensors = dict(draft.state_dict())
+    if draft.config.draft_vocab_size == draft.config.vocab_size:
+        del tensors["d2t"], tensors["t2d"]
     for number in draft.layers:
         norm = tensors[f"layers.{number}.input_layernorm.weight"]
         tensors[f"layers.{number}.hidden_norm.weight"] = norm.clone()
@@ -154,20 +175,26 @@ def read_any(
     """
     read, tensors = read_export(folder)
     config = flattened(folder, read, algorithm, "norm_before_residual")
-    for other in ("pard_token", "ptd_token_id"):  # vLLM's names of the mask token
-        if other in config and "mask_token_id" in own:
-            config.setdefault("mask_token_id", config.pop(other))
     said = {name: value for name, value in config.items() if value is not None}
+    if "mask_token_id" in own and (masks := {said.pop(name) for name in MASKS if name in said}):
+        said["mask_token_id"] = masks.pop()
+        if masks:
+            raise InputError(f"{folder}/config.json: {', '.join(MASKS)} are not one token")
     check_keys(folder, said, ("vocab_size", "intermediate_size", "max_position_embeddings", *own))
-    check_known(folder, config, KNOWN | {*own})
-    nested = dict(config.get("eagle_config") or {})
-    check_known(folder, nested, {AUX, "use_aux_hidden_state", "norm_before_fc"}, "eagle_config.")
-    if nested.get("use_aux_hidden_state", True) is not True:
-        raise InputError(f"{folder}/config.json: eagle_config.use_aux_hidden_state is not true")
-    usual = {"target_hidden_size": config["hidden_size"], "draft_vocab_size": config["vocab_size"]}
+    if "mask_token_id" in own:
+        check_mask(folder, said["mask_token_id"], said["vocab_size"])
+    check_known(folder, said, KNOWN | {*own})
+    nested = dict(said.get("eagle_config") or {})
+    check_known(folder, nested, {AUX, UNUSED, "norm_before_fc", *PLAIN}, "eagle_config.")
+    for name, plain in PLAIN.items():
+        if nested.get(name) not in (None, plain):
+            raise InputError(
+                f"{folder}/config.json: eagle_config.{name}={nested[name]}; EAGLE-3 has {plain}"
+            )
+    usual = {"target_hidden_size": said["hidden_size"], "draft_vocab_size": said["vocab_size"]}
     config = {**usual, **said}
-    if nested.get("norm_before_fc"):
-        config["norm_before_fc"] = True
+    if "norm_before_fc" in nested:  # which engines read first
+        config["norm_before_fc"] = bool(nested["norm_before_fc"])
     by_input, ids = config.get(AUX), nested.get(AUX)
     if by_input and ids and [layer - 1 for layer in by_input] != ids:
         raise InputError(
@@ -177,10 +204,12 @@ def read_any(
     given = ids or [layer - 1 for layer in by_input or [2, layers // 2, layers - 3]]
     config["eagle_config"] = {AUX: given, "use_aux_hidden_state": True}
     exported_variant(folder, config)
-    if config["draft_vocab_size"] == config["vocab_size"]:  # speculators has no mapping then
-        same = torch.arange(config["vocab_size"])
-        tensors.setdefault("d2t", torch.zeros_like(same))
-        tensors.setdefault("t2d", torch.ones_like(same, dtype=torch.bool))
+    size, vocabulary = config["draft_vocab_size"], config["vocab_size"]
+    if size == vocabulary:  # there is no mapping then
+        tensors.setdefault("d2t", torch.zeros(size, dtype=torch.long))
+    if "d2t" in tensors and "t2d" not in tensors:  # as of Model Optimizer; no engine reads it
+        ids_D = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
+        tensors["t2d"] = torch.isin(torch.arange(vocabulary), ids_D)
     return config, own_tensors(folder, tensors)
 
 
@@ -191,12 +220,9 @@ def as_speculators(
     entries = {name: bool(config.get(name)) for name in NORMS}
     names = (*own, "draft_vocab_size", "target_hidden_size", AUX)
     entries |= {name: config[name] for name in names}
-    left_out = {name for name in tensors if ".hidden_norm." in name and name.startswith("layers.")}
-    if config["draft_vocab_size"] == config["vocab_size"]:
-        left_out |= {"d2t", "t2d"}
     named = {
-        name.replace("midlayer.", "layers.0."): value
-        for name, value in tensors.items() if name not in left_out
+        name.replace("midlayer.", "layers.0."): value for name, value in tensors.items()
+        if not (".hidden_norm." in name and name.startswith("layers."))
     }  # fmt: skip
     return {**entries, "embed_requires_grad": False}, named
 

@@ -4,6 +4,7 @@ Shape suffixes: T tokens, A three target hidden sizes, K depths.
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +50,14 @@ class PEagle(Eagle[PEagleConfig]):
                 f"draft.mask_token_id={mask}: the target has tokens 0..{vocabulary - 1}"
             )
         return {"mask_token_id": mask}
+
+    @classmethod
+    def opened(cls, folder: Path, layers: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """As `Eagle.opened`; vLLM takes `mask_hidden` in any shape."""
+        config, tensors = super().opened(folder, layers)
+        if "mask_hidden" in tensors:
+            tensors["mask_hidden"] = tensors["mask_hidden"].reshape(1, 1, -1)
+        return config, tensors
 
     @staticmethod
     def sglang_options(chain_length: int) -> dict[str, Any]:
