@@ -47,9 +47,9 @@ FLOORS = {
 """Every house from its floor upwards; the longer name of a file counts."""
 BUDGETS = {
     "modal_sweep": 33_180,
-    "hydra_sweeps": 30_170,
+    "hydra_sweeps": 30_370,
     "hydra_plugins": 1_010,
-    "specforge_exp": 245_950,
+    "specforge_exp": 245_990,
     "specforge_exp/data": 19_580,
     "specforge_exp/target": 12_010,
     "specforge_exp/drafts": 56_010,
@@ -59,7 +59,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_360,
     "specforge_exp/report": 18_040,
     "specforge_exp/chat": 4_230,
-    "": 310_900,
+    "": 311_130,
     "specforge_exp/causal": 5_830,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be

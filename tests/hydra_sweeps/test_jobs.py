@@ -1,5 +1,7 @@
 """Jobs before they run: names, folders, environment, commands; and how they end alike."""
 
+import itertools
+import os
 import shlex
 import signal
 import sys
@@ -13,6 +15,7 @@ import warm
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn, JobStatus
 
+from hydra_sweeps import jobs
 from hydra_sweeps.command import Terminated, raising_sigterm
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.grid.config import ExperimentSweeperConf
@@ -141,6 +144,32 @@ def test_what_identifies_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
         assert default.digest() != as_written
         assert job(nested).digest(["gamma"]) == job("x=1").digest(["gamma"])
     assert len(digests) == 2
+
+
+def test_what_a_job_reads_identifies_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files, and all that folders hold but hide; of a large file so many blocks of it."""
+    monkeypatch.setattr(jobs, "BLOCK", 2)
+    names = f"hydra.sweeper.inputs=[{tmp_path}/one,[{tmp_path}/more,{tmp_path}/nowhere]]"
+    read, seen = compose(source("hydra/sweeper=experiment", names), [], 0), list[str]()
+    times = itertools.count(1)
+
+    def other(name: str, text: str) -> bool:
+        """Whether a file with this text, of a time of its own, makes it another job."""
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        os.utime(path, (moment := next(times), moment))
+        seen.append(read.digest())
+        return seen.count(seen[-1]) == 1
+
+    for name in ("one", "more/b", "more/deep/a"):
+        assert other(name, "x") and other(name, "y") and not other(name, "x")
+    assert not any(other(name, "x") for name in ("two", "more/.hidden", "more/.git/index"))
+    large = 100 * "x"
+    assert other("more/b", large) and other("more/b", large + "x")
+    assert not other("more/b", "xxyy" + 96 * "x")  # what lies between two blocks
+    for at in (0, 6, 99):
+        assert other("more/b", large[:at] + "y" + large[at + 1 :])
 
 
 def test_values_of_interpolations_are_shown(

@@ -381,10 +381,12 @@ def test_large_models_say_their_size() -> None:
 @pytest.mark.parametrize("name", ["experiment", "optuna_async"])
 @pytest.mark.parametrize("init", ["other", "{}/other", "{}/other/step-000003", "other/export"])
 def test_a_sweep_knows_what_its_runs_are_made_of(name: str, init: str, tmp_path: Path) -> None:
-    """Tokens, or weights to begin with, that were made again are others."""
+    """Tokens, weights to begin with, a model or a text that were made again are others."""
     cfg = composed("model=tiny", "data.name=d", f"paths.datasets={tmp_path}")
     words = [f"trainer.init={init.format(tmp_path)}", f"paths.checkpoints={tmp_path}"]
     words += [f"hydra/sweeper={name}", "model=tiny", "data.name=d", f"paths.datasets={tmp_path}"]
+    words += [f"model.path={tmp_path}/model", "draft=standalone", f"draft.path={tmp_path}/draft"]
+    words += [f"pretrain.sources=[{{path: {tmp_path}/a.txt}}, {{path: {tmp_path}/texts}}]"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         job = Job(0, [], compose("config", words, return_hydra_config=True))
     weights = tmp_path / "other" / init.partition("other/")[2]
@@ -395,4 +397,8 @@ def test_a_sweep_knows_what_its_runs_are_made_of(name: str, init: str, tmp_path:
         for content in ("made", "made again"):
             file.write_text(content)
             seen.add(job.digest())
-    assert len(seen) == 5
+    for read in ("model/model.safetensors", "draft/model.safetensors", "a.txt", "texts/b/c.txt"):
+        (tmp_path / read).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / read).write_text("made")
+        seen.add(job.digest())
+    assert len(seen) == 9
