@@ -129,10 +129,14 @@ def test_what_identifies_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     default = job("kind=${oc.env:LR_OF_MINE,9}")
     as_written = default.digest()
     assert default.environment() == {}
+    either = job("kind=${oc.env:NEVER_SET_HERE,8}-${oc.env:LR_OF_MINE,9}")
+    undecided = either.digest()
     written = "${oc.decode:${oc.env:LR_OF_MINE}}"
     nested = "gamma='${oc.decode:${oc.env:LR_OF_MINE}}'"
     with pytest.raises(SweepError, match=r"gamma=.* of run 0 .*'LR_OF_MINE' not found"):
         check_environment([job(nested)], None)
+    with pytest.raises(SweepError, match="'LR_OF_MINE' not found"):
+        check_environment([job("x=1"), job(nested)], None)
     check_environment([job(nested)], None, ignore=["gamma"])
     given = job(nested, "+hydra.job.env_set.LR_OF_MINE='3'")
     assert given.environment() == {f"gamma={written}": 3.0}
@@ -141,7 +145,7 @@ def test_what_identifies_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("LR_OF_MINE", value)
         digests.add(job(nested).digest())
         assert job(nested).environment() == {f"gamma={written}": float(value)}
-        assert default.digest() != as_written
+        assert default.digest() != as_written and either.digest() != undecided
         assert job(nested).digest(["gamma"]) == job("x=1").digest(["gamma"])
     assert len(digests) == 2
 
