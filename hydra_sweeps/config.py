@@ -33,7 +33,7 @@ class SweepConf:
     """Keys of a job's configuration that do not make it another run or point."""
     inputs: list[Any] = field(default_factory=list)
     """Files and folders that a job reads, or lists of them, named in its configuration: with
-    another content it is another run. Of a file above 16 MiB 16 blocks count. For much data name a
+    another content it is another run. Of a file above 64 MiB 16 blocks count. For much data name a
     record with its digests."""
     precheck: str | None = None
     """Dotted path of a function (script, configurations) that is called with what is to run here

@@ -35,8 +35,8 @@ INTERPOLATION = re.compile(r"(?<!\\)\$\\?\{")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LONGEST = 255
 """Bytes of a name that file systems take."""
-BLOCKS, BLOCK = 16, 2**20
-"""Of a file with more bytes than all of them have, so many blocks count, evenly spread."""
+WHOLE, BLOCKS, BLOCK = 2**26, 16, 2**16
+"""Of a file with more bytes so many blocks of so many bytes count, evenly spread."""
 Ends = list[tuple[int, JobReturn]]
 """Jobs that have ended, by their numbers."""
 Reports = dict[int, list[dict[str, Any]]]
@@ -157,7 +157,8 @@ class Job:
         text = OmegaConf.to_yaml(OmegaConf.create(self.written(ignore)), sort_keys=True)
         text += "".join(f"{key}={value!r}\n" for key, value in values.items())
         for _, name in leaves(self.value("hydra.sweeper.inputs") or []):
-            text += "".join(f"\n{digest}" for digest in digests(Path(str(name))))
+            if name:  # "" would be this folder
+                text += "".join(f"\n{digest}" for digest in digests(Path(str(name))))
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     def written(self, ignore: Sequence[str]) -> Any:
@@ -223,7 +224,7 @@ def digests(path: Path) -> Iterator[str]:
 def content_digest(file: Path, size: int, changed: int) -> str:
     """SHA-256 of a file of this size, written at this time; of a large one, of `BLOCKS` of it."""
     with file.open("rb") as content:
-        if size <= BLOCKS * BLOCK:
+        if size <= WHOLE:
             return hashlib.file_digest(content, "sha256").hexdigest()
         digest = hashlib.sha256(str(size).encode())
         for number in range(BLOCKS):

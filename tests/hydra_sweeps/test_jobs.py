@@ -152,8 +152,10 @@ def test_what_identifies_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_a_job_reads_identifies_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files, and all that folders hold but hide; of a large file so many blocks of it."""
+    monkeypatch.setattr(jobs, "WHOLE", 32)
     monkeypatch.setattr(jobs, "BLOCK", 2)
-    names = f"hydra.sweeper.inputs=[{tmp_path}/one,[{tmp_path}/more,{tmp_path}/nowhere]]"
+    monkeypatch.chdir(tmp_path)
+    names = f"hydra.sweeper.inputs=[{tmp_path}/one,[{tmp_path}/more,{tmp_path}/nowhere,'',null]]"
     read, seen = compose(source("hydra/sweeper=experiment", names), [], 0), list[str]()
     times = itertools.count(1)
 
