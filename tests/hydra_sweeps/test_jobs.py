@@ -126,11 +126,14 @@ def test_what_identifies_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """The values that it reads from the environment; without any, what is written."""
     plain = job("x=1")
     assert plain.digest() == job("x=1").digest()
+    below = [job(f"+z={{a:{a},b:{b}}}").digest(["z.a", "nowhere.a"]) for a, b in ("11", "21", "22")]
+    assert below[0] == below[1] != below[2]
     default = job("kind=${oc.env:LR_OF_MINE,9}")
     as_written = default.digest()
     assert default.environment() == {}
     either = job("kind=${oc.env:NEVER_SET_HERE,8}-${oc.env:LR_OF_MINE,9}")
-    undecided = either.digest()
+    named = job("run_name=LR_OF_MINE", 'kind="${oc.env:${run_name},9}"')
+    unset = [either.digest(), named.digest()]
     written = "${oc.decode:${oc.env:LR_OF_MINE}}"
     nested = "gamma='${oc.decode:${oc.env:LR_OF_MINE}}'"
     with pytest.raises(SweepError, match=r"gamma=.* of run 0 .*'LR_OF_MINE' not found"):
@@ -145,7 +148,8 @@ def test_what_identifies_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("LR_OF_MINE", value)
         digests.add(job(nested).digest())
         assert job(nested).environment() == {f"gamma={written}": float(value)}
-        assert default.digest() != as_written and either.digest() != undecided
+        assert default.digest() != as_written
+        assert either.digest() != unset[0] and named.digest() != unset[1]
         assert job(nested).digest(["gamma"]) == job("x=1").digest(["gamma"])
     assert len(digests) == 2
 

@@ -38,7 +38,7 @@ def test_a_job_that_failed_has_no_value() -> None:
 
 
 def sweep(*runs: Run) -> Sweep:
-    return Sweep("grid", "train", "command", "/", [], "then", runs={run.name: run for run in runs})
+    return Sweep("grid", "train", "command", "/", [], runs={run.name: run for run in runs})
 
 
 def test_what_a_killed_process_left_is_planned(tmp_path: Path) -> None:
@@ -46,7 +46,9 @@ def test_what_a_killed_process_left_is_planned(tmp_path: Path) -> None:
     runs = [Run(0, "done", ["x=1"]), Run(1, "killed", ["x=2"], seconds=3.0)]
     runs[0].end(Outcome("completed", 1.0))
     runs[1].begin()
-    write(tmp_path, sweep(*runs))
+    before = sweep(*runs)
+    before.started = "then"
+    write(tmp_path, before)
     again = begin(tmp_path, sweep())
     states = {name: (run.status, run.value, run.seconds) for name, run in again.runs.items()}
     assert states == {"done": ("completed", 1.0, None), "killed": ("planned", None, None)}
