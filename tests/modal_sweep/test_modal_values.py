@@ -32,6 +32,7 @@ def test_numbers_of_any_library_are_plain(number: float, kind: Any, several: Any
             assert type(back) is several and back[1] == 1
             back = back[0]
         assert type(back) is float and (back == number or math.isnan(number))
+    assert is_nan(pack_value(several([1, kind(number)]))) == math.isnan(number)
 
 
 @pytest.mark.parametrize("value", [np.int64(3), np.bool_(True), torch.tensor(3), np.str_("a")])
