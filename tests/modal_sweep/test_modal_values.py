@@ -41,6 +41,11 @@ def test_other_scalars_too(value: Any) -> None:
     assert type(back) in (int, bool, str) and back == value.item()
 
 
+@pytest.mark.parametrize("value", [[(1, 2)], {1: 2}, {"a": [{"b": (3,)}]}, (1, (2,)), [[1], None]])
+def test_what_json_would_change_comes_back_as_it_was(value: Any) -> None:
+    assert unpack_value(json.loads(json.dumps(pack_value(value)))) == value
+
+
 def test_what_cannot_be_sent_says_so() -> None:
     with pytest.raises(JobFailed, match="the return value, a generator, cannot be sent"):
         pack_value(number for number in range(3))
