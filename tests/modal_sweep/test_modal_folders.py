@@ -13,6 +13,7 @@ from modal_sweep.client import calls, collect, commands, spawn
 from modal_sweep.client.volumes import upload, volume
 from modal_sweep.container import worker
 from modal_sweep.errors import LaunchError
+from modal_sweep.protocol import outputs
 from modal_sweep.protocol.journal import Journal
 
 
@@ -96,6 +97,30 @@ def test_files_of_a_replaced_job_go(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert bring("a" * 9, "both", "late", inline=True) == {"both", "edited", "mine", "late"}
     assert bring("a" * 9, "both", inline=True, number=2) == {"both", "edited", "mine"}  # as another
     assert (tmp_path / "1" / "old").exists()
+
+
+def test_what_is_brought_is_what_a_result_lists(tmp_path: Path) -> None:
+    """A file of that size that is here may be another job's; one that comes, damaged."""
+    folder, asked = tmp_path / "0", list[str]()
+    folder.mkdir()
+    listed = {"size": 6, "sha256": hashlib.sha256(b"of now").hexdigest()}
+    (folder / "same").write_text("of now")
+    (folder / "other").write_text("before")
+
+    def read(name: str) -> list[bytes]:
+        asked.append(name)
+        return [b"of ", b"now"]
+
+    names = ("same", "other", "new/er")
+    assert outputs.pull(dict.fromkeys(names, listed), folder, read) == 2
+    assert asked == ["other", "new/er"]
+    assert [(folder / name).read_text() for name in names] == ["of now"] * 3
+    with pytest.raises(OSError, match="same came back damaged"):
+        outputs.pull({"same": listed | {"sha256": "of another"}}, folder, read)
+    assert not (folder / "same").exists()
+    for name in ("../x", "/x", "a/../../x", ""):
+        with pytest.raises(ValueError, match="does not lie below"):
+            outputs.pull({name: listed}, folder, read)
 
 
 def test_what_an_attempt_gets_back_is_the_jobs(

@@ -331,6 +331,7 @@ def test_a_hub_id_is_known_by_its_files_in_the_cache(
     for digest in (known, whole, moved):
         assert not Fingerprint({"the target": digest}, {}).changes(before)
     assert another(whole, moved) and another("b/model", whole) and not another(known, moved)
+    assert not another(whole, known)
     assert changed_target({"inputs": {"the target": whole}}, "a/model")
     for inputs in ({"the target": moved}, {"the target": bare}, {}):
         assert changed_target({"inputs": inputs}, "a/model") == []
