@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import reduce
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.overrides import parse, without
-from hydra_sweeps.records import first_line
+from hydra_sweeps.records import digests, first_line
 
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 VARIABLE = re.compile(r"\$\{oc\.env:\s*([^,${}]*)")
@@ -35,8 +35,6 @@ INTERPOLATION = re.compile(r"(?<!\\)\$\\?\{")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LONGEST = 255
 """Bytes of a name that file systems take."""
-WHOLE, BLOCKS, BLOCK = 2**26, 16, 2**16
-"""Of a file with more bytes so many blocks of so many bytes count, evenly spread."""
 Ends = list[tuple[int, JobReturn]]
 """Jobs that have ended, by their numbers."""
 Reports = dict[int, list[dict[str, Any]]]
@@ -209,28 +207,6 @@ def leaves(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
             yield from leaves(value, (*path, part))
     else:
         yield path, content
-
-
-def digests(path: Path) -> Iterator[str]:
-    """Of a file, or of a folder's files but for hidden ones; nothing where there is neither."""
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.is_file() and not hidden:
-            stat = file.stat()
-            yield content_digest(file.absolute(), stat.st_size, stat.st_mtime_ns)
-
-
-@cache
-def content_digest(file: Path, size: int, changed: int) -> str:
-    """SHA-256 of a file of this size, written at this time; of a large one, of `BLOCKS` of it."""
-    with file.open("rb") as content:
-        if size <= WHOLE:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-        digest = hashlib.sha256(str(size).encode())
-        for number in range(BLOCKS):
-            content.seek((size - BLOCK) * number // (BLOCKS - 1))
-            digest.update(content.read(BLOCK))
-        return digest.hexdigest()
 
 
 def check_environment(jobs: Sequence[Job], launcher: Any, ignore: Sequence[str] = ()) -> None:

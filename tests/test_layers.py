@@ -47,7 +47,7 @@ FLOORS = {
 """Every house from its floor upwards; the longer name of a file counts."""
 BUDGETS = {
     "modal_sweep": 33_190,
-    "hydra_sweeps": 30_370,
+    "hydra_sweeps": 30_390,
     "hydra_plugins": 1_010,
     "specforge_exp": 245_990,
     "specforge_exp/data": 19_580,
@@ -59,7 +59,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_360,
     "specforge_exp/report": 18_040,
     "specforge_exp/chat": 4_230,
-    "": 311_140,
+    "": 311_160,
     "specforge_exp/causal": 5_830,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be

@@ -15,7 +15,7 @@ import warm
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn, JobStatus
 
-from hydra_sweeps import jobs
+from hydra_sweeps import records
 from hydra_sweeps.command import Terminated, raising_sigterm
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.grid.config import ExperimentSweeperConf
@@ -156,8 +156,8 @@ def test_what_identifies_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_a_job_reads_identifies_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files, and all that folders hold but hide; of a large file so many blocks of it."""
-    monkeypatch.setattr(jobs, "WHOLE", 32)
-    monkeypatch.setattr(jobs, "BLOCK", 2)
+    monkeypatch.setattr(records, "WHOLE", 32)
+    monkeypatch.setattr(records, "BLOCK", 2)
     monkeypatch.chdir(tmp_path)
     names = f"hydra.sweeper.inputs=[{tmp_path}/one,[{tmp_path}/more,{tmp_path}/nowhere,'',null]]"
     read, seen = compose(source("hydra/sweeper=experiment", names), [], 0), list[str]()
