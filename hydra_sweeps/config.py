@@ -31,9 +31,10 @@ class SweepConf:
     """Kept in sweep.json with every run, resolved in its configuration."""
     ignore: list[str] = field(default_factory=list)
     """Keys of a job's configuration that do not make it another run or point."""
-    inputs: list[str] = field(default_factory=list)
-    """Small files that a job reads, named in its configuration, such as records with digests of
-    its data: with another content it is another run."""
+    inputs: list[Any] = field(default_factory=list)
+    """Files and folders that a job reads, or lists of them, named in its configuration: with
+    another content it is another run. Of a file above 64 MiB 16 blocks count. For much data name a
+    record with its digests."""
     precheck: str | None = None
     """Dotted path of a function (script, configurations) that is called with what is to run here
     before the first job starts; what it raises refuses the sweep."""

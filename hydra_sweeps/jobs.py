@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.overrides import parse, without
-from hydra_sweeps.records import first_line
+from hydra_sweeps.records import digests, first_line
 
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 VARIABLE = re.compile(r"\$\{oc\.env:\s*([^,${}]*)")
@@ -143,7 +143,7 @@ class Job:
 
     def digest(self, ignore: Sequence[str] = ()) -> str:
         """Hash of the configuration as written, without Hydra's node and the keys to ignore, of
-        what it reads from the environment, and of the files that hydra.sweeper.inputs names.
+        what it reads from the environment, and of what hydra.sweeper.inputs names.
 
         `${now:...}` and `${hydra:...}`, which another start changes, count as written; so does any
         other resolver.
@@ -154,9 +154,9 @@ class Job:
             values = {}
         text = OmegaConf.to_yaml(OmegaConf.create(self.written(ignore)), sort_keys=True)
         text += "".join(f"{key}={value!r}\n" for key, value in values.items())
-        for name in self.value("hydra.sweeper.inputs") or []:
-            if (file := Path(str(name))).is_file():
-                text += f"\n{hashlib.sha256(file.read_bytes()).hexdigest()}"
+        for _, name in leaves(self.value("hydra.sweeper.inputs") or []):
+            if name:  # "" would be this folder
+                text += "".join(f"\n{digest}" for digest in digests(Path(str(name))))
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     def written(self, ignore: Sequence[str]) -> Any:

@@ -208,7 +208,7 @@ def start(study: Study, trial: Any, overrides: Sequence[str] | None = None) -> N
 def twin_of(study: Study, trial: Any, point: str) -> Any:
     """Another trial of the same point: one that has a result, or an earlier one that runs."""
     trials = [t for t in study.trials if t.user_attrs.get(POINT) == point]
-    known = [t for t in in_state(trials, "COMPLETE", "PRUNED") if t.number != trial.number]
+    known = in_state(trials, "COMPLETE", "PRUNED")
     runs = [t for t in trials if t.number < trial.number and is_running(study, t)]
     return next(iter([*known, *runs]), None)
 

@@ -64,7 +64,7 @@ class Param:
         """All values; SweepError where they have no end."""
         if self.kind == "choice":
             return list(self.choices)
-        if self.step is None or self.log:
+        if self.step is None:
             raise SweepError(
                 f"hydra/sweeper/sampler=grid needs lists or ranges, but {self.text} has no end; "
                 "take another sampler or write its values"

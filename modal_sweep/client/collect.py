@@ -88,15 +88,14 @@ def remove_replaced(journal: Journal, record: JobRecord, manifest: dict[str, Any
     """Remove what jobs before this one have brought into its folder, and it has not written; files
     that were changed here since stay."""
     folder = output_dir(journal, record)
-    for other in journal.ordered():
-        brought = job_folder(journal, other) / "manifest.json"
-        if other.plan["subdir"] != record.plan["subdir"] or not brought.exists():
-            continue
-        for name, entry in json.loads(brought.read_bytes()).items():
-            path = outputs.safe_target(folder, name)
-            left = name not in manifest and path.is_file()
-            if left and outputs.file_digest(path) == entry["sha256"]:
-                path.unlink()
+    others = [o for o in journal.ordered() if o.plan["subdir"] == record.plan["subdir"]]
+    for other in others:  # under whichever numbers it was asked for
+        for brought in journal.folder.glob(f"*-{other.identity[:8]}/manifest.json"):
+            for name, entry in json.loads(brought.read_bytes()).items():
+                path = outputs.safe_target(folder, name)
+                left = name not in manifest and path.is_file()
+                if left and outputs.file_digest(path) == entry["sha256"]:
+                    path.unlink()
 
 
 def shown_value(envelope: dict[str, Any]) -> Any:

@@ -126,12 +126,12 @@ class Attempt:
             self.result,
         )
         cwd = Path(reference["cwd"])
+        self.before = outputs.snapshot(cwd) if reference["sync_cwd"] and cwd.is_dir() else {}
         if cloud.attempt > 1:
             outputs.restore(folder / "outputs", self.output_dir)
             outputs.restore(folder / "cwd", cwd)
             if (folder / "log.txt").exists() and not self.log.exists():
                 outputs.copy(folder / "log.txt", self.log)
-        self.before = outputs.snapshot(cwd) if reference["sync_cwd"] and cwd.is_dir() else {}
 
     def run(self, seen: set[int]) -> dict[str, Any]:
         """Start the job's process and watch it to its end, or until a signal is seen.

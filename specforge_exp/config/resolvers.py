@@ -81,6 +81,11 @@ def watched(names: Sequence[str]) -> str | None:
     return next((f"eval/{name}" for name in known), None)
 
 
+def text_paths(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where text to pretrain on lies, if it is here."""
+    return [str(Path(source["path"]).expanduser()) for source in sources]
+
+
 def if_done(stage: str, resume: bool) -> str:
     """Whether -m leaves a finished run alone; the other stages look for what has changed."""
     return "skip" if stage in ("train", *OF_THE_MODEL) and resume else "rerun"
@@ -90,6 +95,6 @@ def register() -> None:
     """Make them known to OmegaConf under their own names."""
     for function in (
         folder_name, repository, gpu_count, both_secrets, when_losses_differ, in_a_sweep,
-        returned, directions, watched, if_done,
+        returned, directions, watched, text_paths, if_done,
     ):  # fmt: skip
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)

@@ -1,5 +1,7 @@
 """Jobs before they run: names, folders, environment, commands; and how they end alike."""
 
+import itertools
+import os
 import shlex
 import signal
 import sys
@@ -14,6 +16,7 @@ import warm
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
 
+from hydra_sweeps import records
 from hydra_sweeps.command import Terminated, raising_sigterm
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.grid.config import ExperimentSweeperConf
@@ -131,13 +134,20 @@ def test_what_identifies_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """The values that it reads from the environment; without any, what is written."""
     plain = job("x=1")
     assert plain.digest() == job("x=1").digest()
+    below = [job(f"+z={{a:{a},b:{b}}}").digest(["z.a", "nowhere.a"]) for a, b in ("11", "21", "22")]
+    assert below[0] == below[1] != below[2]
     default = job("kind=${oc.env:LR_OF_MINE,9}")
     as_written = default.digest()
     assert default.environment() == {}
+    either = job("kind=${oc.env:NEVER_SET_HERE,8}-${oc.env:LR_OF_MINE,9}")
+    named = job("run_name=LR_OF_MINE", 'kind="${oc.env:${run_name},9}"')
+    unset = [either.digest(), named.digest()]
     written = "${oc.decode:${oc.env:LR_OF_MINE}}"
     nested = "gamma='${oc.decode:${oc.env:LR_OF_MINE}}'"
     with pytest.raises(SweepError, match=r"gamma=.* of run 0 .*'LR_OF_MINE' not found"):
         check_environment([job(nested)], None)
+    with pytest.raises(SweepError, match="'LR_OF_MINE' not found"):
+        check_environment([job("x=1"), job(nested)], None)
     check_environment([job(nested)], None, ignore=["gamma"])
     given = job(nested, "+hydra.job.env_set.LR_OF_MINE='3'")
     assert given.environment() == {f"gamma={written}": 3.0}
@@ -147,8 +157,37 @@ def test_what_identifies_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
         digests.add(job(nested).digest())
         assert job(nested).environment() == {f"gamma={written}": float(value)}
         assert default.digest() != as_written
+        assert either.digest() != unset[0] and named.digest() != unset[1]
         assert job(nested).digest(["gamma"]) == job("x=1").digest(["gamma"])
     assert len(digests) == 2
+
+
+def test_what_a_job_reads_identifies_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files, and all that folders hold but hide; of a large file so many blocks of it."""
+    monkeypatch.setattr(records, "WHOLE", 32)
+    monkeypatch.setattr(records, "BLOCK", 2)
+    monkeypatch.chdir(tmp_path)
+    names = f"hydra.sweeper.inputs=[{tmp_path}/one,[{tmp_path}/more,{tmp_path}/nowhere,'',null]]"
+    read, seen = compose(source("hydra/sweeper=experiment", names), [], 0), list[str]()
+    times = itertools.count(1)
+
+    def other(name: str, text: str) -> bool:
+        """Whether a file with this text, of a time of its own, makes it another job."""
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        os.utime(path, (moment := next(times), moment))
+        seen.append(read.digest())
+        return seen.count(seen[-1]) == 1
+
+    for name in ("one", "more/b", "more/deep/a"):
+        assert other(name, "x") and other(name, "y") and not other(name, "x")
+    assert not any(other(name, "x") for name in ("two", "more/.hidden", "more/.git/index"))
+    large = 100 * "x"
+    assert other("more/b", large) and other("more/b", large + "x")
+    assert not other("more/b", "xxyy" + 96 * "x")  # what lies between two blocks
+    for at in (0, 6, 99):
+        assert other("more/b", large[:at] + "y" + large[at + 1 :])
 
 
 def test_values_of_interpolations_are_shown(

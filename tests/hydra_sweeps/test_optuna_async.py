@@ -141,14 +141,15 @@ def test_a_job_that_is_worse_is_pruned(tmp_path: Path) -> None:
         tmp_path,
         "x=interval(0.0,6.0)",
         "steps=3",
-        first("x=3.0", "x=0.0"),
-        "hydra.sweeper.n_trials=2",
+        first("x=3.0", "x=0.0", "x=0.0"),
+        "hydra.sweeper.n_trials=3",
         "hydra.sweeper.n_jobs=1",
         "hydra/sweeper/pruner=median",
         "hydra.sweeper.pruner.n_startup_trials=1",
     )
-    good, bad = trials_of(tmp_path)
+    good, bad, again = trials_of(tmp_path)
     assert (good.state.name, bad.state.name) == ("COMPLETE", "PRUNED")
+    assert again.state.name == "PRUNED" and again.user_attrs["hydra.twin"] == 1  # not trained
     assert set(good.intermediate_values) == {1, 2, 3} and set(bad.intermediate_values) == {1}
     lines = [" ".join(line[:2]) for line in journal(tmp_path)]
     assert lines == ["start 0", "end 0", "start 1"]

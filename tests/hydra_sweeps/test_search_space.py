@@ -64,6 +64,7 @@ def param(text: str) -> Param:
         ("x=choice(3,2.5,true)", "3, 2.5, True"),
         ("kind=a,b,c", "a, b, c"),
         ("kind=choice('a b',c)", "a b, c"),
+        ("kind=a,'a',b", "a, b"),
         ("x=choice([1,2],{a:3})", "[1,2], {a:3}"),
         ("x=shuffle(range(3,0,-1))", "1, 2, 3"),
         ("+new=choice(a,b)", "a, b"),
@@ -141,8 +142,9 @@ def test_conditional_keys_exist_beside_their_value_only() -> None:
 def test_a_fixed_or_configured_value_decides_a_condition_for_all() -> None:
     fixed = space_of("kind=b", conditional=CONDITIONAL)
     assert list(fixed.fill(lambda param: 0.5)) == ["beta"]
-    configured = space_of("x=1,2", conditional={"kind=a": {"beta": "interval(0.0,1.0)"}})
-    assert list(configured.fill(lambda param: 0.5)) == ["x", "beta"]
+    for condition in ("kind=a", "hydra/launcher=basic"):  # a value, and the choice of a group
+        configured = space_of("x=1,2", conditional={condition: {"beta": "interval(0.0,1.0)"}})
+        assert list(configured.fill(lambda param: 0.5)) == ["x", "beta"]
     typed = space_of("kind=a,b", "beta=interval(0.0,0.1)", conditional=CONDITIONAL)
     assert "beta" in typed.fill(lambda param: param.values()[0] if param.kind == "choice" else 0.05)
 
@@ -191,6 +193,12 @@ def test_one_key_with_a_range_for_each_value() -> None:
     assert 0 <= seen["a"] <= 1 and 5 <= seen["b"] <= 6
 
 
+def test_of_two_conditions_that_hold_the_first_counts() -> None:
+    twice = {"kind=a,b": {"x": "range(0,1)"}, "kind=b": {"x": "range(5,6)"}}
+    points = list(space_of("kind=b,c", conditional=twice).points())
+    assert points == [{"kind": "b", "x": 0}, {"kind": "b", "x": 1}, {"kind": "c"}]
+
+
 def test_first_points() -> None:
     space = space_of("kind=a,b", "x=interval(0.0,9.0)", "gamma=2", conditional=CONDITIONAL)
     assert point_of(space, "kind=b x=3 beta=0.25 gamma=2") == {"kind": "b", "x": 3.0, "beta": 0.25}
@@ -223,6 +231,9 @@ def test_the_command_line_wins_over_first_points_too() -> None:
     space = space_of("x=interval(20.0,30.0)", params=params)
     assert point_of(space, "kind=a x=1") == {"kind": "a"}
     assert point_of(space_of("x=5", params=params), "kind=a x=1") == {"kind": "a"}
+    beta = {"kind=b": {"beta": "interval(0.0,1.0)"}}
+    fixed = space_of("kind=b", params=params, conditional=beta)
+    assert point_of(fixed, "x=1 beta=0.25") == {"x": 1.0, "beta": 0.25}
     with pytest.raises(SweepError, match="lies outside"):
         point_of(space, "kind=a x=1", strict=True)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import warm
 from hydra.core.global_hydra import GlobalHydra
@@ -15,7 +16,8 @@ from omegaconf import OmegaConf
 
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.study.config import OptunaAsyncConf
-from hydra_sweeps.study.trials import new_sampler
+from hydra_sweeps.study.leases import LEASE
+from hydra_sweeps.study.trials import RUN, TWIN, best_trials, new_sampler, write_results
 from tests.study_app.here import STUDY, composed, first, journal, study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +113,27 @@ def test_packages_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(SweepError, match=r"needs Optuna .*pip install -c constraints\.txt"):
         study(tmp_path, x)
+
+
+@pytest.mark.parametrize("directions", [["maximize"], ["minimize"], ["maximize", "minimize"]])
+def test_the_best_is_a_trial_that_ran_and_lies_where_it_ran(
+    directions: list[str], tmp_path: Path
+) -> None:
+    """Not one that has its result, whichever came first; of several objectives the front."""
+    made = optuna.create_study(directions=directions)
+    ends = [(TWIN, 1.0, 2.0), ("ran", 1.0, 2.0), ("worse", 0.5, 3.0), ("other", 0.9, 1.0)]
+    for name, *values in ends:
+        trial, first = made.ask(), values[:1] if directions != ["minimize"] else values[1:]
+        trial.set_user_attr(TWIN if name == TWIN else RUN, name)
+        trial.set_user_attr(LEASE, {"folder": "/there"})
+        made.tell(trial, first if len(directions) == 1 else values)
+    expected = {"maximize": [1], "minimize": [3]}[directions[0]] + [3] * (len(directions) > 1)
+    assert [trial.number for trial in best_trials(made)] == expected
+    write_results(made, tmp_path)
+    results: Any = OmegaConf.load(tmp_path / "optimization_results.yaml")
+    found = results.get("solutions") or [{"directory": results.best_directory}]
+    names = [ends[number][0] for number in expected]
+    assert [solution["directory"] for solution in found] == [f"/there/{name}" for name in names]
 
 
 def test_hydra_loads_no_optuna() -> None:

@@ -86,8 +86,9 @@ def test_a_record_of_an_earlier_study(tmp_path: Path) -> None:
     study(tmp_path, X, ONE, name)
     study(tmp_path, X, ONE, own)
     [run] = runs(tmp_path)
-    value, run["value"] = run["value"], 99.0
+    before = run["value"], run["overrides"]
+    run |= {"value": 99.0, "overrides": ["x=9.0", *run["overrides"][1:]]}
     content = json.loads((tmp_path / "sweep.json").read_text()) | {"runs": [run]}
     (tmp_path / "sweep.json").write_text(json.dumps(content))
     study(tmp_path, X, ONE, own)
-    assert [run["value"] for run in runs(tmp_path)] == [value]
+    assert [(run["value"], run["overrides"]) for run in runs(tmp_path)] == [before]

@@ -11,7 +11,9 @@ from modal_app import driver
 
 from modal_sweep.client import calls, collect, commands, spawn
 from modal_sweep.client.volumes import upload, volume
+from modal_sweep.container import worker
 from modal_sweep.errors import LaunchError
+from modal_sweep.protocol import outputs
 from modal_sweep.protocol.journal import Journal
 
 
@@ -72,8 +74,10 @@ def test_files_of_a_replaced_job_go(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     journal = Journal(tmp_path)
     journal.write([{"event": "sweep", "id": "s", "dict": "d", "volume": "v"}])
 
-    def bring(identity: str, *names: str, inline: bool, folder: str = "0") -> set[str]:
-        planned(journal, identity, "completed", folder)
+    def bring(
+        identity: str, *names: str, inline: bool, folder: str = "0", number: int = 0
+    ) -> set[str]:
+        planned(journal, identity, "completed", folder, job=number)
         digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
         listed = {name: {"size": len(name), "sha256": digests[name]} for name in names}
         envelope: dict[str, Any] = {"manifest": listed}
@@ -90,7 +94,52 @@ def test_files_of_a_replaced_job_go(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert bring("b" * 9, "both", "new/er", inline=False) == {"both", "er", "edited", "mine"}
     assert bring("a" * 9, "both", "old", inline=True) == {"both", "old", "edited", "mine"}
     assert bring("a" * 9, "both", inline=True) == {"both", "edited", "mine"}  # run again
+    assert bring("a" * 9, "both", "late", inline=True) == {"both", "edited", "mine", "late"}
+    assert bring("a" * 9, "both", inline=True, number=2) == {"both", "edited", "mine"}  # as another
     assert (tmp_path / "1" / "old").exists()
+
+
+def test_what_is_brought_is_what_a_result_lists(tmp_path: Path) -> None:
+    """A file of that size that is here may be another job's; one that comes, damaged."""
+    folder, asked = tmp_path / "0", list[str]()
+    folder.mkdir()
+    listed = {"size": 6, "sha256": hashlib.sha256(b"of now").hexdigest()}
+    (folder / "same").write_text("of now")
+    (folder / "other").write_text("before")
+
+    def read(name: str) -> list[bytes]:
+        asked.append(name)
+        return [b"of ", b"now"]
+
+    names = ("same", "other", "new/er")
+    assert outputs.pull(dict.fromkeys(names, listed), folder, read) == 2
+    assert asked == ["other", "new/er"]
+    assert [(folder / name).read_text() for name in names] == ["of now"] * 3
+    with pytest.raises(OSError, match="same came back damaged"):
+        outputs.pull({"same": listed | {"sha256": "of another"}}, folder, read)
+    assert not (folder / "same").exists()
+    for name in ("../x", "/x", "a/../../x", ""):
+        with pytest.raises(ValueError, match="does not lie below"):
+            outputs.pull({name: listed}, folder, read)
+
+
+def test_what_an_attempt_gets_back_is_the_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that an attempt before it has made in the launch directory are brought here, too."""
+    monkeypatch.setattr(worker, "SCRATCH", tmp_path / "scratch")
+    monkeypatch.setattr(worker, "common_part", lambda digest: b"")
+    cwd, saved = tmp_path / "launch", tmp_path / "volume" / "cwd"
+    for path in (cwd / "own", saved / "made"):
+        path.parent.mkdir(parents=True)
+        path.write_text("text")
+    nothing = hashlib.sha256(b"").hexdigest()
+    reference = {"key": "a.0", "cwd": str(cwd), "output_dir": str(tmp_path / "out"),
+                 "progress_file": None, "progress_keys": [], "sync_cwd": True,
+                 "common": nothing, "sha256": nothing}  # fmt: skip
+    cloud: Any = SimpleNamespace(attempt=2)
+    assert [*worker.Attempt(reference, b"", saved.parent, cloud).save_cwd()] == ["made"]
+    assert (cwd / "made").read_text() == "text"
 
 
 @pytest.mark.usefixtures("on_local_modal")

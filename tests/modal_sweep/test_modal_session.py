@@ -246,6 +246,8 @@ def test_a_progress_file_is_read_as_it_grows(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.writelines(f'{{"step": {step}, "eval/b": 0, "other": 1}}\n' for step in (3, 4, 5))
     assert list(tail.look().reports) == [{"step": 4, "eval/b": 0}, {"step": 5, "eval/b": 0}]
+    every = Tail(path, ["eval/a", "eval/b"], most=None)
+    assert len(every.look().reports) == 4
     partial = tmp_path / "partial"
     partial.write_text('{"step": 1, "eval/a": 6}\n' * 40)
     strange = Tail(path, ["eval/a", "eval/b"], strange=True)
@@ -253,3 +255,6 @@ def test_a_progress_file_is_read_as_it_grows(tmp_path: Path) -> None:
     partial.replace(path)  # written anew, and longer
     assert list(strange.look().reports) == [{"step": 1, "eval/a": 6}] * 40
     assert list(tail.look().reports) == [{"step": 1, "eval/a": 6}] * 2
+    assert list(every.look().reports) == [{"step": 1, "eval/a": 6}] * 40
+    path.write_text('{"step": 9, "eval/a": 7}\n')  # in its place, and shorter
+    assert list(every.look().reports) == [{"step": 9, "eval/a": 7}]

@@ -32,12 +32,18 @@ def test_numbers_of_any_library_are_plain(number: float, kind: Any, several: Any
             assert type(back) is several and back[1] == 1
             back = back[0]
         assert type(back) is float and (back == number or math.isnan(number))
+    assert is_nan(pack_value(several([1, kind(number)]))) == math.isnan(number)
 
 
 @pytest.mark.parametrize("value", [np.int64(3), np.bool_(True), torch.tensor(3), np.str_("a")])
 def test_other_scalars_too(value: Any) -> None:
     back = unpack_value(pack_value({"a": [value]}))["a"][0]
     assert type(back) in (int, bool, str) and back == value.item()
+
+
+@pytest.mark.parametrize("value", [[(1, 2)], {1: 2}, {"a": [{"b": (3,)}]}, (1, (2,)), [[1], None]])
+def test_what_json_would_change_comes_back_as_it_was(value: Any) -> None:
+    assert unpack_value(json.loads(json.dumps(pack_value(value)))) == value
 
 
 def test_what_cannot_be_sent_says_so() -> None:

@@ -158,11 +158,12 @@ def test_hours_of_work_are_given_up_by_force_only(tmp_path: Path, cfg: Config) -
 
 def test_what_is_made_in_seconds_is_made_again(tmp_path: Path, cfg: Config) -> None:
     folder = tmp_path / "thing"
-    with pytest.raises(KeyboardInterrupt), writing(folder, ONE, cfg, "export") as partial:
-        (partial / "content").write_text("half")
-        raise KeyboardInterrupt
-    with writing(folder, TWO, cfg, "export") as partial:
-        assert [file.name for file in partial.iterdir()] == ["begun.json"]
+    for again in (ONE, TWO):
+        with pytest.raises(KeyboardInterrupt), writing(folder, ONE, cfg, "export") as partial:
+            (partial / "content").write_text("half")
+            raise KeyboardInterrupt
+        with writing(folder, again, cfg, "export") as partial:
+            assert [file.name for file in partial.iterdir()] == ["begun.json"]
 
 
 @pytest.mark.parametrize("at", ["finish", "sync_tree", "replace_folder", "sync"])
@@ -186,6 +187,7 @@ def test_killed_at_the_very_end(
             (partial / "shards" / "0").write_text("hours")
             (partial / "content").write_text("hours")
     if partial.exists():
+        assert not reusable(folder / "run.json", TWO, False, "regen")
         with (
             pytest.raises(InputError, match="unfinished work of other options"),
             writing(folder, TWO, cfg, "regen", "shards/*"),
@@ -331,6 +333,7 @@ def test_a_hub_id_is_known_by_its_files_in_the_cache(
     for digest in (known, whole, moved):
         assert not Fingerprint({"the target": digest}, {}).changes(before)
     assert another(whole, moved) and another("b/model", whole) and not another(known, moved)
+    assert not another(whole, known)
     assert changed_target({"inputs": {"the target": whole}}, "a/model")
     for inputs in ({"the target": moved}, {"the target": bare}, {}):
         assert changed_target({"inputs": inputs}, "a/model") == []

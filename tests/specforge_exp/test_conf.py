@@ -382,18 +382,20 @@ def test_large_models_say_their_size() -> None:
 @pytest.mark.parametrize("name", ["experiment", "optuna_async"])
 @pytest.mark.parametrize("init", ["other", "{}/other", "{}/other/step-000003", "other/export"])
 def test_a_sweep_knows_what_its_runs_are_made_of(name: str, init: str, tmp_path: Path) -> None:
-    """Tokens, or weights to begin with, that were made again are others."""
+    """Tokens, weights to begin with, a model or a text that were made again are others."""
     cfg = composed("model=tiny", "data.name=d", f"paths.datasets={tmp_path}")
     words = [f"trainer.init={init.format(tmp_path)}", f"paths.checkpoints={tmp_path}"]
     words += [f"hydra/sweeper={name}", "model=tiny", "data.name=d", f"paths.datasets={tmp_path}"]
+    words += [f"model.path={tmp_path}/m", "draft=standalone", f"draft.path={tmp_path}/d"]
+    words += [f"pretrain.sources=[{{path: {tmp_path}/a.txt}}, {{path: {tmp_path}/t}}]"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         job = Job(0, [], compose("config", words, return_hydra_config=True))
     weights = tmp_path / "other" / init.partition("other/")[2]
-    record = "state.json" if "step" in init else "run.json"
-    seen = {job.digest()}
-    for file in (paths.tokens_dir(cfg) / "run.json", weights / record):
-        file.parent.mkdir(parents=True)
+    record = weights / ("state.json" if "step" in init else "run.json")
+    seen, tokens = {job.digest()}, paths.tokens_dir(cfg) / "run.json"
+    for file in (tokens, record, *map(tmp_path.joinpath, ("m/a", "d/a", "a.txt", "t/b/c.txt"))):
+        file.parent.mkdir(parents=True, exist_ok=True)
         for content in ("made", "made again"):
             file.write_text(content)
             seen.add(job.digest())
-    assert len(seen) == 5
+    assert len(seen) == 13

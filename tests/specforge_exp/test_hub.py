@@ -118,7 +118,7 @@ def test_one_forward_for_all_whoever_dies(seed: int) -> None:
         late = asyncio.create_task(going(who("late"), plan))
         watched = asyncio.create_task(watch())
         await asyncio.gather(*tasks, late)
-        watched.cancel()
+        assert watched.cancel()  # what it asserts it has not found wrong
 
     async def watch() -> None:
         while True:
@@ -191,6 +191,29 @@ def test_who_does_nothing_is_left_behind() -> None:
         answer = await hub.take(stopped, 1)
         assert answer is not None and answer[0] == [1]
         assert worker.asked.count(0) == worker.asked.count(1) == 2
+
+    run(sweep())
+
+
+def test_two_workers_do_as_much_and_what_they_did_is_counted() -> None:
+    """A forward is of several conversations; what is asked about the target is kept by question."""
+
+    async def sweep() -> None:
+        workers, questions = [Worker(), Worker()], list[int]()
+        workers[0].last_layers = SimpleNamespace(remote=lambda n: questions.append(n) or [n] * n)  # type: ignore[attr-defined, func-returns-value]
+        hub = Hub(workers, 99 * SIZE, 1, 2, 60.0)
+        await hub.look(["one", "two"], [])
+        for layers in (1, 3, 1):
+            assert await hub.once("last_layers", layers) == [[layers] * layers]
+        assert questions == [1, 3]
+        for me in (who("one"), who("two")):
+            for number in range(4):
+                await hub.ask(me, number, forward(number) + forward(100 + number))
+        assert [await take(hub, me, n) for me in (who("one"), who("two")) for n in range(4)] == [
+            *range(4), *range(4)
+        ]  # fmt: skip
+        assert [len(worker.asked) for worker in workers] == [4, 4]
+        assert await hub.summary() == (2, 8, 16)
 
     run(sweep())
 

@@ -93,16 +93,34 @@ def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_who_was_taken_for_gone_writes_no_more(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """It was stopped for longer than the others wait."""
+    """It was stopped for longer than the others wait. Numbers of processes are a machine's."""
     folder = tmp_path / "thing"
     with holder(folder) as other:
         file = os.open(tmp_path / ".thing.lease", os.O_RDWR)
         while other.poll() is None:  # its next beat may go over this
-            module.write(file, {"host": "b", "pid": 7, "token": "of another"})
+            module.write(file, {"host": "b", "pid": other.pid, "token": "of another"})
             time.sleep(0.02)
         os.close(file)
         assert other.returncode == 1
-    assert "was taken over by process 7 on b" in capfd.readouterr().err
+    assert f"was taken over by process {other.pid} on b" in capfd.readouterr().err
+
+
+def test_a_file_that_its_holder_removes_meanwhile_is_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who locked it would hold what others do not find."""
+    lock, waiting, path = fcntl.flock, [True], tmp_path / ".thing.lease"
+
+    def ends_now(file: int, how: int) -> None:
+        if waiting:
+            waiting.clear()
+            path.unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", ends_now)
+    file = module.take(path)
+    assert file is not None and os.path.samestat(os.fstat(file), path.stat())
+    os.close(file)
 
 
 def test_a_half_written_file_has_a_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
