@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specforge_exp import paths
+from specforge_exp.artifacts import Fingerprint
 from specforge_exp.causal import head as head_module
 from specforge_exp.causal import training
 from specforge_exp.causal.export import export_model, save_model
@@ -35,6 +36,7 @@ from specforge_exp.config.causal import CausalConfig
 from specforge_exp.errors import InputError
 from specforge_exp.target.anatomy import read_end
 from specforge_exp.training.batches import Batch
+from specforge_exp.training.checkpoint import METRICS, Snapshot, save_checkpoint
 from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.running import check_held_out
 
@@ -297,6 +299,28 @@ def test_an_export_without_its_checkpoint_is_not_taken_for_another(cfg: Config) 
     assert export_model(cfg, "sft") == folder
     cfg.export.dtype = "float32"
     with pytest.raises(InputError, match=r"export\.dtype was bfloat16, now float32.*no checkpoint"):
+        export_model(cfg, "sft")
+
+
+def test_a_damaged_export_is_written_again_or_named(cfg: Config) -> None:
+    """Of the checkpoint that it was made of, as long as that is there."""
+    run, folder = paths.run_dir(cfg), paths.export_dir(cfg)
+    run.mkdir(parents=True)
+    (run / METRICS).touch()
+    model = Causal(new_model(cfg.model, 0), cfg.causal)
+    snapshot = Snapshot(3, model.state_dict(), {}, {})
+    step = save_checkpoint(run, snapshot, Fingerprint({}, {}))
+    export_model(cfg, "sft")
+    file, whole = folder / "model.safetensors", (folder / "model.safetensors").read_bytes()
+    written = file.stat().st_mtime_ns
+    assert export_model(cfg, "sft") == folder and file.stat().st_mtime_ns == written
+    file.write_bytes(whole[:-1] + b"\0")
+    assert export_model(cfg, "sft") == folder and file.read_bytes() == whole
+    shutil.rmtree(step)
+    file.write_bytes(whole[:-1] + b"\0")
+    with pytest.raises(
+        InputError, match=r"model\.safetensors is damaged .*trainer\.resume=false"
+    ):
         export_model(cfg, "sft")
 
 
