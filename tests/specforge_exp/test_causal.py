@@ -288,6 +288,8 @@ def test_the_interval_is_of_conversations() -> None:
     half = 1.96 * float(np.std([loss for loss, _ in pairs])) / 2 / math.sqrt(60)
     assert found == pytest.approx({"loss_low": 0.5 - half, "loss_high": 0.5 + half}, abs=0.01)
     assert CAUSAL.intervals(pairs) == found and CAUSAL.intervals(pairs[:1]) == {}
+    unlike = CAUSAL.intervals([[1.0, 1.0], [0.0, 9.0]] * 30)  # 0.1 a token, 0.5 a conversation
+    assert 0.05 < unlike["loss_low"] < 0.1 < unlike["loss_high"] < 0.2
 
 
 def test_an_export_without_its_checkpoint_is_not_taken_for_another(cfg: Config) -> None:
