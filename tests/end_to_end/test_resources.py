@@ -21,7 +21,8 @@ from modal_sweep.client.settings import job_settings
 from modal_sweep.config import JobSettings, ModalLauncherConf
 from modal_sweep.errors import LaunchError
 from specforge_exp.config import STAGES, check_job, resolvers
-from specforge_exp.config.machine import command, machine
+from specforge_exp.config.machine import command
+from specforge_exp.config.machine import machine as machine_of
 from specforge_exp.errors import InputError
 
 MACHINES = ["auto", "h100x8", "h100", "cpu"]
@@ -239,12 +240,12 @@ def test_files_of_this_machine_are_refused(stage: str, overrides: str, key: str)
     """Before a container is rented, which would not find them; by the stage that reads them."""
     own = for_validation("model=qwen3_8b", *overrides.split())
     with pytest.raises(InputError) as caught:
-        machine(stage, own)
+        machine_of(stage, own)
     file = key.partition("=")[2]
     put = f"`modal volume put specforge-datasets {file} {Path(file).name}`"
     assert f"{key} is a path of this machine" in str(caught.value) and put in str(caught.value)
     assert ("without -m" in str(caught.value)) == (stage == "prep")
-    assert all(machine(other, own) for other in {*STAGES} - {stage})
+    assert all(machine_of(other, own) for other in {*STAGES} - {stage})
 
 
 @pytest.mark.parametrize("stage", ["prep", "pretrain"])
