@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -23,6 +23,7 @@ def conversation(size: int) -> Encoded:
 @given(
     st.lists(st.lists(st.integers(1, 9), max_size=5), min_size=1, max_size=5), st.integers(1, 30)
 )
+@example(blocks=[[9], [9, 9]], shard_tokens=10)
 def test_any_cut_reads_the_same(
     tmp_path_factory: pytest.TempPathFactory, blocks: list[list[int]], shard_tokens: int
 ) -> None:
@@ -70,6 +71,7 @@ def test_a_digest_is_of_the_conversations_and_not_of_the_shards(tmp_path: Path) 
         ("turns", 4, -1, "its conversation 1 has a turn -1"),
         ("turns", 4, 9, "its conversation 1 has a turn 9"),
         ("offsets", 1, 9, "its offsets do not fit its tokens"),
+        ("offsets", 1, 8, "its offsets do not fit its tokens"),
         ("offsets", 2, 7, "its offsets do not fit its tokens"),
         ("offsets", None, None, "it does not hold what"),
         ("ids", None, None, "it does not hold what"),
@@ -117,6 +119,7 @@ def best_fit_decreasing(lengths: list[int], row: int) -> int:
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 32))
+@example(lengths=[8, 6, 4, 3, 3], row=12)
 def test_packing_is_best_fit_decreasing(lengths: list[int], row: int) -> None:
     found = packing(np.array(lengths, np.int64), row)
     assert found["rows"] == best_fit_decreasing(lengths, row)
