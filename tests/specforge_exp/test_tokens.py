@@ -52,15 +52,25 @@ def test_any_cut_reads_the_same(
 
 def test_a_digest_is_of_the_conversations_and_not_of_the_shards(tmp_path: Path) -> None:
     def digest(name: str, shard_tokens: int, *sizes: int) -> str:
+        return digest_of(name, shard_tokens, [conversation(size) for size in sizes])
+
+    def digest_of(name: str, shard_tokens: int, conversations: list[Encoded]) -> str:
         (tmp_path / name).mkdir()
         writer = ShardWriter(tmp_path / name, "eval", shard_tokens)
-        writer.add(arrays_of([conversation(size) for size in sizes]))
+        writer.add(arrays_of(conversations))
         writer.flush()
         write_json(tmp_path / name / "index.json", {"train": [], "eval": writer.shards})
         return read_split(tmp_path / name, "eval").digest
 
     assert digest("one", 99, 7, 5, 9) == digest("three", 1, 7, 5, 9)
     assert len({digest("a", 99, 5, 7, 9), digest("b", 99, 7, 5), digest("c", 99, 7, 5, 9)}) == 3
+    last = (1, 2)
+    cuts = [Encoded([1, 2], [last]), Encoded([3, 4], [last])], [
+        Encoded([1, 2, 3], [last]), Encoded([4], [(0, 1)])
+    ]  # fmt: skip
+    other = [Encoded([1, 2], [(0, 2)]), Encoded([3, 4], [last])]
+    alike = [digest_of(str(n), 99, each) for n, each in enumerate((*cuts, other))]
+    assert len(set(alike)) == 3  # the same ids: other lengths, other turns
 
 
 @pytest.mark.parametrize(
