@@ -266,6 +266,8 @@ RETURN, EOS = "<|return|>", "<｜end▁of▁sentence｜>"
         ("GLM-4.5, not thinking", CALLED, [
             '\nWait.\n<tool_call>weather\n{"city": "Rome"}\n</tool_call><|observation|>',
             "\nNo.<|user|>"]),
+        ("GLM-4.5, not thinking", CALLED[:2], [
+            '\nWait.\n<tool_call>weather\n{"city": "Rome"}\n</tool_call><|observation|>']),
         ("Vicuna", TWICE, ["One.</s>", "Two.</s>"]),
         ("Gemma", [{"role": "system", "content": "Be kind."}, *TWICE], [
             "the chat template refuses it: System role not supported; prep with data.system=join "
