@@ -49,8 +49,8 @@ BUDGETS = {
     "modal_sweep": 33_180,
     "hydra_sweeps": 30_170,
     "hydra_plugins": 1_010,
-    "specforge_exp": 246_940,
-    "specforge_exp/data": 19_950,
+    "specforge_exp": 246_935,
+    "specforge_exp/data": 19_940,
     "specforge_exp/target": 12_010,
     "specforge_exp/drafts": 56_010,
     "specforge_exp/training": 21_060,
@@ -59,7 +59,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_360,
     "specforge_exp/report": 18_040,
     "specforge_exp/chat": 4_230,
-    "": 311_890,
+    "": 311_880,
     "specforge_exp/causal": 5_880,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
