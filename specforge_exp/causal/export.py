@@ -1,6 +1,7 @@
 """A checkpoint as a plain Hugging Face folder, which everything else takes as model.path."""
 
 import logging
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,18 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from specforge_exp import paths
-from specforge_exp.artifacts import Fingerprint, differing, read_record, sha256, writing
+from specforge_exp.artifacts import (
+    Fingerprint,
+    check,
+    differing,
+    read_record,
+    sha256,
+    writing,
+)
 from specforge_exp.causal.model import Causal, new_model
 from specforge_exp.causal.objective import CAUSAL
 from specforge_exp.config import Config
+from specforge_exp.config.machine import command
 from specforge_exp.errors import InputError
 from specforge_exp.target import DTYPES, take_dtype
 from specforge_exp.training.checkpoint import (
@@ -39,6 +48,7 @@ def export_model(cfg: Config, stage: str) -> Path:
     if not step_folders(run) and record.exists():
         if changes := differing(settings, read_record(record)):
             raise InputError(f"{folder}: {changes[0]}; {run} holds no checkpoint to export as that")
+        check(folder, command(stage, OVER, away=False))
         return folder
     if step is None or not step_folder(run, step).exists():
         there = [int(path.name[5:]) for path in step_folders(run)]
@@ -50,7 +60,9 @@ def export_model(cfg: Config, stage: str) -> Path:
     made_of = Fingerprint({"the checkpoint": sha256(checkpoint)}, settings)
     force = replace(cfg, export=replace(own, force=True))  # the run's last word is what counts
     if record.exists() and not made_of.changes(read_record(record)):
-        return folder
+        with suppress(InputError):  # what is damaged is written again
+            check(folder, "")
+            return folder
     weights = read_checkpoint(step_folder(run, step), f"{OVER} ", stage).draft
     with writing(folder, made_of, force, "export", counts={"step": step}) as partial:
         save_model(partial, cfg, weights, DTYPES[own.dtype])

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from specforge_exp import paths
 from specforge_exp.config import Config, PathsConfig, from_omegaconf
 from specforge_exp.config.resolvers import MATTERS, PACKAGE, REPOSITORY, STAGES
+from specforge_exp.errors import InputError
 
 CONFIG_FLAGS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
 HYDRAS = ("hydra/launcher=", "hydra.searchpath=")
@@ -84,7 +85,7 @@ def machine(stage: str, job: DictConfig) -> dict[str, Any]:
     own = {**stages["train"], "progress_keys": ["eval/loss"]}
     stages |= {"sft": own, "pretrain": {**own, "requires": [model]}}
     refuse_shallow(stage, here)
-    return stages.get(stage, {})
+    return read_there(stage, here, stages.get(stage, {}))
 
 
 def refuse_shallow(stage: str, here: Config) -> None:
@@ -102,6 +103,55 @@ def need(
     place = {"volume": here.resources["volumes"][root], "path": path.relative_to(root).as_posix()}
     made = {"remedy": command(maker), "requires": [*requires]}
     return {**place, "local": str(folder(here)), "record": "run.json", **made}
+
+
+def read_there(stage: str, here: Config, own: dict[str, Any]) -> dict[str, Any]:
+    """A stage's settings; they require the files of prompts or text that it reads itself, too, on
+    the Volumes where they lie.
+
+    Raises:
+        InputError: no container has such a file.
+    """
+    volumes, image = here.resources["volumes"], here.resources["image"]
+    shipped = [REPOSITORY / name for name in image.get("sources") or []]
+    needs = [*own.get("requires", [])]
+    for key, path in own_sources(stage, here).items():
+        place = Path(path).expanduser()
+        baked = image.get("base") and place.is_absolute() and not place.exists()
+        if baked or any(place.is_relative_to(folder) for folder in shipped):
+            continue
+        mount = next((root for root in volumes if place.is_relative_to(root)), None)
+        root = mount or here.resources["env"]["SPECFORGE_DATASETS"]
+        name = place.relative_to(mount).as_posix() if mount else place.name
+        put = shlex.join(["modal", "volume", "put", volumes[root], "..." if mount else path, name])
+        if mount is None:
+            alone = "; or run this without -m: later stages bring what prep makes here along"
+            raise InputError(
+                f"{key}={path} is a path of this machine, which no container has. Bring it with "
+                f"`{put}` and give {key}={root}/{name}{alone * (stage == 'prep')}"
+            )
+        needs.append({"volume": volumes[root], "path": name, "remedy": put})
+    return own | {"requires": needs}
+
+
+def own_sources(stage: str, here: Config) -> dict[str, str]:
+    """Files and folders that no other stage makes, by the options that name them."""
+    lists: dict[str, Any] = {
+        "prep": {"data.train": here.data.train, "data.eval": here.data.eval},
+        "pretrain": {"pretrain.sources": here.pretrain.sources},
+    }
+    paths = {
+        f"{key}[{number}].path": str(source.path)
+        for key, sources in lists.get(stage, {}).items()
+        for number, source in enumerate(sources)
+    }
+    if stage == "bench" and not here.bench.suite:
+        paths = {f"bench.datasets.{k}.path": v.path for k, v in here.bench.datasets.items()}
+    return {
+        "data.path" if path == here.data.path else key: path
+        for key, path in paths.items()
+        if not path.startswith(("hub:", "synthetic:"))
+    }
 
 
 def begun_with(here: Config, there: Config) -> list[dict[str, Any]]:

@@ -150,7 +150,7 @@ def take(talk: Conversation, row: TokenRow) -> None:
     end = row.token_at(len(row.text.rstrip())) if stop is None else stop + 1
     spans = {turn.number: span_in(talk, row, turn) for turn in talk.waiting[:-1]}
     spans[last.number] = first, end
-    shown = {number: span for number, span in sorted(spans.items()) if span}
+    shown = {number: span for number, span in spans.items() if span}
     talk.sequences.append(Encoded(row.ids, list(shown.values()), tuple(shown)))
     talk.waiting = [turn for turn in talk.waiting if turn.number not in shown]
     if talk.waiting and talk.chat.changed_turns == "leave_out":

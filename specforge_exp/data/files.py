@@ -4,16 +4,24 @@ import gzip
 import io
 import itertools
 import json
+import logging
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from specforge_exp.data.conversations import IDS
 from specforge_exp.errors import InputError, first_line
 
+log = logging.getLogger(__name__)
+
 SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
+BESIDE = (
+    ".md .rst .cff .yaml .yml .toml .py .ipynb .sh .lock .html .pdf .png .jpg .jpeg .gif .webp .svg"
+)
+"""What lies beside data and is none, as names without a dot and hidden ones are none either."""
 RAW_CHARACTERS = 2000
 CHUNK_CHARACTERS = 2**20
 BATCH_ROWS = 1000
@@ -57,6 +65,27 @@ class Columns(NamedTuple):
             expected = " or ".join(f"`{column}`" for column in sorted(needed))
             raise InputError(f"{name} has the columns {', '.join(names)}; expected {expected}")
         return [column for column in names if column in {*needed, *self.optional.split(), *IDS}]
+
+
+def passed_over(path: str, suffixes: tuple[str, ...]) -> str:
+    """Which files of a folder may be data and have none of these suffixes; "" when none is, or it
+    is no folder."""
+    folder = Path(path).expanduser()
+    found = sorted(
+        str(file.relative_to(folder))
+        for file in folder.rglob("*")
+        if file.suffix.lower() not in ("", *BESIDE.split())
+        and not file.name.endswith((*suffixes, ".rejected.jsonl"))
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and file.is_file()
+    )
+    return ", ".join(found[:3]) + f" and {len(found) - 3} more" * (len(found) > 3)
+
+
+def tell_passed_over(path: str, suffixes: tuple[str, ...]) -> None:
+    """Warn of them."""
+    if others := passed_over(path, suffixes):
+        log.warning("%s: not read: %s; what is read ends in %s", path, others, ", ".join(suffixes))
 
 
 def parse(name: str, file: IO[bytes], columns: Columns) -> Iterator[Raw | Rejected]:

@@ -191,7 +191,7 @@ def tokens_of_prefix(chat: Chat, row: TokenRow, prefix: str) -> int | None:
     Returns:
         None when the tokens of the prefix are others: its end and what follows merge.
     """
-    end = min(row.token_at(len(prefix)), len(row.ids))
+    end = row.token_at(len(prefix))
     cut = next((at for at in range(end - 1, -1, -1) if cuts(chat, row, at)), 0)
     tail = chat.ids_of(prefix[row.offsets[cut][0] if cut else 0 :])
     first = cut + len(tail)

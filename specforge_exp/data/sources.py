@@ -11,7 +11,16 @@ from pathlib import Path
 
 from specforge_exp.config import Source
 from specforge_exp.data import synthetic
-from specforge_exp.data.files import INSTALL_DATA, SUFFIXES, Raw, Rejected, parse, without_nulls
+from specforge_exp.data.files import (
+    INSTALL_DATA,
+    SUFFIXES,
+    Raw,
+    Rejected,
+    parse,
+    passed_over,
+    tell_passed_over,
+    without_nulls,
+)
 from specforge_exp.data.formats import FORMATS, Record, convert
 from specforge_exp.errors import InputError, first_line
 from specforge_exp.offline import offline
@@ -112,7 +121,9 @@ def local_files(source: Source) -> list[Path]:
         inside = sorted(p for p in path.rglob("*") if p.is_file() and known(p.name))
         if inside:
             return inside
-        raise InputError(f"{path} holds no {' or '.join(SUFFIXES)} file")
+        others = passed_over(source.path, SUFFIXES)
+        what = f"{path} holds no {' or '.join(SUFFIXES)} file"
+        raise InputError(what + (f", only {others}" if others else ""))
     if not path.exists():
         raise InputError(
             f"{source.path} does not exist; a data path is a {', '.join(SUFFIXES)} file, "
@@ -134,6 +145,8 @@ def raw_records(source: Source) -> Iterator[Raw | Rejected]:
     files = local_files(source)
     if not files:
         yield from read_hub(rest, source) if scheme == "hub" else read_synthetic(rest, source)
+    else:
+        tell_passed_over(source.path, SUFFIXES)
     for path in files:
         try:
             with path.open("rb") as file:

@@ -26,10 +26,19 @@ import numpy as np
 from specforge_exp.artifacts import content_of
 from specforge_exp.config.causal import PretrainConfig, TextSource
 from specforge_exp.data import synthetic
-from specforge_exp.data.files import INSTALL_DATA, SUFFIXES, Columns, Rejected, parse
+from specforge_exp.data.files import (
+    INSTALL_DATA,
+    SUFFIXES,
+    Columns,
+    Rejected,
+    parse,
+    passed_over,
+)
 from specforge_exp.data.sources import hub_name
 from specforge_exp.errors import InputError, first_line
 
+TEXTS = (*SUFFIXES, ".txt")
+"""Ends of the names of files with text."""
 MADE = 5000
 """Documents of a synthetic source."""
 BLOCK = 32
@@ -115,12 +124,14 @@ def synthetic_texts(split: str) -> Iterator[str]:
 
 def files_of(source: TextSource) -> list[Path]:
     """The files of a source, in order; InputError for what cannot be read."""
-    path, suffixes = Path(source.path).expanduser(), (*SUFFIXES, ".txt")
-    inside = [p for p in path.rglob("*") if p.name.endswith(suffixes)] if path.is_dir() else []
+    path = Path(source.path).expanduser()
+    inside = [p for p in path.rglob("*") if p.name.endswith(TEXTS)] if path.is_dir() else []
     files = sorted(inside) or [path]
-    if not all(file.is_file() and file.name.endswith(suffixes) for file in files):
+    if not all(file.is_file() and file.name.endswith(TEXTS) for file in files):
+        others = passed_over(source.path, TEXTS)
+        only = f", only {others} is in it" if others else ""
         raise InputError(
-            f"pretrain.sources: {path} is no {', '.join(suffixes)} file nor a folder of them; a "
+            f"pretrain.sources: {path} is no {', '.join(TEXTS)} file nor a folder of them{only}; a "
             "data set of the hub is hub:<id>[/<configuration>][:<split>]"
         )
     return files

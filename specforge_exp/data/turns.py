@@ -1,5 +1,6 @@
 """The turns of a conversation, and what the model writes in each: the text behind its prompt."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,14 +82,18 @@ def text_until(talk: Conversation, turn: Turn) -> str:
     """The conversation up to a turn: its prompt and what the model writes, with its end.
 
     Raises:
-        Unlike: the template changes the answer, or its prompt opens what the answer lacks.
+        Unlike: the template changes the answer, or its prompt opens what the answer lacks; or the
+            answer has a text within that becomes a token at which a server stops.
     """
+    calls = turn.message.get("tool_calls") or []
+    for part in (turn.answer, turn.thoughts, json.dumps(calls, ensure_ascii=False)):
+        if any(stop in part.removesuffix(stop) for stop in talk.chat.stops):
+            raise Unlike("an answer spells a token that ends answers before its end")
     shown = talk.until(turn.until)
     said = shown.removeprefix(turn.prompt) if shown.startswith(turn.prompt) else behind(talk, turn)
     if said is None or cut_thoughts(talk, turn, said):
         said = written(talk, turn, shown)
     text = turn.prompt + said
-    calls = turn.message.get("tool_calls") or []
     if not all(any(name in said for name in names_of(call)) for call in calls):
         raise Unlike("the chat template does not show a call of a tool")
     if turn.answer not in said and not calls:

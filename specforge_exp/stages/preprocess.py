@@ -184,9 +184,11 @@ def merge(cfg: Config, split: TokenSplit, blocks: list[LineBlock], partial: Path
         split.lengths.append(np.diff(arrays["offsets"]))
         highest = arrays["ids"].max(initial=0)
         if highest >= len(split.counts_V):
+            text = load_tokenizer(cfg.model).decode([highest])
             raise InputError(
-                f"{split.path}: token {highest} is none of the target's {len(split.counts_V)}: the "
-                f"tokenizer in {cfg.model.path} belongs to another model"
+                f"{split.path}: token {highest} ({text!r}) is none of the target's "
+                f"{len(split.counts_V)}: the tokenizer in {cfg.model.path} belongs to another "
+                "model, or a conversation spells a token that this one has no place for"
             )
         supervised = arrays["ids"][arrays["turns"] > 0]
         split.counts_V += np.bincount(supervised, minlength=len(split.counts_V))

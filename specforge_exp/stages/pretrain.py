@@ -16,7 +16,8 @@ from specforge_exp.artifacts import Fingerprint, model_digest
 from specforge_exp.causal.training import check_start, exported, train_causal
 from specforge_exp.config import Config
 from specforge_exp.config.settings import causal_settings
-from specforge_exp.data.stream import RowStream, Tokens, held_out, text_digest
+from specforge_exp.data.files import tell_passed_over
+from specforge_exp.data.stream import TEXTS, RowStream, Tokens, held_out, text_digest
 from specforge_exp.data.tokens import TokenSet
 from specforge_exp.errors import InputError
 from specforge_exp.target.files import not_loadable
@@ -58,6 +59,8 @@ def begin(cfg: Config, world: int) -> Record | None:
     if cfg.max_steps is None:
         raise InputError("pretrain: a stream has no end: max_steps=... says how long to train")
     run = TrainingRun(paths.run_dir(cfg), fingerprint_of(cfg), Ranks(0, world))
+    for source in cfg.pretrain.sources:
+        tell_passed_over(source.path, TEXTS)
     return settled(cfg, "pretrain", run)
 
 

@@ -22,6 +22,7 @@ from modal_sweep.config import JobSettings, ModalLauncherConf
 from modal_sweep.errors import LaunchError
 from specforge_exp.config import STAGES, check_job, resolvers
 from specforge_exp.config.machine import command
+from specforge_exp.config.machine import machine as machine_of
 from specforge_exp.errors import InputError
 
 MACHINES = ["auto", "h100x8", "h100", "cpu"]
@@ -225,6 +226,43 @@ def test_weights_to_begin_with_lie_on_a_volume(init: str, path: str, record: str
     assert all(need["path"] != path for need in settings("bench", f"trainer.init={init}").requires)
 
 
+@pytest.mark.parametrize(
+    ("stage", "overrides", "key"),
+    [
+        ("prep", "data=local data.path=chats.jsonl", "data.path=chats.jsonl"),
+        ("prep", "data=smollm2", "data.train[0].path=artifacts/prompts/smollm2/chat.jsonl"),
+        ("prep", "data=synthetic data.eval=[{path:/x.jsonl}]", "data.eval[0].path=/x.jsonl"),
+        ("pretrain", "pretrain.sources=[{path:texts}]", "pretrain.sources[0].path=texts"),
+        ("bench", "+bench.datasets={a:{path:/a.jsonl}}", "bench.datasets.a.path=/a.jsonl"),
+    ],
+)
+def test_files_of_this_machine_are_refused(stage: str, overrides: str, key: str) -> None:
+    """Before a container is rented, which would not find them; by the stage that reads them."""
+    own = for_validation("model=qwen3_8b", *overrides.split())
+    with pytest.raises(InputError) as caught:
+        machine_of(stage, own)
+    file = key.partition("=")[2]
+    put = f"`modal volume put specforge-datasets {file} {Path(file).name}`"
+    assert f"{key} is a path of this machine" in str(caught.value) and put in str(caught.value)
+    assert ("without -m" in str(caught.value)) == (stage == "prep")
+    assert all(machine_of(other, own) for other in {*STAGES} - {stage})
+
+
+@pytest.mark.parametrize("stage", ["prep", "pretrain"])
+def test_files_on_a_volume_are_looked_for_there(stage: str) -> None:
+    path = "/root/.cache/specforge/datasets/raw/a.jsonl"
+    own = ["data=local", f"data.path={path}", f"pretrain.sources=[{{path:{path}}}]"]
+    *_, found = settings(stage, *own).requires
+    put = "modal volume put specforge-datasets ... raw/a.jsonl"
+    assert found == {"volume": "specforge-datasets", "path": "raw/a.jsonl", "remedy": put}
+
+
+def test_files_that_go_along_or_are_in_the_image() -> None:
+    shipped = settings("prep", "data=local", "data.path=${repository:assets/bench}")
+    baked = settings("prep", "data=local", "data.path=/in/it", "resources.image.base=debian:12")
+    assert shipped.requires == baked.requires == []
+
+
 def test_a_study_on_modal_hears_what_it_prunes_by() -> None:
     for named, stage in (("simulated_length", "train"), ("alpha/0", "train"), ("loss", "sft")):
         found = settings(stage, f"objectives=[{named}]").progress_keys
@@ -243,7 +281,8 @@ def test_jobs_that_write_one_place() -> None:
     for early in ("prep", "regen", "preprocess"):
         assert settings(early, "loss=mixed").unique == settings(early).unique
     for late in ("train", "export", "bench"):
-        for many in ([], ["experiment=smoke"], ["experiment=quickstart"], ["experiment=smollm2"]):
+        small = ["experiment=smollm2"] * (late != "bench")  # its prompts are files of this machine
+        for many in ([], ["experiment=smoke"], ["experiment=quickstart"], small):
             places = {
                 settings(late, *many, f"loss={loss}").unique[0] for loss in ("mixed", "baseline")
             }

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specforge_exp import paths
+from specforge_exp.artifacts import Fingerprint
 from specforge_exp.causal import head as head_module
 from specforge_exp.causal import training
 from specforge_exp.causal.export import export_model, save_model
@@ -35,8 +36,10 @@ from specforge_exp.config.causal import CausalConfig
 from specforge_exp.errors import InputError
 from specforge_exp.target.anatomy import read_end, visited
 from specforge_exp.training.batches import Batch
+from specforge_exp.training.checkpoint import METRICS, Snapshot, save_checkpoint
 from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.running import check_held_out
+from specforge_exp.training.tracking import best_step
 
 CPU = torch.device("cpu")
 LENGTHS = [40, 7, 1, 25, 60]
@@ -273,8 +276,12 @@ def test_a_model_is_measured_before_ligers_kernels_are_in_it(
 
 
 def test_an_evaluation_is_its_formula() -> None:
-    """Of all rows, and of each conversation; one without a predicted token has no part."""
-    made = causal(small_target().model, z_loss=0.1)
+    """Of all rows, and of each conversation; one without a predicted token has no part. With a
+    biased head."""
+    model = small_target().model
+    head, model.lm_head = model.lm_head, torch.nn.Linear(16, 64)
+    model.lm_head.weight = head.weight
+    made = causal(model, z_loss=0.1)
     packed, objective = batch(64), causal_lm(made, CPU)
     divisor = objective.denominators(packed)
     with torch.no_grad():
@@ -302,6 +309,40 @@ def test_an_evaluation_is_its_formula() -> None:
     assert CAUSAL.means(nothing.sums)["supervised"] == float(nothing.loss) == 0
 
 
+def test_the_best_is_the_lowest_loss(tmp_path: Path) -> None:
+    lines = [{"step": step, "eval/loss": loss} for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0))]
+    (tmp_path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert best_step(tmp_path, CAUSAL) == 2
+
+
+def test_a_model_is_made_of_weights_or_by_its_seed(cfg: Config, tmp_path: Path) -> None:
+    """Without dropout, and of all its weights or none."""
+
+    def norm(seed: int, **changes: Any) -> float:
+        model = new_model(replace(cfg.model, **changes), seed)
+        return float(sum(weight.square().sum() for weight in model.parameters()))
+
+    random = [norm(seed, init="random") for seed in (1, 1, 2)]
+    assert random[0] == random[1] != random[2] and norm(1) == norm(2) not in random
+    folder = Path(shutil.copytree(cfg.model.path, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    layers = config["num_hidden_layers"] + 1
+    config |= {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="layers"):
+        new_model(replace(cfg.model, path=str(folder)), 0)
+
+
+def test_no_number_follows_from_dropout() -> None:
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, attention_dropout=0.5,
+    ))  # fmt: skip
+    made = causal(model).train()
+    first, again = (made.states(torch.arange(40), [25, 15]) for _ in range(2))
+    assert first.equal(again)
+
+
 def test_the_interval_is_of_conversations() -> None:
     """Sums over a resample's sums: near the mean's standard error times 1.96."""
     pairs = [[float(n % 3), 2.0] for n in range(60)]
@@ -309,6 +350,8 @@ def test_the_interval_is_of_conversations() -> None:
     half = 1.96 * float(np.std([loss for loss, _ in pairs])) / 2 / math.sqrt(60)
     assert found == pytest.approx({"loss_low": 0.5 - half, "loss_high": 0.5 + half}, abs=0.01)
     assert CAUSAL.intervals(pairs) == found and CAUSAL.intervals(pairs[:1]) == {}
+    unlike = CAUSAL.intervals([[1.0, 1.0], [0.0, 9.0]] * 30)  # 0.1 a token, 0.5 a conversation
+    assert 0.05 < unlike["loss_low"] < 0.1 < unlike["loss_high"] < 0.2
 
 
 def test_an_export_without_its_checkpoint_is_not_taken_for_another(cfg: Config) -> None:
@@ -320,6 +363,26 @@ def test_an_export_without_its_checkpoint_is_not_taken_for_another(cfg: Config) 
     assert export_model(cfg, "sft") == folder
     cfg.export.dtype = "float32"
     with pytest.raises(InputError, match=r"export\.dtype was bfloat16, now float32.*no checkpoint"):
+        export_model(cfg, "sft")
+
+
+def test_a_damaged_export_is_written_again_or_named(cfg: Config) -> None:
+    """Of the checkpoint that it was made of, as long as that is there."""
+    run, folder = paths.run_dir(cfg), paths.export_dir(cfg)
+    run.mkdir(parents=True)
+    (run / METRICS).touch()
+    model = Causal(new_model(cfg.model, 0), cfg.causal)
+    snapshot = Snapshot(3, model.state_dict(), {}, {})
+    step = save_checkpoint(run, snapshot, Fingerprint({}, {}))
+    export_model(cfg, "sft")
+    file, whole = folder / "model.safetensors", (folder / "model.safetensors").read_bytes()
+    written = file.stat().st_mtime_ns
+    assert export_model(cfg, "sft") == folder and file.stat().st_mtime_ns == written
+    file.write_bytes(whole[:-1] + b"\0")
+    assert export_model(cfg, "sft") == folder and file.read_bytes() == whole
+    shutil.rmtree(step)
+    file.write_bytes(whole[:-1] + b"\0")
+    with pytest.raises(InputError, match=r"model\.safetensors is damaged .*trainer\.resume=false"):
         export_model(cfg, "sft")
 
 

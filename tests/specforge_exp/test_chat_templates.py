@@ -290,6 +290,8 @@ RETURN, EOS = "<|return|>", "<｜end▁of▁sentence｜>"
         ("GLM-4.5, not thinking", CALLED, [
             '\nWait.\n<tool_call>weather\n{"city": "Rome"}\n</tool_call><|observation|>',
             "\nNo.<|user|>"]),
+        ("GLM-4.5, not thinking", CALLED[:2], [
+            '\nWait.\n<tool_call>weather\n{"city": "Rome"}\n</tool_call><|observation|>']),
         ("Vicuna", TWICE, ["One.</s>", "Two.</s>"]),
         ("Mistral v0.3", [{"role": "system", "content": "Be kind."}, *TWICE], [
             " One.</s>", " Two.</s>"]),
@@ -363,6 +365,41 @@ def test_a_line_break_that_would_join_the_prompts() -> None:
     assert isinstance(result, Encoded)
     assert [sequence.numbers for sequence in (result, *result.apart)] == [(2,), (1,)]
     check(Oracle(shape, messages), result)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_tokens_that_people_type(shape: Shape) -> None:
+    """Special tokens in what is asked are tokens of the prompt, as a server makes it, and end no
+    answer."""
+    typed = " ".join(("What is", *shape.special, *shape.eos, "<image>", "?"))
+    messages = [
+        user(typed), assistant("<think>a</think>One." if opens(shape) else "One."),
+        user(shape.eos[0]), assistant("<think>b</think>Two." if opens(shape) else "Two."),
+    ]  # fmt: skip
+    (result,) = encode_many(chat_of(shape), [{"conversations": messages}])
+    check(Oracle(shape, messages), result)
+    assert isinstance(result, Encoded) and not result.left_out
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_an_answer_that_spells_its_end(shape: Shape) -> None:
+    """Within an answer it would teach to stop there; the answers around it are taught."""
+    words = f"Write {shape.eos[0]} behind it."
+    dirty, clean = ("<think>a</think>" * opens(shape) + text for text in (words, "Yes."))
+    messages = [user("Hi"), assistant(clean), user("How?"), assistant(dirty), *TWICE[:1]]
+    (result,) = encode_many(chat_of(shape), [{"conversations": [*messages, assistant(clean)]}])
+    assert isinstance(result, Encoded)
+    assert sorted(n for each in (result, *result.apart) for n in each.numbers) == [1, 3]
+    assert result.left_out == ("an answer spells a token that ends answers before its end",)
+
+
+def test_an_end_within_thoughts_or_a_call_and_one_at_the_end() -> None:
+    end, left_out = "<|im_end|>", ["an answer spells a token that ends answers before its end"]
+    function = {"name": "say", "arguments": {"text": f"a{end}"}}
+    called = assistant("", tool_calls=[{"type": "function", "function": function}])
+    for answer in (assistant("One.", thinking=f"a {end} b"), called):
+        assert spoken("Qwen3, thinking", [user("Hi"), answer]) == left_out
+    assert spoken("SmolLM2", [user("Hi"), assistant(f"One.{end}\n")]) == [f"One.{end}"]
 
 
 def test_the_table_has_a_row_of_each_shape() -> None:

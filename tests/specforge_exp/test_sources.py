@@ -96,6 +96,30 @@ def test_a_folder_is_read_in_order(tmp_path: Path) -> None:
     assert set_aside(source)[0].where == f"{tmp_path / 'a.json'}#1"
 
 
+def test_what_may_be_data_and_is_not_read_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not what lies beside data: words on it, hidden files, what prep set aside."""
+    names = ["README.md", ".gitattributes", ".cache/a.csv", "LICENSE", "x.rejected.jsonl"]
+    for name in (*names, "in/a.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a")
+    with pytest.raises(InputError, match=r"holds no \.jsonl or .* file, only in/a\.csv$"):
+        texts(Source(str(tmp_path)))
+    write_lines(tmp_path / "a.jsonl", conversation("1"))
+    assert texts(Source(str(tmp_path))) == ["1"]
+    assert f"{tmp_path}: not read: in/a.csv; what is read ends in .jsonl" in caplog.text
+    for name in ("b.jsonl.zst", "C.JSONL", "d.txt"):
+        (tmp_path / name).write_text("a")
+    texts(Source(str(tmp_path)))
+    assert "not read: C.JSONL, b.jsonl.zst, d.txt and 1 more" in caplog.text
+    (tmp_path / "in" / "a.csv").unlink()
+    for name in ("b.jsonl.zst", "C.JSONL", "d.txt"):
+        (tmp_path / name).unlink()
+    caplog.clear()
+    assert texts(Source(str(tmp_path))) == ["1"] and not caplog.records
+
+
 def test_json_may_hold_lines_or_records_by_name(tmp_path: Path) -> None:
     write_lines(tmp_path / "lines.json", conversation("1"), conversation("2"))
     (tmp_path / "named.json").write_text(json.dumps({"a": conversation("3")}))

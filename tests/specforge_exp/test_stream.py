@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from specforge_exp.data.stream import (
     RowStream,
     Tokens,
     Workers,
+    documents,
     encode,
     held_out,
     text_digest,
     texts,
 )
 from specforge_exp.errors import InputError
-from specforge_exp.stages.pretrain import tokens_of
+from specforge_exp.stages.pretrain import begin, tokens_of
 
 SIZES = (1, 3, 40, 7, 200, 2, 25, 90, 11)
 
@@ -108,6 +109,17 @@ def test_any_place_gives_the_rows_that_follow(sources: list[TextSource], tokens:
         later = stream(sources, tokens, processes)
         later.restore(states[done - 1])
         assert rows(later, range(done, 12)) == expected[done:]
+
+
+@pytest.mark.parametrize(("first", "left"), [(0, [0, 1]), (1, [1]), (2, [])])
+def test_a_pass_that_is_gone_on_with_is_followed_by_whole_ones(
+    first: int, left: list[int], tmp_path: Path
+) -> None:
+    """Also where nothing, or nothing but an empty document, is left of it."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("held", "one", "")))
+    found = islice(documents(TextSource(str(path)), first, 1), len(left) + 4)
+    assert list(found) == [(n, ("one", "")[n]) for n in (*left, 0, 1, 0, 1)]
 
 
 def test_workers_change_nothing(sources: list[TextSource], tokens: Tokens) -> None:
@@ -198,6 +210,23 @@ def test_refusals_name_the_source(
         list(texts(TextSource(sources[0].path, field="body"), 0))
     with pytest.raises(InputError, match=r"nothing is no \.jsonl"):
         list(texts(TextSource(str(tmp_path / "nothing")), 0))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.csv").write_text("text\none\n")
+    with pytest.raises(InputError, match=r"nor a folder of them, only a\.csv is in it; a data set"):
+        list(texts(TextSource(str(tmp_path / "in")), 0))
+
+
+def test_what_a_folder_has_besides_text_is_named(
+    cfg: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.txt", "README.md", "b.csv"):
+        (tmp_path / name).write_text("one")
+    cfg.pretrain.sources, cfg.max_steps = [TextSource(str(tmp_path))], 1
+    assert begin(cfg, 1) is None
+    assert caplog.messages == [
+        f"{tmp_path}: not read: b.csv; what is read ends in .jsonl, .json, .parquet, .jsonl.gz, "
+        ".json.gz, .txt"
+    ]
 
 
 def test_documents_are_whole_whatever_the_tokenizer_asks_for(

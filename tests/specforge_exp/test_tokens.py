@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -23,6 +23,7 @@ def conversation(size: int) -> Encoded:
 @given(
     st.lists(st.lists(st.integers(1, 9), max_size=5), min_size=1, max_size=5), st.integers(1, 30)
 )
+@example(blocks=[[9], [9, 9]], shard_tokens=10)
 def test_any_cut_reads_the_same(
     tmp_path_factory: pytest.TempPathFactory, blocks: list[list[int]], shard_tokens: int
 ) -> None:
@@ -51,15 +52,25 @@ def test_any_cut_reads_the_same(
 
 def test_a_digest_is_of_the_conversations_and_not_of_the_shards(tmp_path: Path) -> None:
     def digest(name: str, shard_tokens: int, *sizes: int) -> str:
+        return digest_of(name, shard_tokens, [conversation(size) for size in sizes])
+
+    def digest_of(name: str, shard_tokens: int, conversations: list[Encoded]) -> str:
         (tmp_path / name).mkdir()
         writer = ShardWriter(tmp_path / name, "eval", shard_tokens)
-        writer.add(arrays_of([conversation(size) for size in sizes]))
+        writer.add(arrays_of(conversations))
         writer.flush()
         write_json(tmp_path / name / "index.json", {"train": [], "eval": writer.shards})
         return read_split(tmp_path / name, "eval").digest
 
     assert digest("one", 99, 7, 5, 9) == digest("three", 1, 7, 5, 9)
     assert len({digest("a", 99, 5, 7, 9), digest("b", 99, 7, 5), digest("c", 99, 7, 5, 9)}) == 3
+    last = (1, 2)
+    cuts = [Encoded([1, 2], [last]), Encoded([3, 4], [last])], [
+        Encoded([1, 2, 3], [last]), Encoded([4], [(0, 1)])
+    ]  # fmt: skip
+    other = [Encoded([1, 2], [(0, 2)]), Encoded([3, 4], [last])]
+    alike = [digest_of(str(n), 99, each) for n, each in enumerate((*cuts, other))]
+    assert len(set(alike)) == 3  # the same ids: other lengths, other turns
 
 
 @pytest.mark.parametrize(
@@ -70,6 +81,7 @@ def test_a_digest_is_of_the_conversations_and_not_of_the_shards(tmp_path: Path) 
         ("turns", 4, -1, "its conversation 1 has a turn -1"),
         ("turns", 4, 9, "its conversation 1 has a turn 9"),
         ("offsets", 1, 9, "its offsets do not fit its tokens"),
+        ("offsets", 1, 8, "its offsets do not fit its tokens"),
         ("offsets", 2, 7, "its offsets do not fit its tokens"),
         ("offsets", None, None, "it does not hold what"),
         ("ids", None, None, "it does not hold what"),
@@ -117,6 +129,7 @@ def best_fit_decreasing(lengths: list[int], row: int) -> int:
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 32))
+@example(lengths=[8, 6, 4, 3, 3], row=12)
 def test_packing_is_best_fit_decreasing(lengths: list[int], row: int) -> None:
     found = packing(np.array(lengths, np.int64), row)
     assert found["rows"] == best_fit_decreasing(lengths, row)
