@@ -49,17 +49,17 @@ BUDGETS = {
     "modal_sweep": 33_180,
     "hydra_sweeps": 30_170,
     "hydra_plugins": 1_010,
-    "specforge_exp": 245_950,
-    "specforge_exp/data": 19_580,
+    "specforge_exp": 246_735,
+    "specforge_exp/data": 19_735,
     "specforge_exp/target": 12_010,
-    "specforge_exp/drafts": 56_010,
+    "specforge_exp/drafts": 56_145,
     "specforge_exp/training": 21_060,
     "specforge_exp/inference": 16_550,
-    "specforge_exp/generation": 24_030,
-    "specforge_exp/bench": 11_360,
+    "specforge_exp/generation": 24_165,
+    "specforge_exp/bench": 11_385,
     "specforge_exp/report": 18_040,
     "specforge_exp/chat": 4_230,
-    "": 310_900,
+    "": 311_675,
     "specforge_exp/causal": 5_830,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
@@ -271,7 +271,7 @@ WITH_THEM = ["specforge_exp/chat/", "specforge_exp/stages/chat.py", "specforge_e
 
 
 @pytest.mark.parametrize(
-    ("parts", "most"), [(OF_MODELS, 10_650), ([*OF_MODELS, *WITH_THEM], 19_880)]
+    ("parts", "most"), [(OF_MODELS, 10_650), ([*OF_MODELS, *WITH_THEM], 19_910)]
 )
 def test_causal_models_are_little_code(parts: list[str], most: int) -> None:
     total = sum(tokens(path) for path, name in NAMES.items() if name.startswith(tuple(parts)))

@@ -31,6 +31,7 @@ from specforge_exp.data.rendering import (
     refusal,
     render,
     tokens_of_prefix,
+    warn_of_thinking,
 )
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "readable",
     "render",
     "split_thoughts",
+    "warn_of_thinking",
 ]
 
 PROBE: Message = {"role": "user", "content": "x"}
