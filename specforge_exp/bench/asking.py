@@ -18,6 +18,7 @@ from specforge_exp.data.chat import (
     prompt_ids,
     prompt_text,
     render,
+    warn_of_thinking,
 )
 from specforge_exp.data.messages import MARKS
 from specforge_exp.data.turns import MARKER, PROBE
@@ -147,6 +148,7 @@ def asking_of(cfg: Config, tokenizer: Any, training_keys: torch.Tensor | None) -
     kwargs = dict(cfg.model.chat_template_kwargs)
     if cfg.bench.thinking != "model":
         kwargs["enable_thinking"] = cfg.bench.thinking == "on"
+        warn_of_thinking(f"bench.thinking={cfg.bench.thinking}", tokenizer, kwargs)
     decoding = Decoding(
         max_tokens=cfg.bench.max_tokens,
         chain_length=cfg.chain_length,

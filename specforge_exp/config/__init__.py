@@ -150,6 +150,12 @@ class Config:
                 f"with engine.name={self.engine.name} bench answers one prompt at a time"
             )
         above_zero("lr", self.lr)
+        if self.lr_point != "mid" and self.lr != (rate := vars(self.loss.lrs)[self.lr_point]):
+            raise InputError(
+                f"lr_point={self.lr_point} is lr={rate:g} with loss={self.loss.name}, and lr="
+                f"{self.lr:g} is given, by the command or its experiment; leave lr_point out, or "
+                f"give 'lr=${{loss.lrs.{self.lr_point}}}'"
+            )
         minimums(self, "", epochs=1, max_steps=1, max_length=2, threads=1, seeds=1, seed=0)
         if isinstance(self.draft, DraftConfig):  # what only serves the target has none
             self.check_draft()

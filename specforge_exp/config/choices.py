@@ -112,6 +112,13 @@ class DataConfig:
             raise InputError("data=local needs data.path=<file, folder or hub:<id>>")
         safe_name("data.name", self.name, "--")
         one_of("data.format", self.format, tuple(FORMATS))
+        for option, usual in (("path", None), ("format", "conversations")):
+            value, sources = vars(self)[option], [*self.train, *self.eval]
+            if value != usual and value not in [vars(source)[option] for source in sources]:
+                raise InputError(
+                    f"data.{option}={value} is for data=local; the sources of data={self.name} are "
+                    "its own, data.train and data.eval"
+                )
         for key in ("train", "eval"):
             for number, source in enumerate(vars(self)[key]):
                 source.check(f"data.{key}[{number}]")
@@ -173,6 +180,11 @@ class LossConfig:
         if ours and self.name != MISSING and not any(weights.values()):
             keys = ", ".join(f"loss.{name}" for name in weights)
             raise InputError(f"at least one loss weight must be above 0: {keys}")
+        if ours and self.options:
+            raise InputError(
+                f"loss.options={self.options} is for a function of your own, which loss._target_ "
+                f"names; {self._target_} reads none"
+            )
         above_zero("loss.temperature", self.temperature)
 
     def weights(self) -> dict[str, float]:

@@ -265,6 +265,8 @@ class ExportConfig:
         if self.dry_run and not self.push:
             raise InputError("export.dry_run=true needs export.push=<owner>/<name>")
         minimums(self, "export.", step=1)
+        if self.step and self.best:
+            raise InputError(f"export.step={self.step} and export.best=true name two checkpoints")
 
 
 @dataclass

@@ -29,6 +29,7 @@ from specforge_exp.data.rendering import (
     prompt_text,
     render,
     tokens_of_prefix,
+    warn_of_thinking,
 )
 from specforge_exp.data.turns import Conversation, Turn, Unlike, text_until
 
@@ -44,6 +45,7 @@ __all__ = [
     "readable",
     "render",
     "split_thoughts",
+    "warn_of_thinking",
 ]
 
 CHANGED = "the chat template changes it later (preprocess.changed_turns=leave_out)"

@@ -1,5 +1,6 @@
 """Conversations as text and tokens, by the model's own chat template."""
 
+import logging
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,6 +8,8 @@ from typing import Any
 
 from specforge_exp.data.messages import MARKS, Message, Unrenderable, joined
 from specforge_exp.target.files import generation_config
+
+log = logging.getLogger(__name__)
 
 REMEMBERED = 256
 """Characters of a text whose tokens are remembered: headers, not conversations."""
@@ -40,6 +43,28 @@ def prompt_ids(
     text = prompt_text(tokenizer, messages, {**kwargs, "tools": tools} if tools else kwargs)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def warn_of_thinking(option: str, tokenizer: Any, kwargs: dict[str, Any]) -> None:
+    """Say so where thinking is asked for, or not to be, and the template's prompts do not change.
+
+    Args:
+        option: what asks, e.g. bench.thinking=off.
+        tokenizer: with the template.
+        kwargs: for it.
+    """
+    probe = [{"role": "user", "content": "x"}]
+    switched = ({**kwargs, "enable_thinking": on} for on in (True, False))
+    try:
+        prompts = {prompt_text(tokenizer, probe, each) for each in switched}
+    except Unrenderable:
+        return
+    if len(prompts) == 1:
+        log.warning(
+            "%s changes no prompt: the chat template knows no enable_thinking; a switch of another "
+            "name is given with model.chat_template_kwargs",
+            option,
+        )  # fmt: skip
 
 
 class Spelling:

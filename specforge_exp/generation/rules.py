@@ -1,6 +1,7 @@
 """How answers are asked for: options of the run over the model's generation config."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from transformers import GenerationConfig
 
 from specforge_exp.artifacts import cached, model_digest
 from specforge_exp.config import Config, ModelConfig
-from specforge_exp.data.chat import prompt_ids, readable
+from specforge_exp.data.chat import prompt_ids, readable, warn_of_thinking
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Message, Sampling
 from specforge_exp.generation.regenerate import Record, Rules
@@ -24,7 +25,8 @@ def sampling_of(cfg: Config) -> Sampling:
     """regen's own settings; where they are null, the model's generation config.
 
     Raises:
-        InputError: some are null, and that config is not to be had.
+        InputError: some are null, and that config is not to be had; or several answers to a prompt
+            are asked for, and nothing is sampled.
     """
     own, known = cfg.regen, True
     try:
@@ -45,10 +47,15 @@ def sampling_of(cfg: Config) -> Sampling:
     if not known:  # a server that knows may be told
         unwanted["min_p"] = True
         switched_on = dict.fromkeys(unwanted, 1)
+    own_temperature = 0.0 if model.do_sample is False else model.temperature
+    temperature = first(own.temperature, own_temperature, 1.0)
+    if temperature == 0 and own.samples_per_prompt > 1:
+        raise InputError(
+            f"regen.samples_per_prompt={own.samples_per_prompt}: at temperature 0 all answers to a "
+            "prompt are the same; give regen.temperature=0.7, or one answer each"
+        )
     return Sampling(
-        temperature=first(
-            own.temperature, 0.0 if model.do_sample is False else model.temperature, 1.0
-        ),
+        temperature=temperature,
         top_p=first(own.top_p, model.top_p, 1.0),
         top_k=top_k,
         min_p=first(model.min_p, 0.0),
@@ -65,6 +72,9 @@ def rules_of(cfg: Config) -> Rules:
     kwargs = dict(cfg.model.chat_template_kwargs)
     if thinking != "model":
         kwargs["enable_thinking"] = thinking != "off"
+        if revision(cfg.model.path):  # what is on a hub alone is not fetched for this
+            with suppress(InputError):
+                warn_of_thinking(f"regen.thinking={thinking}", load_tokenizer(cfg.model), kwargs)
     made_by = {
         "model": cfg.model.path,
         "revision": revision(cfg.model.path),

@@ -58,6 +58,12 @@ def begin(cfg: Config, world: int) -> Record | None:
         )
     if cfg.max_steps is None:
         raise InputError("pretrain: a stream has no end: max_steps=... says how long to train")
+    if cfg.model.init == "weights" and (cfg.seeds > 1 or cfg.seed):
+        raise InputError(
+            f"pretrain: seed={cfg.seed} and seeds={cfg.seeds} change no number of a run that "
+            "begins with the model's weights and reads its text in order: leave out seed and "
+            "seeds, or begin with random weights (model.init=random)"
+        )
     run = TrainingRun(paths.run_dir(cfg), fingerprint_of(cfg), Ranks(0, world))
     for source in cfg.pretrain.sources:
         tell_passed_over(source.path, TEXTS)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from test_resume import finish, kill_all, lines, losses, run_of, start, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specforge_exp.config import Config
+from specforge_exp.errors import InputError
 
 STEPS = 16
 
@@ -160,6 +162,15 @@ def test_refusals(made: Config, stage: str, option: str, words: str, tmp_path: P
     assert process.wait(300) == 1
     said = (tmp_path / "log").read_text()
     assert words in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("option", [{"seed": 1}, {"seeds": 3}])
+def test_a_seed_that_nothing_is_drawn_by(made: Config, option: dict[str, int]) -> None:
+    """Repeats would be one run, shown as several without any spread."""
+    from specforge_exp.stages.pretrain import begin
+
+    with pytest.raises(InputError, match="change no number of a run that begins with the model's"):
+        begin(replace(made, max_steps=2, **option), 1)
 
 
 @pytest.mark.slow

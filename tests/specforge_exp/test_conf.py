@@ -123,12 +123,20 @@ def test_seed_defaults() -> None:
         ("lr=-1", "lr=-1.0 must be above 0"),
         ("draft.supervision=x", "inference, specforge, speculators"),
         ("max_length=5", "draft.ttt_length=7"),
+        ("lr=1e-3 lr_point=high", "lr_point=high is lr=0.0002 with loss=baseline, and lr=0.001 is"),
+        ("data=quickstart data.path=x", "data.path=x is for data=local; the sources of data=quick"),
+        ("data=quickstart data.format=gsm8k", "data.format=gsm8k is for data=local"),
+        ("export.step=2 export.best=true", "export.step=2 and export.best=true name two"),
         ("data.split_eval=1.5", "data.split_eval"),
         ("run_name=a/b", "run_name"),
         ("data=local data.path=x data.format=chat", "data.format=chat is not valid; choose one of"),
         ("+data.eval=[{path: x, skip: -1}]", "data.eval[0].skip=-1 must be at least 0"),
         ("bench=standard bench.suite.gsm8k.format=x", "bench.suite.gsm8k.format=x is not valid"),
         ("model.aux_layers=[1]", "draft=eagle3 is fed by 3"),
+        (
+            "+loss.options.lambda_tv=1",
+            "loss.options={'lambda_tv': 1} is for a function of",
+        ),
         ("loss.lambda_ce=0", "at least one loss weight must be above 0: loss.lambda_ce, loss."),
         ("loss.lambda_rkl=-1", "loss.lambda_rkl=-1.0 must be at least 0"),
     ],
@@ -203,7 +211,7 @@ def test_no_float_takes_what_is_not_finite(value: str) -> None:
 )
 def test_nor_does_what_is_open(override: str) -> None:
     with pytest.raises(InputError, match="must be a finite number"):
-        composed(override)
+        composed(override, "loss._target_=my.loss")
 
 
 def test_no_number_is_below_what_there_can_be() -> None:

@@ -56,15 +56,24 @@ MIXTURES = [
 
 @pytest.mark.parametrize("weights", MIXTURES, ids="+".join)
 def test_the_fast_path_is_the_dense_one(target: Target, weights: dict[str, float]) -> None:
-    """R5: losses, metrics and gradients of two packed conversations."""
+    """R5: losses, metrics and gradients of two packed conversations, and of a block by itself."""
     draft, loss = small_draft(target), LossConfig(name="m", **weights)
     sample = packed(target, conversation(1, LONG), conversation(2, LONG[3:]))
     window = draft.denominators(CFG, sample)
     assert window[0] > window[-1] > 0
-    total, sums = dense_objective(draft, sample, target.head_weight_VH, (CFG, loss), window)
+    assert_dense(draft, target, sample, (CFG, loss))
+    alone = packed(target, conversation(1, LONG))
+    assert_dense(draft, target, alone, (replace(CFG, num_anchors=1), loss))
+
+
+def assert_dense(
+    draft: DFlash, target: Target, sample: Sample, options: tuple[DFlashConfig, LossConfig]
+) -> None:
+    window = draft.denominators(options[0], sample)
+    total, sums = dense_objective(draft, sample, target.head_weight_VH, options, window)
     total.backward()
     expected = gradients(draft)
-    found = draft.objective(sample, target.head, Loss(opd, loss), CFG, window)
+    found = draft.objective(sample, target.head, Loss(opd, options[1]), options[0], window)
     found.loss.backward()
     torch.testing.assert_close(found.loss, total.detach().float(), rtol=1e-5, atol=0)
     assert_same(gradients(draft), expected, rel=2e-5)

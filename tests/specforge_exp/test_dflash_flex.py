@@ -13,6 +13,7 @@ from specforge_exp.config import LossConfig
 from specforge_exp.drafts.dflash import flex
 from specforge_exp.drafts.dflash.blocks import make_blocks
 from specforge_exp.drafts.dflash.flex import BUCKET, hide, padded, useful
+from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss, opd
 from specforge_exp.target import Head
 
@@ -53,6 +54,13 @@ def test_the_same_states() -> None:
         draft.attention = "flex"
         found = draft.states(sample.ids_T, sample.aux_TA, blocks, 5)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_refused_where_it_cannot_be_trained() -> None:
+    draft = small_draft(small_target())
+    draft.attention = "flex"
+    with pytest.raises(InputError, match=r"draft\.attention=flex has gradients on CUDA alone"):
+        draft.trains_on(torch.device("cpu"))
 
 
 def test_what_auto_means() -> None:

@@ -54,8 +54,8 @@ CANDIDATES: list[Any] = [
     [1], [1, 2], [1, 2, 4], [1, 2, 4, 6, 7], ["one"], ["loss"], ["http://other/v1"], {"extra": 1},
 ]  # fmt: skip
 """Of the option's own type the first that it takes is its other value."""
-FIXED = {("PEagleConfig", "draft.norm_output")}
-"""Options that a kind of draft has, and that have one valid value there."""
+FIXED = {("PEagleConfig", "draft.norm_output"), ("", "data.path"), ("", "data.format")}
+"""Options that have one valid value: of a kind of draft, or while what is made of them stays."""
 
 
 def leaves(node: Any, at: str = "") -> Iterator[str]:
@@ -131,8 +131,10 @@ def bases(folder: Path) -> dict[str, tuple[Config, str]]:
         cfg.bench, suite={"one": Source(path="synthetic:bench/stories")}, verify="confidence"
     )
     urls = ["http://127.0.0.1:1/v1"]
+    own_loss = replace(cfg.loss, _target_="specforge_exp.losses.opd_closed")
     return {
         "plain": (cfg, ""),
+        "a loss of one's own": (replace(cfg, loss=own_loss, lr=2e-4), "loss.options lr_point"),
         "rollout": (replace(cfg, onpolicy=replace(cfg.onpolicy, name="rollout")), "onpolicy."),
         "workers": (replace(cfg, target=workers), "target."),
         "vllm": (replace(cfg, target=replace(workers, engine="vllm")), "target."),

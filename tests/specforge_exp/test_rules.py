@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
+from specforge_exp.bench.asking import asking_of
 from specforge_exp.config import Config
 from specforge_exp.data.chat import Unrenderable
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Sampling
 from specforge_exp.generation.rules import rules_of, sampling_of
 from specforge_exp.stages import regen as stage
+from specforge_exp.target import load_tokenizer
 
 
 def test_the_models_own_sampling(cfg: Config, tmp_path: Path) -> None:
@@ -56,6 +58,35 @@ def test_what_a_run_asks_by(cfg: Config) -> None:
     greedy = rules_of(cfg)
     assert (greedy.attempts, greedy.made_by["repetition_penalty"]) == (1, 1.5)
     assert greedy.made_by["served_name"] == "x"
+
+
+def test_several_answers_are_sampled(cfg: Config) -> None:
+    """At temperature 0 they would be one answer, several times."""
+    cfg.regen.temperature, cfg.regen.samples_per_prompt = 0.0, 2
+    with pytest.raises(InputError, match=r"regen\.samples_per_prompt=2: at temperature 0 all"):
+        sampling_of(cfg)
+    cfg.regen.temperature = 0.1
+    assert sampling_of(cfg).temperature == 0.1
+
+
+def test_thinking_that_a_template_does_not_know(
+    cfg: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said, of regen and of bench; nothing is where the switch is known."""
+    cfg.regen.thinking, cfg.bench.thinking = "on", "off"
+
+    def said() -> list[str]:
+        caplog.clear()
+        rules_of(cfg)
+        asking_of(cfg, load_tokenizer(cfg.model), None)
+        return [message.split(" changes no prompt")[0] for message in caplog.messages]
+
+    assert said() == ["regen.thinking=on", "bench.thinking=off"]
+    own = tmp_path / "own"
+    shutil.copytree(cfg.model.path, own)
+    (own / "chat_template.jinja").write_text("{{ enable_thinking }}{{ messages[0].content }}")
+    cfg.model.path = str(own)
+    assert not said()
 
 
 def test_what_is_counted_is_what_is_asked(cfg: Config, tmp_path: Path) -> None:

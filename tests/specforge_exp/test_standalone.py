@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import small_target
+from families import FAMILIES, VOCABULARY, build
 from test_train import metrics
 from transformers import AutoModelForCausalLM
 
@@ -127,6 +128,9 @@ def test_what_does_not_fit_is_refused(random_target: Target) -> None:
     ):
         with pytest.raises(InputError, match=words):
             Standalone.new(random_target, replace(OPTIONS, config=config), {}, 0)
+    mixing = Standalone(build(FAMILIES["Qwen3-Next"]()), small_target(VOCABULARY))
+    with pytest.raises(InputError, match=r"conversations apart .*is trained: take another model$"):
+        mixing.checked()
 
 
 def test_a_run_is_of_the_weights_it_began_with(cfg: Config, tokens: Path, tmp_path: Path) -> None:

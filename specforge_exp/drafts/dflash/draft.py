@@ -78,6 +78,15 @@ class DFlash(DFlashModel):
             draft.not_copied = start_from_target(draft, target)
         return draft
 
+    def trains_on(self, device: torch.device) -> None:
+        """As `Draft.trains_on`; InputError for an attention that has no way back there."""
+        if self.attention == "flex" and device.type != "cuda":
+            raise InputError(
+                "draft.attention=flex has gradients on CUDA alone; draft.attention=auto takes it "
+                "there, and plain products elsewhere"
+            )
+        super().trains_on(device)
+
     @staticmethod
     def shape(target: Target, cfg: DFlashConfig) -> Qwen3Config:
         """See `draft_config`."""

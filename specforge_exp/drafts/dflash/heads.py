@@ -60,4 +60,4 @@ def turned_back(norm: RMSNorm, x_PNE: Tensor, angles: Angles, outer_PNE: Tensor)
     """Gradient of the heads from that of `turned`; the norm's is added to its `.grad`."""
     inner_PNE = rotate(outer_PNE, angles.cos_PE, -angles.sin_PE)
     E = x_PNE.shape[-1]
-    return norm.backward(x_PNE.reshape(-1, E), inner_PNE.view(-1, E)).view(x_PNE.shape)
+    return norm.backward(x_PNE.reshape(-1, E), inner_PNE.reshape(-1, E)).view(x_PNE.shape)

@@ -126,9 +126,14 @@ class Standalone(Draft[StandaloneConfig]):
             raise InputError(
                 f"a model of {kind} cannot be a stand-alone draft: its head scales, caps or adds"
             )
-        causal.take_attention(
-            choose_attention(self.model, causal.decoder, causal.cfg, torch.device("cpu"))
-        )
+        try:
+            name = choose_attention(self.model, causal.decoder, causal.cfg, torch.device("cpu"))
+        except InputError as error:
+            why = str(error).partition("; causal.")[0]  # an option of pretrain and sft
+            raise InputError(
+                f"draft.path: {why}, as a stand-alone draft is trained: take another model"
+            ) from None
+        causal.take_attention(name)
         return self
 
     @staticmethod
