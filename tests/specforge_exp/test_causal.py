@@ -92,9 +92,9 @@ def theirs(model: Any, packed: Batch) -> tuple[float, dict[str, Tensor]]:
     for ids_T, label_T in zip(ids, labels, strict=True):
         if bool((label_T[1:] >= 0).any()):
             options = {"use_cache": False, "num_items_in_batch": count}
-            out = model(ids_T[None], labels=label_T[None], **options)
-            out.loss.backward()
-            total += out.loss.item()
+            loss = model(ids_T[None], labels=label_T[None], **options).loss
+            loss.backward()
+            total += loss.item()
     return total, gradients(model)
 
 
@@ -214,45 +214,37 @@ def test_mfu_counts_the_products_and_half_of_attention() -> None:
 
 
 def pairs(window: int) -> float:
-    """Of the packed conversations, half of the one that a token forms with itself."""
+    """Of tokens within a conversation; half of the one that each forms with itself."""
     return sum(min(at + 0.5, window) for length in LENGTHS for at in range(length))
 
 
 @pytest.mark.parametrize("family", ["Gemma 2", "Qwen3-MoE", "gpt-oss"])
 def test_flops_of_windows_and_of_experts(family: str) -> None:
-    """A row has as many pairs as its window, a token two of four experts; biases multiply nothing,
-    also where each expert has one."""
+    """A row has as many pairs as its window, a token two of four experts; no bias multiplies."""
     made = causal(build(FAMILIES[family]()))
     config = made.model.config
     shares = {3: 2 / 4, 2: 1.0, 1: 0.0}
     named = [pair for unit in made.units for pair in unit.named_parameters()]
     layers = sum(w.numel() * shares[w.dim()] for name, w in named if not name.endswith("bias"))
-    head = made.model.lm_head.weight.numel()
-    windows = [
-        config.sliding_window if kind == "sliding_attention" else 999
-        for kind in getattr(config, "layer_types", None) or ["full_attention"] * len(made.units)
-    ]
-    attention = 12 * config.num_attention_heads * config.head_dim * sum(map(pairs, windows))
-    expected = 6 * (layers * sum(LENGTHS) + 5 * head) + attention
-    assert needed_flops(made, LENGTHS, 5) == pytest.approx(expected)
+    products = layers * sum(LENGTHS) + 5 * made.model.lm_head.weight.numel()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(made.units)
+    width = {"sliding_attention": config.sliding_window, "full_attention": 999}
+    seen = 2 * config.num_attention_heads * config.head_dim * sum(pairs(width[k]) for k in kinds)
+    assert needed_flops(made, LENGTHS, 5) == pytest.approx(6 * (products + seen))
 
 
-@pytest.mark.parametrize(
-    ("family", "attended"),
-    [
-        ("Mistral v0.3", 8 * (16 + 16) * pairs(32)),  # all layers have the window, none is named
-        ("Qwen3.5", 2 * (16 + 16) * pairs(999)),  # two of eight layers attend
-        ("DeepSeek-V3.2", 8 * (24 + 16) * pairs(12)),  # to twelve tokens each
-    ],
-)
+@pytest.mark.parametrize(("family", "attended"), [
+    ("Mistral v0.3", 8 * (16 + 16) * pairs(32)),  # all layers have the window, none is named
+    ("Qwen3.5", 2 * (16 + 16) * pairs(999)),  # two of eight layers attend
+    ("DeepSeek-V3.2", 8 * (24 + 16) * pairs(12)),  # to twelve tokens each
+])  # fmt: skip
 def test_flops_of_attention_by_its_kind(family: str, attended: float) -> None:
     """Only layers that attend, by as many tokens as they see, and the sizes of keys and values."""
     made = causal(build(FAMILIES[family]()), packing=False)
     config = made.model.config.get_text_config()
-    weights = sum(visited(unit, config) for unit in made.units)
-    attention = 6 * config.num_attention_heads * attended
-    expected = 6 * weights * sum(LENGTHS) + attention
-    assert needed_flops(made, LENGTHS, 0) == pytest.approx(expected)
+    weights = sum(visited(unit, config) for unit in made.units) * sum(LENGTHS)
+    attention = config.num_attention_heads * attended
+    assert needed_flops(made, LENGTHS, 0) == pytest.approx(6 * (weights + attention))
 
 
 def test_a_model_is_measured_before_ligers_kernels_are_in_it(
@@ -320,15 +312,14 @@ def test_a_model_is_made_of_weights_or_by_its_seed(cfg: Config, tmp_path: Path) 
 
     def norm(seed: int, **changes: Any) -> float:
         model = new_model(replace(cfg.model, **changes), seed)
-        return float(sum(weight.square().sum() for weight in model.parameters()))
+        return sum(float(weight.square().sum()) for weight in model.parameters())
 
     random = [norm(seed, init="random") for seed in (1, 1, 2)]
     assert random[0] == random[1] != random[2] and norm(1) == norm(2) not in random
     folder = Path(shutil.copytree(cfg.model.path, tmp_path / "model"))
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((file := folder / "config.json").read_text())
     layers = config["num_hidden_layers"] + 1
-    config |= {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
-    (folder / "config.json").write_text(json.dumps(config))
+    file.write_text(json.dumps(config | {"num_hidden_layers": layers, "layer_types": None}))
     with pytest.raises(InputError, match="layers"):
         new_model(replace(cfg.model, path=str(folder)), 0)
 
@@ -349,7 +340,7 @@ def test_the_interval_is_of_conversations() -> None:
     found = CAUSAL.intervals(pairs)
     half = 1.96 * float(np.std([loss for loss, _ in pairs])) / 2 / math.sqrt(60)
     assert found == pytest.approx({"loss_low": 0.5 - half, "loss_high": 0.5 + half}, abs=0.01)
-    assert CAUSAL.intervals(pairs) == found and CAUSAL.intervals(pairs[:1]) == {}
+    assert (CAUSAL.intervals(pairs), CAUSAL.intervals(pairs[:1])) == (found, {})
     unlike = CAUSAL.intervals([[1.0, 1.0], [0.0, 9.0]] * 30)  # 0.1 a token, 0.5 a conversation
     assert 0.05 < unlike["loss_low"] < 0.1 < unlike["loss_high"] < 0.2
 

@@ -138,8 +138,8 @@ def test_other_templates(tokenizer: Any, template: str) -> None:
 
 def test_an_answer_that_quotes_the_template(tokenizer: Any) -> None:
     """Header strings inside an answer or a prompt do not confuse the search."""
-    quoted = "say <|im_end|>\n<|im_start|>assistant\nno"
-    messages = dialog(quoted, quoted, "again", "done")
+    header = "<|im_start|>assistant\nno"
+    messages = dialog(f"say <|im_end|>\n{header}", f"say {header}", "again", "done")
     assert supervised(tokenizer, messages)[1] == "done<|im_end|>"
 
 

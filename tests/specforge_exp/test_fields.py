@@ -5,6 +5,7 @@ An option that is new fails here until its author has decided: made of it (the s
 or not (field_laws).
 """
 
+import ast
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from conftest import make_config
+from conftest import REPOSITORY, make_config
 from field_laws import EVERYWHERE, LAWS, OF_A_KIND
 
 from specforge_exp import artifacts, paths
@@ -307,3 +308,17 @@ def test_every_option_is_part_of_it_or_said_not_to_matter(stage: str, made: Path
     stale = {e for law in ours for names in law.values() for e in names.split()} - used
     faults += [f"{each} is no option" for each in stale if each[0] != "-"]
     assert not faults, "\n".join(faults)
+
+
+def test_every_field_has_a_docstring() -> None:
+    nodes = {field.type.__name__ for field in fields(Config) if is_dataclass(field.type)}
+    for path in sorted((REPOSITORY / "specforge_exp" / "config").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            following = dict(zip(node.body, [*node.body[1:], None], strict=True))
+            for field, doc in following.items():
+                if not isinstance(field, ast.AnnAssign) or ast.unparse(field.annotation) in nodes:
+                    continue
+                said = isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
+                assert said, f"{path.name}: {node.name}.{ast.unparse(field.target)}"
