@@ -21,10 +21,11 @@ OTHERS: dict[str, dict[str, Any]] = {
     "eagle31": {
         "_target_": "specforge_exp.drafts.eagle3.Eagle3", "num_layers": 2, "fc_norm": True,
         "norm_before_residual": True, "norm_output": True, "sliding_window": 16,
+        "draft_vocab_size": None,
     },
     "peagle": {
         "_target_": "specforge_exp.drafts.peagle.PEagle", "num_layers": 2, "num_depths": 5,
-        "fc_norm": True,
+        "fc_norm": True, "draft_vocab_size": 512,
     },
 }  # fmt: skip
 PLAIN = {k: v for k, v in OTHERS["peagle"].items() if k != "fc_norm"}
@@ -35,7 +36,7 @@ SPECULATORS = {"eagle31": OTHERS["eagle31"], "peagle-plain": PLAIN}
 def learnt(trained: Config, name: str, own: dict[str, Any]) -> Config:  # noqa: F811
     """A draft of a kind; the same one again where it has been trained."""
     cls = draft_config_class(own["_target_"])
-    draft = cls(name=name, draft_vocab_size=512, **own)
+    draft = cls(name=name, **own)
     cfg = replace(trained, run_name=name, epochs=9, draft=draft)
     train(cfg)
     return cfg
@@ -48,7 +49,7 @@ def test_what_eagle_became_on_vllm(
     alone: Served,
     name: str,
 ) -> None:
-    """EAGLE-3.1's options, and P-EAGLE by parallel drafting: loaded unedited, lossless, and tau and
+    """EAGLE-3.1's options and all of the vocabulary, and P-EAGLE by parallel drafting: loaded unedited, lossless, and tau and
     every count of each prompt as in this process."""
     cfg = learnt(trained, name, OTHERS[name])
     export(cfg)

@@ -129,7 +129,8 @@ class Eagle3Config(EagleConfig):
     """Step k weighs ttt_decay**k in the loss."""
     supervision: str = "inference"
     """Which (slot, step) pairs train and how they are averaged: inference (the states that exist
-    when serving; the mean per step), or a peer's way: specforge, speculators."""
+    when serving; the mean per step), or a peer's way: specforge, speculators. SpecForge's LK terms
+    are means over each forward, so trainer.pack_tokens and the number of processes change them."""
 
     def __post_init__(self) -> None:
         at_least("draft.ttt_length", self.ttt_length, 1)
