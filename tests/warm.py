@@ -40,12 +40,15 @@ from typing import IO, Any
 
 import warm_containers
 from modal_local.orders import give, receive
-from warm_programs import SPARED, STARTED, program
+from warm_programs import RAYS, SPARED, STARTED, program
+from warm_ray import keep_ray
 from warm_spares import keep_fork_servers, keep_spare
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SEVERAL = re.compile(r"(trainer\.gpus|preprocess\.processes)=[2-9]|target\.placement=ray")
 """An option of a script that starts a fork server."""
+RAY = ("ray/_private/workers/default_worker.py",)
+"""Scripts of Ray's that are started as forks."""
 BEGAN_WITH = dict(os.environ)
 RUNNING: list[subprocess.Popen[bytes]] = []
 """What this process has started, of all its tests or of a tier's."""
@@ -87,6 +90,14 @@ def execute(cwd: str, more: list[str]) -> None:
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def asked_of(order: dict[str, Any]) -> dict[str, Any] | None:
+    """Keep what an order wants to be started by forks; in these, what each is to be."""
+    asked = keep_ray(f"{order['python']}.ray") if order.get("ray") else None
+    if not asked and order.get("spares"):
+        asked = keep_fork_servers(order["python"], order["spares"])
+    return asked
+
+
 def become(order: dict[str, Any], job_server: socket.socket | None = None) -> None:
     """Be the script that was ordered; never returns. What asks for a job server is the container's
     main process, the only one whose Python asks for a spare."""
@@ -101,11 +112,11 @@ def become(order: dict[str, Any], job_server: socket.socket | None = None) -> No
         more = [*filter(None, order["env"].get("PYTHONPATH", "").split(os.pathsep))]
         sys.argv = list(order["words"])
         multiprocessing.process.ORIGINAL_DIR = order["cwd"]  # type: ignore[attr-defined]
+        if asked := asked_of(order):
+            become(asked)
         for folder in more:  # as Python does when it starts
             if os.path.exists(f"{folder}/sitecustomize.py"):
                 runpy.run_path(f"{folder}/sitecustomize.py")
-        if order.get("spares") and (asked := keep_fork_servers(order["python"], order["spares"])):
-            become(asked)
         if job_server:
             if asked := keep_spare(job_server):
                 become(asked)
@@ -173,8 +184,9 @@ def serve(kind: str, path: str) -> None:
     if not contained:
         preload(kind)
     names = '["\\0" + name for name in os.environ.get("WARM_SPARES", "").split()]'
-    begins = "from multiprocessing.forkserver "
+    begins = ("from multiprocessing.forkserver ", "from multiprocessing.spawn ")
     python = program(f"{path}.python", SPARED, begins=begins, addresses=names)
+    program(f"{path}.python.ray", RAYS, scripts=RAY)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{path}.new")
     listener.listen(64)
@@ -211,12 +223,12 @@ def serve(kind: str, path: str) -> None:
 
 
 @cache
-def python(*scripts: str) -> str:
-    """The path of a program that is Python, but for scripts of these names, which it starts as
-    forks: for shells, and for commands that others start."""
-    folder = Path(server("stages")).with_name("-".join(["python", *scripts]))
+def python(*scripts: str, kind: str = "stages") -> str:
+    """The path of a program that is Python, but for scripts of these names (modules behind -m, or
+    -c), which it starts as forks: for shells, and for commands that others start."""
+    folder = Path(server(kind)).with_name("-".join(["python", kind, *scripts]))
     folder.mkdir(exist_ok=True)
-    return program(f"{folder}/python", STARTED, scripts=scripts, server=server("stages"))
+    return program(f"{folder}/python", STARTED, scripts=scripts, server=server(kind))
 
 
 @cache
@@ -339,7 +351,8 @@ def start(
     env = dict(os.environ if env is None else env)
     order = {"words": words, "cwd": str(cwd), "env": env, "session": session}
     several = sys.platform == "linux" and any(SEVERAL.match(word) for word in words)
-    order["spares"] = spares if several else 0
+    order["spares"] = spares + ("target.share=sweep" in words) if several else 0
+    order["ray"] = sys.platform == "linux" and "target.placement=ray" in words
     if kind is None:
         kind = "stages" if Path(words[0]).stem in STAGES else "apps"
     if log:
