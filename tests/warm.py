@@ -184,7 +184,7 @@ def serve(kind: str, path: str) -> None:
     if not contained:
         preload(kind)
     names = '["\\0" + name for name in os.environ.get("WARM_SPARES", "").split()]'
-    begins = ("from multiprocessing.forkserver ", "from multiprocessing.spawn ")
+    begins = "from multiprocessing.forkserver "
     python = program(f"{path}.python", SPARED, begins=begins, addresses=names)
     program(f"{path}.python.ray", RAYS, scripts=RAY)
     listener = socket.socket(socket.AF_UNIX)
@@ -351,8 +351,10 @@ def start(
     env = dict(os.environ if env is None else env)
     order = {"words": words, "cwd": str(cwd), "env": env, "session": session}
     several = sys.platform == "linux" and any(SEVERAL.match(word) for word in words)
-    order["spares"] = spares + ("target.share=sweep" in words) if several else 0
-    order["ray"] = sys.platform == "linux" and "target.placement=ray" in words
+    order["spares"] = spares if several else 0
+    # The fleet of a sweep has a process of its own, which multiprocessing spawns.
+    alone = "target.placement=ray" in words and "target.share=sweep" not in words
+    order["ray"] = sys.platform == "linux" and alone
     if kind is None:
         kind = "stages" if Path(words[0]).stem in STAGES else "apps"
     if log:

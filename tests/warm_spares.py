@@ -53,7 +53,7 @@ def keep_spare(listener: socket.socket) -> dict[str, Any] | None:
     prctl(DEATH_SIGNAL, 0)
     if order["session"]:
         os.setsid()
-    if "multiprocessing.forkserver" in order["words"][1]:
+    if order["words"][0] == "-c":
         Path("/proc/self/comm").write_text(FORK_SERVER)
     with suppress(OSError):
         connection.sendall(b"%d" % os.getpid())
