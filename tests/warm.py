@@ -40,15 +40,12 @@ from typing import IO, Any
 
 import warm_containers
 from modal_local.orders import give, receive
-from warm_programs import RAYS, SPARED, STARTED, program
-from warm_ray import keep_ray
+from warm_programs import SPARED, STARTED, program
 from warm_spares import keep_fork_servers, keep_spare
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SEVERAL = re.compile(r"(trainer\.gpus|preprocess\.processes)=[2-9]|target\.placement=ray")
 """An option of a script that starts a fork server."""
-RAY = ("ray/_private/workers/default_worker.py",)
-"""Scripts of Ray's that are started as forks."""
 BEGAN_WITH = dict(os.environ)
 RUNNING: list[subprocess.Popen[bytes]] = []
 """What this process has started, of all its tests or of a tier's."""
@@ -90,14 +87,6 @@ def execute(cwd: str, more: list[str]) -> None:
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def asked_of(order: dict[str, Any]) -> dict[str, Any] | None:
-    """Keep what an order wants to be started by forks; in these, what each is to be."""
-    asked = keep_ray(f"{order['python']}.ray") if order.get("ray") else None
-    if not asked and order.get("spares"):
-        asked = keep_fork_servers(order["python"], order["spares"])
-    return asked
-
-
 def become(order: dict[str, Any], job_server: socket.socket | None = None) -> None:
     """Be the script that was ordered; never returns. What asks for a job server is the container's
     main process, the only one whose Python asks for a spare."""
@@ -112,11 +101,11 @@ def become(order: dict[str, Any], job_server: socket.socket | None = None) -> No
         more = [*filter(None, order["env"].get("PYTHONPATH", "").split(os.pathsep))]
         sys.argv = list(order["words"])
         multiprocessing.process.ORIGINAL_DIR = order["cwd"]  # type: ignore[attr-defined]
-        if asked := asked_of(order):
-            become(asked)
         for folder in more:  # as Python does when it starts
             if os.path.exists(f"{folder}/sitecustomize.py"):
                 runpy.run_path(f"{folder}/sitecustomize.py")
+        if order.get("spares") and (asked := keep_fork_servers(order["python"], order["spares"])):
+            become(asked)
         if job_server:
             if asked := keep_spare(job_server):
                 become(asked)
@@ -186,7 +175,6 @@ def serve(kind: str, path: str) -> None:
     names = '["\\0" + name for name in os.environ.get("WARM_SPARES", "").split()]'
     begins = "from multiprocessing.forkserver "
     python = program(f"{path}.python", SPARED, begins=begins, addresses=names)
-    program(f"{path}.python.ray", RAYS, scripts=RAY)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{path}.new")
     listener.listen(64)
@@ -352,9 +340,6 @@ def start(
     order = {"words": words, "cwd": str(cwd), "env": env, "session": session}
     several = sys.platform == "linux" and any(SEVERAL.match(word) for word in words)
     order["spares"] = spares if several else 0
-    # The fleet of a sweep has a process of its own, which multiprocessing spawns.
-    alone = "target.placement=ray" in words and "target.share=sweep" not in words
-    order["ray"] = sys.platform == "linux" and alone
     if kind is None:
         kind = "stages" if Path(words[0]).stem in STAGES else "apps"
     if log:

@@ -67,42 +67,6 @@ os._exit(code)
 """
 """A program that is Python, but starts some scripts as forks, which end with it."""
 
-RAYS = """#!{python} -IS
-from __future__ import annotations
-import ctypes, json, os, signal, socket, sys
-{give}
-words = [word for word in sys.argv[1:] if word != "-u"]
-name = os.environ.get("WARM_RAY")
-try:
-    if not (name and words and words[0].endswith({scripts})):
-        raise OSError
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect("\\0" + name)
-except OSError:
-    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
-death = ctypes.c_int()
-ctypes.CDLL(None).prctl(2, ctypes.byref(death))
-files = [int(name) for name in os.listdir("/proc/self/fd")]
-files = [f for f in files if f != connection.fileno() and os.path.exists(f"/proc/self/fd/{{f}}")]
-order = {{"words": words, "cwd": os.getcwd(), "env": dict(os.environ), "files": files}}
-order |= {{"session": os.getsid(0) == os.getpid(), "death": death.value}}
-give(connection, order, files)
-received = b""
-while b"\\n" not in received:
-    received += connection.recv(64) or os._exit(1)
-pid, received = received.split(b"\\n", 1)
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, lambda number, _: os.kill(int(pid), number))
-while b"\\n" not in received:
-    received += connection.recv(64) or os._exit(1)
-code = int(received)
-if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
-    os.kill(os.getpid(), -code)
-os._exit(code)
-"""
-"""A program that is Python, but starts some scripts of Ray's as forks (`warm_ray`)."""
-
 
 def program(path: str, text: str, **values: object) -> str:
     """Write a program that can be run, at once; its path."""

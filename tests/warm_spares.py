@@ -57,14 +57,9 @@ def keep_spare(listener: socket.socket) -> dict[str, Any] | None:
         Path("/proc/self/comm").write_text(FORK_SERVER)
     with suppress(OSError):
         connection.sendall(b"%d" % os.getpid())
-    take(files, order["files"])
-    return order
-
-
-def take(files: list[int], numbers: list[int]) -> None:
-    """Have these files by these numbers, and no others."""
     above = [fcntl.fcntl(file, fcntl.F_DUPFD, 512) for file in files]
     os.closerange(0, 512)
-    for file, number in zip(above, numbers, strict=True):
+    for file, number in zip(above, order["files"], strict=True):
         os.dup2(file, number)
     os.closerange(512, 1024)
+    return order
