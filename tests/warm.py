@@ -214,12 +214,12 @@ def serve(kind: str, path: str) -> None:
 
 
 @cache
-def python(*scripts: str) -> str:
-    """The path of a program that is Python, but for scripts of these names, which it starts as
-    forks: for shells, and for commands that others start."""
-    folder = Path(server("stages")).with_name("-".join(["python", *scripts]))
+def python(*scripts: str, kind: str = "stages") -> str:
+    """The path of a program that is Python, but for scripts of these names (modules behind -m, or
+    -c), which it starts as forks: for shells, and for commands that others start."""
+    folder = Path(server(kind)).with_name("-".join(["python", kind, *scripts]))
     folder.mkdir(exist_ok=True)
-    return program(f"{folder}/python", STARTED, scripts=scripts, server=server("stages"))
+    return program(f"{folder}/python", STARTED, scripts=scripts, server=server(kind))
 
 
 @cache

@@ -104,11 +104,10 @@ def alike(environment: dict[str, str]) -> bool:
     )
 
 
-def unshare() -> None:
-    """Be root in a user namespace of its own, as `unshare --map-root-user`; what is forked from
-    here is in a PID namespace of its own, too."""
+def unshare(more: int = 0) -> None:
+    """Be root in a user namespace with mounts of its own, as `unshare --map-root-user --mount`."""
     user, group = os.geteuid(), os.getegid()
-    if isolation.libc.unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID):
+    if isolation.libc.unshare(CLONE_NEWUSER | CLONE_NEWNS | more):
         raise OSError(ctypes.get_errno(), "unshare")
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"0 {user} 1")
@@ -145,7 +144,7 @@ def contain(order: dict[str, Any]) -> socket.socket | None:
     try:
         spec = json.loads(Path(order["spec"]).read_text())
         isolation.libc.prctl(isolation.PR_SET_PDEATHSIG, signal.SIGKILL)
-        unshare()
+        unshare(CLONE_NEWPID)  # of what is forked from here
         if init := os.fork():
             wait_as_unshare(init)
         isolation.libc.prctl(isolation.PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -45,7 +45,7 @@ from __future__ import annotations
 import json, os, signal, socket, sys
 {give}
 words = [word for word in sys.argv[1:] if word != "-u"]
-if not words or os.path.basename(words[0]) not in {scripts}:
+if not words or os.path.basename(words[words[0] == "-m"]) not in {scripts}:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 order = {{"words": words, "cwd": os.getcwd(), "env": dict(os.environ), "session": True}}
 connection = socket.socket(socket.AF_UNIX)

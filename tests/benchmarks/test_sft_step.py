@@ -1,10 +1,12 @@
 """The benchmark's own half: conversations that everybody gets, our step on them, fair ratios."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from our_sft_step import prepare
 from sft_step import TINY, parsed, ratios, write_inputs
 from train_step import run
@@ -36,8 +38,9 @@ def test_our_step_is_the_loss_that_the_peers_report(tmp_path: Path) -> None:
     assert outcome.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_our_step_is_measured(tmp_path: Path) -> None:
+def test_our_step_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the script's own arguments."""
+    monkeypatch.setattr(sys, "executable", warm.python("our_sft_step"))
     write_inputs(tmp_path, TINY, LENGTHS)
     (measured,) = run(tmp_path, parsed(["--steps", "1", "--threads", "1"]), ("our_sft_step",))
     assert measured["rows"] == 6 + 3 + 10 and measured["cpu_s"] > 0

@@ -11,6 +11,7 @@ import parity
 import pytest
 import torch
 import train_step
+import warm
 from our_step import packed
 from peers.counted import callgrind
 from peers.inputs import Shape, load, make_chats, make_weights, save, vocabulary
@@ -66,6 +67,7 @@ def test_packing_drops_padding_only(file: Path) -> None:
 
 
 def test_our_step_prints_one_line_of_json(file: Path) -> None:
+    """In a process that loads what it needs itself."""
     command = [sys.executable, "-m", "our_step", str(file), "--shape", json.dumps(vars(SHAPE))]
     done = subprocess.run(
         [*command, "--threads", "1", "--steps", "1"],
@@ -77,8 +79,9 @@ def test_our_step_prints_one_line_of_json(file: Path) -> None:
     assert found["rows"] == 3 * (5 + 9)
 
 
-def test_steps_take_turns(file: Path) -> None:
+def test_steps_take_turns(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step for every line that a process is given, and nothing before it."""
+    monkeypatch.setattr(sys, "executable", warm.python("our_step"))
     args = argparse.Namespace(
         shape=vars(SHAPE), threads=1, steps=2, device="cpu", peers_python=None, apart=False,
         instructions=False,

@@ -25,20 +25,37 @@ SMALL = [
 """Options that the lines and all that they name carry along, for the sake of time."""
 
 
+PYTHON = """#!/bin/sh
+if [ "$1 $2" = "-m tests.modal_local" ]; then
+    shift 2
+    set -- -m tests.modal_local --env OMP_NUM_THREADS=1 --option forks={forks} \\
+        --option torch_forks={torch_forks} "$@"
+fi
+exec {python} "$@"
+"""
+"""A shell's python: train.py and regen.py are forks, as are the containers of a local Modal."""
+
+
 class Newcomer:
     """A shell in the checkout, whose artifacts go to an empty folder."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
+        program = home / "bin" / "python"
+        program.parent.mkdir()
+        # prep and prefetch ask the hub of their environment, which is read when it is imported.
+        python = warm.python("train.py", "regen.py")
+        forks, torch_forks = warm.server("containers"), warm.server("torch-containers")
+        text = PYTHON.format(python=python, forks=forks, torch_forks=torch_forks)
+        program.write_text(text)
+        program.chmod(0o755)
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("MODAL_", "HF_"))}
         self.environment = {
             **clean, "MODAL_CONFIG_PATH": str(home / "no.toml"), "HOME": str(home),
             "HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1",
             "SPECFORGE_DATASETS": str(home / "artifacts/datasets"),
             "SPECFORGE_CHECKPOINTS": str(home / "artifacts/checkpoints"),
-            # prep and prefetch ask the hub of their environment, which is read when it is imported.
-            "PATH": f"{Path(warm.python('train.py', 'regen.py')).parent}:"
-            f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{program.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         }  # fmt: skip
         self.typed: dict[str, subprocess.CompletedProcess[str]] = {}
 

@@ -213,10 +213,11 @@ def test_slurm_requeues_what_was_stopped(made: Config, tmp_path: Path) -> None:
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     words = command(made, "pretrain", "slurm", "trainer.gpus=1")[1:]
+    python = warm.python("torch.distributed.run", "pretrain.py")
     env = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "SLURM_NNODES": "1",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": python, "SLURM_NNODES": "1",
         "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost",
-        "PYTHON_EXEC": warm.python("pretrain.py"),  # torchrun's, of what it starts
+        "PYTHON_EXEC": python,  # torchrun's, of what it starts
     }  # fmt: skip
     job = ["env", *(f"{k}={v}" for k, v in env.items()), "bash", "runs/slurm.sh", *words]
     hold(run_of(made, "slurm"), 5)

@@ -302,7 +302,7 @@ def test_killed_and_resumed_to_the_bit(base: Config, tmp_path: Path) -> None:
         f"model.name={base.model.name}", f"draft.draft_vocab_size={base.draft.draft_vocab_size}",
         f"max_length={base.max_length}", f"paths.datasets={base.paths.datasets}", "epochs=3",
         f"paths.checkpoints={tmp_path}", "target.cache=none", "onpolicy.sync_every=3",
-        "onpolicy.temperature=1", "onpolicy.max_tokens=30", "trainer.batch_size=4", "max_steps=7",
+        "onpolicy.temperature=1", "onpolicy.max_tokens=12", "trainer.batch_size=4", "max_steps=7",
         "trainer.log_every=1", "trainer.save_every=1", "device=cpu", "trainer.gpus=1",
     ]  # fmt: skip
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from holding import hold, release
 from test_resume import (
     command,
@@ -193,8 +194,11 @@ def with_all_below(pid: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_torchrun_starts_over(cfg: Config, tokens: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_over(
+    cfg: Config, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """trainer.resume=false under torchrun leaves nothing of the old run, wherever it is killed."""
+    monkeypatch.setenv("PYTHON_EXEC", warm.python("train.py"))  # torchrun's, of what it starts
     old = small(cfg, "again", save_every=6, batch_size=2)
     train(old)
     folder, log = paths.run_dir(old), tmp_path / "log"
@@ -203,7 +207,7 @@ def test_torchrun_starts_over(cfg: Config, tokens: Path, tmp_path: Path) -> None
     options = ("max_steps=8", "trainer.save_every=1", "trainer.keep_last=9")
     fresh = torchrun + command(cfg, "again", *options)[1:]
     hold(folder, 5)
-    process = start([*fresh, "trainer.resume=false"], log)
+    process = start([*fresh, "trainer.resume=false"], log, "stages")
     while not (folder / "step-000002").exists():
         assert process.poll() is None, log.read_text()
         time.sleep(0.01)
@@ -215,7 +219,7 @@ def test_torchrun_starts_over(cfg: Config, tokens: Path, tmp_path: Path) -> None
     assert not (folder / "run.json").exists()
     kept = step_folders(folder)
     assert [path.name for path in kept] == [f"step-{n:06d}" for n in range(1, len(kept) + 1)]
-    assert f"continuing after step {len(kept)}" in finish(fresh, log)
+    assert f"continuing after step {len(kept)}" in finish(fresh, log, "stages")
     finish(command(cfg, "whole", *options), log)
     assert dict(losses(cfg, "again")) == pytest.approx(dict(losses(cfg, "whole")), rel=2e-5)
     assert json.loads((folder / "run.json").read_text())["processes"] == 2

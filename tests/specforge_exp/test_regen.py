@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from functools import partial as bound
@@ -284,14 +282,39 @@ def test_missing_prompts_name_the_command(cfg: Config) -> None:
 
 
 FULL = """
-mount -t tmpfs -o size=256k tmpfs {there} && cp -r {here}/datasets {there}/ || exit 77
-head -c 1M /dev/zero > {there}/filler 2> /dev/null
-truncate -s -32K {there}/filler
-{command}; echo "ended with $?"
-rm {there}/filler
-{command}; echo "ended with $?"
-wc -l {there}/datasets/smoke--tiny/train.jsonl
+import os, runpy, shutil, subprocess, sys
+from pathlib import Path
+from warm_containers import unshare
+
+here, there, words = Path({here!r}), Path({there!r}), {words!r}
+try:
+    unshare()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(there)], check=True)
+except (OSError, subprocess.CalledProcessError):
+    sys.exit(77)
+
+def regen():
+    if pid := os.fork():
+        print("ended with", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        return
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+    sys.exit(0)
+
+shutil.copytree(here / "datasets", there / "datasets")
+with (there / "filler").open("wb", buffering=0) as filler:
+    try:
+        filler.write(bytes(2**20))
+        filler.write(bytes(2**20))
+    except OSError:
+        pass
+    filler.truncate(filler.tell() - 2**15)
+regen()
+(there / "filler").unlink()
+regen()
+print(len((there / "datasets/smoke--tiny/train.jsonl").read_text().splitlines()), "lines")
 """
+"""A file system of its own, for two regenerations: the first finds it full."""
 
 
 @pytest.mark.slow
@@ -301,14 +324,11 @@ def test_a_full_disk_is_said_and_costs_nothing(tmp_path: Path, cfg: Config) -> N
     prep(cfg)
     there = tmp_path / "there"
     there.mkdir()
-    roots = f"paths.datasets={there}/datasets paths.checkpoints={tmp_path}/checkpoints"
-    command = f"{sys.executable} regen.py experiment=smoke model=tiny engine.concurrency=2 {roots}"
-    script = FULL.format(here=tmp_path, there=there, command=command)
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script],
-        cwd=REPOSITORY, text=True, capture_output=True, check=False,
-    )  # fmt: skip
-    if done.returncode == 77 or "unshare failed" in done.stderr:
+    words = ["regen.py", "experiment=smoke", "model=tiny", "engine.concurrency=2"]
+    words += [f"paths.datasets={there}/datasets", f"paths.checkpoints={tmp_path}/checkpoints"]
+    script = FULL.format(here=str(tmp_path), there=str(there), words=words)
+    done = warm.run(["-c", script], kind="stages")
+    if done.returncode == 77:
         pytest.skip("no namespaces: a file system of this test's own cannot be mounted")
     printed = done.stdout + done.stderr
     assert "the disk is full while writing" in printed and "Traceback" not in printed
@@ -316,4 +336,4 @@ def test_a_full_disk_is_said_and_costs_nothing(tmp_path: Path, cfg: Config) -> N
         "ended with 1", "ended with 0",
     ]  # fmt: skip
     assert "are answered already" in printed
-    assert f"16 {there}/datasets/smoke--tiny/train.jsonl" in done.stdout
+    assert done.stdout.endswith("16 lines\n")

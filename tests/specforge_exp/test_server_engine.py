@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from conftest import REPOSITORY
 from modal_app.regen_driver import COMMAND, POISON, REFUSED, write_prompts
 
@@ -349,8 +350,9 @@ def test_a_poisoned_conversation_fails_alone(cfg: Config) -> None:
     """The tiny target behind real HTTP on two servers, one of which dies of a conversation."""
     cfg.regen.temperature, cfg.regen.max_tokens, cfg.regen.chunk_size = 0.0, 6, 8
     cfg.engine = EngineConfig(
-        name="sglang", command=COMMAND, port=free_port(2), num_servers=2, concurrency=4
-    )
+        name="sglang", command=[warm.python("-c"), *COMMAND[1:]], port=free_port(2), num_servers=2,
+        concurrency=4,
+    )  # fmt: skip
     texts = [f"Describe kettle {number}." for number in range(25)]
     texts[11] += " " + POISON
     texts[20] += " " + REFUSED

@@ -58,7 +58,7 @@ def zlab() -> Iterator[Zlab]:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A draft whose blocks are right now and then, measured by bench."""
     cfg = make_config(tmp_path_factory.mktemp("dflash"))
-    cfg.data.train[0].limit = 240
+    cfg.data.train[0] = Source(path="synthetic:train/stories", limit=80)
     cfg.preprocess.source, cfg.target.cache, cfg.export.dtype = "prep", "memory", "float32"
     cfg.draft = replace(DRAFT, start="target", num_anchors=16)
     cfg.epochs, cfg.lr, cfg.trainer.batch_size = 4, 6e-3, 4
