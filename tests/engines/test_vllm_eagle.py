@@ -1,7 +1,9 @@
 """What EAGLE-3 became, on a real vLLM server, in both formats: see test_vllm."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from specforge_exp import paths
 from specforge_exp.config import Config, draft_config_class, locate
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.export import export
+from specforge_exp.stages.preprocess import preprocess
 from specforge_exp.stages.train import train
 
 pytestmark = pytest.mark.engines
@@ -38,6 +41,11 @@ def learnt(trained: Config, name: str, own: dict[str, Any]) -> Config:  # noqa: 
     cls = draft_config_class(own["_target_"])
     draft = cls(name=name, **own)
     cfg = replace(trained, run_name=name, epochs=9, draft=draft)
+    if draft.draft_vocab_size is None:  # its tokens count no words
+        folder = Path(cfg.paths.datasets).with_name(name)
+        shutil.copytree(cfg.paths.datasets, folder, dirs_exist_ok=True)
+        cfg.paths = replace(cfg.paths, datasets=str(folder))
+        preprocess(replace(cfg, preprocess=replace(cfg.preprocess, force=True)))
     train(cfg)
     return cfg
 
@@ -49,8 +57,8 @@ def test_what_eagle_became_on_vllm(
     alone: Served,
     name: str,
 ) -> None:
-    """EAGLE-3.1's options and all of the vocabulary, and P-EAGLE by parallel drafting: loaded unedited, lossless, and tau and
-    every count of each prompt as in this process."""
+    """EAGLE-3.1's options with all of the vocabulary, and P-EAGLE by parallel drafting: loaded
+    unedited, lossless, and tau and every count of each prompt as in this process."""
     cfg = learnt(trained, name, OTHERS[name])
     export(cfg)
     bench(cfg)
