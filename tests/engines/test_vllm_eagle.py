@@ -43,9 +43,10 @@ def learnt(trained: Config, name: str, own: dict[str, Any]) -> Config:  # noqa: 
     cfg = replace(trained, run_name=name, epochs=9, draft=draft)
     if draft.draft_vocab_size is None:  # its tokens count no words
         folder = Path(cfg.paths.datasets).with_name(name)
-        shutil.copytree(cfg.paths.datasets, folder, dirs_exist_ok=True)
         cfg.paths = replace(cfg.paths, datasets=str(folder))
-        preprocess(replace(cfg, preprocess=replace(cfg.preprocess, force=True)))
+        if not folder.exists():
+            shutil.copytree(trained.paths.datasets, folder)
+            preprocess(replace(cfg, preprocess=replace(cfg.preprocess, force=True)))
     train(cfg)
     return cfg
 
