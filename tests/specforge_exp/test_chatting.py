@@ -18,7 +18,7 @@ from conftest import REPOSITORY, TINY, make_config
 from test_server_engine import free_port
 
 from specforge_exp import paths
-from specforge_exp.bench.asking import header_of
+from specforge_exp.bench.asking import heading_of
 from specforge_exp.bench.speculative import Decoding, Generation, generate
 from specforge_exp.chat import local
 from specforge_exp.chat.dialogue import Dialogue, Spoken
@@ -113,7 +113,7 @@ def test_what_stands_before_the_header_is_no_answer(
     """Words of gpt-oss's channels do not come into the next prompt."""
     model, shape = LocalModel(trained, None), next(s for s in SHAPES if s.name == "gpt-oss")
     tokenizer = model.tokenizer = tokenizer_of(shape)
-    model.header = header_of(tokenizer, {})
+    model.heading = heading_of(tokenizer, {})
     text = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Y."
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     told = [Generation(tokens[:end], 1.0, [], [], 0.5) for end in (3, len(tokens) - 1, len(tokens))]
