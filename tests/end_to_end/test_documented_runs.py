@@ -29,10 +29,16 @@ SMALL = {
     "pretrain": ["max_steps=2"],
     "sft": ["max_steps=2"],
     "export": ["export.force=true"],
-    "bench": ["bench.max_tokens=4", "bench.force=true", "export.force=true"],
+    "bench": ["bench.max_tokens=2", "bench.force=true", "export.force=true"],
     "chat": ["chat.max_tokens=8"],
 }
 """Options that a stage carries along: for the sake of time, and of what shares a name."""
+SETS = "stories arithmetic howto objects python".split()
+OF_QUICKSTART = {
+    "prep": ["data.eval=[{path: 'synthetic:eval', limit: 8}]"],
+    "bench": [f"bench.datasets.{name}.limit=2" for name in SETS],
+}
+"""The same with experiment=quickstart."""
 EXPORT = "artifacts/checkpoints/quickstart_full-opd/export"
 OWN = {
     " ...": " experiment=quickstart", "model=qwen3_0_6b": "model=tiny draft.draft_vocab_size=512",
@@ -93,6 +99,8 @@ class Reader:
         small = SMALL.get(Path(script).stem, [])
         if any(option.startswith("hparams_search=") for option in options):
             small = [*small, "hydra.sweeper.n_trials=1"]
+        if "experiment=quickstart" in options:
+            small = [*small, *OF_QUICKSTART.get(Path(script).stem, [])]
         return warm.run(
             [str(REPOSITORY / script), *options, *small], self.folder, {**clean, **here},
             kind="stages", typed="What is a lamp?\n",

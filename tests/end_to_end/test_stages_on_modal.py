@@ -5,7 +5,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,7 @@ def test_the_pipeline(on_local_modal: LocalModal, tmp_path: Path) -> None:
     smoke = subprocess.run(  # what `make modal-smoke` runs on a Modal of this machine
         ["bash", "runs/modal_smoke.sh", "model=tiny"],
         env={**os.environ, **roots, "OMP_NUM_THREADS": "1", "SPECFORGE_SMOKE_HERE": "1",
-             "PYTHON": sys.executable},
+             "PYTHON": warm.python(*(f"{stage}.py" for stage in STAGES), kind="modal")},
         cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     assert smoke.returncode == 0, smoke.stdout
