@@ -34,8 +34,15 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Wait until everything in a folder is on the disk: a rename may overtake what it names."""
+    """Wait until everything in a folder is on the disk: a rename may overtake what it names.
+
+    Whoever may read the folder may read its files: safetensors makes them for their owner alone.
+    """
+    readers = folder.stat().st_mode & 0o044
     for path in folder.rglob("*"):
+        mode = path.stat().st_mode
+        if path.is_file() and readers & ~mode:
+            path.chmod(mode | readers)
         sync(path)
     sync(folder)
 

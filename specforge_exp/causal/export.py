@@ -5,7 +5,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -22,6 +21,9 @@ from specforge_exp.causal.model import Causal, new_model
 from specforge_exp.causal.objective import CAUSAL
 from specforge_exp.config import Config
 from specforge_exp.config.machine import command
+from specforge_exp.data.blocks import make_chat
+from specforge_exp.data.chat import Chat
+from specforge_exp.data.turns import end_of_answers
 from specforge_exp.errors import InputError
 from specforge_exp.target import DTYPES, take_dtype
 from specforge_exp.training.checkpoint import (
@@ -65,13 +67,13 @@ def export_model(cfg: Config, stage: str) -> Path:
             return folder
     weights = read_checkpoint(step_folder(run, step), f"{OVER} ", stage).draft
     with writing(folder, made_of, force, "export", counts={"step": step}) as partial:
-        save_model(partial, cfg, weights, DTYPES[own.dtype])
+        save_model(partial, cfg, weights, stage)
     log.info("%s: exported step %d: %s", stage, step, folder)
     return folder
 
 
-def save_model(folder: Path, cfg: Config, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Write weights, rounded to `dtype`, with the configuration and tokenizer of model.path."""
+def save_model(folder: Path, cfg: Config, weights: dict[str, Tensor], stage: str) -> None:
+    """Write weights, rounded to export.dtype, with model.path's configuration and tokenizer."""
     path = cfg.model.path
     causal = Causal(new_model(replace(cfg.model, init="random"), 0), cfg.causal)
     causal.load_state_dict(weights)
@@ -81,6 +83,18 @@ def save_model(folder: Path, cfg: Config, weights: dict[str, Tensor], dtype: tor
             model.generation_config = GenerationConfig.from_pretrained(path)
         except OSError:  # it has none
             log.debug("%s has no generation_config.json", path)
-    take_dtype(model, dtype)
+        if stage == "sft":
+            stop_behind_answers(model.generation_config, make_chat(cfg))
+    take_dtype(model, DTYPES[cfg.export.dtype])
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(path, trust_remote_code=False).save_pretrained(folder)
+
+
+def stop_behind_answers(generation: GenerationConfig, chat: Chat) -> None:
+    """Make the chat template's end of an answer an end token, if it is none yet: a model that has
+    learnt answers writes it, and the configuration of a base model does not say so."""
+    end = end_of_answers(chat)
+    if end is None or end in chat.stops:
+        return
+    generation.eos_token_id = [chat.tokenizer.convert_tokens_to_ids(end), *sorted(chat.eos)]
+    log.info("sft: the export stops at %s, with which its chat template ends answers", end)

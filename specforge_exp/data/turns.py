@@ -18,6 +18,17 @@ PROBE: Message = {"role": "user", "content": "x"}
 MARKER = "⟦answer⟧"
 
 
+def end_of_answers(chat: Chat) -> str | None:
+    """The token with which the chat template ends an answer; None where it writes none."""
+    answer: Message = {"role": "assistant", "content": MARKER}
+    try:
+        shown = render(chat.tokenizer, [PROBE, answer], chat.kwargs)
+    except Unrenderable:
+        return None
+    first = chat.ids_of(shown.rpartition(MARKER)[2].lstrip())[:1]
+    return chat.added.get(first[0]) if first else None
+
+
 class Unlike(Unrenderable):
     """One turn cannot be shown as serving shows it; the others may be."""
 

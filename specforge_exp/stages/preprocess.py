@@ -28,9 +28,10 @@ from specforge_exp.artifacts import (
     writing,
 )
 from specforge_exp.config import Config
-from specforge_exp.data.blocks import LineBlock, cut, encode_blocks, intact, read_encoded
+from specforge_exp.data.blocks import LineBlock, cut, encode_blocks, intact, make_chat, read_encoded
 from specforge_exp.data.chat import Unrenderable, prompt_text
 from specforge_exp.data.tokens import Ints, ShardWriter, packing
+from specforge_exp.data.turns import end_of_answers
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.inputs import require
@@ -106,7 +107,8 @@ def preprocess(cfg: Config) -> Path:
         in_draft_V = mapping["t2d"].numpy() | (not limited)
         report = {name: describe(split, in_draft_V, row) for name, split in splits.items()}
         counts["left_out"] = {n: {key: entry[key] for key in UNUSED} for n, entry in report.items()}
-        warnings = [text for name in splits for text in doubts(name, report[name])]
+        end = end_of_answers(make_chat(cfg))
+        warnings = [text for name in splits for text in doubts(name, report[name], end)]
         warnings += [too_long] if too_long else []
         warnings += others_answers(cfg, source)
         write_json(
@@ -288,8 +290,14 @@ def describe(split: TokenSplit, in_draft_V: Ints, row: int) -> dict[str, Any]:
     }
 
 
-def doubts(name: str, entry: dict[str, Any]) -> list[str]:
-    """What a user should look at before training."""
+def doubts(name: str, entry: dict[str, Any], end: str | None = None) -> list[str]:
+    """What a user should look at before training.
+
+    Args:
+        name: of the split.
+        entry: its part of report.json.
+        end: what the chat template writes behind an answer, if that is a token.
+    """
     if not entry["conversations"]:
         return []
     warnings = []
@@ -298,7 +306,13 @@ def doubts(name: str, entry: dict[str, Any]) -> list[str]:
             f"the draft's vocabulary covers {entry['coverage']:.1%} of the supervised tokens of "
             f"{name}: it can never propose the others; raise draft.draft_vocab_size"
         )
-    if not entry["turns_with_end"]:
+    if not entry["turns_with_end"] and end and not entry["turns_cut"]:
+        warnings.append(
+            f"the chat template ends the answers of {name} with {end}, at which a server of this "
+            "model does not stop: eos_token_id in its generation_config.json should name it "
+            "(sft's export does)"
+        )
+    elif not entry["turns_with_end"]:
         why = "see eos_token_id in the model's generation_config.json and tokenizer"
         why = "all were cut at regen.max_tokens; raise it" if entry["turns_cut"] else why
         warnings.append(

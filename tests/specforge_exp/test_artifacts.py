@@ -197,6 +197,17 @@ def test_killed_at_the_very_end(
     assert sorted(file.name for file in folder.iterdir()) == ["content", "run.json"]
 
 
+def test_who_reads_the_folder_reads_its_files(tmp_path: Path, cfg: Config) -> None:
+    """safetensors makes files that nobody else may read."""
+    with writing(tmp_path / "thing", ONE, cfg, "export") as partial:
+        (partial / "in").mkdir()
+        for file in (partial / "model.safetensors", partial / "in" / "more"):
+            file.touch(0o600)
+        partial.chmod(0o750)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "thing").rglob("*")}
+    assert (modes["model.safetensors"], modes["more"]) == (0o640, 0o640)
+
+
 def test_one_writer(tmp_path: Path, cfg: Config) -> None:
     folder = tmp_path / "thing"
     with writing(folder, ONE, cfg, "prep") as partial:

@@ -11,17 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import conversation_set, small_target
-from families import ENTANGLED, FAMILIES, VOCABULARY, build, save
-from safetensors.torch import load_file
+from families import ENTANGLED, FAMILIES, VOCABULARY, build
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specforge_exp import paths
-from specforge_exp.artifacts import Fingerprint
 from specforge_exp.causal import head as head_module
 from specforge_exp.causal import training
-from specforge_exp.causal.export import export_model, save_model
 from specforge_exp.causal.head import Ending, NextToken, next_token_loss
 from specforge_exp.causal.model import (
     Causal,
@@ -36,7 +32,7 @@ from specforge_exp.config.causal import CausalConfig
 from specforge_exp.errors import InputError
 from specforge_exp.target.anatomy import read_end, visited
 from specforge_exp.training.batches import Batch
-from specforge_exp.training.checkpoint import METRICS, Snapshot, save_checkpoint
+from specforge_exp.training.checkpoint import METRICS
 from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.running import check_held_out
 from specforge_exp.training.tracking import best_step
@@ -343,54 +339,6 @@ def test_the_interval_is_of_conversations() -> None:
     assert (CAUSAL.intervals(pairs), CAUSAL.intervals(pairs[:1])) == (found, {})
     unlike = CAUSAL.intervals([[1.0, 1.0], [0.0, 9.0]] * 30)  # 0.1 a token, 0.5 a conversation
     assert 0.05 < unlike["loss_low"] < 0.1 < unlike["loss_high"] < 0.2
-
-
-def test_an_export_without_its_checkpoint_is_not_taken_for_another(cfg: Config) -> None:
-    """Its weights are rounded already."""
-    folder = paths.export_dir(cfg)
-    folder.mkdir(parents=True)
-    record = {"inputs": {}, "settings": {"export.dtype": "bfloat16"}}
-    (folder / "run.json").write_text(json.dumps(record))
-    assert export_model(cfg, "sft") == folder
-    cfg.export.dtype = "float32"
-    with pytest.raises(InputError, match=r"export\.dtype was bfloat16, now float32.*no checkpoint"):
-        export_model(cfg, "sft")
-
-
-def test_a_damaged_export_is_written_again_or_named(cfg: Config) -> None:
-    """Of the checkpoint that it was made of, as long as that is there."""
-    run, folder = paths.run_dir(cfg), paths.export_dir(cfg)
-    run.mkdir(parents=True)
-    (run / METRICS).touch()
-    model = Causal(new_model(cfg.model, 0), cfg.causal)
-    snapshot = Snapshot(3, model.state_dict(), {}, {})
-    step = save_checkpoint(run, snapshot, Fingerprint({}, {}))
-    export_model(cfg, "sft")
-    file, whole = folder / "model.safetensors", (folder / "model.safetensors").read_bytes()
-    written = file.stat().st_mtime_ns
-    assert export_model(cfg, "sft") == folder and file.stat().st_mtime_ns == written
-    file.write_bytes(whole[:-1] + b"\0")
-    assert export_model(cfg, "sft") == folder and file.read_bytes() == whole
-    shutil.rmtree(step)
-    file.write_bytes(whole[:-1] + b"\0")
-    with pytest.raises(InputError, match=r"model\.safetensors is damaged .*trainer\.resume=false"):
-        export_model(cfg, "sft")
-
-
-def test_an_export_rounds_weights_alone(cfg: Config, tmp_path: Path) -> None:
-    """What chooses experts is no weight, and read in fp32."""
-    folder = save(FAMILIES["DeepSeek-V3"](), tmp_path / "model")
-    for file in Path(cfg.model.path).glob("tok*.json"):
-        shutil.copy(file, folder)
-    cfg.model = replace(cfg.model, path=str(folder))
-    weights = Causal(new_model(cfg.model, 0), cfg.causal).state_dict()
-    (name, *_) = [name for name in weights if name.endswith("e_score_correction_bias")]
-    weights[name] = weights[name] + 0.1
-    save_model(tmp_path, cfg, weights, torch.bfloat16)
-    saved = load_file(tmp_path / "model.safetensors")
-    own = saved[name.removeprefix("model.")]
-    assert own.dtype == torch.float32 and own.equal(weights[name])
-    assert saved["lm_head.weight"].dtype == torch.bfloat16
 
 
 def test_held_out_conversations_must_have_something_to_predict() -> None:

@@ -274,6 +274,20 @@ def test_doubtful_masks_are_warned_about(
     assert [text for text in report["warnings"] if "the draft never learns to stop" in text]
 
 
+def test_an_end_at_which_nobody_stops_is_named(cfg: Config, source: Path) -> None:
+    """The chat template of a base model."""
+    model = shutil.copytree(cfg.model.path, Path(cfg.paths.datasets) / "model")
+    for name, key, end in (
+        ("generation", "eos_token_id", 0),
+        ("tokenizer", "eos_token", "<|endoftext|>"),
+    ):
+        file = model / f"{name}_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), key: end}))
+    cfg.model.path = str(model)
+    report = json.loads((preprocess(cfg) / "report.json").read_text())
+    assert "ends the answers of train with <|im_end|>, at which" in report["warnings"][0]
+
+
 def test_a_tokenizer_of_another_model(cfg: Config, source: Path) -> None:
     model = Path(cfg.paths.datasets) / "model"
     shutil.copytree(cfg.model.path, model)
