@@ -1,5 +1,6 @@
 """How answers are asked for: options of the run over the model's generation config."""
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -10,12 +11,16 @@ from transformers import GenerationConfig
 
 from specforge_exp.artifacts import cached, model_digest
 from specforge_exp.config import Config, ModelConfig
+from specforge_exp.data.blocks import make_chat
 from specforge_exp.data.chat import prompt_ids, readable, warn_of_thinking
+from specforge_exp.data.turns import end_of_answers
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Message, Sampling
 from specforge_exp.generation.regenerate import Record, Rules
 from specforge_exp.serving.command import answering
 from specforge_exp.target.files import generation_config, load_tokenizer
+
+log = logging.getLogger(__name__)
 
 OF_THE_MODEL = ("temperature", "top_p", "top_k", "repetition_penalty")
 """Options of regen that are the generation config's where they are null."""
@@ -91,6 +96,22 @@ def rules_of(cfg: Config) -> Rules:
         sampling, cfg.max_length, counter(cfg.model, kwargs), kwargs, thinking,
         cfg.regen.truncated, cfg.seed, attempts, made_by,
     )  # fmt: skip
+
+
+def warn_of_end(cfg: Config) -> None:
+    """Say so where a server does not stop at what the chat template writes behind an answer, as
+    with a base model's configuration: every answer then runs on to regen.max_tokens."""
+    if not revision(cfg.model.path):  # what is on a hub alone is not fetched for this
+        return
+    with suppress(InputError):
+        chat = make_chat(cfg)
+        if (end := end_of_answers(chat)) not in (None, *chat.stops):
+            log.warning(
+                "regen: the chat template ends answers with %s, at which a server of this model "
+                "does not stop: eos_token_id in its generation_config.json should name it, or "
+                "answers run on to regen.max_tokens",
+                end,
+            )
 
 
 def counter(model: ModelConfig, kwargs: dict[str, Any]) -> Callable[[Record, list[Message]], int]:

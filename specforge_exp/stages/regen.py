@@ -31,7 +31,13 @@ from specforge_exp.generation.engine import Engine
 from specforge_exp.generation.openai_engine import OpenAIEngine
 from specforge_exp.generation.plan import make_plan
 from specforge_exp.generation.progress import Progress
-from specforge_exp.generation.rules import OF_THE_MODEL, revision, rules_of, sampling_of
+from specforge_exp.generation.rules import (
+    OF_THE_MODEL,
+    revision,
+    rules_of,
+    sampling_of,
+    warn_of_end,
+)
 from specforge_exp.generation.run import RateLimit, Regeneration, answer_missing
 from specforge_exp.generation.server_engine import ServerEngine, layout
 from specforge_exp.generation.store import Store
@@ -76,6 +82,7 @@ def regen(cfg: Config) -> Path:
     if reusable(folder / "run.json", fingerprint, cfg.regen.force, "regen"):
         return folder
     lacking = unready(cfg)
+    warn_of_end(cfg)
     if cfg.regen.dry_run or lacking:
         return hindered(cfg, files, lacking)
     opened = writing(folder, fingerprint, cfg, "regen", "shards/* calls.jsonl")

@@ -13,7 +13,7 @@ from specforge_exp.config import Config
 from specforge_exp.data.chat import Unrenderable
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Sampling
-from specforge_exp.generation.rules import rules_of, sampling_of
+from specforge_exp.generation.rules import rules_of, sampling_of, warn_of_end
 from specforge_exp.stages import regen as stage
 from specforge_exp.target import load_tokenizer
 
@@ -38,6 +38,23 @@ def test_the_models_own_sampling(cfg: Config, tmp_path: Path) -> None:
     cfg.regen.temperature, cfg.regen.top_p, cfg.regen.top_k = 0.9, 0.5, 7
     cfg.regen.repetition_penalty = 1.2
     assert sampling_of(cfg) == Sampling(0.9, 0.5, 7, 0.05, most, repetition_penalty=1.2)
+
+
+def test_answers_that_no_server_ends_are_told_before_they_are_paid_for(
+    cfg: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_end(cfg)
+    assert caplog.text == ""
+    folder = shutil.copytree(cfg.model.path, tmp_path / "base")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["eos_token"] = "<|endoftext|>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    cfg.model.path = str(folder)
+    warn_of_end(cfg)
+    assert (
+        "ends answers with <|im_end|>, at which a server of this model does not stop" in caplog.text
+    )
 
 
 def test_what_a_run_asks_by(cfg: Config) -> None:
