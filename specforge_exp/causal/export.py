@@ -13,6 +13,7 @@ from specforge_exp.artifacts import (
     Fingerprint,
     check,
     differing,
+    read_object,
     read_record,
     sha256,
     writing,
@@ -25,6 +26,7 @@ from specforge_exp.data.blocks import make_chat
 from specforge_exp.data.chat import Chat
 from specforge_exp.data.turns import end_of_answers
 from specforge_exp.errors import InputError
+from specforge_exp.records import write_json
 from specforge_exp.target import DTYPES, take_dtype
 from specforge_exp.training.checkpoint import (
     OVER,
@@ -47,7 +49,7 @@ def export_model(cfg: Config, stage: str) -> Path:
     run, folder, own = paths.run_dir(cfg), paths.export_dir(cfg), cfg.export
     step = own.step or (best_step(run, CAUSAL) if own.best else last_step(run, stage))
     record, settings = folder / "run.json", {"export.dtype": own.dtype}
-    if not step_folders(run) and record.exists():
+    if not step_folders(run) and record.exists() and not own.force:
         if changes := differing(settings, read_record(record)):
             raise InputError(f"{folder}: {changes[0]}; {run} holds no checkpoint to export as that")
         check(folder, command(stage, OVER, away=False))
@@ -61,7 +63,7 @@ def export_model(cfg: Config, stage: str) -> Path:
     checkpoint = step_folder(run, step) / "draft.safetensors"
     made_of = Fingerprint({"the checkpoint": sha256(checkpoint)}, settings)
     force = replace(cfg, export=replace(own, force=True))  # the run's last word is what counts
-    if record.exists() and not made_of.changes(read_record(record)):
+    if record.exists() and not own.force and not made_of.changes(read_record(record)):
         with suppress(InputError):  # what is damaged is written again
             check(folder, "")
             return folder
@@ -83,18 +85,22 @@ def save_model(folder: Path, cfg: Config, weights: dict[str, Tensor], stage: str
             model.generation_config = GenerationConfig.from_pretrained(path)
         except OSError:  # it has none
             log.debug("%s has no generation_config.json", path)
-        if stage == "sft":
-            stop_behind_answers(model.generation_config, make_chat(cfg))
     take_dtype(model, DTYPES[cfg.export.dtype])
     model.save_pretrained(folder)
+    if stage == "sft":
+        stop_behind_answers(folder / "generation_config.json", make_chat(cfg))
     AutoTokenizer.from_pretrained(path, trust_remote_code=False).save_pretrained(folder)
 
 
-def stop_behind_answers(generation: GenerationConfig, chat: Chat) -> None:
+def stop_behind_answers(file: Path, chat: Chat) -> None:
     """Make the chat template's end of an answer an end token, if it is none yet: a model that has
-    learnt answers writes it, and the configuration of a base model does not say so."""
+    learnt answers writes it, and the configuration of a base model does not say so.
+
+    In the file, as transformers refuses to write a changed configuration that it finds fault with.
+    """
     end = end_of_answers(chat)
     if end is None or end in chat.stops:
         return
-    generation.eos_token_id = [chat.tokenizer.convert_tokens_to_ids(end), *sorted(chat.eos)]
+    ends = [chat.tokenizer.convert_tokens_to_ids(end), *sorted(chat.eos)]
+    write_json(file, {**(read_object(file) if file.exists() else {}), "eos_token_id": ends})
     log.info("sft: the export stops at %s, with which its chat template ends answers", end)

@@ -46,7 +46,13 @@ def test_a_damaged_export_is_written_again_or_named(cfg: Config) -> None:
     assert export_model(cfg, "sft") == folder and file.stat().st_mtime_ns == written
     file.write_bytes(whole[:-1] + b"\0")
     assert export_model(cfg, "sft") == folder and file.read_bytes() == whole
+    cfg.export.force = True
+    export_model(cfg, "sft")
+    assert file.stat().st_mtime_ns > written
     shutil.rmtree(step)
+    with pytest.raises(InputError, match="holds no checkpoint of step"):
+        export_model(cfg, "sft")
+    cfg.export.force = False
     file.write_bytes(whole[:-1] + b"\0")
     with pytest.raises(InputError, match=r"model\.safetensors is damaged .*trainer\.resume=false"):
         export_model(cfg, "sft")
@@ -83,7 +89,7 @@ def test_a_model_that_learnt_answers_stops_behind_them(
     """A base model's configuration knows the end of a document alone."""
     folder = shutil.copytree(cfg.model.path, tmp_path / "base")
     number = {"<|endoftext|>": 0, "<|im_end|>": 2}[own]
-    for name, entry in (("generation_config", {"eos_token_id": number}),
+    for name, entry in (("generation_config", {"eos_token_id": number, "temperature": 0.7}),
                         ("tokenizer_config", {"eos_token": own})):  # fmt: skip
         file = folder / f"{name}.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | entry))
