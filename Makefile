@@ -23,7 +23,7 @@ modal-smoke: .venv/.ready  ## every stage small on Modal; without an account on 
 smollm2: .venv/.ready  ## the same six stages with SmolLM2-135M and real prompts, about an hour
 	PYTHON=$(BIN)/python bash runs/smollm2.sh
 
-# One process a core; `python tests/tiers.py` lists the tiers, each says what it took beside its budget.
+# `python tests/tiers.py` lists the tiers, each says what it took beside its budget.
 test: .venv/.ready  ## the fast tier: every module, one launch and one kill of each kind
 	$(BIN)/python tests/tiers.py fast
 

@@ -1,10 +1,11 @@
 """Runs the tests of one tier: `python tests/tiers.py fast`; without a name, lists the tiers.
 
 `all` is every tier, `rest` every one but `fast`. A tier is some folders and a marker; a file that
-one names is in no other with that marker. Its tests share three processes; of several tiers three
+one names is in no other with that marker. Its tests share three processes; of several tiers four
 run beside each other, in one process each, the longest first: for two cores, so that two compute
-while one waits. Tests marked `timing`, which assert how long something takes, then run alone in
-one. Only they are tried a second time, and whatever was is named at the end.
+while the others wait, as slow tests do more. Tests marked `timing`, which assert how long something
+takes, then run alone in one. Only they are tried a second time, and whatever was is named at the
+end.
 """
 
 import ctypes
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTHING_COLLECTED = 5
 BESIDE = "--beside"
 AT_ONCE = 3
+TIERS_AT_ONCE = 4
 TOGETHER = ("--dist", "loadfile", "--no-loadscope-reorder")
 SUBREAPER = 36
 """PR_SET_CHILD_SUBREAPER: orphans become this process's, so that their CPU time is counted."""
@@ -199,7 +201,7 @@ def main(names: list[str]) -> int:
     whole = [name for name in chosen if name == "fast" or len(chosen) == 1]
     outcomes = [run(name, "-n", str(AT_ONCE), *TOGETHER) for name in whole]
     halves = sorted(set(chosen) - set(whole), key=lambda name: -TIERS[name].budget)
-    with ThreadPoolExecutor(AT_ONCE) as some:
+    with ThreadPoolExecutor(TIERS_AT_ONCE) as some:
         outcomes += some.map(beside, halves)
     outcomes += [alone(name) for name in halves]
     return 0 if all(outcomes) else 1
