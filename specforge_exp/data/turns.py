@@ -1,11 +1,13 @@
 """The turns of a conversation, and what the model writes in each: the text behind its prompt."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from specforge_exp.data.messages import (
     MARKS,
+    REASONING,
     Message,
     Unrenderable,
     reasoning_of,
@@ -27,6 +29,22 @@ def end_of_answers(chat: Chat) -> str | None:
         return None
     first = chat.ids_of(shown.rpartition(MARKER)[2].lstrip())[:1]
     return chat.added.get(first[0]) if first else None
+
+
+def own_marks(tokenizer: Any, kwargs: dict[str, Any]) -> list[str]:
+    """Special tokens that a model writes around what it thinks and says, by its chat template:
+    names of channels, marks of thoughts. The text of an answer has to be read by them."""
+    template = str(tokenizer.chat_template)
+    texts = ["".join(pair) for pair in MARKS if pair[0].strip() in template]
+    answer: Message = {"role": "assistant", "content": MARKER}
+    for shown in ({**answer, REASONING[0]: "x"}, answer):
+        with suppress(Unrenderable):
+            prompt = prompt_text(tokenizer, [PROBE], kwargs)
+            before, found, _ = render(tokenizer, [PROBE, shown], kwargs).partition(MARKER)
+            texts += [before.removeprefix(prompt)] * (bool(found) and before.startswith(prompt))
+    ids = tokenizer(" ".join(texts), add_special_tokens=False)["input_ids"]
+    own = [token for token in ids if token in tokenizer.all_special_ids]
+    return list(dict.fromkeys(tokenizer.convert_ids_to_tokens(own)))
 
 
 class Unlike(Unrenderable):

@@ -47,6 +47,9 @@ class Request:
     """Passed to the chat template, e.g. enable_thinking."""
     session: str = ""
     """The turns of one conversation: a router keeps them on one worker."""
+    special_tokens: bool = False
+    """Whether the text is to keep them: where one is a mark that the server has to read, it would
+    be left out of what was not read."""
     server: int = 0
     """Which of the engine's servers has the request's beginning in its cache."""
 

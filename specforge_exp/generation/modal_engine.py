@@ -143,7 +143,8 @@ class Client:
     def __init__(self, cfg: Config, store: Store, app: str) -> None:
         self.cfg, self.store, self.app = cfg, store, app
         self.rules = asdict(rules_of(cfg))
-        del self.rules["count"]  # a function, which the containers have too
+        for own in ("count", "marks"):  # which the containers have too
+            del self.rules[own]
         decides = {**self.rules, "made_by": cfg.model.path, "samples": store.samples}
         decides["sources"] = [plan.digest for plan in store.plans]  # the folder is deleted as one
         self.journal = Journal(store.folder / JOURNAL)
@@ -266,7 +267,7 @@ class Client:
         """Store a result, unless there is one."""
         if place not in chunk.results:
             self.store.add(chunk, place, result)
-            self.progress.bar.update()
+            self.progress.kept(result)
 
     def report(self) -> None:
         """Write progress.json. The cost is what containers have reported, over all starts."""

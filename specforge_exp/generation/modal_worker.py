@@ -22,6 +22,7 @@ from specforge_exp.config import Config, EngineConfig, LossConfig, ModelConfig
 from specforge_exp.generation.engine import Sampling, ServerDied
 from specforge_exp.generation.regenerate import Item, Record, Rules, regenerate
 from specforge_exp.generation.server_engine import ServerEngine
+from specforge_exp.serving.gpus import marks_of
 
 SERVER = "SPECFORGE_REGEN"
 """The environment variable that says which model is served how."""
@@ -43,6 +44,7 @@ class Worker:
         self.room = asyncio.Semaphore(engine.concurrency)
         self.accounted = time.monotonic()
         await self.engine.start(0)
+        self.marks = tuple(marks_of(self.cfg.model))  # whose files the server has fetched
 
     @modal.exit()
     async def stop(self) -> None:
@@ -76,7 +78,7 @@ class Worker:
         fields = part["rules"]
         sampling = Sampling(**fields.pop("sampling"))
         count = counter(self.cfg.model, fields["template_kwargs"])
-        rules = Rules(sampling=sampling, count=count, **fields)
+        rules = Rules(sampling=sampling, count=count, marks=self.marks, **fields)
         results: dict[str, Record] = {}
 
         async def answer(place: int, sample: int, record: Record) -> None:

@@ -190,6 +190,8 @@ class OpenAIEngine:
                 body[name] = value
         if body.get("top_k") == 0:
             body["top_k"] = -1  # what servers call off
+        if request.special_tokens:
+            body["skip_special_tokens"] = False
         if request.tools:
             body["tools"] = request.tools
         if request.template_kwargs:

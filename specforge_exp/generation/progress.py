@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 
 from tqdm import tqdm
 
+from specforge_exp.errors import InputError
+from specforge_exp.generation.regenerate import Record
 from specforge_exp.generation.store import Store
 from specforge_exp.interrupt import Interrupt
 from specforge_exp.records import write_json
@@ -19,6 +21,10 @@ EVERY = 2.0
 """Seconds between two versions of progress.json."""
 SAY_EVERY = 60.0
 """Seconds between two lines where there is no terminal for a bar."""
+
+
+HOPELESS = 100
+"""So many failures and not one answer end a run: who pays for the rest should know."""
 
 
 @dataclass
@@ -39,6 +45,17 @@ class Progress:
             total=self.store.total, initial=self.before.done + self.before.failed,
             desc="regen", unit="conv", disable=None,
         )  # fmt: skip
+
+    def kept(self, result: Record) -> None:
+        """One more result; raises InputError when nothing else than failures has come so far."""
+        self.bar.update()
+        now = self.store.counts
+        if "error" in result and not now.done and now.failed - self.before.failed >= HOPELESS:
+            raise InputError(
+                f"the first {now.failed} conversations have all failed, the last one for this: "
+                f"{result['error']}; what is done is kept, and the same command tries "
+                f"{HOPELESS} more"
+            )
 
     def write(self) -> None:
         """Say how far it is, for a `status` in another process."""

@@ -15,6 +15,10 @@ TEMPLATE_BYTES = 64
 """More than a chat template adds to a message, in tokens."""
 
 
+READ = ("<think>", "</think>")
+"""Marks that `sort_thoughts` and preprocess read themselves."""
+
+
 @dataclass(frozen=True)
 class Rules:
     """How answers are asked for, and what becomes of them."""
@@ -34,6 +38,8 @@ class Rules:
     """Attempts at an answer that comes back empty."""
     made_by: dict[str, Any]
     """What each record says of its origin: model, revision, engine, sampling."""
+    marks: tuple[str, ...] = ()
+    """Special tokens around thoughts and answers, which a server has to read: `turns.own_marks`."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +107,18 @@ async def one_answer(
         request = Request(
             messages=list(messages), sampling=rules.sampling, seed=seed, tools=record.get("tools"),
             template_kwargs=rules.template_kwargs, session=f"{record['id']}/{item.sample}",
-            server=item.server,
+            server=item.server, special_tokens=bool(rules.marks),
         )  # fmt: skip
         answer = await ask(request)
         if answer.finish_reason == "length" and rules.truncated == "retry":
             longer = replace(rules.sampling, max_tokens=2 * rules.sampling.max_tokens)
             answer = await ask(replace(request, sampling=longer))
+        if unread := [m for m in rules.marks if m in answer.message["content"] and m not in READ]:
+            raise Refused(
+                f"the answer holds {unread[0]}: the server does not tell what this model thinks "
+                "from what it says; start it with the parser of this model's reasoning (SGLang: "
+                "--reasoning-parser auto; ours: +engine.args.reasoning_parser=<name>)"
+            )
         if answer.finish_reason == "length":  # which may be within a character
             whole = str(answer.message["content"]).rstrip("\N{REPLACEMENT CHARACTER}")
             answer = replace(answer, message={**answer.message, "content": whole})

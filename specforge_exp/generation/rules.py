@@ -18,6 +18,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Message, Sampling
 from specforge_exp.generation.regenerate import Record, Rules
 from specforge_exp.serving.command import answering
+from specforge_exp.serving.gpus import marks_of
 from specforge_exp.target.files import generation_config, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def rules_of(cfg: Config) -> Rules:
     attempts = cfg.engine.retries + 1 if sampling.temperature else 1
     return Rules(
         sampling, cfg.max_length, counter(cfg.model, kwargs), kwargs, thinking,
-        cfg.regen.truncated, cfg.seed, attempts, made_by,
+        cfg.regen.truncated, cfg.seed, attempts, made_by, tuple(marks_of(cfg.model)),
     )  # fmt: skip
 
 

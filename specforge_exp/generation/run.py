@@ -109,7 +109,7 @@ class Regeneration:
     def keep(self, place: Place, result: Record) -> None:
         """Store a result."""
         self.store.add(*place, result)
-        self.progress.bar.update()
+        self.progress.kept(result)
 
     async def try_suspects(self) -> None:
         """Find those that kill servers: nothing else runs, half of them at a time.

@@ -1,13 +1,15 @@
 """How many servers a machine's GPUs carry, and how many GPUs one of them needs."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from specforge_exp.config import Config, EngineConfig
+from specforge_exp.artifacts import files_of
+from specforge_exp.config import Config, EngineConfig, ModelConfig
 from specforge_exp.config.machine import on_the_hub
 from specforge_exp.errors import InputError, first_line
 from specforge_exp.offline import offline
-from specforge_exp.serving.command import Speculation, check_installed, server_command
+from specforge_exp.serving.command import Speculation, check_installed, program, server_command
 from specforge_exp.serving.server import Server
 
 SIZES = ((9e9, 1), (35e9, 2))
@@ -55,15 +57,32 @@ def make_servers(cfg: Config, folder: Path, draft: Speculation | None = None) ->
         InputError: the GPUs do not suffice, or the server is not installed.
     """
     check_installed(cfg.engine)
+    options = cfg.engine
+    if marks_of(cfg.model):
+        options = replace(options, args={**program(options).READING, **options.args})
     tp_size, gpus = tp_size_of(cfg), visible_gpus()
     servers = []
     for number in range(count_servers(cfg.engine, tp_size, len(gpus))):
         own = gpus[number * tp_size : (number + 1) * tp_size]
         port = cfg.engine.port + number
-        command = server_command(cfg.engine, cfg.model.path, tp_size, port, draft)
+        command = server_command(options, cfg.model.path, tp_size, port, draft)
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {}
         servers.append(Server(command, port, folder / f"server-{number}.log", environment))
     return servers
+
+
+def marks_of(model: ModelConfig) -> list[str]:
+    """See `turns.own_marks`; [] where there is no tokenizer to ask."""
+    from specforge_exp.data.turns import own_marks
+    from specforge_exp.target.files import load_tokenizer
+
+    if files_of(model.path) is None:  # what is on a hub alone is not fetched for this
+        return []
+    try:
+        tokenizer = load_tokenizer(model)
+    except InputError:
+        return []
+    return own_marks(tokenizer, model.chat_template_kwargs)
 
 
 def tp_size_of(cfg: Config) -> int:

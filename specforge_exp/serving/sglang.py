@@ -13,6 +13,10 @@ SIZES = {
 """Options that decide how much fits and what is shown; answers change by their last digits."""
 
 
+READING = {"reasoning_parser": "auto"}
+"""How its server reads answers in which a model marks thoughts and channels by special tokens."""
+
+
 def arguments(model: str, tp_size: int, port: int) -> list[str]:
     """How one is started."""
     command = ["-m", "sglang.launch_server", "--model-path", model]

@@ -18,6 +18,10 @@ SIZES = {
 """As of SGLang."""
 
 
+READING: dict[str, Any] = {}
+"""As of SGLang; it reads gpt-oss's channels by itself, others' marks with a parser by name."""
+
+
 def arguments(model: str, tp_size: int, port: int) -> list[str]:
     """How one is started; it takes its model's name from the path."""
     command = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]

@@ -50,6 +50,21 @@ def test_every_answer_is_the_targets_own_and_is_built_upon() -> None:
     assert contents(record)[2] == "old"
 
 
+def test_marks_that_the_server_has_not_read() -> None:
+    """A channel's words are no answer; thoughts between marks that are read here are."""
+    raw = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>42"
+    marks = ("<|channel|>", "<|message|>", "<think>", "</think>")
+    engine = Instant(reply=lambda request: said(raw))
+    found = outcome(talk("?"), engine, marks=marks)
+    assert "the answer holds <|channel|>" in found["error"] and "reasoning_parser" in found["error"]
+    assert engine.asked[0].special_tokens
+    engine = Instant(reply=lambda request: said("<think>\nhm\n</think>\n\n42"))
+    found = outcome(talk("?"), engine, marks=marks, thinking="kept")
+    assert found["conversations"][-1]["reasoning_content"] == "hm"
+    outcome(talk("?"), engine)
+    assert not engine.asked[-1].special_tokens
+
+
 def test_tools_and_their_results_stay() -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": {}}]}
     result = {"role": "tool", "content": "42", "tool_call_id": "1"}

@@ -13,7 +13,8 @@ import pytest
 from instant_engine import Instant, answer_all, make_store, merged, plain, rules, said
 from test_plan import write
 
-from specforge_exp.generation.engine import Answer, Request, Unreachable
+from specforge_exp.errors import InputError
+from specforge_exp.generation.engine import Answer, Refused, Request, Unreachable
 from specforge_exp.generation.progress import Progress
 from specforge_exp.generation.run import RateLimit, Regeneration, answer_missing
 from specforge_exp.interrupt import Interrupt
@@ -25,6 +26,27 @@ def test_no_server_gets_more_than_its_share(tmp_path: Path) -> None:
     answer_all(store, engine, concurrency=5)
     assert engine.most == 10 and engine.closed
     assert len(merged(store)[0]) == 50
+
+
+def test_a_run_in_which_nothing_is_answered_ends(tmp_path: Path) -> None:
+    """After a hundred failures and not one answer, all kept; the same command goes on."""
+
+    def refused(request: Request) -> Answer:
+        raise Refused("it is too long")
+
+    source = write(tmp_path / "a.jsonl", *(str(n) for n in range(250)))
+    store = make_store(tmp_path / "out", source, chunk_size=64)
+    with pytest.raises(
+        InputError,
+        match="have all failed, the last one for this: it is too long",
+    ):
+        answer_all(store, Instant(reply=refused))
+    store.close()
+    again = make_store(tmp_path / "out", source, chunk_size=64)
+    assert 100 <= again.counts.failed < 120
+    answer_all(again, Instant())
+    done, failed = merged(again)
+    assert (len(done) + len(failed), again.counts.failed) == (250, len(failed))
 
 
 def test_beginnings_stay_on_one_server(tmp_path: Path) -> None:

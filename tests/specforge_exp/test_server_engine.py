@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,12 +12,15 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import warm
+from chat_shapes import SHAPES
+from chat_templates import tokenizer_of
 from conftest import REPOSITORY
 from modal_app.regen_driver import COMMAND, POISON, REFUSED, write_prompts
 
@@ -25,6 +29,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Request, Sampling, ServerDied
 from specforge_exp.generation.rules import rules_of
 from specforge_exp.generation.server_engine import ServerEngine, layout
+from specforge_exp.serving import gpus
 from specforge_exp.serving.command import answering, server_command
 from specforge_exp.serving.gpus import count_servers, parameters, tp_size_for
 from specforge_exp.stages.regen import describe, regen
@@ -87,6 +92,32 @@ def free_port(count: int = 1) -> int:
             for one in range(port, port + count):
                 taken.enter_context(socket.socket()).bind(("127.0.0.1", one))
             return port
+
+
+@pytest.mark.parametrize(
+    ("family", "engine", "given"),
+    [
+        ("gpt-oss", EngineConfig(name="sglang"), "auto"),
+        ("Gemma 4", EngineConfig(name="sglang"), "auto"),
+        ("gpt-oss", EngineConfig(name="sglang", args={"reasoning_parser": "own"}), "own"),
+        ("gpt-oss", EngineConfig(name="vllm"), None),
+        ("Llama 3", EngineConfig(name="sglang"), None),
+    ],
+)
+def test_a_server_reads_what_a_model_marks_by_special_tokens(
+    cfg: Config, monkeypatch: pytest.MonkeyPatch, family: str, engine: EngineConfig, given: str
+) -> None:
+    """By the template alone, thinking or not; what is given wins."""
+    folder = shutil.copytree(cfg.model.path, Path(cfg.paths.datasets) / "model")
+    tokenizer_of(next(each for each in SHAPES if each.name == family)).save_pretrained(folder)
+    cfg.model.path = str(folder)
+    monkeypatch.setattr(gpus, "visible_gpus", lambda: ["0"])
+    cfg.engine = replace(engine, python=sys.executable, tp_size=1)
+    (server,) = gpus.make_servers(cfg, folder)
+    words = " ".join(server.command)
+    assert (f"--reasoning-parser {given}" in words) if given else "parser" not in words
+    marks = {"gpt-oss": "<|channel|>", "Gemma 4": "<channel|>"}
+    assert marks.get(family) in (*rules_of(cfg).marks, None)
 
 
 def test_what_answers_depend_on(cfg: Config) -> None:
