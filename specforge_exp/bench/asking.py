@@ -14,6 +14,7 @@ from specforge_exp.config import Config
 from specforge_exp.data.chat import (
     Message,
     Unrenderable,
+    dated,
     eos_token_ids,
     prompt_ids,
     prompt_text,
@@ -145,7 +146,7 @@ def begin_of(tokens: list[int], heading: Heading, tokenizer: Any) -> int:
 
 def asking_of(cfg: Config, tokenizer: Any, training_keys: torch.Tensor | None) -> Asking:
     """By the configuration's options of bench."""
-    kwargs = dict(cfg.model.chat_template_kwargs)
+    kwargs = dated(cfg.model.chat_template_kwargs)
     if cfg.bench.thinking != "model":
         kwargs["enable_thinking"] = cfg.bench.thinking == "on"
         warn_of_thinking(f"bench.thinking={cfg.bench.thinking}", tokenizer, kwargs)

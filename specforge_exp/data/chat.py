@@ -8,7 +8,9 @@ whole conversation does not show as serving does becomes a sequence of its own.
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
+from datetime import date
 
 from specforge_exp.data.messages import (
     REASONING,
@@ -19,10 +21,12 @@ from specforge_exp.data.messages import (
     split_thoughts,
 )
 from specforge_exp.data.rendering import (
+    DAY,
     Chat,
     Encoded,
     TokenRow,
     cuts,
+    dated,
     eos_token_ids,
     glued,
     prompt_ids,
@@ -38,6 +42,7 @@ __all__ = [
     "Encoded",
     "Message",
     "Unrenderable",
+    "dated",
     "encode_many",
     "eos_token_ids",
     "prompt_ids",
@@ -55,7 +60,7 @@ def opened(chat: Chat, record: Message) -> Conversation:
     """A record, checked and with its turns; raises Unrenderable."""
     messages = [readable(message, chat.thinking) for message in record["conversations"]]
     tools = parsed(record.get("tools"), "tools")
-    kwargs = {**chat.kwargs, "tools": tools} if tools else chat.kwargs
+    kwargs = dated({**chat.kwargs, "tools": tools} if tools else chat.kwargs, day_of(record))
     talk = Conversation(chat, messages, kwargs)
     answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
     talk.until(answers[-1] + 1 if answers else len(messages))  # it may be refused as a whole
@@ -77,6 +82,15 @@ def opened(chat: Chat, record: Message) -> Conversation:
             continue
         talk.waiting.append(Turn(number, at + 1, message, prompt))
     return talk
+
+
+def day_of(record: Message) -> str:
+    """The day on which the target has answered it, which its server's chat template told it."""
+    match record.get("regenerated"):
+        case {"time": str(time)}:
+            with suppress(ValueError):
+                return date.fromisoformat(time[:10]).isoformat()
+    return DAY
 
 
 def next_text(talk: Conversation) -> str | None:

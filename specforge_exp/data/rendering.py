@@ -1,9 +1,12 @@
 """Conversations as text and tokens, by the model's own chat template."""
 
+import json
 import logging
+import re
 from bisect import bisect_left
 from dataclasses import dataclass
-from functools import cached_property
+from datetime import date
+from functools import cache, cached_property
 from typing import Any
 
 from specforge_exp.data.messages import MARKS, Message, Unrenderable, joined
@@ -11,6 +14,11 @@ from specforge_exp.target.files import generation_config
 
 log = logging.getLogger(__name__)
 
+DAY = "2025-01-01"
+"""What a chat template is told as today where the day of an answer is not known, and by bench."""
+TODAY = "the day that is today"
+"""Among the arguments of a template, where it is not the real one."""
+ASKS_TODAY = re.compile(r"""\bstrftime_now\(\s*(['"])(.*?)\1\s*\)""")
 REMEMBERED = 256
 """Characters of a text whose tokens are remembered: headers, not conversations."""
 
@@ -22,10 +30,28 @@ def eos_token_ids(path: str, tokenizer: Any) -> set[int]:
     return {number for number in ids if number is not None}
 
 
+def dated(kwargs: dict[str, Any], day: str = DAY) -> dict[str, Any]:
+    """Arguments of a chat template that is told this day, YYYY-MM-DD, as today, where it asks for
+    it (Llama 3.2 and later, Mistral Small, gpt-oss, ...): tomorrow the same makes the same."""
+    return {**kwargs, TODAY: day}
+
+
+@cache
+def on_day(template: str, day: str) -> str:
+    """A template whose questions for today's date are answered. They cannot be given as a function:
+    transformers makes text of whatever is no plain data."""
+    told = date.fromisoformat(day)
+    return ASKS_TODAY.sub(lambda asks: json.dumps(told.strftime(asks[2])), template)
+
+
 def render(tokenizer: Any, messages: list[Message], kwargs: dict[str, Any]) -> str:
     """The conversation as text; raises Unrenderable with the template's own complaint."""
+    options = {key: value for key, value in kwargs.items() if key != TODAY}
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+        if TODAY in kwargs and "strftime_now" in str(tokenizer.chat_template):
+            template = tokenizer.get_chat_template(tools=kwargs.get("tools"))
+            options["chat_template"] = on_day(template, kwargs[TODAY])
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # templates raise whatever their author chose
         raise Unrenderable(f"the chat template refuses it: {error}") from None
     return text

@@ -170,6 +170,14 @@ def test_a_prompt_has_its_tools_and_may_be_refused(
         fitting(BenchSets({"x": [refused]}, {}), asking, cfg)
 
 
+def test_prompts_are_the_same_tomorrow(cfg: Config) -> None:
+    """What two days' benches compare is not the date in a template."""
+    tokenizer = load_tokenizer(cfg.model)
+    tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }} {{ messages[0].content }}"
+    prompt = asking_of(cfg, tokenizer, None).encode([{"role": "user", "content": "Hi"}])
+    assert tokenizer.decode(prompt) == "01 January 2025 Hi"
+
+
 def test_an_answer_is_what_stands_behind_its_header() -> None:
     """The words of Harmony's channels are no answer; a model without a header has said it all."""
 

@@ -1,5 +1,6 @@
 """Supervised tokens are found through the model's own chat template."""
 
+from copy import copy
 from functools import cache
 from typing import Any
 
@@ -184,6 +185,29 @@ def test_any_text_is_found_or_set_aside(texts: list[str]) -> None:
         return
     assert len(found.ids) == len(found.turns)
     assert max(found.turns) <= len(texts) // 2
+
+
+@pytest.mark.parametrize(
+    ("record", "day"),
+    [
+        ({"regenerated": {"time": "2026-02-28T23:59:59+00:00"}}, "28 Feb 2026"),
+        ({"regenerated": {"time": "yesterday"}}, "01 Jan 2025"),
+        ({}, "01 Jan 2025"),
+    ],
+)
+def test_today_is_the_day_of_the_answer(
+    tiny_tokenizer: Any, record: dict[str, Any], day: str
+) -> None:
+    """A server's template told the model a date; what is trained has that one, whenever made."""
+    tokenizer = copy(tiny_tokenizer)
+    today = "{{ '<|im_start|>system\nIt is ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}"
+    tokenizer.chat_template = today + tiny_tokenizer.chat_template
+    said = {
+        "conversations": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    }
+    (found,) = encode_many(Chat(tokenizer, {}, {tokenizer.eos_token_id}), [said | record])
+    assert isinstance(found, Encoded)
+    assert f"It is {day}" in tokenizer.decode(found.ids)
 
 
 def test_eos_ids(tiny_tokenizer: Any, tmp_path: Any) -> None:
