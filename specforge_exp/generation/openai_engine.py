@@ -196,6 +196,8 @@ class OpenAIEngine:
             body["tools"] = request.tools
         if request.template_kwargs:
             body["chat_template_kwargs"] = request.template_kwargs
+            if effort := request.template_kwargs.get("reasoning_effort"):
+                body["reasoning_effort"] = effort  # vLLM's gpt-oss takes it from nowhere else
         content = await self.post(server, "/chat/completions", orjson.dumps(body), request.session)
         return parse(content)
 

@@ -122,6 +122,12 @@ def test_a_server_is_told_what_its_generation_config_would_do(cfg: Config) -> No
     assert seen["body"]["top_k"] == -1 and seen["body"]["repetition_penalty"] == 1.0
     assert "min_p" not in seen["body"] and "off" not in seen["body"]
     assert "skip_special_tokens" not in seen["body"]
+    kwargs = {"reasoning_effort": "low"}
+    _, [seen] = ask(cfg, [GOOD], simple(template_kwargs=kwargs))
+    assert (seen["body"]["reasoning_effort"], seen["body"]["chat_template_kwargs"]) == (
+        "low",
+        kwargs,
+    )
     _, [seen] = ask(cfg, [GOOD], simple(special_tokens=True))
     assert seen["body"]["skip_special_tokens"] is False
     _, [seen] = ask(cfg, [GOOD], replace(simple(), sampling=Sampling(repetition_penalty=1.1)))
