@@ -33,7 +33,7 @@ from specforge_exp.generation.modal_app import deployed, pools
 from specforge_exp.generation.modal_calls import Journal, new_outage, patiently, result_of
 from specforge_exp.generation.modal_worker import pack, read, unpack
 from specforge_exp.generation.progress import EVERY, Progress
-from specforge_exp.generation.rules import rules_of
+from specforge_exp.generation.rules import revision, rules_of
 from specforge_exp.generation.run import RateLimit
 from specforge_exp.generation.store import Chunk, Store
 from specforge_exp.interrupt import Interrupt
@@ -81,7 +81,7 @@ async def answer_on_modal(cfg: Config, store: Store, interrupt: Interrupt) -> No
 
 async def fan_out(client: "Client", chunks: list[Chunk], interrupt: Interrupt) -> None:
     """Answer these chunks; what the run has on the Volume is deleted when they are complete."""
-    progress = client.progress = Progress(client.store, interrupt)
+    progress = client.progress = Progress(client.store, interrupt, count=client.count)
     await patiently(client.volume.hydrate.aio, client.outage)
     tasks = [asyncio.create_task(client.complete(chunk)) for chunk in chunks]
     work: asyncio.Future[Any] = asyncio.gather(*tasks)
@@ -142,7 +142,9 @@ class Client:
 
     def __init__(self, cfg: Config, store: Store, app: str) -> None:
         self.cfg, self.store, self.app = cfg, store, app
-        self.rules = asdict(rules_of(cfg))
+        rules = rules_of(cfg)
+        self.count = rules.count if revision(cfg.model.path) else None
+        self.rules = asdict(rules)
         for own in ("count", "marks"):  # which the containers have too
             del self.rules[own]
         decides = {**self.rules, "made_by": cfg.model.path, "samples": store.samples}

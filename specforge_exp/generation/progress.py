@@ -3,12 +3,14 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from tqdm import tqdm
 
+from specforge_exp.data.messages import Message, Unrenderable, is_given
 from specforge_exp.errors import InputError
 from specforge_exp.generation.regenerate import Record
 from specforge_exp.generation.store import Store
@@ -23,6 +25,8 @@ SAY_EVERY = 60.0
 """Seconds between two lines where there is no terminal for a bar."""
 
 
+FIRST = 16
+"""Prompts that are compared."""
 HOPELESS = 100
 """So many failures and not one answer end a run: who pays for the rest should know."""
 
@@ -37,6 +41,10 @@ class Progress:
     """What was spent so far, where it is known."""
     in_flight: int = 0
     stopping: bool = False
+    count: Callable[[Record, list[Message]], int] | None = None
+    """`Rules.count`, to compare the first prompts' lengths with the server's; None: not to."""
+    compared: int = 0
+    unlike: int = 0
 
     def __post_init__(self) -> None:
         self.started = self.said = time.monotonic()
@@ -56,6 +64,32 @@ class Progress:
                 f"{result['error']}; what is done is kept, and the same command tries "
                 f"{HOPELESS} more"
             )
+
+        if self.count and self.compared < FIRST:
+            self.compare(self.count, result)
+
+    def compare(self, count: Callable[[Record, list[Message]], int], result: Record) -> None:
+        """Warn once where most of the first prompts have other lengths in the server: preprocess
+        would find it, when all answers are paid for."""
+        told, messages = (result.get("prompt_tokens") or [0])[0], result.get("conversations", [])
+        own = (at for at, m in enumerate(messages) if m["role"] == "assistant" and not is_given(m))
+        first = next(own, None)
+        if not told or first is None:
+            return
+        try:
+            length = count(result, messages[:first])
+        except (InputError, Unrenderable):
+            self.count = None
+            return
+        self.compared += 1
+        self.unlike += length != told
+        if self.compared == FIRST and 2 * self.unlike > FIRST:
+            log.warning(
+                "regen: warning: %d of the first %d prompts have another number of tokens in the "
+                "server than model.path's chat template makes here (the last one %d, here %d): it has "
+                " another template, tokenizer or model",
+                self.unlike, FIRST, told, length,
+            )  # fmt: skip
 
     def write(self) -> None:
         """Say how far it is, for a `status` in another process."""

@@ -168,9 +168,10 @@ async def answer_all(cfg: Config, store: Store, interrupt: Interrupt) -> None:
         await answer_on_modal(cfg, store, interrupt)
         return
     engine = make_engine(cfg)
-    progress = Progress(store, interrupt)
-    rate = RateLimit(cfg.engine.rate_limit)
-    run = Regeneration(store, engine, rules_of(cfg), rate, progress)
+    rules, rate = rules_of(cfg), RateLimit(cfg.engine.rate_limit)
+    own = None if cfg.engine.name == "transformers" else rules.count
+    progress = Progress(store, interrupt, count=own if revision(cfg.model.path) else None)
+    run = Regeneration(store, engine, rules, rate, progress)
     await answer_missing(run, cfg.engine.concurrency, cfg.regen.drain)
 
 

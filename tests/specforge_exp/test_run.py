@@ -13,9 +13,11 @@ import pytest
 from instant_engine import Instant, answer_all, make_store, merged, plain, rules, said
 from test_plan import write
 
+from specforge_exp.data.messages import Message
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Answer, Refused, Request, Unreachable
 from specforge_exp.generation.progress import Progress
+from specforge_exp.generation.regenerate import Record
 from specforge_exp.generation.run import RateLimit, Regeneration, answer_missing
 from specforge_exp.interrupt import Interrupt
 
@@ -47,6 +49,27 @@ def test_a_run_in_which_nothing_is_answered_ends(tmp_path: Path) -> None:
     answer_all(again, Instant())
     done, failed = merged(again)
     assert (len(done) + len(failed), again.counts.failed) == (250, len(failed))
+
+
+@pytest.mark.parametrize(("own", "warned"), [(10, False), (11, True)])
+def test_prompts_of_another_length_are_told_at_the_beginning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, own: int, warned: bool
+) -> None:
+    """Once, while there is still something to save; `said` has prompts of 10 tokens."""
+    asked = []
+
+    def count(record: Record, messages: list[Message]) -> int:
+        asked.append(messages)
+        return own
+
+    source = write(tmp_path / "a.jsonl", *(str(n) for n in range(40)))
+    store = make_store(tmp_path / "out", source)
+    with Interrupt() as interrupt:
+        progress = Progress(store, interrupt, count=count)
+        run = Regeneration(store, Instant(), rules(), RateLimit(None), progress)
+        asyncio.run(answer_missing(run, 8, drain=1.0))
+    assert caplog.text.count("16 of the first 16 prompts have another number") == warned
+    assert len(asked) == 16 and all(len(messages) == 1 for messages in asked)
 
 
 def test_beginnings_stay_on_one_server(tmp_path: Path) -> None:
