@@ -58,13 +58,18 @@ class Columns(NamedTuple):
     optional: str = ""
     """Also read where it has them, like ids."""
 
+    def among(self, names: list[str], read: bool = True) -> list[str]:
+        """Those of the names that are read, or are not."""
+        known = {*self.needed.split(), *self.optional.split(), *IDS}
+        return [name for name in names if (name in known) == read]
+
     def of(self, name: str, names: list[str]) -> list[str]:
         """The columns to read, or an InputError that lists what there is."""
         needed = set(self.needed.split())
         if not needed.intersection(names):
             expected = " or ".join(f"`{column}`" for column in sorted(needed))
             raise InputError(f"{name} has the columns {', '.join(names)}; expected {expected}")
-        return [column for column in names if column in {*needed, *self.optional.split(), *IDS}]
+        return self.among(names)
 
 
 def passed_over(path: str, suffixes: tuple[str, ...]) -> str:
