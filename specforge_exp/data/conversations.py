@@ -105,7 +105,8 @@ def normalise_messages(said: list[Any]) -> list[dict[str, Any]]:
         call = raw.get("role", raw.get("from")) in CALLS and "tool_calls" in message
         before = messages[-1] if messages else {}
         if call and not message["content"] and before.get("role") == "assistant":
-            before["tool_calls"] = [*(before.get("tool_calls") or []), *message["tool_calls"]]
+            calls = [*(before.get("tool_calls") or []), *message["tool_calls"]]
+            before.update(message | {"content": before["content"], "tool_calls": calls})
         else:
             messages.append(message)
     return messages
@@ -150,9 +151,10 @@ def normalise_message(message: Any) -> dict[str, Any]:
             raise BadRecord(f"the `{name}` of a message is neither 0 nor 1: {weight!r}")
         if weight == 0:
             rest["weight"] = 0
-    thoughts, mark, text = content.rpartition("</think>")
-    if role in CALLS and (calls := called(text)):
-        content, rest["tool_calls"] = thoughts + mark, calls
+    if role in CALLS:
+        thoughts, mark, text = content.rpartition("</think>")
+        if calls := called(text):
+            content, rest["tool_calls"] = thoughts + mark, calls
     return {"role": ROLES[role], "content": content, **rest}
 
 

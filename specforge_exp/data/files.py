@@ -101,12 +101,13 @@ def parse(name: str, file: IO[bytes], columns: Columns) -> Iterator[Raw | Reject
     """
     if not name.endswith(SUFFIXES):
         raise InputError(f"{name} is not one of: {', '.join(SUFFIXES)}")
+    kind = name.removesuffix(".gz")
     try:
-        if name.endswith(".gz"):
-            name, file = name.removesuffix(".gz"), cast(IO[bytes], gzip.GzipFile(fileobj=file))
-        if name.endswith(".parquet"):
+        if kind != name:
+            file = cast(IO[bytes], gzip.GzipFile(fileobj=file))
+        if kind.endswith(".parquet"):
             yield from parse_parquet(name, file, columns)
-        elif name.endswith(".jsonl"):
+        elif kind.endswith(".jsonl"):
             yield from parse_lines(name, file)
         else:
             yield from parse_json(name, file)

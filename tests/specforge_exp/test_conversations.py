@@ -169,8 +169,8 @@ def test_calls_in_a_row_are_one_answer() -> None:
         "value": f"<think>\nI look.\n</think>\n\n{json.dumps(CALL)}",
     }
     results = [{"from": "observation", "value": "sunny"}] * 2
-    looking = {"from": "gpt", "value": "I look.", "weight": 0}
-    talk = [ASKED, *calls[:2], *results, looking, calls[2], *results, thoughts, thoughts]
+    looking, last = {"from": "gpt", "value": "I look."}, {**calls[2], "loss": False}
+    talk = [ASKED, *calls[:2], *results, looking, last, *results, thoughts, thoughts]
     found = normalise({"conversations": talk})["conversations"]
     roles = "user assistant tool tool assistant tool tool assistant assistant".split()
     assert [m["role"] for m in found] == roles

@@ -85,14 +85,15 @@ def test_a_folder_is_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([conversation("0"), 5, conversation("1")]))
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "c.jsonl.gz").write_bytes(
-        gzip.compress(json.dumps(conversation("3")).encode())
+        gzip.compress(json.dumps(conversation("3")).encode() + b"\n5")
     )
     (tmp_path / "notes.txt").write_text("not data")
     write_lines(tmp_path / "a.rejected.jsonl", conversation("ours, not data"))
     source = Source(str(tmp_path))
     assert [path.name for path in local_files(source)] == ["a.json", "b.jsonl", "c.jsonl.gz"]
     assert texts(source) == ["0", "1", "2", "3"]
-    assert set_aside(source)[0].where == f"{tmp_path / 'a.json'}#1"
+    places = [f"{tmp_path / 'a.json'}#1", f"{tmp_path / 'sub' / 'c.jsonl.gz'}:2"]
+    assert [item.where for item in set_aside(source)] == places
 
 
 def test_what_may_be_data_and_is_not_read_is_named(
