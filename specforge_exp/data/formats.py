@@ -96,7 +96,7 @@ def prompt(value: Any) -> Record:
 
 def beside(value: Record) -> Record:
     """What is kept of a record besides its question and answer."""
-    return {key: value[key] for key in (*IDS, *MORE.split()) if key in value and key != "chosen"}
+    return {key: value[key] for key in (*IDS, *MORE.split()) if key in value}
 
 
 def earlier(value: Record) -> list[Record]:

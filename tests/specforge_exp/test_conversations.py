@@ -157,8 +157,8 @@ def test_tools_are_shown_as_servers_show_them(tool: Any) -> None:
         record = normalise({"messages": [ASKED], "tools": tools})
         assert record["tools"] == [TOOL]
         assert normalise(record) == record
-    builtin = {"type": "web_search", "name": "search"}
-    assert normalise({"messages": [ASKED], "tools": builtin})["tools"] == [builtin]
+    for other in ({"type": "web_search", "name": "search"}, {**TOOL, "name": "weather"}):
+        assert normalise({"messages": [ASKED], "tools": other})["tools"] == [other]
 
 
 def test_calls_in_a_row_are_one_answer() -> None:
@@ -189,6 +189,8 @@ def test_the_better_answer_of_a_pair_is_the_answer(chosen: object) -> None:
     answered = normalise(pair | {"messages": [ASKED, {**SAID, "content": "Sun."}]})
     assert answered["conversations"][1:] == [{**SAID, "content": "Sun."}]
     assert normalise({"messages": [ASKED], "label": False})["conversations"] == [ASKED]
+    for label in (0, True, None):  # 0 is a class, not a verdict
+        assert normalise({"messages": [ASKED, SAID], "label": label})["conversations"][1:] == [SAID]
 
 
 def test_a_single_part_of_text_is_the_text() -> None:
@@ -209,6 +211,8 @@ def test_an_empty_list_hides_no_other() -> None:
 
 def test_the_system_text_of_the_messages_wins() -> None:
     system = {"role": "system", "content": "first"}
+    record = normalise({"messages": [ASKED], "system": "first", "system_prompt": "second"})
+    assert [m["content"] for m in record["conversations"]] == ["first", ASKED["content"]]
     record = normalise({"messages": [system, ASKED], "system": "second"})
     assert [m["content"] for m in record["conversations"]] == ["first", ASKED["content"]]
     record = normalise({"messages": [ASKED], "system_prompt": "third"})

@@ -103,6 +103,7 @@ def test_instructions(tmp_path: Path) -> None:
     assert reasons[2:] == ["`input` is not text"]
     closed = {
         "instruction": "Who?",
+        "input": "Guess.",
         "context": "Ada wrote it.",
         "response": "Ada.",
         "rejected": "B.",
@@ -112,7 +113,7 @@ def test_instructions(tmp_path: Path) -> None:
         [m["content"] for m in r["conversations"]]
         for r in load(Source(str(path), "instruction"), "t")
     ]
-    assert said == [["Who?\n\nAda wrote it.", "Ada."], ["Who?", "Ada."]]
+    assert said == [["Who?\n\nGuess.\n\nAda wrote it.", "Ada."], ["Who?", "Ada."]]
     write_lines(path, {"instruction": "Who?", "output": "Ada.", "history": [["a"]]})
     assert set_aside(Source(str(path), "instruction"))[0].reason == "`history` is no list of pairs"
 
@@ -134,9 +135,14 @@ ASKED, SAID = {"role": "user", "content": "1+1?"}, {"role": "assistant", "conten
     ],
 )
 def test_prompts_and_completions(tmp_path: Path, record: dict[str, Any]) -> None:
-    path = write_lines(tmp_path / "a.jsonl", record)
-    (found,) = load(Source(str(path), "prompt"), "test")
+    told = {"role": "system", "content": "Be brief."}
+    whole = {"prompt": "1+1?", "chosen": [told, ASKED, SAID]}
+    longer = {"query": "1+1?", "response": "2", "history": [["Hi", "Hello"]]}
+    path = write_lines(tmp_path / "a.jsonl", record, whole, longer)
+    found, last, more = load(Source(str(path), "prompt"), "test")
+    assert [m["content"] for m in more["conversations"]] == ["Hi", "Hello", "1+1?", "2"]
     assert found["conversations"] == [ASKED, SAID]
+    assert last["conversations"] == [told, ASKED, SAID]
     assert not {"chosen", "prompt", "completion", "rejected"}.intersection(found)
 
 
