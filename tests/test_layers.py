@@ -52,8 +52,8 @@ BUDGETS = {
     "modal_sweep": 33_190,
     "hydra_sweeps": 30_460,
     "hydra_plugins": 1_010,
-    "specforge_exp": 250_390,
-    "specforge_exp/data": 21_770,
+    "specforge_exp": 250_440,
+    "specforge_exp/data": 21_820,
     "specforge_exp/target": 12_060,
     "specforge_exp/drafts": 56_570,
     "specforge_exp/training": 21_060,
@@ -62,7 +62,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_600,
     "specforge_exp/report": 18_040,
     "specforge_exp/chat": 4_230,
-    "": 315_630,
+    "": 315_680,
     "specforge_exp/causal": 5_960,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be

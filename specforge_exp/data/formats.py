@@ -75,6 +75,8 @@ def instruction(value: Any) -> Record:
 
 ASKS = ("prompt", "input", "query", "question")
 ANSWERS = ("completion", "chosen", "response", "output")
+PARTS = ("context", "choices", "options", "article")
+"""What a question may lean on, each in another way."""
 
 
 def prompt(value: Any) -> Record:
@@ -85,6 +87,8 @@ def prompt(value: Any) -> Record:
     for given in (asks, answers):
         if len(given) > 1:
             raise BadRecord(f"several of one kind; `{'`, `'.join(given)}`")
+    if part := next((key for key in PARTS if value.get(key)), None):
+        raise BadRecord(f"`{part}` is not read; put its words into the prompt")
     asked = value[asks[0]] if asks else []
     if not isinstance(asked, str | list) or not (asks or answers):
         raise BadRecord(f"no {' or '.join(f'`{key}`' for key in ASKS)}, text or messages")
@@ -219,7 +223,7 @@ FORMATS = {
         instruction, Columns("instruction", f"input context output response history {MORE}")
     ),
     "prompt": Format(
-        prompt, Columns(" ".join([*ASKS, "chosen"]), " ".join([*ANSWERS, "history", MORE]))
+        prompt, Columns(" ".join([*ASKS, "chosen"]), " ".join([*ANSWERS, *PARTS, "history", MORE]))
     ),
     "humaneval": Format(humaneval, Columns("prompt", "task_id")),
     "gsm8k": Format(gsm8k, Columns("question prompt")),

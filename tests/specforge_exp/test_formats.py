@@ -8,7 +8,7 @@ import pytest
 
 from specforge_exp.config import Source
 from specforge_exp.data.files import Rejected
-from specforge_exp.data.formats import FORMATS, convert
+from specforge_exp.data.formats import FORMATS, PARTS, convert
 from specforge_exp.data.sources import load, read
 
 
@@ -154,6 +154,8 @@ def test_prompts_and_completions(tmp_path: Path, record: dict[str, Any]) -> None
         ({"prompt": "1+1?", "completion": "x", "chosen": "y"}, "several of one kind; `comp"),
         ({"prompt": 5}, "no `prompt` or `input` or `query` or `question`, text or messages"),
         ({"text": "x"}, "no `prompt` or"),
+        ({"question": "Who?", "context": "Ada.", "response": "x"}, "`context` is not read"),
+        ({"question": "Which?", "choices": ["a", "b"]}, "`choices` is not read"),
         ({"chosen": "\n\nHuman: 1+1?\n\nAssistant: 2", "rejected": "x"}, "no user message"),
         ({"prompt": "1+1?", "completion": "3", "label": False}, "`label` is false"),
         (["1+1?"], "a list where an object was expected"),
@@ -161,6 +163,8 @@ def test_prompts_and_completions(tmp_path: Path, record: dict[str, Any]) -> None
 )
 def test_prompts_alone_and_none(record: object, reason: str) -> None:
     found = convert(("a", record), FORMATS["prompt"].adapt)
+    table = FORMATS["prompt"].columns.among(["prompt", *PARTS, "rejected"])
+    assert table == ["prompt", *PARTS]
     if isinstance(found, Rejected):
         assert reason and found.reason.startswith(reason)
     else:
