@@ -66,7 +66,7 @@ class Source:
     hub:<id>/<file> (a{1,2}.jsonl: both); synthetic:<train|eval|bench>[/<category>]."""
     format: str = "conversations"
     """conversations (also from/value and OpenAI messages), image (the same about pictures),
-    instruction (Alpaca's), humaneval or gsm8k; or prompts as benchmarks word them, see
+    instruction (Alpaca's), prompt (TRL's), humaneval or gsm8k; or as benchmarks word them, see
     docs/bench.md: math, solve, mbpp, livecodebench, swe-bench, mt-bench or alpaca."""
     shuffle: int | None = None
     """Before `skip` and `limit`, put the records in the order that `datasets` gives them with

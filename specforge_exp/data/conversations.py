@@ -24,6 +24,12 @@ _NAMES = {
 }
 ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
 """What data sets call the four roles."""
+CALLS = ("function_call", "tool_call")
+"""Roles whose text is calls of tools."""
+WEIGHTS = ("weight", "loss", "loss_weight", "loss_scale", "train")
+"""Whether a message is learnt, as OpenAI, Mistral, ms-swift, LLaMA-Factory and axolotl say it."""
+LABELS = ("label", "kto_tag")
+"""Whether the last answer is a good one, where every answer has a record of its own (KTO)."""
 LISTS = ("conversations", "messages", "conversation")
 IDS = ("id", "uuid", "prompt_id", "conversation_id")
 
@@ -37,35 +43,36 @@ def normalise(record: Any) -> dict[str, Any]:
 
     Keeps extra keys of the record and of its messages (tool calls, categories). `tools` becomes a
     list, OpenAI's older `functions` too; a `system` text beside the messages becomes the first of
-    them, `images` and the like `image`. A record without an id (see IDS) gets one from its content,
-    so the same conversation always has the same id.
+    them, a preference pair's `chosen` the last where nobody answers, `images` and the like `image`.
+    A record without an id (see IDS) gets one from its content, so the same conversation always has
+    the same id.
 
     Raises:
         BadRecord: it has no messages, an unknown role, content or a `system` that is not text,
-            `tools` that are not a JSON list, a weight that is neither 0 nor 1, or options of a chat
-            template.
+            `tools` that are not a JSON list, a weight that is neither 0 nor 1, a false label, or
+            options of a chat template.
     """
     if not isinstance(record, dict):
         raise BadRecord(f"a {type(record).__name__} where an object was expected")
     list_key = next((key for key in LISTS if record.get(key)), None)
     if list_key is None:
-        raise BadRecord("no `conversations` or `messages`")
+        raise BadRecord(f"no `conversations` or `messages`; it has {', '.join(record)}"[:200])
     if not isinstance(record[list_key], list):
         raise BadRecord(f"`{list_key}` is not a list")
-    messages = [normalise_message(message) for message in record[list_key]]
+    messages = normalise_messages(record[list_key])
+    if record.get("chosen") and messages[-1]["role"] != "assistant":
+        messages = normalise_messages(followed(messages, record["chosen"]))
     named = next((key for key in IDS if record.get(key) is not None), "id")
-    ours = ("id", "conversations", named, list_key)
+    ours = ("id", "conversations", "chosen", named, list_key)
     rest = {key: value for key, value in record.items() if key not in ours}
-    if rest.get("chat_template_kwargs"):
-        raise BadRecord("its own chat_template_kwargs; give model.chat_template_kwargs")
+    refuse(rest, messages)
     functions = normalise_tools(rest.pop("functions", None))
-    wrapped = [{"type": "function", "function": each} for each in functions]
-    if tools := normalise_tools(rest.pop("tools", None)) or wrapped:
+    if tools := normalise_tools(rest.pop("tools", None)) or functions:
         rest["tools"] = tools
     for key in ("images", "videos", "audios"):
         if rest.get(key):
             rest["image"] = rest.pop(key)
-    if system := rest.pop("system", None):
+    if system := rest.pop("system", None) or rest.pop("system_prompt", None):
         if not isinstance(system, str):
             raise BadRecord("the `system` beside the messages is not text")
         if system.strip() and messages[0]["role"] != "system":
@@ -76,6 +83,46 @@ def normalise(record: Any) -> dict[str, Any]:
         "conversations": messages,
         **rest,
     }
+
+
+def refuse(record: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+    """Raise BadRecord for what a record asks for and would not get."""
+    if record.get("chat_template_kwargs"):
+        raise BadRecord(
+            "its own chat_template_kwargs; give model.chat_template_kwargs, and records without"
+        )
+    bad = next((name for name in LABELS if record.get(name) is False), None)
+    if bad and messages[-1]["role"] == "assistant":
+        raise BadRecord(f"`{bad}` is false; a record without that answer is read")
+
+
+def normalise_messages(said: list[Any]) -> list[dict[str, Any]]:
+    """Messages as role and content, calls of tools with the answer that they follow or are; raises
+    BadRecord."""
+    messages: list[dict[str, Any]] = []
+    for raw in said:
+        message = normalise_message(raw)
+        call = raw.get("role", raw.get("from")) in CALLS and "tool_calls" in message
+        before = messages[-1] if messages else {}
+        if call and not message["content"] and before.get("role") == "assistant":
+            calls = [*(before.get("tool_calls") or []), *message["tool_calls"]]
+            before.update(message | {"content": before["content"], "tool_calls": calls})
+        else:
+            messages.append(message)
+    return messages
+
+
+def followed(asked: list[Any], answer: Any) -> list[Any]:
+    """Messages and their answer: a text, a message, or messages, which may begin with the asked."""
+    match answer:
+        case str():
+            answer = [{"role": "assistant", "content": answer}]
+        case dict():
+            answer = [answer]
+    if not isinstance(answer, list) or not answer:
+        raise BadRecord("its answer is no text and no message")
+    first = normalise_message(answer[0])["role"]
+    return answer if first in ("system", "user") else asked + answer
 
 
 def normalise_message(message: Any) -> dict[str, Any]:
@@ -92,18 +139,22 @@ def normalise_message(message: Any) -> dict[str, Any]:
     if content is None and rest.get("tool_calls"):
         content = ""
     match content:
-        case [{"type": "text", "text": str(text)}]:  # of several, templates make different things
-            content = text
+        case [{"type": "text", "text": str(text), **more}] if "train" not in more:
+            content = text  # of several, templates make different things
     if not isinstance(content, str):
         raise BadRecord(f"the content of a {role} message is not text")
-    for name in ("weight", "loss"):  # OpenAI's and Mistral's word, and ms-swift's
+    if rest.pop("train_detail", None):
+        raise BadRecord("a `train_detail`; a message is learnt as a whole")
+    for name in WEIGHTS:
         weight = rest.pop(name, None)
         if weight not in (None, 0, 1):
             raise BadRecord(f"the `{name}` of a message is neither 0 nor 1: {weight!r}")
         if weight == 0:
             rest["weight"] = 0
-    if role in ("function_call", "tool_call") and (calls := called(content)):
-        content, rest["tool_calls"] = "", calls
+    if role in CALLS:
+        thoughts, mark, text = content.rpartition("</think>")
+        if calls := called(text):
+            content, rest["tool_calls"] = thoughts + mark, calls
     return {"role": ROLES[role], "content": content, **rest}
 
 
@@ -121,15 +172,29 @@ def called(text: str) -> list[dict[str, Any]]:
 
 def normalise_tools(tools: Any) -> list[Any]:
     """The tools of a record, given as a list, as one tool or as JSON; raises BadRecord."""
-    if isinstance(tools, str):
-        try:
+    try:
+        if isinstance(tools, str):
             tools = json.loads(tools) if tools.strip() else []
-        except ValueError as error:
-            raise BadRecord(f"`tools` is not JSON: {error}") from None
-    tools = [tools] if isinstance(tools, dict) else tools or []
-    if not isinstance(tools, list):
-        raise BadRecord("`tools` is not a list")
-    return tools
+        tools = [tools] if isinstance(tools, dict) else tools or []
+        if not isinstance(tools, list):
+            raise BadRecord("`tools` is not a list")
+        return [normalise_tool(tool) for tool in tools]
+    except json.JSONDecodeError as error:
+        raise BadRecord(f"`tools` is not JSON: {error}") from None
+
+
+def normalise_tool(given: Any) -> dict[str, Any]:
+    """A tool as servers take and show it: `{"type": "function", "function": {"name": ...}}`."""
+    tool = json.loads(given) if isinstance(given, str) else given
+    if not isinstance(tool, dict):
+        raise BadRecord("one of its `tools` is no object")
+    if "name" in tool and "function" not in tool and tool.get("type", "function") == "function":
+        bare = {key: value for key, value in tool.items() if key != "type"}
+        tool = {"type": "function", "function": bare}
+    match tool:
+        case {"function": {"parameters": str(text)} as inner}:  # JSON, as tables keep it
+            return {**tool, "function": {**inner, "parameters": json.loads(text)}}
+    return tool
 
 
 def content_id(messages: list[dict[str, Any]]) -> str:

@@ -58,13 +58,18 @@ class Columns(NamedTuple):
     optional: str = ""
     """Also read where it has them, like ids."""
 
+    def among(self, names: list[str], read: bool = True) -> list[str]:
+        """Those of the names that are read, or are not."""
+        known = {*self.needed.split(), *self.optional.split(), *IDS}
+        return [name for name in names if (name in known) == read]
+
     def of(self, name: str, names: list[str]) -> list[str]:
         """The columns to read, or an InputError that lists what there is."""
         needed = set(self.needed.split())
         if not needed.intersection(names):
             expected = " or ".join(f"`{column}`" for column in sorted(needed))
             raise InputError(f"{name} has the columns {', '.join(names)}; expected {expected}")
-        return [column for column in names if column in {*needed, *self.optional.split(), *IDS}]
+        return self.among(names)
 
 
 def passed_over(path: str, suffixes: tuple[str, ...]) -> str:
@@ -96,12 +101,13 @@ def parse(name: str, file: IO[bytes], columns: Columns) -> Iterator[Raw | Reject
     """
     if not name.endswith(SUFFIXES):
         raise InputError(f"{name} is not one of: {', '.join(SUFFIXES)}")
+    kind = name.removesuffix(".gz")
     try:
-        if name.endswith(".gz"):
-            name, file = name.removesuffix(".gz"), cast(IO[bytes], gzip.GzipFile(fileobj=file))
-        if name.endswith(".parquet"):
+        if kind != name:
+            file = cast(IO[bytes], gzip.GzipFile(fileobj=file))
+        if kind.endswith(".parquet"):
             yield from parse_parquet(name, file, columns)
-        elif name.endswith(".jsonl"):
+        elif kind.endswith(".jsonl"):
             yield from parse_lines(name, file)
         else:
             yield from parse_json(name, file)

@@ -1,15 +1,19 @@
 """From a raw record to a conversation: one function per `format` of a source."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from specforge_exp.data.conversations import IDS, LISTS, BadRecord, encode, normalise
+from specforge_exp.data.conversations import IDS, LISTS, BadRecord, encode, followed, normalise
 from specforge_exp.data.files import RAW_CHARACTERS, Columns, Raw, Rejected
 
-MARK = "<image>"
-MORE = "system tools functions image url source"
-"""Columns that are kept beside a conversation."""
+MARKS = re.compile("<(image|video|audio)>")
+MORE = (
+    "system system_prompt tools functions chat_template_kwargs chosen label kto_tag "
+    "image images videos audios url source"
+)
+"""Columns that are kept beside a conversation or tell what it means."""
 
 Record = dict[str, Any]
 
@@ -38,7 +42,7 @@ def as_it_is(value: Any) -> Any:
 
 
 def image(value: Any) -> Any:
-    """format=image: conversations about a picture; the `<image>` marks leave the text.
+    """format=image: conversations about a picture; the `<image>` marks and the like leave the text.
 
     What `image` says of the picture (a path, a URL) stays in the record.
     """
@@ -52,23 +56,59 @@ def without_marks(message: Any) -> Any:
     """A message about a picture, as text."""
     if not isinstance(message, dict):
         return message
-    marked = {k: v for k, v in message.items() if isinstance(v, str) and MARK in v}
-    return message | {key: text.replace(MARK, "").strip() for key, text in marked.items()}
+    marked = {k: v for k, v in message.items() if isinstance(v, str) and MARKS.search(v)}
+    return message | {key: MARKS.sub("", text).strip() for key, text in marked.items()}
 
 
 def instruction(value: Any) -> Record:
     """format=instruction: Alpaca's `instruction` (and `input`), and `output` or `response`."""
     asks = text_of(value, "instruction")
-    if value.get("history"):
-        raise BadRecord("`history` is not read; give `messages`")
-    more = value.get("input")
-    if not isinstance(more, str | None):
-        raise BadRecord("`input` is not text")
-    if more and more.strip():
-        asks += "\n\n" + more
-    answer = {"role": "assistant", "content": text_of(value, "output", "response")}
-    extra = {key: value[key] for key in (*IDS, *MORE.split()) if key in value}
-    return extra | {"conversations": [user(asks), answer]}
+    for name in ("input", "context"):
+        more = value.get(name)
+        if not isinstance(more, str | None):
+            raise BadRecord(f"`{name}` is not text")
+        if more and more.strip():
+            asks += "\n\n" + more
+    answer = text_of(value, "output", "response", "chosen")
+    return beside(value) | {"conversations": followed([*earlier(value), user(asks)], answer)}
+
+
+ASKS = ("prompt", "input", "query", "question")
+ANSWERS = ("completion", "chosen", "response", "output")
+PARTS = ("context", "choices", "options", "article")
+"""What a question may lean on, each in another way."""
+
+
+def prompt(value: Any) -> Record:
+    """format=prompt: one of ASKS and one of ANSWERS or none, each a text or messages."""
+    if not isinstance(value, dict):
+        raise BadRecord(f"a {type(value).__name__} where an object was expected")
+    asks, answers = ([key for key in keys if value.get(key)] for keys in (ASKS, ANSWERS))
+    for given in (asks, answers):
+        if len(given) > 1:
+            raise BadRecord(f"several of one kind; `{'`, `'.join(given)}`")
+    if part := next((key for key in PARTS if value.get(key)), None):
+        raise BadRecord(f"`{part}` is not read; put its words into the prompt")
+    asked = value[asks[0]] if asks else []
+    if not isinstance(asked, str | list) or not (asks or answers):
+        raise BadRecord(f"no {' or '.join(f'`{key}`' for key in ASKS)}, text or messages")
+    talk = [*earlier(value), *([user(asked)] if isinstance(asked, str) else asked)]
+    if answers:
+        talk = followed(talk, value[answers[0]])
+    return beside(value) | {"conversations": talk}
+
+
+def beside(value: Record) -> Record:
+    """What is kept of a record besides its question and answer."""
+    return {key: value[key] for key in (*IDS, *MORE.split()) if key in value}
+
+
+def earlier(value: Record) -> list[Record]:
+    """The messages of `history`: pairs of a question and its answer."""
+    pairs = value.get("history") or []
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise BadRecord("`history` is no list of pairs")
+    return [message for asked, said in pairs for message in followed([user(asked)], said)]
 
 
 def humaneval(value: Any) -> Record:
@@ -128,10 +168,10 @@ def swe_bench(value: Any) -> list[str]:
 
 
 def mt_bench(value: Any) -> list[str]:
-    """format=mt-bench: one turn per text of `prompt`."""
-    asks = value.get("prompt") if isinstance(value, dict) else None
+    """format=mt-bench: one turn per text of `prompt` or, in the files of FastChat, `turns`."""
+    asks = value.get("prompt", value.get("turns")) if isinstance(value, dict) else None
     if not (isinstance(asks, list) and asks and all(isinstance(text, str) for text in asks)):
-        raise BadRecord("no `prompt` list of texts")
+        raise BadRecord("no `prompt` list of texts (or `turns`)")
     return asks
 
 
@@ -180,7 +220,10 @@ FORMATS = {
     "conversations": Format(as_it_is, DIALOG),
     "image": Format(image, DIALOG),
     "instruction": Format(
-        instruction, Columns("instruction", "input output response system tools history")
+        instruction, Columns("instruction", f"input context output response history {MORE}")
+    ),
+    "prompt": Format(
+        prompt, Columns(" ".join([*ASKS, "chosen"]), " ".join([*ANSWERS, *PARTS, "history", MORE]))
     ),
     "humaneval": Format(humaneval, Columns("prompt", "task_id")),
     "gsm8k": Format(gsm8k, Columns("question prompt")),
@@ -189,6 +232,6 @@ FORMATS = {
     "mbpp": Format(prompts(mbpp), Columns("prompt")),
     "livecodebench": Format(prompts(livecodebench), Columns("question_content", "starter_code")),
     "swe-bench": Format(prompts(swe_bench), Columns("problem_statement")),
-    "mt-bench": Format(prompts(mt_bench), Columns("prompt")),
+    "mt-bench": Format(prompts(mt_bench), Columns("prompt turns")),
     "alpaca": Format(prompts(alpaca), Columns("instruction", "input")),
 }

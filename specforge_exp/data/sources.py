@@ -134,6 +134,21 @@ def local_files(source: Source) -> list[Path]:
     return [path]
 
 
+def unread(source: Source) -> list[str]:
+    """What the first record of a source's files has and its format does not read."""
+    columns = FORMATS[source.format].columns
+    for path in local_files(source)[:1]:
+        if path.suffix == ".parquet":
+            from pyarrow import parquet
+
+            return columns.among(parquet.read_schema(path).names, read=False)
+        with path.open("rb") as file:
+            match next(parse(str(path), file, columns), None):
+                case (_, dict() as first):
+                    return columns.among(list(first), read=False)
+    return []
+
+
 def known(name: str) -> bool:
     """True for a file name that `parse` can read."""
     return name.endswith(SUFFIXES) and not name.endswith(".rejected.jsonl")

@@ -35,7 +35,7 @@ from specforge_exp.config.machine import command
 from specforge_exp.data.conversations import encode
 from specforge_exp.data.files import Rejected
 from specforge_exp.data.messages import joined
-from specforge_exp.data.sources import from_first_user, local_files, read, reasons
+from specforge_exp.data.sources import from_first_user, local_files, read, reasons, unread
 from specforge_exp.errors import InputError
 from specforge_exp.records import write_json
 
@@ -115,6 +115,9 @@ def prep(cfg: Config) -> Path:
                     "data.format= and docs/data.md have others"
                 )
             report(name, split, folder)
+        for source in [*cfg.data.train, *cfg.data.eval]:
+            if others := unread(source):
+                log.info("prep: %s: not read of its records: %s", source.path, ", ".join(others))
         counts = {"train": train.kept, "eval": held_out.kept}
         account = {"train": train.account(), "eval": held_out.account()}
         write_json(partial / "account.json", {"conversations": counts, "account": account})
@@ -276,7 +279,8 @@ def report(name: str, split: PromptSplit, folder: Path) -> None:
     if split.cuts["about a picture"]:
         log.warning(
             "prep: %s: %d conversations are about a picture; only their text is used, `image` "
-            "keeps the reference: training on pictures is out of scope",
+            "keeps the reference: training on pictures is out of scope (data.format=image takes "
+            "<image>, <video> and <audio> out of the text)",
             name, split.cuts["about a picture"],
         )  # fmt: skip
 

@@ -85,6 +85,7 @@ def write_lines(path: Path, *records: dict[str, Any]) -> Path:
             ["Problem Statement:\nIt fails.\nPlease fix the issue described above."],
         ),
         ("mt-bench", {"prompt": ["One?", "Two?"], "category": "math"}, ["One?", "Two?"]),
+        ("mt-bench", {"question_id": 81, "turns": ["One?", "Two?"]}, ["One?", "Two?"]),
         ("alpaca", {"instruction": "Sort.", "input": "b a", "output": "a b"}, [
             "Sort.\n\nInput:\nb a"
         ]),

@@ -18,6 +18,7 @@ from specforge_exp.data.conversations import (
 from specforge_exp.errors import InputError
 
 ASKED = {"role": "user", "content": "Weather in Rome?"}
+SAID = {"role": "assistant", "content": "Sunny."}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 CALL = {"name": "weather", "arguments": {"city": "Rome"}}
 
@@ -93,11 +94,20 @@ def test_no_tools_leave_no_key(tools: object) -> None:
     [
         ({"messages": [ASKED], "tools": "{broken"}, "`tools` is not JSON"),
         ({"messages": [ASKED], "tools": "5"}, "`tools` is not a list"),
+        ({"messages": [ASKED], "tools": ["{broken"]}, "`tools` is not JSON"),
+        ({"messages": [ASKED], "tools": [5]}, "`tools` is no object"),
+        ({"instruction": "x", "output": "y"}, "or `messages`; it has instruction, output"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role"),
         ({"messages": [{"role": "user", "content": [1]}]}, "content of a user message"),
         ({"messages": []}, "no `conversations`"),
         ({"messages": [{**ASKED, "weight": 0.5}]}, "`weight` of a message is neither .*: 0.5"),
         ({"messages": [{**ASKED, "loss": "no"}]}, "`loss` of a message is neither 0 nor 1"),
+        ({"messages": [{**ASKED, "loss_scale": 2.0}]}, "`loss_scale` of a message is neither"),
+        ({"messages": [{**ASKED, "train_detail": [{"train": False}]}]}, "`train_detail`"),
+        ({"messages": [ASKED, SAID], "label": False}, "`label` is false"),
+        ({"messages": [ASKED, SAID], "kto_tag": False}, "`kto_tag` is false"),
+        ({"messages": [ASKED], "chosen": 5}, "its answer is no text and no message"),
+        ({"messages": [ASKED], "chosen": {"value": "x"}}, "unknown role"),
         ({"messages": [ASKED], "system": [{"type": "text", "text": "x"}]}, "`system` .* not text"),
         ({"messages": [ASKED], "chat_template_kwargs": {"a": 1}}, "model.chat_template_kwargs"),
     ],
@@ -123,18 +133,73 @@ def test_openai_s_older_calls_become_tool_calls() -> None:
 @pytest.mark.parametrize(
     ("given", "kept"),
     [({"weight": 0}, {"weight": 0}), ({"weight": 0.0}, {"weight": 0}), ({"weight": 1}, {}),
-     ({"weight": None}, {}), ({"loss": False}, {"weight": 0}), ({"loss": True, "weight": 1.0}, {})],
+     ({"weight": None}, {}), ({"loss": False}, {"weight": 0}), ({"loss": True, "weight": 1.0}, {}),
+     ({"train": False}, {"weight": 0}), ({"loss_weight": 0.0}, {"weight": 0}),
+     ({"train": True, "train_detail": None, "loss_scale": 1.0}, {})],
 )  # fmt: skip
 def test_weights(given: dict[str, Any], kept: dict[str, Any]) -> None:
     answer = {"role": "assistant", "content": "x"}
     assert normalise({"messages": [answer | given]})["conversations"] == [answer | kept]
 
 
+@pytest.mark.parametrize(
+    "tool",
+    [
+        TOOL["function"],
+        {"type": "function", **TOOL["function"]},
+        json.dumps(TOOL),
+        json.dumps(TOOL["function"]),
+        {**TOOL, "function": {**TOOL["function"], "parameters": '{"type": "object"}'}},
+    ],
+)
+def test_tools_are_shown_as_servers_show_them(tool: Any) -> None:
+    for tools in ([tool], json.dumps([tool])):
+        record = normalise({"messages": [ASKED], "tools": tools})
+        assert record["tools"] == [TOOL]
+        assert normalise(record) == record
+    for other in ({"type": "web_search", "name": "search"}, {**TOOL, "name": "weather"}):
+        assert normalise({"messages": [ASKED], "tools": other})["tools"] == [other]
+
+
+def test_calls_in_a_row_are_one_answer() -> None:
+    """Where a call is a message of its own it belongs to the answer before it."""
+    calls = [{"from": "tool_call", "value": json.dumps(CALL | {"name": n})} for n in "abc"]
+    thoughts = {
+        "from": "function_call",
+        "value": f"<think>\nI look.\n</think>\n\n{json.dumps(CALL)}",
+    }
+    results = [{"from": "observation", "value": "sunny"}] * 2
+    looking, last = {"from": "gpt", "value": "I look."}, {**calls[2], "loss": False}
+    talk = [ASKED, *calls[:2], *results, looking, last, *results, thoughts, thoughts]
+    found = normalise({"conversations": talk})["conversations"]
+    roles = "user assistant tool tool assistant tool tool assistant assistant".split()
+    assert [m["role"] for m in found] == roles
+    names = [[call["function"]["name"] for call in m.get("tool_calls", [])] for m in found]
+    assert names[1] == ["a", "b"] and names[4] == ["c"] and names[7:] == [["weather"]] * 2
+    assert [found[n]["content"] for n in (1, 4)] == ["", "I look."]
+    assert found[7]["content"] == "<think>\nI look.\n</think>" and found[4]["weight"] == 0
+    assert normalise({"conversations": found})["conversations"] == found
+
+
+@pytest.mark.parametrize("chosen", [SAID, [SAID], "Sunny.", [ASKED, SAID]])
+def test_the_better_answer_of_a_pair_is_the_answer(chosen: object) -> None:
+    pair = {"id": "a", "chosen": chosen, "rejected": {"role": "assistant", "content": "Rain."}}
+    record = normalise(pair | {"messages": [ASKED]})
+    assert record["conversations"] == [ASKED, SAID] and "chosen" not in record
+    answered = normalise(pair | {"messages": [ASKED, {**SAID, "content": "Sun."}]})
+    assert answered["conversations"][1:] == [{**SAID, "content": "Sun."}]
+    assert normalise({"messages": [ASKED], "label": False})["conversations"] == [ASKED]
+    for label in (0, True, None):  # 0 is a class, not a verdict
+        assert normalise({"messages": [ASKED, SAID], "label": label})["conversations"][1:] == [SAID]
+
+
 def test_a_single_part_of_text_is_the_text() -> None:
     said = normalise({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]})
     assert said["conversations"] == [{"role": "user", "content": "Hi"}]
     more = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]
-    for parts in (more, [{"type": "image_url", "image_url": {"url": "x"}}], [{"type": "text"}], []):
+    unlearnt = [{"type": "text", "text": "Hi", "train": False}]
+    picture = [{"type": "image_url", "image_url": {"url": "x"}}]
+    for parts in (more, picture, [{"type": "text"}], [], unlearnt):
         with pytest.raises(BadRecord, match="user message is not text"):
             normalise({"messages": [{"role": "user", "content": parts}]})
 
@@ -146,8 +211,13 @@ def test_an_empty_list_hides_no_other() -> None:
 
 def test_the_system_text_of_the_messages_wins() -> None:
     system = {"role": "system", "content": "first"}
+    record = normalise({"messages": [ASKED], "system": "first", "system_prompt": "second"})
+    assert [m["content"] for m in record["conversations"]] == ["first", ASKED["content"]]
     record = normalise({"messages": [system, ASKED], "system": "second"})
     assert [m["content"] for m in record["conversations"]] == ["first", ASKED["content"]]
+    record = normalise({"messages": [ASKED], "system_prompt": "third"})
+    assert [m["content"] for m in record["conversations"]] == ["third", ASKED["content"]]
+    assert "system_prompt" not in record
 
 
 def test_ids() -> None:

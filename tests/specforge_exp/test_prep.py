@@ -119,7 +119,7 @@ def test_tools_and_pictures_tell_conversations_apart(tmp_path: Path) -> None:
     folder = prep(config(tmp_path, [Source(str(path))], split_eval=0.0))
     records = list(read_jsonl(folder / "train.jsonl"))
     assert [r.get("image") for r in records] == ["a", "b", None]
-    assert records[2]["tools"] == [{"name": "c"}]
+    assert records[2]["tools"] == [{"type": "function", "function": {"name": "c"}}]
     assert len({r["id"] for r in records}) == 3
 
 
@@ -130,6 +130,27 @@ def test_pictures_by_other_names(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     folder = prep(config(tmp_path, [Source(str(path))], split_eval=0.0))
     assert [r["image"] for r in read_jsonl(folder / "train.jsonl")] == [["a"], ["b"]]
     assert "2 conversations are about a picture" in caplog.text
+
+
+def test_what_is_not_read_of_a_record_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    caplog.set_level(logging.INFO)
+    record = {"id": 1, "messages": turns("a", "b"), "reward": 0.5, "source": "x", "thinking": "y"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record | {"id": 2}))
+    sources = [Source(str(tmp_path / "a.jsonl"))]
+    row = {"instruction": "c", "response": "d", "category": "e"}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "b.parquet")
+    sources.append(Source(str(tmp_path / "b.parquet"), "instruction"))
+    prep(config(tmp_path, [*sources, write(tmp_path / "c.jsonl", turns("e", "f"))]))
+    told = [text for text in caplog.messages if "not read of its records" in text]
+    assert [text.rpartition("/")[2] for text in told] == [
+        "a.jsonl: not read of its records: reward, thinking",
+        "b.parquet: not read of its records: category",
+    ]
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from specforge_exp.config import Source
 from specforge_exp.data import files
 from specforge_exp.data.files import Rejected
-from specforge_exp.data.formats import FORMATS, convert
 from specforge_exp.data.sources import from_first_user, hub_name, load, local_files, read
 from specforge_exp.errors import InputError
 
@@ -86,14 +85,15 @@ def test_a_folder_is_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([conversation("0"), 5, conversation("1")]))
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "c.jsonl.gz").write_bytes(
-        gzip.compress(json.dumps(conversation("3")).encode())
+        gzip.compress(json.dumps(conversation("3")).encode() + b"\n5")
     )
     (tmp_path / "notes.txt").write_text("not data")
     write_lines(tmp_path / "a.rejected.jsonl", conversation("ours, not data"))
     source = Source(str(tmp_path))
     assert [path.name for path in local_files(source)] == ["a.json", "b.jsonl", "c.jsonl.gz"]
     assert texts(source) == ["0", "1", "2", "3"]
-    assert set_aside(source)[0].where == f"{tmp_path / 'a.json'}#1"
+    places = [f"{tmp_path / 'a.json'}#1", f"{tmp_path / 'sub' / 'c.jsonl.gz'}:2"]
+    assert [item.where for item in set_aside(source)] == places
 
 
 def test_what_may_be_data_and_is_not_read_is_named(
@@ -211,34 +211,6 @@ def test_parquet(tmp_path: Path) -> None:
             list(files.parse(name, file, files.Columns("messages id")))
 
 
-TABLES: list[tuple[str, dict[str, Any]]] = [
-    ("conversations", conversation("1", id="a", system="Be brief.", tools=[{"name": "f"}])),
-    ("conversations", conversation("2", functions=[{"name": "f"}], image="x", url="y", source="z")),
-    ("conversations", {"messages": conversation("3")["conversations"], "conversation_id": 7}),
-    ("image", {"conversation": conversation("4 <image>")["conversations"], "prompt_id": "b"}),
-    ("instruction", {"instruction": "5", "input": "x", "output": "y", "system": "z", "uuid": "c"}),
-    ("instruction", {"instruction": "6", "response": "y", "tools": [{"name": "f"}]}),
-    ("instruction", {"instruction": "7", "response": "y", "history": [["a", "b"]]}),
-    ("humaneval", {"prompt": "def f():", "task_id": "t/1"}),
-    ("gsm8k", {"question": "8?", "id": "d"}),
-    ("gsm8k", {"prompt": "9?"}),
-    ("math", {"question": "10?"}),
-    ("math", {"problem": "11?"}),
-    ("livecodebench", {"question_content": "12?", "starter_code": "class A:"}),
-    ("alpaca", {"instruction": "13", "input": "x"}),
-]
-
-
-@pytest.mark.parametrize(("name", "record"), TABLES)
-def test_of_a_table_all_is_read_that_its_format_knows(name: str, record: dict[str, Any]) -> None:
-    """What a line of JSON gives, though only some columns are read."""
-    adapt, columns = FORMATS[name]
-    read_of = columns.of("a.parquet", [*record, "other"])
-    assert read_of == list(record)
-    found = convert(("a", record), adapt)
-    assert isinstance(found, Rejected) == ("history" in record)
-
-
 def test_places_and_empty_texts_of_a_table(tmp_path: Path) -> None:
     """Rows are counted through all batches; nulls leave a record, empty texts stay."""
     pyarrow = pytest.importorskip("pyarrow")
@@ -300,48 +272,6 @@ def test_synthetic() -> None:
         list(read(Source("synthetic:train")))
     with pytest.raises(InputError, match="synthetic:tarin: unknown split"):
         list(read(Source("synthetic:tarin", limit=1)))
-
-
-def test_gsm8k(tmp_path: Path) -> None:
-    records = [{"question": "1+1?", "answer": "2"}, {"id": "b", "prompt": "2+2?"}, {"x": 1}]
-    path = write_lines(tmp_path / "g.jsonl", *records)
-    assert texts(Source(str(path), "gsm8k")) == ["1+1?", "2+2?"]
-    assert set_aside(Source(str(path), "gsm8k"))[0].reason == "no `question` or `prompt` text"
-
-
-def test_instructions(tmp_path: Path) -> None:
-    records = [
-        {"id": 7, "instruction": "Add.", "input": "1, 2", "output": "3", "tag": "x"},
-        {"instruction": "Say hi.", "input": "", "response": "Hi."},
-        {"instruction": "Say hi."},
-        {"output": "Hi."},
-        {"instruction": "And?", "output": "Bye.", "history": [["Hi", "Hello"], ["Go", "on"]]},
-        {"instruction": "Double.", "input": 5, "output": "10"},
-    ]
-    path = write_lines(tmp_path / "a.jsonl", *records)
-    first, second = load(Source(str(path), "instruction"), "test")
-    assert first["id"] == "7"
-    assert [m["content"] for m in first["conversations"]] == ["Add.\n\n1, 2", "3"]
-    assert [m["content"] for m in second["conversations"]] == ["Say hi.", "Hi."]
-    reasons = [item.reason for item in set_aside(Source(str(path), "instruction"))]
-    assert reasons[:2] == ["no `output` or `response` text", "no `instruction` text"]
-    assert reasons[2:] == ["`history` is not read; give `messages`", "`input` is not text"]
-
-
-def test_pictures_leave_the_text(tmp_path: Path) -> None:
-    def about(text: str) -> dict[str, Any]:
-        pair = [{"from": "human", "value": text}, {"from": "gpt", "value": "A <b>cat</b>. "}]
-        return {"image": "coco/1.jpg", "conversations": pair}
-
-    path = write_lines(tmp_path / "a.jsonl", *map(about, ["<image>\nWhat?", "Why?\n<image>"]))
-    records = load(Source(str(path), "image"), "test")
-    assert [r["conversations"][0]["content"] for r in records] == ["What?", "Why?"]
-    assert records[0]["conversations"][1]["content"] == "A <b>cat</b>. "
-    assert records[0]["image"] == "coco/1.jpg"
-    write_lines(path, about("<image>"), [5], {"conversations": [5]}, 5)
-    kinds = [item.reason for item in set_aside(Source(str(path), "image"))]
-    assert kinds[0] == "no user message"
-    assert len(kinds) == 4
 
 
 def test_skip_and_limit_count_conversations(tmp_path: Path) -> None:
