@@ -86,8 +86,8 @@ class Progress:
         if self.compared == FIRST and 2 * self.unlike > FIRST:
             log.warning(
                 "regen: warning: %d of the first %d prompts have another number of tokens in the "
-                "server than model.path's chat template makes here (the last one %d, here %d): it has "
-                " another template, tokenizer or model",
+                "server than model.path's chat template makes here (the last one %d, here %d): "
+                "it has another template, tokenizer or model",
                 self.unlike, FIRST, told, length,
             )  # fmt: skip
 
