@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from specforge_exp.config import LossConfig
-from specforge_exp.drafts import head_loss
+from specforge_exp.drafts import chain_attention, head_loss
 from specforge_exp.drafts.dflash import config as options
 from specforge_exp.drafts.dflash import model
 from specforge_exp.drafts.dflash.blocks import make_blocks
@@ -60,9 +60,14 @@ def test_layers_that_config_json_does_not_list(given: dict[str, Any], windows: l
     assert [kind == "sliding_attention" for kind in kinds] == [bool(each) for each in windows]
 
 
-def test_the_fast_path_is_the_dense_one(target: Target, cfg: DFlashConfig) -> None:
-    """With every layout: loss and gradients of two packed conversations; and by FlexAttention."""
-    draft, sample = small_draft(target, cfg), packed(target, conversation(1, LONG * 2))
+def test_the_fast_path_is_the_dense_one(
+    target: Target, cfg: DFlashConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every layout: loss and gradients of two packed conversations, where scores of a part of
+    a block exist together; and by FlexAttention."""
+    monkeypatch.setitem(chain_attention.BLOCK_ROWS, "cpu", 7)
+    sample = packed(target, conversation(1, LONG), conversation(2, LONG))
+    draft = small_draft(target, cfg)
     window = draft.denominators(cfg, sample)
     total, _ = dense_objective(draft, sample, target.head_weight_VH, (cfg, LOSS), window)
     total.backward()
