@@ -112,6 +112,8 @@ def test_every_multiplier_counts(saved: Saved, family: str, tmp_path: Path) -> N
     draft = Eagle3.new(target, EAGLE3, vocabulary_mapping(torch.ones(size), size), 0)
     served_TV = draft.lm_head(plain.hidden_states[-1][0])
     torch.testing.assert_close(served_TV, logits_TV, rtol=1e-5, atol=1e-5)
+    ending_H = DFlash.new(target, DFLASH, {}, 0).norm.weight  # its head is the target's own
+    torch.testing.assert_close(ending_H, target.final_norm()[0] * target.head.scale)
     for name in names:
         other = copied(saved(family), tmp_path, **{name: 1.0})
         changed = tf.AutoModelForCausalLM.from_pretrained(other)(ids_1T).logits[0]
