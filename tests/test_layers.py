@@ -52,8 +52,8 @@ BUDGETS = {
     "modal_sweep": 33_190,
     "hydra_sweeps": 30_460,
     "hydra_plugins": 1_010,
-    "specforge_exp": 249_130,
-    "specforge_exp/data": 20_600,
+    "specforge_exp": 249_150,
+    "specforge_exp/data": 20_620,
     "specforge_exp/target": 12_060,
     "specforge_exp/drafts": 56_550,
     "specforge_exp/training": 21_060,
@@ -62,7 +62,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_600,
     "specforge_exp/report": 18_040,
     "specforge_exp/chat": 4_230,
-    "": 314_370,
+    "": 314_380,
     "specforge_exp/causal": 5_960,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
