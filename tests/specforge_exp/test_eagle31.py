@@ -54,9 +54,7 @@ def variant(target: Target, options: dict[str, Any]) -> tuple[Eagle3, Eagle3Conf
 
 
 @each_variant
-def test_every_norm_has_the_targets_epsilon(
-    random_target: Target, options: dict[str, Any]
-) -> None:
+def test_every_norm_has_the_targets_epsilon(random_target: Target, options: dict[str, Any]) -> None:
     random_target.model.config.rms_norm_eps = 3e-4
     draft, _ = variant(random_target, options)
     norms = [part for part in draft.modules() if isinstance(part, layers.RMSNorm)]
