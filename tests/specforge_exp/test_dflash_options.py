@@ -21,7 +21,7 @@ from specforge_exp.drafts.dflash.blocks import make_blocks
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.drafts.dflash.export import kinds_of
-from specforge_exp.drafts.dflash.training import dpace, needed_flops
+from specforge_exp.drafts.dflash.training import as_chains, dpace, needed_flops
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss, RowLoss, TeacherRows, opd
 from specforge_exp.target import Head, Target
@@ -183,13 +183,20 @@ def test_room_for_logits_is_held_where_they_go_there(
 def test_flops_are_those_of_the_products(
     target: Target, cfg: DFlashConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A third of them in the forward pass; attention's own are left out."""
+    """A third of them in the forward pass; attention's own are left out. Of the target's head, two
+    for the draft's logits, two for their gradient and, once for a position, two for the target's.
+    """
     draft, sample = small_draft(target, cfg), packed(target, conversation(1, LONG))
     drawn = make_blocks(cfg, sample)
     monkeypatch.setattr(model, "block_attention", lambda layout, norms, q_QNE, *rest: q_QNE)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         draft.states(sample.ids_T, sample.aux_TA, drawn, cfg.block_size)
-    assert needed_flops(draft, drawn, len(LONG)) == 3 * counter.get_total_flops()
+    below = needed_flops(draft, drawn, len(LONG))
+    assert below == 3 * counter.get_total_flops()
+    found = outcome(draft, target, sample, cfg=cfg)
+    positions = as_chains(drawn, sample.lengths).rows.position_P
+    uses = 4 * int(drawn.counts_RK.sum()) + 2 * len(positions)
+    assert found.flops - below == uses * draft.head_VH.numel()
 
 
 def test_a_divisor_of_labels(target: Target) -> None:

@@ -72,6 +72,10 @@ def test_loss_and_simulated_length_by_the_formulas(
     simulated = sum(1 + alpha[t] + alpha[t] * alpha[t + 1] for t in pairs)
     assert float(outcome.sums["length"]) == pytest.approx(simulated, rel=1e-5)
     assert int(outcome.sums["length_slots"]) == len(pairs)
+    with torch.no_grad():
+        by_conversation_B2 = draft(sample, random_target.head, loss, OPTIONS, window_K)[1].pairs_B2
+    expected_2 = torch.tensor([simulated, len(pairs)], dtype=torch.float64)
+    torch.testing.assert_close(by_conversation_B2.sum(0), expected_2, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
