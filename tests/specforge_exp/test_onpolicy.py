@@ -107,6 +107,15 @@ class Forced:
         return self.tokens_KR, 0.0
 
 
+class Partly:
+    """Proposes the text, of every chain as far as another token."""
+
+    def propose(self, sample: Sample, anchor_R: Tensor, steps: int, choose: Any) -> Any:
+        at_K1, wrong_R = torch.arange(steps)[:, None], torch.arange(len(anchor_R)) * 2 % (steps + 1)
+        text_KR = sample.ids_T[(anchor_R + 1 + at_K1).clamp(max=len(sample.ids_T) - 1)]
+        return (text_KR + (at_K1 == wrong_R)) % 4, 0.0
+
+
 def greedy_text(target: Target, seed: int, new: int = 30) -> Tensor:
     size, seeded = len(target.embed_VH), torch.Generator().manual_seed(seed)
     prompt = torch.randint(size, (5,), generator=seeded).tolist()
@@ -319,11 +328,11 @@ def chain_of(
 @pytest.mark.parametrize(("kind", "cfg"), KINDS)
 def test_the_loss_is_what_its_formula_says(kind: Any, cfg: Any, options: dict[str, Any]) -> None:
     """In packed conversations, over a window of two samples, each proposed position by itself."""
-    target = small_target(vocabulary=4)  # of which some are guessed: chains of unlike lengths
+    target = small_target(vocabulary=4)
     draft = small(target, kind, cfg)
     own = OnPolicyConfig(name="replay", anchors=6, **options)
     steps = own.length or K
-    replayer = Replayer(own, draft, target, steps, 512)
+    replayer = Replayer(own, Partly(), target, steps, 512)
     texts = [greedy_text(target, seed) for seed in (1, 2, 3)]
     together = replayer.sample(batch_of(texts[:2]))
     samples = [together, replayer.sample(replace(batch_of(texts[2:]), numbers=[2]))]
@@ -331,6 +340,8 @@ def test_the_loss_is_what_its_formula_says(kind: Any, cfg: Any, options: dict[st
     for sample in samples:
         replay = sample.replay
         assert replay is not None
+        lengths = replay.accepted_RK.sum(1).tolist()
+        assert len(set(lengths)) > 2 and lengths != sorted(lengths, reverse=True)
         window_K[K : K + steps] += replay.counts_RK.sum(0)
         starts = torch.tensor([0, *sample.lengths]).cumsum(0)
         for row, anchor in enumerate(replay.anchor_R.tolist()):
