@@ -8,6 +8,7 @@ import families
 import pytest
 import torch
 from conftest import small_target
+from proofs import Forced, Partly
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -95,25 +96,6 @@ def test_a_target_that_ignores_the_mask_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(target.decoder, "forward", deaf)
     with pytest.raises(InputError, match=r"its states differ by .* from those of a plain forward"):
         check_segments(target, 60)
-
-
-class Forced:
-    """Proposes given tokens."""
-
-    def __init__(self, tokens_KR: Tensor) -> None:
-        self.tokens_KR = tokens_KR
-
-    def propose(self, sample: Sample, anchor_R: Tensor, steps: int, choose: Any) -> Any:
-        return self.tokens_KR, 0.0
-
-
-class Partly:
-    """Proposes the text, of every chain as far as another token."""
-
-    def propose(self, sample: Sample, anchor_R: Tensor, steps: int, choose: Any) -> Any:
-        at_K1, wrong_R = torch.arange(steps)[:, None], torch.arange(len(anchor_R)) * 2 % (steps + 1)
-        text_KR = sample.ids_T[(anchor_R + 1 + at_K1).clamp(max=len(sample.ids_T) - 1)]
-        return (text_KR + (at_K1 == wrong_R)) % 4, 0.0
 
 
 def greedy_text(target: Target, seed: int, new: int = 30) -> Tensor:

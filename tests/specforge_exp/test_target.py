@@ -91,8 +91,7 @@ def test_the_heads_numbers_are_measured(
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["Granite 3", "Cohere 2"])
 def test_every_multiplier_counts(saved: Saved, family: str, tmp_path: Path) -> None:
-    """States, teacher and a fresh draft's head are those of transformers' own model, in which each
-    of the family's multipliers matters."""
+    """States, teacher and fresh drafts are those of transformers' own model; each one matters."""
     names = [n for n in MULTIPLIERS if n in json.loads((saved(family) / "config.json").read_text())]
     assert len(names) == {"Granite 3": 4, "Cohere 2": 1}[family]
     ids_1T = tokens(24)[None]
