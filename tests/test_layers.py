@@ -55,7 +55,7 @@ BUDGETS = {
     "specforge_exp": 252_410,
     "specforge_exp/data": 22_400,
     "specforge_exp/target": 12_060,
-    "specforge_exp/drafts": 56_570,
+    "specforge_exp/drafts": 56_550,
     "specforge_exp/training": 21_060,
     "specforge_exp/inference": 16_550,
     "specforge_exp/generation": 25_090,

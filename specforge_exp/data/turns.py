@@ -182,7 +182,8 @@ def cut_thoughts(talk: Conversation, turn: Turn, said: str) -> bool:
     inline = bool(split_thoughts(turn.message["content"])[1].strip())
     if inline and marks not in (None, MARKS[0]):  # which a model with marks of its own never writes
         return True
-    return turn.thoughts not in said and (inline or opens(turn.prompt) or marks is not None)
+    hidden = said.count(turn.thoughts) <= turn.answer.count(turn.thoughts)
+    return hidden and (inline or opens(turn.prompt) or marks is not None)
 
 
 def opens(prompt: str) -> bool:

@@ -47,13 +47,13 @@ class Visible(NamedTuple):
     """Their slots, in that order."""
     blocks: list[RowBlock]
     """Consecutive rows of one document each."""
+    at_T: Tensor
+    """All positions."""
     first_R: Tensor | None = None
     """The first position that each sees, in that order; None: its document's."""
     keys_B2: Tensor | None = None
     """For kernels: of each block of positions the rows that see some, [begin, end) in that order;
     `blocks` is empty then."""
-    at_T: Tensor | None = None
-    """All positions, where they are on the device already."""
 
     @property
     def numbers(self) -> list[Tensor]:
@@ -66,7 +66,7 @@ class Visible(NamedTuple):
         order_R, slot_R = next(moved), next(moved)
         first_R = None if self.first_R is None else next(moved)
         keys_B2 = None if self.keys_B2 is None else next(moved)
-        return Visible(order_R, slot_R, self.blocks, first_R, keys_B2, at_T)
+        return Visible(order_R, slot_R, self.blocks, at_T, first_R, keys_B2)
 
 
 def visible(
@@ -80,7 +80,7 @@ def visible(
         like: the states of all positions, on the device where the scores will be.
         first_R: the first position of a row's window; None: the document's.
     """
-    order_R = torch.argsort(slot_R)
+    order_R, at_T = torch.argsort(slot_R), torch.arange(len(like))
     if first_R is not None:
         first_R = torch.maximum(first_R, start_R)[order_R]
     ordered_R = slot_R[order_R]
@@ -88,7 +88,8 @@ def visible(
         from specforge_exp.drafts.kernels.attention import key_rows
 
         first_R = start_R[order_R] if first_R is None else first_R
-        return Visible(order_R, ordered_R, [], first_R, key_rows(ordered_R, first_R, len(like)))
+        keys_B2 = key_rows(ordered_R, first_R, len(like))
+        return Visible(order_R, ordered_R, [], at_T, first_R, keys_B2)
     slots, starts = ordered_R.tolist(), start_R[order_R].tolist()
     lows = starts if first_R is None else first_R.tolist()
     most, blocks, first = BLOCK_ROWS[like.device.type], [], 0
@@ -98,7 +99,7 @@ def visible(
         if row == len(slots) or starts[row] != starts[first] or full:
             blocks.append(RowBlock(first, row, min(lows[first:row]), slots[row - 1] + 1))
             first = row
-    return Visible(order_R, ordered_R, blocks, first_R)
+    return Visible(order_R, ordered_R, blocks, at_T, first_R)
 
 
 def rotate(x_BSNE: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> Tensor:
@@ -130,10 +131,7 @@ def block_scores(q_MRGE: Tensor, k_TME: Tensor, seen: Visible, block: RowBlock) 
     first, last, low, high = block
     M, _, G, _ = q_MRGE.shape
     flat = q_MRGE[:, first:last].flatten(1, 2) @ k_TME[low:high].permute(1, 2, 0)
-    if seen.at_T is None:
-        at_L = torch.arange(low, high, device=q_MRGE.device)
-    else:
-        at_L = seen.at_T[low:high]
+    at_L = seen.at_T[low:high]
     hidden_RL = at_L > seen.slot_R[first:last, None]
     if seen.first_R is not None:
         hidden_RL |= at_L < seen.first_R[first:last, None]

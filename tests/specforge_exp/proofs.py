@@ -6,12 +6,33 @@ from typing import Any
 
 import torch
 from scipy.stats import chisquare
+from torch import Tensor
 
 from specforge_exp import paths
 from specforge_exp.bench.speculative import Decoding, speculate
 from specforge_exp.config import Config
 from specforge_exp.stages.train import train
 from specforge_exp.target import Target
+from specforge_exp.training.objective import Sample
+
+
+class Forced:
+    """Proposes given tokens."""
+
+    def __init__(self, tokens_KR: Tensor) -> None:
+        self.tokens_KR = tokens_KR
+
+    def propose(self, sample: Sample, anchor_R: Tensor, steps: int, choose: Any) -> Any:
+        return self.tokens_KR, 0.0
+
+
+class Partly:
+    """Proposes the text, of every chain as far as another token."""
+
+    def propose(self, sample: Sample, anchor_R: Tensor, steps: int, choose: Any) -> Any:
+        at_K1, wrong_R = torch.arange(steps)[:, None], torch.arange(len(anchor_R)) * 2 % (steps + 1)
+        text_KR = sample.ids_T[(anchor_R + 1 + at_K1).clamp(max=len(sample.ids_T) - 1)]
+        return (text_KR + (at_K1 == wrong_R)) % 4, 0.0
 
 
 def second_token_pvalue(target: Target, draft: Any, runs: int, **options: Any) -> float:

@@ -137,6 +137,13 @@ def test_other_templates(tokenizer: Any, template: str) -> None:
     assert supervised(tokenizer, messages) == [f"{first}<|im_end|>", f"{thoughts}Two.<|im_end|>"]
 
 
+def test_a_template_that_ends_no_answer(tokenizer: Any) -> None:
+    """What is asked later holds the end that answers lack."""
+    tokenizer.chat_template = TRIMMING.replace("<|im_end|>", "")
+    messages = dialog("Hi", "One.", "What is <|im_end|>?", "Two.")
+    assert supervised(tokenizer, messages) == ["One.", "Two."]
+
+
 def test_an_answer_that_quotes_the_template(tokenizer: Any) -> None:
     """Header strings inside an answer or a prompt do not confuse the search."""
     header = "<|im_start|>assistant\nno"

@@ -171,6 +171,8 @@ RETURN, EOS = "<|return|>", "<｜end▁of▁sentence｜>"
             '<|channel>thought\na\n<channel|><|tool_call>call:weather{"city": "Rome"}<tool_call|>'
             "<|tool_response>", "<|channel>thought\nb\n<channel|>No.<turn|>"]),
         ("Gemma 4, thinking", TAGGED, ["<|channel>thought\na\n<channel|>One.<turn|>"]),
+        ("Gemma 4, thinking", [user("Hi"), assistant("One.", reasoning="One")], [
+            "<|channel>thought\nOne\n<channel|>One.<turn|>"]),
         ("Gemma", [{"role": "system", "content": "Be kind."}, *TWICE], [
             "the chat template refuses it: System role not supported; prep with data.system=join "
             "puts the system message in front of the first user turn"]),

@@ -118,15 +118,16 @@ def test_slots_of_a_block_see_each_other_and_no_other_block(target: Target) -> N
 
 def test_anchors_and_labels(target: Target) -> None:
     """R10 to R12, R15, R18, R19: anchors lie in a turn, never first; labels stay in the turn."""
-    turns = [1, 1, 1, 0, 2, 2, 2, 2, 0, 3]
+    turns = [1, 1, 1, 0, 2, 2, 2, 2, 0, 3, 3]
     sample = packed(target, conversation(1, turns))
     every = make_blocks(replace(CFG, num_anchors=99), sample)
-    assert every.anchor_R.tolist() == [1, 4, 5, 6]
+    assert every.anchor_R.tolist() == [1, 4, 5, 6, 9]
     counted = ["".join(map(str, row)) for row in every.counts_RK.int().tolist()]
-    assert counted == ["1000", "1110", "1100", "1000"]
+    assert counted == ["1000", "1110", "1100", "1000", "1000"]
     some = make_blocks(replace(CFG, num_anchors=2), sample)
     assert len(some.anchor_R) == 2
-    assert not len(make_blocks(replace(CFG, min_loss_tokens=9), sample).anchor_R)
+    for least, blocks in ((9, 5), (10, 0), (None, 0)):  # 9 supervised ones; null: 2 * 5
+        assert len(make_blocks(replace(CFG, min_loss_tokens=least), sample).anchor_R) == blocks
     few = replace(CFG, num_anchors=2)
     drawn = [make_blocks(few, replace(sample, draw=draw)).anchor_R.tolist() for draw in range(12)]
     assert len(set(map(tuple, drawn))) > 2

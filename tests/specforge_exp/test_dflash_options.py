@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from specforge_exp.config import LossConfig
-from specforge_exp.drafts import head_loss
+from specforge_exp.drafts import chain_attention, head_loss
 from specforge_exp.drafts.dflash import config as options
 from specforge_exp.drafts.dflash import model
 from specforge_exp.drafts.dflash.blocks import make_blocks
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.drafts.dflash.export import kinds_of
-from specforge_exp.drafts.dflash.training import dpace, needed_flops
+from specforge_exp.drafts.dflash.training import as_chains, dpace, needed_flops
 from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss, RowLoss, TeacherRows, opd
 from specforge_exp.target import Head, Target
@@ -60,9 +60,14 @@ def test_layers_that_config_json_does_not_list(given: dict[str, Any], windows: l
     assert [kind == "sliding_attention" for kind in kinds] == [bool(each) for each in windows]
 
 
-def test_the_fast_path_is_the_dense_one(target: Target, cfg: DFlashConfig) -> None:
-    """With every layout: loss and gradients of two packed conversations; and by FlexAttention."""
-    draft, sample = small_draft(target, cfg), packed(target, conversation(1, LONG * 2))
+def test_the_fast_path_is_the_dense_one(
+    target: Target, cfg: DFlashConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every layout: loss and gradients of two packed conversations, where scores of a part of
+    a block exist together; and by FlexAttention."""
+    monkeypatch.setitem(chain_attention.BLOCK_ROWS, "cpu", 7)
+    sample = packed(target, conversation(1, LONG), conversation(2, LONG))
+    draft = small_draft(target, cfg)
     window = draft.denominators(cfg, sample)
     total, _ = dense_objective(draft, sample, target.head_weight_VH, (cfg, LOSS), window)
     total.backward()
@@ -178,13 +183,20 @@ def test_room_for_logits_is_held_where_they_go_there(
 def test_flops_are_those_of_the_products(
     target: Target, cfg: DFlashConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A third of them in the forward pass; attention's own are left out."""
+    """A third of them in the forward pass; attention's own are left out. Of the target's head, two
+    for the draft's logits, two for their gradient and, once for a position, two for the target's.
+    """
     draft, sample = small_draft(target, cfg), packed(target, conversation(1, LONG))
     drawn = make_blocks(cfg, sample)
     monkeypatch.setattr(model, "block_attention", lambda layout, norms, q_QNE, *rest: q_QNE)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         draft.states(sample.ids_T, sample.aux_TA, drawn, cfg.block_size)
-    assert needed_flops(draft, drawn, len(LONG)) == 3 * counter.get_total_flops()
+    below = needed_flops(draft, drawn, len(LONG))
+    assert below == 3 * counter.get_total_flops()
+    found = outcome(draft, target, sample, cfg=cfg)
+    positions = as_chains(drawn, sample.lengths).rows.position_P
+    uses = 4 * int(drawn.counts_RK.sum()) + 2 * len(positions)
+    assert found.flops - below == uses * draft.head_VH.numel()
 
 
 def test_a_divisor_of_labels(target: Target) -> None:

@@ -78,20 +78,30 @@ def test_vllm_reads_what_the_anchor_says(target: Target, from_anchor: bool) -> N
 @pytest.mark.parametrize("from_anchor", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_serving_is_training(target: Target, kind: str, from_anchor: bool, tmp_path: Path) -> None:
-    """A decoder that picks the text's tokens has the training's logits, after a round trip."""
+    """A decoder that picks the text's tokens has the training's logits and confidences, after a
+    round trip."""
     cfg = replace(CFG, markov_head_type=kind, sample_from_anchor=from_anchor)
     draft = small_draft(target, cfg)
     ids, _ = conversation(4, LONG)
     aux, _ = target.features(ids[None])
     expected = draft.all_logits(cfg, ids[None], aux).unflatten(0, (-1, cfg.block_size))
     draft.write(tmp_path, target, "nowhere", torch.float32)
-    decoder = DSpark.load(tmp_path, target).decoder()
+    loaded = DSpark.load(tmp_path, target)
+    assert draft.confidence_head is not None and loaded.confidence_head is not None
+    confidences: list[torch.Tensor] = []
+    loaded.confidence_head.register_forward_hook(lambda *call: confidences.append(call[-1]))
+    decoder = loaded.decoder()
+    decoder.economise(0.0)
     decoder.commit(aux[:, :8], ids[1:9].tolist())
     text = iter(ids[9:].tolist())
     tokens, found = decoder.propose(cfg.steps, lambda row: next(text))
     assert tokens == ids[9 : 9 + cfg.steps].tolist()
     wanted = expected[7, draft.first_slot :]
     torch.testing.assert_close(torch.stack(found), wanted, rtol=1e-4, atol=1e-4)
+    state_RSH = draft.every_state(cfg, ids[None], aux).unflatten(0, (-1, cfg.block_size))
+    slots = draft.slots(state_RSH, ids, torch.arange(1, len(ids)))
+    sure = draft.confidence_head(slots.hidden_RSH, slots.before_RSF)[7, draft.first_slot :]
+    torch.testing.assert_close(torch.cat(confidences), sure.detach(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("weights", ["decay", "dpace"])

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from specforge_exp import paths
 from specforge_exp.config import Config, TrainerConfig
+from specforge_exp.drafts import layers
 from specforge_exp.drafts.chain_attention import LayerStep
 from specforge_exp.drafts.eagle3 import unroll as unroll_module
 from specforge_exp.drafts.eagle3.chains import make_chains
@@ -50,6 +51,14 @@ def variant(target: Target, options: dict[str, Any]) -> tuple[Eagle3, Eagle3Conf
         for weight in draft.parameters():
             weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
     return draft, cfg
+
+
+@each_variant
+def test_every_norm_has_the_targets_epsilon(random_target: Target, options: dict[str, Any]) -> None:
+    random_target.model.config.rms_norm_eps = 3e-4
+    draft, _ = variant(random_target, options)
+    norms = [part for part in draft.modules() if isinstance(part, layers.RMSNorm)]
+    assert {norm.eps for norm in norms} == {3e-4}
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -105,9 +114,17 @@ def test_decoder_repeats_the_unroll(random_target: Target, options: dict[str, An
             torch.testing.assert_close(logits[step], expected_D, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("in_order", [True, False])
 @each_variant
-def test_proposals_read_what_was_proposed(random_target: Target, options: dict[str, Any]) -> None:
-    """Whatever is chosen, also beyond the text: the logits of packed chains are the decoder's."""
+def test_proposals_read_what_was_proposed(
+    random_target: Target,
+    options: dict[str, Any],
+    in_order: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever is chosen, also beyond the text: the logits of packed chains are the decoder's; in
+    the order of the formulas, and as a GPU adds up."""
+    monkeypatch.setitem(layers.IN_ORDER, "cpu", in_order)
     draft, _ = variant(random_target, options)
     sample = packed(random_target, conversation(1), conversation(2))
     anchors, chosen_KR, seen = (4, T - 2, T + 6), torch.randint(0, 64, (K, 3)), list[Tensor]()

@@ -8,6 +8,7 @@ import families
 import pytest
 import torch
 from conftest import small_target
+from proofs import Forced, Partly
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -95,16 +96,6 @@ def test_a_target_that_ignores_the_mask_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(target.decoder, "forward", deaf)
     with pytest.raises(InputError, match=r"its states differ by .* from those of a plain forward"):
         check_segments(target, 60)
-
-
-class Forced:
-    """Proposes given tokens."""
-
-    def __init__(self, tokens_KR: Tensor) -> None:
-        self.tokens_KR = tokens_KR
-
-    def propose(self, sample: Sample, anchor_R: Tensor, steps: int, choose: Any) -> Any:
-        return self.tokens_KR, 0.0
 
 
 def greedy_text(target: Target, seed: int, new: int = 30) -> Tensor:
@@ -319,11 +310,11 @@ def chain_of(
 @pytest.mark.parametrize(("kind", "cfg"), KINDS)
 def test_the_loss_is_what_its_formula_says(kind: Any, cfg: Any, options: dict[str, Any]) -> None:
     """In packed conversations, over a window of two samples, each proposed position by itself."""
-    target = small_target(vocabulary=4)  # of which some are guessed: chains of unlike lengths
+    target = small_target(vocabulary=4)
     draft = small(target, kind, cfg)
     own = OnPolicyConfig(name="replay", anchors=6, **options)
     steps = own.length or K
-    replayer = Replayer(own, draft, target, steps, 512)
+    replayer = Replayer(own, Partly(), target, steps, 512)
     texts = [greedy_text(target, seed) for seed in (1, 2, 3)]
     together = replayer.sample(batch_of(texts[:2]))
     samples = [together, replayer.sample(replace(batch_of(texts[2:]), numbers=[2]))]
@@ -331,6 +322,8 @@ def test_the_loss_is_what_its_formula_says(kind: Any, cfg: Any, options: dict[st
     for sample in samples:
         replay = sample.replay
         assert replay is not None
+        lengths = replay.accepted_RK.sum(1).tolist()
+        assert len(set(lengths)) > 2 and lengths != sorted(lengths, reverse=True)
         window_K[K : K + steps] += replay.counts_RK.sum(0)
         starts = torch.tensor([0, *sample.lengths]).cumsum(0)
         for row, anchor in enumerate(replay.anchor_R.tolist()):

@@ -72,6 +72,10 @@ def test_loss_and_simulated_length_by_the_formulas(
     simulated = sum(1 + alpha[t] + alpha[t] * alpha[t + 1] for t in pairs)
     assert float(outcome.sums["length"]) == pytest.approx(simulated, rel=1e-5)
     assert int(outcome.sums["length_slots"]) == len(pairs)
+    with torch.no_grad():
+        by_conversation_B2 = draft(sample, random_target.head, loss, OPTIONS, window_K)[1].pairs_B2
+    expected_2 = torch.tensor([simulated, len(pairs)], dtype=torch.float64)
+    torch.testing.assert_close(by_conversation_B2.sum(0), expected_2, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -87,7 +91,7 @@ def test_a_model_that_drafts_for_itself_is_always_right(temperature: float) -> N
 
 
 def test_another_model_changes_nothing(draft: Standalone, random_target: Target) -> None:
-    """Some of its tokens are rejected, and leave its cache."""
+    """Some of its tokens are rejected, and leave its cache: it drafts what plain forwards say."""
     with torch.no_grad():  # near enough to the target to be right at times
         own = dict(draft.model.named_parameters())
         for name, weight in random_target.model.named_parameters():
@@ -95,14 +99,19 @@ def test_another_model_changes_nothing(draft: Standalone, random_target: Target)
                 own[name].copy_(weight)
     decoding = Decoding(max_tokens=30, chain_length=3)
     for prompt in ([5], [5, 9, 2], list(range(20))):
-        found = speculate(random_target, draft.decoder(), draft.draft_ids_D, prompt, decoding)
-        assert found.tokens == generate(random_target, prompt, decoding).tokens
-        fresh = draft.decoder()  # a chain after all of it is what a draft without a past drafts
-        fresh.begin(prompt[0])
-        fresh.commit(torch.zeros(1, 0, 0), [*prompt[1:], *found.tokens])
-        ids = torch.tensor([[*prompt, *found.tokens]])
-        first = int(draft.model(ids).logits[0, -1].argmax())
-        assert fresh.propose(1, lambda logits: int(logits.argmax()))[0] == [first]
+        answer = speculate(random_target, draft.decoder(), draft.draft_ids_D, prompt, decoding)
+        assert answer.tokens == generate(random_target, prompt, decoding).tokens
+    decoder, tokens = draft.decoder(), [5, 9, 2]
+    decoder.begin(tokens[0])
+    decoder.commit(torch.zeros(1, 0, 0), tokens[1:])
+    for stood in (0, 1, 3, 2, 3):  # of three tokens, and one of the target's
+        chain, found = decoder.propose(3, lambda logits: int(logits.argmax()))
+        ids = torch.tensor([tokens + chain[:2]])
+        expected = list(draft.model(ids).logits[0, -3:].detach())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        verified = [*chain[:stood], (chain[-1] + 1) % 64]
+        decoder.commit(torch.zeros(1, 0, 0), verified)
+        tokens += verified
 
 
 def test_every_stage_takes_it(cfg: Config, tokens: Path) -> None:

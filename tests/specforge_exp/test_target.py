@@ -91,8 +91,7 @@ def test_the_heads_numbers_are_measured(
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["Granite 3", "Cohere 2"])
 def test_every_multiplier_counts(saved: Saved, family: str, tmp_path: Path) -> None:
-    """States, teacher and a fresh draft's head are those of transformers' own model, in which each
-    of the family's multipliers matters."""
+    """States, teacher and fresh drafts are those of transformers' own model; each one matters."""
     names = [n for n in MULTIPLIERS if n in json.loads((saved(family) / "config.json").read_text())]
     assert len(names) == {"Granite 3": 4, "Cohere 2": 1}[family]
     ids_1T = tokens(24)[None]
@@ -112,6 +111,8 @@ def test_every_multiplier_counts(saved: Saved, family: str, tmp_path: Path) -> N
     draft = Eagle3.new(target, EAGLE3, vocabulary_mapping(torch.ones(size), size), 0)
     served_TV = draft.lm_head(plain.hidden_states[-1][0])
     torch.testing.assert_close(served_TV, logits_TV, rtol=1e-5, atol=1e-5)
+    ending_H = DFlash.new(target, DFLASH, {}, 0).norm.weight  # its head is the target's own
+    torch.testing.assert_close(ending_H, target.final_norm()[0] * target.head.scale)
     for name in names:
         other = copied(saved(family), tmp_path, **{name: 1.0})
         changed = tf.AutoModelForCausalLM.from_pretrained(other)(ids_1T).logits[0]

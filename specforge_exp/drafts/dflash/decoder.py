@@ -107,7 +107,6 @@ class DFlashDecoder:
         anchor_S = torch.full_like(at_S, self.committed)
         at_P = torch.arange(self.committed + len(at_S), device=at_S.device)
         seen_SP = at_P >= self.draft.window_start(anchor_S, at_S)[:, None]
-        seen_SP |= at_P >= self.committed
         if not self.draft.config.sliding_window_non_causal:
             seen_SP &= at_P <= at_S[:, None]
         return seen_SP
