@@ -36,16 +36,17 @@ def some_options(draw: random.Random) -> Any:
     eagle: dict[str, Any] = {
         "draft_vocab_size": draw.choice([20, None]), "num_layers": layers,
         "norm_before_residual": draw.random() < 0.5, "sliding_window": window,
-        "full_attention_layers": [draw.randrange(layers)] * bool(window),
+        "full_attention_layers": [draw.randrange(layers)] * bool(window and layers > 1),
         draw.choice(["norm_before_fc", "fc_norm"]): draw.random() < 0.5,
     }  # fmt: skip
     dflash: dict[str, Any] = {
         "block_size": 4, "num_layers": layers, "num_features": draw.choice([1, 3]),
         "num_anchors": draw.choice([1, 3, 50]), "min_loss_tokens": draw.choice([None, 1]),
         "position_weights": draw.choice(["decay", "dpace"]), "sliding_window": window,
-        "divisor": draw.choice(["weights", "labels"]), "window": draw.choice(["slot", "block"]),
+        "divisor": draw.choice(["weights", "labels"]),
+        "window": draw.choice(["slot", "block"]) if window else "slot",
         "sample_from_anchor": draw.random() < 0.5,
-        "sliding_window_non_causal": draw.random() < 0.5,
+        "sliding_window_non_causal": bool(window) and draw.random() < 0.5,
     }  # fmt: skip
     eagle3 = Eagle3Config(
         name="eagle3", ttt_length=steps, norm_output=draw.random() < 0.5,
