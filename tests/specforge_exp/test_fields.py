@@ -34,6 +34,7 @@ from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.peagle.config import PEagleConfig
 from specforge_exp.drafts.standalone.config import StandaloneConfig
 from specforge_exp.errors import InputError
+from specforge_exp.inputs import OPTIONS
 from specforge_exp.stages import bench, export, prep, preprocess, pretrain, regen, sft, train
 from specforge_exp.target import DTYPES
 from specforge_exp.target.loading import aux_layer_ids
@@ -318,6 +319,16 @@ def test_every_option_is_part_of_it_or_said_not_to_matter(stage: str, made: Path
     stale = {e for law in ours for names in law.values() for e in names.split()} - used
     faults += [f"{each} is no option" for each in stale if each[0] != "-"]
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("stage", OPTIONS)
+def test_later_stages_compare_all_that_a_stage_depends_on(stage: str, made: Path) -> None:
+    cfg = plain(made)
+    cfg.data.system, cfg.regen.repetition_penalty = "join", 1.5  # which are settings if chosen
+    settings = json.loads(outcome(stage, cfg))["settings"]
+    group = "data." if stage == "prep" else f"{stage}."
+    own = {name for name in settings if name.startswith(group)}
+    assert own == set(OPTIONS[stage].split()) - {"model.chat_template_kwargs"}
 
 
 def test_every_field_has_a_docstring() -> None:
