@@ -52,7 +52,7 @@ BUDGETS = {
     "modal_sweep": 33_190,
     "hydra_sweeps": 30_460,
     "hydra_plugins": 1_010,
-    "specforge_exp": 250_620,
+    "specforge_exp": 250_810,
     "specforge_exp/data": 20_780,
     "specforge_exp/target": 12_060,
     "specforge_exp/drafts": 56_740,
@@ -62,8 +62,8 @@ BUDGETS = {
     "specforge_exp/bench": 11_600,
     "specforge_exp/report": 18_040,
     "specforge_exp/chat": 4_230,
-    "": 315_860,
-    "specforge_exp/causal": 6_040,
+    "": 316_050,
+    "specforge_exp/causal": 6_050,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
 written."""
@@ -283,7 +283,7 @@ WITH_THEM = ["specforge_exp/chat/", "specforge_exp/stages/chat.py", "specforge_e
 
 
 @pytest.mark.parametrize(
-    ("parts", "most"), [(OF_MODELS, 10_650), ([*OF_MODELS, *WITH_THEM], 20_210)]
+    ("parts", "most"), [(OF_MODELS, 10_650), ([*OF_MODELS, *WITH_THEM], 20_250)]
 )
 def test_causal_models_are_little_code(parts: list[str], most: int) -> None:
     total = sum(tokens(path) for path, name in NAMES.items() if name.startswith(tuple(parts)))

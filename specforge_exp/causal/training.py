@@ -5,6 +5,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -33,9 +34,13 @@ def check_start(cfg: Config, stage: str) -> None:
             "folder: model.path=<folder>, as <run>/export is one"
         )
     own = cfg.export
-    drafts = {"onpolicy": (cfg.onpolicy.name, "none"), "export.format": (own.format, "auto")}
-    drafts |= {"export.push": (own.push, None), "export.source": (own.source, None)}
-    refuse_others(stage, drafts, "it trains and exports a model, no draft")
+    usual: dict[str, tuple[Any, Any]] = {
+        "onpolicy": (cfg.onpolicy.name, "none"),
+        "export.format": (own.format, "auto"),
+        "export.push": (own.push, None),
+        "export.source": (own.source, None),
+    }
+    refuse_others(stage, usual, "it trains and exports a model, no draft")
 
 
 def train_causal(cfg: Config, device: torch.device, splits: Splits, run: TrainingRun) -> Record:

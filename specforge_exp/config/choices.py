@@ -12,10 +12,17 @@ from specforge_exp.config.checks import (
     at_least,
     minimums,
     one_of,
+    only_with,
     safe_name,
 )
 from specforge_exp.data.formats import FORMATS
 from specforge_exp.errors import InputError
+
+OURS = (
+    "conversation tools add_generation_prompt continue_final_message tokenize padding truncation "
+    "max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs"
+).split()
+"""Arguments of a tokenizer's chat template that are no switches of the template."""
 
 
 @dataclass
@@ -55,6 +62,10 @@ class ModelConfig:
         above_zero("model.billions", self.billions)
         for layer in self.aux_layers or ():
             at_least("model.aux_layers", layer, 0)
+        if ours := [name for name in self.chat_template_kwargs if name in OURS]:
+            raise InputError(
+                f"model.chat_template_kwargs.{ours[0]} is set by what is rendered, not by a model"
+            )
 
 
 @dataclass
@@ -124,6 +135,7 @@ class DataConfig:
                 source.check(f"data.{key}[{number}]")
         if not 0 <= self.split_eval < 1:
             raise InputError(f"data.split_eval={self.split_eval} must be in [0, 1)")
+        only_with(self, "data.", not self.eval, "data.eval=[]", "split_eval")
         minimums(self, "data.", sample_size=1, max_turns=1)
 
 

@@ -172,7 +172,7 @@ class TrainerConfig:
     decay_shape: str = "linear"
     """wsd: linear or cosine."""
     min_lr_ratio: float = 0.0
-    """The schedule ends at this share of lr."""
+    """The schedule ends at this share of lr; constant does not fall."""
     weight_decay: float = 0.0
     """AdamW's."""
     clip: float = 0.5
@@ -212,9 +212,8 @@ class TrainerConfig:
             if not 0 <= vars(self)[name] <= 1:
                 raise InputError(f"trainer.{name}={vars(self)[name]} must be in [0, 1]")
         allow(self, "trainer.", schedule="cosine linear constant wsd", decay_shape="linear cosine")
-        wsd, falls = self.schedule == "wsd", self.schedule != "constant"
+        wsd = self.schedule == "wsd"
         only_with(self, "trainer.", wsd, "trainer.schedule=wsd", "decay_ratio decay_shape")
-        only_with(self, "trainer.", falls, "a trainer.schedule that falls", "min_lr_ratio")
         if wsd and self.warmup_ratio + self.decay_ratio > 1:
             raise InputError(
                 f"trainer.warmup_ratio={self.warmup_ratio} and trainer.decay_ratio="

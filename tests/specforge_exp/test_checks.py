@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from test_conf import composed
 
-from specforge_exp.config import Config
+from specforge_exp.config import Config, Source
 from specforge_exp.config.onpolicy import ProposedTerms
 from specforge_exp.errors import InputError
 
@@ -132,7 +132,14 @@ NOT_TOGETHER: list[tuple[dict[str, Any], str]] = [
         ]
     ),
     ({"bench.alone": False}, "bench.alone=false needs engine=sglang or vllm"),
-    ({"trainer.schedule": "constant", "trainer.min_lr_ratio": 0.1}, "needs a trainer.schedule"),
+    (
+        {"data.split_eval": 0.1, "data.eval": [Source("synthetic:eval", limit=1)]},
+        "data.split_eval=0.1 needs data.eval=",
+    ),
+    *(
+        ({"model.chat_template_kwargs": {name: True}}, f"model.chat_template_kwargs.{name} is set")
+        for name in ("add_generation_prompt", "tools", "tokenize")
+    ),
     ({"loss.lambda_ce": -1.0, "loss.lambda_rkl": 2.0}, "loss.lambda_ce=-1.0 must be at least 0"),
     ({"export.source": "x", "export.best": True}, "export.source=x is a draft"),
     ({"export.source": "x", "export.step": 1}, "export.source=x is a draft"),
@@ -169,7 +176,8 @@ def test_options_that_just_go_together() -> None:
         VLLM | {"target.workers": 2, "target.tp_size": 3, "target.args": {"max_num_seqs": 1}},
         RAY | {"target.cache": "memory", "target.share": "sweep", "target.profile": [0, 1]},
         {"target.shard": True, "target.cache": "disk"}, {"target.pack_tokens": 8},
-        RAY | REPLAY, {"engine.name": "vllm", "bench.alone": False}, {"trainer.min_lr_ratio": 0.1},
+        RAY | REPLAY, {"engine.name": "vllm", "bench.alone": False},
+        {"data.split_eval": 0.1, "data.eval": []},
         {"export.push": "x/y", "export.private": False}, {"export.source": "x"},
         {"engine.name": "openai", "engine.urls": ["http://x/v1"], "bench.alone_url": "http://y/v1"},
         REPLAY | {"onpolicy.length": 7, "onpolicy.errors": 1.0, "onpolicy.decay": 1.0},

@@ -140,6 +140,7 @@ def bases(folder: Path) -> dict[str, tuple[Config, str]]:
     return {
         "plain": (cfg, ""),
         "a loss of one's own": (replace(cfg, loss=own_loss, lr=2e-4), "loss.options lr_point"),
+        "held out of it": (replace(cfg, data=replace(cfg.data, eval=[])), "data.split_eval"),
         "rollout": (replace(cfg, onpolicy=replace(cfg.onpolicy, name="rollout")), "onpolicy."),
         "workers": (replace(cfg, target=workers), "target."),
         "vllm": (replace(cfg, target=replace(workers, engine="vllm")), "target."),
