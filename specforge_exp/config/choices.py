@@ -34,7 +34,8 @@ class ModelConfig:
     path: str = MISSING
     """Hugging Face hub id or a local folder."""
     dtype: str = "auto"
-    """Weights in memory: auto (float32 on a CPU, bfloat16 on a GPU), float32 or bfloat16."""
+    """Weights in memory: auto (float32 on a CPU, bfloat16 on a GPU), float32 or bfloat16; those
+    that pretrain and sft train are float32 always."""
     init: str = "weights"
     """pretrain, sft: begin with the model's weights, or with random ones of its configuration
     (random)."""
