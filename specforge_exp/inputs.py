@@ -94,7 +94,8 @@ def require(cfg: Config, stage: str, *names: str) -> Path:
 
 def check_options(cfg: Config, stage: str, read: Mapping[str, str] | None = None) -> None:
     """Refuse options of a stage before, or of one before that, which are given and are not those
-    that its product was made with: they would change nothing. Those that are left out are said.
+    that its product was made with: they would change nothing. Those that are left out are said, and
+    regen's always.
 
     Args:
         cfg: the configuration.
@@ -118,7 +119,8 @@ def check_options(cfg: Config, stage: str, read: Mapping[str, str] | None = None
         value, before = now[group][name], made.get(group, {})
         if plain(before.get(name, value)) == value:
             continue
-        if value in (getattr(type(vars(cfg)[group]), name, None), [], {}):
+        # A recipe has options of regen for all stages, and many a regen.py has its own.
+        if stage == "regen" or value in (getattr(type(vars(cfg)[group]), name, None), [], {}):
             left_out.append(f"{key}={typed(before[name])}")
         else:
             given.append(f"{key} was {typed(before[name])}, now {typed(value)}")

@@ -103,8 +103,8 @@ def test_options_of_a_stage_before_change_nothing(
     require(changed(cfg, {"preprocess.processes": 1, "preprocess.shard_tokens": 9}), "preprocess")
 
 
-def test_options_of_answers(cfg: Config, tokens: Path) -> None:
-    """Between prompts and tokens; each by the record that it is known by."""
+def test_options_of_answers(cfg: Config, tokens: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Between prompts and tokens; each by the record that it is known by. regen's own are said."""
     record, answers = read_record(tokens / "run.json"), paths.regen_dir(cfg)
     answers.mkdir()
     (answers / "train.jsonl").write_text("")
@@ -112,10 +112,13 @@ def test_options_of_answers(cfg: Config, tokens: Path) -> None:
         record["config"]["preprocess"]["source"] = "regen"
         write_record(folder / "run.json", record | {"files": {}})
     cfg.preprocess.source = "regen"
-    for key, value in {"regen.temperature": 0.0, "regen.top_k": 3, "data.sample_size": 2}.items():
-        for stage in ("regen", "preprocess"):
-            with pytest.raises(InputError, match=rf"{key} was .*, now {value}"):
-                require(changed(cfg, {key: value}), stage)
+    for stage in ("regen", "preprocess"):
+        with pytest.raises(InputError, match=r"data\.sample_size was null, now 2"):
+            require(changed(cfg, {"data.sample_size": 2}), stage)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            require(changed(cfg, {"regen.top_k": 3, "regen.temperature": 0.0}), stage)
+        assert "made with regen.temperature=0.7, regen.top_k=null, which is not" in caplog.text
 
 
 def test_options_that_are_left_out_are_said(
