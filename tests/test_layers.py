@@ -52,7 +52,7 @@ BUDGETS = {
     "modal_sweep": 33_190,
     "hydra_sweeps": 30_460,
     "hydra_plugins": 1_010,
-    "specforge_exp": 250_810,
+    "specforge_exp": 250_820,
     "specforge_exp/data": 20_780,
     "specforge_exp/target": 12_060,
     "specforge_exp/drafts": 56_740,
