@@ -343,11 +343,13 @@ def model_digest(path: str) -> str:
     if folder is None:
         return path
     digest, files = hashlib.sha256(), [path]
-    for file in sorted(folder.glob("*")):
-        if file.suffix in (".json", ".jinja", ".safetensors", ".bin", ".model"):
-            size, content = content_of(file).values()
-            digest.update(f"{file.name} {size} {content}".encode())
-            files.append(f"{file.name} {content[:16]}")
+    words = "" if (folder / "tokenizer.json").exists() else ".txt .tiktoken"  # read without it
+    kinds = f".json .jinja .safetensors .bin .model {words}".split()
+    for file in sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")]):
+        if file.suffix in kinds:
+            name, (size, content) = file.relative_to(folder), content_of(file).values()
+            digest.update(f"{name} {size} {content}".encode())
+            files.append(f"{name} {content[:16]}")
     return digest.hexdigest() if local else "\n".join(files)
 
 

@@ -1,16 +1,36 @@
 """What a stage reads: where it lies, whole, and the commands that make what is missing."""
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
+from os.path import normpath
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from specforge_exp import paths
-from specforge_exp.artifacts import check
+from specforge_exp.artifacts import check, read_record
 from specforge_exp.config import STAGES, Config, from_omegaconf
+from specforge_exp.config.checks import typed
 from specforge_exp.config.machine import SAME, command
 from specforge_exp.errors import InputError
+
+log = logging.getLogger(__name__)
+
+OPTIONS = {
+    "prep": "data.train data.eval data.split_eval data.sample_size data.max_turns data.system",
+    "regen": (
+        "regen.temperature regen.top_p regen.top_k regen.repetition_penalty regen.max_tokens "
+        "regen.thinking regen.truncated regen.num_samples regen.samples_per_prompt"
+    ),
+    "preprocess": (
+        "preprocess.source preprocess.overlong preprocess.last_turn_only preprocess.changed_turns "
+        "preprocess.thinking model.chat_template_kwargs"
+    ),
+}
+"""Of the stages before a training or a bench: what their products depend on."""
 
 
 def products(cfg: Config) -> dict[str, Path]:
@@ -57,7 +77,8 @@ def require(cfg: Config, stage: str, *names: str) -> Path:
     """The folder that a stage has made, which has these files and is what its record says.
 
     Raises:
-        InputError: a file is missing or damaged; names the commands that make it, in order.
+        InputError: a file is missing or damaged; names the commands that make it, in order. Or as
+            `check_options`.
     """
     folder = products(cfg)[stage].parent
     check(folder, command(stage, f"{stage}.force=true", away=False))
@@ -66,7 +87,63 @@ def require(cfg: Config, stage: str, *names: str) -> Path:
             raise InputError(
                 f"{folder / name} does not exist; make it with:{commands(lacking(cfg, stage))}"
             )
+    if stage in OPTIONS:
+        check_options(cfg, stage)
     return folder
+
+
+def check_options(cfg: Config, stage: str, read: Mapping[str, str] | None = None) -> None:
+    """Refuse options of a stage before, or of one before that, which are given and are not those
+    that its product was made with: they would change nothing. Those that are left out are said, and
+    regen's always.
+
+    Args:
+        cfg: the configuration.
+        stage: whose product it is.
+        read: digests of what was made of it, by name; what is there now may be another.
+
+    Raises:
+        InputError: names the options and the command that makes the product again.
+    """
+    folder = products(cfg)[stage].parent
+    if not (folder / "run.json").exists():
+        return
+    record, now = read_record(folder / "run.json"), plain(asdict(cfg))
+    held = record.get("files", {}).get("train.jsonl", {}).get("sha256")
+    if held and (read or {}).get(f"{folder.name}/train.jsonl", held) != held:
+        log.warning("%s is another by now than what was made of it", folder)
+        return
+    made, given, left_out = record.get("config", {}), [], []
+    for key in OPTIONS[stage].split():
+        group, name = key.split(".")
+        value, before = now[group][name], made.get(group, {})
+        if plain(before.get(name, value)) == value:
+            continue
+        # A recipe has options of regen for all stages, and many a regen.py has its own.
+        if stage == "regen" or value in (getattr(type(vars(cfg)[group]), name, None), [], {}):
+            left_out.append(f"{key}={typed(before[name])}")
+        else:
+            given.append(f"{key} was {typed(before[name])}, now {typed(value)}")
+    if given:
+        again = command(stage, f"{stage}.force=true", away=False)
+        raise InputError(
+            f"{folder} was made with other options: {'; '.join(given)}. Give those, or make it "
+            f"again with: {again}"
+        )
+    if left_out:
+        log.info("%s was made with %s, which is not given here", folder, ", ".join(left_out))
+    sources = {"regen": "prep", "preprocess": made.get("preprocess", {}).get("source")}
+    if (source := sources.get(stage)) is not None:
+        check_options(cfg, source, record["inputs"])
+
+
+def plain(value: Any) -> Any:
+    """What JSON makes of a value, with paths as they are without `./`."""
+    if isinstance(value, dict):
+        parts = {key: plain(part) for key, part in value.items()}
+        path = parts.get("path")
+        return parts | ({"path": normpath(path)} if isinstance(path, str) else {})
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def check_jobs(stage: str, jobs: Sequence[DictConfig]) -> None:

@@ -123,6 +123,13 @@ def tiny_tokenizer() -> Any:
     return load_tokenizer(TINY)
 
 
+SMALL = [
+    "data.name=small", 'data.train=[{path:"synthetic:train",limit:12}]',
+    'data.eval=[{path:"synthetic:eval",limit:4}]',
+]  # fmt: skip
+"""What a command says of the data of `make_config`."""
+
+
 def make_config(folder: Path) -> Config:
     """A configuration over the tiny target whose artifacts live in `folder`."""
     return Config(

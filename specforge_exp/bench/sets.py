@@ -10,7 +10,7 @@ from specforge_exp import paths
 from specforge_exp.artifacts import content_of
 from specforge_exp.config import REPOSITORY, Config, Source
 from specforge_exp.data.conversations import read_jsonl
-from specforge_exp.data.sources import load, local_files
+from specforge_exp.data.sources import depends_on, load
 from specforge_exp.errors import InputError
 from specforge_exp.inputs import require
 
@@ -76,8 +76,8 @@ def asked_for(cfg: Config) -> dict[str, Source]:
 def prompt_digests(cfg: Config, before: Mapping[str, str]) -> dict[str, str]:
     """What tells the files with the prompts from others of their names, by data set.
 
-    The hub's and the templates' are known by the source alone. A file that is not here, as where
-    only the run's folder was brought, stands for what `before` has of it.
+    The hub's own and the templates' are known by the source alone. A file that is not here, as
+    where only the run's folder was brought, stands for what `before` has of it.
 
     Args:
         cfg: names the data sets.
@@ -88,7 +88,7 @@ def prompt_digests(cfg: Config, before: Mapping[str, str]) -> dict[str, str]:
     for name, source in (asked_for(cfg) or held_out).items():
         key = f"the file of bench data set {name}"
         try:
-            files = local_files(source)
+            files = depends_on(source)
         except InputError:
             digests |= {key: before[key]} if key in before else {}
             continue

@@ -5,6 +5,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from specforge_exp.causal.lean import spare
 from specforge_exp.causal.model import Causal, choose_attention, new_model, patch, without_dropout
 from specforge_exp.causal.objective import CAUSAL, causal_lm
 from specforge_exp.config import Config
+from specforge_exp.config.checks import refuse_others
 from specforge_exp.errors import InputError
 from specforge_exp.sharding import shard_model, without_numbers
 from specforge_exp.target.anatomy import read_end
@@ -25,12 +27,20 @@ log = logging.getLogger(__name__)
 
 
 def check_start(cfg: Config, stage: str) -> None:
-    """Refuse the drafts' way to begin with other weights."""
+    """Refuse the drafts' way to begin with other weights, and what is for drafts alone."""
     if cfg.trainer.init is not None:
         raise InputError(
             f"trainer.init={cfg.trainer.init} is a draft's start; {stage} begins with a model's "
             "folder: model.path=<folder>, as <run>/export is one"
         )
+    own = cfg.export
+    usual: dict[str, tuple[Any, Any]] = {
+        "onpolicy": (cfg.onpolicy.name, "none"),
+        "export.format": (own.format, "auto"),
+        "export.push": (own.push, None),
+        "export.source": (own.source, None),
+    }
+    refuse_others(stage, usual, "it trains and exports a model, no draft")
 
 
 def train_causal(cfg: Config, device: torch.device, splits: Splits, run: TrainingRun) -> Record:

@@ -22,6 +22,7 @@ from specforge_exp.config.checks import (
     check_objectives,
     finite,
     minimums,
+    only_with,
     refuse_others,
     safe_name,
 )
@@ -149,6 +150,9 @@ class Config:
                 f"bench.concurrency={self.bench.concurrency} needs engine=sglang, vllm or openai; "
                 f"with engine.name={self.engine.name} bench answers one prompt at a time"
             )
+        started, given = self.bench_engine in ("sglang", "vllm"), self.bench_engine == "openai"
+        only_with(self.bench, "bench.", started, "engine=sglang or vllm", "alone")
+        only_with(self.bench, "bench.", given, "engine=openai", "alone_url")
         above_zero("lr", self.lr)
         if self.lr_point != "mid" and self.lr != (rate := vars(self.loss.lrs)[self.lr_point]):
             raise InputError(

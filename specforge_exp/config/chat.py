@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from specforge_exp.config.checks import finite, minimums
+from specforge_exp.config.checks import finite, minimums, only_with
 from specforge_exp.errors import InputError
 
 
@@ -13,7 +13,8 @@ class ChatConfig:
 
     url: str | None = None
     """Base URL of an OpenAI-compatible server, e.g. http://127.0.0.1:30000/v1; its model and key as
-    engine.served_name and engine.api_key say. null: model.path, in this process."""
+    engine.served_name and engine.api_key say; `seed` and model.* are not sent. null: model.path, in
+    this process."""
     draft: str = "auto"
     """auto: the run's export where there is one; true: that one, or an error; false (--no-draft):
     the target alone; or the folder of an export."""
@@ -32,6 +33,7 @@ class ChatConfig:
         self.draft = {"True": "true", "False": "false"}.get(self.draft, self.draft)
         finite("chat", self)
         minimums(self, "chat.", temperature=0, max_tokens=1)
+        only_with(self, "chat.", self.url is None, "chat.url=null", "draft")
         if not 0 < self.top_p <= 1:
             raise InputError(f"chat.top_p={self.top_p} must be in (0, 1]")
         if self.url is not None and not re.match("https?://.", self.url):

@@ -54,6 +54,30 @@ def refuse_others(what: str, needed: dict[str, tuple[Any, Any]], why: str) -> No
             )
 
 
+def only_with(options: Any, prefix: str, there: bool, what: str, names: str) -> None:
+    """Refuse fields of `options` that would change nothing: they are not as by default, and what
+    they are part of, `what`, is not `there`.
+
+    A run that is given one is not what its command says, and a grid over one repeats a run.
+    """
+    for name in names.split():
+        value, usual = vars(options)[name], getattr(type(options), name)
+        if value != usual and not there:
+            raise InputError(
+                f"{prefix}{name}={typed(value)} needs {what}, without which it changes nothing; "
+                f"give that, or {prefix}{name}={typed(usual)}"
+            )
+
+
+def some_of_all(key: str, named: list[int], layers: int) -> None:
+    """Refuse layers that see everything where they are all layers, and none has a window."""
+    if len({*named}) == layers:
+        raise InputError(
+            f"{key}={typed(named)} names all layers, so draft.sliding_window changes nothing: "
+            "leave both out"
+        )
+
+
 def shared_evenly(batch_size: int, processes: int, name: str) -> None:
     """Refuse a batch that would leave processes without a conversation, naming the sizes that fit.
 

@@ -12,10 +12,17 @@ from specforge_exp.config.checks import (
     at_least,
     minimums,
     one_of,
+    only_with,
     safe_name,
 )
 from specforge_exp.data.formats import FORMATS
 from specforge_exp.errors import InputError
+
+OURS = (
+    "conversation tools add_generation_prompt continue_final_message tokenize padding truncation "
+    "max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs"
+).split()
+"""Arguments of a tokenizer's chat template that are no switches of the template."""
 
 
 @dataclass
@@ -27,7 +34,8 @@ class ModelConfig:
     path: str = MISSING
     """Hugging Face hub id or a local folder."""
     dtype: str = "auto"
-    """Weights in memory: auto (float32 on a CPU, bfloat16 on a GPU), float32 or bfloat16."""
+    """Weights in memory: auto (float32 on a CPU, bfloat16 on a GPU), float32 or bfloat16; those
+    that pretrain and sft train are float32 always."""
     init: str = "weights"
     """pretrain, sft: begin with the model's weights, or with random ones of its configuration
     (random)."""
@@ -55,6 +63,10 @@ class ModelConfig:
         above_zero("model.billions", self.billions)
         for layer in self.aux_layers or ():
             at_least("model.aux_layers", layer, 0)
+        if ours := [name for name in self.chat_template_kwargs if name in OURS]:
+            raise InputError(
+                f"model.chat_template_kwargs.{ours[0]} is set by what is rendered, not by a model"
+            )
 
 
 @dataclass
@@ -124,6 +136,7 @@ class DataConfig:
                 source.check(f"data.{key}[{number}]")
         if not 0 <= self.split_eval < 1:
             raise InputError(f"data.split_eval={self.split_eval} must be in [0, 1)")
+        only_with(self, "data.", not self.eval, "data.eval=[]", "split_eval")
         minimums(self, "data.", sample_size=1, max_turns=1)
 
 

@@ -83,7 +83,9 @@ def watched(names: Sequence[str]) -> str | None:
 
 def text_paths(sources: Sequence[Mapping[str, Any]]) -> list[str]:
     """Where text to pretrain on lies, if it is here."""
-    return [str(Path(source["path"]).expanduser()) for source in sources]
+    # A folder may stand in for a data set of the hub.
+    places = [re.sub("^hub:([^:]*).*", r"\1", source["path"]) for source in sources]
+    return [str(Path(place).expanduser()) for place in places]
 
 
 def if_done(stage: str, resume: bool) -> str:

@@ -9,6 +9,7 @@ from specforge_exp.config.checks import (
     at_least,
     minimums,
     one_of,
+    only_with,
     safe_name,
     shared_evenly,
 )
@@ -171,7 +172,7 @@ class TrainerConfig:
     decay_shape: str = "linear"
     """wsd: linear or cosine."""
     min_lr_ratio: float = 0.0
-    """The schedule ends at this share of lr."""
+    """The schedule ends at this share of lr; constant does not fall."""
     weight_decay: float = 0.0
     """AdamW's."""
     clip: float = 0.5
@@ -211,7 +212,9 @@ class TrainerConfig:
             if not 0 <= vars(self)[name] <= 1:
                 raise InputError(f"trainer.{name}={vars(self)[name]} must be in [0, 1]")
         allow(self, "trainer.", schedule="cosine linear constant wsd", decay_shape="linear cosine")
-        if self.schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
+        wsd = self.schedule == "wsd"
+        only_with(self, "trainer.", wsd, "trainer.schedule=wsd", "decay_ratio decay_shape")
+        if wsd and self.warmup_ratio + self.decay_ratio > 1:
             raise InputError(
                 f"trainer.warmup_ratio={self.warmup_ratio} and trainer.decay_ratio="
                 f"{self.decay_ratio} leave no step between them; their sum must be at most 1"
@@ -262,8 +265,8 @@ class ExportConfig:
             )
         if self.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
             raise InputError(f"export.push={self.push} is not the owner/name of a repository")
-        if self.dry_run and not self.push:
-            raise InputError("export.dry_run=true needs export.push=<owner>/<name>")
+        pushed = "export.push=<owner>/<name>"
+        only_with(self, "export.", self.push is not None, pushed, "dry_run private")
         minimums(self, "export.", step=1)
         if self.step and self.best:
             raise InputError(f"export.step={self.step} and export.best=true name two checkpoints")
@@ -333,6 +336,9 @@ class BenchConfig:
             turns="first all", average="conversations responses", thinking="model off on",
             verify="all confidence",
         )  # fmt: skip
+        confident = self.verify == "confidence"
+        only_with(self, "bench.", confident, "bench.verify=confidence", "verify_cost")
+        only_with(self, "bench.", bool(self.suite), "bench=standard or bench=zlab", "samples")
         safe_name("bench.name", self.name or "none")
         for key in ("datasets", "suite"):
             for name, source in vars(self)[key].items():

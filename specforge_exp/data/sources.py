@@ -149,6 +149,26 @@ def unread(source: Source) -> list[str]:
     return []
 
 
+def stand_ins(path: str) -> list[Path]:
+    """The files here that are read in the place of a data set of the hub, `path` being of a source;
+    none where the hub's own are, or it is of another scheme."""
+    scheme, _, rest = path.partition(":")
+    if scheme != "hub":
+        return []
+    name, part, _ = hub_name(rest)
+    folder = Path(name)
+    if known(part):
+        return [folder / member for member in spelt_out(part) if (folder / member).exists()]
+    inside = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    shown = [file for file in inside if not any(part.startswith(".") for part in file.parts)]
+    return [folder / file for file in sorted(shown)]
+
+
+def depends_on(source: Source) -> list[Path]:
+    """The files of this machine that a source is made of; InputError as `local_files`."""
+    return local_files(source) or stand_ins(source.path)
+
+
 def known(name: str) -> bool:
     """True for a file name that `parse` can read."""
     return name.endswith(SUFFIXES) and not name.endswith(".rejected.jsonl")

@@ -34,7 +34,7 @@ from specforge_exp.data.files import (
     parse,
     passed_over,
 )
-from specforge_exp.data.sources import hub_name
+from specforge_exp.data.sources import hub_name, stand_ins
 from specforge_exp.errors import InputError, first_line
 
 TEXTS = (*SUFFIXES, ".txt")
@@ -375,8 +375,10 @@ def held_out(own: PretrainConfig, tokens: Tokens, length: int) -> Any:
 
 
 def text_digest(source: TextSource) -> str:
-    """What tells local files from others; the hub's stand for themselves."""
-    if source.path.startswith(("hub:", "synthetic:")):
+    """What tells local files from others; the hub's own stand for themselves."""
+    remote = source.path.startswith(("hub:", "synthetic:"))
+    files = stand_ins(source.path) if remote else files_of(source)
+    if not files:
         return source.path
-    found = {str(file): content_of(file) for file in files_of(source)}
+    found = {str(file): content_of(file) for file in files}
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()

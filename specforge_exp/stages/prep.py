@@ -35,7 +35,13 @@ from specforge_exp.config.machine import command
 from specforge_exp.data.conversations import encode
 from specforge_exp.data.files import Rejected
 from specforge_exp.data.messages import joined
-from specforge_exp.data.sources import from_first_user, local_files, read, reasons, unread
+from specforge_exp.data.sources import (
+    depends_on,
+    from_first_user,
+    read,
+    reasons,
+    unread,
+)
 from specforge_exp.errors import InputError
 from specforge_exp.records import write_json
 
@@ -98,7 +104,7 @@ def prep(cfg: Config) -> Path:
         settings["data.system"] = cfg.data.system
     if cfg.prep.check:
         return state(cfg, folder, settings)
-    files = [file for source in [*cfg.data.train, *cfg.data.eval] for file in local_files(source)]
+    files = [file for source in [*cfg.data.train, *cfg.data.eval] for file in depends_on(source)]
     settings[FILES] = len(files)
     fingerprint = Fingerprint({str(file): sha256(file) for file in files}, settings)
     if reusable(folder / "run.json", fingerprint, cfg.prep.force, "prep"):
@@ -310,7 +316,7 @@ def state(cfg: Config, folder: Path, settings: dict[str, Any]) -> Path:
         times = {
             str(file): file.stat().st_mtime
             for source in [*cfg.data.train, *cfg.data.eval]
-            for file in local_files(source)
+            for file in depends_on(source)
         }
         changes += [f"{name} is gone" for name in record["inputs"] if name not in times]
         changes += [f"{name} is new" for name in times if name not in record["inputs"]]

@@ -110,7 +110,7 @@ def preprocess(cfg: Config) -> Path:
         end = end_of_answers(make_chat(cfg))
         warnings = [text for name in splits for text in doubts(name, report[name], end)]
         warnings += [too_long] if too_long else []
-        warnings += others_answers(cfg, source)
+        warnings += others_answers(cfg, source) + unread(cfg)
         write_json(
             partial / "report.json", {"draft_vocab_size": size, **report, "warnings": warnings}
         )
@@ -123,6 +123,16 @@ def preprocess(cfg: Config) -> Path:
         log.warning("preprocess: warning: %s", text)
     log.info("preprocess: complete: %s%s", folder, left_out(report))
     return folder
+
+
+def unread(cfg: Config) -> list[str]:
+    """What is to be said about switches of which the chat template has never heard."""
+    text, kwargs = str(load_tokenizer(cfg.model).chat_template), cfg.model.chat_template_kwargs
+    return [
+        f"model.chat_template_kwargs.{name} changes nothing: the chat template does not know it"
+        for name in kwargs
+        if name not in text
+    ]
 
 
 def others_answers(cfg: Config, source: Path) -> list[str]:

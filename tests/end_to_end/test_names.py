@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import warm
+from conftest import SMALL
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -106,7 +107,7 @@ def test_two_trials_of_the_stock_sweeper(cfg: Config, tokens: Path, tmp_path: Pa
     """Two names, two folders; a failed trial is told by the exit code."""
     options = [
         "-m", "experiment=smoke", "model=tiny", "hparams_search=opd_stock", "max_steps=2",
-        "data=synthetic", f"data.name={cfg.data.name}", f"model.path={cfg.model.path}",
+        "data=synthetic", *SMALL, f"model.path={cfg.model.path}",
         f"model.name={cfg.model.name}", f"draft.draft_vocab_size={cfg.draft.draft_vocab_size}",
         f"max_length={cfg.max_length}", f"paths.datasets={cfg.paths.datasets}",
         f"paths.checkpoints={tmp_path}/c", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import warm
-from conftest import REPOSITORY, make_config
+from conftest import REPOSITORY, SMALL, make_config
 from holding import environment
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -46,7 +46,7 @@ def prepared(folder: Path) -> Path:
 def options(folder: Path, name: str, *more: str) -> list[str]:
     """Overrides of one training."""
     return [
-        "experiment=smoke", "model=tiny", "loss=baseline", "data.name=small", "max_length=256",
+        "experiment=smoke", "model=tiny", "loss=baseline", *SMALL, "max_length=256",
         f"paths.datasets={folder / 'datasets'}", f"paths.checkpoints={folder / 'checkpoints'}",
         f"run_name={name}", f"max_steps={STEPS}", "epochs=30", "lr=1e-3", "trainer.batch_size=4",
         "trainer.log_every=1", "trainer.save_every=4", "trainer.eval_every=9", *more,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import warm
-from conftest import REPOSITORY
+from conftest import REPOSITORY, SMALL
 from test_inputs import job
 
 from specforge_exp.config import Config, TargetConfig, TrainerConfig
@@ -26,7 +26,7 @@ def test_a_trainer_alone(cfg: Config, tokens: Path, tmp_path: Path) -> None:
     before = files(tmp_path)
     done = warm.run(
         [str(REPOSITORY / "train.py"), "experiment=smoke", "model=tiny", "loss=baseline",
-         "data.name=small", "max_length=256", "run_name=test", f"paths.datasets={tokens.parent}",
+         *SMALL, "max_length=256", "run_name=test", f"paths.datasets={tokens.parent}",
          f"paths.checkpoints={run.parent}", "trainer.batch_size=4", "trainer.gpus=2",
          "target.placement=ray", "target.alone=trainer", "max_steps=3", "trainer.save_every=1"],
     )  # fmt: skip

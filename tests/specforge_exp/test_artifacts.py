@@ -318,6 +318,23 @@ def test_a_target_trained_further_is_another(
     assert before != model_digest(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "name", ["vocab.txt", "merges.txt", "qwen.tiktoken", "additional_chat_templates/tool_use.jinja"]
+)
+def test_a_target_with_another_tokenizer_is_another(tmp_path: Path, name: str) -> None:
+    """Of whatever files it is made; where tokenizer.json is, nobody reads the words beside it."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("one")
+    before = model_digest(str(tmp_path))
+    (tmp_path / name).write_text("two")
+    assert before != (after := model_digest(str(tmp_path)))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    whole = model_digest(str(tmp_path))
+    (tmp_path / name).write_text("one")
+    assert (model_digest(str(tmp_path)) == whole != after) == (not name.endswith("jinja"))
+
+
 def test_a_hub_id_is_known_by_its_files_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

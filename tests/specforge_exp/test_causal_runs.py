@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 import warm
-from conftest import REPOSITORY, make_config
+from conftest import REPOSITORY, SMALL, make_config
 from holding import environment, hold, release
+from test_checks import changed
 from test_resume import finish, kill_all, lines, losses, run_of, start, wait_for_step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,7 +48,7 @@ def command(cfg: Config, stage: str, name: str, *more: str) -> list[str]:
         sys.executable, str(REPOSITORY / f"{stage}.py"), f"experiment={stage}_tiny",
         f"paths.datasets={Path(cfg.paths.datasets).resolve()}",
         f"paths.checkpoints={Path(cfg.paths.checkpoints).resolve()}", f"run_name={name}",
-        "data.name=small", "max_length=256", f"max_steps={STEPS}", "epochs=30",
+        *SMALL, "max_length=256", f"max_steps={STEPS}", "epochs=30",
         "trainer.batch_size=4", "trainer.pack_tokens=600", "trainer.log_every=1",
         "trainer.save_every=3", "trainer.eval_every=7", *more,
     ]  # fmt: skip
@@ -162,6 +163,22 @@ def test_refusals(made: Config, stage: str, option: str, words: str, tmp_path: P
     assert process.wait(300) == 1
     said = (tmp_path / "log").read_text()
     assert words in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"export.push": "x/y"}, "sft needs export.push=none, not x/y"),
+        ({"export.format": "speculators"}, "sft needs export.format=auto, not speculators"),
+        ({"export.source": "a"}, "sft needs export.source=none, not a"),
+        ({"onpolicy.name": "replay"}, "sft needs onpolicy=none, not replay"),
+    ],
+)
+def test_what_is_for_drafts_alone(made: Config, values: dict[str, str], said: str) -> None:
+    from specforge_exp.causal.training import check_start
+
+    with pytest.raises(InputError, match=said):
+        check_start(changed(made, values), "sft")
 
 
 @pytest.mark.parametrize("option", [{"seed": 1}, {"seeds": 3}])

@@ -191,6 +191,7 @@ def test_which_draft(trained: Config, tmp_path: Path) -> None:
     ("wrong", "reason"),
     [
         ({"url": "localhost:1"}, "chat.url=localhost:1 must begin with http"),
+        ({"url": "http://x/v1", "draft": "false"}, "chat.draft=false needs chat.url=null"),
         ({"top_p": 2.0}, r"chat.top_p=2.0 must be in \(0, 1\]"),
         ({"temperature": float("inf")}, "chat.temperature=inf must be a finite number"),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from test_conf import composed
 
-from specforge_exp.config import Config
+from specforge_exp.config import Config, Source
 from specforge_exp.config.onpolicy import ProposedTerms
 from specforge_exp.errors import InputError
 
@@ -120,6 +120,26 @@ NOT_TOGETHER: list[tuple[dict[str, Any], str]] = [
             ("epochs", 0),
         ]
     ),
+    *(
+        ({"engine.name": "vllm"} | {key: value}, f"{key}=.* needs {what}, without which it changes")
+        for key, value, what in [
+            ("trainer.decay_ratio", 0.3, "trainer.schedule=wsd"),
+            ("trainer.decay_shape", "cosine", "trainer.schedule=wsd"),
+            ("export.private", False, "export.push=.*"),
+            ("bench.verify_cost", 0.2, "bench.verify=confidence"),
+            ("bench.samples", "shipped", "bench=standard or bench=zlab"),
+            ("bench.alone_url", "http://x/v1", "engine=openai"),
+        ]
+    ),
+    ({"bench.alone": False}, "bench.alone=false needs engine=sglang or vllm"),
+    (
+        {"data.split_eval": 0.1, "data.eval": [Source("synthetic:eval", limit=1)]},
+        "data.split_eval=0.1 needs data.eval=",
+    ),
+    *(
+        ({"model.chat_template_kwargs": {name: True}}, f"model.chat_template_kwargs.{name} is set")
+        for name in ("add_generation_prompt", "tools", "tokenize")
+    ),
     ({"loss.lambda_ce": -1.0, "loss.lambda_rkl": 2.0}, "loss.lambda_ce=-1.0 must be at least 0"),
     ({"export.source": "x", "export.best": True}, "export.source=x is a draft"),
     ({"export.source": "x", "export.step": 1}, "export.source=x is a draft"),
@@ -130,16 +150,18 @@ NOT_TOGETHER: list[tuple[dict[str, Any], str]] = [
 
 def together(values: dict[str, Any]) -> Config:
     """A configuration with these values, checked as when it is made."""
-    cfg = composed("lr=1e-4", "model=tiny", "max_length=64")
+    return changed(composed("lr=1e-4", "model=tiny", "max_length=64"), values)
+
+
+def changed(cfg: Config, values: dict[str, Any]) -> Config:
+    """This one with them."""
     parts: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         group, _, name = key.rpartition(".")
         parts.setdefault(group, {})[name] = value
     own = parts.pop("", {})
-    changed: Config = replace(
-        cfg, **own, **{group: replace(getattr(cfg, group), **more) for group, more in parts.items()}
-    )
-    return changed
+    groups = {group: replace(getattr(cfg, group), **more) for group, more in parts.items()}
+    return replace(cfg, **own, **groups)
 
 
 @pytest.mark.parametrize(("values", "message"), NOT_TOGETHER, ids=str)
@@ -154,7 +176,10 @@ def test_options_that_just_go_together() -> None:
         VLLM | {"target.workers": 2, "target.tp_size": 3, "target.args": {"max_num_seqs": 1}},
         RAY | {"target.cache": "memory", "target.share": "sweep", "target.profile": [0, 1]},
         {"target.shard": True, "target.cache": "disk"}, {"target.pack_tokens": 8},
-        RAY | REPLAY,
+        RAY | REPLAY, {"engine.name": "vllm", "bench.alone": False},
+        {"data.split_eval": 0.1, "data.eval": []},
+        {"export.push": "x/y", "export.private": False}, {"export.source": "x"},
+        {"engine.name": "openai", "engine.urls": ["http://x/v1"], "bench.alone_url": "http://y/v1"},
         REPLAY | {"onpolicy.length": 7, "onpolicy.errors": 1.0, "onpolicy.decay": 1.0},
         {"trainer.schedule": "wsd", "trainer.warmup_ratio": 0.5, "trainer.decay_ratio": 0.5},
         {"regen.top_p": 1.0, "regen.top_k": 0, "regen.temperature": 0.0, "max_length": 9},

@@ -6,14 +6,16 @@ Options are drawn by a seed: what each of them does by itself, other files say.
 import random
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import small_target
+from conftest import TINY, small_target
 from test_eagle3 import gradients, packed
 from torch import Tensor
 
+from specforge_exp.bench.speculative import Decoding, generate, speculate
 from specforge_exp.config import LossConfig, locate
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.drafts.dspark.config import DSparkConfig
@@ -36,16 +38,17 @@ def some_options(draw: random.Random) -> Any:
     eagle: dict[str, Any] = {
         "draft_vocab_size": draw.choice([20, None]), "num_layers": layers,
         "norm_before_residual": draw.random() < 0.5, "sliding_window": window,
-        "full_attention_layers": [draw.randrange(layers)] * bool(window),
+        "full_attention_layers": [draw.randrange(layers)] * bool(window and layers > 1),
         draw.choice(["norm_before_fc", "fc_norm"]): draw.random() < 0.5,
     }  # fmt: skip
     dflash: dict[str, Any] = {
         "block_size": 4, "num_layers": layers, "num_features": draw.choice([1, 3]),
         "num_anchors": draw.choice([1, 3, 50]), "min_loss_tokens": draw.choice([None, 1]),
         "position_weights": draw.choice(["decay", "dpace"]), "sliding_window": window,
-        "divisor": draw.choice(["weights", "labels"]), "window": draw.choice(["slot", "block"]),
+        "divisor": draw.choice(["weights", "labels"]),
+        "window": draw.choice(["slot", "block"]) if window else "slot",
         "sample_from_anchor": draw.random() < 0.5,
-        "sliding_window_non_causal": draw.random() < 0.5,
+        "sliding_window_non_causal": bool(window) and draw.random() < 0.5,
     }  # fmt: skip
     eagle3 = Eagle3Config(
         name="eagle3", ttt_length=steps, norm_output=draw.random() < 0.5,
@@ -157,3 +160,28 @@ def test_any_options(seed: int) -> None:
         for key, gradient in found.items():
             apart = float((gradient - expected[key]).abs().max())
             assert apart <= 2e-4 * largest, f"{name}: {key}: {cfg}"
+
+
+@pytest.mark.parametrize("seed", [*range(4, 12), 15])
+@torch.no_grad()
+def test_any_export(seed: int, tmp_path: Path) -> None:
+    """What is read back, of either layout, computes and drafts the same."""
+    draw = random.Random(seed)
+    cfg = some_options(draw)
+    target = small_target(TOKENS)
+    target.aux_layers = locate(cfg._target_).target_layers(cfg, 8)
+    draft = made(target, cfg, seed).eval()
+    drafted = {"sglang": [], "speculators": [2]}[draw.choice(cfg.formats)]
+    draft.write(tmp_path, target, TINY.path, torch.float32, *drafted)
+    loaded = type(draft).load(tmp_path, target).eval()
+    ids_1T = torch.tensor([[draw.randrange(TOKENS) for _ in range(20)]])
+    aux_1TA, _ = target.features(ids_1T)
+    ours, theirs = (each.all_logits(cfg, ids_1T, aux_1TA) for each in (draft, loaded))
+    assert ours.equal(theirs)
+    decoding, prompt = Decoding(9, draw.randint(1, cfg.chain_length(None))), ids_1T[0, :8].tolist()
+    said, again = (
+        speculate(target, each.decoder(), each.draft_ids_D, prompt, decoding)
+        for each in (draft, loaded)
+    )
+    assert (said.tokens, said.gained, said.read) == (again.tokens, again.gained, again.read)
+    assert said.tokens == generate(target, prompt, decoding).tokens

@@ -215,7 +215,7 @@ def test_a_divisor_of_labels(target: Target) -> None:
 def test_older_runs_are_the_same_trainings() -> None:
     """Options that were not there say nothing at their defaults, and something elsewhere."""
     assert not set(options.ADDED) & set(CFG.matters())
-    assert replace(CFG, window="block").matters()["window"] == "block"
+    assert replace(CFG, window="block", sliding_window=9).matters()["window"] == "block"
     fresh = vars(DFlashConfig(name="dflash"))
     assert all(fresh[name] == value for name, value in options.ADDED.items())
 
@@ -226,6 +226,10 @@ def test_older_runs_are_the_same_trainings() -> None:
         ({"sliding_window": 5}, "must be above draft.block_size=5"),
         ({"full_attention_indices": [0]}, "needs draft.sliding_window"),
         ({"sliding_window": 9, "full_attention_indices": [2]}, "no layer 2"),
+        ({"sliding_window": 9, "full_attention_indices": [1, 0]}, "=.1,0. names all layers"),
+        ({"window": "block"}, "window=block needs draft.sliding_window"),
+        ({"sliding_window_non_causal": True}, "non_causal=true needs draft.sliding_window"),
+        ({"dpace_alpha": 0.4}, "dpace_alpha=0.4 needs draft.position_weights=dpace"),
         ({"dpace_alpha": 1.5}, "from 0 to 1"),
         ({"position_weights": "fixed"}, "draft.position_weights"),
     ],

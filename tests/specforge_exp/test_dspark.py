@@ -337,6 +337,13 @@ def test_its_loss_and_what_it_refuses() -> None:
     for words, message in [
         (["draft=dflash", "bench.verify=confidence"], "has no confidence head"),
         (["draft=dspark", "draft.markov_head_type=gru"], "draft.markov_head_type"),
+        *(
+            (
+                ["draft=dspark", "draft.enable_confidence_head=false", f"draft.{given}"],
+                rf"draft\.{given} needs draft\.enable_confidence_head=true",
+            )
+            for given in ("confidence_weight=2.0", "confidence_head_with_markov=false")
+        ),
         (["draft=dspark", "bench.chain_length=8"], "must not be above draft.block_size=7"),
         (["draft=dspark", "bench.verify=confidence", "engine=vllm"], "decides by itself"),
     ]:

@@ -219,6 +219,7 @@ def test_what_an_export_says(
         ({"fc_norm": True, "norm_before_fc": True}, "draft.norm_before_fc=true and draft.fc_norm"),
         ({"sliding_window": 3}, "draft.ttt_length=4"),
         ({"full_attention_layers": [0]}, "needs draft.sliding_window"),
+        ({"sliding_window": 9, "full_attention_layers": [0]}, "_layers=[0] names all layers"),
         ({"sliding_window": 9, "full_attention_layers": [1]}, "draft.num_layers=1"),
         ({"num_layers": 0}, "draft.num_layers"),
     ],

@@ -34,6 +34,7 @@ from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.peagle.config import PEagleConfig
 from specforge_exp.drafts.standalone.config import StandaloneConfig
 from specforge_exp.errors import InputError
+from specforge_exp.inputs import OPTIONS
 from specforge_exp.stages import bench, export, prep, preprocess, pretrain, regen, sft, train
 from specforge_exp.target import DTYPES
 from specforge_exp.target.loading import aux_layer_ids
@@ -50,12 +51,15 @@ CANDIDATES: list[Any] = [
     True, False, 1, 2, 3, 5, 9, 32, 64, 0.25, 0.5, "synthetic:bench", "other", *
     "float32 bfloat16 random weights target high cpu drop join humaneval dflash specforge "
     "speculators off sum vllm modal retry prep out leave_out disk memory ray sweep trainer "
-    "workers mooncake sglang linear constant cosine eager shipped all responses dpace labels "
-    "block merged gated confidence replay rollout none wandb http://other x/y x/z".split(),
+    "workers mooncake sglang linear constant cosine eager shipped all responses dpace decay "
+    "labels block merged gated confidence replay rollout none wandb http://other x/y x/z".split(),
     [1], [1, 2], [1, 2, 4], [1, 2, 4, 6, 7], ["one"], ["loss"], ["http://other/v1"], {"extra": 1},
 ]  # fmt: skip
 """Of the option's own type the first that it takes is its other value."""
-FIXED = {("PEagleConfig", "draft.norm_output"), ("", "data.path"), ("", "data.format")}
+FIXED = {
+    ("PEagleConfig", "draft.norm_output"),
+    *(("", name) for name in "data.path data.format export.private export.dry_run".split()),
+}
 """Options that have one valid value: of a kind of draft, or while what is made of them stays."""
 
 
@@ -116,7 +120,7 @@ def plain(folder: Path) -> Config:
     """EAGLE-3; what an option needs to be valid is there."""
     cfg, draft = make_config(folder), Eagle3Config(name="eagle3", draft_vocab_size=512)
     return replace(
-        cfg, device="auto", max_steps=3, trainer=replace(cfg.trainer, batch_size=2),
+        cfg, device="auto", max_steps=3, trainer=replace(cfg.trainer, batch_size=2, schedule="wsd"),
         draft=replace(draft, num_layers=2, sliding_window=16),
         bench=replace(cfg.bench, datasets={"stories": Source(path="synthetic:bench/stories")}),
         export=replace(cfg.export, push="x/y", format="speculators"),
@@ -136,19 +140,20 @@ def bases(folder: Path) -> dict[str, tuple[Config, str]]:
     return {
         "plain": (cfg, ""),
         "a loss of one's own": (replace(cfg, loss=own_loss, lr=2e-4), "loss.options lr_point"),
+        "held out of it": (replace(cfg, data=replace(cfg.data, eval=[])), "data.split_eval"),
         "rollout": (replace(cfg, onpolicy=replace(cfg.onpolicy, name="rollout")), "onpolicy."),
         "workers": (replace(cfg, target=workers), "target."),
         "vllm": (replace(cfg, target=replace(workers, engine="vllm")), "target."),
         "openai": (
             replace(cfg, engine=replace(cfg.engine, name="openai", urls=urls)), "engine. bench."
         ),
-        "server": (replace(cfg, engine=replace(cfg.engine, name="sglang")), "engine."),
+        "server": (replace(cfg, engine=replace(cfg.engine, name="sglang")), "engine. bench.alone"),
         "suite": (replace(cfg, draft=DSparkConfig(name="dspark"), bench=suite), "bench."),
         **{
             f"{draft}": (replace(plainly, draft=draft), "draft.")
             for draft in (
-                DFlashConfig(name="dflash", sliding_window=32),
-                DSparkConfig(name="dspark", sliding_window=32),
+                DFlashConfig(name="dflash", sliding_window=32, position_weights="dpace"),
+                DSparkConfig(name="dspark", sliding_window=32, position_weights="dpace"),
                 PEagleConfig(name="peagle", sliding_window=16),
                 StandaloneConfig(name="standalone", path="a/model"),
                 StandaloneConfig(name="standalone"),
@@ -263,11 +268,18 @@ def outcome(stage: str, cfg: Config, name: str = "") -> Any:
     return None
 
 
+def without_drafts_own(cfg: Config) -> Config:
+    """The same without what the trainings of models refuse, as it is for drafts alone."""
+    of_export = replace(cfg.export, push=None, format="auto")
+    return replace(cfg, export=of_export, onpolicy=replace(cfg.onpolicy, name="none"))
+
+
 def outcomes(stage: str, folder: Path) -> dict[tuple[str, str], set[Any]]:
     """By the draft's kind (of its own options) and option, what another value leads to."""
     results: dict[tuple[str, str], set[Any]] = {}
-    for cfg, prefixes in bases(folder).values():
-        furnish(cfg)
+    for base, prefixes in bases(folder).values():
+        furnish(base)
+        cfg = without_drafts_own(base) if stage in ("pretrain", "sft") else base
         before, kind = outcome(stage, cfg), type(cfg.draft).__name__
         # Only states of a target in this process are kept on disk.
         nothing = stage == "cache" and before is None and prefixes
@@ -308,6 +320,16 @@ def test_every_option_is_part_of_it_or_said_not_to_matter(stage: str, made: Path
     stale = {e for law in ours for names in law.values() for e in names.split()} - used
     faults += [f"{each} is no option" for each in stale if each[0] != "-"]
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("stage", OPTIONS)
+def test_later_stages_compare_all_that_a_stage_depends_on(stage: str, made: Path) -> None:
+    cfg = plain(made)
+    cfg.data.system, cfg.regen.repetition_penalty = "join", 1.5  # which are settings if chosen
+    settings = json.loads(outcome(stage, cfg))["settings"]
+    group = "data." if stage == "prep" else f"{stage}."
+    own = {name for name in settings if name.startswith(group)}
+    assert own == set(OPTIONS[stage].split()) - {"model.chat_template_kwargs"}
 
 
 def test_every_field_has_a_docstring() -> None:

@@ -1,17 +1,22 @@
 """Jobs of -m whose inputs are missing: one message before one starts, its commands in order."""
 
+import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import warm
 from conftest import REPOSITORY, TINY
 from omegaconf import OmegaConf
+from test_checks import changed
 
 from specforge_exp import paths
-from specforge_exp.config import Config
+from specforge_exp.artifacts import read_record
+from specforge_exp.config import Config, Source
 from specforge_exp.errors import InputError
-from specforge_exp.inputs import check_jobs
+from specforge_exp.inputs import check_jobs, require
+from specforge_exp.records import write_record
 
 SMALL = ["model=tiny", "experiment=quickstart"]
 
@@ -72,3 +77,63 @@ def test_a_sweep_and_a_study_start_nothing(more: list[str], tmp_path: Path) -> N
     assert done.stderr.count("prep.py -m ") == done.stderr.count("regen.py -m ") == 1
     assert "Traceback" not in done.stderr and "#0" not in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"preprocess.last_turn_only": True}, "last_turn_only was false, now true.*preprocess.f"),
+        ({"preprocess.thinking": "out"}, "preprocess.thinking was in, now out"),
+        ({"model.chat_template_kwargs": {"a": 1}}, "chat_template_kwargs was {}, now {a:1}"),
+        ({"data.max_turns": 1}, "small was .*data.max_turns was null, now 1.*prep.force=true"),
+        ({"data.system": "join"}, "data.system was keep, now join"),
+        (
+            {"data.train": [Source("synthetic:train", limit=3)]},
+            "data.train was .*limit:12.*limit:3",
+        ),
+    ],
+)
+def test_options_of_a_stage_before_change_nothing(
+    values: dict[str, Any], message: str, cfg: Config, tokens: Path
+) -> None:
+    """They are refused where they are given later on, also to what reads it by another stage."""
+    require(cfg, "preprocess")
+    with pytest.raises(InputError, match=message):
+        require(changed(cfg, values), "preprocess")
+    require(changed(cfg, {"preprocess.processes": 1, "preprocess.shard_tokens": 9}), "preprocess")
+
+
+def test_options_of_answers(cfg: Config, tokens: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Between prompts and tokens; each by the record that it is known by. regen's own are said."""
+    record, answers = read_record(tokens / "run.json"), paths.regen_dir(cfg)
+    answers.mkdir()
+    (answers / "train.jsonl").write_text("")
+    for folder in (answers, tokens):
+        record["config"]["preprocess"]["source"] = "regen"
+        write_record(folder / "run.json", record | {"files": {}})
+    cfg.preprocess.source = "regen"
+    for stage in ("regen", "preprocess"):
+        with pytest.raises(InputError, match=r"data\.sample_size was null, now 2"):
+            require(changed(cfg, {"data.sample_size": 2}), stage)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            require(changed(cfg, {"regen.top_k": 3, "regen.temperature": 0.0}), stage)
+        assert "made with regen.temperature=0.7, regen.top_k=null, which is not" in caplog.text
+
+
+def test_options_that_are_left_out_are_said(
+    cfg: Config, tokens: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what has been made again since."""
+    record = read_record(tokens / "run.json")
+    record["config"]["preprocess"]["overlong"] = "drop"
+    write_record(tokens / "run.json", record)
+    with caplog.at_level(logging.INFO):
+        require(cfg, "preprocess")
+    assert f"{tokens} was made with preprocess.overlong=drop, which is not given" in caplog.text
+    assert "by now" not in caplog.text
+    prompts = read_record(paths.prompts_dir(cfg) / "run.json")
+    prompts["files"]["train.jsonl"]["sha256"] = "other"
+    write_record(paths.prompts_dir(cfg) / "run.json", prompts)
+    require(changed(cfg, {"preprocess.overlong": "drop", "data.max_turns": 1}), "preprocess")
+    assert "small is another by now than what was made of it" in caplog.text

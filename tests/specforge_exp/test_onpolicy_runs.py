@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import warm
-from conftest import REPOSITORY, make_config
+from conftest import REPOSITORY, SMALL, make_config
 from holding import environment, hold, release
 
 from specforge_exp import paths
@@ -298,7 +298,7 @@ def test_killed_and_resumed_to_the_bit(base: Config, tmp_path: Path) -> None:
     """With sampled answers: SIGKILL after steps 2 and 5, of rounds that begin with 1 and 4."""
     words = [
         str(REPOSITORY / "train.py"), "experiment=smoke", "model=tiny", "data=synthetic",
-        f"data.name={base.data.name}", f"model.path={base.model.path}", "onpolicy=rollout",
+        *SMALL, f"model.path={base.model.path}", "onpolicy=rollout",
         f"model.name={base.model.name}", f"draft.draft_vocab_size={base.draft.draft_vocab_size}",
         f"max_length={base.max_length}", f"paths.datasets={base.paths.datasets}", "epochs=3",
         f"paths.checkpoints={tmp_path}", "target.cache=none", "onpolicy.sync_every=3",

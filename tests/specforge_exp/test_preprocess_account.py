@@ -186,6 +186,13 @@ def test_prompts_of_another_length_are_counted(
     assert [text for text in report["warnings"] if "prompts of another length than here" in text]
 
 
+def test_switches_that_the_template_does_not_know(cfg: Config, source: Path) -> None:
+    cfg.model.chat_template_kwargs = {"message": 1, "enable_thinkin": False}
+    warnings = json.loads((preprocess(cfg) / "report.json").read_text())["warnings"]
+    [told] = [text for text in warnings if "the chat template does not know" in text]
+    assert told.startswith("model.chat_template_kwargs.enable_thinkin changes nothing")
+
+
 def test_answers_to_other_prompts_are_told_of(cfg: Config, source: Path) -> None:
     """prep was run again under the same name, regen was not."""
     cfg.preprocess.source = "regen"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import warm
-from conftest import REPOSITORY
+from conftest import REPOSITORY, SMALL
 from holding import environment, hold, release
 
 from specforge_exp.config import Config
@@ -30,7 +30,7 @@ def command(cfg: Config, name: str, *more: str) -> list[str]:
         "loss=baseline",
         f"paths.datasets={Path(cfg.paths.datasets).resolve()}",
         f"paths.checkpoints={Path(cfg.paths.checkpoints).resolve()}", f"run_name={name}",
-        "data.name=small", "max_length=256", "draft.ttt_length=3", f"max_steps={STEPS}",
+        *SMALL, "max_length=256", "draft.ttt_length=3", f"max_steps={STEPS}",
         "epochs=30", "lr=1e-3", "trainer.batch_size=4", "trainer.log_every=1",
         "trainer.save_every=3", "trainer.eval_every=17", *more,
     ]  # fmt: skip

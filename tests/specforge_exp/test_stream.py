@@ -189,6 +189,10 @@ def test_other_text_is_another_source(tmp_path: Path) -> None:
     assert text_digest(source) == first
     (tmp_path / "a.txt").write_text("two")
     assert text_digest(source) != first and text_digest(TextSource("hub:o/n")) == "hub:o/n"
+    stand_in = TextSource(f"hub:{tmp_path}:train")
+    second = text_digest(stand_in)
+    (tmp_path / "a.txt").write_text("one")
+    assert text_digest(stand_in) != second
 
 
 def test_a_stream_of_the_hub(tmp_path: Path) -> None:

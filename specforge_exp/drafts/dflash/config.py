@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from specforge_exp.config.checks import at_least, one_of
+from specforge_exp.config.checks import at_least, one_of, only_with, some_of_all
 from specforge_exp.config.choices import DraftConfig
 from specforge_exp.errors import InputError
 
@@ -91,6 +91,8 @@ class DFlashConfig(DraftConfig):
         one_of("draft.window", self.window, ("slot", "block"))
         if not 0 <= self.dpace_alpha <= 1:
             raise InputError(f"draft.dpace_alpha={self.dpace_alpha} must be from 0 to 1")
+        dpace = self.position_weights == "dpace"
+        only_with(self, "draft.", dpace, "draft.position_weights=dpace", "dpace_alpha")
         self.check_window()
 
     def check_window(self) -> None:
@@ -103,6 +105,9 @@ class DFlashConfig(DraftConfig):
             )
         if full and window is None:
             raise InputError(f"draft.full_attention_indices={full} needs draft.sliding_window")
+        windowed = "window sliding_window_non_causal"
+        only_with(self, "draft.", window is not None, "draft.sliding_window", windowed)
+        some_of_all("draft.full_attention_indices", full, self.num_layers)
         if wrong := [index for index in full if not 0 <= index < self.num_layers]:
             raise InputError(
                 f"draft.full_attention_indices={full}: draft.num_layers={self.num_layers} has no "

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from specforge_exp.config.checks import at_least, one_of
+from specforge_exp.config.checks import at_least, one_of, only_with
 from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.errors import InputError
 
@@ -41,6 +41,8 @@ class DSparkConfig(DFlashConfig):
         one_of("draft.markov_head_type", self.markov_head_type, ("vanilla", "gated", "rnn"))
         if self.confidence_weight < 0:
             raise InputError(f"draft.confidence_weight={self.confidence_weight} is below 0")
+        of_head = "confidence_weight confidence_head_with_markov"
+        only_with(self, "draft.", self.confident, "draft.enable_confidence_head=true", of_head)
 
     @property
     def confident(self) -> bool:

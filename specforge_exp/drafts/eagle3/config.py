@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from specforge_exp.config.checks import at_least, one_of
+from specforge_exp.config.checks import at_least, one_of, some_of_all
 from specforge_exp.config.choices import DraftConfig, LossConfig
 from specforge_exp.errors import InputError
 
@@ -47,6 +47,7 @@ class Variant:
                     f"draft.full_attention_layers={self.full_attention_layers} names layers below "
                     f"draft.num_layers={self.num_layers}, and needs draft.sliding_window"
                 )
+        some_of_all("draft.full_attention_layers", self.full_attention_layers, self.num_layers)
         if self.sliding_window is not None and self.sliding_window < max(2, steps):
             raise InputError(
                 f"draft.sliding_window={self.sliding_window} must be at least 2 and at least "
