@@ -50,7 +50,7 @@ FLOORS = {
 """Every house from its floor upwards; the longer name of a file counts."""
 BUDGETS = {
     "modal_sweep": 33_260,
-    "hydra_sweeps": 30_780,
+    "hydra_sweeps": 31_010,
     "hydra_plugins": 1_010,
     "specforge_exp": 249_150,
     "specforge_exp/data": 20_600,
@@ -62,7 +62,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_600,
     "specforge_exp/report": 18_040,
     "specforge_exp/chat": 4_230,
-    "": 314_790,
+    "": 315_010,
     "specforge_exp/causal": 5_960,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
