@@ -14,10 +14,13 @@ from pkgutil import resolve_name
 from types import FrameType
 from typing import cast
 
+from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from hydra_sweeps.errors import SweepError
-from hydra_sweeps.jobs import Job, without_hydra
+from hydra_sweeps.jobs import Job, Source, without_hydra
 from hydra_sweeps.overrides import key_of
 from hydra_sweeps.records import reason
 
@@ -63,10 +66,24 @@ def hydra_overrides(master: DictConfig) -> list[str]:
     return cast(list[str], OmegaConf.to_container(master.hydra.overrides.hydra))
 
 
-def run_overrides(master: DictConfig, multi: bool) -> list[str]:
-    """Those of them without which a run alone would be another one, or not be found."""
-    without = SWEEP_ONLY if multi else (*SWEEP_ONLY, *MULTIRUN_ONLY)
-    return [text for text in hydra_overrides(master) if not key_of(text).startswith(without)]
+def run_overrides(source: Source, overrides: Sequence[str], multi: bool) -> list[str]:
+    """Those of them without which a run alone would be another one, or not be found; and what makes
+    it one run where a file that it chooses asks for a search.
+
+    Args:
+        overrides: of the run, or what all runs have.
+        multi: with -m.
+    """
+    master, without = source.master, SWEEP_ONLY if multi else (*SWEEP_ONLY, *MULTIRUN_ONLY)
+    typed = [text for text in hydra_overrides(master) if not key_of(text).startswith(without)]
+    load = source.context.config_loader.load_configuration
+    try:
+        alone = load(master.hydra.job.config_name, [*typed, *overrides], RunMode.RUN).hydra
+    except (HydraException, OmegaConfBaseException):  # what is searched may be what it needs
+        return typed
+    if multi:
+        return [*typed, "hydra.sweeper.n_trials=1"] if "n_trials" in alone.sweeper else typed
+    return [*typed, "hydra.mode=RUN"] if alone.mode == RunMode.MULTIRUN else typed
 
 
 @contextmanager

@@ -20,7 +20,8 @@ class SweepConf:
     dry_run: bool = False
     """Print what would run, start and write nothing."""
     names: list[str] = field(default_factory=lambda: ["value"])
-    """What the values that a job returns are called; [] when it returns none."""
+    """What the values that a job returns are called; [] when it returns none. Unless named, several
+    directions are those of value_0, value_1, ..."""
     direction: Any = "maximize"
     """maximize or minimize, or a list with one for each of `names`; the first ranks the table."""
     name_key: str | None = None
@@ -41,11 +42,20 @@ class SweepConf:
     report: str | None = None
     """Dotted path of a function (cfg, sweep_dir) that is called at the end."""
 
+    def __post_init__(self) -> None:
+        """Name the values of a file that knows nothing of names, such as hydra-optuna-sweeper's."""
+        if self.listed and len(self.direction) > 1 and [*self.names] == ["value"]:
+            self.names = [f"value_{index}" for index in range(len(self.direction))]
+
+    @property
+    def listed(self) -> bool:
+        """Whether `direction` is a list."""
+        return isinstance(self.direction, Sequence) and not isinstance(self.direction, str)
+
     @property
     def directions(self) -> list[str]:
         """maximize or minimize, for each of `names`; SweepError where they do not fit."""
-        several = isinstance(self.direction, Sequence) and not isinstance(self.direction, str)
-        entries = self.direction if several else [self.direction] * len(self.names)
+        entries = self.direction if self.listed else [self.direction] * len(self.names)
         words = [str(getattr(entry, "name", entry)).lower() for entry in entries]
         if len(words) != len(self.names) or {*words} - {"maximize", "minimize"}:
             raise SweepError(

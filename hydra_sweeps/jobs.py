@@ -85,7 +85,7 @@ class Job:
         A secret of the environment, and what cannot be resolved here, stays as it was typed.
         """
         texts = list(self.overrides)
-        with env_override(self.config.hydra.job.env_set):
+        with job_config(self.config), env_override(self.config.hydra.job.env_set):
             secrets = [value for name, value in os.environ.items() if SECRET_NAME.search(name)]
             for index, text in enumerate(self.overrides):
                 key = text.partition("=")[0]

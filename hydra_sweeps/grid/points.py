@@ -37,12 +37,20 @@ def points(
                 f"{key} stands on the command line ({override.input_line}) and in "
                 f"hydra.sweeper.cases ({case_of_key[key]!r}); leave it in one place"
             )
-    elsewhere = {*case_of_key, *map(key_of, typed)}
-    swept = [f"{key}={value}" for key, value in params.items() if key_of(key) not in elsewhere]
-    combinations = product(loader, [*parse(loader, swept), *typed])
+    swept = [f"{key}={value}" for key, value in params.items() if key_of(key) not in case_of_key]
+    combinations = product(loader, laid_over(parse(loader, swept), typed))
     if not cases:
         return combinations
     return [[*run, *case] for runs in runs_of_cases for case in runs for run in combinations]
+
+
+def laid_over(params: Sequence[Override], typed: Sequence[Override]) -> list[Override]:
+    """What is typed in the place of a param of its key, as Hydra has it, else behind the params."""
+    merged = list[Override]()
+    for param in params:
+        merged += [override for override in typed if key_of(override) == key_of(param)] or [param]
+    keys = {*map(key_of, params)}
+    return [*merged, *(override for override in typed if key_of(override) not in keys)]
 
 
 def product(loader: ConfigLoader, overrides: list[Override]) -> list[list[str]]:

@@ -119,7 +119,7 @@ def run_grid(
         return [launcher.launch([job.overrides for job in jobs], initial_job_idx=0)]
     check_inputs(options.precheck, [job for job in jobs if job.number not in done], launcher)
     with record.locked(folder), raising_sigterm():
-        return carry_out(grid)
+        return carry_out(grid, source)
 
 
 def chosen(jobs: list[Job], patterns: Sequence[str]) -> list[Job]:
@@ -174,12 +174,12 @@ def finished(grid: Grid, earlier: Sweep | None) -> dict[int, Run]:
     return done
 
 
-def carry_out(grid: Grid) -> list[Sequence[JobReturn]]:
+def carry_out(grid: Grid, source: Source) -> list[Sequence[JobReturn]]:
     """Run what is not done; afterwards the table, the report, and an error if runs failed."""
     write_whole(grid.sweep_dir / "multirun.yaml", OmegaConf.to_yaml(grid.master))
     done = finished(grid, record.read(grid.sweep_dir))
     grid.sweep = record.begin(grid.sweep_dir, grid.sweep)
-    set_up(grid, done)
+    set_up(grid, source, done)
     grid.write()
     around = grid.options.around, grid.pending, grid.sweep_dir, grid.options.n_jobs
     with stopping(grid.interrupt, grid.table), surrounded(*around):
@@ -195,10 +195,10 @@ def carry_out(grid: Grid) -> list[Sequence[JobReturn]]:
     return [*chunks(returned, grid.options.max_batch_size)]
 
 
-def set_up(grid: Grid, done: dict[int, Run]) -> None:
+def set_up(grid: Grid, source: Source, done: dict[int, Run]) -> None:
     """Put the runs of this command into the record, as they are where they are done."""
     multi = not is_basic(grid.launcher)
-    hydra = run_overrides(grid.master, multi)
+    hydra = run_overrides(source, grid.jobs[0].overrides, multi)
     if multi and grid.options.repeats > 1:
         hydra.append("hydra.sweeper.repeats=1")
     if multi and grid.options.cases:

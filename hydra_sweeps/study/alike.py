@@ -104,7 +104,7 @@ def refuse_other_options(search: Search, place: Place, trial: Any) -> None:
     options, source, space = search.options, search.source, search.space
     own, number = by_key(trial), trial.number
     searched = {key_of(key) for key in trial.params} | {param.name for param in space.params}
-    texts = [text for text in space.overrides if key_of(text) not in searched]
+    texts = [text for text in space.overrides if text[0] == "~" or key_of(text) not in searched]
     texts += [text for key, text in own.items() if key in searched]
     try:
         now = compose(source, texts, number)

@@ -4,7 +4,6 @@ Its samplers and pruners are files of the plugin. The options of hydra-optuna-sw
 among them: the same file serves both.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,9 +113,13 @@ class OptunaAsyncConf(SweepConf):
                 "line a key: 'lr: tag(log, interval(1e-5, 1e-3))', 'loss: choice(baseline, "
                 "mixed)', 'layers: range(1, 5)'"
             )
+        if self.is_grid and (unknown := {*self.sampler} - {"_target_", "_partial_"}):
+            raise SweepError(
+                f"hydra.sweeper.sampler.{min(unknown)} is no option of a grid, which tries what is "
+                "listed, in that order; leave it out, or give hydra/sweeper/sampler=grid"
+            )
         count = len(self.directions)
-        single = isinstance(self.direction, str) or not isinstance(self.direction, Sequence)
-        if count > 1 and single:  # one word rarely suits all that a study searches by
+        if count > 1 and not self.listed:  # one word rarely suits all that a study searches by
             raise SweepError(
                 f"hydra.sweeper.direction={self.direction}, and hydra.sweeper.names={self.names}: "
                 "a study needs a list with a direction for each of them"

@@ -164,7 +164,7 @@ def read_space(
     of_params = parse(loader, [f"{key}={value}" for key, value in params.items()])
     for together in (typed, of_params):
         refuse_twice(together)
-    given = {key_of(override): override for override in [*of_params, *typed]}
+    given = by_place([*of_params, *typed])
     fixed = {key: override for key, override in given.items() if not override.is_sweep_override()}
     searched = [param_of(loader, given[key]) for key in given if key not in fixed]
     space = Space(searched, fixed, typed={key_of(override) for override in typed})
@@ -177,6 +177,18 @@ def read_space(
             [override] = parse(loader, [f"{key}={value}"])
             add(space, given, param_of(loader, override, when))
     return space
+
+
+def by_place(overrides: Sequence[Override]) -> dict[str, Override]:
+    """The last override of each key, where its first stands; of `~x +x=1` both count."""
+    given = dict[str, Override]()
+    for override in overrides:
+        key = key_of(override)
+        if override.is_delete():
+            given.pop(key, None)
+            key = f"~{key}"
+        given[key] = override
+    return given
 
 
 def condition(loader: ConfigLoader, master: DictConfig, space: Space, text: str) -> Condition:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -93,6 +94,15 @@ class Study(Search):
         """Whether the study has failed."""
         return len(self.failed) > self.options.max_failure_rate * self.options.n_trials
 
+    @cached_property
+    def own_overrides(self) -> list[str]:
+        """Of Hydra's node, those of a run's own command."""
+        return run_overrides(self.source, self.of_run(self.space.overrides), self.multi)
+
+    def of_run(self, overrides: Sequence[str]) -> list[str]:
+        """A job's overrides without the search that they were part of."""
+        return without(overrides, self.options.search_group if self.multi else None)
+
     def table(self) -> str:
         """The study's trials, best first."""
         names = {trial.user_attrs.get(RUN) for trial in self.trials}
@@ -137,9 +147,7 @@ def named_job(search: Search, overrides: Sequence[str], number: int) -> Job:
 
 def run_of(study: Study, job: Job, params: dict[str, Any]) -> Run:
     """A trial's entry in sweep.json."""
-    group = study.options.search_group if study.multi else None
-    hydra = run_overrides(study.source.master, study.multi)
-    command = run_command(without(job.overrides, group), hydra, study.multi)
+    command = run_command(study.of_run(job.overrides), study.own_overrides, study.multi)
     run = Run(job.number, job.subdir, job.overrides, command)
     run.digest, run.record, run.params = job.digest(), job.record, dict(params)
     return run

@@ -140,16 +140,22 @@ def open_study(options: OptunaAsyncConf, place: Place) -> Any:
     optuna, directions = quiet_optuna(), options.directions
     place.check()
 
-    def create() -> Any:
+    def create(load_if_exists: bool) -> Any:
         return optuna.create_study(
             storage=connection(place.storage),
             study_name=place.name,
             directions=directions,
-            load_if_exists=True,
+            load_if_exists=load_if_exists,
         )
 
+    def open_it() -> tuple[Any, bool]:
+        try:
+            return create(False), True
+        except optuna.exceptions.DuplicatedStudyError:
+            return create(True), False
+
     try:
-        study = answered(place, create)
+        study, is_new = answered(place, open_it)
     except ValueError as error:
         raise SweepError(f"the study {place} cannot be opened: {error}") from None
     refuse_other_directions(options, place, study)
@@ -157,7 +163,7 @@ def open_study(options: OptunaAsyncConf, place: Place) -> Any:
         study.set_user_attr(MEASURED, options.measured)
     trials = len(study.get_trials(deepcopy=False))
     apart = 0 if place.alone else zlib.crc32(str(place.sweep_dir).encode()) % 10**6
-    study.sampler = new_sampler(options, trials + apart)
+    study.sampler = new_sampler(options, 0 if is_new else trials + apart)
     if options.pruner:
         study.pruner = made("pruner", options.pruner)
     return study

@@ -29,8 +29,8 @@ class Shipment:
 
 
 def project_root(task_function: Any) -> Path | None:
-    """Folder of the script, or of the top-level package that holds the task; None for an installed
-    package that is imported."""
+    """Folder of the script, or of the top-level package that holds the task, also with python -m;
+    None for an installed package."""
     name = getattr(task_function, "__module__", None) or type(task_function).__module__
     module = sys.modules.get(name)
     file = getattr(module, "__file__", None)
@@ -39,11 +39,10 @@ def project_root(task_function: Any) -> Path | None:
     path = Path(file).resolve()
     installed = {sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")}
     inside = any(path.is_relative_to(Path(folder).resolve()) for folder in installed)
-    if inside and name != "__main__":
-        return None
     package = getattr(module, "__package__", None) or ""
-    depth = len(package.split(".")) if package and name != "__main__" else 0
-    return path.parents[depth]
+    if inside and (package or name != "__main__"):
+        return None
+    return path.parents[len(package.split(".")) if package else 0]
 
 
 def shipment(root: Path | None, sources: list[str] | None, leave_out: Path) -> Shipment:

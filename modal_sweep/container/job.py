@@ -13,6 +13,11 @@ from modal_sweep.protocol import payload, result
 from modal_sweep.protocol.names import versions
 from modal_sweep.protocol.records import write_whole
 
+ELSEWHERE = (
+    "the container has no module of this name: image.sources names packages of yours that are sent "
+    "(a script's own folder is, with python -m its whole package), image.packages what is installed"
+)
+
 
 def preload() -> None:
     """Import what every job needs, before the fork."""
@@ -42,9 +47,12 @@ def outcome(request: Request) -> dict[str, Any]:
         return result.failed("VersionError", problem)
     os.makedirs(reference["cwd"], exist_ok=True)
     os.chdir(reference["cwd"])
-    context, task_function = payload.unpack(request.common)
+    try:
+        context, task_function = payload.unpack(request.common)
+        config = payload.unpack_config(request.config)
+    except ImportError as error:
+        return result.failed(type(error).__name__, f"{error}; {ELSEWHERE}")
     payload.freeze_environment(reference.get("environ", {}))
-    config = payload.unpack_config(request.config)
     try:
         return run_hydra_job(context, task_function, config)
     except SystemExit as left:

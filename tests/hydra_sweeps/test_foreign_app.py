@@ -1,6 +1,8 @@
 """The sweepers in somebody else's Hydra app, which lies outside the repository."""
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -106,3 +108,36 @@ def test_a_study(app: Path, stock: list[str]) -> None:
 def test_the_stock_sweeper_composes_beside_ours(app: Path) -> None:
     text = run(app, "hydra/sweeper=optuna", "hydra/sweeper/sampler=nsgaii", "--cfg", "hydra")
     assert "optuna.samplers.NSGAIISampler" in text and "optuna_sweeper.OptunaSweeper" in text
+
+
+SEARCH = """# @package _global_
+defaults: [{override /hydra/sweeper: optuna_async}]
+hydra: {mode: MULTIRUN, sweeper: {n_trials: 2, n_jobs: 1, params: {x: "range(1,9)"}}}
+"""
+
+
+@pytest.fixture
+def searching(app: Path) -> Path:
+    """The app with a file that asks for a search."""
+    (app / "settings" / "search").mkdir()
+    (app / "settings" / "search" / "mine.yaml").write_text(SEARCH)
+    return app
+
+
+def test_the_command_of_a_row_runs_once_where_a_file_asks_for_a_search(searching: Path) -> None:
+    app = searching
+    run(app, "+search=mine")
+    [row, _] = json.loads((app / "sweep" / "sweep.json").read_text())["runs"]
+    python, script, *words = shlex.split(row["command"])
+    assert (python, script, words[-1]) == ("python", "app.py", "hydra.mode=RUN")
+    run(app, *words, "hydra.run.dir=alone")
+    assert (app / "alone" / ".hydra").exists()
+
+
+@pytest.mark.slow
+def test_so_it_does_with_m(searching: Path) -> None:
+    app = searching
+    of_batches = ["-m", "+search=mine", "hydra/launcher=submitit_local", "hydra.sweep.dir=batches"]
+    run(app, *of_batches)
+    [row, _] = json.loads((app / "batches" / "sweep.json").read_text())["runs"]
+    assert row["command"].endswith("hydra.sweep.dir=batches hydra.sweeper.n_trials=1")

@@ -199,6 +199,8 @@ def test_values_of_interpolations_are_shown(
     assert job(*typed).resolved == ["kind=9", "x=3", "gamma=3.0", "run_name=${oc.env:A_TOKEN}"]
     given = job(*typed, "+hydra.job.env_set.LR_OF_MINE='3'")
     assert "s3cr3t" not in str(job("kind=${run_name}", typed[-1]).resolved)
+    numbered = job("x=${gamma}", "+hydra.job.env_set.NUMBER='${hydra:job.num}'", "gamma=2")
+    assert numbered.resolved[0] == "x=2.0"
     assert given.resolved[0] == "kind=3" and job("x=3", "kind=\\${x}").resolved == []
     notes = 'note="${oc.env:NOTE,9}",b'
     printed, _ = sweep(tmp_path, notes, "seed=${x}", environment={"NOTE": "5"})

@@ -52,6 +52,18 @@ def starts(folder: Path, *names: str) -> list[str]:
     return [line[1] for name in names for line in journal(folder / name) if line[0] == "start"]
 
 
+def test_a_seed_is_as_written_for_who_makes_the_study(tmp_path: Path) -> None:
+    """Whoever joins draws other points."""
+    options = [*shared(tmp_path), "x=interval(0.0,6.0)", "steps=0", "hydra.sweeper.n_jobs=1",
+               "hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=7"]  # fmt: skip
+    study(tmp_path / "a", *options, "hydra.sweeper.n_trials=2")
+    study(tmp_path / "b", *options, "hydra.sweeper.n_trials=3")
+    written = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=7))
+    expected = [written.ask().suggest_float("x", 0.0, 6.0) for _ in range(3)]
+    drawn = [trial.params["x"] for trial in trials_of(tmp_path)]
+    assert drawn[:2] == expected[:2] and drawn[2] not in expected
+
+
 @pytest.mark.slow
 def test_three_processes_and_one_is_killed(tmp_path: Path) -> None:
     """Every trial ends once; those of the killed one are continued, no other is."""

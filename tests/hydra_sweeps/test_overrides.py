@@ -108,6 +108,8 @@ ARGUMENTS = st.builds(
 @given(arguments=ARGUMENTS)
 @example(arguments=["x='1','a b'", "y='null',null,'[1,2]',[1,2],1,true,1.0"])
 @example(arguments=["x=choice('1','2')", "~z"])
+@example(arguments=["~z", "x=1,2", "+z=3"])
+@example(arguments=["~x", "+x=1,2"])
 @example(arguments=["x=range(1,4),", "y=range(0.0,1.0,0.25)"])
 @example(arguments=["x=nan,'nan'", "y={a:[1,'2']},{}"])
 def test_what_is_typed_is_what_a_job_gets(
@@ -173,9 +175,19 @@ def test_one_key_given_twice(
 
 def test_the_last_plain_value_counts(app: tuple[ConfigLoaderImpl, DictConfig]) -> None:
     assert points(app[0], ["x=1", "x=2", "y=3,4"], {"++y": "5,6"}, []) == [
-        ["x=2", "y=3"], ["x=2", "y=4"]
+        ["y=3", "x=2"], ["y=4", "x=2"]
     ]  # fmt: skip
     assert points(app[0], ["x=1,2", "x=3"], {}, []) == [["x=3"]]
+
+
+def test_jobs_come_in_hydras_order(app: tuple[ConfigLoaderImpl, DictConfig]) -> None:
+    """What is typed stands where the params of a file have its key."""
+    params = {"x": "1,2", "y": "3,4", "z.a": "5"}
+    typed = ["+new=1,2", "y=6,7", "x=0", "x=8,9"]
+    [runs] = BasicSweeper.split_arguments(
+        parse(app[0], [*(f"{key}={value}" for key, value in params.items()), *typed]), None
+    )
+    assert points(app[0], typed, params, []) == [[*run] for run in runs]
 
 
 def test_points_that_are_tried_first_are_read_alike(

@@ -1,5 +1,6 @@
 """What a study refuses, its samplers, and the searches that come along."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,7 +39,10 @@ def fresh_hydra(hydra_restore_singletons: Any) -> Iterator[None]:
              "hydra/sweeper/pruner=median"],
             "pruner=MedianPruner and hydra.sweeper.direction with 2 objectives do not go together",
         ),
-        (["hydra.sweeper.direction=[maximize,minimize]"], r"hydra\.sweeper\.names=\['value'\]"),
+        (
+            ["hydra.sweeper.direction=[maximize,minimize]", "hydra.sweeper.names=[a]"],
+            r"hydra\.sweeper\.names=\['a'\]",
+        ),
         (["hydra.sweeper.names=[]"], "needs a value to search by"),
         (["hydra.sweeper.direction=up"], "must be maximize or minimize"),
         (["hydra.sweeper.names=[a,b]"], "a list with a direction for each"),
@@ -46,6 +50,10 @@ def fresh_hydra(hydra_restore_singletons: Any) -> Iterator[None]:
         (["hydra.sweeper.n_jobs=0"], "n_jobs=0 must be at least 1"),
         (["hydra.sweeper.repeats=3"], "repeats=3 is for hydra/sweeper=experiment"),
         (["hydra.sweeper.max_failure_rate=2"], "from 0 to 1"),
+        (
+            ["hydra/sweeper/sampler=grid", "+hydra.sweeper.sampler.search_space={x: [1]}"],
+            "sampler.search_space is no option of a grid",
+        ),
         (["hydra.sweeper.search_space={x: {type: int}}"], "write it as hydra.sweeper.params"),
         ([first("x=7")], r"warm_start\[0\]='x=7': x=7 lies outside"),
         (["kid=a,b"], "run 0 .* cannot be composed.*kid"),
@@ -66,6 +74,16 @@ def test_what_is_refused(tmp_path: Path, options: list[str], message: str) -> No
         study(tmp_path, "x=interval(0.0,6.0)", "hydra.sweeper.n_trials=1", *options)
     assert isinstance(caught.value, CompactHydraException) or "record" in options[0]
     assert not journal(tmp_path)
+
+
+def test_values_that_nobody_has_named(tmp_path: Path) -> None:
+    """As in a file for hydra-optuna-sweeper, which has no names."""
+    study(tmp_path, "x=interval(0.0,6.0)", "act=pair", "steps=0", "hydra.sweeper.n_trials=1",
+          "hydra.sweeper.direction=[maximize,minimize]")  # fmt: skip
+    objectives = json.loads((tmp_path / "sweep.json").read_text())["objectives"]
+    assert objectives == [
+        {"name": "value_0", "direction": "maximize"}, {"name": "value_1", "direction": "minimize"}
+    ]  # fmt: skip
 
 
 def test_another_space_than_the_study_has(tmp_path: Path) -> None:

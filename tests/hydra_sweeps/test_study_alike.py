@@ -50,11 +50,18 @@ def test_trials_of_other_options_are_no_comparison(tmp_path: Path) -> None:
         [X, "beta=0.25"],
         ["x=interval(1.0,9.0)", "beta=interval(0.0,1.0)"],
         ["x=2.5", "beta=0.25", "kind=a,b"],
+        ["~beta", "+beta=0.25", X],
         [X, "beta=0.5", "hydra.sweeper.alike=false"],
     ):
         study(tmp_path, DRY, inputs, *same)
     data.write_text("other prompts")
     assert "one of hydra.sweeper.inputs" in refused(tmp_path, X, "beta=0.25", inputs)
+
+
+def test_a_key_that_is_made_anew_is_searched_on(tmp_path: Path) -> None:
+    made_anew = ["~beta", "+beta=interval(0.0,1.0)", "steps=0"]
+    study(tmp_path, *made_anew, ONE)
+    study(tmp_path, *made_anew, DRY)
 
 
 def test_every_point_of_a_grid_is_tried(tmp_path: Path) -> None:

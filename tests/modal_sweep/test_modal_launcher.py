@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import PLANTED
@@ -20,10 +21,8 @@ def plain(sweep: Path | str, *overrides: str) -> list[str]:
     return [script, "-m", "hydra/launcher=modal", f"hydra.sweep.dir={sweep}", *overrides]
 
 
-def value_of(sweep: Path, job: int = 0) -> list[object]:
-    value = driver.ends(sweep)[job]["value"]["json"]
-    assert isinstance(value, list)
-    return value
+def value_of(sweep: Path, job: int = 0) -> Any:
+    return driver.ends(sweep)[job]["value"]["json"]
 
 
 def refused(sweep: Path, *overrides: str) -> str:
@@ -77,6 +76,47 @@ def test_a_relative_sweep_directory_is_the_same_place(
     driver.run(plain("runs/relative", "hydra.job.chdir=true"))
     here = tmp_path / "runs" / "relative" / "0"
     assert (here / "here.txt").read_text() == str(here)
+
+
+PACKAGED = """
+import hydra
+from .parts.shape import Kind, double
+
+@hydra.main(version_base=None, config_path=None)
+def main(cfg):
+    return double(cfg.x) + Kind.ROUND.value
+
+if __name__ == "__main__":
+    main()
+"""
+SHAPE = """
+import enum
+class Kind(enum.Enum):
+    ROUND = 1
+def double(x):
+    return 2 * x
+"""
+
+
+def test_a_package_that_is_run_with_m_is_one_in_the_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is sent with its name, which its own modules are imported by."""
+    (tmp_path / "shapes" / "parts").mkdir(parents=True)
+    (tmp_path / "shapes" / "app.py").write_text(PACKAGED)
+    (tmp_path / "shapes" / "parts" / "shape.py").write_text(SHAPE)
+    monkeypatch.chdir(tmp_path)
+    driver.run(["-m", "shapes.app", *plain(tmp_path / "sweep", "+x=1,2")[1:]])
+    assert [value_of(tmp_path / "sweep", job) for job in range(2)] == [3, 5]
+    (tmp_path / "shapes" / "__init__.py").touch()
+    script = tmp_path / "shapes" / "script.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, '.')" + PACKAGED.replace("from .", "from shapes.")
+    )
+    command = [str(script), *plain(tmp_path / "script", "+x=1")[1:]]
+    assert "'shapes'; the container has no module of this name" in driver.run(command, expect=1)
+    driver.run([*command, "hydra.launcher.image.sources=[shapes]"])
+    assert value_of(tmp_path / "script") == 3
 
 
 def test_no_secret_is_written_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
