@@ -62,7 +62,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_600,
     "specforge_exp/report": 18_040,
     "specforge_exp/chat": 4_230,
-    "": 319_300,
+    "": 319_920,
     "specforge_exp/causal": 6_230,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
@@ -283,7 +283,7 @@ WITH_THEM = ["specforge_exp/chat/", "specforge_exp/stages/chat.py", "specforge_e
 
 
 @pytest.mark.parametrize(
-    ("parts", "most"), [(OF_MODELS, 10_650), ([*OF_MODELS, *WITH_THEM], 20_290)]
+    ("parts", "most"), [(OF_MODELS, 10_720), ([*OF_MODELS, *WITH_THEM], 20_430)]
 )
 def test_causal_models_are_little_code(parts: list[str], most: int) -> None:
     total = sum(tokens(path) for path, name in NAMES.items() if name.startswith(tuple(parts)))

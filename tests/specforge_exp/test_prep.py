@@ -23,7 +23,6 @@ from specforge_exp.config import (
     Source,
 )
 from specforge_exp.data.conversations import read_jsonl
-from specforge_exp.data.sources import depends_on
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.errors import InputError
 from specforge_exp.stages import prep as stage
@@ -314,21 +313,6 @@ def test_what_stands_in_for_the_hub_may_change(
     write(tmp_path / "o" / "n" / "a.jsonl", turns("2"))
     with pytest.raises(InputError, match=r"o/n/a.jsonl has changed.*prep.force=true"):
         prep(cfg)
-
-
-def test_what_a_source_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders that stand in for the hub, too, but for what a download leaves in them."""
-    monkeypatch.chdir(tmp_path)
-    files = [Path("o/n/README.md"), Path("o/n/a1.jsonl"), Path("o/n/a2.jsonl")]
-    for file in (*files, Path("o/n/.cache/a.jsonl.metadata"), Path("o/m/b.jsonl")):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, turns("1"))
-    for path in ("hub:o/n", "hub:o/n:test", "hub:o/n/config:test"):
-        assert depends_on(Source(path)) == files
-    assert depends_on(Source(f"hub:{tmp_path}/o/m:test")) == [tmp_path / "o/m/b.jsonl"]
-    assert depends_on(Source("hub:o/n/a{1,2,3}.jsonl")) == files[1:]
-    assert depends_on(Source("hub:o/k")) == depends_on(Source("synthetic:train")) == []
-    assert depends_on(Source("o/m")) == [Path("o/m/b.jsonl")]
 
 
 def test_an_interrupted_run_leaves_nothing_complete(

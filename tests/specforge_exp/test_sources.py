@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from specforge_exp.config import Source
 from specforge_exp.data import files
 from specforge_exp.data.files import Rejected
-from specforge_exp.data.sources import from_first_user, hub_name, load, local_files, read
+from specforge_exp.data.sources import (
+    depends_on,
+    from_first_user,
+    hub_name,
+    load,
+    local_files,
+    read,
+)
 from specforge_exp.errors import InputError
 
 
@@ -325,3 +332,18 @@ def test_unreadable_sources(
         (tmp_path / file).write_bytes(data)
     with pytest.raises(InputError, match=message):
         load(Source(name), "test")
+
+
+def test_what_a_source_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders that stand in for the hub, too, but for what a download leaves in them."""
+    monkeypatch.chdir(tmp_path)
+    files = [Path("o/n/README.md"), Path("o/n/a1.jsonl"), Path("o/n/a2.jsonl")]
+    for file in (*files, Path("o/n/.cache/a.jsonl.metadata"), Path("o/m/b.jsonl")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_lines(file, conversation("1"))
+    for path in ("hub:o/n", "hub:o/n:test", "hub:o/n/config:test"):
+        assert depends_on(Source(path)) == files
+    assert depends_on(Source(f"hub:{tmp_path}/o/m:test")) == [tmp_path / "o/m/b.jsonl"]
+    assert depends_on(Source("hub:o/n/a{1,2,3}.jsonl")) == files[1:]
+    assert depends_on(Source("hub:o/k")) == depends_on(Source("synthetic:train")) == []
+    assert depends_on(Source("o/m")) == [Path("o/m/b.jsonl")]
