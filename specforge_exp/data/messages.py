@@ -9,7 +9,11 @@ THOUGHTS = re.compile(r"(\s*(?:<think>)?)((?:(?!<think>).)*?)(</think>\s*)", re.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys under which servers and data sets hand over thoughts; the first one with text counts."""
 
-MARKS = (("<think>\n", "\n</think>\n\n"), ("<|channel>thought\n", "\n<channel|>"))
+MARKS = (
+    ("<think>\n", "\n</think>\n\n"),
+    ("<|channel>thought\n", "\n<channel|>"),
+    ("[THINK]", "[/THINK]"),
+)
 """How models write the beginning and the end of their thoughts; the first where a template has
 none of its own."""
 

@@ -316,6 +316,11 @@ SHAPES = (
     # mistralai/Mistral-Small-24B-Instruct-2501
     Shape("Mistral Small", instructed(PLACED, "{{- m.content + eos_token }}", MISTRAL_CALL, SYSTEM),
           (*MISTRAL, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"), ("</s>",), bos="<s>", tools=True),
+    # mistralai/Magistral-Small-2509: its default system message names the marks of thoughts
+    Shape("Magistral", "{%- set asked = 'Think first: [THINK]Your draft[/THINK]' %}" +
+          instructed(PLACED, "{{- m.content + eos_token }}", MISTRAL_CALL, SYSTEM),
+          (*MISTRAL, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[THINK]", "[/THINK]"), ("</s>",),
+          bos="<s>", tools=True, thinks="[THINK]"),
     # google/gemma-2-9b-it, gemma-3: no system role
     Shape("Gemma", GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
           ("<eos>", "<end_of_turn>"), bos="<bos>"),
