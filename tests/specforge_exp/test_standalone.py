@@ -23,7 +23,7 @@ from specforge_exp.losses import Loss, opd
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.export import export
 from specforge_exp.stages.train import fingerprint_of, train
-from specforge_exp.target import Target
+from specforge_exp.target import Target, load_target
 from specforge_exp.training.objective import Sample
 
 OPTIONS = StandaloneConfig(
@@ -34,6 +34,29 @@ OPTIONS = StandaloneConfig(
 @pytest.fixture
 def draft(random_target: Target) -> Standalone:
     return Standalone.new(random_target, OPTIONS, {}, 0)
+
+
+def test_a_draft_with_fewer_unused_rows_gets_the_targets(cfg: Config, tmp_path: Path) -> None:
+    """Engines want as many in both; the sizes of a family have one tokenizer and other numbers."""
+    folder, small = tmp_path / "target", tmp_path / "small"
+    model = AutoModelForCausalLM.from_pretrained(cfg.model.path)
+    for place, rows in ((small, 1024), (folder, 1088)):
+        shutil.copytree(cfg.model.path, place)
+        model.resize_token_embeddings(rows)
+        model.save_pretrained(place)
+    target = load_target(replace(cfg.model, path=str(folder)), torch.device("cpu"))
+    options = replace(OPTIONS, init="weights", config={}, path=str(small))
+    draft = Standalone.new(target, options, {}, 0)
+    weights = draft.state_dict()
+    old = AutoModelForCausalLM.from_pretrained(small).get_input_embeddings().weight
+    grown = draft.model.get_input_embeddings().weight
+    assert len(draft.draft_ids_D) == len(grown) == 1088 and grown[:1024].equal(old)
+    again = Standalone.restored(target, options, weights)
+    assert all(w.equal(weights[name]) for name, w in again.state_dict().items())
+    draft.write(tmp_path / "export", target, str(folder), torch.float32)
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["vocab_size"] == 1088
+    before = {n: w[:1024] if len(w) == 1088 else w for n, w in weights.items()}  # an older run's
+    assert len(Standalone.restored(target, options, before).draft_ids_D) == 1024
 
 
 def test_loss_and_simulated_length_by_the_formulas(

@@ -104,13 +104,16 @@ class Standalone(Draft[StandaloneConfig]):
         """
         if cfg.path is not None:
             same_tokens(cfg.path, target.model.config._name_or_path)
-        draft = cls(small_model(target, cfg, seed), target)
-        return draft.checked()
+        model = grown(small_model(target, cfg, seed), len(target.head_weight_VH))
+        return cls(model, target).checked()
 
     @classmethod
     def restored(cls, target: Target, cfg: StandaloneConfig, tensors: dict[str, Tensor]) -> Self:
         """The draft of a checkpoint."""
-        draft = cls(small_model(target, replace(cfg, init="random"), 0), target).checked()
+        model = small_model(target, replace(cfg, init="random"), 0)
+        names = {id(weight): name for name, weight in cls(model, target).named_parameters()}
+        rows = len(tensors[names[id(model.get_output_embeddings().weight)]])
+        draft = cls(grown(model, rows), target).checked()
         draft.load_state_dict(tensors)
         return draft
 
@@ -268,6 +271,16 @@ def small_model(target: Target, cfg: StandaloneConfig, seed: int) -> Any:
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"draft.config={cfg.config} makes no model: {error}") from None
+
+
+def grown(model: Any, rows: int) -> Any:
+    """With as many rows as the target, which engines want: the sizes of a family have one tokenizer
+    and may have other numbers of unused rows (Qwen2.5-0.5B 151,936, Qwen2.5-7B 152,064)."""
+    known = len(model.get_output_embeddings().weight)
+    if known < rows:
+        log.info("the draft's %d rows of tokens become %d, as the target's", known, rows)
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    return model
 
 
 def same_tokens(path: str, target_path: str) -> None:
