@@ -26,6 +26,7 @@ from specforge_exp.artifacts import (
 from specforge_exp.config import Config
 from specforge_exp.config.machine import command
 from specforge_exp.config.settings import chosen
+from specforge_exp.drafts.engines import unserved
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Engine
 from specforge_exp.generation.openai_engine import OpenAIEngine
@@ -124,6 +125,8 @@ def check_layers(cfg: Config) -> None:
     # What is on a hub alone is not fetched for this.
     if revision(cfg.model.path) or cfg.engine.name == "transformers":
         fed_by(cfg)
+        if warning := unserved(cfg):
+            log.warning("regen: warning: %s", warning)
 
 
 def check_engine(cfg: Config) -> None:

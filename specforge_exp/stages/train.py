@@ -24,6 +24,7 @@ from specforge_exp.config import Config, LossConfig, locate
 from specforge_exp.config.checks import shared_evenly
 from specforge_exp.config.onpolicy import ProposedTerms
 from specforge_exp.config.settings import OF_STATES, chosen, training_settings
+from specforge_exp.drafts.engines import unserved
 from specforge_exp.errors import InputError
 from specforge_exp.inference.alone import RandomStates, trainer_alone, workers_alone
 from specforge_exp.inference.cluster import Fleet, fleet_of, given
@@ -157,7 +158,7 @@ def begin(cfg: Config, world: int) -> Record | None:
         return record
     if cfg.target.share == "sweep":
         given()
-    if warning := check_length(cfg.model, cfg.max_length):
+    for warning in filter(None, (check_length(cfg.model, cfg.max_length), unserved(cfg))):
         log.warning("train: warning: %s", warning)
     return None
 

@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from engine_targets import of_vllm
 from test_bench_served import figures, trained  # noqa: F401
 from test_server_engine import free_port
 from vllm_servers import ENVIRONMENT, IN_ONE, PYTHON, STARTS, regenerated, same
 
 from specforge_exp import paths
 from specforge_exp.config import Config, EngineConfig
+from specforge_exp.drafts.engines import engines
 from specforge_exp.stages.bench import bench
 
 pytestmark = pytest.mark.engines
@@ -71,3 +73,11 @@ def test_regen_starts_vllm(
     ours = regenerated(trained, tmp_path / "here", EngineConfig(name="transformers"))
     del by_itself.engine.args["generation_config"]
     assert regenerated(trained, tmp_path / "there", by_itself.engine) == ours
+
+
+def test_the_targets_that_it_reads_for_a_draft() -> None:
+    """What train and regen warn by is what its sources say."""
+    (folder,) = Path(PYTHON).parents[1].glob("lib/*/*-packages/vllm")
+    (entry,) = [entry for entry in engines() if entry["engine"].startswith("vLLM")]
+    found = of_vllm(folder)["not"]
+    assert entry["not"] == found and "Gemma3ForCausalLM" in found

@@ -4,6 +4,7 @@
 it says.
 """
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.eagle3.draft import Eagle3
+from specforge_exp.drafts.engines import serving
 from specforge_exp.drafts.teacher import make_teacher
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
@@ -144,6 +146,18 @@ CHECKS: dict[str, Callable[[Path], None]] = {
 }
 
 
+def engines_for(folder: Path) -> str:
+    """Who serves EAGLE-3 and DFlash drafts of this target."""
+    (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    by = {name: serving(name, architecture) for name in ("eagle3", "dflash")}
+    cells = []
+    for engine in dict.fromkeys(engine for names in by.values() for engine in names):
+        lacking = [other for name, other in (("eagle3", "DFlash"), ("dflash", "EAGLE-3"))
+                   if engine not in by[name]]  # fmt: skip
+        cells.append(engine + "".join(f" ({name} alone)" for name in lacking))
+    return ", ".join(cells) or "neither"
+
+
 def examine(check: str, folder: Path) -> str:
     """ "yes", or why the family is refused; anything else is an error."""
     try:
@@ -165,6 +179,10 @@ checks are tests (`tests/specforge_exp/test_target_matrix.py`). Real weights are
   multipliers and Cohere's scale are not 1 here, and a fresh EAGLE-3 head has the scale in it.
 - **EAGLE-3**, **DFlash**: train, export, reload with equal logits; formulas that read the exported
   folder alone give the decoder's logits; answers decoded with the draft are those of `generate`.
+- **served by**: the engines that hand this target's states to a draft, by their sources
+  (`specforge_exp/drafts/engines.json`); train and regen warn where none does. vLLM's
+  `--model-impl=transformers` may serve others. P-EAGLE and DSpark go with vLLM's,
+  `draft=standalone` with any target.
 
 A draft rotates whole heads by the target's embedding for layers that see everything; one that
 changes with the length (dynamic, longrope) becomes the plain one, and `max_length` may not pass the
@@ -195,8 +213,8 @@ mean are not copied; train names them.
 def main() -> None:
     """Print the page."""
     print(HEADING, end="")
-    print("| family | " + " | ".join(CHECKS) + " |")
-    print("|---" * (len(CHECKS) + 1) + "|")
+    print("| family | " + " | ".join(CHECKS) + " | served by |")
+    print("|---" * (len(CHECKS) + 2) + "|")
     notes: dict[str, str] = {}
     for family, config in FAMILIES.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -207,6 +225,7 @@ def main() -> None:
                 if answer != "yes":
                     notes[family], answer = answer.replace(folder, "<folder>"), "refused"
                 cells.append(answer)
+            cells.append(engines_for(path))
         print(f"| {family} | " + " | ".join(cells) + " |", flush=True)
     print("\nRefused, in the words of train and bench:\n")
     for family, reason in notes.items():

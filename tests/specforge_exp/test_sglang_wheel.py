@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY, TINY
+from engine_targets import DFLASH, EAGLE3, of_sglang
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
 from test_server_engine import ARGS
@@ -30,6 +31,7 @@ from specforge_exp.drafts.dflash.config import DFlashConfig
 from specforge_exp.drafts.dflash.draft import DFlash
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.eagle3.draft import Eagle3
+from specforge_exp.drafts.engines import engines
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.serving import sglang
 from specforge_exp.serving.command import Speculation, server_command
@@ -322,3 +324,14 @@ def test_its_pins_and_ours_exclude_each_other(sources: Sources) -> None:
     tested = (REPOSITORY / "constraints.txt").read_text().splitlines()
     pins = {n: next(iter(theirs[n].specifier)).version for n in ("torch", "transformers")}
     assert {f"{name}=={version}" for name, version in pins.items()} - {*tested}, pins
+
+
+@pytest.mark.parametrize(("draft", "method"), [("eagle3", EAGLE3), ("dflash", DFLASH)])
+def test_the_targets_that_it_reads_for_a_draft(draft: str, method: str) -> None:
+    """What train and regen warn by is what its sources say."""
+    (entry,) = [
+        entry for entry in engines()
+        if entry["engine"] == f"SGLang {NEWEST}" and draft in entry["drafts"]
+    ]  # fmt: skip
+    found = of_sglang(wheel(f"sglang=={NEWEST}"), method)["only"]
+    assert entry["only"] == found and "LlamaForCausalLM" in found
