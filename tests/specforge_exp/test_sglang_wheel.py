@@ -326,6 +326,16 @@ def test_its_pins_and_ours_exclude_each_other(sources: Sources) -> None:
     assert {f"{name}=={version}" for name, version in pins.items()} - {*tested}, pins
 
 
+def test_it_finds_the_parser_of_a_template(sources: Sources) -> None:
+    """`sglang.READING`: what it makes of "auto" for templates whose marks are special tokens."""
+    assert sglang.READING == {"reasoning_parser": "auto"}
+    options = sources.text("sglang/srt/server_args.py")
+    assert 'choices=["auto"] + reasoning_parser_choices' in options
+    rules = sources.text("sglang/srt/parser/template_detection.py")
+    reasoning = rules[rules.index("REASONING_PARSER_RULES") : rules.index("TOOL_CALL_PARSER_RULES")]
+    assert 'value="gpt-oss", predicate=_is_gpt_oss' in reasoning and 'value="gemma4"' in reasoning
+
+
 @pytest.mark.parametrize(("draft", "method"), [("eagle3", EAGLE3), ("dflash", DFLASH)])
 def test_the_targets_that_it_reads_for_a_draft(draft: str, method: str) -> None:
     """What train and regen warn by is what its sources say."""
