@@ -261,7 +261,10 @@ def test_nobody_there_is_said_soon(cfg: Config, monkeypatch: pytest.MonkeyPatch)
 
     async def many() -> list[Any]:
         asked = (engine.answer(simple()) for _ in range(40))
-        return await asyncio.gather(*asked, return_exceptions=True)
+        try:
+            return await asyncio.gather(*asked, return_exceptions=True)
+        finally:
+            await engine.close()
 
     began = time.monotonic()
     found = asyncio.run(many())
