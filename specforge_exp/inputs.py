@@ -119,8 +119,10 @@ def check_options(cfg: Config, stage: str, read: Mapping[str, str] | None = None
         value, before = now[group][name], made.get(group, {})
         if plain(before.get(name, value)) == value:
             continue
-        # A recipe has options of regen for all stages, and many a regen.py has its own.
-        if stage == "regen" or value in (getattr(type(vars(cfg)[group]), name, None), [], {}):
+        usual = value in (getattr(type(vars(cfg)[group]), name, None), [], {})
+        # A recipe has options of regen for all stages, and many a regen.py has its own; so has many
+        # a prep.py the part of a file that it reads.
+        if stage == "regen" or usual or (places(value) and places(value) == places(before[name])):
             left_out.append(f"{key}={typed(before[name])}")
         else:
             given.append(f"{key} was {typed(before[name])}, now {typed(value)}")
@@ -135,6 +137,12 @@ def check_options(cfg: Config, stage: str, read: Mapping[str, str] | None = None
     sources = {"regen": "prep", "preprocess": made.get("preprocess", {}).get("source")}
     if (source := sources.get(stage)) is not None:
         check_options(cfg, source, record["inputs"])
+
+
+def places(value: Any) -> list[Any]:
+    """Where sources lie, whichever part of them is read; [] of what is no list of sources."""
+    sources = plain(value) if isinstance(value, list) else []
+    return [each["path"] for each in sources if isinstance(each, dict) and "path" in each]
 
 
 def plain(value: Any) -> Any:

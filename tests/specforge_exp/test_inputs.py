@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,8 @@ def test_a_sweep_and_a_study_start_nothing(more: list[str], tmp_path: Path) -> N
         ({"data.max_turns": 1}, "small was .*data.max_turns was null, now 1.*prep.force=true"),
         ({"data.system": "join"}, "data.system was keep, now join"),
         (
-            {"data.train": [Source("synthetic:train", limit=3)]},
-            "data.train was .*limit:12.*limit:3",
+            {"data.train": [Source("synthetic:train/stories", limit=12)]},
+            "data.train was .*synthetic:train,.*synthetic:train/stories,",
         ),
     ],
 )
@@ -132,6 +133,10 @@ def test_options_that_are_left_out_are_said(
         require(cfg, "preprocess")
     assert f"{tokens} was made with preprocess.overlong=drop, which is not given" in caplog.text
     assert "by now" not in caplog.text
+    part = [replace(source, limit=3) for source in cfg.data.train]
+    with caplog.at_level(logging.INFO):
+        require(changed(cfg, {"data.train": part, "preprocess.overlong": "drop"}), "preprocess")
+    assert "was made with data.train=" in caplog.text
     prompts = read_record(paths.prompts_dir(cfg) / "run.json")
     prompts["files"]["train.jsonl"]["sha256"] = "other"
     write_record(paths.prompts_dir(cfg) / "run.json", prompts)
