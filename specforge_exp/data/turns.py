@@ -21,30 +21,36 @@ MARKER = "⟦answer⟧"
 
 
 def end_of_answers(chat: Chat) -> str | None:
-    """The token with which the chat template ends an answer; None where it writes none."""
+    """The token with which the chat template ends an answer: one at which a server stops, else the
+    first behind it; None where it writes none."""
     answer: Message = {"role": "assistant", "content": MARKER}
     try:
         shown = render(chat.tokenizer, [PROBE, answer], chat.kwargs)
     except Unrenderable:
         return None
-    first = chat.ids_of(shown.rpartition(MARKER)[2].lstrip())[:1]
-    return chat.added.get(first[0]) if first else None
+    ids = chat.ids_of(shown.rpartition(MARKER)[2].lstrip())
+    ends = [*(token for token in ids if token in chat.eos), *ids[:1]]
+    return chat.added.get(ends[0]) if ends else None
 
 
 def own_marks(tokenizer: Any, kwargs: dict[str, Any]) -> list[str]:
-    """Special tokens that a model writes around what it thinks and says, by its chat template:
-    names of channels, marks of thoughts. The text of an answer has to be read by them."""
+    """Special tokens that tell what a model thinks and says apart, by its chat template: names of
+    channels, marks of thoughts. Without them a text has words in it that are no part of an answer;
+    those that stand around an answer alone (Cohere's) do not count."""
     template = str(tokenizer.chat_template)
-    texts = ["".join(pair) for pair in MARKS if pair[0].strip() in template]
+    texts = ["".join(pair) + "x" for pair in MARKS if pair[0].strip() in template]
     answer: Message = {"role": "assistant", "content": MARKER}
     for shown in ({**answer, REASONING[0]: "x"}, answer):
         with suppress(Unrenderable):
             prompt = prompt_text(tokenizer, [PROBE], kwargs)
             before, found, _ = render(tokenizer, [PROBE, shown], kwargs).partition(MARKER)
             texts += [before.removeprefix(prompt)] * (bool(found) and before.startswith(prompt))
-    ids = tokenizer(" ".join(texts), add_special_tokens=False)["input_ids"]
-    own = [token for token in ids if token in tokenizer.all_special_ids]
-    return list(dict.fromkeys(tokenizer.convert_ids_to_tokens(own)))
+    marks: dict[int, None] = {}
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if tokenizer.decode(ids, skip_special_tokens=True).strip():
+            marks |= dict.fromkeys(token for token in ids if token in tokenizer.all_special_ids)
+    return list(tokenizer.convert_ids_to_tokens([*marks]))
 
 
 class Unlike(Unrenderable):

@@ -1,5 +1,6 @@
 """What the model writes is what is supervised, in every template that people serve."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specforge_exp.data.chat import Encoded, Message, Unrenderable, encode_many, prompt_ids
+from specforge_exp.data.turns import end_of_answers
 
 
 def test_a_prompt_begins_once() -> None:
@@ -266,3 +268,14 @@ def test_the_table_has_a_row_of_each_shape() -> None:
     rows = table().splitlines()
     assert len(rows) == len(SHAPES) + 2
     assert "| gpt-oss | together | turn by turn | together |" in rows
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_the_end_of_an_answer_is_where_its_server_stops(shape: Shape) -> None:
+    """So that nobody is warned, and sft's export gets no further stop, where the model is no base
+    model; where it stops elsewhere, there is an end to be named."""
+    chat = chat_of(shape)
+    end = end_of_answers(chat)
+    assert end in (None, *shape.eos)
+    if end is not None:
+        assert end_of_answers(replace(chat, eos=set())) is not None

@@ -102,6 +102,7 @@ def free_port(count: int = 1) -> int:
         ("gpt-oss", EngineConfig(name="sglang", args={"reasoning_parser": "own"}), "own"),
         ("gpt-oss", EngineConfig(name="vllm"), None),
         ("Llama 3", EngineConfig(name="sglang"), None),
+        ("Cohere 2", EngineConfig(name="sglang"), None),  # its marks hold the answer alone
     ],
 )
 def test_a_server_reads_what_a_model_marks_by_special_tokens(
