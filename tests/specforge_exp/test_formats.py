@@ -1,35 +1,15 @@
 """What each format makes of a raw record."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_sources import conversation, set_aside, texts, write_lines
 
 from specforge_exp.config import Source
 from specforge_exp.data.files import Rejected
 from specforge_exp.data.formats import FORMATS, PARTS, convert
-from specforge_exp.data.sources import load, read
-
-
-def conversation(text: str, **extra: Any) -> dict[str, Any]:
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "Fine."}]
-    return {"conversations": messages, **extra}
-
-
-def write_lines(path: Path, *records: object) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def texts(source: Source) -> list[str]:
-    found = [item for item in read(source) if not isinstance(item, Rejected)]
-    return [record["conversations"][0]["content"] for record in found]
-
-
-def set_aside(source: Source) -> list[Rejected]:
-    return [item for item in read(source) if isinstance(item, Rejected)]
-
+from specforge_exp.data.sources import load
 
 TABLES: list[tuple[str, dict[str, Any]]] = [
     ("conversations", conversation("1", id="a", system="Be brief.", tools=[{"name": "f"}])),
