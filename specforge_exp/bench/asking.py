@@ -17,12 +17,10 @@ from specforge_exp.data.chat import (
     dated,
     eos_token_ids,
     prompt_ids,
-    prompt_text,
-    render,
     warn_of_thinking,
 )
 from specforge_exp.data.messages import MARKS
-from specforge_exp.data.turns import MARKER, PROBE
+from specforge_exp.data.turns import header_of
 
 log = logging.getLogger(__name__)
 
@@ -111,20 +109,10 @@ def heading_of(tokenizer: Any, kwargs: dict[str, Any]) -> Heading:
     pairs = [[tokenizer(mark.strip(), add_special_tokens=False) for mark in pair] for pair in MARKS]
     ends = [(opening["input_ids"][0], closing["input_ids"][-1]) for opening, closing in pairs]
     left_out = [pair for pair in ends if len({*pair} & {*tokenizer.all_special_ids}) == 2]
-    return Heading(header_of(tokenizer, kwargs), left_out[0] if left_out else None)
-
-
-def header_of(tokenizer: Any, kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """See `Heading.header`."""
-    try:
-        prompt = prompt_text(tokenizer, [PROBE], kwargs)
-        shown = render(tokenizer, [PROBE, {"role": "assistant", "content": MARKER}], kwargs)
-    except Unrenderable:
-        return ()
-    before, _, _ = shown.partition(MARKER)
-    header = before.removeprefix(prompt) if before.startswith(prompt) else ""
+    header = header_of(tokenizer, kwargs)
     ids = tokenizer(header, add_special_tokens=False)["input_ids"]
-    return tuple(ids) if tokenizer.decode(ids, skip_special_tokens=True) != header else ()
+    hidden = tokenizer.decode(ids, skip_special_tokens=True) != header
+    return Heading(tuple(ids) if hidden else (), left_out[0] if left_out else None)
 
 
 def begin_of(tokens: list[int], heading: Heading, tokenizer: Any) -> int:

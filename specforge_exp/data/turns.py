@@ -1,7 +1,6 @@
 """The turns of a conversation, and what the model writes in each: the text behind its prompt."""
 
 import json
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,19 +17,31 @@ from specforge_exp.data.rendering import Chat, Encoded, prompt_text, refusal, re
 PROBE: Message = {"role": "user", "content": "x"}
 """What may follow an answer."""
 MARKER = "⟦answer⟧"
+ANSWER: Message = {"role": "assistant", "content": MARKER}
 
 
 def end_of_answers(chat: Chat) -> str | None:
     """The token with which the chat template ends an answer: one at which a server stops, else the
     first behind it; None where it writes none."""
-    answer: Message = {"role": "assistant", "content": MARKER}
     try:
-        shown = render(chat.tokenizer, [PROBE, answer], chat.kwargs)
+        shown = render(chat.tokenizer, [PROBE, ANSWER], chat.kwargs)
     except Unrenderable:
         return None
     ids = chat.ids_of(shown.rpartition(MARKER)[2].lstrip())
     ends = [*(token for token in ids if token in chat.eos), *ids[:1]]
     return chat.added.get(ends[0]) if ends else None
+
+
+def header_of(tokenizer: Any, kwargs: dict[str, Any], thoughts: str = "") -> str:
+    """What the chat template shows between the end of a prompt and an answer to it, thoughts among
+    it: a channel's name; "" where it shows the prompt otherwise or refuses."""
+    shown = ANSWER | ({REASONING[0]: thoughts} if thoughts else {})
+    try:
+        prompt = prompt_text(tokenizer, [PROBE], kwargs)
+        before, found, _ = render(tokenizer, [PROBE, shown], kwargs).partition(MARKER)
+    except Unrenderable:
+        return ""
+    return before.removeprefix(prompt) if found and before.startswith(prompt) else ""
 
 
 def own_marks(tokenizer: Any, kwargs: dict[str, Any]) -> list[str]:
@@ -39,12 +50,7 @@ def own_marks(tokenizer: Any, kwargs: dict[str, Any]) -> list[str]:
     those that stand around an answer alone (Cohere's) do not count."""
     template = str(tokenizer.chat_template)
     texts = ["".join(pair) + "x" for pair in MARKS if pair[0].strip() in template]
-    answer: Message = {"role": "assistant", "content": MARKER}
-    for shown in ({**answer, REASONING[0]: "x"}, answer):
-        with suppress(Unrenderable):
-            prompt = prompt_text(tokenizer, [PROBE], kwargs)
-            before, found, _ = render(tokenizer, [PROBE, shown], kwargs).partition(MARKER)
-            texts += [before.removeprefix(prompt)] * (bool(found) and before.startswith(prompt))
+    texts += [header_of(tokenizer, kwargs, thoughts) for thoughts in ("x", "")]
     marks: dict[int, None] = {}
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -229,8 +235,7 @@ def written(talk: Conversation, turn: Turn, shown: str) -> str:
     if opened:
         raw = raw.lstrip().removeprefix(opening.strip())
         raw = raw.lstrip() if turn.prompt[-1].isspace() else raw
-    bare = {"role": "assistant", "content": MARKER}
-    tail = talk.rendered([*talk.messages[: turn.until - 1], bare]).rpartition(MARKER)[2]
+    tail = talk.rendered([*talk.messages[: turn.until - 1], ANSWER]).rpartition(MARKER)[2]
     for ending in (answer.lstrip(), answer.strip()):  # as it is, or as templates trim it
         if shown.rstrip().endswith((ending + tail).rstrip()):
             return raw.rstrip() + ending[len(turn.answer) :] + tail
