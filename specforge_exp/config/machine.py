@@ -24,6 +24,8 @@ ASKING = ("prep.check=true", "regen.status=true")
 """Options with which a stage only says something."""
 SAME = "(with the same options)"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+FOLDER = re.compile(r"hub:([/.~][^:]*).*")
+"""A folder of this machine in the hub's layout."""
 
 
 def machine(stage: str, job: DictConfig) -> dict[str, Any]:
@@ -148,9 +150,9 @@ def own_sources(stage: str, here: Config) -> dict[str, str]:
     if stage == "bench" and not here.bench.suite:
         paths = {f"bench.datasets.{k}.path": v.path for k, v in here.bench.datasets.items()}
     return {
-        "data.path" if path == here.data.path else key: path
+        "data.path" if path == here.data.path else key: FOLDER.sub(r"\1", path)
         for key, path in paths.items()
-        if not path.startswith(("hub:", "synthetic:"))
+        if FOLDER.match(path) or not path.startswith(("hub:", "synthetic:"))
     }
 
 

@@ -234,6 +234,7 @@ def test_weights_to_begin_with_lie_on_a_volume(init: str, path: str, record: str
         ("prep", "data=synthetic data.eval=[{path:/x.jsonl}]", "data.eval[0].path=/x.jsonl"),
         ("pretrain", "pretrain.sources=[{path:texts}]", "pretrain.sources[0].path=texts"),
         ("bench", "+bench.datasets={a:{path:/a.jsonl}}", "bench.datasets.a.path=/a.jsonl"),
+        ("prep", "data=local data.path=hub:/mine/set:train", "data.path=/mine/set"),
     ],
 )
 def test_files_of_this_machine_are_refused(stage: str, overrides: str, key: str) -> None:
