@@ -145,7 +145,7 @@ def test_another_machine_that_gives_no_sign(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     elsewhere(tmp_path)
-    monkeypatch.setattr(leases, "ENDED", 1.5)
+    monkeypatch.setattr(leases, "ENDED", 6.0)
     study(tmp_path / "a", "x=interval(0.0,6.0)", *shared(tmp_path), "hydra.sweeper.n_trials=2")
     assert [trial.state.name for trial in trials_of(tmp_path)] == ["COMPLETE", "COMPLETE"]
     assert trials_of(tmp_path)[0].params["x"] == 2.0
