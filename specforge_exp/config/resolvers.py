@@ -27,8 +27,11 @@ MATTERS = {
 
 
 def folder_name(path: str) -> str:
-    """Last part of a path or hub id, in characters that every file system takes."""
-    return re.sub(r"[^A-Za-z0-9._+]+", "-", Path(path).name).strip("-.") or "unnamed"
+    """Last part of a path or hub id, in characters that every file system takes; of a run's export
+    the run's own name, as all exports have one."""
+    place = Path(path)
+    name = place.parent.name if place.name == "export" else place.name
+    return re.sub(r"[^A-Za-z0-9._+]+", "-", name).strip("-.") or "unnamed"
 
 
 def repository(path: str) -> str:
