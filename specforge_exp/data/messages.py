@@ -13,6 +13,7 @@ MARKS = (
     ("<think>\n", "\n</think>\n\n"),
     ("<|channel>thought\n", "\n<channel|>"),
     ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>\n"),
 )
 """How models write the beginning and the end of their thoughts; the first where a template has
 none of its own."""
@@ -72,7 +73,8 @@ def readable(message: Message, thinking: str) -> Message:
         if answer.lstrip().startswith("<think>"):
             raise Unrenderable("an answer is nothing but thoughts")
         return {**message, "content": answer}
-    return {**message, REASONING[0]: thoughts} if thoughts else message
+    # Templates read the first, of which transformers makes the third, or the second, as vLLM gives.
+    return message | (dict.fromkeys(REASONING[:2], thoughts) if thoughts else {})
 
 
 def readable_call(call: dict[str, Any]) -> dict[str, Any]:

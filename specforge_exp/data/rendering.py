@@ -170,9 +170,10 @@ class Chat:
 
     @cached_property
     def marks(self) -> tuple[str, str] | None:
-        """What opens and closes thoughts, where the template mentions it."""
+        """What opens and closes thoughts, where the template mentions one of both."""
         template = str(self.tokenizer.chat_template)
-        return next((pair for pair in MARKS if pair[0].strip() in template), None)
+        marks = (pair for pair in MARKS if any(mark.strip() in template for mark in pair))
+        return next(marks, None)
 
     @cached_property
     def headers(self) -> dict[str, list[int]]:

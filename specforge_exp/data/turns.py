@@ -35,7 +35,7 @@ def end_of_answers(chat: Chat) -> str | None:
 def header_of(tokenizer: Any, kwargs: dict[str, Any], thoughts: str = "") -> str:
     """What the chat template shows between the end of a prompt and an answer to it, thoughts among
     it: a channel's name; "" where it shows the prompt otherwise or refuses."""
-    shown = ANSWER | ({REASONING[0]: thoughts} if thoughts else {})
+    shown = ANSWER | (dict.fromkeys(REASONING[:2], thoughts) if thoughts else {})
     try:
         prompt = prompt_text(tokenizer, [PROBE], kwargs)
         before, found, _ = render(tokenizer, [PROBE, shown], kwargs).partition(MARKER)
@@ -151,7 +151,7 @@ def names_of(call: dict[str, Any]) -> list[str]:
 
 def behind(talk: Conversation, turn: Turn) -> str | None:
     """What a template shows of an answer behind the end of its prompt, where what it shows before
-    that differs: earlier thoughts, the system's words, empty thoughts that the prompt closes.
+    that differs: earlier thoughts, the system's words, thoughts that the prompt closes.
 
     The end is what stands behind the last question in both.
 
@@ -168,16 +168,16 @@ def behind(talk: Conversation, turn: Turn) -> str | None:
     header, rest = (text.rpartition(MARKER)[2] for text in (prompt, shown))
     if not header or not turn.prompt.endswith(header):
         return None
-    headers = (header, without_empty_thoughts(header))
+    headers = (header, without_thoughts(header))
     return next((rest.removeprefix(head) for head in headers if rest.startswith(head)), None)
 
 
-def without_empty_thoughts(header: str) -> str:
-    """The end of a prompt up to thoughts that it opens and closes at once."""
+def without_thoughts(header: str) -> str:
+    """The end of a prompt up to thoughts that it opens and closes itself."""
     for opening, closing in MARKS:
-        inner = header.rstrip().removesuffix(closing.strip()).rstrip()
-        if closes(header) and inner.endswith(opening.strip()):
-            return inner.removesuffix(opening.strip())
+        before, _, inner = header.rpartition(opening.strip())
+        if inner != header and inner.rstrip().endswith(closing.strip()):
+            return before
     return header
 
 
@@ -227,7 +227,9 @@ def written(talk: Conversation, turn: Turn, shown: str) -> str:
         )
     if not turn.thoughts or not turn.answer or turn.message.get("tool_calls"):
         raise Unlike("the chat template shows an answer without the prompt that it follows")
-    opening, closing = marks = talk.chat.marks or MARKS[0]
+    if talk.chat.marks is None:
+        raise Unlike("how this model writes thoughts is not known, and an answer has some")
+    opening, closing = marks = talk.chat.marks
     _, inline, _, answer = split_thoughts(turn.message["content"])
     raw = str(turn.message["content"])
     if not inline.strip() or marks != MARKS[0]:

@@ -16,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from specforge_exp import paths
-from specforge_exp.config import REPOSITORY, Config, InputError, from_omegaconf
+from specforge_exp.config import REPOSITORY, Config, InputError, from_omegaconf, resolvers
 from specforge_exp.config.settings import training_settings
 from specforge_exp.stages.train import train
 
@@ -128,3 +128,10 @@ def test_two_trials_of_the_stock_sweeper(cfg: Config, tokens: Path, tmp_path: Pa
     failing = study("data.name=nothing")
     assert failing.returncode == 1 and "Traceback" not in failing.stderr
     assert "nothing--" in failing.stderr
+
+
+def test_names_of_local_models() -> None:
+    """Two tuned models have two, although both folders are called export."""
+    paths = ["runs/sft_a/export", "runs/sft_b/export/", "owner/model-7B", "export", "/my model"]
+    names = [resolvers.folder_name(path) for path in paths]
+    assert names == ["sft_a", "sft_b", "model-7B", "unnamed", "my-model"]

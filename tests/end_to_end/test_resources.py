@@ -380,13 +380,6 @@ def test_smoke_sweeps_where_losses_differ() -> None:
     assert settings("train", "experiment=smoke").gpu == "H100"
 
 
-def test_names_of_local_models() -> None:
-    """Two tuned models have two, although both folders are called export."""
-    paths = ["runs/sft_a/export", "runs/sft_b/export/", "owner/model-7B", "export", "/my model"]
-    names = [resolvers.folder_name(path) for path in paths]
-    assert names == ["sft_a", "sft_b", "model-7B", "unnamed", "my-model"]
-
-
 def test_resolvers_mean_the_machine_that_asks(tmp_path: Path) -> None:
     """As a container: another folder, the code by import, the resolver from the payload."""
     shutil.copytree(ROOT / "specforge_exp", tmp_path / "specforge_exp")

@@ -9,6 +9,7 @@ from chat_templates import CALL, tokenizer_of
 from specforge_exp.data.chat import Encoded, Message, Unrenderable
 
 KEYS = ("reasoning_content", "reasoning", "thinking")
+SEED_CLOSED = "<seed:think>\nNone are left.\n</seed:think>"
 Ids = list[int]
 
 
@@ -64,8 +65,9 @@ class Oracle:
             ]
         single = Oracle(self.shape, [*before, self.messages[at]])
         prompt, text = single.text(len(before), True), single.text(len(before) + 1, False)
-        closed = f"{self.shape.thinks}\n<channel|>"
-        return self.after(prompt.removesuffix(closed), text)
+        for closed in (f"{self.shape.thinks}\n<channel|>", SEED_CLOSED):
+            prompt = prompt.removesuffix(closed)
+        return self.after(prompt, text)
 
 
 def thoughts_of(message: Message) -> str:
@@ -143,6 +145,6 @@ def refusal_is_wrong(oracle: Oracle, reason: str) -> bool:
     thoughtful = [bool(thoughts_of(oracle.messages[at])) for at in oracle.answers]
     if "opens thoughts" in reason:
         return not opens(oracle.shape) or all(thoughtful)
-    if "closes the thoughts" in reason:
+    if "closes the thoughts" in reason or "writes thoughts is not known" in reason:
         return not any(thoughtful)
     return "tokenizer joins" not in reason

@@ -283,6 +283,19 @@ NEMOTRON = (
     "{{- (m.role | capitalize) + '\\n' + m.content + '\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<extra_id_1>Assistant\\n' }}{%- endif %}"
 )
+SEED = (
+    "{%- for m in messages %}{{- '<seed:bos>' + m.role + '\\n' }}{%- if m.reasoning_content %}"
+    "{{- '<seed:think>' + m.reasoning_content | trim + '</seed:think>\\n' }}{%- endif %}"
+    "{{- m.content | trim + '<seed:eos>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<seed:bos>assistant\\n' }}{%- if thinking_budget == 0 %}"
+    "{{- '<seed:think>\\nNone are left.\\n</seed:think>' }}{%- endif %}{%- endif %}"
+)
+SOLAR = (
+    "{%- for m in messages %}{{- '<|begin|>' + m.role }}{%- if m.reasoning and loop.last %}"
+    "{{- '<|think|>' + m.reasoning + '<|end|><|begin|>assistant' }}{%- endif %}"
+    "{{- '<|content|>' + m.content + ('<|stop|>' if m.role == 'assistant' else '<|end|>') }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|begin|>assistant' }}{%- endif %}"
+)
 SHAPES = (
     # meta-llama/Llama-2-7b-chat-hf: a space before </s>, one <s> for each answer
     Shape("Llama 2", instructed(
@@ -359,6 +372,11 @@ SHAPES = (
           "<|tool_call|>"), ("<|end_of_text|>",), tools=True),
     # CohereLabs/c4ai-command-r7b-12-2024: the answer's own marks are the model's
     Shape("Cohere 2", COHERE, COHERE_TOKENS, ("<|END_OF_TURN_TOKEN|>",), bos="<BOS_TOKEN>"),
+    # ByteDance-Seed/Seed-OSS-36B-Instruct, thinking_budget=0: its prompt thinks itself
+    Shape("Seed-OSS", SEED, ("<seed:eos>",), ("<seed:eos>",), thinks="<seed:think>"),
+    Shape("Seed-OSS at 0", SEED, ("<seed:eos>",), ("<seed:eos>",), kwargs={"thinking_budget": 0}),
+    # upstage/Solar-Open-100B: reads `reasoning` alone, writes thoughts as a message of their own
+    Shape("Solar Open", SOLAR, ("<|stop|>",), ("<|stop|>",), thinks="<|think|>"),
     # allenai/OLMo-2-1124-7B-Instruct: roles are words, the last answer ends without a line break
     Shape("OLMo 2", OLMO2, ("<|endoftext|>",), ("<|endoftext|>",), bos="<|endoftext|>"),
     # allenai/Olmo-3-7B-Instruct

@@ -175,6 +175,16 @@ RETURN, EOS = "<|return|>", "<｜end▁of▁sentence｜>"
         ("Gemma 4, thinking", TAGGED, ["<|channel>thought\na\n<channel|>One.<turn|>"]),
         ("Gemma 4, thinking", [user("Hi"), assistant("One.", reasoning="One")], [
             "<|channel>thought\nOne\n<channel|>One.<turn|>"]),
+        ("Seed-OSS", THOUGHT, [
+            "<seed:think>a</seed:think>\nOne.<seed:eos>",
+            "<seed:think>b</seed:think>\nTwo.<seed:eos>"]),
+        ("Seed-OSS at 0", TWICE, ["One.<seed:eos>", "Two.<seed:eos>"]),
+        ("Seed-OSS at 0", TAGGED, [
+            "its prompt closes the thoughts that an answer has (preprocess.thinking=out takes them "
+            "out)"]),
+        ("Solar Open", THOUGHT, [
+            "<|think|>a<|end|><|begin|>assistant<|content|>One.<|stop|>",
+            "<|think|>b<|end|><|begin|>assistant<|content|>Two.<|stop|>"]),
         ("Gemma", [{"role": "system", "content": "Be kind."}, *TWICE], [
             "the chat template refuses it: System role not supported; prep with data.system=join "
             "puts the system message in front of the first user turn"]),
@@ -182,6 +192,15 @@ RETURN, EOS = "<|return|>", "<｜end▁of▁sentence｜>"
 )  # fmt: skip
 def test_turns_by_template(name: str, messages: list[Message], expected: list[str]) -> None:
     assert spoken(name, messages) == expected
+
+
+@pytest.mark.parametrize("message", [TAGGED[1], THOUGHT[1]], ids=["within", "beside"])
+def test_marks_that_are_not_known_are_not_made_up(message: Message) -> None:
+    """A template that shows thoughts behind another prompt than the one that it makes."""
+    (seed,) = [shape for shape in SHAPES if shape.name == "Seed-OSS at 0"]
+    shape = replace(seed, name="odd", template=seed.template.replace("seed:think", "mull"))
+    (result,) = encode_many(chat_of(shape), [{"conversations": [user("Hi"), message]}])
+    assert isinstance(result, Unrenderable) and "writes thoughts is not known" in str(result)
 
 
 def test_the_last_turn_only() -> None:
