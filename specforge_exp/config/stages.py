@@ -300,8 +300,8 @@ class BenchConfig:
     max_length: int | None = None
     """Tokens of a prompt and its answer, at most; null: the run's max_length."""
     chain_length: int | None = None
-    """Tokens drafted per verification; null: 5, or all that a draft guesses in one pass (the rest of
-    a block, P-EAGLE's depths)."""
+    """Tokens drafted per verification; null: 5, or all that a draft guesses in one pass (the rest
+    of a block, P-EAGLE's depths)."""
     verify: str = "all"
     """all: every drafted token is verified; confidence: a draft with a confidence head ends a chain
     where one more token is expected to earn less than it costs."""

@@ -150,6 +150,12 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / link).exists(), link
 
 
+@pytest.mark.parametrize("group", "model data draft experiment loss engine hparams_search".split())
+def test_every_choice_of_a_group_is_on_a_page(group: str) -> None:
+    words = {word for page in SAID for word in re.findall(r"[\w.-]*\w", page.read_text())}
+    assert {path.stem for path in (CONF / group).rglob("*.yaml")} <= words
+
+
 def test_readme_stays_short() -> None:
     assert len((REPOSITORY / "README.md").read_text().splitlines()) < 250
 
