@@ -156,6 +156,33 @@ def test_every_choice_of_a_group_is_on_a_page(group: str) -> None:
     assert {path.stem for path in (CONF / group).rglob("*.yaml")} <= words
 
 
+def test_tables_of_data_sets_are_those_of_conf() -> None:
+    """Hub id, file or configuration, and how many prompts."""
+    looked = 0
+    for page, heading, pattern in (
+        ("data", "data=", "data/*"),
+        ("bench", "name", "bench/standard"),
+    ):
+        rows = {
+            row[heading]: row
+            for row in tables((REPOSITORY / f"docs/{page}.md").read_text(), heading)
+        }
+        for file in CONF.glob(f"{pattern}.yaml"):
+            config: Any = OmegaConf.to_container(OmegaConf.load(file))
+            named = config.get("suite") or {file.stem: next(iter(config.get("train", [{}])))}
+            for name, source in named.items():
+                path, row = str(source.get("path")), rows.get(name)
+                if row is None or not path.startswith("hub:"):
+                    assert not path.startswith("hub:"), name
+                    continue
+                said = " ".join(row.values())
+                for part in re.split("[:/]", path.removeprefix("hub:").partition("{")[0]):
+                    assert part in said, (name, part)
+                assert page != "bench" or row["prompts"] == str(source["limit"]), name
+                looked += 1
+    assert looked == 18
+
+
 def test_readme_stays_short() -> None:
     assert len((REPOSITORY / "README.md").read_text().splitlines()) < 250
 
