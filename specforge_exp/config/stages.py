@@ -339,7 +339,7 @@ class BenchConfig:
         )  # fmt: skip
         confident = self.verify == "confidence"
         only_with(self, "bench.", confident, "bench.verify=confidence", "verify_cost")
-        only_with(self, "bench.", bool(self.suite), "bench=standard or bench=zlab", "samples")
+        only_with(self, "bench.", bool(self.suite), "bench=standard or bench=zlab", "samples only")
         safe_name("bench.name", self.name or "none")
         for key in ("datasets", "suite"):
             for name, source in vars(self)[key].items():
