@@ -36,7 +36,8 @@ class ImageSettings:
     """Environment variables, no secrets."""
     sources: list[str] | None = None
     """Files and folders, relative to the script's folder, that go to /root in the container, and
-    packages installed here; null: the source and configuration files of the script's folder."""
+    packages that can be imported here, by name; null: the source and configuration files of the
+    script's folder (with `python -m`, of the folder that holds the package)."""
 
 
 @dataclass
@@ -55,7 +56,8 @@ class JobSettings:
     startup_timeout: int = 1200
     """Seconds until the container must have started."""
     retries: int = 10
-    """New attempts after a crash or a time-out (preemptions are free, failures are final)."""
+    """New attempts after a crash or a time-out, at most 10 (preemptions are free, failures are
+    final)."""
     single_use: bool | None = None
     """A new container for every job; null: for jobs with a GPU."""
     region: str | None = None

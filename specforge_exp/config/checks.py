@@ -61,7 +61,7 @@ def only_with(options: Any, prefix: str, there: bool, what: str, names: str) -> 
     A run that is given one is not what its command says, and a grid over one repeats a run.
     """
     for name in names.split():
-        value, usual = vars(options)[name], getattr(type(options), name)
+        value, usual = vars(options)[name], getattr(type(options), name, [])
         if value != usual and not there:
             raise InputError(
                 f"{prefix}{name}={typed(value)} needs {what}, without which it changes nothing; "

@@ -111,7 +111,7 @@ class DataConfig:
     split_eval: float = 0.05
     """Share of the training conversations held out when `eval` is empty (chosen by their id)."""
     sample_size: int | None = None
-    """Keep the first so many training conversations; null: all."""
+    """Keep the first so many conversations of `train`, those held out of it included; null: all."""
     max_turns: int | None = None
     """Cut conversations after this many assistant turns; null: keep all."""
     system: str = "keep"

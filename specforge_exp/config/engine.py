@@ -25,8 +25,8 @@ class EngineConfig:
     api_key: str = "OPENAI_API_KEY"
     """openai: the environment variable with the key; it may be unset."""
     tp_size: int | None = None
-    """sglang, vllm, modal: GPUs of one server; null: 1 for targets up to 8B, 2 up to 32B, 8
-    above."""
+    """sglang, vllm, modal: GPUs of one server; null: 1 for targets of up to 9 billion
+    parameters, 2 up to 35, 8 above."""
     num_servers: int | None = None
     """sglang, vllm: servers on this machine; null: as many as its GPUs carry. modal: containers at
     a time, at most; null: as many as Modal gives."""
@@ -54,7 +54,8 @@ class EngineConfig:
     retries: int = 4
     """Further attempts at an answer that failed or timed out."""
     patience: float = 600.0
-    """Seconds to wait for servers that refuse connections or are too busy (429, 503)."""
+    """Seconds to wait for servers that refuse connections or are too busy (429, 502, 503, 504); at
+    most 10 for one that has never answered."""
     rate_limit: float | None = None
     """Conversations (modal: inputs, which are chunks of them) begun per second, at most; null: no
     limit."""

@@ -300,7 +300,8 @@ class BenchConfig:
     max_length: int | None = None
     """Tokens of a prompt and its answer, at most; null: the run's max_length."""
     chain_length: int | None = None
-    """Tokens drafted per verification; null: 5, or the rest of a block."""
+    """Tokens drafted per verification; null: 5, or all that a draft guesses in one pass (the rest
+    of a block, P-EAGLE's depths)."""
     verify: str = "all"
     """all: every drafted token is verified; confidence: a draft with a confidence head ends a chain
     where one more token is expected to earn less than it costs."""
@@ -338,7 +339,7 @@ class BenchConfig:
         )  # fmt: skip
         confident = self.verify == "confidence"
         only_with(self, "bench.", confident, "bench.verify=confidence", "verify_cost")
-        only_with(self, "bench.", bool(self.suite), "bench=standard or bench=zlab", "samples")
+        only_with(self, "bench.", bool(self.suite), "bench=standard or bench=zlab", "samples only")
         safe_name("bench.name", self.name or "none")
         for key in ("datasets", "suite"):
             for name, source in vars(self)[key].items():

@@ -20,7 +20,8 @@ class TargetConfig:
 
     cache: str = "none"
     """none: run the target in every step; memory: keep its states, 4 hidden sizes of numbers per
-    token; disk: write them beside the tokens, once for all epochs and runs. Changes no number."""
+    token (DFlash 6); disk: write them beside the tokens, once for all epochs and runs. Changes no
+    number."""
 
     shard: bool = False
     """Share each of its layers among the processes of trainer.gpus, by transformers' tensor

@@ -39,6 +39,7 @@ OF_QUICKSTART = {
     "bench": [f"bench.datasets.{name}.limit=2" for name in SETS],
 }
 """The same with experiment=quickstart."""
+README = REPOSITORY / "README.md"
 EXPORT = "artifacts/checkpoints/quickstart_full-opd/export"
 OWN = {
     " ...": " experiment=quickstart", "model=qwen3_0_6b": "model=tiny draft.draft_vocab_size=512",
@@ -154,3 +155,20 @@ def test_every_command_of_a_page(page: str, prepared: Reader, tmp_path: Path) ->
     reader = Reader(tmp_path / "home", prepared.refused)
     problems = [*filter(None, (wrong(reader, line) for name, line in TYPED if name == page))]
     assert not problems, "\n\n".join(problems)
+
+
+@pytest.mark.slow
+def test_stages_write_what_their_table_says(prepared: Reader) -> None:
+    own = {"<data>": "quickstart", "<model>": "tiny", "<run_name>": "quickstart_full-opd"}
+    rows = re.findall(r"^\| `python (\w+)\.py` \|.*\| (.*) \|$", README.read_text(), re.MULTILINE)
+    looked = set()
+    for stage, writes in rows:
+        parts = re.findall(r"`(artifacts/[^`]*)`([^`]*)", writes)
+        if stage == "report":
+            parts = [("artifacts/checkpoints/sweeps/*/train/", writes)]
+        for written, files in parts:
+            place = re.sub("<[^>]*>", lambda name: own[name[0]], written)
+            for name in ["", *re.findall(r"[\w*-]+(?:\.\w+|/)", files)]:
+                assert [*prepared.folder.glob(f"{place}{name}".rstrip("/"))], (stage, place, name)
+                looked.add((stage, name))
+    assert len(looked) > 12 and {stage for stage, _ in looked} >= {"prep", "train", "report"}

@@ -105,7 +105,6 @@ NOT_TOGETHER: list[tuple[dict[str, Any], str]] = [
             ("export.push", "name"),
             ("export.dry_run", True),
             ("export.format", "vllm"),
-            ("bench.only", ["none"]),
             ("bench.concurrency", 2),
             ("bench.verify", "confidence"),
             ("engine.urls", ["http://x/v1"]),
@@ -128,6 +127,7 @@ NOT_TOGETHER: list[tuple[dict[str, Any], str]] = [
             ("export.private", False, "export.push=.*"),
             ("bench.verify_cost", 0.2, "bench.verify=confidence"),
             ("bench.samples", "shipped", "bench=standard or bench=zlab"),
+            ("bench.only", ["none"], "bench=standard or bench=zlab"),
             ("bench.alone_url", "http://x/v1", "engine=openai"),
         ]
     ),
