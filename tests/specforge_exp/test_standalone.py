@@ -1,5 +1,6 @@
 """A small model as a draft: its loss is that of dense products, what it says is the target's."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -149,6 +150,14 @@ def test_every_stage_takes_it(cfg: Config, tokens: Path) -> None:
     assert bench(cfg) >= 1
     result = json.loads(paths.bench_file(cfg).read_text())
     assert all(figures["lossless"] for figures in result["datasets"].values())
+
+
+def test_a_draft_of_a_quantised_targets_shape_is_plain(random_target: Target) -> None:
+    """An engine would read its export's weights as packed ones."""
+    target = copy.deepcopy(random_target)
+    target.model.config.quantization_config = {"quant_method": "fp8"}
+    draft = Standalone.new(target, OPTIONS, {}, 0)
+    assert "quantization_config" not in draft.model.config.to_dict()
 
 
 def test_what_does_not_fit_is_refused(random_target: Target) -> None:

@@ -46,6 +46,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
 from specforge_exp.target import Head, Target, take_dtype
 from specforge_exp.target.anatomy import read_end
+from specforge_exp.target.files import plain
 from specforge_exp.training.batches import Batch, moved
 from specforge_exp.training.objective import Outcome, Replay, Sample
 
@@ -257,6 +258,7 @@ def small_model(target: Target, cfg: StandaloneConfig, seed: int) -> Any:
     if cfg.path is not None:
         source = new_model(ModelConfig("draft", cfg.path, init="random"), seed).config
     config = copy.deepcopy(source)
+    plain(config)
     unknown = [key for key in cfg.config if not hasattr(config, key)]
     if unknown:
         raise InputError(f"draft.config: {', '.join(unknown)} is not in a {config.model_type}'s")
