@@ -52,17 +52,17 @@ BUDGETS = {
     "modal_sweep": 33_260,
     "hydra_sweeps": 31_010,
     "hydra_plugins": 1_010,
-    "specforge_exp": 255_990,
+    "specforge_exp": 256_070,
     "specforge_exp/data": 22_650,
-    "specforge_exp/target": 13_340,
-    "specforge_exp/drafts": 57_150,
+    "specforge_exp/target": 13_370,
+    "specforge_exp/drafts": 57_200,
     "specforge_exp/training": 21_060,
     "specforge_exp/inference": 16_550,
     "specforge_exp/generation": 25_090,
     "specforge_exp/bench": 11_600,
     "specforge_exp/report": 18_040,
     "specforge_exp/chat": 4_230,
-    "": 321_850,
+    "": 321_930,
     "specforge_exp/causal": 6_280,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
@@ -283,7 +283,7 @@ WITH_THEM = ["specforge_exp/chat/", "specforge_exp/stages/chat.py", "specforge_e
 
 
 @pytest.mark.parametrize(
-    ("parts", "most"), [(OF_MODELS, 10_760), ([*OF_MODELS, *WITH_THEM], 20_620)]
+    ("parts", "most"), [(OF_MODELS, 10_760), ([*OF_MODELS, *WITH_THEM], 20_660)]
 )
 def test_causal_models_are_little_code(parts: list[str], most: int) -> None:
     total = sum(tokens(path) for path, name in NAMES.items() if name.startswith(tuple(parts)))

@@ -140,7 +140,8 @@ def asked_for(path: str) -> bool:
 def load_tokenizer(cfg: ModelConfig) -> Any:
     """The target's tokenizer; InputError when it is missing, slow, or has no chat template."""
     folder = Path(cfg.path)
-    if (folder / "config.json").exists() and not any(map(any, map(folder.glob, SPELLINGS))):
+    held = (file for pattern in SPELLINGS for file in folder.glob(pattern) if file.is_file())
+    if (folder / "config.json").exists() and not any(file.stat().st_size for file in held):
         raise InputError(  # transformers would make an empty one
             f"model.path={cfg.path} has no tokenizer.json; copy it from the model it was made of"
         )
@@ -180,5 +181,6 @@ def not_loadable(cfg: ModelConfig, error: Exception) -> str:
 
 def points(file: Path) -> bool:
     """Whether a file is what `git clone` leaves of a large one without Git LFS."""
-    with file.open("rb") as content:
+    with suppress(OSError), file.open("rb") as content:  # it may be a folder
         return content.read(8) == b"version "
+    return False

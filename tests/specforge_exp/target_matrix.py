@@ -198,8 +198,8 @@ Written by bitsandbytes 0.50 (8 and 4 bits) and as compressed-tensors' 4 bits th
 that they stand for; the others were not tried with their package. Scales that transformers does not
 read (NVIDIA's Model Optimizer, FP8 as vLLM writes it) are refused, and quantised weights are not
 trained. The head must be plain numbers, and the embeddings where config.json says so. An adapter
-(LoRA) has to be merged first, and its adapter_config.json removed. A model that needs its own Python
-code is refused: `trust_remote_code` stays off.
+(LoRA) has to be merged first, and its adapter_config.json removed. A model that needs its own
+Python code is refused: `trust_remote_code` stays off.
 
 Rejected tokens are taken out of keys and values. A layer that keeps a state instead (linear
 attention, convolutions) or an index goes back to a copy from before the verification, and what was

@@ -174,6 +174,15 @@ def test_what_does_not_fit_is_refused(random_target: Target) -> None:
         mixing.checked()
 
 
+def test_a_draft_path_that_is_no_model_is_named(random_target: Target, tmp_path: Path) -> None:
+    """By its own option, and without a traceback for its tokenizer."""
+    for name, content in (("tokenizer.json", "{}"), ("config.json", "null")):
+        (tmp_path / name).write_text(content)
+    options = replace(OPTIONS, init="weights", config={}, path=str(tmp_path))
+    with pytest.raises(InputError, match=rf"^draft\.path={tmp_path} cannot be loaded"):
+        Standalone.new(random_target, options, {}, 0)
+
+
 def test_a_run_is_of_the_weights_it_began_with(cfg: Config, tokens: Path, tmp_path: Path) -> None:
     """Another model in the folder of draft.path is another training, as is its shape alone."""
     folder = tmp_path / "small"

@@ -55,6 +55,8 @@ def test_a_tokenizer_that_is_missing_or_damaged_is_named(folder: Path) -> None:
         load_tokenizer(ModelConfig("mine", str(folder)))
     for file in folder.glob("tokenizer*"):
         file.unlink()
+    configured(folder, tokenizer_class="LlamaTokenizer")
+    (folder / "tokenizer.model").touch()  # as a full disk leaves it
     with pytest.raises(InputError, match=r"mine has no tokenizer\.json; copy it from the model"):
         load_tokenizer(ModelConfig("mine", str(folder)))
 
@@ -187,6 +189,7 @@ def test_what_a_folder_has_in_the_place_of_weights_is_said(
 
 
 def test_what_git_left_of_a_large_file_is_said(folder: Path) -> None:
+    (folder / "a.folder").mkdir()
     left = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 9\n"
     (folder / "model.safetensors").write_text(left)
     with pytest.raises(InputError, match=r"model\.safetensors .*: git lfs pull"):
@@ -197,16 +200,13 @@ def test_scales_that_nothing_reads_are_refused_in_any_case(folder: Path) -> None
     """model.unused_weights=true would leave weights that are other numbers: methods that
     transformers does not know it passes over. Scales of what is not used itself do not count, nor
     those of a cache of keys and values."""
-    scale, other = torch.ones(()), "model.layers.8.mlp.up_proj.weight"
+    other = "model.layers.8.mlp.up_proj.weight"
     configured(folder, quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"})
     cfg = ModelConfig("m", str(folder), unused_weights=True)
-    extra = {
-        other: scale,
-        f"{other}_scale": scale,
-        "model.layers.0.self_attn.k_proj.k_scale": scale,
-    }
-    check_weights(cfg, loaded(folder, lambda _: extra)[1])
-    report = loaded(folder, lambda _: {**extra, f"{UP}_scale": scale.clone()})[1]
+    names = [other, f"{other}_scale", "model.layers.0.self_attn.k_proj.k_scale"]
+    check_weights(cfg, loaded(folder, lambda _: {name: torch.ones(1) for name in names})[1])
+    names.append(f"{UP}_scale")
+    report = loaded(folder, lambda _: {name: torch.ones(1) for name in names})[1]
     with pytest.raises(InputError, match=rf"1 scales are not used \({UP}_scale, "):
         check_weights(cfg, report)
 
