@@ -25,7 +25,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.sharding import save_shared_once
 from specforge_exp.target import packing
 from specforge_exp.target.anatomy import find_layers, one_line, visited
-from specforge_exp.target.files import model_config, not_loadable
+from specforge_exp.target.files import model_config, not_loadable, plain, quantised
 from specforge_exp.target.loading import check_weights, from_files, no_bars_in_logs
 from specforge_exp.target.shape import each_layer
 from specforge_exp.training.batches import Batch, moved
@@ -153,12 +153,17 @@ def needed_flops(causal: Causal, lengths: list[int], rows: int) -> float:
 def new_model(cfg: ModelConfig, seed: int) -> Any:
     """From its weights, or, with model.init=random, from its configuration alone; fp32."""
     no_bars_in_logs()
+    config = model_config(cfg)
     if cfg.init == "weights":
+        if packed := quantised(config):
+            raise InputError(
+                f"model.path={cfg.path} cannot be trained{packed}; name the model it was made of"
+            )
         options = {"dtype": torch.float32, "output_loading_info": True}
         model, report = from_files(cfg, torch.device("cpu"), options)
         check_weights(cfg, report)
         return model
-    config = model_config(cfg)
+    plain(config)
     torch.manual_seed(seed)
     try:
         return AutoModelForCausalLM.from_config(

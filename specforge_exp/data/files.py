@@ -72,18 +72,24 @@ class Columns(NamedTuple):
         return self.among(names)
 
 
+def shown(folder: Path) -> list[Path]:
+    """The files of a folder and below it, sorted, but for hidden ones and those in hidden folders,
+    where editors and notebooks keep older copies."""
+    inside = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    kept = [file for file in inside if not any(part.startswith(".") for part in file.parts)]
+    return [folder / file for file in sorted(kept)]
+
+
 def passed_over(path: str, suffixes: tuple[str, ...]) -> str:
     """Which files of a folder may be data and have none of these suffixes; "" when none is, or it
     is no folder."""
     folder = Path(path).expanduser()
-    found = sorted(
+    found = [
         str(file.relative_to(folder))
-        for file in folder.rglob("*")
+        for file in shown(folder)
         if file.suffix.lower() not in ("", *BESIDE.split())
         and not file.name.endswith((*suffixes, ".rejected.jsonl"))
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and file.is_file()
-    )
+    ]
     return ", ".join(found[:3]) + f" and {len(found) - 3} more" * (len(found) > 3)
 
 

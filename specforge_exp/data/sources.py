@@ -18,6 +18,7 @@ from specforge_exp.data.files import (
     Rejected,
     parse,
     passed_over,
+    shown,
     tell_passed_over,
     without_nulls,
 )
@@ -118,7 +119,7 @@ def local_files(source: Source) -> list[Path]:
     if colon and scheme in ("hub", "synthetic"):
         return []
     if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and known(p.name))
+        inside = [file for file in shown(path) if known(file.name)]
         if inside:
             return inside
         others = passed_over(source.path, SUFFIXES)
@@ -159,9 +160,7 @@ def stand_ins(path: str) -> list[Path]:
     folder = Path(name)
     if known(part):
         return [folder / member for member in spelt_out(part) if (folder / member).exists()]
-    inside = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
-    shown = [file for file in inside if not any(part.startswith(".") for part in file.parts)]
-    return [folder / file for file in sorted(shown)]
+    return shown(folder)
 
 
 def depends_on(source: Source) -> list[Path]:

@@ -33,6 +33,7 @@ from specforge_exp.data.files import (
     Rejected,
     parse,
     passed_over,
+    shown,
 )
 from specforge_exp.data.sources import hub_name, stand_ins
 from specforge_exp.errors import InputError, first_line
@@ -125,7 +126,7 @@ def synthetic_texts(split: str) -> Iterator[str]:
 def files_of(source: TextSource) -> list[Path]:
     """The files of a source, in order; InputError for what cannot be read."""
     path = Path(source.path).expanduser()
-    inside = [p for p in path.rglob("*") if p.name.endswith(TEXTS)] if path.is_dir() else []
+    inside = [p for p in shown(path) if p.name.endswith(TEXTS)]
     files = sorted(inside) or [path]
     if not all(file.is_file() and file.name.endswith(TEXTS) for file in files):
         others = passed_over(source.path, TEXTS)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils import find_adapter_config_file
 
 from specforge_exp.artifacts import files_of, read_object
 from specforge_exp.config import ModelConfig
@@ -17,6 +17,22 @@ WEIGHTS = (".safetensors", ".bin")
 """A hub model in the cache that has them is there as a whole."""
 SPELLINGS = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 """Files of which one has a tokenizer's tokens."""
+LOADED = [
+    f"{name}{end}"
+    for name in ("model.safetensors", "pytorch_model.bin")
+    for end in ("", ".index.json")
+]
+"""Files of which transformers opens the first that is there."""
+INSTEAD = {
+    "snapshots": "it is a folder of the hub's cache: name the folder in its snapshots/, or the id",
+    "checkpoint-*": "it holds a training's checkpoints: name one of them",
+    "*.gguf": "GGUF is not read: name the model that it was made of",
+    "pytorch_model_fsdp_*": "put FSDP's parts together first: accelerate merge-weights",
+    "zero_to_fp32.py": "put DeepSpeed's parts together first: zero_to_fp32.py, which lies there",
+    "*-of-*.safetensors": "its model.safetensors.index.json is missing",
+    "consolidated*": "it is in its maker's own format: name the model in Hugging Face's",
+}
+"""What folders without one of LOADED hold in its place, and what helps."""
 
 
 def text_config(cfg: ModelConfig) -> Any:
@@ -34,12 +50,41 @@ def model_config(cfg: ModelConfig) -> Any:
             f"model.path={cfg.path} is a file; a model is a folder with config.json, or a hub id"
         )
     try:
-        config = AutoConfig.from_pretrained(cfg.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        adapter = find_adapter_config_file(cfg.path)
+        config = None if adapter else AutoConfig.from_pretrained(cfg.path, trust_remote_code=False)
+    except Exception as error:  # a damaged config.json raises whatever it meets
         raise InputError(not_loadable(cfg, error)) from None
+    if adapter:
+        raise InputError(
+            f"model.path={cfg.path} has an adapter_config.json: an adapter (LoRA) is no model, and "
+            "one beside a model's weights is added to them by some readers and not by others; "
+            "merge it (peft's merge_and_unload, then save_pretrained) and name the merged folder, "
+            "without adapter_config.json"
+        )
     if folder := files_of(cfg.path):
         check_rotary(folder)
+        if all((folder / name).exists() for name in LOADED[:2]):
+            raise InputError(
+                f"model.path={cfg.path} holds two sets of weights, {' and '.join(LOADED[:2])}: "
+                "transformers reads the first, engines read the other; remove one"
+            )
     return config
+
+
+def quantised(config: Any) -> str:
+    """How the weights of a configuration are quantised, as its config.json says; "": they are
+    plain."""
+    for part in (config, config.get_text_config()):
+        if details := getattr(part, "quantization_config", None):
+            details = details if isinstance(details, dict) else details.to_dict()
+            return f" (its weights are quantised: {details.get('quant_method')})"
+    return ""
+
+
+def plain(config: Any) -> None:
+    """Take out of a configuration how the weights of the model that it came with are quantised."""
+    for part in (config, config.get_text_config()):
+        vars(part).pop("quantization_config", None)
 
 
 def check_rotary(folder: Path) -> None:
@@ -95,7 +140,8 @@ def asked_for(path: str) -> bool:
 def load_tokenizer(cfg: ModelConfig) -> Any:
     """The target's tokenizer; InputError when it is missing, slow, or has no chat template."""
     folder = Path(cfg.path)
-    if (folder / "config.json").exists() and not any(map(any, map(folder.glob, SPELLINGS))):
+    held = (file for pattern in SPELLINGS for file in folder.glob(pattern) if file.is_file())
+    if (folder / "config.json").exists() and not any(file.stat().st_size for file in held):
         raise InputError(  # transformers would make an empty one
             f"model.path={cfg.path} has no tokenizer.json; copy it from the model it was made of"
         )
@@ -124,4 +170,17 @@ def not_loadable(cfg: ModelConfig, error: Exception) -> str:
         )
     if (why := offline()) and kind != "folder" and isinstance(error, OSError):
         return f"{why}, and model.path={cfg.path} is not in the cache, nor a folder here"
-    return f"model.path={cfg.path} cannot be loaded as a {kind}: {first_line(error)}"
+    folder, remedy = Path(cfg.path), ""
+    if not any((folder / name).exists() for name in LOADED):
+        found = (said for pattern, said in INSTEAD.items() if any(folder.glob(pattern)))
+        remedy = next((f"; {said}" for said in found), "")
+    elif pointers := [file.name for file in folder.glob("*.*") if points(file)]:
+        remedy = f"; {pointers[0]} holds only where Git LFS has it: git lfs pull"
+    return f"model.path={cfg.path} cannot be loaded as a {kind}: {first_line(error)}{remedy}"
+
+
+def points(file: Path) -> bool:
+    """Whether a file is what `git clone` leaves of a large one without Git LFS."""
+    with suppress(OSError), file.open("rb") as content:  # it may be a folder
+        return content.read(8) == b"version "
+    return False

@@ -3,17 +3,20 @@
 import sys
 from collections.abc import Callable
 from functools import partial
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
+from specforge_exp.artifacts import files_of
 from specforge_exp.config import Config, ModelConfig, locate
 from specforge_exp.errors import InputError
-from specforge_exp.target.files import model_config, not_loadable, text_config
+from specforge_exp.target.anatomy import PLAIN
+from specforge_exp.target.files import model_config, not_loadable, quantised, text_config
 from specforge_exp.target.machine import DTYPES
 from specforge_exp.target.model import Target
 
@@ -99,24 +102,78 @@ def from_files(
     are put together, numbers of another type) would be a copy in each process's own memory, and
     quantised ones of some kinds cannot be moved later.
     """
-    quantised, config = "", model_config(cfg)
+    config, packed = model_config(cfg), ""
     try:
-        details = getattr(config, "quantization_config", None)
-        if details:
-            details = details if isinstance(details, dict) else details.to_dict()
-            quantised = f" (its weights are quantised: {details.get('quant_method')})"
+        packed = quantised(config)
         if device.type != "cpu" and "distributed_config" not in options:
             options = {**options, "device_map": {"": device}}
         text = type(config) in AutoModelForCausalLM._model_mapping
         kind = AutoModelForCausalLM if text else AutoModelForImageTextToText
-        loaded: tuple[Any, dict[str, Any]] = kind.from_pretrained(
+        if type(config) not in kind._model_mapping:
+            raise ValueError(f"{config.model_type} is no causal language model of transformers")
+        model, report = kind.from_pretrained(
             cfg.path, trust_remote_code=False, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not quantised:
+    except Exception as error:  # damaged files raise whatever they meet
+        lacks_room = isinstance(error, MemoryError | RuntimeError) and not packed
+        if lacks_room and "PytorchStreamReader" not in str(error):
             raise
-        raise InputError(not_loadable(cfg, error) + quantised) from None
-    return loaded
+        if isinstance(error, UnpicklingError):  # whose words advise to run what is in it
+            error = ValueError("a .bin file of it is damaged, or holds more than tensors")
+        raise InputError(not_loadable(cfg, error) + packed) from None
+    if packed and getattr(model, "hf_quantizer", None) is None:  # it is unpacked
+        check_blocks(cfg, getattr(config, "quantization_config", {}).get("weight_block_size"))
+        even(model, options["dtype"])
+    check_numbers(cfg, model)
+    return model, report
+
+
+def check_blocks(cfg: ModelConfig, block: list[int] | None) -> None:
+    """Refuse packed weights whose last block is a smaller one: transformers unpacks them as if all
+    were of one size, so that scales meet other numbers than theirs."""
+    folder = files_of(cfg.path)
+    for file in folder.glob("*.safetensors") if folder and block else ():
+        with safe_open(file, "pt") as weights:
+            shapes = {name: weights.get_slice(name).get_shape() for name in [*weights.keys()]}
+        for name, shape in shapes.items():
+            grid = shapes.get(f"{name}_scale_inv", [])
+            sides = zip(shape, grid, block or [], strict=False)
+            if any(count > 1 and side != count * size for side, count, size in sides):
+                raise InputError(
+                    f"model.path={cfg.path}: {name} is {shape} numbers, which blocks of {block} do "
+                    "not fill: transformers unpacks its scales wrongly; name the model that it was "
+                    "made of, or use a GPU that runs it packed"
+                )
+
+
+def even(model: Any, dtype: torch.dtype) -> None:
+    """Give the weights that stood beside packed ones the type that those were unpacked to: they are
+    read as they are in the file, and products of two types fail. What is kept wider stays so."""
+    for weight in model.parameters():
+        if weight.dtype in PLAIN and weight.dtype.itemsize <= dtype.itemsize:
+            weight.data = weight.data.to(dtype)
+
+
+def check_numbers(cfg: ModelConfig, model: Any) -> None:
+    """Refuse weights that are no numbers, and a head that its files have and its config.json has
+    not: engines take the embeddings in its place.
+
+    Raises:
+        InputError: it names them.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(model.config, "tie_word_embeddings", False) and head is not None
+    if tied and head.weight is not embeddings.weight:
+        raise InputError(
+            f"model.path={cfg.path}: config.json says tie_word_embeddings=true, and its files hold "
+            "a head that is not the embeddings: engines read those, transformers reads the head; "
+            "give it tie_word_embeddings=false, or remove the head's tensor"
+        )
+    for name, weight in model.named_parameters():
+        if weight.dtype in PLAIN and weight.numel() and not weight.is_meta:
+            ends = torch.stack(torch.aminmax(getattr(weight, "_local_tensor", weight).detach()))
+            if not ends.isfinite().all():
+                raise InputError(f"model.path={cfg.path}: {name} holds NaN or infinite numbers")
 
 
 def check_weights(cfg: ModelConfig, report: dict[str, Any]) -> None:
@@ -125,10 +182,23 @@ def check_weights(cfg: ModelConfig, report: dict[str, Any]) -> None:
     Raises:
         InputError: it names them.
     """
+    unused = report["unexpected_keys"]
+    scales = [
+        key for key in unused
+        if (stem := key.partition("_scale")[0]) != key
+        and stem.endswith(("weight", "_proj"))
+        and stem not in unused
+    ]  # fmt: skip
+    if scales:
+        raise InputError(
+            f"model.path={cfg.path}: its weights are quantised in a way that transformers does not "
+            f"read: {len(scales)} scales are not used ({sorted(scales)[0]}, ...), without which "
+            "the weights are other numbers; name the model that it was made of"
+        )
     problems = {
         "missing (transformers fills them with noise)": report["missing_keys"],
         "of another shape": [key[0] for key in report["mismatched_keys"]],
-        "not used": [] if cfg.unused_weights else report["unexpected_keys"],
+        "not used": [] if cfg.unused_weights else unused,
     }
     said = [
         f"{len(keys)} {what}: {', '.join(sorted(keys)[:5])}{', ...' * (len(keys) > 5)}"
@@ -137,7 +207,7 @@ def check_weights(cfg: ModelConfig, report: dict[str, Any]) -> None:
     ]
     if said:
         remedy = ""
-        if problems["not used"]:
+        if len(said) == 1 and problems["not used"]:
             remedy = "; model.unused_weights=true when those are not needed"
         raise InputError(
             f"model.path={cfg.path}: its files are not the weights of its config.json: "

@@ -190,11 +190,16 @@ length (nor bench's own `bench.max_length`) where the target's changes. A config
 another maker's draft, whose `rope_scaling` and `rope_parameters` are two different embeddings is
 refused with both: every reader takes one of them. Where layers differ in the size of their heads,
 the draft has that of most. Its token embeddings are the target's weights, as engines hand them to a
-draft: not multiplied by what a family scales them with. Quantised targets: FP8 and MXFP4
-load everywhere and are unpacked where nothing runs them as they are (without a GPU; MXFP4 also
-without its kernels); GPTQ, AWQ, compressed-tensors and bitsandbytes are refused with the name of
-their package where it is not installed, and were not tried with it. The head must be plain numbers.
-A model that needs its own Python code is refused: `trust_remote_code` stays off.
+draft: not multiplied by what a family scales them with. Quantised targets: FP8 and MXFP4 load
+everywhere and are unpacked where nothing runs them as they are (without a GPU; MXFP4 also without
+its kernels), but for FP8 whose blocks its weights do not fill; GPTQ, AWQ, compressed-tensors,
+bitsandbytes and torchao are refused with the name of their package where it is not installed.
+Written by bitsandbytes 0.50 (8 and 4 bits) and as compressed-tensors' 4 bits they gave the logits
+that they stand for; the others were not tried with their package. Scales that transformers does not
+read (NVIDIA's Model Optimizer, FP8 as vLLM writes it) are refused, and quantised weights are not
+trained. The head must be plain numbers, and the embeddings where config.json says so. An adapter
+(LoRA) has to be merged first, and its adapter_config.json removed. A model that needs its own
+Python code is refused: `trust_remote_code` stays off.
 
 Rejected tokens are taken out of keys and values. A layer that keeps a state instead (linear
 attention, convolutions) or an index goes back to a copy from before the verification, and what was

@@ -96,6 +96,9 @@ def test_a_folder_is_read_in_order(tmp_path: Path) -> None:
     )
     (tmp_path / "notes.txt").write_text("not data")
     write_lines(tmp_path / "a.rejected.jsonl", conversation("ours, not data"))
+    for hidden in (".ipynb_checkpoints/b-checkpoint.jsonl", ".c.jsonl"):  # an editor's older copies
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        write_lines(tmp_path / hidden, conversation("as it was before"))
     source = Source(str(tmp_path))
     assert [path.name for path in local_files(source)] == ["a.json", "b.jsonl", "c.jsonl.gz"]
     assert texts(source) == ["0", "1", "2", "3"]

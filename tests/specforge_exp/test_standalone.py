@@ -1,5 +1,6 @@
 """A small model as a draft: its loss is that of dense products, what it says is the target's."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -151,6 +152,14 @@ def test_every_stage_takes_it(cfg: Config, tokens: Path) -> None:
     assert all(figures["lossless"] for figures in result["datasets"].values())
 
 
+def test_a_draft_of_a_quantised_targets_shape_is_plain(random_target: Target) -> None:
+    """An engine would read its export's weights as packed ones."""
+    target = copy.deepcopy(random_target)
+    target.model.config.quantization_config = {"quant_method": "fp8"}
+    draft = Standalone.new(target, OPTIONS, {}, 0)
+    assert "quantization_config" not in draft.model.config.to_dict()
+
+
 def test_what_does_not_fit_is_refused(random_target: Target) -> None:
     with pytest.raises(InputError, match=r"needs draft\.path"):
         StandaloneConfig(name="x", init="weights")
@@ -163,6 +172,15 @@ def test_what_does_not_fit_is_refused(random_target: Target) -> None:
     mixing = Standalone(build(FAMILIES["Qwen3-Next"]()), small_target(VOCABULARY))
     with pytest.raises(InputError, match=r"conversations apart .*is trained: take another model$"):
         mixing.checked()
+
+
+def test_a_draft_path_that_is_no_model_is_named(random_target: Target, tmp_path: Path) -> None:
+    """By its own option, and without a traceback for its tokenizer."""
+    for name, content in (("tokenizer.json", "{}"), ("config.json", "null")):
+        (tmp_path / name).write_text(content)
+    options = replace(OPTIONS, init="weights", config={}, path=str(tmp_path))
+    with pytest.raises(InputError, match=rf"^draft\.path={tmp_path} cannot be loaded"):
+        Standalone.new(random_target, options, {}, 0)
 
 
 def test_a_run_is_of_the_weights_it_began_with(cfg: Config, tokens: Path, tmp_path: Path) -> None:

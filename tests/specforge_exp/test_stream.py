@@ -172,6 +172,7 @@ def test_files_of_every_kind(name: str, tmp_path: Path) -> None:
         path.mkdir()
         (path / "1.txt").write_text("one\nline\n")
         (path / "2.jsonl").write_text('{"text": "two\\n"}\n')
+        (path / ".1.txt").write_text("an older copy\n")
     else:
         import pyarrow as pa
         import pyarrow.parquet as pq

@@ -64,7 +64,8 @@ def test_unpacked_weights_say_what_their_numbers_say(
     stored, plain = {}, {}
     for name, weight in load_file(folder / "model.safetensors").items():
         packs = part in name and not name.endswith("bias")
-        packed, plain[name] = pack(name, weight) if packs else ({name: weight}, weight)
+        half = weight.bfloat16()  # as published: what is not packed is not as wide as what is asked
+        packed, plain[name] = pack(name, weight) if packs else ({name: half}, half)
         stored |= packed
     save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
     expected = logits(folder)
@@ -73,6 +74,23 @@ def test_unpacked_weights_say_what_their_numbers_say(
     settings["quantization_config"] = {"quant_method": pack.__name__, **config}
     (folder / "config.json").write_text(json.dumps(settings))
     torch.testing.assert_close(logits(folder), expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there FP8 is not unpacked")
+def test_blocks_that_weights_do_not_fill_are_refused(tmp_path: Path) -> None:
+    """transformers would take two scales of 96 rows for 48 each, where they are of 64 and 32."""
+    folder = save(FAMILIES["Llama 2"](), tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
+        rows, columns = (-(-side // 64) for side in weights[name].shape)
+        weights[name] = weights[name].to(torch.float8_e4m3fn)
+        weights[f"{name}_scale_inv"] = torch.ones(rows, columns)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"which blocks of \[64, 64\] do not fill"):
+        logits(folder)
 
 
 def test_a_head_of_packed_numbers_is_refused(tmp_path: Path) -> None:

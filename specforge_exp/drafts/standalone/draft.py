@@ -46,6 +46,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.losses import Loss
 from specforge_exp.target import Head, Target, take_dtype
 from specforge_exp.target.anatomy import read_end
+from specforge_exp.target.files import plain
 from specforge_exp.training.batches import Batch, moved
 from specforge_exp.training.objective import Outcome, Replay, Sample
 
@@ -252,11 +253,12 @@ class Standalone(Draft[StandaloneConfig]):
 def small_model(target: Target, cfg: StandaloneConfig, seed: int) -> Any:
     """The draft's model, fp32; InputError when it cannot be made."""
     if cfg.path is not None and not cfg.config:
-        return new_model(ModelConfig("draft", cfg.path, init=str(cfg.init)), seed)
+        return of_path(cfg.path, str(cfg.init), seed)
     source = target.text
     if cfg.path is not None:
-        source = new_model(ModelConfig("draft", cfg.path, init="random"), seed).config
+        source = of_path(cfg.path, "random", seed).config
     config = copy.deepcopy(source)
+    plain(config)
     unknown = [key for key in cfg.config if not hasattr(config, key)]
     if unknown:
         raise InputError(f"draft.config: {', '.join(unknown)} is not in a {config.model_type}'s")
@@ -271,6 +273,14 @@ def small_model(target: Target, cfg: StandaloneConfig, seed: int) -> Any:
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"draft.config={cfg.config} makes no model: {error}") from None
+
+
+def of_path(path: str, init: str, seed: int) -> Any:
+    """`new_model` of draft.path."""
+    try:
+        return new_model(ModelConfig("draft", path, init=init), seed)
+    except InputError as error:
+        raise InputError(str(error).replace("model.path=", "draft.path=")) from None
 
 
 def grown(model: Any, rows: int) -> Any:
@@ -290,7 +300,7 @@ def same_tokens(path: str, target_path: str) -> None:
             AutoTokenizer.from_pretrained(p, trust_remote_code=False).get_vocab()
             for p in (path, target_path)
         )
-    except (OSError, ValueError):
+    except Exception:  # a damaged tokenizer.json raises whatever it meets
         log.warning("%s and %s: their tokenizers cannot be compared", path, target_path)
         return
     if own != targets:
