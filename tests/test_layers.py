@@ -55,7 +55,7 @@ BUDGETS = {
     "specforge_exp": 254_660,
     "specforge_exp/data": 22_700,
     "specforge_exp/target": 12_060,
-    "specforge_exp/drafts": 57_140,
+    "specforge_exp/drafts": 57_180,
     "specforge_exp/training": 21_060,
     "specforge_exp/inference": 16_550,
     "specforge_exp/generation": 25_090,

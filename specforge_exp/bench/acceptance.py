@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from specforge_exp.bench.speculative import Generation
 NGRAM = 8
 NOVEL_BELOW = 0.2
 """An answer is novel when less than this share of its 8-grams stands in the training answers."""
+TOGETHER = 64
+"""Conversations whose 8-grams are made at a time."""
 
 
 @dataclass(frozen=True)
@@ -191,28 +194,40 @@ def mean(values: Sequence[float]) -> float:
 
 def ngram_keys(ids_T: Tensor) -> Tensor:
     """One int64 key per 8-gram of a token sequence (a polynomial that wraps around)."""
-    if len(ids_T) < NGRAM:
-        return torch.empty(0, dtype=torch.int64)
-    powers = torch.tensor([pow(1_000_003, i, 2**61) for i in range(NGRAM)])
-    return (ids_T.long().unfold(0, NGRAM, 1) * powers).sum(-1)
+    starts = max(0, len(ids_T) - NGRAM + 1)
+    keys = torch.zeros(starts, dtype=torch.int64)
+    for place in range(NGRAM):
+        keys += pow(1_000_003, place, 2**61) * ids_T[place : place + starts].long()
+    return keys
 
 
 def training_ngrams(conversations: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """Sorted keys of all 8-grams of supervised tokens, of ids and turns of conversations."""
-    keys = [
-        ngram_keys(conversation[turn == number])
-        for conversation, turn in conversations
-        for number in range(1, int(turn.max()) + 1)
-    ]
-    return torch.cat(keys).unique() if keys else torch.empty(0, dtype=torch.int64)
+    keys = [np.empty(0, np.int64)]
+    following = iter(conversations)
+    while some := list(islice(following, TOGETHER)):
+        ids_T, turns_T = (np.concatenate(column) for column in zip(*some, strict=True))
+        number_T = np.repeat(np.arange(len(some)), [len(turns) for _, turns in some])
+        inside_T = turns_T > 0
+        for label_T in (number_T, turns_T):  # a turn is in one piece: the ends of an 8-gram tell
+            inside_T &= label_T == np.roll(label_T, 1 - NGRAM)
+        own = ngram_keys(torch.from_numpy(ids_T)).numpy()
+        keys.append(own[inside_T[: len(own)]])
+    known = np.concatenate(keys)
+    keys.clear()
+    known.sort()  # in place: those of a million conversations are gigabytes
+    first = np.ones(len(known), bool)
+    first[1:] = known[1:] != known[:-1]
+    return torch.from_numpy(known[first])
 
 
 def overlap(answer: list[int], training_keys: Tensor | None) -> float:
-    """Share of the answer's 8-grams among `known`; 0 for an answer that has none.
+    """Share of the answer's 8-grams among the sorted `training_keys`; 0 for an answer without any.
 
     Not a number where nothing is known of the training answers: then no answer counts as novel.
     """
     if training_keys is None:
         return float("nan")
     keys = ngram_keys(torch.tensor(answer))
-    return float(torch.isin(keys, training_keys).float().mean()) if len(keys) else 0.0
+    begin, end = (torch.searchsorted(training_keys, keys, right=r) for r in (False, True))
+    return float((end > begin).float().mean()) if len(keys) else 0.0

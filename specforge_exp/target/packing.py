@@ -16,9 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specforge_exp.errors import InputError
 
@@ -41,8 +38,9 @@ def by_document(
     **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention within each of `documents`, lengths that the forward was given; [B, T, S, E]."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward as attend
+
     lengths = options.pop("documents", None)
-    attend = sdpa_attention_forward
     if module.config._attn_implementation == NAMES["eager"]:  # with what only this model has
         attend = sys.modules[type(module).__module__].eager_attention_forward
     if lengths is None:  # a text by itself, maybe behind a cache
@@ -59,6 +57,8 @@ def by_document(
 
 def mask_of_windows(*args: Any, **options: Any) -> Tensor | None:
     """A mask for layers with a window that is shorter than what is packed; else None."""
+    from transformers.masking_utils import sdpa_mask
+
     window = options.get("local_size")
     plain = not options.get("use_vmap") and options.get("attention_mask") is None
     if (
@@ -73,6 +73,10 @@ def mask_of_windows(*args: Any, **options: Any) -> Tensor | None:
 
 def register() -> None:
     """Make the attentions known to transformers."""
+    # torch's compiler comes with these (2 s): who needs a tokenizer alone does without.
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     for name, mask in zip(NAMES.values(), (mask_of_windows, eager_mask), strict=True):
         ALL_ATTENTION_FUNCTIONS.register(name, by_document)
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)

@@ -19,10 +19,7 @@ from specforge_exp.bench import in_process
 from specforge_exp.bench.acceptance import (
     PairedAnswer,
     bootstrap_interval,
-    ngram_keys,
-    overlap,
     summarise,
-    training_ngrams,
 )
 from specforge_exp.bench.asking import Talk, asking_of
 from specforge_exp.bench.sets import bench_sets
@@ -383,14 +380,3 @@ def test_interval_is_that_of_a_mean() -> None:
     error = 1.96 * values.std() / len(values) ** 0.5
     assert (low, high) == pytest.approx((values.mean() - error, values.mean() + error), abs=0.01)
     assert bootstrap_interval([2.5] * 3, 10) == (2.5, 2.5)
-
-
-def test_overlap_with_the_training_answers() -> None:
-    ids = [torch.arange(30)]
-    turns = [torch.tensor([0] * 10 + [1] * 10 + [0] * 2 + [2] * 8)]
-    known = training_ngrams(zip(ids, turns, strict=True))
-    assert len(known) == 3 + 1
-    assert overlap(list(range(10, 20)), known) == 1.0
-    assert overlap(list(range(12, 28)), known) == pytest.approx(1 / 9)
-    assert overlap([1, 2], known) == 0.0
-    assert len(ngram_keys(torch.arange(7))) == 0

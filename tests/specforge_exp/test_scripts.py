@@ -255,3 +255,16 @@ ctypes.CDLL(str(next(torch.glob("lib/libgomp*"))))
         env={**clean, "OMP_DISPLAY_ENV": "true", **theirs},
     )  # fmt: skip
     assert f"OMP_WAIT_POLICY = '{policy}'" in asked.stderr
+
+
+def test_who_runs_no_model_imports_no_compiler() -> None:
+    code = (
+        "import sys\n"
+        "from specforge_exp.config import locate\n"
+        "from specforge_exp.stages import bench, export, preprocess, regen\n"
+        "for draft in 'eagle3.draft.Eagle3 peagle.draft.PEagle dflash.draft.DFlash'.split():\n"
+        "    locate(f'specforge_exp.drafts.{draft}')\n"
+        "assert 'torch._dynamo' not in sys.modules  # twice the seconds and memory of a start\n"
+    )
+    done = run("-c", code)
+    assert not done.returncode, done.stderr

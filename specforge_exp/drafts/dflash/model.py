@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from specforge_exp.drafts.chain_attention import Visible, visible
 from specforge_exp.drafts.dflash.attention import block_attention
@@ -100,6 +99,9 @@ class DFlashModel(Draft[DFlashConfig]):
     head_VH: Tensor
 
     def __init__(self, config: Qwen3Config, embed_VH: Tensor, head_VH: Tensor) -> None:
+        # Here: torch's compiler comes with it, and not all who name a draft run one.
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
         super().__init__()
         H = config.hidden_size
         self.config = config

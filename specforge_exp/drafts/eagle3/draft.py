@@ -7,11 +7,10 @@ V target vocabulary.
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 
 from specforge_exp.drafts.eagle3 import training
 from specforge_exp.drafts.eagle3.chains import make_chains, nothing_to_learn
@@ -41,6 +40,9 @@ from specforge_exp.losses import Loss
 from specforge_exp.target import Head, Target, draft_shape
 from specforge_exp.training.batches import Batch, moved
 from specforge_exp.training.objective import Outcome, Replay, Sample
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 Options = TypeVar("Options", bound=EagleConfig)
 """The configuration of a kind."""
@@ -98,6 +100,8 @@ class Eagle(Eagle3Model[Options]):
             InputError: a file is missing or broken, a tensor is missing, superfluous or of the
                 wrong shape, d2t and t2d disagree, or the draft was made for another target.
         """
+        from transformers import LlamaConfig
+
         config, tensors = cls.opened(folder, len(target.layers))
         check_export(folder, config, target)
         for name, size in (("d2t", "draft_vocab_size"), ("t2d", "vocab_size")):
@@ -276,12 +280,14 @@ class Eagle3(Eagle[Eagle3Config]):
         return chains, states, training.needed_flops(self, chains)
 
 
-def draft_config(target_config: Any, cfg: EagleConfig) -> LlamaConfig:
+def draft_config(target_config: Any, cfg: EagleConfig) -> "LlamaConfig":
     """Shapes of a draft for this target: Llama layers as wide as the target's.
 
     Raises:
         InputError: the draft's vocabulary is larger than the target's.
     """
+    from transformers import LlamaConfig
+
     shape = draft_shape(target_config)
     return LlamaConfig(
         **shape,

@@ -10,13 +10,11 @@ Shape suffixes: B batch, S slots, H hidden, A three target hidden sizes, D draft
 V target vocabulary, N query heads, M key-value heads, E head size, P positions.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specforge_exp.drafts.chain_attention import rotate
 from specforge_exp.drafts.draft import MLP, Draft, Options
@@ -24,11 +22,14 @@ from specforge_exp.drafts.eagle3.config import Variant
 from specforge_exp.drafts.layers import RMSNorm, normed
 from specforge_exp.drafts.vocabulary import check_mapping
 
+if TYPE_CHECKING:  # torch's compiler comes with it, and not all who name a draft run one
+    from transformers import LlamaConfig
+
 
 class Eagle3Attention(nn.Module):
     """The projections of a layer; q, k and v of the first read cat(norm(embedding), norm(h))."""
 
-    def __init__(self, config: LlamaConfig, inputs: int) -> None:
+    def __init__(self, config: "LlamaConfig", inputs: int) -> None:
         super().__init__()
         H, E = config.hidden_size, config.head_dim
         N, M = config.num_attention_heads, config.num_key_value_heads
@@ -42,7 +43,7 @@ class Eagle3Layer(nn.Module):
     """A decoder layer; the first one's input_layernorm is the embedding's, hidden_norm the
     state's."""
 
-    def __init__(self, config: LlamaConfig, first: bool) -> None:
+    def __init__(self, config: "LlamaConfig", first: bool) -> None:
         super().__init__()
         H, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Eagle3Attention(config, 2 * H if first else H)
@@ -76,12 +77,14 @@ class Eagle3Model(Draft[Options]):
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: "LlamaConfig",
         embed_VH: Tensor,
         d2t: Tensor,
         t2d: Tensor,
         variant: Variant | None = None,
     ) -> None:
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
         super().__init__()
         H, wide = config.hidden_size, config.target_hidden_size
         self.config = config
