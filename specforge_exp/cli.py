@@ -4,6 +4,7 @@ the stage. It is where Hydra begins; the rest of the package does not know it.""
 import argparse
 import atexit
 import gc
+import io
 import logging
 import os
 import re
@@ -72,6 +73,10 @@ def command(task: Task) -> Callable[[], None]:
     """
 
     def main() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            # What a terminal's encoding lacks is printed as an escape: it is no error.
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
         version.setbase("1.3")
         store = ConfigStore.instance()
         store.store(name="schema", node=Config)
@@ -132,7 +137,7 @@ def recorded(cfg: DictConfig, config: Config) -> Iterator[None]:
     }
     for name, content in files.items():
         OmegaConf.save(OmegaConf.create(content), record / f"{name}.yaml")
-    handler = logging.FileHandler(folder / f"{stage}.log")
+    handler = logging.FileHandler(folder / f"{stage}.log", encoding="utf-8", errors="replace")
     logging.getLogger().addHandler(handler)
     try:
         yield

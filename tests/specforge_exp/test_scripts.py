@@ -105,6 +105,12 @@ def test_a_tilde_is_the_home_folder() -> None:
     assert f"path: {Path.home()}/x y\n" in done.stdout, done.stderr
 
 
+def test_what_a_terminal_has_no_letter_for_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    done = run("train.py", "model=local", 'model.path="τ"', "--cfg", "job", "--package", "model")
+    assert "path: \\u03c4\n" in done.stdout, done.stderr
+
+
 def test_status_is_a_word_of_regen() -> None:
     done = run("regen.py", "status", "model=tiny", "--cfg", "job", "--package", "regen")
     assert "status: true" in done.stdout, done.stderr
