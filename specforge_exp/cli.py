@@ -3,6 +3,7 @@ the stage. It is where Hydra begins; the rest of the package does not know it.""
 
 import argparse
 import atexit
+import errno
 import gc
 import io
 import logging
@@ -36,7 +37,20 @@ Task = Callable[[DictConfig], object]
 
 
 OF_HYDRA = utils.run_and_report
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 WRITTEN = "an option is written epochs=3, in one word without dashes"
+
+
+@contextmanager
+def told_by_the_system() -> Iterator[None]:
+    """InputError for what may not be read or written here, or finds no room, with its name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        told = [str(error.filename)] if error.filename else []
+        raise InputError(": ".join([*told, str(error.strerror)])) from error
 
 
 def reported(func: Any) -> Any:
@@ -44,7 +58,12 @@ def reported(func: Any) -> Any:
 
     def quiet() -> Any:
         try:
-            return func()
+            with told_by_the_system():
+                return func()
+        except InputError as error:  # of a sweep's own files
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            sys.exit(f"error: {error}")
         except CompactHydraException as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
@@ -214,7 +233,8 @@ def run(stage: str, cfg: DictConfig) -> object:
     try:
         config = from_omegaconf(cfg)
         offline.settle(config)
-        with leaving_nothing(config), recorded(cfg, config) if single else nullcontext():
+        record = recorded(cfg, config) if single else nullcontext()
+        with leaving_nothing(config), told_by_the_system(), record:
             return loaded(stage)(config)
     except InputError as error:
         if single and os.environ.get("HYDRA_FULL_ERROR") != "1":

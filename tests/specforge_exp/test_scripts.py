@@ -3,6 +3,7 @@
 import ast
 import gc
 import os
+import re
 import resource
 import shlex
 import signal
@@ -120,6 +121,15 @@ def test_an_unknown_key_is_answered_with_the_valid_ones() -> None:
     done = run("-m", "specforge_exp", "train", "-m", "epoch=1")
     assert done.returncode == 1
     assert done.stderr.startswith("error: epoch is not an option (did you mean epochs?)")
+
+
+@pytest.mark.parametrize("words", [["prep.py"], ["train.py", "-m", "loss=baseline,mixed"]])
+def test_where_nothing_may_be_written(words: list[str]) -> None:
+    """A single call, and a sweep before its first job; nobody makes folders in /sys."""
+    places = ["paths.datasets=/sys/here", "paths.checkpoints=/sys/here"]
+    done = run(*words, "experiment=quickstart", *places, "hydra.sweeper.precheck=null")
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: /sys/here[/\w]*: [\w -]+\n", done.stderr)
 
 
 @pytest.mark.parametrize(
