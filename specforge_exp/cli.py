@@ -37,8 +37,23 @@ Task = Callable[[DictConfig], object]
 
 
 OF_HYDRA = utils.run_and_report
-REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
 WRITTEN = "an option is written epochs=3, in one word without dashes"
+
+
+def prepare_streams() -> None:
+    """Let every text be printed: what a terminal's encoding lacks as an escape, and to nowhere
+    where a stream is closed (`2>&-`). A file of ours would get its number, and with it the lines
+    that libraries print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
@@ -92,10 +107,7 @@ def command(task: Task) -> Callable[[], None]:
     """
 
     def main() -> None:
-        for stream in (sys.stdout, sys.stderr):
-            # What a terminal's encoding lacks is printed as an escape: it is no error.
-            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-                stream.reconfigure(errors="backslashreplace")
+        prepare_streams()
         version.setbase("1.3")
         store = ConfigStore.instance()
         store.store(name="schema", node=Config)

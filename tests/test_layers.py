@@ -52,7 +52,7 @@ BUDGETS = {
     "modal_sweep": 33_340,
     "hydra_sweeps": 31_080,
     "hydra_plugins": 1_010,
-    "specforge_exp": 254_740,
+    "specforge_exp": 254_980,
     "specforge_exp/data": 22_650,
     "specforge_exp/target": 12_060,
     "specforge_exp/drafts": 57_140,
@@ -62,7 +62,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_600,
     "specforge_exp/report": 18_040,
     "specforge_exp/chat": 4_230,
-    "": 320_750,
+    "": 320_990,
     "specforge_exp/causal": 6_230,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be

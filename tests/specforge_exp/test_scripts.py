@@ -112,6 +112,30 @@ def test_what_a_terminal_has_no_letter_for_is_escaped(monkeypatch: pytest.Monkey
     assert "path: \\u03c4\n" in done.stdout, done.stderr
 
 
+def test_streams_that_are_closed(tmp_path: Path) -> None:
+    """No file gets the number of one, and whoever reads no more is told in one line."""
+    code = "import os, runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0])['main']()"
+    code += f"; os.dup(os.open('{tmp_path}/file', os.O_CREAT | os.O_WRONLY)); os.write(2, b'no')"
+    words = ["-c", code, "train.py", "--cfg", "job"]
+    script = 'exec "$@" <&- >&- 2>&-'
+    done = subprocess.run(
+        ["bash", "-c", script, "-", sys.executable, *words], cwd=REPOSITORY, check=False
+    )
+    assert done.returncode == 0 and (tmp_path / "file").read_text() == ""
+    reader, writer = os.pipe()
+    os.close(reader)
+    told = subprocess.run(
+        [sys.executable, "-u", *words[2:]],
+        cwd=REPOSITORY,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (told.returncode, told.stderr) == (1, "error: Broken pipe\n")
+
+
 def test_status_is_a_word_of_regen() -> None:
     done = run("regen.py", "status", "model=tiny", "--cfg", "job", "--package", "regen")
     assert "status: true" in done.stdout, done.stderr
