@@ -233,8 +233,9 @@ def redirect(path: Path) -> None:
     for stream in (1, 2):
         os.dup2(file, stream)
     os.close(file)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - until the job ends
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    escaped = {"buffering": 1, "errors": "backslashreplace", "closefd": False}
+    sys.stdout = open(1, "w", **escaped)  # noqa: SIM115 - until the job ends
+    sys.stderr = open(2, "w", **escaped)  # noqa: SIM115
 
 
 def end_with(parent: int) -> None:
@@ -251,6 +252,8 @@ def lock_or_wait(lock: int, folder: Path) -> None:
     except BlockingIOError:
         print(f"{folder}: waiting until an earlier process of this job has ended", flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks: as if there were none
+        pass
 
 
 def packed(returned: JobReturn) -> bytes:

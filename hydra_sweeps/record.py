@@ -6,6 +6,7 @@ hydra.sweep.subdir; those of earlier commands in the same folder stay.
 
 import fcntl
 import json
+import logging
 import math
 import os
 import shutil
@@ -24,6 +25,8 @@ from hydra_sweeps.command import command_line
 from hydra_sweeps.config import SweepConf
 from hydra_sweeps.errors import SweepError
 from hydra_sweeps.records import reason, write_whole
+
+log = logging.getLogger(__name__)
 
 FILE = "sweep.json"
 LOCK = ".sweep.lock"
@@ -213,12 +216,14 @@ def locked(sweep_dir: Path) -> Iterator[None]:
     with (sweep_dir / LOCK).open("a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             raise SweepError(
                 f"another process ({file.read().strip() or 'of another machine'}) runs the sweep "
                 f"in {sweep_dir}; wait for it, end it, or give another hydra.sweep.dir"
             ) from None
+        except OSError as error:  # a file system without locks
+            log.warning("%s: %s: nothing refuses a second process here", file.name, error.strerror)
         file.truncate(0)
         print(f"pid {os.getpid()}", file=file, flush=True)
         try:

@@ -26,10 +26,9 @@ def write_whole(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(partial, path)
     folder = os.open(path.parent, os.O_RDONLY)
-    try:
+    with suppress(OSError):  # not every network file system can sync a folder
         os.fsync(folder)  # so that the new name lasts
-    finally:
-        os.close(folder)
+    os.close(folder)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """modal-sweep: come back to a sweep from any process, on any machine that has its directory."""
 
 import argparse
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,10 @@ from modal_sweep.errors import LaunchError
 
 def main() -> None:
     """Run a command; exit code 1 when a job failed or something has to be mended."""
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal's encoding lacks is printed as an escape: it is no error.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     arguments = parser().parse_args()
     try:
         with modal_errors():

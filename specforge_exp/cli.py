@@ -3,7 +3,9 @@ the stage. It is where Hydra begins; the rest of the package does not know it.""
 
 import argparse
 import atexit
+import errno
 import gc
+import io
 import logging
 import os
 import re
@@ -35,7 +37,35 @@ Task = Callable[[DictConfig], object]
 
 
 OF_HYDRA = utils.run_and_report
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
 WRITTEN = "an option is written epochs=3, in one word without dashes"
+
+
+def prepare_streams() -> None:
+    """Let every text be printed: what a terminal's encoding lacks as an escape, and to nowhere
+    where a stream is closed (`2>&-`). A file of ours would get its number, and with it the lines
+    that libraries print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def told_by_the_system() -> Iterator[None]:
+    """InputError for what may not be read or written here, or finds no room, with its name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        told = [str(error.filename)] if error.filename else []
+        raise InputError(": ".join([*told, str(error.strerror)])) from error
 
 
 def reported(func: Any) -> Any:
@@ -43,7 +73,12 @@ def reported(func: Any) -> Any:
 
     def quiet() -> Any:
         try:
-            return func()
+            with told_by_the_system():
+                return func()
+        except InputError as error:  # of a sweep's own files
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            sys.exit(f"error: {error}")
         except CompactHydraException as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
@@ -72,6 +107,7 @@ def command(task: Task) -> Callable[[], None]:
     """
 
     def main() -> None:
+        prepare_streams()
         version.setbase("1.3")
         store = ConfigStore.instance()
         store.store(name="schema", node=Config)
@@ -132,7 +168,7 @@ def recorded(cfg: DictConfig, config: Config) -> Iterator[None]:
     }
     for name, content in files.items():
         OmegaConf.save(OmegaConf.create(content), record / f"{name}.yaml")
-    handler = logging.FileHandler(folder / f"{stage}.log")
+    handler = logging.FileHandler(folder / f"{stage}.log", encoding="utf-8", errors="replace")
     logging.getLogger().addHandler(handler)
     try:
         yield
@@ -209,7 +245,8 @@ def run(stage: str, cfg: DictConfig) -> object:
     try:
         config = from_omegaconf(cfg)
         offline.settle(config)
-        with leaving_nothing(config), recorded(cfg, config) if single else nullcontext():
+        record = recorded(cfg, config) if single else nullcontext()
+        with leaving_nothing(config), told_by_the_system(), record:
             return loaded(stage)(config)
     except InputError as error:
         if single and os.environ.get("HYDRA_FULL_ERROR") != "1":

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask for a checkpoint, or for an end; the signal is raised again after it."""
+"""SIGTERM, SIGINT and SIGHUP ask for a checkpoint, or for an end; the signal is raised again."""
 
 import signal
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupt:

@@ -49,8 +49,8 @@ FLOORS = {
 }
 """Every house from its floor upwards; the longer name of a file counts."""
 BUDGETS = {
-    "modal_sweep": 33_260,
-    "hydra_sweeps": 31_010,
+    "modal_sweep": 33_340,
+    "hydra_sweeps": 31_080,
     "hydra_plugins": 1_010,
     "specforge_exp": 254_660,
     "specforge_exp/data": 22_700,

@@ -154,12 +154,14 @@ class Journal:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
-                except OSError:
+                except BlockingIOError:
                     if time.monotonic() >= deadline:
                         raise LaunchError(
                             f"another process is spawning the jobs of {self.sweep_dir}; wait for it"
                         ) from None
                     time.sleep(0.1)
+                except OSError:  # a file system without locks: nobody can be seen
+                    break
             self.replay()
             yield
 

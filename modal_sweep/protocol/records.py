@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,9 @@ def write_whole(path: Path, content: Iterable[bytes], durable: bool = True) -> N
 def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with suppress(OSError):  # not every network file system can sync a folder
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.close(descriptor)
 
 
 def whole_lines(path: Path) -> list[bytes]:
@@ -48,7 +48,8 @@ def append_lines(path: Path, entries: Iterable[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(entry, separators=(",", ":")).encode() + b"\n" for entry in entries]
     with path.open("a+b", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # what another process is writing is not cut
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)  # what another process is writing is not cut
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         if file.read(1) not in (b"", b"\n"):

@@ -215,7 +215,7 @@ def read_hub(rest: str, source: Source) -> Iterator[Raw | Rejected]:
             yield f"{source.path}#{number}", without_nulls({key: row[key] for key in names})
     except InputError:
         raise
-    except ImportError:
+    except ModuleNotFoundError:
         raise InputError(f"{source.path} needs: {INSTALL_DATA}") from None
     except Exception as error:  # the hub client raises dozens of types, also in mid-stream
         if not Path(name).exists() and (why := offline()):

@@ -179,7 +179,7 @@ def hub_texts(source: TextSource, skip: int) -> Iterator[str]:
             yield text_of(row, source, f"{source.path}#{number}")
     except InputError:
         raise
-    except ImportError:
+    except ModuleNotFoundError:
         raise InputError(f"{source.path} needs: {INSTALL_DATA}") from None
     except Exception as error:  # the hub client raises dozens of types, also in mid-stream
         raise InputError(f"{source.path} cannot be read: {first_line(error)}") from None

@@ -63,7 +63,8 @@ def main() -> int:
     folder = Path(request["folder"])
     threading.Thread(target=outlive, args=(request,), daemon=True).start()
     with (folder / f"{request['tracker']}_id").open("a+") as id_file:
-        fcntl.flock(id_file, fcntl.LOCK_EX)  # the mirror of a killed training ends first
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(id_file, fcntl.LOCK_EX)  # the mirror of a killed training ends first
         try:
             copy = (wandb_copy if request["tracker"] == "wandb" else trackio_copy)(request)
             copy.record["made_of"] = request["made_of"]

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from specforge_exp.config import Config
 from specforge_exp.errors import InputError
+from specforge_exp.interrupt import SIGNALS
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +171,9 @@ def attempt(stage: Callable[[Config], Any], cfg: Config, *modules: str) -> Any:
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # They fork from a process that has imported the stage once, and no more than that.
     multiprocessing.set_forkserver_preload([__name__, *modules])
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    # What is ignored stays so (nohup): the launcher would end by it.
+    heard = [number.name for number in SIGNALS if handlers[number] != signal.SIG_IGN]
     with tempfile.TemporaryDirectory() as folder:
         refusal = Path(folder) / "refusal"
         config = LaunchConfig(
@@ -184,6 +187,7 @@ def attempt(stage: Callable[[Config], Any], cfg: Config, *modules: str) -> Any:
             max_restarts=0,
             start_method="forkserver",
             monitor_interval=0.1,
+            signals_to_handle=",".join(heard),
         )
         try:
             return elastic_launch(config, work)(stage, cfg, refusal, dict(os.environ))[0]

@@ -64,7 +64,7 @@ def test_jobs_run_beside_each_other_and_return(tmp_path: Path) -> None:
     folder = Path(done[1].hydra_cfg.hydra.runtime.output_dir)
     assert folder == tmp_path / "toy_x2.0_a"
     assert (folder / ".hydra/config.yaml").exists()
-    assert "job 1 prints" in (folder / f"{done[1].task_name}.out").read_text()
+    assert "job 1 prints \\udce4" in (folder / f"{done[1].task_name}.out").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
 """What a sweep's folder says: how jobs ended, what a kill leaves, what a refusal takes away."""
 
+import errno
+import fcntl
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +11,7 @@ import numpy as np
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
 
+from hydra_sweeps import processes
 from hydra_sweeps.errors import JobFailed, SweepError
 from hydra_sweeps.record import Outcome, Run, Sweep, begin, locked, outcome, read, write
 
@@ -73,3 +78,26 @@ def test_a_refusal_leaves_what_jobs_have_left(tmp_path: Path, left: str) -> None
         refused()
     assert folder.exists() == (left != "nothing") == folder.parent.exists()
     assert left == "nothing" or read(folder) is not None
+
+
+def test_a_file_system_without_locks_and_syncs_of_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As some of a network are: a sweep runs there, and says that nothing refuses a second one."""
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def files_only(descriptor: int, sync: Any = os.fsync) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(os, "fsync", files_only)
+    with locked(tmp_path):
+        write(tmp_path, sweep(Run(0, "one", [])))
+    assert list(begin(tmp_path, sweep()).runs) == ["one"]
+    assert "No locks available: nothing refuses a second process" in caplog.text
+    processes.lock_or_wait(0, tmp_path)

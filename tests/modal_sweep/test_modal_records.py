@@ -1,13 +1,19 @@
 """Files are whole or not there, and lines of JSON survive kills and neighbours."""
 
+import errno
+import fcntl
 import json
+import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from modal_sweep.protocol.journal import Journal
 from modal_sweep.protocol.records import append_lines, first_line, whole_lines, write_whole
 
 APPEND = """
@@ -41,6 +47,28 @@ def test_two_processes_cut_no_line_of_each_other(tmp_path: Path) -> None:
         assert [line["number"] for line in lines if line["by"] == name] == list(range(30))
 
 
+def test_a_file_system_without_locks_and_syncs_of_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some of a network are: nothing is refused there, and nothing lost."""
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def files_only(descriptor: int, sync: Any = os.fsync) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(os, "fsync", files_only)
+    append_lines(tmp_path / "lines.jsonl", [{"a": 1}])
+    write_whole(tmp_path / "whole", [b"content"])
+    assert whole_lines(tmp_path / "lines.jsonl") == [b'{"a":1}']
+    with Journal(tmp_path).locked():
+        pass
+
+
 @pytest.mark.parametrize("durable", [True, False])
 def test_what_cannot_be_written_leaves_what_was_there(durable: bool, tmp_path: Path) -> None:
     path = tmp_path / "a" / "file"
@@ -59,3 +87,11 @@ def test_the_first_line_of_an_error() -> None:
     assert first_line(ValueError("\n a reason\nand more")) == "a reason"
     assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
     assert first_line("") == ""
+
+
+def test_what_a_terminal_has_no_letter_for_is_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    command = [sys.executable, "-m", "modal_sweep", "list", str(tmp_path / "τ")]
+    assert "\\u03c4" in subprocess.run(command, check=False, capture_output=True, text=True).stdout

@@ -1,6 +1,7 @@
 """One folder, one writer: real processes, a kill, other machines and disks without locks."""
 
 import fcntl
+import io
 import json
 import os
 import subprocess
@@ -9,16 +10,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from specforge_exp import lease as module
 from specforge_exp.errors import InputError
 from specforge_exp.lease import lease
+from specforge_exp.training import mirror
 
 HOLD = """
 import sys
 from pathlib import Path
+from typing import Any
 from specforge_exp import lease
 lease.BEAT = float(sys.argv[2])
 if len(sys.argv) > 3:
@@ -88,6 +92,24 @@ def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(fcntl, "flock", none)
     with lease(tmp_path / "thing"):
         refused(tmp_path / "thing", f"process {os.getpid()} on")
+
+
+def test_a_copy_on_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError("No locks available")
+
+    def reached(request: dict[str, Any]) -> None:
+        raise ValueError("the tracker is asked")
+
+    request = {"argv": [], "folder": str(tmp_path), "tracker": "trackio", "trainer": os.getppid()}
+    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(mirror, "trackio_copy", reached)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
+    monkeypatch.setattr(sys, "argv", [])
+    assert mirror.main() == 1
+    assert json.loads((tmp_path / "tracker.json").read_text())["stopped"] == "the tracker is asked"
 
 
 def test_who_was_taken_for_gone_writes_no_more(

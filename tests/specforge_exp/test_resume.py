@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -39,6 +40,15 @@ def command(cfg: Config, name: str, *more: str) -> list[str]:
 def start(arguments: list[str], log: Path, kind: str | None = None) -> warm.Started:
     """Run in a session of its own, so that all of its processes can be killed together."""
     return warm.start(arguments, env=environment(), session=True, log=log, kind=kind)
+
+
+def start_under_nohup(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """As in a terminal that is closed later."""
+    with log.open("w") as file:
+        return subprocess.Popen(
+            ["nohup", *arguments], env=environment(), cwd=REPOSITORY, stdin=subprocess.DEVNULL,
+            stdout=file, stderr=file, start_new_session=True,
+        )  # fmt: skip
 
 
 def kill_all(process: warm.Started) -> None:
@@ -135,16 +145,23 @@ def test_killed_at_random_steps(cfg: Config, tokens: Path, tmp_path: Path, gpus:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "gpus"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(
+    ("number", "gpus"), [(signal.SIGINT, 1), (signal.SIGHUP, 1), (signal.SIGTERM, 2)]
+)
 def test_a_signal_saves_and_is_raised_again(
     cfg: Config, tokens: Path, tmp_path: Path, number: signal.Signals, gpus: int
 ) -> None:
-    """A checkpoint at the very step, a status that says interrupted, a line of metrics in two."""
+    """A checkpoint at the very step, a status that says interrupted, a line of metrics in two.
+
+    Under nohup a closed terminal is none.
+    """
     layout = [f"trainer.gpus={gpus}", "trainer.log_every=7", "trainer.save_every=30"]
     stopped, log = command(cfg, "stopped", *layout), tmp_path / "log"
     hold(run_of(cfg, "stopped"), 7)  # it stands still before it logs step 14
-    process = start(stopped, log)
+    process: Any = start_under_nohup(stopped, log) if gpus == 2 else start(stopped, log)
     wait_for_step(process, cfg, "stopped", 7)
+    if gpus == 2:
+        process.send_signal(signal.SIGHUP)
     process.send_signal(number)
     assert process.wait(timeout=300) != 0, log.read_text()
     release(run_of(cfg, "stopped"))

@@ -3,6 +3,7 @@
 import ast
 import gc
 import os
+import re
 import resource
 import shlex
 import signal
@@ -105,6 +106,36 @@ def test_a_tilde_is_the_home_folder() -> None:
     assert f"path: {Path.home()}/x y\n" in done.stdout, done.stderr
 
 
+def test_what_a_terminal_has_no_letter_for_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    done = run("train.py", "model=local", 'model.path="τ"', "--cfg", "job", "--package", "model")
+    assert "path: \\u03c4\n" in done.stdout, done.stderr
+
+
+def test_streams_that_are_closed(tmp_path: Path) -> None:
+    """No file gets the number of one, and whoever reads no more is told in one line."""
+    code = "import os, runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0])['main']()"
+    code += f"; os.dup(os.open('{tmp_path}/file', os.O_CREAT | os.O_WRONLY)); os.write(2, b'no')"
+    words = ["-c", code, "train.py", "--cfg", "job"]
+    script = 'exec "$@" <&- >&- 2>&-'
+    done = subprocess.run(
+        ["bash", "-c", script, "-", sys.executable, *words], cwd=REPOSITORY, check=False
+    )
+    assert done.returncode == 0 and (tmp_path / "file").read_text() == ""
+    reader, writer = os.pipe()
+    os.close(reader)
+    told = subprocess.run(
+        [sys.executable, "-u", *words[2:]],
+        cwd=REPOSITORY,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (told.returncode, told.stderr) == (1, "error: Broken pipe\n")
+
+
 def test_status_is_a_word_of_regen() -> None:
     done = run("regen.py", "status", "model=tiny", "--cfg", "job", "--package", "regen")
     assert "status: true" in done.stdout, done.stderr
@@ -114,6 +145,15 @@ def test_an_unknown_key_is_answered_with_the_valid_ones() -> None:
     done = run("-m", "specforge_exp", "train", "-m", "epoch=1")
     assert done.returncode == 1
     assert done.stderr.startswith("error: epoch is not an option (did you mean epochs?)")
+
+
+@pytest.mark.parametrize("words", [["prep.py"], ["train.py", "-m", "loss=baseline,mixed"]])
+def test_where_nothing_may_be_written(words: list[str]) -> None:
+    """A single call, and a sweep before its first job; nobody makes folders in /sys."""
+    places = ["paths.datasets=/sys/here", "paths.checkpoints=/sys/here"]
+    done = run(*words, "experiment=quickstart", *places, "hydra.sweeper.precheck=null")
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: /sys/here[/\w]*: [\w -]+\n", done.stderr)
 
 
 @pytest.mark.parametrize(

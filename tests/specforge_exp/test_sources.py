@@ -272,6 +272,17 @@ def test_a_hub_that_cannot_be_reached_is_explained(
         list(read(Source("hub:o/n/a.jsonl")))
 
 
+def test_what_a_package_lacks_is_not_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As httpx says it, on the way to the hub, where a SOCKS proxy is set."""
+
+    def without_socks(*_: object, **__: object) -> None:
+        raise ImportError("the 'socksio' package is not installed")
+
+    monkeypatch.setattr("datasets.load_dataset", without_socks)
+    with pytest.raises(InputError, match=r"o/n cannot be read.*'socksio' package is not"):
+        list(read(Source("hub:o/n")))
+
+
 def test_synthetic() -> None:
     first = texts(Source("synthetic:train", limit=6))
     assert len(first) == 6

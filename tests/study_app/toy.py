@@ -58,7 +58,7 @@ def toy(cfg: DictConfig) -> Any:
     job = HydraConfig.get()
     number, sweep = int(job.job.num), Path(job.sweep.dir)
     folder = Path(job.runtime.output_dir)
-    print(f"job {number} prints", flush=True)
+    print(f"job {number} prints \udce4", flush=True)
     tell(sweep, f"start {number} {os.getpid()} {cfg.x} {cfg.kind} {cfg.beta}")
     progress = folder / "progress.jsonl"
     taken = len(progress.read_bytes().splitlines()) if progress.exists() else 0
