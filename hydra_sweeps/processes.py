@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -233,9 +234,8 @@ def redirect(path: Path) -> None:
     for stream in (1, 2):
         os.dup2(file, stream)
     os.close(file)
-    escaped = {"buffering": 1, "errors": "backslashreplace", "closefd": False}
-    sys.stdout = open(1, "w", **escaped)  # noqa: SIM115 - until the job ends
-    sys.stderr = open(2, "w", **escaped)  # noqa: SIM115
+    opened = partial(open, mode="w", buffering=1, errors="backslashreplace", closefd=False)
+    sys.stdout, sys.stderr = opened(1), opened(2)
 
 
 def end_with(parent: int) -> None:
