@@ -1,9 +1,5 @@
 """What a sweep's folder says: how jobs ended, what a kill leaves, what a refusal takes away."""
 
-import errno
-import fcntl
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -80,22 +76,9 @@ def test_a_refusal_leaves_what_jobs_have_left(tmp_path: Path, left: str) -> None
     assert left == "nothing" or read(folder) is not None
 
 
-def test_a_file_system_without_locks_and_syncs_of_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As some of a network are: a sweep runs there, and says that nothing refuses a second one."""
-
-    def none(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    def files_only(descriptor: int, sync: Any = os.fsync) -> None:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        sync(descriptor)
-
-    monkeypatch.setattr(fcntl, "lockf", none)
-    monkeypatch.setattr(fcntl, "flock", none)
-    monkeypatch.setattr(os, "fsync", files_only)
+@pytest.mark.usefixtures("no_locks")
+def test_a_file_system_without_locks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A sweep runs there, and says that nothing refuses a second one."""
     with locked(tmp_path):
         write(tmp_path, sweep(Run(0, "one", [])))
     assert list(begin(tmp_path, sweep()).runs) == ["one"]

@@ -1,15 +1,10 @@
 """Files are whole or not there, and lines of JSON survive kills and neighbours."""
 
-import errno
-import fcntl
 import json
-import os
-import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -47,21 +42,9 @@ def test_two_processes_cut_no_line_of_each_other(tmp_path: Path) -> None:
         assert [line["number"] for line in lines if line["by"] == name] == list(range(30))
 
 
-def test_a_file_system_without_locks_and_syncs_of_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As some of a network are: nothing is refused there, and nothing lost."""
-
-    def none(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    def files_only(descriptor: int, sync: Any = os.fsync) -> None:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        sync(descriptor)
-
-    monkeypatch.setattr(fcntl, "flock", none)
-    monkeypatch.setattr(os, "fsync", files_only)
+@pytest.mark.usefixtures("no_locks")
+def test_a_file_system_without_locks(tmp_path: Path) -> None:
+    """Nothing is refused there, and nothing lost."""
     append_lines(tmp_path / "lines.jsonl", [{"a": 1}])
     write_whole(tmp_path / "whole", [b"content"])
     assert whole_lines(tmp_path / "lines.jsonl") == [b'{"a":1}']

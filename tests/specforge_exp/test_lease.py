@@ -22,7 +22,6 @@ from specforge_exp.training import mirror
 HOLD = """
 import sys
 from pathlib import Path
-from typing import Any
 from specforge_exp import lease
 lease.BEAT = float(sys.argv[2])
 if len(sys.argv) > 3:
@@ -84,27 +83,19 @@ def test_the_beat_of_another_machine_decides(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("no_locks")
 def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*_: object) -> None:
-        raise OSError("no locks available")
-
     monkeypatch.setattr(module, "BEAT", 0.05)
-    monkeypatch.setattr(fcntl, "flock", none)
     with lease(tmp_path / "thing"):
         refused(tmp_path / "thing", f"process {os.getpid()} on")
 
 
-def test_a_copy_on_a_file_system_without_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def none(*_: object) -> None:
-        raise OSError("No locks available")
-
+@pytest.mark.usefixtures("no_locks")
+def test_a_copy_on_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(request: dict[str, Any]) -> None:
         raise ValueError("the tracker is asked")
 
     request = {"argv": [], "folder": str(tmp_path), "tracker": "trackio", "trainer": os.getppid()}
-    monkeypatch.setattr(fcntl, "flock", none)
     monkeypatch.setattr(mirror, "trackio_copy", reached)
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
     monkeypatch.setattr(sys, "argv", [])
