@@ -144,6 +144,10 @@ def stop_of(chat: Chat, row: TokenRow, first: int, limit: int) -> int | None:
 
 def replaced_stop(chat: Chat, row: TokenRow, own: str, first: int) -> tuple[int, int] | None:
     """The tokens of a turn whose stop a template replaces by another token in later prompts."""
+    ends = (own.find(stop, row.offsets[first][0]) for stop in chat.stops)
+    shown = own[: min((at for at in ends if at >= 0), default=0)].rstrip()
+    if not row.text.startswith(shown):  # seen without tokenising a conversation for each turn
+        return None
     (alone,) = chat.rows_of([own])
     stop = stop_of(chat, alone, first, len(alone.ids))
     if stop is None or stop >= len(row.ids) or row.ids[:stop] != alone.ids[:stop]:

@@ -10,7 +10,7 @@ from chat_templates import CALL, TALKS, chat_of, table, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specforge_exp.data.chat import Encoded, Message, Unrenderable, encode_many, prompt_ids
+from specforge_exp.data.chat import Chat, Encoded, Message, Unrenderable, encode_many, prompt_ids
 from specforge_exp.data.turns import end_of_answers
 
 
@@ -201,6 +201,16 @@ def test_marks_that_are_not_known_are_not_made_up(message: Message) -> None:
     shape = replace(seed, name="odd", template=seed.template.replace("seed:think", "mull"))
     (result,) = encode_many(chat_of(shape), [{"conversations": [user("Hi"), message]}])
     assert isinstance(result, Unrenderable) and "writes thoughts is not known" in str(result)
+
+
+def test_a_sequence_is_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversations whose turns all become sequences of their own: no pair of them once more."""
+    (shape,) = [shape for shape in SHAPES if shape.name == "Qwen3, thinking"]
+    texts: list[str] = []
+    rows_of = Chat.rows_of
+    monkeypatch.setattr(Chat, "rows_of", lambda chat, new: texts.extend(new) or rows_of(chat, new))
+    (result,) = encode_many(chat_of(shape), [{"conversations": THOUGHT * 4}])
+    assert isinstance(result, Encoded) and len(result.apart) == 7 and len(texts) == 8
 
 
 def test_the_last_turn_only() -> None:
