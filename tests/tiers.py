@@ -177,7 +177,7 @@ def run(name: str, *options: str, timing: bool = True) -> bool:
 
 def beside(name: str) -> bool:
     """Run a tier in a process of its own and show it whole when it has ended."""
-    print(f"tier {name}: begins", flush=True)
+    print(f"tier {name}: begins\n", end="", flush=True)  # one piece: several threads print
     command = [sys.executable, __file__, BESIDE, name]
     done = subprocess.run(
         command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
