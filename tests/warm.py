@@ -95,7 +95,7 @@ def become(order: dict[str, Any], job_server: socket.socket | None = None) -> No
     main process, the only one whose Python asks for a spare."""
     code = 1
     try:
-        for number in (signal.SIGCHLD, signal.SIGTERM):
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(order["cwd"])
