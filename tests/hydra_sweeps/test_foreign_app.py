@@ -110,9 +110,12 @@ def test_the_stock_sweeper_composes_beside_ours(app: Path) -> None:
     assert "optuna.samplers.NSGAIISampler" in text and "optuna_sweeper.OptunaSweeper" in text
 
 
+# A seed, as two trials of one value would be one run.
 SEARCH = """# @package _global_
 defaults: [{override /hydra/sweeper: optuna_async}]
-hydra: {mode: MULTIRUN, sweeper: {n_trials: 2, n_jobs: 1, params: {x: "range(1,9)"}}}
+hydra:
+  mode: MULTIRUN
+  sweeper: {n_trials: 2, n_jobs: 1, sampler: {seed: 1}, params: {x: "range(1,99)"}}
 """
 
 
