@@ -63,12 +63,22 @@ def model_config(cfg: ModelConfig) -> Any:
         )
     if folder := files_of(cfg.path):
         check_rotary(folder)
-        if all((folder / name).exists() for name in LOADED[:2]):
+        if two_saves(folder):
             raise InputError(
                 f"model.path={cfg.path} holds two sets of weights, {' and '.join(LOADED[:2])}: "
                 "transformers reads the first, engines read the other; remove one"
             )
     return config
+
+
+def two_saves(folder: Path) -> bool:
+    """Whether a single file of weights lies beside an index of others; some writers (MLX) give the
+    single one an index, too."""
+    single, index = (folder / name for name in LOADED[:2])
+    if not single.exists() or not index.exists():
+        return False
+    named = read_object(index, "copy it again").get("weight_map", {})
+    return not isinstance(named, dict) or {*named.values()} != {single.name}
 
 
 def quantised(config: Any) -> str:

@@ -114,7 +114,10 @@ def test_an_adapter_is_refused_alone_and_beside_weights(folder: Path) -> None:
 
 def test_weights_of_two_saves_are_refused(folder: Path) -> None:
     """transformers reads the single file, engines what the index names."""
-    (folder / "model.safetensors.index.json").write_text("{}")
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model.safetensors"}}')
+    model_config(ModelConfig("m", str(folder)))  # of the single file, as MLX writes one
+    index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
     with pytest.raises(InputError, match=r"two sets of weights, .* remove one"):
         loaded(folder)
 
