@@ -179,7 +179,7 @@ def carry_out(study: Study) -> list[JobReturn]:
 def catch_up(study: Study) -> None:
     """Bring sweep.json to where the storage is: a kill may have come between the two, and what it
     says may be of an earlier study in the same folder."""
-    trials = [trial for trial in study.trials if RUN in trial.user_attrs]
+    trials = [trial for trial in study.trials if {RUN, OVERRIDES} <= trial.user_attrs.keys()]
     own = {trial.user_attrs[RUN] for trial in trials}
     study.sweep.runs = {
         name: run for name, run in study.sweep.runs.items() if name in own or not run.params

@@ -93,6 +93,46 @@ def test_three_processes_and_one_is_killed(tmp_path: Path) -> None:
         assert (Path(folder) / trial.user_attrs["hydra.run"] / "progress.jsonl").exists()
 
 
+@pytest.mark.parametrize("kept", ["here", pytest.param("shared", marks=pytest.mark.slow)])
+def test_killed_behind_any_write_to_a_trial(
+    tmp_path: Path, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a trial says is written piece by piece; a process that reads between two goes on."""
+    monkeypatch.setattr(leases, "ENDED", 2.0)
+    whole = False
+    for number in range(20):
+        folder = tmp_path / str(number)
+        options = ["x=interval(0.0,6.0)", "steps=0", "hydra.sweeper.n_trials=1"]
+        options += shared(folder) if kept == "shared" else []
+        folder.mkdir()
+        if (child := os.fork()) == 0:
+            whole = study_until(number, folder / "a", *options)
+            os._exit(0 if whole else 9)
+        whole = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        study(folder / ("b" if kept == "shared" else "a"), *options)
+        if kept == "shared":
+            assert [trial.state.name for trial in trials_of(folder)] == ["COMPLETE"]
+        if whole:
+            break
+    assert whole and number > 3
+
+
+def study_until(count: int, folder: Path, *options: str) -> bool:
+    """Whether a study ends before it has written `count` attributes of trials; in a process of its
+    own, which it leaves as a kill would."""
+    write, left = optuna.trial.Trial.set_user_attr, [count]
+
+    def until(trial: Any, key: str, value: Any) -> None:
+        if not left[0]:
+            os._exit(9)
+        left[0] -= 1
+        write(trial, key, value)
+
+    optuna.trial.Trial.set_user_attr = until  # type: ignore[method-assign]
+    study(folder, *options)
+    return True
+
+
 @pytest.mark.slow
 def test_a_second_process_leaves_what_runs_alone(tmp_path: Path) -> None:
     """It ends when nothing is left to ask for, and says who is still at work."""
