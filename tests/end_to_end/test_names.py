@@ -58,7 +58,10 @@ def test_no_two_recipes_make_one_folder_differently() -> None:
             assert folders[one][folder] == folders[other][folder], (one, other, folder)
 
 
-@pytest.mark.parametrize("experiment", ["", "quickstart", "dflash_qwen3_8b"])
+@pytest.mark.parametrize(
+    "experiment",
+    ["", *(pytest.param(n, marks=pytest.mark.slow) for n in ("quickstart", "dflash_qwen3_8b"))],
+)
 def test_no_two_studies_share_a_name(experiment: str) -> None:
     """Of a study of ours the name goes into its runs' names; the stock sweeper's are told apart by
     what is searched, whatever the experiment calls its runs."""

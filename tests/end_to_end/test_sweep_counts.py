@@ -128,6 +128,7 @@ def test_a_study_goes_the_way_of_what_it_returns(
     assert (options.direction, options.get("progress_metric", "")) == (direction, metric)
 
 
+@pytest.mark.slow
 def test_the_stock_sweeper_takes_the_same_options(tmp_path: Path) -> None:
     command = [sys.executable, "train.py", "-m", "hydra/sweeper=basic", "loss=full-opd,mixed"]
     tiny = ["model=tiny", f"paths.checkpoints={tmp_path}", f"paths.datasets={tmp_path}"]

@@ -65,6 +65,7 @@ def around(script, jobs, folder, places):
 """
 
 
+@pytest.mark.slow
 def test_something_around_what_is_to_run(app: Path) -> None:
     """Not around what is done; its refusal leaves nothing."""
     (app / "own.py").write_text(AROUND)
@@ -127,6 +128,7 @@ def searching(app: Path) -> Path:
     return app
 
 
+@pytest.mark.slow
 def test_the_command_of_a_row_runs_once_where_a_file_asks_for_a_search(searching: Path) -> None:
     app = searching
     run(app, "+search=mine")

@@ -52,6 +52,7 @@ def starts(folder: Path, *names: str) -> list[str]:
     return [line[1] for name in names for line in journal(folder / name) if line[0] == "start"]
 
 
+@pytest.mark.slow
 def test_a_seed_is_as_written_for_who_makes_the_study(tmp_path: Path) -> None:
     """Whoever joins draws other points."""
     options = [*shared(tmp_path), "x=interval(0.0,6.0)", "steps=0", "hydra.sweeper.n_jobs=1",

@@ -34,6 +34,7 @@ def refused(folder: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_trials_of_other_options_are_no_comparison(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.write_text("prompts")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as tf
 from packaging.version import Version
@@ -250,6 +251,14 @@ NOT_FED = {"DeepSeek-V4"}
 """Those whose layers give several states for a token."""
 if Version(tf.__version__) < Version("5.24"):  # Falcon's mask did not know its positions
     ENTANGLED.add("Falcon")
+FAST = {
+    "Llama 3.x", "Gemma 3 (pictures)", "gpt-oss", "Granite 3", "Phi-4-mini", "Gemma 4", "Qwen3.5",
+}  # fmt: skip
+"""One of each kind of attention, scale and cache."""
+each_family = pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in FAMILIES],
+)
 
 
 def build(config: Any) -> Any:

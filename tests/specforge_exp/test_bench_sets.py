@@ -258,6 +258,7 @@ def test_ten_rows_without_a_network(exported: Config, tmp_path: Path) -> None:
     assert (talks["prompts"], talks["responses"], len(talks["lengths"])) == (5, 10, 5)
 
 
+@pytest.mark.slow
 def test_long_prompts_of_a_suite_are_counted_and_others_refused(
     exported: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

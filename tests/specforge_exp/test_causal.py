@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import conversation_set, small_target
-from families import ENTANGLED, FAMILIES, VOCABULARY, build
+from families import ENTANGLED, FAMILIES, VOCABULARY, build, each_family
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -152,7 +152,7 @@ def test_loss_and_gradients_are_those_of_trl() -> None:
     assert_alike(ours(causal(model), packed), (meta["loss"], expected))
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@each_family
 def test_packed_is_unpacked_or_refused(family: str) -> None:
     """Conversations longer than the families' windows, too."""
     model, packed = build(FAMILIES[family]()), batch(VOCABULARY)

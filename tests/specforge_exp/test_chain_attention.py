@@ -39,7 +39,14 @@ def numbers(
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["eagle3", "eagle3.1", "peagle", "dflash"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "eagle3",
+        "dflash",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("eagle3.1", "peagle")),
+    ],
+)
 def test_few_kernels_give_the_same_numbers(
     random_target: Target, by_kernels: Callable[[bool], None], name: str, checkpointing: bool
 ) -> None:
@@ -55,6 +62,7 @@ def test_few_kernels_give_the_same_numbers(
     torch.testing.assert_close(sums, expected[2], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_few_kernels_in_bfloat16(random_target: Target, by_kernels: Callable[[bool], None]) -> None:
     """As a GPU computes: as near to fp32 as the other way, in the same direction."""
     draft, cfg = made("eagle3", random_target)

@@ -328,6 +328,7 @@ def test_every_stage_takes_it(cfg: Config, tokens: Path) -> None:
         assert figures["verified_per_token"] < every["datasets"][name]["verified_per_token"]
 
 
+@pytest.mark.slow
 def test_its_loss_and_what_it_refuses() -> None:
     cfg = composed("draft=dspark")
     assert (cfg.loss.lambda_hard, cfg.loss.lambda_tv, cfg.draft.steps) == (0.1, 0.9, 7)

@@ -241,6 +241,7 @@ def test_a_run_of_before_is_continued() -> None:
     assert replace(CFG, fc_norm=True).matters() == {**CFG.matters(), "fc_norm": True}
 
 
+@pytest.mark.slow
 def test_every_stage_takes_it(cfg: Config, tokens: Path) -> None:
     """Trained, continued to the same losses, exported, reloaded and benched without loss."""
     cfg.draft = replace(cfg.draft, **{**ALL, "sliding_window": 16})

@@ -81,6 +81,7 @@ def test_the_disk_cache_says_its_size_and_serves_every_loss(
     assert shards == {p: p.stat().st_mtime_ns for p in folder.glob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_an_unfinished_cache_goes_on(run: Config) -> None:
     """A shard is taken because it is what was written, of these options; others are made again."""
     run.max_steps = 2

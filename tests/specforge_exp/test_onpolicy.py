@@ -43,10 +43,18 @@ DFLASH = DFlashConfig(
 )
 KINDS = [
     pytest.param(Eagle3, EAGLE3, id="eagle3"),
-    pytest.param(Eagle3, replace(EAGLE3, num_layers=2, sliding_window=8), id="eagle3.1"),
+    pytest.param(
+        Eagle3,
+        replace(EAGLE3, num_layers=2, sliding_window=8),
+        id="eagle3.1",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(DFlash, DFLASH, id="dflash"),
     pytest.param(
-        DFlash, replace(DFLASH, block_size=K, sample_from_anchor=True), id="dflash from anchors"
+        DFlash,
+        replace(DFLASH, block_size=K, sample_from_anchor=True),
+        id="dflash from anchors",
+        marks=pytest.mark.slow,
     ),
 ]
 MIXTURE = LossConfig(name="m", lambda_ce=0.4, lambda_rkl=0.5, beta=0.1, lambda_tv=0.2)
@@ -65,7 +73,7 @@ def batch_of(ids: list[Tensor], prompt: int = 5, step: int = 0) -> Batch:
     return Batch(torch.cat(ids), torch.cat(turns), numbers, lengths, 7, step=step)
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+@families.each_family
 def test_verification_is_a_plain_forward(family: str) -> None:
     """Logits of every segment, with anchors further apart than a window; or refused, with why."""
     target = Target(families.build(families.FAMILIES[family]()).eval().requires_grad_(False), [1])

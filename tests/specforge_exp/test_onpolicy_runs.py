@@ -77,7 +77,7 @@ def test_it_is_counted(run: Config) -> None:
         assert 0 < line["onpolicy/verified_tokens"] <= tokens
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "dflash"])
+@pytest.mark.parametrize("kind", ["eagle3", pytest.param("dflash", marks=pytest.mark.slow)])
 def test_resumed_to_the_bit(base: Config, run: Config, kind: str) -> None:
     """With sampled proposals in DFlash's case."""
     cfg = run
@@ -121,6 +121,7 @@ def off(base: Config) -> Config:
     return cfg
 
 
+@pytest.mark.slow
 def test_it_starts_at_a_step(base: Config, off: Config) -> None:
     """Before it, the losses are those without."""
     later = replace(base, run_name="later", max_steps=3, onpolicy=replace(base.onpolicy, start=2))
@@ -219,6 +220,7 @@ def rolled(base: Config) -> Config:
     return cfg
 
 
+@pytest.mark.slow
 def test_rollouts_are_what_bench_measures(rolled: Config) -> None:
     """With the weights that the round began with, on the prompts of each window: the answers are
     the target's own, and accepted_length is bench's of them together."""
@@ -255,7 +257,7 @@ def test_rollouts_are_what_bench_measures(rolled: Config) -> None:
             assert lines(rolled)[step - 1]["onpolicy/accepted_length"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_resumed_within_a_round(rolled: Config, step: int) -> None:
     """To the bit, from the round's file; without it the training is refused."""
     cfg = replace(rolled, run_name=f"resumed-{step}")
@@ -275,9 +277,8 @@ def test_resumed_within_a_round(rolled: Config, step: int) -> None:
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
-@pytest.mark.parametrize(
-    "layout", ["accumulated", pytest.param("two processes, packed", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["accumulated", "two processes, packed"])
 def test_layout_changes_no_rollout(rolled: Config, layout: str) -> None:
     """Each process answers for some conversations of a round, and all are trained on."""
     options = {"gpus": 2, "pack_tokens": 200}

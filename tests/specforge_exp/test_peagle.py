@@ -279,6 +279,7 @@ def test_a_mask_that_is_no_token(random_target: Target) -> None:
         small_draft(random_target, replace(CFG, mask_token_id=64))
 
 
+@pytest.mark.slow
 def test_every_stage_takes_it(cfg: Config, tokens: Path) -> None:
     """Trained, continued to the same losses, exported, reloaded and benched without loss."""
     cfg.draft = replace(composed("draft=peagle"), draft_vocab_size=512, num_layers=2, num_depths=5)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -103,6 +104,7 @@ def test_downloads_once_and_only_what_is_read(hub: str, tmp_path: Path) -> None:
     assert offline.returncode == 0, offline.stderr
 
 
+@pytest.mark.slow
 def test_a_gated_model_names_its_page_and_the_secret(hub: str, tmp_path: Path) -> None:
     done = prefetch(tmp_path, "some/gated", HF_ENDPOINT=hub)
     assert done.returncode == 1
@@ -111,13 +113,16 @@ def test_a_gated_model_names_its_page_and_the_secret(hub: str, tmp_path: Path) -
     assert prefetch(tmp_path, "some/gated", HF_ENDPOINT=hub, HF_TOKEN="accepted").returncode == 0
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("model", "environment", "said"),
     [
         ("some/missing", {}, "there is no "),
-        ("a/b/c", {}, "neither a folder nor a hub id"),
-        ("some/model", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE forbids"),
-        ("some/model", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be reached"),
+        slow("a/b/c", {}, "neither a folder nor a hub id"),
+        slow("some/model", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE forbids"),
+        slow("some/model", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be reached"),
     ],
 )
 def test_what_keeps_it_from_coming_is_one_line(

@@ -175,6 +175,7 @@ def test_curves_of_another_attempt_are_left_out(tmp_path: Path) -> None:
     assert not row["seconds"] and len((sweep_dir / "curves.csv").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_measurement_of_another_draft_is_left_out(tmp_path: Path) -> None:
     """bench.json names the export beside it, and a draft of the checkpoints that are there."""
     sweep_dir = sweep_of(tmp_path, 4.186)

@@ -269,8 +269,15 @@ def test_what_cannot_be_read_is_refused(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("layout", ["sglang", "speculators"])
-@pytest.mark.parametrize("name", ["eagle3", "dspark"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("eagle3", "speculators"),
+        ("dspark", "sglang"),
+        pytest.param("eagle3", "sglang", marks=pytest.mark.slow),
+        pytest.param("dspark", "speculators", marks=pytest.mark.slow),
+    ],
+)
 def test_an_export_becomes_a_run(
     cfg: Config, tokens: Path, name: str, layout: str, tmp_path: Path
 ) -> None:

@@ -7,21 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from families import FAMILIES, NOT_FED, save
+from families import FAMILIES, NOT_FED, each_family, save
 from target_matrix import CHECKS, examine
 
 from specforge_exp.target import Target
 from specforge_exp.target.anatomy import CACHE, find_layers
 
-FAST = (
-    "Llama 3.x",
-    "Gemma 3 (pictures)",
-    "gpt-oss",
-    "Granite 3",
-    "Phi-4-mini",
-    "Gemma 4",
-    "Qwen3.5",
-)
 REFUSED = {
     **{(name, draft): "cannot be decoded in this process"
        for name in ("MiniMax", "Jamba") for draft in ("EAGLE-3", "DFlash")},
@@ -36,9 +27,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=[] if f in FAST else [pytest.mark.slow]) for f in FAMILIES]
-)
+@each_family
 def test_family(
     family: str, check: str, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

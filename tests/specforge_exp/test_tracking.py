@@ -338,6 +338,7 @@ def test_a_full_disk_for_its_files_costs_the_training_nothing(name: str, tmp_pat
     assert "No space left on device" in done.stderr or "full" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_trackio_resumes_its_run_and_doubles_no_step(
     cfg: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -372,6 +373,7 @@ def test_trackio_resumes_its_run_and_doubles_no_step(
     assert run("a", 0, [1]) != before  # other numbers under the same steps
 
 
+@pytest.mark.slow
 def test_the_copy_is_whole_after_a_training_was_killed(tmp_path: Path) -> None:
     """Nobody closes the tracker, and what it prints goes nowhere."""
     code = (

@@ -113,6 +113,7 @@ def test_it_returns_the_objectives(run: Config) -> None:
         replace(run, objectives=["tau"])
 
 
+@pytest.mark.slow
 def test_the_last_line_is_a_mean_too(run: Config) -> None:
     """Five steps in lines of three: the second line averages two, also of a run that goes on
     between them."""
@@ -269,6 +270,7 @@ def test_a_gradient_that_is_no_number_reaches_no_weight(
     assert [folder.name for folder in step_folders(paths.run_dir(run))] == ["step-000001"]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept(run: Config) -> None:
     """R31: evaluated every step with a rate that ruins the draft: the best is not the newest."""
     run.lr = 0.05

@@ -13,6 +13,7 @@ from specforge_exp.config import Config, InputError, TrainerConfig
 from specforge_exp.stages.train import train
 
 
+@pytest.mark.slow
 def test_a_profile_and_a_dump_change_no_number(cfg: Config, tokens: Path) -> None:
     cfg.max_steps = 4
     plain = train(cfg)
