@@ -247,8 +247,9 @@ def writing(
             raise
         record = describe(cfg, fingerprint.inputs, fingerprint.settings)
         record |= {"seconds": round(time.monotonic() - started, 1), **(counts or {})}
-        files = {path for path in partial.rglob("*") if path.is_file()}
-        files -= {partial / "begun.json", *unfinished(partial, work)}
+        # Not what a kill left: safetensors writes to `.tmp...`, `records.replacing` to *.partial.
+        files = {path for path in partial.rglob("[!.]*") if path.is_file()}
+        files -= {partial / "begun.json", *unfinished(partial, f"{work} *.partial")}
         record["files"] = contents(
             partial, sorted(str(path.relative_to(partial)) for path in files)
         )
