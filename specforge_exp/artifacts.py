@@ -257,6 +257,17 @@ def writing(
         finish(partial, folder)
 
 
+def unchanged(inputs: dict[Path, str]) -> None:
+    """Files still have the digests with which they were begun to be read.
+
+    Raises:
+        InputError: one has not; what was made of it may be half of the one, half of the other.
+    """
+    for path, digest in inputs.items():
+        if not path.exists() or sha256(path) != digest:
+            raise InputError(f"{path} has changed while it was read; run the same command again")
+
+
 def partial_of(folder: Path) -> Path:
     """Where an artifact is made."""
     return folder.with_name(folder.name + ".partial")

@@ -21,6 +21,7 @@ from specforge_exp.artifacts import (
     read_record,
     reusable,
     sha256,
+    unchanged,
 )
 from specforge_exp.bench import in_process, served
 from specforge_exp.bench.acceptance import summarise, training_ngrams
@@ -65,6 +66,7 @@ def bench(cfg: Config) -> float:
     else:
         with disk_errors(file), lease(file):
             result = describe(cfg, inputs, settings) | measure(cfg)
+            unchanged({folder / "run.json": inputs["the export"]})
             write_record(file, result)
     print(table(result, same_setting(result)))
     return float(result["average"])

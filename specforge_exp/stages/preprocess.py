@@ -25,6 +25,7 @@ from specforge_exp.artifacts import (
     read_record,
     reusable,
     sha256,
+    unchanged,
     writing,
 )
 from specforge_exp.config import Config
@@ -70,7 +71,8 @@ def preprocess(cfg: Config) -> Path:
     names = ("train", "eval")
     source = require(cfg, cfg.preprocess.source, *(f"{name}.jsonl" for name in names))
     files = {name: source / f"{name}.jsonl" for name in names}
-    inputs = {f"{source.name}/{path.name}": sha256(path) for path in files.values()}
+    digests = {path: sha256(path) for path in files.values()}
+    inputs = {f"{source.name}/{path.name}": digest for path, digest in digests.items()}
     inputs["the target"] = model_digest(cfg.model.path)
     settings = {
         **{f"preprocess.{key}": vars(cfg.preprocess)[key] for key in OPTIONS},
@@ -114,6 +116,7 @@ def preprocess(cfg: Config) -> Path:
         write_json(
             partial / "report.json", {"draft_vocab_size": size, **report, "warnings": warnings}
         )
+        unchanged(digests)
     if limited:
         log.info(
             "preprocess: the draft's %d tokens cover %.2f %% of the answers, %.2f %% of the "

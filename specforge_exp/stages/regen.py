@@ -21,6 +21,7 @@ from specforge_exp.artifacts import (
     model_digest,
     reusable,
     sha256,
+    unchanged,
     writing,
 )
 from specforge_exp.config import Config
@@ -90,6 +91,7 @@ def regen(cfg: Config) -> Path:
     with opened as partial, Interrupt() as interrupt:
         own = cfg.regen
         store = Store(partial, digests, own.chunk_size, own.num_samples, own.samples_per_prompt)
+        unchanged(digests)
         if store.counts.done + store.counts.failed:
             log.info("regen: %d of %d are answered already", store.counts.done, store.total)
         try:
@@ -207,6 +209,8 @@ def status(folder: Path) -> str:
     except (OSError, ValueError):
         if (folder / "run.json").exists():
             return f"complete: {folder}"
+        if (begun := Path(f"{folder}.partial")).exists():
+            return f"at its beginning or its end; the same command continues: {begun}"
         return f"nothing yet; start it with: {command('regen', away=False)}"
     age = time.time() - datetime.fromisoformat(progress["time"]).timestamp()
     parts = [

@@ -62,6 +62,21 @@ def test_shards_hold_every_conversation(cfg: Config, source: Path, tiny_tokenize
     assert mapping["t2d"][ids[turns > 0]].all()
 
 
+def test_what_is_replaced_while_it_is_read_is_refused(
+    cfg: Config, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record would name what was there before."""
+
+    def replaced(path: Path) -> list[blocks.LineBlock]:
+        put(source, [say("Hi", "Another answer.", name=str(i)) for i in range(5)])
+        return blocks.cut(path)
+
+    monkeypatch.setattr("specforge_exp.stages.preprocess.cut", replaced)
+    with pytest.raises(InputError, match=r"train\.jsonl has changed while it was read"):
+        preprocess(cfg)
+    assert not paths.tokens_dir(cfg).exists()
+
+
 def test_a_vocabulary_above_the_targets_costs_no_work(cfg: Config, source: Path) -> None:
     cfg.draft = replace(cfg.draft, draft_vocab_size=5000)
     with pytest.raises(InputError, match=r"draft\.draft_vocab_size=5000 .* of 1024; draft"):
