@@ -6,6 +6,7 @@ says what they look like, what was set aside and how much the draft's vocabulary
 repeats what trains nothing (`left_out`), by split and reason, as does the last line.
 """
 
+import io
 import logging
 import shutil
 from collections import Counter
@@ -103,7 +104,9 @@ def preprocess(cfg: Config) -> Path:
         index = {name: split.shards for name, split in splits.items()}
         write_json(partial / "index.json", index)
         mapping = vocabulary_mapping(torch.from_numpy(splits["train"].counts_V), size)
-        torch.save(mapping, partial / "vocab_mapping.pt")
+        saved = io.BytesIO()  # torch.save does not say that a disk is full
+        torch.save(mapping, saved)
+        (partial / "vocab_mapping.pt").write_bytes(saved.getvalue())
         row = cfg.trainer.pack_tokens or cfg.max_length
         limited = size < vocabulary and "draft_vocab_size" in cfg.draft.matters()
         in_draft_V = mapping["t2d"].numpy() | (not limited)
