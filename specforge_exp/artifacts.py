@@ -247,25 +247,13 @@ def writing(
             raise
         record = describe(cfg, fingerprint.inputs, fingerprint.settings)
         record |= {"seconds": round(time.monotonic() - started, 1), **(counts or {})}
-        # Not what a kill left: safetensors writes to `.tmp...`, `records.replacing` to *.partial.
-        files = {path for path in partial.rglob("[!.]*") if path.is_file()}
+        files = {path for path in partial.rglob("[!.]*") if path.is_file()}  # no kill's .tmp...
         files -= {partial / "begun.json", *unfinished(partial, f"{work} *.partial")}
         record["files"] = contents(
             partial, sorted(str(path.relative_to(partial)) for path in files)
         )
         write_record(partial / "run.json", record)
         finish(partial, folder)
-
-
-def unchanged(inputs: dict[Path, str]) -> None:
-    """Files still have the digests with which they were begun to be read.
-
-    Raises:
-        InputError: one has not; what was made of it may be half of the one, half of the other.
-    """
-    for path, digest in inputs.items():
-        if not path.exists() or sha256(path) != digest:
-            raise InputError(f"{path} has changed while it was read; run the same command again")
 
 
 def partial_of(folder: Path) -> Path:

@@ -21,7 +21,6 @@ from specforge_exp.artifacts import (
     read_record,
     reusable,
     sha256,
-    unchanged,
 )
 from specforge_exp.bench import in_process, served
 from specforge_exp.bench.acceptance import summarise, training_ngrams
@@ -35,7 +34,7 @@ from specforge_exp.config.settings import chosen
 from specforge_exp.data.conversations import asks_of
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
-from specforge_exp.inputs import require
+from specforge_exp.inputs import require, unchanged
 from specforge_exp.lease import lease
 from specforge_exp.records import write_record
 from specforge_exp.target import check_gpus, load_tokenizer

@@ -28,7 +28,6 @@ from specforge_exp.artifacts import (
     read_record,
     reusable,
     sha256,
-    unchanged,
     writing,
 )
 from specforge_exp.config import Config, Source
@@ -44,6 +43,7 @@ from specforge_exp.data.sources import (
     unread,
 )
 from specforge_exp.errors import InputError
+from specforge_exp.inputs import unchanged
 from specforge_exp.records import write_json
 
 log = logging.getLogger(__name__)

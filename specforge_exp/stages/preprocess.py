@@ -6,7 +6,6 @@ says what they look like, what was set aside and how much the draft's vocabulary
 repeats what trains nothing (`left_out`), by split and reason, as does the last line.
 """
 
-import io
 import logging
 import shutil
 from collections import Counter
@@ -26,7 +25,6 @@ from specforge_exp.artifacts import (
     read_record,
     reusable,
     sha256,
-    unchanged,
     writing,
 )
 from specforge_exp.config import Config
@@ -34,9 +32,9 @@ from specforge_exp.data.blocks import LineBlock, cut, encode_blocks, intact, mak
 from specforge_exp.data.chat import Unrenderable, prompt_text
 from specforge_exp.data.tokens import Ints, ShardWriter, packing
 from specforge_exp.data.turns import end_of_answers
-from specforge_exp.drafts.vocabulary import vocabulary_mapping
+from specforge_exp.drafts.vocabulary import vocabulary_mapping, write_mapping
 from specforge_exp.errors import InputError
-from specforge_exp.inputs import require
+from specforge_exp.inputs import require, unchanged
 from specforge_exp.records import write_json
 from specforge_exp.target import check_length, load_tokenizer, text_config
 from specforge_exp.target.loading import fed_by
@@ -101,12 +99,9 @@ def preprocess(cfg: Config) -> Path:
             name: merge(cfg, TokenSplit(files[name], np.zeros(vocabulary, np.int64)), part, partial)
             for name, part in blocks.items()
         }
-        index = {name: split.shards for name, split in splits.items()}
-        write_json(partial / "index.json", index)
+        write_json(partial / "index.json", {name: split.shards for name, split in splits.items()})
         mapping = vocabulary_mapping(torch.from_numpy(splits["train"].counts_V), size)
-        saved = io.BytesIO()  # torch.save does not say that a disk is full
-        torch.save(mapping, saved)
-        (partial / "vocab_mapping.pt").write_bytes(saved.getvalue())
+        write_mapping(partial / "vocab_mapping.pt", mapping)
         row = cfg.trainer.pack_tokens or cfg.max_length
         limited = size < vocabulary and "draft_vocab_size" in cfg.draft.matters()
         in_draft_V = mapping["t2d"].numpy() | (not limited)

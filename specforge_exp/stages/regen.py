@@ -21,7 +21,6 @@ from specforge_exp.artifacts import (
     model_digest,
     reusable,
     sha256,
-    unchanged,
     writing,
 )
 from specforge_exp.config import Config
@@ -43,7 +42,7 @@ from specforge_exp.generation.rules import (
 from specforge_exp.generation.run import RateLimit, Regeneration, answer_missing
 from specforge_exp.generation.server_engine import ServerEngine, layout
 from specforge_exp.generation.store import Store
-from specforge_exp.inputs import require
+from specforge_exp.inputs import require, unchanged
 from specforge_exp.interrupt import Interrupt
 from specforge_exp.serving.command import answering
 from specforge_exp.serving.gpus import tp_size_of

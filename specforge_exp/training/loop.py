@@ -144,8 +144,9 @@ def fit(
                 log.info("step %d: held out: %s", done, measure.summary(evaluation))
                 if tracker:
                     tracker.log({"step": done, **{f"eval/{k}": v for k, v in evaluation.items()}})
-                best = options.keep_best and best_step(run.folder, measure) in (None, done)
-                best = bool(ranks.gather(best)[0])
+                best = ranks.gather(
+                    options.keep_best and best_step(run.folder, measure) in (None, done)
+                )[0]
             if done % options.save_every == 0 or last or best or stop:
                 partial = window_log.state(ranks) | position(splits.train, done)
                 snapshot = take_snapshot(done, draft, optimizer, partial, ranks.rank == 0)
