@@ -247,8 +247,8 @@ def writing(
             raise
         record = describe(cfg, fingerprint.inputs, fingerprint.settings)
         record |= {"seconds": round(time.monotonic() - started, 1), **(counts or {})}
-        files = {path for path in partial.rglob("*") if path.is_file()}
-        files -= {partial / "begun.json", *unfinished(partial, work)}
+        files = {path for path in partial.rglob("[!.]*") if path.is_file()}  # no kill's .tmp...
+        files -= {partial / "begun.json", *unfinished(partial, f"{work} *.partial")}
         record["files"] = contents(
             partial, sorted(str(path.relative_to(partial)) for path in files)
         )

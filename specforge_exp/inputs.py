@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from specforge_exp import paths
-from specforge_exp.artifacts import check, read_record
+from specforge_exp.artifacts import check, read_record, sha256
 from specforge_exp.config import STAGES, Config, from_omegaconf
 from specforge_exp.config.checks import typed
 from specforge_exp.config.machine import SAME, command
@@ -90,6 +90,17 @@ def require(cfg: Config, stage: str, *names: str) -> Path:
     if stage in OPTIONS:
         check_options(cfg, stage)
     return folder
+
+
+def unchanged(inputs: dict[Path, str]) -> None:
+    """Files still have the digests with which they were begun to be read.
+
+    Raises:
+        InputError: one has not; what was made of it may be half of the one, half of the other.
+    """
+    for path, digest in inputs.items():
+        if not path.exists() or sha256(path) != digest:
+            raise InputError(f"{path} has changed while it was read; run the same command again")
 
 
 def check_options(cfg: Config, stage: str, read: Mapping[str, str] | None = None) -> None:

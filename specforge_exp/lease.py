@@ -82,7 +82,9 @@ def lease(folder: Path, wait: bool = False) -> Iterator[None]:
 def forget_dead(folder: Path) -> None:
     """Remove `<name>.<pid>.partial` (see `records`) that killed processes left in a folder, or of
     it where it is a file. Who writes there without the lease, on another machine, at this instant,
-    fails: its file is gone before it has its name."""
+    fails: its file is gone before it has its name. So are the `.tmp...` of safetensors."""
+    for path in folder.glob(".tmp*"):
+        path.unlink(missing_ok=True)
     for path in [*folder.glob("*.partial"), *folder.parent.glob(f"{folder.name}.*.partial")]:
         pid = path.name.split(".")[-2]
         if not pid.isdigit() or path.is_dir():

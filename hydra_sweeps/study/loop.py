@@ -232,9 +232,9 @@ def settle(study: Study) -> None:
 
 def reuse(study: Study, trial: Any, twin: Any) -> None:
     """End a trial with the result that its point has."""
+    trial.set_user_attr(TWIN, twin.number)  # first: the run is the other trial's
     for key in (RUN, OVERRIDES):
         trial.set_user_attr(key, twin.user_attrs[key])
-    trial.set_user_attr(TWIN, twin.number)
     outcome = stored_outcome(twin)
     tell(study.optuna, trial, outcome)
     value = shown(outcome.value)

@@ -38,6 +38,7 @@ from hydra_sweeps.study.trials import (
     ERROR,
     OVERRIDES,
     RUN,
+    TWIN,
     Place,
     best_trials,
     count_missing,
@@ -179,7 +180,8 @@ def carry_out(study: Study) -> list[JobReturn]:
 def catch_up(study: Study) -> None:
     """Bring sweep.json to where the storage is: a kill may have come between the two, and what it
     says may be of an earlier study in the same folder."""
-    trials = [trial for trial in study.trials if {RUN, OVERRIDES} <= trial.user_attrs.keys()]
+    begun = [trial for trial in study.trials if {RUN, OVERRIDES} <= trial.user_attrs.keys()]
+    trials = [trial for trial in begun if TWIN not in trial.user_attrs]
     own = {trial.user_attrs[RUN] for trial in trials}
     study.sweep.runs = {
         name: run for name, run in study.sweep.runs.items() if name in own or not run.params

@@ -277,7 +277,8 @@ def stored_outcome(trial: Any) -> Outcome:
     status = STATUS[trial.state.name]
     values = list(trial.values or []) if status == "completed" else []
     value = (values[0] if len(values) == 1 else values) if values else None
-    return Outcome(status, value, trial.user_attrs.get(ERROR))
+    failed = status in ("failed", "pruned")  # a kill may have come between reason and end
+    return Outcome(status, value, trial.user_attrs.get(ERROR) if failed else None)
 
 
 def best_trials(study: Any) -> list[Any]:

@@ -17,13 +17,17 @@ def write_whole(path: Path, content: Iterable[bytes], durable: bool = True) -> N
         durable: also after the machine itself has stopped; False for what can be brought again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.writelines(content)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    partial.replace(path)
+    # A name of its own: the launching process and `attach` may bring the same file at once.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.writelines(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     if durable:
         sync_folder(path.parent)
 

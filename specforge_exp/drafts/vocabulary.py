@@ -4,6 +4,7 @@ d2t is an offset (target id = draft id + d2t[draft id]), t2d a mask over the tar
 layout that SGLang and vLLM read.
 """
 
+import io
 from pathlib import Path
 
 import torch
@@ -28,6 +29,13 @@ def vocabulary_mapping(counts_V: Tensor, size: int) -> dict[str, Tensor]:
     t2d_V = torch.zeros(len(counts_V), dtype=torch.bool)
     t2d_V[ids_D] = True
     return {"d2t": ids_D - torch.arange(size), "t2d": t2d_V}
+
+
+def write_mapping(path: Path, mapping: dict[str, Tensor]) -> None:
+    """Write what `read_mapping` reads; OSError where there is no room, which torch.save hides."""
+    content = io.BytesIO()
+    torch.save(mapping, content)
+    path.write_bytes(content.getvalue())
 
 
 def read_mapping(path: Path) -> dict[str, Tensor]:

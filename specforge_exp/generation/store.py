@@ -95,14 +95,15 @@ class Store:
         self.shards = folder / "shards"
         self.shards.mkdir(exist_ok=True)
         self.plans: list[Plan] = []
+        self.files: dict[Path, BinaryIO] = {}
         for source, digest in sources.items():
+            self.files[source] = source.open("rb")  # from here on it may be replaced
             saved = folder / f"{source.stem}.plan.safetensors"
             plan = load_plan(saved, source, digest)
             if plan is None:
                 plan = make_plan(source, digest, chunk_size, most)
                 save_plan(plan, saved)
             self.plans.append(plan)
-        self.files: dict[Path, BinaryIO] = {}
         self.journals: dict[str, BinaryIO] = {}
         self.counts = Counts()
         self.digests: dict[str, str] = {}
@@ -161,11 +162,9 @@ class Store:
 
     def read(self, chunk: Chunk, place: int) -> Record:
         """The conversation of a place, with the id that its result will have; raises BadRecord."""
-        source = chunk.plan.source
-        if source not in self.files:
-            self.files[source] = source.open("rb")
+        file = self.files[chunk.plan.source]
         member = chunk.plan.members(chunk.number)[place // self.samples]
-        record = chunk.plan.read(int(member), self.files[source])
+        record = chunk.plan.read(int(member), file)
         if self.samples > 1:
             record["id"] = f"{record['id']}#{place % self.samples}"
         return record

@@ -34,7 +34,7 @@ from specforge_exp.config.settings import chosen
 from specforge_exp.data.conversations import asks_of
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
-from specforge_exp.inputs import require
+from specforge_exp.inputs import require, unchanged
 from specforge_exp.lease import lease
 from specforge_exp.records import write_record
 from specforge_exp.target import check_gpus, load_tokenizer
@@ -65,6 +65,7 @@ def bench(cfg: Config) -> float:
     else:
         with disk_errors(file), lease(file):
             result = describe(cfg, inputs, settings) | measure(cfg)
+            unchanged({folder / "run.json": inputs["the export"]})
             write_record(file, result)
     print(table(result, same_setting(result)))
     return float(result["average"])

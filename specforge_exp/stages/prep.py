@@ -43,6 +43,7 @@ from specforge_exp.data.sources import (
     unread,
 )
 from specforge_exp.errors import InputError
+from specforge_exp.inputs import unchanged
 from specforge_exp.records import write_json
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,8 @@ def prep(cfg: Config) -> Path:
         return state(cfg, folder, settings)
     files = [file for source in [*cfg.data.train, *cfg.data.eval] for file in depends_on(source)]
     settings[FILES] = len(files)
-    fingerprint = Fingerprint({str(file): sha256(file) for file in files}, settings)
+    digests = {file: sha256(file) for file in files}
+    fingerprint = Fingerprint({str(file): digest for file, digest in digests.items()}, settings)
     if reusable(folder / "run.json", fingerprint, cfg.prep.force, "prep"):
         return folder
     with writing(folder, fingerprint, cfg, "prep") as partial:
@@ -127,6 +129,7 @@ def prep(cfg: Config) -> Path:
         counts = {"train": train.kept, "eval": held_out.kept}
         account = {"train": train.account(), "eval": held_out.account()}
         write_json(partial / "account.json", {"conversations": counts, "account": account})
+        unchanged(digests)
     log.info("prep: %d + %d conversations in %s", train.kept, held_out.kept, folder)
     return folder
 

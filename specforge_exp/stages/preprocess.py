@@ -32,9 +32,9 @@ from specforge_exp.data.blocks import LineBlock, cut, encode_blocks, intact, mak
 from specforge_exp.data.chat import Unrenderable, prompt_text
 from specforge_exp.data.tokens import Ints, ShardWriter, packing
 from specforge_exp.data.turns import end_of_answers
-from specforge_exp.drafts.vocabulary import vocabulary_mapping
+from specforge_exp.drafts.vocabulary import vocabulary_mapping, write_mapping
 from specforge_exp.errors import InputError
-from specforge_exp.inputs import require
+from specforge_exp.inputs import require, unchanged
 from specforge_exp.records import write_json
 from specforge_exp.target import check_length, load_tokenizer, text_config
 from specforge_exp.target.loading import fed_by
@@ -70,7 +70,8 @@ def preprocess(cfg: Config) -> Path:
     names = ("train", "eval")
     source = require(cfg, cfg.preprocess.source, *(f"{name}.jsonl" for name in names))
     files = {name: source / f"{name}.jsonl" for name in names}
-    inputs = {f"{source.name}/{path.name}": sha256(path) for path in files.values()}
+    digests = {path: sha256(path) for path in files.values()}
+    inputs = {f"{source.name}/{path.name}": digest for path, digest in digests.items()}
     inputs["the target"] = model_digest(cfg.model.path)
     settings = {
         **{f"preprocess.{key}": vars(cfg.preprocess)[key] for key in OPTIONS},
@@ -98,10 +99,9 @@ def preprocess(cfg: Config) -> Path:
             name: merge(cfg, TokenSplit(files[name], np.zeros(vocabulary, np.int64)), part, partial)
             for name, part in blocks.items()
         }
-        index = {name: split.shards for name, split in splits.items()}
-        write_json(partial / "index.json", index)
+        write_json(partial / "index.json", {name: split.shards for name, split in splits.items()})
         mapping = vocabulary_mapping(torch.from_numpy(splits["train"].counts_V), size)
-        torch.save(mapping, partial / "vocab_mapping.pt")
+        write_mapping(partial / "vocab_mapping.pt", mapping)
         row = cfg.trainer.pack_tokens or cfg.max_length
         limited = size < vocabulary and "draft_vocab_size" in cfg.draft.matters()
         in_draft_V = mapping["t2d"].numpy() | (not limited)
@@ -114,6 +114,7 @@ def preprocess(cfg: Config) -> Path:
         write_json(
             partial / "report.json", {"draft_vocab_size": size, **report, "warnings": warnings}
         )
+        unchanged(digests)
     if limited:
         log.info(
             "preprocess: the draft's %d tokens cover %.2f %% of the answers, %.2f %% of the "

@@ -42,7 +42,7 @@ from specforge_exp.generation.rules import (
 from specforge_exp.generation.run import RateLimit, Regeneration, answer_missing
 from specforge_exp.generation.server_engine import ServerEngine, layout
 from specforge_exp.generation.store import Store
-from specforge_exp.inputs import require
+from specforge_exp.inputs import require, unchanged
 from specforge_exp.interrupt import Interrupt
 from specforge_exp.serving.command import answering
 from specforge_exp.serving.gpus import tp_size_of
@@ -90,6 +90,7 @@ def regen(cfg: Config) -> Path:
     with opened as partial, Interrupt() as interrupt:
         own = cfg.regen
         store = Store(partial, digests, own.chunk_size, own.num_samples, own.samples_per_prompt)
+        unchanged(digests)
         if store.counts.done + store.counts.failed:
             log.info("regen: %d of %d are answered already", store.counts.done, store.total)
         try:
@@ -207,6 +208,8 @@ def status(folder: Path) -> str:
     except (OSError, ValueError):
         if (folder / "run.json").exists():
             return f"complete: {folder}"
+        if (begun := Path(f"{folder}.partial")).exists():
+            return f"at its beginning or its end; the same command continues: {begun}"
         return f"nothing yet; start it with: {command('regen', away=False)}"
     age = time.time() - datetime.fromisoformat(progress["time"]).timestamp()
     parts = [

@@ -111,7 +111,8 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, fingerprint: Fingerprint)
     """Write a checkpoint and return its folder; InputError when the disk is full."""
     folder = step_folder(run_dir, snapshot.step)
     partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for cut_short in run_dir.glob("step-*.partial"):  # by a kill, at whichever step
+        shutil.rmtree(cut_short, ignore_errors=True)
     with disk_errors(partial):
         partial.mkdir(parents=True)
         weights = {name: value.contiguous() for name, value in snapshot.draft.items()}

@@ -144,8 +144,9 @@ def fit(
                 log.info("step %d: held out: %s", done, measure.summary(evaluation))
                 if tracker:
                     tracker.log({"step": done, **{f"eval/{k}": v for k, v in evaluation.items()}})
-                best = options.keep_best and best_step(run.folder, measure) in (None, done)
-                best = bool(ranks.gather(best)[0])
+                best = ranks.gather(
+                    options.keep_best and best_step(run.folder, measure) in (None, done)
+                )[0]
             if done % options.save_every == 0 or last or best or stop:
                 partial = window_log.state(ranks) | position(splits.train, done)
                 snapshot = take_snapshot(done, draft, optimizer, partial, ranks.rank == 0)
@@ -155,6 +156,7 @@ def fit(
                 interrupt.reraise(signal.SIGTERM)
             fetching = time.monotonic()
     if tracker:
+        prune(cfg, run, measure)  # a kill may have come between the last save and this
         tracker.close()
     return evaluation or evaluate(cfg, draft, objective, splits.eval, run, total)
 
@@ -285,9 +287,14 @@ def save(cfg: Config, run: TrainingRun, snapshot: Snapshot, measure: Measure) ->
     """The first process writes a checkpoint and removes old ones; the others wait for it."""
     if run.ranks.rank == 0:
         save_checkpoint(run.folder, snapshot, run.fingerprint)
-        spared = best_step(run.folder, measure) if cfg.trainer.keep_best else None
-        forget_old(run.folder, cfg.trainer.keep_last, spared)
+        prune(cfg, run, measure)
     run.ranks.wait()
+
+
+def prune(cfg: Config, run: TrainingRun, measure: Measure) -> None:
+    """Remove old checkpoints."""
+    spared = best_step(run.folder, measure) if cfg.trainer.keep_best else None
+    forget_old(run.folder, cfg.trainer.keep_last, spared)
 
 
 def resume(

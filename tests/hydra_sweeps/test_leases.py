@@ -1,5 +1,6 @@
 """Several processes, one study: each trial is run by one of them."""
 
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 from hydra_sweeps.study import leases
 from hydra_sweeps.study.leases import LEASE, Leases, born, machine
-from tests.study_app.here import STUDY, journal, study, wait_for
+from hydra_sweeps.study.trials import OVERRIDES, RUN, TWIN
+from tests.study_app.here import STUDY, first, journal, study, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,6 +118,38 @@ def test_killed_behind_any_write_to_a_trial(
         if whole:
             break
     assert whole and number > 3
+
+
+@pytest.mark.slow
+def test_a_trial_that_takes_anothers_result_hides_no_run(tmp_path: Path) -> None:
+    """A process that is stopped behind any of its writes; what another one says meanwhile."""
+    options = ["x=interval(0.0,6.0)", "steps=0", first("x=1.5", "x=1.5"), *shared(tmp_path)]
+    options += ["hydra.sweeper.n_trials=2"]
+    if (child := os.fork()) == 0:
+        with_stops(TWIN, RUN, OVERRIDES)
+        study(tmp_path / "a", *options)
+        os._exit(0)
+    looks = 0
+    while os.WIFSTOPPED(status := os.waitpid(child, os.WUNTRACED)[1]):
+        looks += 1
+        study(tmp_path / "b", *options)
+        runs = json.loads((tmp_path / "b" / "sweep.json").read_text())["runs"]
+        assert [(run["status"], run["value"]) for run in runs] == [("completed", -2.5)]
+        os.kill(child, signal.SIGCONT)
+    assert looks == 3 and os.waitstatus_to_exitcode(status) == 0
+    assert [trial.state.name for trial in trials_of(tmp_path)] == ["COMPLETE"] * 2
+
+
+def with_stops(*keys: str) -> None:
+    """From here on this process stops behind writes of these attributes to the second trial."""
+    write = optuna.trial.Trial.set_user_attr
+
+    def stopping(trial: Any, key: str, value: Any) -> None:
+        write(trial, key, value)
+        if trial.number == 1 and key in keys:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    optuna.trial.Trial.set_user_attr = stopping  # type: ignore[method-assign]
 
 
 def study_until(count: int, folder: Path, *options: str) -> bool:

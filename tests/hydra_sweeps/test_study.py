@@ -16,9 +16,18 @@ from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 
 from hydra_sweeps.errors import SweepError
+from hydra_sweeps.record import Outcome
 from hydra_sweeps.study.config import OptunaAsyncConf
 from hydra_sweeps.study.leases import LEASE
-from hydra_sweeps.study.trials import RUN, TWIN, best_trials, new_sampler, write_results
+from hydra_sweeps.study.trials import (
+    ERROR,
+    RUN,
+    TWIN,
+    best_trials,
+    new_sampler,
+    stored_outcome,
+    write_results,
+)
 from tests.study_app.here import STUDY, composed, first, journal, study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,6 +161,16 @@ def test_the_best_is_a_trial_that_ran_and_lies_where_it_ran(
     found = results.get("solutions") or [{"directory": results.best_directory}]
     names = [ends[number][0] for number in expected]
     assert [solution["directory"] for solution in found] == [f"/there/{name}" for name in names]
+
+
+def test_a_reason_without_its_end_is_forgotten() -> None:
+    """A kill came between the two, and the trial went well when it ran again."""
+    made = optuna.create_study()
+    trial = made.ask()
+    trial.set_user_attr(ERROR, "out of memory")
+    assert stored_outcome(made.trials[0]) == Outcome("planned")
+    made.tell(trial, 1.0)
+    assert stored_outcome(made.trials[0]) == Outcome("completed", 1.0)
 
 
 def test_hydra_loads_no_optuna() -> None:

@@ -1,7 +1,11 @@
 """A folder of a sweep holds the outputs of one job: the one that was asked for last."""
 
 import argparse
+import contextlib
 import hashlib
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,6 +125,31 @@ def test_what_is_brought_is_what_a_result_lists(tmp_path: Path) -> None:
     for name in ("../x", "/x", "a/../../x", ""):
         with pytest.raises(ValueError, match="does not lie below"):
             outputs.pull({name: listed}, folder, read)
+
+
+def test_two_processes_bring_the_same_file(tmp_path: Path) -> None:
+    """The launching process and `attach`: either has it whole, whoever is first."""
+    listed = {"size": 6, "sha256": hashlib.sha256(b"of now").hexdigest()}
+    begun, told = os.pipe()
+
+    def slowly(name: str) -> Iterator[bytes]:
+        yield b"of "
+        os.write(told, b"x")
+        os.kill(os.getpid(), signal.SIGSTOP)
+        yield b"now"
+
+    if (child := os.fork()) == 0:
+        fetched = 0
+        with contextlib.suppress(OSError):
+            fetched = outputs.pull({"file": listed}, tmp_path, slowly)
+        os._exit(fetched)
+    os.read(begun, 1)
+    os.waitpid(child, os.WUNTRACED)
+    assert outputs.pull({"file": listed}, tmp_path, lambda name: [b"of ", b"now"]) == 1
+    os.kill(child, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"of now"
 
 
 def test_what_an_attempt_gets_back_is_the_jobs(

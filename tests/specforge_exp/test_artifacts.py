@@ -156,6 +156,18 @@ def test_hours_of_work_are_given_up_by_force_only(tmp_path: Path, cfg: Config) -
     assert interrupted(folder, ONE, cfg) == []  # nothing was there but what is made in a second
 
 
+def test_what_a_kill_has_cut_short_is_no_part_of_it(tmp_path: Path, cfg: Config) -> None:
+    """safetensors' own half files and those of `replacing`, beside work that is continued."""
+    folder = tmp_path / "thing"
+    interrupted(folder, ONE, cfg)
+    for name in (".tmpAbCd", "index.json.1.partial"):
+        (folder.with_name("thing.partial") / name).write_text("half")
+    with writing(folder, ONE, cfg, "regen", "shards/*") as partial:
+        (partial / "content").write_text("whole")
+    assert sorted(file.name for file in folder.iterdir()) == ["content", "plan", "run.json"]
+    assert [*artifacts.read_record(folder / "run.json")["files"]] == ["content", "plan"]
+
+
 def test_what_is_made_in_seconds_is_made_again(tmp_path: Path, cfg: Config) -> None:
     folder = tmp_path / "thing"
     for again in (ONE, TWO):

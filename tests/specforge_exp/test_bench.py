@@ -305,6 +305,21 @@ def test_another_draft_than_was_trained_is_refused(
     assert export(cfg) == exported
 
 
+def test_an_export_that_is_replaced_meanwhile_is_refused(
+    exported: Path, cfg: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures would be of the one, their record of the other."""
+
+    def replaced(cfg: Config) -> dict[str, Any]:
+        (exported / "run.json").write_text("of another")
+        return {"average": 1.0}
+
+    cfg.bench.force = True
+    monkeypatch.setattr("specforge_exp.stages.bench.measure", replaced)
+    with pytest.raises(InputError, match=r"run\.json has changed while it was read"):
+        bench(cfg)
+
+
 def test_missing_export_names_the_command(cfg: Config) -> None:
     with pytest.raises(InputError, match=r"python export\.py"):
         bench(cfg)

@@ -57,6 +57,16 @@ def openings(folder: Path, name: str) -> list[str]:
     return [r["conversations"][0]["content"] for r in read_jsonl(folder / f"{name}.jsonl")]
 
 
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, other = tmp_path / "a.jsonl", turns("three", "3")
+    cfg = config(tmp_path, [write(file, turns("one", "1"), turns("two", "2"))])
+    monkeypatch.setattr(stage, "report", lambda *_: write(file, other))
+    with pytest.raises(InputError, match=r"a\.jsonl has changed while it was read; run the same"):
+        prep(cfg)
+
+
 def test_everything_read_is_accounted_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = write(tmp_path / "a.jsonl", turns("1", "x"), "{broken", turns("2"), turns("1", "x"))
     second = write(tmp_path / "b.jsonl", turns("2"), [{"role": "assistant", "content": "hello"}])

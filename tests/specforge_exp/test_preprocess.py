@@ -11,10 +11,12 @@ import torch
 from conftest import write_jsonl
 
 from specforge_exp import paths
+from specforge_exp.artifacts import partial_of
 from specforge_exp.config import Config
 from specforge_exp.data import blocks
 from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.dflash.config import DFlashConfig
+from specforge_exp.drafts.vocabulary import vocabulary_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.stages.preprocess import doubts, preprocess
 
@@ -60,6 +62,35 @@ def test_shards_hold_every_conversation(cfg: Config, source: Path, tiny_tokenize
     assert mapping["t2d"].sum() == 512
     ids, turns = tokens[0]
     assert mapping["t2d"][ids[turns > 0]].all()
+
+
+def test_what_is_replaced_while_it_is_read_is_refused(
+    cfg: Config, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record would name what was there before."""
+
+    def replaced(path: Path) -> list[blocks.LineBlock]:
+        put(source, [say("Hi", "Another answer.", name=str(i)) for i in range(5)])
+        return blocks.cut(path)
+
+    monkeypatch.setattr("specforge_exp.stages.preprocess.cut", replaced)
+    with pytest.raises(InputError, match=r"train\.jsonl has changed while it was read"):
+        preprocess(cfg)
+    assert not paths.tokens_dir(cfg).exists()
+
+
+def test_a_full_disk_is_said_of_the_vocabulary_too(
+    cfg: Config, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/full answers every write with the real error of a full disk."""
+
+    def without_room(*given: Any) -> dict[str, torch.Tensor]:
+        (partial_of(paths.tokens_dir(cfg)) / "vocab_mapping.pt").symlink_to("/dev/full")
+        return vocabulary_mapping(*given)
+
+    monkeypatch.setattr("specforge_exp.stages.preprocess.vocabulary_mapping", without_room)
+    with pytest.raises(InputError, match="the disk is full while writing"):
+        preprocess(cfg)
 
 
 def test_a_vocabulary_above_the_targets_costs_no_work(cfg: Config, source: Path) -> None:

@@ -1,12 +1,16 @@
 """Preprocess is killed, stopped, or loses a process: what is done stays, and nobody lives on."""
 
 import contextlib
+import itertools
 import os
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import warm
@@ -99,6 +103,55 @@ def test_killed_it_continues(cfg: Config, command: list[str]) -> None:
     cfg.max_length = 2048
     cfg.preprocess.processes = 1
     assert content(preprocess(cfg)) == continued
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("over", ["nothing", "an older one"])
+def test_killed_before_any_of_its_writes(cfg: Config, source: Path, over: str) -> None:  # noqa: F811
+    """Then the same command makes the same files, and nothing else is there."""
+    folder, cfg.preprocess.processes = paths.tokens_dir(cfg), 1
+    cfg.preprocess.force = over != "nothing"
+    if cfg.preprocess.force:
+        preprocess(replace(cfg, max_length=16))
+    shutil.copytree(folder.parent, before := folder.parent.with_name("before"))
+    whole, names = content(preprocess(cfg)), everything(folder.parent)
+    ended = False
+    for number in itertools.count(1):
+        shutil.rmtree(folder.parent)
+        shutil.copytree(before, folder.parent)
+        if (child := os.fork()) == 0:
+            kill_before(number, str(folder.parent))
+            preprocess(cfg)
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert content(preprocess(cfg)) == whole
+        assert everything(folder.parent) == names, number
+        if ended:
+            break
+    assert number > 20
+
+
+def everything(folder: Path) -> list[Path]:
+    """All that lies below a folder, but for the file of a writer that was killed."""
+    return sorted(path for path in folder.rglob("*") if path.suffix != ".lease")
+
+
+def kill_before(number: int, folder: str) -> None:
+    """From here on this process ends as by a kill before it makes, opens to write, renames or
+    removes something for that many times below a folder."""
+    left = [number]
+    changes = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+
+    def count(event: str, given: tuple[Any, ...]) -> None:
+        writes = (
+            event == "open" and isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR)
+        )
+        if (writes or event in changes) and str(given[0]).startswith(folder):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
 
 
 @pytest.mark.slow

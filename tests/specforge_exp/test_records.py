@@ -169,6 +169,13 @@ def save_a_checkpoint(folder: Path, cfg: Config) -> None:
     save_checkpoint(folder, Snapshot(1, tensors, tensors, {}), Fingerprint({}, {}))
 
 
+def test_a_checkpoint_that_a_kill_cut_short_goes(tmp_path: Path, cfg: Config) -> None:
+    """Also one of a step that is not saved again: a signal had asked for it."""
+    (tmp_path / "step-000037.partial").mkdir()
+    save_a_checkpoint(tmp_path, cfg)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "step-000001"}
+
+
 def make_an_artifact(folder: Path, cfg: Config) -> None:
     for _ in range(2):  # also over an older one
         with writing(folder / "thing", Fingerprint({}, {}), cfg, "prep") as partial:

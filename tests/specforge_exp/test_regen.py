@@ -173,6 +173,7 @@ def test_status(cfg: Config, tmp_path: Path) -> None:
     assert stage.status(folder).startswith("nothing yet; start it with: python regen.py")
     partial = tmp_path / "data--model.partial"
     partial.mkdir()
+    assert stage.status(folder).startswith("at its beginning or its end; the same command")
     said = {
         "time": "2026-01-01T00:00:00+00:00", "total": 9, "done": 3, "failed": 1, "in_flight": 2,
         "conversations_per_second": 1.5, "tokens_per_second": 200.0, "seconds_left": 60,

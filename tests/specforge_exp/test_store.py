@@ -52,6 +52,14 @@ def test_results_come_in_the_order_of_the_source(tmp_path: Path, source: Path) -
     assert left == ["done.jsonl", "failed.jsonl", "shards"]
 
 
+def test_a_source_that_is_replaced_is_read_as_it_was(tmp_path: Path, source: Path) -> None:
+    store = make_store(tmp_path / "out", source)
+    write(tmp_path / "new", *(f"another {n}" for n in range(10))).replace(source)
+    answer_all(store, Instant())
+    done, failed = merged(store)
+    assert ids(done) == results(10) and not failed and b"another" not in b"".join(done)
+
+
 def test_samples_follow_one_another(tmp_path: Path, source: Path) -> None:
     store = make_store(tmp_path / "out", source, samples=3, most=4)
     engine = Instant()

@@ -279,8 +279,13 @@ def test_the_best_checkpoint_is_kept(run: Config) -> None:
     lengths = {m["step"]: m["eval/simulated_length"] for m in metrics(run) if "eval/loss" in m}
     best = max(lengths, key=lambda step: lengths[step])
     assert best != 9
-    kept = [folder.name for folder in step_folders(paths.run_dir(run))]
-    assert kept == [f"step-{best:06d}", "step-000009"]
+    folder = paths.run_dir(run)
+    kept = [folder / f"step-{best:06d}", folder / "step-000009"]
+    assert step_folders(folder) == kept
+    (folder / "run.json").unlink()
+    (folder / f"step-00000{1 + (best == 1)}").mkdir()  # it was killed while it removed the old ones
+    train(run)
+    assert step_folders(folder) == kept
     run.export.best = True
     assert chosen_checkpoint(run).step == best
 
