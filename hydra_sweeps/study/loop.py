@@ -206,10 +206,14 @@ def start(study: Study, trial: Any, overrides: Sequence[str] | None = None) -> N
 
 
 def twin_of(study: Study, trial: Any, point: str) -> Any:
-    """Another trial of the same point: one that has a result, or an earlier one that runs."""
+    """Another trial of the same point: one that has a result, or one that runs and began before.
+
+    An earlier trial goes first where neither has a job yet: of two processes one waits.
+    """
     trials = [t for t in study.trials if t.user_attrs.get(POINT) == point]
     known = in_state(trials, "COMPLETE", "PRUNED")
-    runs = [t for t in trials if t.number < trial.number and is_running(study, t)]
+    own = RUN not in trial.user_attrs, trial.number
+    runs = [t for t in trials if (RUN not in t.user_attrs, t.number) < own and is_running(study, t)]
     return next(iter([*known, *runs]), None)
 
 
