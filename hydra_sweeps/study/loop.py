@@ -150,10 +150,12 @@ def ask(study: Study, total: int) -> None:
 def resume(study: Study, frozen: Any) -> None:
     """Continue a trial that an earlier process began."""
     trial = quiet_optuna().trial.Trial(study.optuna, frozen._trial_id)  # keeps what it has
+    if study.leases.state(study.trials[trial.number]) != "gone":  # another process was faster
+        return
     study.leases.write(trial)
     if not study.leases.alone:
         time.sleep(SETTLED)
-        if not any(t.number == trial.number and study.leases.is_own(t) for t in study.trials):
+        if not study.leases.is_own(study.trials[trial.number]):
             return
         log.info(f"\t#{trial.number} is continued here: its process is gone")
     start(study, trial, frozen.user_attrs.get(OVERRIDES))

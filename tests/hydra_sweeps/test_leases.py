@@ -233,6 +233,24 @@ def test_a_point_that_another_process_was_faster_with(
     assert starts(tmp_path, "a") == []
 
 
+def test_a_trial_that_another_process_was_faster_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has taken over what this one saw as well; a lease that lives is never written over."""
+    made = optuna.trial.Trial.__init__
+
+    def taken(trial: optuna.Trial, *arguments: Any) -> None:
+        made(trial, *arguments)
+        Leases(False, str(tmp_path / "b")).write(trial)
+
+    elsewhere(tmp_path, host=machine())  # this one, where no such process lives
+    monkeypatch.setattr(optuna.trial.Trial, "__init__", taken)
+    study(tmp_path / "a", "x=interval(0.0,6.0)", *shared(tmp_path), "hydra.sweeper.n_trials=1")
+    [trial] = trials_of(tmp_path)
+    assert trial.user_attrs[LEASE]["folder"] == str(tmp_path / "b")
+    assert trial.state.name == "RUNNING" and starts(tmp_path, "a") == []
+
+
 def test_a_study_that_is_just_being_made(tmp_path: Path) -> None:
     """Optuna makes it first, and gives it directions then."""
     optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'shared.db'}").create_new_study("s")
