@@ -150,7 +150,8 @@ def ask(study: Study, total: int) -> None:
 def resume(study: Study, frozen: Any) -> None:
     """Continue a trial that an earlier process began."""
     trial = quiet_optuna().trial.Trial(study.optuna, frozen._trial_id)  # keeps what it has
-    if study.leases.state(study.trials[trial.number]) != "gone":  # another process was faster
+    stored = study.trials[trial.number]  # that process may have ended it, another have it by now
+    if stored.state != frozen.state or stored.user_attrs.get(LEASE) != frozen.user_attrs.get(LEASE):
         return
     study.leases.write(trial)
     if not study.leases.alone:

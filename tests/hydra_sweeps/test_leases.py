@@ -233,22 +233,28 @@ def test_a_point_that_another_process_was_faster_with(
     assert starts(tmp_path, "a") == []
 
 
+@pytest.mark.parametrize("how", ["ended", "taken over"])
 def test_a_trial_that_another_process_was_faster_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has taken over what this one saw as well; a lease that lives is never written over."""
-    made = optuna.trial.Trial.__init__
+    """It was gone when this one looked: it had ended the trial before, or a third has taken it."""
+    made, other = optuna.trial.Trial.__init__, elsewhere(tmp_path, host=machine(), born="before")
 
-    def taken(trial: optuna.Trial, *arguments: Any) -> None:
+    def comes(trial: optuna.Trial, *arguments: Any) -> None:
         made(trial, *arguments)
-        Leases(False, str(tmp_path / "b")).write(trial)
+        if how == "ended":
+            other.tell(0, 7.0)
+        else:
+            Leases(False, str(tmp_path / "b")).write(trial)
 
-    elsewhere(tmp_path, host=machine())  # this one, where no such process lives
-    monkeypatch.setattr(optuna.trial.Trial, "__init__", taken)
+    monkeypatch.setattr(optuna.trial.Trial, "__init__", comes)
     study(tmp_path / "a", "x=interval(0.0,6.0)", *shared(tmp_path), "hydra.sweeper.n_trials=1")
     [trial] = trials_of(tmp_path)
-    assert trial.user_attrs[LEASE]["folder"] == str(tmp_path / "b")
-    assert trial.state.name == "RUNNING" and starts(tmp_path, "a") == []
+    assert starts(tmp_path, "a") == []
+    if how == "ended":
+        assert trial.value == 7.0
+    else:
+        assert trial.user_attrs[LEASE]["folder"] == str(tmp_path / "b")
 
 
 def test_a_study_that_is_just_being_made(tmp_path: Path) -> None:
