@@ -52,7 +52,7 @@ BUDGETS = {
     "modal_sweep": 33_340,
     "hydra_sweeps": 31_120,
     "hydra_plugins": 1_010,
-    "specforge_exp": 256_770,
+    "specforge_exp": 256_810,
     "specforge_exp/data": 22_750,
     "specforge_exp/target": 13_440,
     "specforge_exp/drafts": 57_240,
@@ -60,9 +60,9 @@ BUDGETS = {
     "specforge_exp/inference": 16_550,
     "specforge_exp/generation": 25_090,
     "specforge_exp/bench": 11_660,
-    "specforge_exp/report": 18_040,
+    "specforge_exp/report": 18_070,
     "specforge_exp/chat": 4_230,
-    "": 322_820,
+    "": 322_870,
     "specforge_exp/causal": 6_280,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
