@@ -50,7 +50,7 @@ FLOORS = {
 """Every house from its floor upwards; the longer name of a file counts."""
 BUDGETS = {
     "modal_sweep": 33_340,
-    "hydra_sweeps": 31_120,
+    "hydra_sweeps": 31_160,
     "hydra_plugins": 1_010,
     "specforge_exp": 256_810,
     "specforge_exp/data": 22_750,
@@ -62,7 +62,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_660,
     "specforge_exp/report": 18_070,
     "specforge_exp/chat": 4_230,
-    "": 322_870,
+    "": 322_910,
     "specforge_exp/causal": 6_280,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be

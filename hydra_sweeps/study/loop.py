@@ -140,11 +140,21 @@ def ask(study: Study, total: int) -> None:
     trial = study.optuna.ask()
     study.leases.write(trial)
     if not study.leases.alone:
-        earlier = [t for t in study.trials if t.number < trial.number]
+        trials = study.trials
+        earlier = trials[: trial.number]
         if len(earlier) - len(in_state(earlier, "WAITING")) >= total:
             trial.set_user_attr(LEASE, {})
             return
+        # Out of the queue two may have taken it at once: Optuna looks, and writes then.
+        if "fixed_params" in trials[trial.number].system_attrs and not settled(study, trial):
+            return
     start(study, trial)
+
+
+def settled(study: Study, trial: Any) -> bool:
+    """Whether a trial that this process has signed is still its own when others have signed."""
+    time.sleep(SETTLED)
+    return study.leases.is_own(study.trials[trial.number])
 
 
 def resume(study: Study, frozen: Any) -> None:
@@ -155,8 +165,7 @@ def resume(study: Study, frozen: Any) -> None:
         return
     study.leases.write(trial)
     if not study.leases.alone:
-        time.sleep(SETTLED)
-        if not study.leases.is_own(study.trials[trial.number]):
+        if not settled(study, trial):
             return
         log.info(f"\t#{trial.number} is continued here: its process is gone")
     start(study, trial, frozen.user_attrs.get(OVERRIDES))

@@ -257,6 +257,39 @@ def test_a_trial_that_another_process_was_faster_with(
         assert trial.user_attrs[LEASE]["folder"] == str(tmp_path / "b")
 
 
+def test_a_queued_trial_that_two_processes_take_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both find it waiting before one has written that it runs; who signs last has it."""
+    kind, wait, others = optuna.storages.RDBStorage, time.sleep, list[Any]()
+    look, take = kind.check_trial_is_updatable, kind.set_trial_state
+
+    def looked(storage: Any, *arguments: Any) -> None:
+        if others == [None]:
+            others[0] = "asks"
+            url = f"sqlite:///{tmp_path / 'shared.db'}"
+            others.append(optuna.load_study(study_name="s", storage=url).ask())
+        look(storage, *arguments)
+
+    def taken(storage: Any, *arguments: Any) -> bool:
+        others[:] = others or [None]
+        return take(storage, *arguments)
+
+    def waited(seconds: float) -> None:
+        wait(seconds)
+        if others:
+            Leases(False, str(tmp_path / "b")).write(others[-1])
+
+    monkeypatch.setattr(kind, "check_trial_is_updatable", looked)
+    monkeypatch.setattr(kind, "set_trial_state", taken)
+    monkeypatch.setattr(time, "sleep", waited)
+    options = ["x=interval(0.0,6.0)", first("x=2.0"), "hydra.sweeper.n_trials=1"]
+    study(tmp_path / "a", *options, *shared(tmp_path))
+    [trial] = trials_of(tmp_path)
+    assert (trial.number, trial.state.name) == (others[-1].number, "RUNNING")
+    assert starts(tmp_path, "a") == []
+
+
 def test_a_study_that_is_just_being_made(tmp_path: Path) -> None:
     """Optuna makes it first, and gives it directions then."""
     optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'shared.db'}").create_new_study("s")
