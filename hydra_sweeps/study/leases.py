@@ -20,8 +20,9 @@ RENEWED = 30.0
 """Seconds between two signs of life."""
 ENDED = 180.0
 """Seconds without one after which a process of another machine counts as gone."""
-SETTLED = 1.0
-"""Seconds after which two processes that want the same thing see who wrote last."""
+SETTLED = 2.0
+"""Seconds after which two processes that want the same thing see who wrote last: many times what a
+write takes that waits for others."""
 
 
 @dataclass

@@ -140,20 +140,32 @@ def ask(study: Study, total: int) -> None:
     trial = study.optuna.ask()
     study.leases.write(trial)
     if not study.leases.alone:
-        earlier = [t for t in study.trials if t.number < trial.number]
+        trials = study.trials
+        earlier = trials[: trial.number]
         if len(earlier) - len(in_state(earlier, "WAITING")) >= total:
             trial.set_user_attr(LEASE, {})
             return
+        # Out of the queue two may have taken it at once: Optuna looks, and writes then.
+        if "fixed_params" in trials[trial.number].system_attrs and not settled(study, trial):
+            return
     start(study, trial)
+
+
+def settled(study: Study, trial: Any) -> bool:
+    """Whether a trial that this process has signed is still its own when others have signed."""
+    time.sleep(SETTLED)
+    return study.leases.is_own(study.trials[trial.number])
 
 
 def resume(study: Study, frozen: Any) -> None:
     """Continue a trial that an earlier process began."""
     trial = quiet_optuna().trial.Trial(study.optuna, frozen._trial_id)  # keeps what it has
+    stored = study.trials[trial.number]  # that process may have ended it, another have it by now
+    if stored.state != frozen.state or stored.user_attrs.get(LEASE) != frozen.user_attrs.get(LEASE):
+        return
     study.leases.write(trial)
     if not study.leases.alone:
-        time.sleep(SETTLED)
-        if not any(t.number == trial.number and study.leases.is_own(t) for t in study.trials):
+        if not settled(study, trial):
             return
         log.info(f"\t#{trial.number} is continued here: its process is gone")
     start(study, trial, frozen.user_attrs.get(OVERRIDES))
@@ -206,10 +218,14 @@ def start(study: Study, trial: Any, overrides: Sequence[str] | None = None) -> N
 
 
 def twin_of(study: Study, trial: Any, point: str) -> Any:
-    """Another trial of the same point: one that has a result, or an earlier one that runs."""
+    """Another trial of the same point: one that has a result, or one that runs and began before.
+
+    An earlier trial goes first where neither has a job yet: of two processes one waits.
+    """
     trials = [t for t in study.trials if t.user_attrs.get(POINT) == point]
     known = in_state(trials, "COMPLETE", "PRUNED")
-    runs = [t for t in trials if t.number < trial.number and is_running(study, t)]
+    own = RUN not in trial.user_attrs, trial.number
+    runs = [t for t in trials if (RUN not in t.user_attrs, t.number) < own and is_running(study, t)]
     return next(iter([*known, *runs]), None)
 
 

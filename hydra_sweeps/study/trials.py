@@ -237,27 +237,26 @@ def enqueue(search: Search, place: Place, study: Any, first: list[Point]) -> Non
     """Put the points that are tried first into the queue, each once also when this is killed.
 
     They are the first trials of a study, so their number says how many of them are there. Of
-    several processes the one that signs last does it.
+    several processes the one that signed last does it, and looks before each whether it still is.
     """
-    trials = study.get_trials(deepcopy=False)
+    known = len(study.get_trials(deepcopy=False))
     if search.options.is_grid:
         points = list(islice(search.space.points(), search.options.n_trials))
     else:
-        if not trials:
+        if not known:
             study.set_user_attr(FIRST, first)
         points = study.user_attrs.get(FIRST, [])
-    if not place.alone and len(trials) < len(points):
-        leases = Leases(place.alone, str(place.sweep_dir))
-        leases.write(study)
+    leases, patience = Leases(place.alone, str(place.sweep_dir)), 0.0
+    while known < len(points):
+        if place.alone or leases.is_own(look(place)):
+            study.enqueue_trial(points[known])
+            known += 1
+            continue
+        if time.monotonic() > patience:  # it has not signed yet, or who did is gone
+            leases.write(study)
+            patience = time.monotonic() + ENDED
         time.sleep(SETTLED)
-        patience = time.monotonic() + ENDED
-        while len(trials) < len(points) and not leases.is_own(look(place)):
-            if time.monotonic() > patience:  # that process is gone
-                leases.write(study)
-            time.sleep(SETTLED)
-            trials = look(place).get_trials(deepcopy=False)
-    for point in points[len(trials) :]:
-        study.enqueue_trial(point)
+        known = len(look(place).get_trials(deepcopy=False))
 
 
 def tell(study: Any, trial: Any, outcome: Outcome) -> None:

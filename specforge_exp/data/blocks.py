@@ -11,6 +11,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -293,6 +294,13 @@ def in_processes(
     waiting = iter(blocks)
     workers: dict[Connection, ForkServerProcess] = {}
     busy: dict[Connection, LineBlock] = {}
+
+    def deal(to: Connection) -> None:
+        if block := next(waiting, None):
+            busy[to] = block
+            with suppress(ConnectionError):  # it has died, as the next wait for it tells
+                to.send(block)
+
     try:
         for _ in range(processes):
             ours, theirs = context.Pipe()
@@ -300,8 +308,7 @@ def in_processes(
             worker.start()
             theirs.close()
             workers[ours] = worker
-            busy[ours] = next(waiting)
-            ours.send(busy[ours])
+            deal(ours)
         while busy:
             for ready in wait(list(busy)):
                 assert isinstance(ready, Connection)
@@ -315,9 +322,7 @@ def in_processes(
                 if complaint:
                     raise InputError(complaint)
                 yield busy.pop(ready)
-                if block := next(waiting, None):
-                    busy[ready] = block
-                    ready.send(block)
+                deal(ready)
     finally:
         for ours, worker in workers.items():
             ours.close()

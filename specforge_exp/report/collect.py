@@ -287,18 +287,23 @@ def read_folder(run: SweepRun, folder: Path) -> None:
 
 
 def own_bench(run: SweepRun, folder: Path) -> list[Path]:
-    """The newest measurement of the draft in a run's folder, or the one that the run returned."""
-    others = []
-    for file in sorted(folder.glob("bench*.json"), key=lambda file: -file.stat().st_mtime):
+    """The newest measurement of the draft in a run's folder, as the files say, for a copy has other
+    times; or the one that the run returned."""
+    found, others = list[tuple[str, float, Path]](), []
+    for file in folder.glob("bench*.json"):
         try:
-            reason = strange_bench(folder, read_object(file), run.returned.get(ACCEPTED))
+            bench = read_object(file)
+            reason = strange_bench(folder, bench, run.returned.get(ACCEPTED))
         except InputError as error:
             run.not_known.append(f"{file} is left out: {error}")
             continue
         if reason is None:
-            return [file]
-        others.append(f"{file}: {reason}")
-    run.not_known += others
+            found.append((str(bench.get("finished", "")), file.stat().st_mtime, file))
+        else:
+            others.append(f"{file}: {reason}")
+    if found:
+        return [max(found)[-1]]
+    run.not_known += sorted(others)
     return []
 
 

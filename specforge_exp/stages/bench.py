@@ -64,8 +64,9 @@ def bench(cfg: Config) -> float:
         result = read_record(file)
     else:
         with disk_errors(file), lease(file):
-            result = describe(cfg, inputs, settings) | measure(cfg)
+            figures = measure(cfg)
             unchanged({folder / "run.json": inputs["the export"]})
+            result = describe(cfg, inputs, settings) | figures  # it says when it was finished
             write_record(file, result)
     print(table(result, same_setting(result)))
     return float(result["average"])

@@ -83,7 +83,7 @@ def test_a_point_that_a_study_did_not_announce_is_a_failed_trial(tmp_path: Path)
         "def more(cfg, t):\n    t.suggest_categorical('m', ['a', 'b'])\n"
     )
     custom = ["hydra.sweeper.custom_search_space=space.more"]
-    few = ["hydra.sweeper.n_jobs=1", "hydra.sweeper.n_trials=9"]
+    few = ["hydra.sweeper.n_jobs=1", "hydra.sweeper.n_trials=4", "+hydra.sweeper.sampler.seed=1"]
     code, printed = run(tmp_path, *STUDY, *custom, "x=1", *few, dry=False)
     assert code == 0 and "chooses hydra/launcher=modal, and this command has" in printed
 

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ import pytest
 import warm
 from hydra.core.global_hydra import GlobalHydra
 
-from hydra_sweeps.study import leases
+from hydra_sweeps.study import leases, run
 from hydra_sweeps.study.leases import LEASE, Leases, born, machine
-from hydra_sweeps.study.trials import OVERRIDES, RUN, TWIN
+from hydra_sweeps.study.trials import OVERRIDES, POINT, RUN, TWIN
 from tests.study_app.here import STUDY, first, journal, study, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,6 +197,131 @@ def test_points_are_queued_once(tmp_path: Path) -> None:
         assert one.returncode == 0, printed + errors
     points = [(t.params["x"], t.params["kind"]) for t in trials_of(tmp_path)]
     assert len(points) == len({*points}) == 6 and len(starts(tmp_path, "a", "b")) == 6
+
+
+@pytest.mark.parametrize("when", ["before it signs", "while it writes"])
+def test_another_process_fills_the_queue(
+    tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that had looked whose turn it was before this one signed, or signs after it."""
+    points = [{"kind": "a"}, {"kind": "b"}]
+    write, wait, came = optuna.study.Study.enqueue_trial, time.sleep, list[bool]()
+
+    def other_comes(own: int) -> None:
+        if not came:
+            came.append(True)
+            name, storage = "s", f"sqlite:///{tmp_path / 'shared.db'}"
+            other = optuna.load_study(study_name=name, storage=storage)
+            if own:
+                Leases(False, "/of/another").write(other)
+            for point in points[own:]:
+                write(other, point)
+
+    def written(study: optuna.Study, point: dict[str, Any]) -> None:
+        write(study, point)
+        other_comes(1)
+
+    def waited(seconds: float) -> None:
+        other_comes(0)
+        wait(seconds)
+
+    monkeypatch.setattr(run, "carry_out", lambda study: [])
+    if when == "while it writes":
+        monkeypatch.setattr(optuna.study.Study, "enqueue_trial", written)
+    else:
+        monkeypatch.setattr(time, "sleep", waited)
+    study(tmp_path / "a", "kind=a,b", "hydra/sweeper/sampler=grid", *shared(tmp_path))
+    assert came
+    assert [trial.system_attrs["fixed_params"] for trial in trials_of(tmp_path)] == points
+
+
+def test_a_point_that_another_process_was_faster_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It began a later trial of it after this one was asked for, and before this one says what it
+    is; its result counts for both."""
+    write, wait, others = optuna.trial.Trial.set_user_attr, time.sleep, list[Any]()
+
+    def written(trial: optuna.Trial, key: str, value: Any) -> None:
+        if key == POINT and not others:
+            storage = f"sqlite:///{tmp_path / 'shared.db'}"
+            others.append(other := optuna.load_study(study_name="s", storage=storage).ask())
+            Leases(False, str(tmp_path / "b")).write(other)
+            said = {POINT: value, RUN: "other", OVERRIDES: ["kind=a", "run_name=other"]}
+            for name, text in said.items():
+                write(other, name, text)
+        write(trial, key, value)
+
+    def waited(seconds: float) -> None:
+        wait(seconds)
+        if others and trials_of(tmp_path)[0].user_attrs.get(POINT):
+            others[0].study.tell(others[0], 7.0)
+
+    monkeypatch.setattr(optuna.trial.Trial, "set_user_attr", written)
+    monkeypatch.setattr(time, "sleep", waited)
+    study(
+        tmp_path / "a", "kind=a,b", first("kind=a"), *shared(tmp_path), "hydra.sweeper.n_trials=2"
+    )
+    own, other = trials_of(tmp_path)
+    assert (own.value, other.value, own.user_attrs[TWIN]) == (7.0, 7.0, other.number)
+    assert starts(tmp_path, "a") == []
+
+
+@pytest.mark.parametrize("how", ["ended", "taken over"])
+def test_a_trial_that_another_process_was_faster_with(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was gone when this one looked: it had ended the trial before, or a third has taken it."""
+    made, other = optuna.trial.Trial.__init__, elsewhere(tmp_path, host=machine(), born="before")
+
+    def comes(trial: optuna.Trial, *arguments: Any) -> None:
+        made(trial, *arguments)
+        if how == "ended":
+            other.tell(0, 7.0)
+        else:
+            Leases(False, str(tmp_path / "b")).write(trial)
+
+    monkeypatch.setattr(optuna.trial.Trial, "__init__", comes)
+    study(tmp_path / "a", "x=interval(0.0,6.0)", *shared(tmp_path), "hydra.sweeper.n_trials=1")
+    [trial] = trials_of(tmp_path)
+    assert starts(tmp_path, "a") == []
+    if how == "ended":
+        assert trial.value == 7.0
+    else:
+        assert trial.user_attrs[LEASE]["folder"] == str(tmp_path / "b")
+
+
+def test_a_queued_trial_that_two_processes_take_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both find it waiting before one has written that it runs; who signs last has it."""
+    kind, wait, others = optuna.storages.RDBStorage, time.sleep, list[Any]()
+    look, take = kind.check_trial_is_updatable, kind.set_trial_state
+
+    def looked(storage: Any, *arguments: Any) -> None:
+        if others == [None]:
+            others[0] = "asks"
+            url = f"sqlite:///{tmp_path / 'shared.db'}"
+            others.append(optuna.load_study(study_name="s", storage=url).ask())
+        look(storage, *arguments)
+
+    def taken(storage: Any, *arguments: Any) -> bool:
+        others[:] = others or [None]
+        return take(storage, *arguments)
+
+    def waited(seconds: float) -> None:
+        wait(seconds)
+        if others:
+            Leases(False, str(tmp_path / "b")).write(others[-1])
+
+    monkeypatch.setattr(kind, "check_trial_is_updatable", looked)
+    monkeypatch.setattr(kind, "set_trial_state", taken)
+    monkeypatch.setattr(time, "sleep", waited)
+    options = ["x=interval(0.0,6.0)", first("x=2.0"), "hydra.sweeper.n_trials=1"]
+    study(tmp_path / "a", *options, *shared(tmp_path))
+    [trial] = trials_of(tmp_path)
+    assert (trial.number, trial.state.name) == (others[-1].number, "RUNNING")
+    assert starts(tmp_path, "a") == []
 
 
 def test_a_study_that_is_just_being_made(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from specforge_exp import paths
 from specforge_exp.config import Config
 from specforge_exp.data import blocks
 from specforge_exp.data.tokens import read_split
+from specforge_exp.errors import InputError
 from specforge_exp.stages.preprocess import preprocess
 
 
@@ -177,3 +179,16 @@ def test_a_process_that_dies_is_reported(cfg: Config, command: list[str]) -> Non
         assert process.returncode == 1
         assert "a process of preprocess died on train-0" in output
         assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_between_two_blocks_is_reported(cfg: Config, source: Path) -> None:  # noqa: F811
+    put(source, [say("Hi", "Hello.", name=str(i)) for i in range(2 * blocks.LINES + 1)])
+    three = blocks.cut(source / "train.jsonl")
+    dealt = blocks.in_processes(three, cfg, source, 1)
+    assert next(dealt) == three[0]
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+    with pytest.raises(InputError, match="a process of preprocess died on train-000001 "):
+        next(dealt)

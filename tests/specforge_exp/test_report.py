@@ -200,7 +200,11 @@ def test_paired_by_prompts_or_with_the_interval_that_old_files_have(tmp_path: Pa
     assert last.against.distinguishable is not None
 
 
-def test_the_newest_bench_counts_and_other_prompts_are_not_paired(tmp_path: Path) -> None:
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_newest_bench_counts_and_other_prompts_are_not_paired(
+    tmp_path: Path, copied: bool
+) -> None:
+    """A copy's files may be written in any order; they say when they were measured."""
     plans = grid(("baseline", "full-opd"), bench=DATA_SETS)
     sweep_dir = write_sweep(tmp_path, plans)
     first = tmp_path / plans[0].name / "bench.json"
@@ -208,8 +212,13 @@ def test_the_newest_bench_counts_and_other_prompts_are_not_paired(tmp_path: Path
     for one in bench["datasets"].values():
         one |= {"source": "shipped", "lengths": [length + 2 for length in one["lengths"]]}
     newer = first.with_name("bench-standard.json")
+    later = first.stat().st_mtime + (-5 if copied else 5)
+    if copied:
+        told = {"finished": "2026-11-30T23:59:59+00:00"}
+        first.write_text(json.dumps(json.loads(first.read_text()) | told))
+        bench["finished"] = "2026-12-01T00:00:00+00:00"
     newer.write_text(json.dumps(bench))
-    os.utime(newer, (first.stat().st_atime, first.stat().st_mtime + 5))
+    os.utime(newer, (later, later))
     found = rank(collect(sweep_dir), "accepted_length", 300)
     assert found.ranked[0].name == plans[0].name and found.ranked[0].value > 4
     assert found.ranked[1].against is not None and found.ranked[1].against.interval is None
