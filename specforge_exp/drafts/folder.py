@@ -15,6 +15,12 @@ from specforge_exp.target.shape import ROTARY
 
 USUAL = ("beta_fast", "beta_slow")
 """Of a rotary embedding, what transformers and engines take alike where it is left out."""
+ALIKE = {
+    "rope_type", "rope_theta", "partial_rotary_factor", "mscale", "mscale_all_dim", "truncate",
+    "mrope_section", "mrope_interleaved", *" ".join(ROTARY.values()).split(),
+}  # fmt: skip
+"""And what they take alike of text where it is there: vLLM reads yarn's attention_factor, SGLang
+its attn_factor, neither the other's."""
 
 
 def write_export(
@@ -73,16 +79,18 @@ def rotary(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     spelt = []
     for name in ("rope_parameters", "rope_scaling"):
         given = {key: value for key, value in (config.get(name) or {}).items() if value is not None}
-        kind = given.pop("type", "default")
-        spelt += [{**base, "rope_type": kind, **given}] if given or kind != "default" else []
+        kind = given.setdefault("rope_type", given.get("type", "default"))
+        if given.get("type") in (kind, "mrope"):  # another one is refused below
+            del given["type"]
+        spelt += [{**base, **given}] if config.get(name) else []
     rope = spelt[0] if spelt else base
     if any(other != rope for other in spelt):
         raise InputError(
             f"{folder}/config.json: rope_parameters={config['rope_parameters']} and rope_scaling="
             f"{config['rope_scaling']} are two rotary embeddings; leave the draft's own"
         )
-    kind, kinds = rope["rope_type"], [v for v in rope.values() if isinstance(v, dict)]
-    if kind not in ROTARY or kinds or rope.get("partial_rotary_factor", 1) != 1:
+    kind, odd = rope["rope_type"], [name for name in rope if rope[name] and name not in ALIKE]
+    if kind not in ROTARY or odd or rope.get("partial_rotary_factor", 1) != 1:
         raise InputError(
             f"{folder}/config.json: of the rotary embedding {rope} engines compute different "
             f"drafts, or another one from some length on; known: {', '.join(ROTARY)}, of whole "

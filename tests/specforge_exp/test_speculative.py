@@ -10,7 +10,10 @@ import torch
 from conftest import small_target
 from scipy.stats import chisquare
 from test_eagle3 import small_draft
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from specforge_exp.bench import speculative
 from specforge_exp.bench.speculative import (
     Choice,
     Decoding,
@@ -25,6 +28,8 @@ from specforge_exp.bench.speculative import (
 from specforge_exp.data import synthetic
 from specforge_exp.data.chat import prompt_ids
 from specforge_exp.data.conversations import asks_of
+from specforge_exp.drafts.dspark.config import DSparkConfig
+from specforge_exp.drafts.dspark.draft import DSpark
 from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.drafts.eagle3.draft import Eagle3
 from specforge_exp.drafts.vocabulary import vocabulary_mapping
@@ -185,3 +190,86 @@ def test_answers_end_where_they_should() -> None:
     assert until_end([4, 5, 6], 9, frozenset({5})) == ([4, 5], True)
     assert until_end([4, 5, 6], 2, frozenset()) == ([4, 5], True)
     assert until_end([4, 5, 6], 4, frozenset()) == ([4, 5, 6], False)
+
+
+class Scripted(Choice):
+    """Takes given choices, then the first that can be; knows its probability and the others."""
+
+    def __init__(self, path: list[int], decoding: Decoding, draft_ids_D: Tensor) -> None:
+        super().__init__(decoding.temperature, None, decoding.top_p)
+        self.path, self.draft_ids, self.weight = list(path), draft_ids_D.tolist(), 1.0
+        self.taken: list[int] = []
+        self.forks: list[list[int]] = []
+        self.asked: list[Tensor] = []
+        self.drafted: list[int] = []
+
+    def take(self, chances: list[float]) -> int:
+        possible = [index for index, chance in enumerate(chances) if chance > 0]
+        ahead = len(self.taken) < len(self.path)
+        index = self.path[len(self.taken)] if ahead else possible[0]
+        if not ahead:
+            self.forks += [[*self.taken, other] for other in possible[1:]]
+        self.taken.append(index)
+        self.weight *= chances[index]
+        return index
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        self.asked.append(super().probabilities(logits))
+        return self.asked[-1]
+
+    def pick(self, probabilities: Tensor) -> int:
+        return self.take((probabilities / probabilities.sum()).tolist())
+
+    def uniform(self) -> float:
+        """Below min(1, p / q) of the token that is judged, or above: the last that was asked for
+        are p and q."""
+        token = self.drafted.pop(0)
+        p, q = float(self.asked[-2][token]), float(self.asked[-1][self.draft_ids.index(token)])
+        return 1 - 1e-12 if self.take([min(1.0, p / q), 1 - min(1.0, p / q)]) else 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "top_p"), [("eagle3", 1.0), ("dspark", 1.0), ("dspark", 0.8)])
+def test_the_law_of_whole_answers(kind: str, top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way that chance can go, with its probability: answers of several verifications have
+    the target's own, with a draft that cannot say all tokens, and with chains that confidence
+    ends."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=3, hidden_size=16, intermediate_size=16, num_hidden_layers=8,
+        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.4, bos_token_id=0,
+    )  # fmt: skip
+    target = Target(LlamaForCausalLM(config).eval(), [1, 3, 4])
+    cfg: Any = Eagle3Config(name="e", draft_vocab_size=2)
+    mapping = vocabulary_mapping(torch.tensor([5, 0, 7]), 2)
+    draft: Any = Eagle3.new(target, cfg, mapping, 0)
+    decoding = Decoding(3, 2, 0.9, frozenset({2}), top_p)
+    if kind == "dspark":
+        cfg = DSparkConfig(name="s", block_size=3, num_layers=1, num_features=3, markov_rank=4)
+        draft, decoding = DSpark.new(target, cfg, {}, 0), replace(decoding, verify_cost=0.3)
+    for weight in draft.parameters():
+        weight.data += 0.5 * torch.randn(weight.shape)
+    law, alone, lengths = dict[Any, float](), dict[Any, float](), set[int]()
+
+    def watched(drafted: list[int], *rest: Any) -> list[int]:
+        rest[-1].drafted = list(drafted)
+        lengths.add(len(drafted))
+        return verify(drafted, *rest)
+
+    monkeypatch.setattr(speculative, "verify", watched)
+    for found, drafts in ((law, True), (alone, False)):
+        paths: list[list[int]] = [[]]
+        while paths:
+            chance = Scripted(paths.pop(), decoding, draft.draft_ids_D)
+            monkeypatch.setattr(speculative, "Choice", lambda *_, chance=chance: chance)
+            answer = (
+                speculate(target, draft.decoder(), draft.draft_ids_D, [1, 2, 0], decoding)
+                if drafts
+                else generate(target, [1, 2, 0], decoding)
+            )
+            said = tuple(answer.tokens)
+            found[said] = found.get(said, 0.0) + chance.weight
+            paths += chance.forks
+    assert law.keys() == alone.keys() and len(law) > 3
+    assert (lengths == {2}) == (kind == "eagle3")
+    assert all(law[said] == pytest.approx(alone[said], abs=1e-6) for said in law)

@@ -151,6 +151,7 @@ def test_vllm_reads_whose_slots_see_all(
     assert (in_vllm != causal) == (windows == "some" and not non_causal)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str]] = [
     ("eagle3", "sglang", lambda c: c.pop("hidden_size"), "has no hidden_size"),
     ("eagle3", "sglang", lambda c: c.update(attention_bias=True), "attention_bias=True is not"),
@@ -214,6 +215,13 @@ CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str]] = [
             rope_parameters={"full_attention": {"rope_theta": 1e6}}
         ),
         "the same in all layers",
+    ),
+    *(
+        (name, "sglang", lambda c, more=more: c["rope_parameters"].update(more), "known: default")
+        for name, more in [
+            ("eagle3", YARN | {"attention_factor": 1.0}), ("dflash", YARN | {"attn_factor": 0.5}),
+            ("eagle3", {"rope_dim": 8}), ("dflash", {"type": "linear", "factor": 2.0}),
+        ]
     ),
     (
         "eagle3", "sglang", lambda c: c["rope_parameters"].update(rope_type="yarn"),
