@@ -302,6 +302,30 @@ def test_tool_calls_are_supervised(tokenizer: Any, content: str, as_text: bool) 
 
 
 @pytest.mark.parametrize(
+    ("shown", "thoughts", "supervised"),
+    [
+        ("m.tool_calls | map(attribute='id') | join", {}, "Wait.c1c2<|im_end|>"),
+        ("m.tool_calls[0].function.name", {}, "does not show a call"),
+        ("'</think>' | replace('</think>', '') + m.tool_calls | map(attribute='id') | join",
+         {"reasoning": "hm"}, "shows an answer without the prompt"),
+    ],
+    ids=["by their ids", "the first alone", "without its thoughts"],
+)  # fmt: skip
+def test_all_calls_and_thoughts_are_shown_or_nothing_is(
+    tokenizer: Any, shown: str, thoughts: dict[str, str], supervised: str
+) -> None:
+    calls = [{"id": f"c{n}", "function": {"name": f"look{n}", "arguments": {}}} for n in (1, 2)]
+    answer = {"role": "assistant", "content": "Wait.", "tool_calls": calls, **thoughts}
+    tokenizer.chat_template = TRIMMING.replace(
+        "<|im_end|>", "{% if m.tool_calls %}{{ " + shown + " }}{% endif %}<|im_end|>"
+    )
+    try:
+        assert spoken(tokenizer, {"conversations": [*dialog("?"), answer]}) == [supervised]
+    except Unrenderable as reason:
+        assert supervised in str(reason)
+
+
+@pytest.mark.parametrize(
     ("extra", "reason"),
     [
         ({"tools": "[{"}, "its tools are no JSON"),
