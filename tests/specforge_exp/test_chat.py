@@ -144,6 +144,21 @@ def test_a_template_that_ends_no_answer(tokenizer: Any) -> None:
     assert supervised(tokenizer, messages) == ["One.", "Two."]
 
 
+@pytest.mark.parametrize(
+    ("own", "first"), [("<|im_end|>", "<|endoftext|>"), (" <|im_end|>", " <|im_end|>")]
+)
+def test_an_end_that_is_another_one_in_later_prompts(tokenizer: Any, own: str, first: str) -> None:
+    """One token stands for another; where there are more, the answer is as its own server ends
+    it."""
+    tokenizer.chat_template = TRIMMING.replace(
+        "<|im_end|>",
+        "{% if m.role == 'user' %}<|im_end|>{% elif loop.last %}" + own + "{% else %}<|endoftext|>"
+        "{% endif %}",
+    )
+    record = {"conversations": dialog("Hi", "One.", "Go on", "Two.")}
+    assert spoken(tokenizer, record) == [f"One.{first}", f"Two.{own}"]
+
+
 def test_an_answer_that_quotes_the_template(tokenizer: Any) -> None:
     """Header strings inside an answer or a prompt do not confuse the search."""
     header = "<|im_start|>assistant\nno"
@@ -263,6 +278,13 @@ def test_thoughts_in_a_template_that_knows_none(tokenizer: Any) -> None:
     assert spoken(tokenizer, unfinished) == ["<think>\nhm<|im_end|>"]
     with pytest.raises(Unrenderable, match="nothing but thoughts"):
         spoken(tokenizer, unfinished, thinking="out")
+    tokenizer.chat_template = TRIMMING.replace("m.content", "m.content.split('</think>')[-1]")
+    for answer in ({"content": thinking}, {"content": "Yes.", "reasoning": "hm"}):
+        cut = {"conversations": [*dialog("Hi"), {"role": "assistant", **answer}]}
+        assert spoken(tokenizer, cut) == [thinking + "<|im_end|>"]
+
+
+def test_marks_of_thoughts_that_are_words(tokenizer: Any) -> None:
     talk = "Write <think> and </think> around it."
     assert spoken(tokenizer, {"conversations": dialog("Hi", talk)}, thinking="out") == [
         talk + "<|im_end|>"

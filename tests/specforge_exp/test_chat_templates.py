@@ -210,6 +210,10 @@ def test_what_stands_before_a_conversation_changes_no_turn(
     changing = "{{ messages | length }}" + shape.template
     monkeypatch.setattr(tokenizer_of(shape), "chat_template", changing)
     assert [spoken(shape.name, talk, **options) for talk, options in talks] == plain
+    (result,) = encode_many(chat_of(shape), [{"conversations": TWICE}])
+    for sequence in (result, *result.apart) if isinstance(result, Encoded) else ():
+        [(number, (first, _))] = zip(sequence.numbers, sequence.spans, strict=True)
+        assert sequence.ids[:first] == Oracle(shape, TWICE).prompt(number)
 
 
 @pytest.mark.parametrize("message", [TAGGED[1], THOUGHT[1]], ids=["within", "beside"])
@@ -246,8 +250,10 @@ def test_thoughts_out_under_every_key() -> None:
 
 
 def test_named_templates() -> None:
-    """A record with tools is rendered with the template for tools, its prompts too."""
-    plain, tools = "{{ bos_token }}" + SHAPES[3].template, SHAPES[3].template
+    """A record with tools is rendered with the template for tools, its prompts too, also where it
+    is told the day."""
+    day = "{{ strftime_now('%Y') }}"
+    plain, tools = "{{ bos_token }}" + SHAPES[3].template, day + SHAPES[3].template
     tokenizer = tokenizer_of(SHAPES[3])
     chat = chat_of(SHAPES[3])
     before, tokenizer.chat_template = tokenizer.chat_template, {"default": plain, "tool_use": tools}
@@ -255,6 +261,8 @@ def test_named_templates() -> None:
         with_tools = {"conversations": CALLED, "tools": [{"name": "weather"}]}
         both = encode_many(chat, [with_tools, {"conversations": TWICE}])
         assert [len(r.spans) for r in both if isinstance(r, Encoded)] == [2, 2]
+        years = [tokenizer.decode(r.ids).count("2025") for r in both if isinstance(r, Encoded)]
+        assert years == [1, 0]
     finally:
         tokenizer.chat_template = before
 
