@@ -1,6 +1,7 @@
 """One conversation: which turns are answered, what is kept, and when it ends."""
 
 import asyncio
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +49,18 @@ def test_every_answer_is_the_targets_own_and_is_built_upon() -> None:
     assert found["category"] == "x"
     assert found["regenerated"]["model"] == "m" and found["regenerated"]["time"]
     assert contents(record)[2] == "old"
+
+
+def test_the_day_of_an_answer_is_the_one_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which its server's chat template told the target; preprocess tells the draft the same."""
+    monkeypatch.setenv("TZ", "UTC-14")
+    time.tzset()
+    try:
+        told = outcome(talk("?"), Instant(reply=lambda request: said("!")))["regenerated"]["time"]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert told.endswith("+14:00")
 
 
 def test_marks_that_the_server_has_not_read() -> None:
