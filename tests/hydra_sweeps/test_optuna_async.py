@@ -260,20 +260,6 @@ def test_a_lost_sweep_json_is_made_again(tmp_path: Path) -> None:
     ]
 
 
-def test_a_new_study_counts_its_own_seconds(tmp_path: Path) -> None:
-    """Beside the sweep.json of one that was thrown away, whose runs have the same names."""
-    options = ["x=1", "hydra.sweeper.n_trials=1"]
-    study(tmp_path, *options)
-    (tmp_path / "study.db").unlink()
-    connection.cache_clear()  # another process would have none
-    content = record(tmp_path)
-    content["runs"][0]["seconds"] = 3600.0
-    (tmp_path / "sweep.json").write_text(json.dumps(content))
-    study(tmp_path, *options)
-    [run] = record(tmp_path)["runs"]
-    assert run["name"] == content["runs"][0]["name"] and run["seconds"] < 600
-
-
 def test_a_study_named_in_its_runs(tmp_path: Path) -> None:
     options = ["x=interval(0.0,6.0)", "hydra.sweeper.n_trials=1", "hydra.sweeper.study_name=lr/2"]
     study(tmp_path, *options)
