@@ -180,6 +180,22 @@ def test_how_is_asked_follows_the_options(cfg: Config) -> None:
     assert (asking.room, asking.decoding.verify_cost) == (400, 0.25)
 
 
+@pytest.mark.parametrize(("length", "asked"), [(0, 0), (9, 2), (10, 0)])
+def test_what_has_no_room_is_not_asked(
+    length: int, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor what the template refuses; a prompt may fill its room."""
+    monkeypatch.setattr(Asking, "encode", lambda self, messages, tools: [1] * length)
+    tokenizer: Any = SimpleNamespace(decode=lambda *_, **__: "")
+
+    async def client(prompt: list[int], decoding: Decoding) -> clients.ServedAnswer:
+        return exchange(2).answer
+
+    own = Asking(tokenizer, Decoding(4), {}, None, 9, 0)
+    talk = Talk([[{"role": "user", "content": "a"}]] * 2)
+    assert len(asyncio.run(converse(client, own, talk, "x"))) == asked
+
+
 def test_prompts_are_the_same_tomorrow(cfg: Config) -> None:
     """What two days' benches compare is not the date in a template."""
     tokenizer = load_tokenizer(cfg.model)
