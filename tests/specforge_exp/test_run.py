@@ -72,6 +72,19 @@ def test_prompts_of_another_length_are_told_at_the_beginning(
     assert len(asked) == 16 and all(len(messages) == 1 for messages in asked)
 
 
+def test_a_run_in_which_something_is_answered_goes_on(tmp_path: Path) -> None:
+    def refused(request: Request) -> Answer:
+        if engine.asked[0] is request:
+            return said("!")
+        raise Refused("it is too long")
+
+    engine = Instant(reply=refused)
+    source = write(tmp_path / "a.jsonl", *(str(n) for n in range(150)))
+    store = make_store(tmp_path / "out", source, chunk_size=64)
+    answer_all(store, engine)
+    assert (store.counts.done, store.counts.failed) == (1, 149)
+
+
 def test_beginnings_stay_on_one_server(tmp_path: Path) -> None:
     """20 beginnings on 3 servers: hardly any is read twice, and everybody works."""
     questions = [f"{n % 20:02d}" * 300 + str(n) for n in range(400)]
