@@ -58,7 +58,7 @@ BUDGETS = {
     "specforge_exp/drafts": 57_240,
     "specforge_exp/training": 21_110,
     "specforge_exp/inference": 16_550,
-    "specforge_exp/generation": 25_100,
+    "specforge_exp/generation": 25_090,
     "specforge_exp/bench": 11_660,
     "specforge_exp/report": 18_040,
     "specforge_exp/chat": 4_230,

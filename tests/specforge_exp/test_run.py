@@ -46,6 +46,11 @@ def test_a_run_in_which_nothing_is_answered_ends(tmp_path: Path) -> None:
     store.close()
     again = make_store(tmp_path / "out", source, chunk_size=64)
     assert 100 <= again.counts.failed < 120
+    with pytest.raises(InputError, match="tries 100 more"):
+        answer_all(again, Instant(reply=refused))
+    again.close()
+    again = make_store(tmp_path / "out", source, chunk_size=64)
+    assert 200 <= again.counts.failed < 240
     answer_all(again, Instant())
     done, failed = merged(again)
     assert (len(done) + len(failed), again.counts.failed) == (250, len(failed))
@@ -70,6 +75,24 @@ def test_prompts_of_another_length_are_told_at_the_beginning(
         asyncio.run(answer_missing(run, 8, drain=1.0))
     assert caplog.text.count("16 of the first 16 prompts have another number") == warned
     assert len(asked) == 16 and all(len(messages) == 1 for messages in asked)
+
+
+def test_the_prompt_that_is_compared_is_the_first_that_was_answered(tmp_path: Path) -> None:
+    """What no server has counted says nothing."""
+    ask, given, said = ({"role": r, "content": "x"} for r in ("user", "assistant", "assistant"))
+    talk = [ask, given | {"weight": 0}, ask, said, ask, said]
+    asked: list[list[Message]] = []
+
+    def count(record: Record, messages: list[Message]) -> int:
+        asked.append(messages)
+        return 10
+
+    with Interrupt() as interrupt:
+        progress = Progress(make_store(tmp_path / "out", write(tmp_path / "a.jsonl")), interrupt)
+    for told in ([10, 30], [0, 0], []):
+        progress.compare(count, {"prompt_tokens": told, "conversations": talk})
+    progress.compare(count, {"error": "why", "conversations": talk[:1]})
+    assert (asked, progress.compared, progress.unlike) == ([talk[:3]], 1, 0)
 
 
 def test_a_run_in_which_something_is_answered_goes_on(tmp_path: Path) -> None:
