@@ -77,6 +77,19 @@ def test_prompts_of_another_length_are_told_at_the_beginning(
     assert len(asked) == 16 and all(len(messages) == 1 for messages in asked)
 
 
+def test_how_far_it_is_counts_what_this_process_has_done(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "out", write(tmp_path / "a.jsonl", *(str(n) for n in range(10))))
+    vars(store.counts).update(done=2, failed=1, tokens=100)
+    with Interrupt() as interrupt:
+        progress = Progress(store, interrupt)
+    vars(store.counts).update(done=5, failed=2, tokens=500)
+    progress.started -= 100
+    progress.write()
+    told = json.loads((store.folder / "progress.json").read_text())
+    assert (told["done"], told["failed"], told["total"], told["seconds_left"]) == (5, 2, 10, 75)
+    assert (told["conversations_per_second"], told["tokens_per_second"]) == (0.04, 4.0)
+
+
 def test_the_prompt_that_is_compared_is_the_first_that_was_answered(tmp_path: Path) -> None:
     """What no server has counted says nothing."""
     ask, given, said = ({"role": r, "content": "x"} for r in ("user", "assistant", "assistant"))
