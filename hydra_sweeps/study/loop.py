@@ -206,9 +206,6 @@ def start(study: Study, trial: Any, overrides: Sequence[str] | None = None) -> N
         return
     trial.set_user_attr(RUN, run.name)
     trial.set_user_attr(OVERRIDES, job.overrides)
-    earlier = study.sweep.runs.get(run.name)
-    if earlier is not None and earlier.number == number:
-        run.seconds = earlier.seconds
     run.resolved = job.resolved  # here: elsewhere the environment may be another one
     run.begin()
     study.sweep.runs[run.name] = run
@@ -324,7 +321,7 @@ def end(study: Study, number: int, returned: JobReturn) -> None:
         return
     del study.running[number]
     run.end(outcome)
-    run.seconds = round((run.seconds or 0.0) + time.monotonic() - running.started, 3)
+    run.seconds = round(time.monotonic() - running.started, 3)
     study.returned[number] = returned
     study.write()
     result = shown(run.value) if run.status == "completed" else run.error

@@ -195,7 +195,7 @@ def cut_thoughts(talk: Conversation, turn: Turn, said: str) -> bool:
     if inline and marks not in (None, MARKS[0]):  # which a model with marks of its own never writes
         return True
     hidden = said.count(turn.thoughts) <= turn.answer.count(turn.thoughts)
-    return hidden and (inline or opens(turn.prompt) or marks is not None)
+    return hidden and (inline or marks is not None)
 
 
 def opens(prompt: str) -> bool:

@@ -58,7 +58,7 @@ class Progress:
         """One more result; raises InputError when nothing else than failures has come so far."""
         self.bar.update()
         now = self.store.counts
-        if "error" in result and not now.done and now.failed - self.before.failed >= HOPELESS:
+        if not now.done and now.failed - self.before.failed >= HOPELESS:
             raise InputError(
                 f"the first {now.failed} conversations have all failed, the last one for this: "
                 f"{result['error']}; what is done is kept, and the same command tries "

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from specforge_exp.data.messages import Unrenderable, is_given, reasoning_of, split_thoughts
@@ -91,8 +91,11 @@ async def regenerate(item: Item, rules: Rules, ask: Ask) -> Record:
         "finish_reasons": [answer.finish_reason for answer in answers],
         "prompt_tokens": [answer.prompt_tokens for answer in answers],
         "generated_tokens": sum(answer.completion_tokens for answer in answers),
-        "regenerated": {**rules.made_by, "time": datetime.now(UTC).isoformat(timespec="seconds")},
-    }
+        # With the zone: a server of this machine tells its template the day here.
+        "regenerated": {
+            **rules.made_by, "time": datetime.now().astimezone().isoformat(timespec="seconds")
+        },
+    }  # fmt: skip
 
 
 async def one_answer(

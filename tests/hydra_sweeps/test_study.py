@@ -24,6 +24,7 @@ from hydra_sweeps.study.trials import (
     RUN,
     TWIN,
     best_trials,
+    connection,
     new_sampler,
     stored_outcome,
     write_results,
@@ -99,6 +100,21 @@ def test_another_space_than_the_study_has(tmp_path: Path) -> None:
     study(tmp_path, "kind=a,b", "hydra.sweeper.n_trials=1")
     with pytest.raises(CompactHydraException, match="does not fit to what is searched now"):
         study(tmp_path, "kind=a,c", "hydra.sweeper.n_trials=2")
+
+
+def test_a_new_study_counts_its_own_seconds(tmp_path: Path) -> None:
+    """Beside the sweep.json of one that was thrown away, whose runs have the same names."""
+    options = ["x=1", "hydra.sweeper.n_trials=1"]
+    study(tmp_path, *options)
+    (tmp_path / "study.db").unlink()
+    connection.cache_clear()  # another process would have none
+    file = tmp_path / "sweep.json"
+    content = json.loads(file.read_text())
+    content["runs"][0]["seconds"] = 3600.0
+    file.write_text(json.dumps(content))
+    study(tmp_path, *options)
+    [run] = json.loads(file.read_text())["runs"]
+    assert run["name"] == content["runs"][0]["name"] and run["seconds"] < 600
 
 
 def test_samplers(tmp_path: Path) -> None:

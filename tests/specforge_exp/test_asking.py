@@ -170,6 +170,32 @@ def test_a_prompt_has_its_tools_and_may_be_refused(
         fitting(BenchSets({"x": [refused]}, {}), asking, cfg)
 
 
+def test_how_is_asked_follows_the_options(cfg: Config) -> None:
+    tokenizer = load_tokenizer(cfg.model)
+    cfg.seed, cfg.max_length, cfg.bench.max_tokens = 5, 900, 100
+    asking = asking_of(cfg, tokenizer, None)
+    assert (asking.room, asking.seed, asking.decoding.verify_cost) == (800, 5, None)
+    cfg.bench.max_length, cfg.bench.verify, cfg.bench.verify_cost = 500, "confidence", 0.25
+    asking = asking_of(cfg, tokenizer, None)
+    assert (asking.room, asking.decoding.verify_cost) == (400, 0.25)
+
+
+@pytest.mark.parametrize(("length", "asked"), [(0, 0), (9, 2), (10, 0)])
+def test_what_has_no_room_is_not_asked(
+    length: int, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor what the template refuses; a prompt may fill its room."""
+    monkeypatch.setattr(Asking, "encode", lambda self, messages, tools: [1] * length)
+    tokenizer: Any = SimpleNamespace(decode=lambda *_, **__: "")
+
+    async def client(prompt: list[int], decoding: Decoding) -> clients.ServedAnswer:
+        return exchange(2).answer
+
+    own = Asking(tokenizer, Decoding(4), {}, None, 9, 0)
+    talk = Talk([[{"role": "user", "content": "a"}]] * 2)
+    assert len(asyncio.run(converse(client, own, talk, "x"))) == asked
+
+
 def test_prompts_are_the_same_tomorrow(cfg: Config) -> None:
     """What two days' benches compare is not the date in a template."""
     tokenizer = load_tokenizer(cfg.model)
@@ -196,5 +222,10 @@ def test_an_answer_is_what_stands_behind_its_header() -> None:
     assert decoded("Cohere 2", "<|START_RESPONSE|>Yes.<|END_RESPONSE|>") == "Yes."
     assert decoded("Gemma 4", "<|channel>thought\nHm.\n<channel|>Yes.<turn|>") == "Yes."
     assert decoded("Gemma 4", "<|channel>thought\nHm.") == ""
+    assert decoded("gpt-oss", f"{final}No.<|end|>{final}Yes.") == "Yes."
+    assert decoded("gpt-oss", "final.") == "final."
+    assert decoded("GLM-4", "\nYes.\nNo.") == "\nYes.\nNo."
+    thoughts = "<|channel>thought\nHm.\n<channel|>"
+    assert decoded("Gemma 4", f"{thoughts}No.{thoughts}Yes.<turn|>") == "Yes."
     assert decoded("Gemma 4", "Yes.<turn|>") == "Yes."
     assert decoded("Llama 3", "Yes.<|eot_id|>") == "Yes."

@@ -1,5 +1,6 @@
 """A window is its conversations, however they are laid on processes and forwards."""
 
+import pytest
 import torch
 from conftest import conversation_set
 from hypothesis import given
@@ -16,7 +17,7 @@ from specforge_exp.training.batches import (
     share,
     window_of,
 )
-from specforge_exp.training.loop import planned
+from specforge_exp.training.loop import planned, total_steps
 from specforge_exp.training.ranks import Ranks
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
@@ -95,3 +96,16 @@ def test_what_is_drawn_follows_from_epoch_and_conversation() -> None:
         for order in (places, reversed(places))
     )
     assert first == again[::-1] and len({tuple(pair) for pair in first}) == len(places)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "conversations", "most", "steps"),
+    [(1, 8, None, 2), (3, 7, None, 6), (3, 9, None, 9), (2, 9, 5, 5), (2, 9, 6, 6), (2, 9, 7, 6)],
+)
+def test_steps_are_those_of_the_epochs_or_fewer(
+    cfg: Config, epochs: int, conversations: int, most: int | None, steps: int
+) -> None:
+    """Every epoch has all conversations; its last window may be a smaller one."""
+    cfg.epochs, cfg.max_steps = epochs, most
+    cfg.trainer.batch_size, cfg.trainer.accumulate = 2, 2
+    assert total_steps(cfg, conversation_set([[1, 1]] * conversations)) == steps

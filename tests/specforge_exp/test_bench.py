@@ -19,6 +19,7 @@ from specforge_exp.bench import in_process
 from specforge_exp.bench.acceptance import (
     PairedAnswer,
     bootstrap_interval,
+    overlap,
     summarise,
 )
 from specforge_exp.bench.asking import Talk, asking_of
@@ -387,6 +388,18 @@ def test_figures_without_a_verification() -> None:
     assert [alone[name] for name in names] == [None] * 5
     unread = PairedAnswer(Generation([0, 1, 2], 1.0, [2], [1]), None, 0.0)
     assert summarise([unread], 3, 10, True)["verified_per_token"] is None
+
+
+def test_what_is_new_counts_by_conversation() -> None:
+    """An answer of which nobody knows is not new."""
+    seconds = (1.0, 0.5), (1.0, 0.5)
+    turns = [request(gained, [0] * len(gained), *seconds) for gained in ([3], [5, 1], [1])]
+    turns[1] = replace(turns[1], follows=True)
+    found = summarise(turns, 5, 10, True)
+    assert found["gained_at_least"] == {"3": 2 / 4, "5": 1 / 4}
+    assert found["novel"] == {"prompts": 2, "accepted_length": 2, "accepted_length_pooled": 10 / 4}
+    turns = [replace(turn, overlap=overlap(turn.with_draft.tokens, None)) for turn in turns]
+    assert [*summarise(turns, 5, 10, True)["novel"].values()] == [0, None, None]
 
 
 def test_interval_is_that_of_a_mean() -> None:

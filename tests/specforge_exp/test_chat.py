@@ -144,6 +144,21 @@ def test_a_template_that_ends_no_answer(tokenizer: Any) -> None:
     assert supervised(tokenizer, messages) == ["One.", "Two."]
 
 
+@pytest.mark.parametrize(
+    ("own", "first"), [("<|im_end|>", "<|endoftext|>"), (" <|im_end|>", " <|im_end|>")]
+)
+def test_an_end_that_is_another_one_in_later_prompts(tokenizer: Any, own: str, first: str) -> None:
+    """One token stands for another; where there are more, the answer is as its own server ends
+    it."""
+    tokenizer.chat_template = TRIMMING.replace(
+        "<|im_end|>",
+        "{% if m.role == 'user' %}<|im_end|>{% elif loop.last %}" + own + "{% else %}<|endoftext|>"
+        "{% endif %}",
+    )
+    record = {"conversations": dialog("Hi", "One.", "Go on", "Two.")}
+    assert spoken(tokenizer, record) == [f"One.{first}", f"Two.{own}"]
+
+
 def test_an_answer_that_quotes_the_template(tokenizer: Any) -> None:
     """Header strings inside an answer or a prompt do not confuse the search."""
     header = "<|im_start|>assistant\nno"
@@ -263,6 +278,13 @@ def test_thoughts_in_a_template_that_knows_none(tokenizer: Any) -> None:
     assert spoken(tokenizer, unfinished) == ["<think>\nhm<|im_end|>"]
     with pytest.raises(Unrenderable, match="nothing but thoughts"):
         spoken(tokenizer, unfinished, thinking="out")
+    tokenizer.chat_template = TRIMMING.replace("m.content", "m.content.split('</think>')[-1]")
+    for answer in ({"content": thinking}, {"content": "Yes.", "reasoning": "hm"}):
+        cut = {"conversations": [*dialog("Hi"), {"role": "assistant", **answer}]}
+        assert spoken(tokenizer, cut) == [thinking + "<|im_end|>"]
+
+
+def test_marks_of_thoughts_that_are_words(tokenizer: Any) -> None:
     talk = "Write <think> and </think> around it."
     assert spoken(tokenizer, {"conversations": dialog("Hi", talk)}, thinking="out") == [
         talk + "<|im_end|>"
@@ -299,6 +321,30 @@ def test_tool_calls_are_supervised(tokenizer: Any, content: str, as_text: bool) 
     (found,) = encode_many(Chat(tokenizer, {}, set()), [record])
     assert isinstance(found, Encoded)
     assert 'user\n[{"name": "weather"}]\nRain?' in tokenizer.decode(found.ids)
+
+
+@pytest.mark.parametrize(
+    ("shown", "thoughts", "supervised"),
+    [
+        ("m.tool_calls | map(attribute='id') | join", {}, "Wait.c1c2<|im_end|>"),
+        ("m.tool_calls[0].function.name", {}, "does not show a call"),
+        ("'</think>' | replace('</think>', '') + m.tool_calls | map(attribute='id') | join",
+         {"reasoning": "hm"}, "shows an answer without the prompt"),
+    ],
+    ids=["by their ids", "the first alone", "without its thoughts"],
+)  # fmt: skip
+def test_all_calls_and_thoughts_are_shown_or_nothing_is(
+    tokenizer: Any, shown: str, thoughts: dict[str, str], supervised: str
+) -> None:
+    calls = [{"id": f"c{n}", "function": {"name": f"look{n}", "arguments": {}}} for n in (1, 2)]
+    answer = {"role": "assistant", "content": "Wait.", "tool_calls": calls, **thoughts}
+    tokenizer.chat_template = TRIMMING.replace(
+        "<|im_end|>", "{% if m.tool_calls %}{{ " + shown + " }}{% endif %}<|im_end|>"
+    )
+    try:
+        assert spoken(tokenizer, {"conversations": [*dialog("?"), answer]}) == [supervised]
+    except Unrenderable as reason:
+        assert supervised in str(reason)
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,12 @@ RETURN, EOS = "<|return|>", "<｜end▁of▁sentence｜>"
         ("DeepSeek-R1-Distill", TAGGED, [f"a\n</think>\n\nOne.{EOS}"]),
         ("DeepSeek-R1-Distill", THOUGHT, [
             f"a\n</think>\n\nOne.{EOS}", f"b\n</think>\n\nTwo.{EOS}"]),
+        ("DeepSeek-R1-Distill", [user("Hi"), assistant("<think>a</think>One.")], [
+            f"a</think>One.{EOS}"]),
+        ("DeepSeek-R1-Distill", [user("Hi"), assistant("\n\nOne.  ", reasoning="a")], [
+            f"a\n</think>\n\nOne.  {EOS}"]),
+        ("DeepSeek-V3.1, thinking", TAGGED, [f"\na\n</think>\n\nOne.{EOS}"]),
+        ("Nemotron", TWICE, ["One.\n<extra_id_1>", "Two.\n<extra_id_1>"]),
         ("DeepSeek-R1-Distill", [*TAGGED, *TWICE[:2]], [
             f"a\n</think>\n\nOne.{EOS}",
             "its prompt opens thoughts, and an answer has none (regen.thinking=kept records them, "
@@ -194,6 +200,22 @@ def test_turns_by_template(name: str, messages: list[Message], expected: list[st
     assert spoken(name, messages) == expected
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_what_stands_before_a_conversation_changes_no_turn(
+    shape: Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No prompt is the beginning of what the template shows later, and turns are as they were."""
+    talks = (THOUGHT, {}), (TWICE, {"last_turn_only": True})
+    plain = [spoken(shape.name, talk, **options) for talk, options in talks]
+    changing = "{{ messages | length }}" + shape.template
+    monkeypatch.setattr(tokenizer_of(shape), "chat_template", changing)
+    assert [spoken(shape.name, talk, **options) for talk, options in talks] == plain
+    (result,) = encode_many(chat_of(shape), [{"conversations": TWICE}])
+    for sequence in (result, *result.apart) if isinstance(result, Encoded) else ():
+        [(number, (first, _))] = zip(sequence.numbers, sequence.spans, strict=True)
+        assert sequence.ids[:first] == Oracle(shape, TWICE).prompt(number)
+
+
 @pytest.mark.parametrize("message", [TAGGED[1], THOUGHT[1]], ids=["within", "beside"])
 def test_marks_that_are_not_known_are_not_made_up(message: Message) -> None:
     """A template that shows thoughts behind another prompt than the one that it makes."""
@@ -228,8 +250,10 @@ def test_thoughts_out_under_every_key() -> None:
 
 
 def test_named_templates() -> None:
-    """A record with tools is rendered with the template for tools, its prompts too."""
-    plain, tools = "{{ bos_token }}" + SHAPES[3].template, SHAPES[3].template
+    """A record with tools is rendered with the template for tools, its prompts too, also where it
+    is told the day."""
+    day = "{{ strftime_now('%Y') }}"
+    plain, tools = "{{ bos_token }}" + SHAPES[3].template, day + SHAPES[3].template
     tokenizer = tokenizer_of(SHAPES[3])
     chat = chat_of(SHAPES[3])
     before, tokenizer.chat_template = tokenizer.chat_template, {"default": plain, "tool_use": tools}
@@ -237,6 +261,8 @@ def test_named_templates() -> None:
         with_tools = {"conversations": CALLED, "tools": [{"name": "weather"}]}
         both = encode_many(chat, [with_tools, {"conversations": TWICE}])
         assert [len(r.spans) for r in both if isinstance(r, Encoded)] == [2, 2]
+        years = [tokenizer.decode(r.ids).count("2025") for r in both if isinstance(r, Encoded)]
+        assert years == [1, 0]
     finally:
         tokenizer.chat_template = before
 
@@ -286,10 +312,13 @@ def test_an_answer_that_spells_its_end(shape: Shape) -> None:
 
 def test_an_end_within_thoughts_or_a_call_and_one_at_the_end() -> None:
     end, left_out = "<|im_end|>", ["an answer spells a token that ends answers before its end"]
-    function = {"name": "say", "arguments": {"text": f"a{end}"}}
-    called = assistant("", tool_calls=[{"type": "function", "function": function}])
-    for answer in (assistant("One.", thinking=f"a {end} b"), called):
-        assert spoken("Qwen3, thinking", [user("Hi"), answer]) == left_out
+    answers = [("Qwen3, thinking", assistant("One.", thinking=f"a {end} b"))]
+    for name, stop in (("Qwen3, thinking", end), ("DeepSeek-V3", EOS)):
+        function = {"name": "say", "arguments": {"text": f"a{stop}"}}
+        call = {"type": "function", "function": function}
+        answers.append((name, assistant("", tool_calls=[call])))
+    for name, answer in answers:
+        assert spoken(name, [user("Hi"), answer]) == left_out
     assert spoken("SmolLM2", [user("Hi"), assistant(f"One.{end}\n")]) == [f"One.{end}"]
 
 

@@ -1,6 +1,7 @@
 """One conversation: which turns are answered, what is kept, and when it ends."""
 
 import asyncio
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +49,18 @@ def test_every_answer_is_the_targets_own_and_is_built_upon() -> None:
     assert found["category"] == "x"
     assert found["regenerated"]["model"] == "m" and found["regenerated"]["time"]
     assert contents(record)[2] == "old"
+
+
+def test_the_day_of_an_answer_is_the_one_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which its server's chat template told the target; preprocess tells the draft the same."""
+    monkeypatch.setenv("TZ", "UTC-14")
+    time.tzset()
+    try:
+        told = outcome(talk("?"), Instant(reply=lambda request: said("!")))["regenerated"]["time"]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert told.endswith("+14:00")
 
 
 def test_marks_that_the_server_has_not_read() -> None:
@@ -113,6 +126,8 @@ def test_truncated_answers() -> None:
     assert contents(again) == ["one", "whole"]
     assert [request.sampling.max_tokens for request in longer.asked] == [8, 16]
     assert len({request.seed for request in longer.asked}) == 1  # the same answer, with more room
+    twice = outcome(record, Instant(reply=cut), sampling=Sampling(max_tokens=4), truncated="retry")
+    assert contents(twice) == ["one", "cut"] and twice["finish_reasons"] == ["length"]
     drop = outcome(record, Instant(reply=cut), sampling=sampling, truncated="drop")
     assert drop["error"] == "cut at regen.max_tokens=8" and contents(drop) == ["one"]
 
@@ -199,7 +214,9 @@ def test_a_conversation_ends_where_max_length_is_full() -> None:
     told = {**talk("short"), "tools": [{"function": {"name": "f"}}]}
     thought = talk("short", "o", "go on")
     thought["conversations"][1] |= {"weight": 0, "reasoning": "hm"}
-    for record in (told, thought):  # how long those are, only the template knows
+    called = talk("short", "", "go on")
+    called["conversations"][1]["tool_calls"] = [{"function": {"name": "f"}}]
+    for record in (told, thought, called):  # how long those are, only the template knows
         found = outcome(record, engine, max_length=2048, count=lambda record, messages: 2048)
         assert found["error"] == "the prompt alone has 2048 tokens, max_length=2048"
 

@@ -192,7 +192,8 @@ def test_thoughts_and_tool_calls_come_back(cfg: Config, key: str) -> None:
     "bad",
     [(500, {}), b"{not json", b"[]", {"choices": []}, {"choices": [{"message": {"content": 3}}]},
      {"choices": None}, "sleep",
-     {"choices": [{"message": {"content": "hel"}, "finish_reason": "abort"}]}],
+     *({"choices": [{"message": {"content": "hel"}, "finish_reason": reason}]}
+       for reason in ("abort", "repetition"))],
     ids=str,
 )  # fmt: skip
 def test_another_attempt_helps(cfg: Config, bad: Any) -> None:

@@ -1,6 +1,7 @@
 """Regeneration: every turn by the target itself, in order, exactly once."""
 
 import json
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -234,6 +235,24 @@ def test_a_dry_run_touches_nothing(
     assert not folder.exists() and not folder.with_suffix(".partial").exists()
     assert "5 of 5 conversations in 1 chunks" in caplog.text
     assert "temperature 0, top_p 1, top_k 0, repetition_penalty 1, at most 12 tokens" in caplog.text
+
+
+def test_what_answers_would_be_lost_for_is_told_first(
+    cfg: Config, prompts: list[Record], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No engine serves a draft of the target; no server ends its answers."""
+    folder = shutil.copytree(cfg.model.path, tmp_path / "base")
+    for name, change in {
+        "generation_config.json": {"eos_token_id": 0},
+        "tokenizer_config.json": {"eos_token": "<|endoftext|>"},
+        "config.json": {"architectures": ["Cohere2ForCausalLM"]},
+    }.items():
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, **change}))
+    cfg.model.path, cfg.regen.dry_run = str(folder), True
+    regen(cfg)
+    assert "have no draft=eagle3 for targets of Cohere2" in caplog.text
+    assert "at which a server of this model does not stop" in caplog.text
 
 
 def test_nothing_answered_is_an_error(cfg: Config, prompts: list[Record]) -> None:

@@ -34,6 +34,13 @@ def test_the_models_own_sampling(cfg: Config, tmp_path: Path) -> None:
     cfg.regen.temperature = None
     (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": False}))
     assert sampling_of(cfg).temperature == 0.0
+    cfg.regen.samples_per_prompt = 2
+    with pytest.raises(InputError, match="at temperature 0 all"):
+        sampling_of(cfg)
+    cfg.regen.samples_per_prompt = 1
+    for said, temperature in (({}, 1.0), ({"temperature": 0.6}, 0.6)):  # as servers take it
+        (tmp_path / "generation_config.json").write_text(json.dumps(said))
+        assert sampling_of(cfg).temperature == temperature
     (tmp_path / "generation_config.json").write_text(json.dumps(own | {"min_p": 0.05}))
     cfg.regen.temperature, cfg.regen.top_p, cfg.regen.top_k = 0.9, 0.5, 7
     cfg.regen.repetition_penalty = 1.2
@@ -66,6 +73,9 @@ def test_what_a_run_asks_by(cfg: Config) -> None:
         found = rules_of(cfg)
         enabled = more if more == {} else {"enable_thinking": more}
         assert found.template_kwargs == {"a": 1, **enabled} and found.thinking == thinking
+    asked = {name: vars(found.sampling)[name] for name in ("top_p", "top_k", "max_tokens")}
+    assert cfg.regen.top_p is None and None not in asked.values()
+    assert {name: found.made_by[name] for name in asked} == asked
     assert (found.seed, found.truncated, found.attempts) == (5, "drop", 4)
     assert (found.max_length, found.sampling) == (cfg.max_length, sampling_of(cfg))
     assert found.made_by["temperature"] == 0.5 and "repetition_penalty" not in found.made_by

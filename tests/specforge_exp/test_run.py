@@ -46,6 +46,11 @@ def test_a_run_in_which_nothing_is_answered_ends(tmp_path: Path) -> None:
     store.close()
     again = make_store(tmp_path / "out", source, chunk_size=64)
     assert 100 <= again.counts.failed < 120
+    with pytest.raises(InputError, match="tries 100 more"):
+        answer_all(again, Instant(reply=refused))
+    again.close()
+    again = make_store(tmp_path / "out", source, chunk_size=64)
+    assert 200 <= again.counts.failed < 240
     answer_all(again, Instant())
     done, failed = merged(again)
     assert (len(done) + len(failed), again.counts.failed) == (250, len(failed))
@@ -70,6 +75,50 @@ def test_prompts_of_another_length_are_told_at_the_beginning(
         asyncio.run(answer_missing(run, 8, drain=1.0))
     assert caplog.text.count("16 of the first 16 prompts have another number") == warned
     assert len(asked) == 16 and all(len(messages) == 1 for messages in asked)
+
+
+def test_how_far_it_is_counts_what_this_process_has_done(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "out", write(tmp_path / "a.jsonl", *(str(n) for n in range(10))))
+    vars(store.counts).update(done=2, failed=1, tokens=100)
+    with Interrupt() as interrupt:
+        progress = Progress(store, interrupt)
+    vars(store.counts).update(done=5, failed=2, tokens=500)
+    progress.started -= 100
+    progress.write()
+    told = json.loads((store.folder / "progress.json").read_text())
+    assert (told["done"], told["failed"], told["total"], told["seconds_left"]) == (5, 2, 10, 75)
+    assert (told["conversations_per_second"], told["tokens_per_second"]) == (0.04, 4.0)
+
+
+def test_the_prompt_that_is_compared_is_the_first_that_was_answered(tmp_path: Path) -> None:
+    """What no server has counted says nothing."""
+    ask, given, said = ({"role": r, "content": "x"} for r in ("user", "assistant", "assistant"))
+    talk = [ask, given | {"weight": 0}, ask, said, ask, said]
+    asked: list[list[Message]] = []
+
+    def count(record: Record, messages: list[Message]) -> int:
+        asked.append(messages)
+        return 10
+
+    with Interrupt() as interrupt:
+        progress = Progress(make_store(tmp_path / "out", write(tmp_path / "a.jsonl")), interrupt)
+    for told in ([10, 30], [0, 0], []):
+        progress.compare(count, {"prompt_tokens": told, "conversations": talk})
+    progress.compare(count, {"error": "why", "conversations": talk[:1]})
+    assert (asked, progress.compared, progress.unlike) == ([talk[:3]], 1, 0)
+
+
+def test_a_run_in_which_something_is_answered_goes_on(tmp_path: Path) -> None:
+    def refused(request: Request) -> Answer:
+        if engine.asked[0] is request:
+            return said("!")
+        raise Refused("it is too long")
+
+    engine = Instant(reply=refused)
+    source = write(tmp_path / "a.jsonl", *(str(n) for n in range(150)))
+    store = make_store(tmp_path / "out", source, chunk_size=64)
+    answer_all(store, engine)
+    assert (store.counts.done, store.counts.failed) == (1, 149)
 
 
 def test_beginnings_stay_on_one_server(tmp_path: Path) -> None:
