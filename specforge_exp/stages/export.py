@@ -81,8 +81,10 @@ def exported(cfg: Config) -> Path:
         )
     step = step_folder(paths.run_dir(cfg), checkpoint.step)
     refuse_other_draft(cfg, step, checkpoint.record["settings"])
+    # From its record, for a training may remove it; one of an older version does not say it.
+    digest = checkpoint.record.get("draft") or sha256(step / "draft.safetensors")
     fingerprint = Fingerprint(
-        {**checkpoint.record["inputs"], "the checkpoint": sha256(step / "draft.safetensors")},
+        {**checkpoint.record["inputs"], "the checkpoint": digest},
         {"export.dtype": cfg.export.dtype, "step": checkpoint.step, "layout": layout(cfg)},
     )
     if reusable(folder / "run.json", fingerprint, cfg.export.force, "export"):

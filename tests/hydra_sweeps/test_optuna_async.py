@@ -367,7 +367,6 @@ def test_pruners_run(tmp_path: Path, name: str) -> None:
     assert record(tmp_path)["study"]["pruner"].lower().startswith(name.replace("_", ""))
 
 
-@pytest.mark.slow
 def test_a_point_is_trained_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A small space ends when all of it is measured, whatever n_trials says."""
     options = ["x=1,2", "kind=a,b", "hydra/sweeper/sampler=random", "hydra.sweeper.n_trials=40"]
@@ -389,7 +388,6 @@ def test_a_point_is_trained_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(journal(tmp_path)) == 10  # another configuration is another point
 
 
-@pytest.mark.slow
 def test_a_point_in_flight_is_waited_for(tmp_path: Path) -> None:
     """Also when it fails: then the next one runs."""
     options = ["kind=a,b", first("kind=a", "kind=a", "kind=a"), "hydra.sweeper.n_jobs=3"]

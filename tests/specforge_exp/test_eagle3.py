@@ -336,7 +336,6 @@ def test_no_supervised_row_is_no_gradient(random_target: Target) -> None:
     assert not any(value.any() for value in found.sums.values()) and "top1" in found.sums
 
 
-@pytest.mark.slow
 def test_one_conversation_can_be_learnt(random_target: Target) -> None:
     """Overfitting one sample drives the acceptance rate of every step towards 1."""
     draft = small_draft(random_target, size=V)

@@ -2,6 +2,7 @@
 and acceptance is bench's."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import families
@@ -41,21 +42,12 @@ EAGLE3 = Eagle3Config(name="eagle3", draft_vocab_size=None, ttt_length=K, start=
 DFLASH = DFlashConfig(
     name="dflash", block_size=K + 1, num_layers=2, num_features=3, loss_gamma=4.0, min_loss_tokens=1
 )
+slow = partial(pytest.param, marks=pytest.mark.slow)
 KINDS = [
     pytest.param(Eagle3, EAGLE3, id="eagle3"),
-    pytest.param(
-        Eagle3,
-        replace(EAGLE3, num_layers=2, sliding_window=8),
-        id="eagle3.1",
-        marks=pytest.mark.slow,
-    ),
+    slow(Eagle3, replace(EAGLE3, num_layers=2, sliding_window=8), id="eagle3.1"),
     pytest.param(DFlash, DFLASH, id="dflash"),
-    pytest.param(
-        DFlash,
-        replace(DFLASH, block_size=K, sample_from_anchor=True),
-        id="dflash from anchors",
-        marks=pytest.mark.slow,
-    ),
+    slow(DFlash, replace(DFLASH, block_size=K, sample_from_anchor=True), id="dflash from anchors"),
 ]
 MIXTURE = LossConfig(name="m", lambda_ce=0.4, lambda_rkl=0.5, beta=0.1, lambda_tv=0.2)
 
