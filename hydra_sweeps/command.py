@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,9 @@ log = logging.getLogger(__name__)
 
 class Terminated(BaseException):
     """SIGTERM, as an exception that no job catches."""
+
+
+LOST = {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
 
 
 def command_line(argv: Sequence[str] | None = None) -> str:
@@ -88,8 +92,11 @@ def run_overrides(source: Source, overrides: Sequence[str], multi: bool) -> list
 
 @contextmanager
 def raising_sigterm() -> Iterator[None]:
-    """SIGTERM ends the sweep as Ctrl-C does, and children that are forked here as ever."""
-    controller = os.getpid()
+    """SIGTERM ends the sweep as Ctrl-C does, and children that are forked here as ever.
+
+    Both come once more where Python has no place to raise what they raise: within a `__del__`.
+    """
+    controller, unraisable = os.getpid(), sys.unraisablehook
 
     def handle(number: int, frame: FrameType | None) -> None:
         if os.getpid() == controller:
@@ -97,14 +104,23 @@ def raising_sigterm() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 
+    def again(lost: "sys.UnraisableHookArgs") -> None:
+        number = LOST.get(lost.exc_type)
+        if number is None:
+            unraisable(lost)
+        else:  # from another thread, once this one has left the `__del__`
+            threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+
     try:
         before = signal.signal(signal.SIGTERM, handle)
     except ValueError:  # not the main thread
         yield
         return
+    sys.unraisablehook = again
     try:
         yield
     finally:
+        sys.unraisablehook = unraisable
         signal.signal(signal.SIGTERM, before)
 
 

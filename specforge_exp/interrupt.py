@@ -55,13 +55,15 @@ def ended_cleanly() -> Iterator[None]:
     terminated = False
 
     def end(number: int, frame: Any) -> None:
+        nonlocal terminated
+        terminated = True  # also where a `__del__` runs, from which nothing is raised
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     except Terminated:
-        terminated = True
+        pass
     finally:
         signal.signal(signal.SIGTERM, before)
     if terminated:

@@ -50,9 +50,9 @@ FLOORS = {
 """Every house from its floor upwards; the longer name of a file counts."""
 BUDGETS = {
     "modal_sweep": 33_370,
-    "hydra_sweeps": 31_160,
+    "hydra_sweeps": 31_270,
     "hydra_plugins": 1_010,
-    "specforge_exp": 257_160,
+    "specforge_exp": 257_180,
     "specforge_exp/data": 22_740,
     "specforge_exp/target": 13_440,
     "specforge_exp/drafts": 57_350,
@@ -62,7 +62,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_660,
     "specforge_exp/report": 18_070,
     "specforge_exp/chat": 4_230,
-    "": 323_280,
+    "": 323_400,
     "specforge_exp/causal": 6_280,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
