@@ -41,7 +41,7 @@ FLOORS = {
     ],
     "modal_sweep": ["errors config", "protocol", "container", "client", "cli __main__"],
     "hydra_sweeps": [
-        "errors config records overrides",
+        "errors config records overrides reading",
         "jobs processes record runner table command",
         "grid study",
     ],

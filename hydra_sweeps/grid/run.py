@@ -37,6 +37,7 @@ from hydra_sweeps.jobs import (
     surrounded,
 )
 from hydra_sweeps.processes import check_value
+from hydra_sweeps.reading import read_once
 from hydra_sweeps.record import Run, Sweep
 from hydra_sweeps.records import write_whole
 from hydra_sweeps.runner import begin, is_basic, launch, neighbours, open_runner
@@ -100,6 +101,7 @@ def run_grid(
 ) -> list[Sequence[JobReturn]]:
     """What `ExperimentSweeper.sweep` does; `launcher` is set up, `arguments` as Hydra got them."""
     master, loader = source.master, source.context.config_loader
+    read_once(loader)
     check(options, launcher)
     sweep_dir = resolved_sweep_dir(master)
     choices = points(loader, arguments, options.params or {}, options.cases)

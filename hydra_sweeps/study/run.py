@@ -25,6 +25,7 @@ from hydra_sweeps.jobs import (
     compose,
     resolved_sweep_dir,
 )
+from hydra_sweeps.reading import read_once
 from hydra_sweeps.record import Sweep
 from hydra_sweeps.records import write_whole
 from hydra_sweeps.runner import is_basic, open_runner
@@ -60,6 +61,7 @@ def run_study(
 ) -> list[JobReturn]:
     """What `OptunaAsyncSweeper.sweep` does; `launcher` is set up, `arguments` as Hydra got them."""
     master, loader = source.master, source.context.config_loader
+    read_once(loader)
     options.check()
     space = read_space(loader, master, options.params or {}, options.conditional, arguments)
     search = Search(options, source, space)
