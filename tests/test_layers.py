@@ -31,8 +31,8 @@ NAMES = {path: path.relative_to(ROOT).as_posix() for path in SOURCES}
 FLOORS = {
     "specforge_exp": [
         # Records: what torch is not needed for.
-        "config errors offline records paths lease artifacts inputs data.conversations data.files "
-        "data.formats data.sources data.synthetic",
+        "config errors offline records paths lease provenance artifacts inputs "
+        "data.conversations data.files data.formats data.sources data.synthetic",
         # Rooms, and what stands on the square.
         "losses target sharding interrupt data causal drafts training onpolicy inference serving "
         "generation bench report chat",

@@ -26,6 +26,7 @@ from specforge_exp.data.tokens import TokenSet, read_split
 from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.lease import lease
+from specforge_exp.provenance import code
 from specforge_exp.records import metric_lines, write_record
 from specforge_exp.target import check_gpus, set_up_torch, take_what_is_there, text_config
 from specforge_exp.training.checkpoint import (
@@ -87,6 +88,7 @@ def in_processes(
 
 def in_this_process(begin: Begin, here: Here, writes: bool, cfg: Config) -> Record:
     """As `in_processes`, of one of them."""
+    code(cfg)  # as it is imported
     device = local_device(set_up_torch(cfg))
     ranks = join(device)
     if by_torchrun() and (record := ranks.decided(partial(begin, cfg, ranks.world))):
