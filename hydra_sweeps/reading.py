@@ -1,9 +1,13 @@
-"""Configuration files are read once: what is edited while a sweep runs changes none of its jobs.
+"""What is edited while a sweep runs changes none of its jobs.
 
-Hydra reads them again whenever it composes one, which for a job that waits may be days later.
+Hydra reads the configuration files again whenever it composes a job, which for one that waits may
+be days later: here they are read once. Inputs are looked at before a job starts.
 """
 
 import copy
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -11,6 +15,13 @@ from hydra._internal.config_repository import CachingConfigRepository, ConfigRep
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.default_element import ResultDefault
 from omegaconf import DictConfig
+
+from hydra_sweeps.errors import SweepError
+from hydra_sweeps.jobs import Job
+from hydra_sweeps.records import digests
+
+Inputs = dict[Path, list[str]]
+"""Digests of the files that jobs read, by what hydra.sweeper.inputs names."""
 
 
 class FirstRead(ConfigRepository):
@@ -63,3 +74,21 @@ def read_once(loader: ConfigLoader, read: dict[Any, Any] | None = None) -> None:
 
     loader.repository = FirstRead(loader.repository, read)
     vars(loader)[compose.__name__] = composed
+
+
+def inputs_of(jobs: Iterable[Job]) -> Inputs:
+    """What lies there now; of a job whose inputs cannot be told that is said when it starts."""
+    inputs: Inputs = {}
+    for job in jobs:
+        with suppress(SweepError):
+            inputs |= {path: [*digests(path)] for path in job.inputs}
+    return inputs
+
+
+def changed(inputs: Inputs) -> str:
+    """Says which of them is another one by now; empty: none."""
+    names = ", ".join(str(path) for path, before in inputs.items() if [*digests(path)] != before)
+    return names and (
+        f"{names} has changed since the sweep began: what starts now would be no comparison for "
+        "what was started before; put it back, or begin again with the same command"
+    )

@@ -41,8 +41,8 @@ FLOORS = {
     ],
     "modal_sweep": ["errors config", "protocol", "container", "client", "cli __main__"],
     "hydra_sweeps": [
-        "errors config records overrides reading",
-        "jobs processes record runner table command",
+        "errors config records overrides",
+        "jobs processes reading record runner table command",
         "grid study",
     ],
     "hydra_plugins": ["modal_launcher experiment_sweeper"],

@@ -1,6 +1,7 @@
 """What is edited while a sweep runs changes none of its jobs."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from hydra_sweeps.errors import SweepError
 from hydra_sweeps.reading import read_once
 from specforge_exp.config import Config
 from tests.study_app.here import STUDY, composed
@@ -37,21 +39,53 @@ def edits(cfg: DictConfig) -> float:
     return float(cfg.x)
 
 
+def sweep(folder: Path, task: Callable[[DictConfig], Any], *options: str) -> list[list[str]]:
+    """Run one; x and beta of every job that began."""
+    context, config = composed(folder / "sweep", f"+edited={folder}", *options)
+    sweeper = Plugins.instance().instantiate_sweeper(
+        hydra_context=context, task_function=task, config=config
+    )
+    sweeper.sweep(list(config.hydra.overrides.task))
+    return [line.split() for line in (folder / "seen").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("options", [GRID, [*GRID, "hydra.sweeper.n_jobs=1"], POINTS])
 def test_jobs_have_the_files_with_which_their_sweep_began(
     options: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "chosen.yaml").write_text("# @package _global_\nx: 3.0\n")
-    own = [f"hydra.searchpath=[file://{tmp_path}]", "+mine=chosen", f"+edited={tmp_path}"]
-    context, config = composed(tmp_path / "sweep", *options, *own)
-    sweeper = Plugins.instance().instantiate_sweeper(
-        hydra_context=context, task_function=edits, config=config
-    )
-    sweeper.sweep(list(config.hydra.overrides.task))
-    seen = [line.split() for line in (tmp_path / "seen").read_text().splitlines()]
+    own = [f"hydra.searchpath=[file://{tmp_path}]", "+mine=chosen"]
+    seen = sweep(tmp_path, edits, *options, *own)
     assert [x for x, _ in seen] == ["3.0"] * 3
     assert len({beta for _, beta in seen}) == 3
+
+
+def replaces(cfg: DictConfig) -> float:
+    """A job beside which somebody prepares the data anew."""
+    folder = Path(cfg.edited)
+    with (folder / "seen").open("a") as file:
+        file.write(f"{cfg.x} {cfg.beta}\n")
+    (folder / "prompts").write_text("others")
+    return float(cfg.x)
+
+
+@pytest.mark.parametrize(
+    "options", [GRID, *([*kind, "hydra.sweeper.n_jobs=1"] for kind in (GRID, POINTS))]
+)
+def test_nothing_starts_on_other_inputs(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts").write_text("these")
+    inputs = f"hydra.sweeper.inputs=[{tmp_path}/prompts,{tmp_path}/nowhere]"
+    with pytest.raises(SweepError) as refused:
+        sweep(tmp_path, replaces, *options, inputs)
+    assert len((tmp_path / "seen").read_text().splitlines()) == 1
+    told = str(refused.value) + capsys.readouterr().out
+    assert f"{tmp_path}/prompts has changed since the sweep began" in told
+    runs = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["runs"]
+    done = [run for run in runs if run["status"] == "completed"]
+    assert [run["value"] for run in done] == [1.0]
 
 
 WORDS = [
