@@ -22,11 +22,13 @@ SCRIPTS = [
 HOUSES = ["specforge_exp", "modal_sweep", "hydra_sweeps", "hydra_plugins"]
 MODAL_USER = "specforge_exp/generation/modal_"
 """The files that fan regeneration out."""
-SOURCES = [
+TOP = [path for path in ROOT.iterdir() if path.name[0] != "." and path.name != "artifacts"]
+SOURCES = sorted(
     path
-    for path in sorted(ROOT.rglob("*.py"))
-    if not any(part.startswith(".") or part == "artifacts" for part in path.relative_to(ROOT).parts)
-]
+    for top in TOP
+    for path in (top.rglob("*.py") if top.is_dir() else [top])
+    if path.suffix == ".py" and not any(part[0] == "." for part in path.relative_to(ROOT).parts)
+)
 NAMES = {path: path.relative_to(ROOT).as_posix() for path in SOURCES}
 FLOORS = {
     "specforge_exp": [
