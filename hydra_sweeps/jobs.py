@@ -101,6 +101,12 @@ class Job:
         """hydra.sweeper.record, resolved."""
         return self.value("hydra.sweeper.record") or {}
 
+    @property
+    def inputs(self) -> list[Path]:
+        """What hydra.sweeper.inputs names."""
+        names = leaves(self.value("hydra.sweeper.inputs") or [])
+        return [Path(str(name)) for _, name in names if name]  # "" would be this folder
+
     def value(self, key: str) -> Any:
         """What a key of its configuration holds, resolved, with `${hydra:...}` meaning this job.
 
@@ -154,9 +160,8 @@ class Job:
             values = {}
         text = OmegaConf.to_yaml(OmegaConf.create(self.written(ignore)), sort_keys=True)
         text += "".join(f"{key}={value!r}\n" for key, value in values.items())
-        for _, name in leaves(self.value("hydra.sweeper.inputs") or []):
-            if name:  # "" would be this folder
-                text += "".join(f"\n{digest}" for digest in digests(Path(str(name))))
+        for path in self.inputs:
+            text += "".join(f"\n{digest}" for digest in digests(path))
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     def written(self, ignore: Sequence[str]) -> Any:

@@ -10,24 +10,21 @@ import errno
 import hashlib
 import json
 import logging
-import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from specforge_exp.config import REPOSITORY, Config
+from specforge_exp.config import Config
 from specforge_exp.config.machine import command
 from specforge_exp.errors import InputError
 from specforge_exp.lease import lease
+from specforge_exp.provenance import code, git_commit, package_versions
 from specforge_exp.records import sync, sync_tree, unsealed, write_record
 
 log = logging.getLogger(__name__)
@@ -36,7 +33,6 @@ WHOLE = 64 * 2**20
 """Bytes of the largest file whose digest is of all of it."""
 BLOCKS, BLOCK = 16, 2**16
 """The digest of a larger file is of so many blocks of so many bytes, evenly spread."""
-PACKAGES = "torch transformers tokenizers safetensors hydra-core omegaconf numpy".split()
 
 
 @dataclass(frozen=True)
@@ -368,31 +364,13 @@ def cached(path: str) -> Path | None:
     return None
 
 
-def git_commit() -> str | None:
-    """Commit of the working tree, marked -dirty when it differs; None outside git."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-@cache
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a number."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
-
-
 def describe(cfg: Config, inputs: dict[str, str], settings: dict[str, Any]) -> dict[str, Any]:
     """The content of run.json except for the seconds it took."""
     return {
         "command": " ".join(sys.argv),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": git_commit(),
+        "code": code(cfg),
         "packages": package_versions(),
         "inputs": inputs,
         "settings": settings,

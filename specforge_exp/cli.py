@@ -32,6 +32,7 @@ from specforge_exp import offline, paths
 from specforge_exp.config import Config, from_omegaconf, repository, valueless
 from specforge_exp.config.keys import begun_entry, unknown_key
 from specforge_exp.errors import InputError
+from specforge_exp.provenance import code
 
 Task = Callable[[DictConfig], object]
 
@@ -245,6 +246,7 @@ def run(stage: str, cfg: DictConfig) -> object:
     try:
         config = from_omegaconf(cfg)
         offline.settle(config)
+        code(config)  # before any of it is loaded
         record = recorded(cfg, config) if single else nullcontext()
         with leaving_nothing(config), told_by_the_system(), record:
             return loaded(stage)(config)

@@ -26,9 +26,12 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 import warm
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from modal_local import client as modal_local
 
+from hydra_sweeps.reading import read_once
 from specforge_exp.config import (
     Config,
     DataConfig,
@@ -41,6 +44,8 @@ from specforge_exp.drafts.eagle3.config import Eagle3Config
 from specforge_exp.paths import tokens_dir
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from specforge_exp.data.tokens import TokenSet
     from specforge_exp.target import Target
 
@@ -63,7 +68,18 @@ def pytest_collection_finish() -> None:
 
 PLANTED = "s3cr3t-that-no-file-may-hold"
 REPOSITORY = Path(__file__).resolve().parent.parent
+CONF = REPOSITORY / "conf"
+FILES_OF_CONF: dict[Any, Any] = {}
+"""Read by the first test that composes them."""
 TINY = ModelConfig(name="tiny", path=str(REPOSITORY / "assets" / "tiny_target"))
+
+
+def composed(*words: str, whole: bool = False) -> DictConfig:
+    """conf/ with some words of a command line; `whole`: with Hydra's own node."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        read_once(GlobalHydra.instance().config_loader(), FILES_OF_CONF)
+        return compose("config", list(words), return_hydra_config=whole)
 
 
 def small_target(

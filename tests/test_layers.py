@@ -22,17 +22,19 @@ SCRIPTS = [
 HOUSES = ["specforge_exp", "modal_sweep", "hydra_sweeps", "hydra_plugins"]
 MODAL_USER = "specforge_exp/generation/modal_"
 """The files that fan regeneration out."""
-SOURCES = [
+TOP = [path for path in ROOT.iterdir() if path.name[0] != "." and path.name != "artifacts"]
+SOURCES = sorted(
     path
-    for path in sorted(ROOT.rglob("*.py"))
-    if not any(part.startswith(".") or part == "artifacts" for part in path.relative_to(ROOT).parts)
-]
+    for top in TOP
+    for path in (top.rglob("*.py") if top.is_dir() else [top])
+    if path.suffix == ".py" and not any(part[0] == "." for part in path.relative_to(ROOT).parts)
+)
 NAMES = {path: path.relative_to(ROOT).as_posix() for path in SOURCES}
 FLOORS = {
     "specforge_exp": [
         # Records: what torch is not needed for.
-        "config errors offline records paths lease artifacts inputs data.conversations data.files "
-        "data.formats data.sources data.synthetic",
+        "config errors offline records paths lease provenance artifacts inputs "
+        "data.conversations data.files data.formats data.sources data.synthetic",
         # Rooms, and what stands on the square.
         "losses target sharding interrupt data causal drafts training onpolicy inference serving "
         "generation bench report chat",
@@ -42,7 +44,7 @@ FLOORS = {
     "modal_sweep": ["errors config", "protocol", "container", "client", "cli __main__"],
     "hydra_sweeps": [
         "errors config records overrides",
-        "jobs processes record runner table command",
+        "jobs processes reading record runner table command",
         "grid study",
     ],
     "hydra_plugins": ["modal_launcher experiment_sweeper"],

@@ -37,6 +37,7 @@ from hydra_sweeps.jobs import (
     surrounded,
 )
 from hydra_sweeps.processes import check_value
+from hydra_sweeps.reading import Inputs, changed, inputs_of, read_once
 from hydra_sweeps.record import Run, Sweep
 from hydra_sweeps.records import write_whole
 from hydra_sweeps.runner import begin, is_basic, launch, neighbours, open_runner
@@ -57,6 +58,8 @@ class Grid:
     jobs: list[Job]
     runs: dict[int, Run] = field(default_factory=dict)
     """By job number."""
+    inputs: Inputs = field(default_factory=dict)
+    """As they were when the jobs were told apart from what is done."""
     returned: dict[int, JobReturn] = field(default_factory=dict)
 
     @property
@@ -100,6 +103,7 @@ def run_grid(
 ) -> list[Sequence[JobReturn]]:
     """What `ExperimentSweeper.sweep` does; `launcher` is set up, `arguments` as Hydra got them."""
     master, loader = source.master, source.context.config_loader
+    read_once(loader)
     check(options, launcher)
     sweep_dir = resolved_sweep_dir(master)
     choices = points(loader, arguments, options.params or {}, options.cases)
@@ -203,6 +207,8 @@ def set_up(grid: Grid, source: Source, done: dict[int, Run]) -> None:
         hydra.append("hydra.sweeper.repeats=1")
     if multi and grid.options.cases:
         hydra.append("hydra.sweeper.cases=[]")
+    if not multi:  # jobs of other machines read others
+        grid.inputs = inputs_of(grid.jobs)
     for job in grid.jobs:
         run = done.get(job.number) or Run(job.number, job.subdir, [])
         run.number, run.overrides = job.number, job.overrides
@@ -222,7 +228,8 @@ def run_pending(grid: Grid) -> None:
         run_processes(grid, grid.options.n_jobs)
     elif is_basic(grid.launcher):
         for job in grid.pending:
-            run_here(grid, job)
+            if unchanged(grid, job):
+                run_here(grid, job)
     else:
         for batch in batches(grid):
             grid.begin(batch)
@@ -240,6 +247,8 @@ def run_processes(grid: Grid, n_jobs: int) -> None:
         while waiting or started:
             while waiting and len(started) < n_jobs:
                 job = waiting.popleft()
+                if not unchanged(grid, job):
+                    continue
                 grid.begin([job])
                 started[job.number] = time.monotonic()
                 begin(runner, job)
@@ -247,6 +256,14 @@ def run_processes(grid: Grid, n_jobs: int) -> None:
                 grid.end(number, returned, started.pop(number))
     finally:
         runner.close()
+
+
+def unchanged(grid: Grid, job: Job) -> bool:
+    """Whether the inputs of a job are what they were; it has failed otherwise."""
+    why = changed({path: grid.inputs[path] for path in grid.inputs if path in job.inputs})
+    if why:
+        grid.end(job.number, failure(job.overrides, JobFailed(why)))
+    return not why
 
 
 def run_here(grid: Grid, job: Job) -> None:

@@ -114,7 +114,7 @@ def fill(study: Study, total: int) -> list[Any]:
         Trials of other machines of which it is not clear yet whether they run.
     """
     unclear = list[Any]()
-    while len(study.running) < study.options.n_jobs and not study.too_many_failed:
+    while len(study.running) < study.options.n_jobs and not study.early:
         trials = study.trials
         mine = {*study.running, *study.waiting}
         others = [t for t in in_state(trials, "RUNNING") if t.number not in mine]

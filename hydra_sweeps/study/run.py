@@ -25,6 +25,7 @@ from hydra_sweeps.jobs import (
     compose,
     resolved_sweep_dir,
 )
+from hydra_sweeps.reading import inputs_of, read_once
 from hydra_sweeps.record import Sweep
 from hydra_sweeps.records import write_whole
 from hydra_sweeps.runner import is_basic, open_runner
@@ -60,6 +61,7 @@ def run_study(
 ) -> list[JobReturn]:
     """What `OptunaAsyncSweeper.sweep` does; `launcher` is set up, `arguments` as Hydra got them."""
     master, loader = source.master, source.context.config_loader
+    read_once(loader)
     options.check()
     space = read_space(loader, master, options.params or {}, options.conditional, arguments)
     search = Search(options, source, space)
@@ -67,7 +69,8 @@ def run_study(
     sweep_dir = resolved_sweep_dir(master).absolute()
     examples = check_jobs(search)
     check_environment(examples, launcher)
-    refuse_other_choices(master, choices(search), arguments, ["launcher"])
+    jobs = [*examples, *choices(search)]
+    refuse_other_choices(master, jobs[len(examples) :], arguments, ["launcher"])
     place = place_of(options, sweep_dir)
     known = known_study(place)
     refuse_others(search, place, known)
@@ -92,10 +95,10 @@ def run_study(
         write_whole(sweep_dir / "multirun.yaml", OmegaConf.to_yaml(master))
         runner = open_runner(launcher, options.n_jobs > 1, count)
         sweep = record.begin(sweep_dir, fresh)
-        leases = Leases(place.alone, str(sweep_dir))
-        study = Study(
-            options, source, space, place, optuna, runner, sweep, leases, not is_basic(launcher)
-        )
+        leases, multi = Leases(place.alone, str(sweep_dir)), not is_basic(launcher)
+        # Jobs of other machines read others.
+        inputs = {} if multi else inputs_of(jobs)
+        study = Study(options, source, space, place, optuna, runner, sweep, leases, multi, inputs)
         return carry_out(study)
 
 
@@ -157,7 +160,8 @@ def carry_out(study: Study) -> list[JobReturn]:
     catch_up(study)
     options, failed, trials = study.options, study.failed, study.trials
     elsewhere = [t for t in in_state(trials, "RUNNING") if study.leases.state(t) == "live"]
-    study.sweep.state = "interrupted" if study.too_many_failed else "complete"
+    early = study.early
+    study.sweep.state = "interrupted" if early else "complete"
     study.write()
     write_results(study.stored, study.place.sweep_dir)
     print(study.table(), flush=True)
@@ -165,12 +169,8 @@ def carry_out(study: Study) -> list[JobReturn]:
         numbers = ", ".join(f"#{trial.number}" for trial in elsewhere)
         log.info(f"\t{numbers} run elsewhere; the same command shows what they return")
     report(options.report, study.source.master, study.place.sweep_dir)
-    if study.too_many_failed:
-        raise SweepError(
-            f"{len(failed)} of {len(trials)} trials failed, more than "
-            f"hydra.sweeper.max_failure_rate={options.max_failure_rate} of n_trials="
-            f"{options.n_trials}; why: see the table"
-        )
+    if early:
+        raise SweepError(early)
     if not elsewhere and not best_trials(study.stored):
         why = failed[0].user_attrs.get(ERROR) if failed else "all were pruned"
         raise SweepError(f"none of {len(trials)} trials completed; the first: {why}")

@@ -12,6 +12,7 @@ from hydra_sweeps import record
 from hydra_sweeps.command import run_command, run_overrides
 from hydra_sweeps.jobs import Job, compose, rename
 from hydra_sweeps.overrides import LONGEST, bounded, safe, without
+from hydra_sweeps.reading import Inputs, changed
 from hydra_sweeps.record import Run, Sweep
 from hydra_sweeps.runner import Runner
 from hydra_sweeps.study.config import OptunaAsyncConf
@@ -22,6 +23,7 @@ from hydra_sweeps.study.trials import (
     RUN,
     Place,
     best_trials,
+    count_missing,
     in_state,
     look,
 )
@@ -52,6 +54,8 @@ class Study(Search):
     leases: Leases
     multi: bool
     """Whether a run's own command has -m."""
+    inputs: Inputs
+    """As they were when this process began."""
     running: dict[int, RunningTrial] = field(default_factory=dict)
     waiting: dict[int, tuple[Any, int]] = field(default_factory=dict)
     """By number: trials of a point that runs, and the number of that trial."""
@@ -90,9 +94,17 @@ class Study(Search):
         return in_state(self.trials, "FAIL")
 
     @property
-    def too_many_failed(self) -> bool:
-        """Whether the study has failed."""
-        return len(self.failed) > self.options.max_failure_rate * self.options.n_trials
+    def early(self) -> str:
+        """Why no trial starts any more, although some are missing; empty: nothing stands against
+        it."""
+        rate, total = self.options.max_failure_rate, self.options.n_trials
+        failed, trials = len(self.failed), self.trials
+        if failed > rate * total:
+            return (
+                f"{failed} of {len(trials)} trials failed, more than hydra.sweeper."
+                f"max_failure_rate={rate} of n_trials={total}; why: see the table"
+            )
+        return changed(self.inputs) if count_missing(self, trials) else ""
 
     @cached_property
     def own_overrides(self) -> list[str]:

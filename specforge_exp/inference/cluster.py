@@ -25,6 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from specforge_exp.artifacts import model_digest
 from specforge_exp.config import Config
 from specforge_exp.config.machine import command
 from specforge_exp.errors import InputError, first_line
@@ -34,6 +35,7 @@ from specforge_exp.inference.split import Split, check_shared_memory, joins
 from specforge_exp.inference.store import check_mooncake, silent
 from specforge_exp.inference.worker import TargetWorker
 from specforge_exp.interrupt import ended_cleanly
+from specforge_exp.provenance import code
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +118,11 @@ def fleet_of(cfg: Config, split: Split) -> Iterator[Fleet]:
             )  # fmt: skip
             workers = make_workers(ray, cfg, split, fleet.store)  # they live as long as this name
             trials = begin(ray, workers, fleet)
+            if others := {trial["host"] for trial in trials if trial["code"] != code(cfg)}:
+                raise InputError(
+                    f"workers on {', '.join(sorted(others))} run other code than this training: "
+                    f"bring all machines to the same, then ray stop and ray start there; {RESUME}"
+                )
             log.info(
                 "train: workers are ready: Ray took %.1f s, loading %.1f s",
                 there - began, time.monotonic() - there,
@@ -261,8 +268,9 @@ def make_workers(ray: Any, cfg: Config, split: Split, store: str) -> list[Any]:
         max_restarts=-1, max_task_retries=REPEATS, num_gpus=each * on_gpu, num_cpus=int(not on_gpu),
         scheduling_strategy="SPREAD",
     )(TargetWorker)  # fmt: skip
+    digest = model_digest(cfg.model.path)
     return [
-        actor.options(name=f"worker-{number}").remote(cfg, split.threads, folder, store)
+        actor.options(name=f"worker-{number}").remote(cfg, split.threads, folder, store, digest)
         for number in range(split.workers)
     ]
 

@@ -1,6 +1,7 @@
 """A worker: one target in a process of its own, which Ray starts again when it dies."""
 
 import os
+import socket
 import tempfile
 import time
 from functools import cached_property, partial
@@ -13,11 +14,14 @@ from numpy import int32
 from numpy.typing import NDArray
 from transformers.cache_utils import DynamicCache
 
+from specforge_exp.artifacts import another, model_digest
 from specforge_exp.config import Config, locate
+from specforge_exp.errors import InputError
 from specforge_exp.inference.profiling import profiled
 from specforge_exp.inference.states import bytes_of, crossing, packed
 from specforge_exp.inference.store import Bytes, StateStore, store_at
 from specforge_exp.paths import run_dir
+from specforge_exp.provenance import code
 from specforge_exp.target import Target, check_decoding, load_target, set_up_torch
 from specforge_exp.target.segments import check_segments, verify_segments
 
@@ -38,10 +42,14 @@ class TargetWorker:
         threads: CPU threads, as many as a trainer that has the target itself would use.
         cluster: folder that is removed with the cluster.
         master: what holds the states: Mooncake's address, or "": Ray.
+        digest: the target's files where the training began; "": not known.
     """
 
-    def __init__(self, cfg: Config, threads: int, cluster: str, master: str = "") -> None:
+    def __init__(
+        self, cfg: Config, threads: int, cluster: str, master: str = "", digest: str = ""
+    ) -> None:
         self.cfg, self.threads, self.cluster, self.master = cfg, threads, cluster, master
+        self.digest = digest
         self.calls = 0
         self.texts: dict[bytes, DynamicCache] = {}
         """Keys and values of what was read to be judged, the oldest first."""
@@ -53,7 +61,14 @@ class TargetWorker:
 
     @cached_property
     def target(self) -> Target:
-        """The target, loaded; on the CPU where vLLM has the GPU. InputError when it cannot be."""
+        """The target, loaded; on the CPU where vLLM has the GPU. InputError when it cannot be, or
+        is another one here, or by now, than where the training began."""
+        if self.digest and another(self.digest, model_digest(self.cfg.model.path)):
+            raise InputError(
+                f"a worker on {socket.gethostname()} finds other files in model.path="
+                f"{self.cfg.model.path} than the training, which began with those of its own "
+                "machine; all need the same files, also while it runs"
+            )
         torch.set_num_threads(self.threads)
         device, dtype = set_up_torch(self.cfg), self.cfg.model.dtype
         if self.cfg.target.engine == "vllm":
@@ -97,7 +112,8 @@ class TargetWorker:
             began = time.monotonic()
             run([np.zeros(size, dtype=int32)])
             seconds = time.monotonic() - began
-        return {"pid": os.getpid(), "tokens_per_s": size / seconds, "apart": apart}
+        told = {"pid": os.getpid(), "tokens_per_s": size / seconds, "apart": apart}
+        return told | {"code": code(self.cfg), "host": socket.gethostname()}
 
     def ends(self) -> dict[str, Any]:
         """What `Ends` is made of, its tensors as bytes."""

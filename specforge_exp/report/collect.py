@@ -86,6 +86,8 @@ class SweepRun:
     """The keys of `choices` that a study sampled."""
     returned: dict[str, float]
     """What the run returned, by objective."""
+    code: str = ""
+    """Digest of the code that trained it; empty: not known."""
     gpus: int = 1
     usd_per_hour: float | None = None
     """Of the whole machine; None: unknown."""
@@ -274,12 +276,8 @@ def read_folder(run: SweepRun, folder: Path) -> None:
         try:
             if name in written and content_of(file) != written[name]:
                 raise ValueError("it is not what run.json says was written")
-            add(
-                run,
-                metric_lines(file)
-                if file.suffix == ".jsonl"
-                else unsealed(json.loads(file.read_bytes())),
-            )
+            lines = file.suffix == ".jsonl"
+            add(run, metric_lines(file) if lines else unsealed(json.loads(file.read_bytes())))
         except (InputError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             plain = isinstance(error, InputError | OSError | ValueError)
             reason = str(error).replace(f"{file}:", "line ") if plain else repr(error)
@@ -335,6 +333,7 @@ def add_record(run: SweepRun, record: dict[str, Any]) -> None:
     for key, value in (("loss", (config.get("loss") or {}).get("name")), ("lr", config.get("lr"))):
         if value is not None:
             run.choices.setdefault(key, value)
+    run.code = str(record.get("code") or "")
     gpus = record.get("processes") or (config.get("trainer") or {}).get("gpus")
     run.gpus = int(gpus or run.gpus) + int(record.get("workers") or 0)
     if evaluation := numbers(record.get("evaluation") or {}):

@@ -227,7 +227,7 @@ def headline(ranking: Ranking) -> list[str]:
     sentence = f"{best.label} is best: {ranking.metric} {measure(best.value)}"
     if between := best.interval:
         sentence += f" (95 % interval {interval_text(between)})"
-    lines = [sentence + ".", *otherwise(ranking)]
+    lines = [sentence + ".", *otherwise(ranking), *by_other_code(ranking)]
     if len(ranked) == 1:
         return [*lines, "It is the only finished one.", *noise(ranking)]
     same = [entry.label for entry in ranked if entry.verdict == SAME]
@@ -238,8 +238,7 @@ def headline(ranking: Ranking) -> list[str]:
         lines.append("No intervals are known, so nothing can be said about chance.")
         return lines
     if same:
-        named = ", ".join(same[:3]) + (f" and {len(same) - 3} more" if len(same) > 3 else "")
-        lines.append(f"Not distinguishable from it: {named} ({len(same)} of {others} others).")
+        lines.append(f"Not distinguishable from it: {some(same)} ({len(same)} of {others} others).")
     elif not unknown and alike:
         lines.append(
             "The other is distinguishably worse."
@@ -264,6 +263,22 @@ def otherwise(ranking: Ranking) -> list[str]:
         f"NOT COMPARABLE, measured otherwise: {named}; {script('bench')} sweep=<folder> {again} "
         "measures all alike."
     ]
+
+
+def by_other_code(ranking: Ranking) -> list[str]:
+    """That not all were trained by the same code, and which by which."""
+    runs: dict[str, list[str]] = {}
+    for run in [run for entry in ranking.ranked for run in entry.runs if run.code]:
+        runs.setdefault(run.code, []).append(run.label)
+    if len(runs) < 2:
+        return []
+    parts = [f"{some(labels)} by {code[:8]}" for code, labels in runs.items()]
+    return [f"Not all were trained by the same code: {'; '.join(parts)} (`code` in run.json)."]
+
+
+def some(labels: list[str]) -> str:
+    """The first of them by name."""
+    return ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
 
 
 def noise(ranking: Ranking) -> list[str]:

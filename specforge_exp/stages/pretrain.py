@@ -23,7 +23,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.target.files import not_loadable
 from specforge_exp.training.loop import Splits, TrainingRun
 from specforge_exp.training.ranks import Ranks
-from specforge_exp.training.running import Record, in_processes, settled
+from specforge_exp.training.running import Record, in_processes, joined_run, settled
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def pretrain_here(cfg: Config, device: torch.device, ranks: Ranks) -> Record:
         RowStream(own.sources, tokens, cfg.max_length, own.eval_documents, own.workers),
         TokenSet([ranks.decided(partial(held_out, own, tokens, cfg.max_length))]),
     )
-    run = TrainingRun(paths.run_dir(cfg), fingerprint_of(cfg), ranks)
+    run = joined_run(cfg, fingerprint_of(cfg), ranks)
     return train_causal(cfg, device, splits, run)
 
 

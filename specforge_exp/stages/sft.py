@@ -26,6 +26,7 @@ from specforge_exp.training.running import (
     check_held_out,
     check_tokens,
     in_processes,
+    joined_run,
     settled,
 )
 
@@ -40,7 +41,7 @@ def sft(cfg: Config) -> float:
 def sft_here(cfg: Config, device: torch.device, ranks: Ranks) -> Record:
     """This process's part of a training that has not ended; the run's record."""
     tokens = paths.tokens_dir(cfg)
-    run = TrainingRun(paths.run_dir(cfg), fingerprint_of(cfg, tokens), ranks)
+    run = joined_run(cfg, fingerprint_of(cfg, tokens), ranks)
     vocabulary = text_config(cfg.model).vocab_size
     splits = Splits(*(read_split(tokens, name, vocabulary) for name in ("train", "eval")))
     ranks.decided(partial(check_held_out, cfg, splits.eval))

@@ -61,6 +61,7 @@ from specforge_exp.training.running import (
     count,
     ended,
     in_processes,
+    joined_run,
     read_tokens,
     settled,
 )
@@ -105,7 +106,7 @@ def train_here(cfg: Config, device: torch.device, ranks: Ranks) -> Record:
 def train_on(cfg: Config, device: torch.device, ranks: Ranks, stream: Stream | None) -> Record:
     """`train_here`, with the target's states from the workers' stream if there is one."""
     folder, tokens = paths.run_dir(cfg), paths.tokens_dir(cfg)
-    run = TrainingRun(folder, fingerprint_of(cfg, tokens), ranks)
+    run = joined_run(cfg, fingerprint_of(cfg, tokens), ranks)
     mapping, splits = read_tokens(tokens)
     reasons = ranks.decided(partial(check_learnable, cfg, splits))
     if stream and cfg.target.alone == "workers":

@@ -1,8 +1,10 @@
 """What every training has around its loop: its processes, whether it is to be made, its record."""
 
 import logging
+import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from specforge_exp import paths
 from specforge_exp.artifacts import (
+    Fingerprint,
     changed_target,
     contents,
     describe,
@@ -26,6 +29,7 @@ from specforge_exp.data.tokens import TokenSet, read_split
 from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.lease import lease
+from specforge_exp.provenance import code
 from specforge_exp.records import metric_lines, write_record
 from specforge_exp.target import check_gpus, set_up_torch, take_what_is_there, text_config
 from specforge_exp.training.checkpoint import (
@@ -47,6 +51,8 @@ from specforge_exp.training.ranks import (
 
 log = logging.getLogger(__name__)
 
+APART = ("gpus", "restarts", "profile", "dump")
+"""Options of the trainer in which processes may differ."""
 Record = dict[str, Any]
 Begin = Callable[[Config, int], Record | None]
 """(configuration, processes) -> the record of a complete run; None: it is to be made."""
@@ -87,12 +93,40 @@ def in_processes(
 
 def in_this_process(begin: Begin, here: Here, writes: bool, cfg: Config) -> Record:
     """As `in_processes`, of one of them."""
+    code(cfg)  # as it is imported
     device = local_device(set_up_torch(cfg))
     ranks = join(device)
     if by_torchrun() and (record := ranks.decided(partial(begin, cfg, ranks.world))):
         return record
     with nullcontext() if ranks.rank or not writes else lease(paths.run_dir(cfg)):
         return here(cfg, device, ranks)
+
+
+def joined_run(cfg: Config, fingerprint: Fingerprint, ranks: Ranks) -> TrainingRun:
+    """The run of this process among those that train together.
+
+    Raises:
+        InputError: another one, of torchrun's on another machine, has other options, inputs or
+            code: each would go its own way with a part of every step.
+    """
+    layout = {f"trainer.{k}": v for k, v in asdict(cfg.trainer).items() if k not in APART}
+    own = {**layout, **fingerprint.settings, **fingerprint.inputs, "the code": code(cfg)}
+    told = ranks.gather((socket.gethostname(), own))
+    ranks.decided(partial(check_alike, told))
+    return TrainingRun(paths.run_dir(cfg), fingerprint, ranks)
+
+
+def check_alike(told: list[tuple[str, dict[str, Any]]]) -> None:
+    """InputError where a process has something else than the first one, by host and what it has."""
+    first = told[0][1]
+    for number, (host, own) in enumerate(told):
+        others = [f"{name}={own.get(name)}, the first one {first.get(name)}"
+                  for name in {**first, **own} if own.get(name) != first.get(name)]  # fmt: skip
+        if others:
+            raise InputError(
+                f"process {number} on {host} has {'; '.join(others[:3])}: all machines need the "
+                "same command, configuration files, tokens and code"
+            )
 
 
 def settled(cfg: Config, stage: str, run: TrainingRun) -> Record | None:

@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
+from conftest import CONF, REPOSITORY, composed
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -30,7 +28,6 @@ from modal_sweep.config import ImageSettings, JobSettings, ModalLauncherConf
 from specforge_exp.__main__ import STAGES
 from specforge_exp.config import Config, draft_config_class, from_omegaconf
 
-CONF = REPOSITORY / "conf"
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 SAID = [
     path
@@ -74,9 +71,7 @@ def words_of(line: str) -> list[str]:
 @cache
 def check_options(options: tuple[str, ...]) -> None:
     """They compose, for whichever stages they are written."""
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config: Any = compose("config", list(options), return_hydra_config=True)
+    config: Any = composed(*options, whole=True)
     OmegaConf.set_struct(config, False)
     del config["hydra"]
     from_omegaconf(config)

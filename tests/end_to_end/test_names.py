@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import warm
-from conftest import SMALL
-from hydra import compose, initialize_config_dir
+from conftest import CONF, SMALL, composed
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
@@ -20,15 +19,9 @@ from specforge_exp.config import REPOSITORY, Config, InputError, from_omegaconf,
 from specforge_exp.config.settings import training_settings
 from specforge_exp.stages.train import train
 
-CONF = REPOSITORY / "conf"
 ConfigStore.instance().store(name="schema", node=Config)
 EXPERIMENTS = ["", *sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))]
 STUDIES = ["", *sorted(path.stem for path in (CONF / "hparams_search").glob("*.yaml"))]
-
-
-def composed(*words: str) -> Any:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", list(words), return_hydra_config=True)
 
 
 def made_of(cfg: Config) -> dict[Path, Any]:
@@ -47,12 +40,10 @@ def made_of(cfg: Config) -> dict[Path, Any]:
 
 
 def test_no_two_recipes_make_one_folder_differently() -> None:
-    recipes = {name: composed(*[f"experiment={name}"] * bool(name)) for name in EXPERIMENTS}
-    folders = {}
-    for name, config in recipes.items():
-        OmegaConf.set_struct(config, False)
-        del config["hydra"]
-        folders[name] = made_of(from_omegaconf(config))
+    folders = {
+        name: made_of(from_omegaconf(composed(*[f"experiment={name}"] * bool(name))))
+        for name in EXPERIMENTS
+    }
     for one, other in combinations(folders, 2):
         for folder in folders[one].keys() & folders[other].keys():
             assert folders[one][folder] == folders[other][folder], (one, other, folder)
@@ -66,7 +57,9 @@ def test_no_two_studies_share_a_name(experiment: str) -> None:
     """Of a study of ours the name goes into its runs' names; the stock sweeper's are told apart by
     what is searched, whatever the experiment calls its runs."""
     words = [f"experiment={experiment}"] * bool(experiment)
-    sweepers = {s: composed(*words, f"hparams_search={s}").hydra.sweeper for s in STUDIES[1:]}
+    sweepers = {
+        s: composed(*words, f"hparams_search={s}", whole=True).hydra.sweeper for s in STUDIES[1:]
+    }
     names = [sweeper.study_name for name, sweeper in sweepers.items() if name != "opd_stock"]
     assert len({*names}) == len(names) and None not in names
     stock = sweepers["opd_stock"]

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import conftest
 import pytest
-from hydra import compose, initialize_config_dir
+from conftest import CONF
+from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.basecontainer import BaseContainer
-from test_conf import CONF, ROOT, composed
+from test_conf import ROOT, composed
 
 from modal_sweep.client.settings import job_settings
 from modal_sweep.config import JobSettings, ModalLauncherConf
@@ -31,8 +33,7 @@ BIG = ["qwen3_0_6b", "qwen3_8b", "qwen3_32b", "llama3_1_8b"]
 
 @cache
 def with_hydra(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", list(overrides), return_hydra_config=True)
+    return conftest.composed(*overrides, whole=True)
 
 
 def job(stage: str, *overrides: str) -> DictConfig:

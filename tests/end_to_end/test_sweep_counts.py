@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import warm
-from conftest import REPOSITORY
-from hydra import compose, initialize_config_dir
+from conftest import REPOSITORY, composed
 from hydra.core.config_store import ConfigStore
 
 from specforge_exp.config import Config
@@ -94,15 +93,13 @@ def test_seeds_begin_with_the_configured_one() -> None:
 
 
 def test_what_a_stage_returns_and_which_way_it_should_go() -> None:
-    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        wanted = ["objectives=[loss,simulated_length]", "hydra.job.name=train", "model=tiny"]
-        options = compose("config", wanted, return_hydra_config=True).hydra.sweeper
-        assert (options.names, options.direction) == (
-            ["loss", "simulated_length"], ["minimize", "maximize"]
-        )  # fmt: skip
-        early = ["hydra.job.name=prep", "model=tiny"]
-        options = compose("config", early, return_hydra_config=True).hydra.sweeper
-        assert (options.names, options.direction, options.if_done) == ([], [], "rerun")
+    wanted = ["objectives=[loss,simulated_length]", "hydra.job.name=train", "model=tiny"]
+    options = composed(*wanted, whole=True).hydra.sweeper
+    assert (options.names, options.direction) == (
+        ["loss", "simulated_length"], ["minimize", "maximize"]
+    )  # fmt: skip
+    options = composed("hydra.job.name=prep", "model=tiny", whole=True).hydra.sweeper
+    assert (options.names, options.direction, options.if_done) == ([], [], "rerun")
 
 
 @pytest.mark.parametrize(
@@ -122,9 +119,8 @@ def test_a_study_goes_the_way_of_what_it_returns(
     words: list[str], stage: str, direction: list[str], metric: str | None
 ) -> None:
     """Also in what it prunes by: a study of losses looks for the smallest."""
-    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        wanted = [*words, f"hydra.job.name={stage}", "model=tiny"]
-        options = compose("config", wanted, return_hydra_config=True).hydra.sweeper
+    wanted = [*words, f"hydra.job.name={stage}", "model=tiny"]
+    options = composed(*wanted, whole=True).hydra.sweeper
     assert (options.direction, options.get("progress_metric", "")) == (direction, metric)
 
 

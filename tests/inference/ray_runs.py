@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import conftest
 import pytest
 import warm
 from conftest import REPOSITORY, SMALL, make_config
 from holding import environment
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from safetensors import safe_open
 from test_ranks import with_all_below
 from test_resume import lines
@@ -55,9 +54,7 @@ def options(folder: Path, name: str, *more: str) -> list[str]:
 
 def composed(folder: Path, name: str, *more: str) -> Config:
     """The same as a configuration."""
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        return from_omegaconf(compose("config", options(folder, name, *more)))
+    return from_omegaconf(conftest.composed(*options(folder, name, *more)))
 
 
 STARTED: list[warm.Started] = []

@@ -1,7 +1,6 @@
 """Write-once artifacts: nothing half-written is ever taken for whole."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from specforge_exp.artifacts import (
     changed_target,
     check,
     differing,
-    git_commit,
     model_digest,
     reusable,
     writing,
@@ -41,7 +39,16 @@ def test_complete_is_reused_and_says_what_made_it(tmp_path: Path, cfg: Config) -
     make(folder, cfg)
     assert reusable(folder / "run.json", ONE, False, "prep")
     record = json.loads((folder / "run.json").read_text())
-    assert set(record) >= {"command", "config", "git", "packages", "inputs", "settings", "seconds"}
+    assert set(record) >= {
+        "command",
+        "config",
+        "git",
+        "code",
+        "packages",
+        "inputs",
+        "settings",
+        "seconds",
+    }
     assert {"python", "torch", "transformers"} <= set(record["packages"])
     assert record["config"]["model"]["name"] == "tiny"
     assert not folder.with_name("thing.partial").exists()
@@ -379,17 +386,3 @@ def test_a_hub_id_is_known_by_its_files_in_the_cache(
         assert changed_target({"inputs": inputs}, "a/model") == []
     for path in ("a/b/c", str(tmp_path / "nowhere")):
         assert model_digest(path) == path
-
-
-def test_a_changed_tree_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifacts, "REPOSITORY", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert git_commit() is None
-    (tmp_path / "code").write_text("before")
-    owner = ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-q", "-m", "one"]
-    for words in (["init", "-q"], ["add", "code"], owner):
-        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
-    commit = git_commit()
-    assert commit is not None and len(commit) == 40
-    (tmp_path / "code").write_text("after")
-    assert git_commit() == f"{commit}-dirty"

@@ -13,10 +13,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import conftest
 import pytest
 import warm
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
+from conftest import CONF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,8 +27,6 @@ from specforge_exp.config.keys import unknown_key
 from specforge_exp.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-CONF = ROOT / "conf"
-ConfigStore.instance().store(name="schema", node=Config)
 OPTIONS = sorted(
     (str(path.parent.relative_to(CONF)), path.stem)
     for path in CONF.rglob("*.yaml")
@@ -56,8 +54,7 @@ def composed(*overrides: str) -> Config:
 @cache
 def composed_once(environment: tuple[tuple[str, str], ...], *overrides: str) -> Config:
     """Composed once for all tests that have the same environment, as far as conf/ reads it."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return from_omegaconf(compose("config", list(overrides)))
+    return from_omegaconf(conftest.composed(*overrides))
 
 
 def choice(group: str, name: str) -> str:
@@ -381,8 +378,7 @@ def test_a_sweep_knows_what_its_runs_are_made_of(name: str, init: str, tmp_path:
     words += [f"hydra/sweeper={name}", "model=tiny", "data.name=d", f"paths.datasets={tmp_path}"]
     words += [f"model.path={tmp_path}/m", "draft=standalone", f"draft.path={tmp_path}/d"]
     words += [f"pretrain.sources=[{{path: {tmp_path}/a.txt}}, {{path: {tmp_path}/t}}]"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        job = Job(0, [], compose("config", words, return_hydra_config=True))
+    job = Job(0, [], conftest.composed(*words, whole=True))
     weights = tmp_path / "other" / init.partition("other/")[2]
     record = weights / ("state.json" if "step" in init else "run.json")
     seen, tokens = {job.digest()}, paths.tokens_dir(cfg) / "run.json"

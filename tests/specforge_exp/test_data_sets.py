@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from conftest import composed
 from hydra.core.config_store import ConfigStore
 
 from specforge_exp.config import Config, from_omegaconf
@@ -28,8 +28,7 @@ def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
     monkeypatch.chdir(tmp_path)
 
     def run(*overrides: str) -> tuple[list[Record], list[Record]]:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = from_omegaconf(compose("config", [*overrides, f"paths.datasets={tmp_path}/out"]))
+        cfg = from_omegaconf(composed(*overrides, f"paths.datasets={tmp_path}/out"))
         folder = prep(cfg)
         train, held_out = (list(read_jsonl(folder / f"{n}.jsonl")) for n in ("train", "eval"))
         return train, held_out

@@ -113,6 +113,8 @@ def trainings(cfg: Config) -> list[list[str]]:
             again[0],
             replace(again[0], lr=9.0),
             replace(again[0], trainer=replace(again[0].trainer, batch_size=3, gpus=1)),
+            # As by two machines, of which one has a file of its own.
+            replace(again[0], run_name="apart", lr=again[0].lr * (1 + ranks.rank)),
         )
     ]
     return ranks.gather(answers)
@@ -143,7 +145,11 @@ def test_every_layout_trains_alike(cfg: Config, tokens: Path) -> None:
         "InputError: trainer.batch_size=3 conversations cannot be shared evenly by WORLD_SIZE=2; "
         "make batch_size a multiple of WORLD_SIZE (2, 4, 6, ...)"
     )
-    assert others[1:] == ["SystemExit: 0", "SystemExit: 0"]
+    assert re.fullmatch(
+        r"InputError: process 1 on \S+ has lr=0\.002, the first one 0\.001: all .*same command.*",
+        answers[3],
+    )
+    assert others[1:] == ["SystemExit: 0"] * 3
 
 
 def four(cfg: Config) -> None:

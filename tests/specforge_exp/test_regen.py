@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 import torch
 import warm
-from conftest import REPOSITORY, write_jsonl
+from conftest import composed, write_jsonl
 from holding import environment, hold, release
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 
 from specforge_exp import paths
 from specforge_exp.config import Config
@@ -286,9 +284,7 @@ def test_a_target_too_shallow_for_the_draft(
     cfg.model.aux_layers = [0, 2, 6]
     with pytest.raises(InputError, match=r"layers 0\.\.5"):
         stage.check_engine(cfg)
-    ConfigStore.instance().store(name="schema", node=Config)
-    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        job = compose("config", ["model=tiny", f"model.path={tmp_path}"])
+    job = composed("model=tiny", f"model.path={tmp_path}")
     with pytest.raises(InputError, match="has 6 layers"):  # of -m, before a container is rented
         machine("regen", job)
     assert machine("prep", job)["memory"]

@@ -9,9 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import conftest
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -19,7 +18,7 @@ from sweep_folders import Plan, units, write_run, write_sweep
 from test_report import change
 
 from specforge_exp.artifacts import contents, sha256
-from specforge_exp.config import REPOSITORY, Config, ReportConfig, from_omegaconf
+from specforge_exp.config import ReportConfig, from_omegaconf
 from specforge_exp.config.settings import training_settings
 from specforge_exp.records import write_record
 from specforge_exp.report.collect import collect
@@ -27,7 +26,6 @@ from specforge_exp.report.origin import run_folder
 from specforge_exp.report.record import read_sweep
 from specforge_exp.stages.report import make
 
-ConfigStore.instance().store(name="schema", node=Config)
 RUN = "quickstart_full-opd"
 TOKENS = "quickstart--tiny.tokens"
 JOB = ["experiment=quickstart", "loss=full-opd", "max_steps=2"]
@@ -36,8 +34,7 @@ JOB = ["experiment=quickstart", "loss=full-opd", "max_steps=2"]
 @cache
 def composed(*overrides: str) -> Any:
     """To be read only."""
-    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        return compose("config", [*overrides])
+    return conftest.composed(*overrides)
 
 
 def sweep_of(folder: Path, value: float | None, status: str = "completed", **top: Any) -> Path:

@@ -56,6 +56,24 @@ def test_what_was_measured_otherwise_is_no_comparison(tmp_path: Path, way: str) 
     assert "NOT COMPARABLE" not in " ".join(headline(rank(collect(sweep_dir), "loss", 300)))
 
 
+def test_runs_of_other_code_are_named(tmp_path: Path) -> None:
+    """Of runs of older records, which do not know theirs, nothing is said."""
+    plans = grid(("baseline", "full-opd"))
+    sweep_dir = write_sweep(tmp_path, plans)
+
+    def said(*codes: str) -> str:
+        for plan, code in zip(plans, codes, strict=False):
+            file = tmp_path / plan.name / "run.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"code": code}))
+        sentences = headline(rank(collect(sweep_dir), "loss", 300))
+        return " ".join(line for line in sentences if "same code" in line)
+
+    assert said() == said("aaaaaaaabbbb") == said(*["aaaaaaaabbbb"] * len(plans)) == ""
+    told = said("ccccccccdddd")
+    assert told.count("by aaaaaaaa") == told.count(" by cccccccc") == 1
+    assert f"{len(plans) - 4} more by aaaaaaaa" in told
+
+
 @pytest.mark.parametrize("metric", ["simulated_length", "loss", "accepted_length"])
 def test_other_held_out_conversations_are_no_comparison(tmp_path: Path, metric: str) -> None:
     """As many of another data set, in a sweep over `data`: not paired, and no run is worse."""

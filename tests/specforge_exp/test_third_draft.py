@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import warm
-from conftest import REPOSITORY
-from hydra import compose, initialize_config_dir
-from test_conf import CONF
+from conftest import REPOSITORY, composed
 from test_train import metrics
 
 from specforge_exp import paths
@@ -31,9 +29,8 @@ FOLDER = REPOSITORY / "tests" / "toy_draft" / "conf"
 
 
 def toy(*overrides: str) -> DraftConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        own = [f"hydra.searchpath=[{FOLDER}]", "draft=toy", *overrides]
-        return from_omegaconf(compose("config", own)).draft
+    own = [f"hydra.searchpath=[{FOLDER}]", "draft=toy", *overrides]
+    return from_omegaconf(composed(*own)).draft
 
 
 def test_its_options_are_its_own() -> None:

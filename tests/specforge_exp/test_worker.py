@@ -3,14 +3,18 @@ to forget, and keeps traces of calls."""
 
 import gzip
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_config
+from conftest import TINY, make_config
 
+from specforge_exp.artifacts import model_digest
 from specforge_exp.config import TargetConfig
+from specforge_exp.errors import InputError
 from specforge_exp.inference import worker
 from specforge_exp.inference.states import tensor_of, unpacked
 from specforge_exp.onpolicy.judges import Here
@@ -52,3 +56,18 @@ def test_calls_of_a_worker_are_profiled(tmp_path: Path) -> None:
     assert [trace.name[:11] for trace in traces] == ["call-000001", "call-000002"]
     events = json.loads(gzip.decompress(traces[0].read_bytes()))["traceEvents"]
     assert any(event["name"] == "aten::mm" for event in events)
+
+
+def test_a_worker_has_the_files_with_which_the_training_began(tmp_path: Path) -> None:
+    """Where its machine has others, and when they are replaced before it is started again."""
+    cfg = make_config(tmp_path)
+    folder = tmp_path / "target"
+    shutil.copytree(TINY.path, folder)
+    cfg.model = replace(cfg.model, path=str(folder))
+    digest = model_digest(str(folder))
+    assert worker.TargetWorker(cfg, 1, "", digest=digest).target.parameters
+    assert worker.TargetWorker(cfg, 1, "", digest="").target.parameters
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 0.5}))
+    with pytest.raises(InputError, match=rf"other files in model.path={folder} than the training"):
+        _ = worker.TargetWorker(cfg, 1, "", digest=digest).target

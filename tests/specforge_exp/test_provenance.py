@@ -1,0 +1,61 @@
+"""What made a number: which code, which packages."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from specforge_exp import provenance
+from specforge_exp.config import Config
+from specforge_exp.provenance import code, code_at_first, git_commit
+
+
+def test_a_changed_tree_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_commit() is None
+    (tmp_path / "code").write_text("before")
+    owner = ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-q", "-m", "one"]
+    for words in (["init", "-q"], ["add", "code"], owner):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    commit = git_commit()
+    assert commit is not None and len(commit) == 40
+    (tmp_path / "code").write_text("after")
+    assert git_commit() == f"{commit}-dirty"
+
+
+def test_code_is_that_which_a_process_began_with(
+    tmp_path: Path, cfg: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "specforge_exp"
+    (package / "room").mkdir(parents=True)
+    one, other = package / "losses.py", package / "room" / "rows.py"
+    one.write_text("a = 1")
+    other.write_text("a = 1")
+    monkeypatch.setattr(provenance, "PACKAGE", package)
+    own = code_at_first(1)
+    assert own == code_at_first(2)
+    one.write_text("a = 2")
+    assert code_at_first(1) == own != code_at_first(3)  # a fork that imports it now
+    one.write_text("a = 1")
+    assert code_at_first(4) == own
+    other.rename(package / "room" / "others.py")
+    assert code_at_first(5) != own
+
+
+def test_a_loss_of_ones_own_is_part_of_the_code(
+    tmp_path: Path, cfg: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "my_losses.py"
+    cfg = replace(cfg, loss=replace(cfg.loss, _target_="my_losses.mine"))
+    seen = [code(cfg)]
+    for number, text in enumerate(["a = 1", "a = 2", "a = 1"]):
+        file.write_text(text)
+        monkeypatch.setattr(os, "getpid", lambda number=number: -1 - number)
+        seen.append(code(cfg))
+    assert len(set(seen)) == 3 and seen[1] == seen[3]
+    assert "my_losses" not in sys.modules
