@@ -29,10 +29,10 @@ def code_at_first(process: int, *modules: str) -> str:
     """The same, of the package and these modules; `process` is not that of a fork's parent."""
     files = {str(file.relative_to(PACKAGE)): file for file in PACKAGE.rglob("*.py")}
     for name in modules:
-        with suppress(ModuleNotFoundError):
-            spec = find_spec(name)
-            if spec and spec.origin and not name.startswith(f"{PACKAGE.name}."):
-                files[name] = Path(spec.origin)
+        if not name.startswith(f"{PACKAGE.name}."):
+            with suppress(Exception):  # what cannot be found is said where it is used
+                spec = find_spec(name)
+                files |= {name: Path(str(spec.origin))} if spec and spec.has_location else {}
     digest = hashlib.sha256()
     for name, file in sorted(files.items()):
         digest.update(name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())

@@ -59,3 +59,5 @@ def test_a_loss_of_ones_own_is_part_of_the_code(
         seen.append(code(cfg))
     assert len(set(seen)) == 3 and seen[1] == seen[3]
     assert "my_losses" not in sys.modules
+    for target in ("sys.nothing", "nowhere.at.all"):
+        assert code(replace(cfg, loss=replace(cfg.loss, _target_=target))) == seen[0]
