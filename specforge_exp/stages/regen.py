@@ -8,7 +8,6 @@ run continues.
 import asyncio
 import json
 import logging
-import signal
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -98,7 +97,7 @@ def regen(cfg: Config) -> Path:
         finally:
             store.close()
         if interrupt.number:
-            interrupt.reraise(signal.SIGTERM)
+            interrupt.reraise()
         finish(store, partial)
     return folder
 
