@@ -42,6 +42,7 @@ from specforge_exp.paths import tokens_dir
 
 if TYPE_CHECKING:
     from specforge_exp.data.tokens import TokenSet
+    from specforge_exp.generation.local.transformers_engine import TransformersEngine
     from specforge_exp.target import Target
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background jobs:
@@ -64,6 +65,16 @@ def pytest_collection_finish() -> None:
 PLANTED = "s3cr3t-that-no-file-may-hold"
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ModelConfig(name="tiny", path=str(REPOSITORY / "assets" / "tiny_target"))
+
+
+def engine_over(cfg: Config, target: Target, tokenizer: Any, cache_mb: int) -> TransformersEngine:
+    """The engine of this process over a target that is loaded already."""
+    from specforge_exp.generation.local import transformers_engine as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_target", lambda *_: target)
+        patch.setattr(module, "load_tokenizer", lambda _: tokenizer)
+        return module.TransformersEngine(cfg, cache_mb=cache_mb)
 
 
 def small_target(

@@ -12,6 +12,7 @@ from specforge_exp.config.machine import on_the_hub
 from specforge_exp.config.stages import ExportConfig
 from specforge_exp.errors import InputError, first_line
 from specforge_exp.offline import offline
+from specforge_exp.serving.sglang import flag
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def model_card(cfg: Config, run: Path, options: dict[str, Any], vllm: dict[str, 
     served = {"speculative_draft_model_path": folder, **options}
     words = ["python", "-m", "sglang.launch_server", "--model-path", name]
     for key, value in served.items():
-        words += [f"--{key.replace('_', '-')}", str(value)]
+        words += flag(key, value)
     return CARD.read_text(encoding="utf-8").format(
         front=f"base_model: {target}" if hub else "license: other",
         draft=cfg.draft.name, title=folder, target=f"[{name}](https://huggingface.co/{name})"
