@@ -7,12 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-from specforge_exp.config.resolvers import REPOSITORY
-
-STAGES = (
-    "prefetch", "prep", "regen", "preprocess", "train", "export", "bench", "report", "chat",
-    "pretrain", "sft",
-)  # fmt: skip
+from specforge_exp.config.resolvers import REPOSITORY, SCRIPTS
 
 
 def title(script: Path) -> str:
@@ -22,7 +17,7 @@ def title(script: Path) -> str:
 
 def overview() -> str:
     """All stages in order, a line each."""
-    lines = [f"  {stage:11} {title(REPOSITORY / f'{stage}.py')}" for stage in STAGES]
+    lines = [f"  {stage:11} {title(REPOSITORY / f'{stage}.py')}" for stage in SCRIPTS]
     usage = "usage: specforge <stage> [option=value ...], or specforge --version"
     more = "`specforge <stage> --help` lists its options; --config-dir <folder> adds your own conf."
     tab = '`eval "$(specforge -sc install=bash)"` lets the tab key complete them.'
@@ -39,8 +34,8 @@ def main() -> NoReturn:
     if stage in ("-h", "--help", "--version"):
         print(f"specforge {version('specforge-exp')}" if stage == "--version" else overview())
         sys.exit()
-    if stage not in STAGES:
-        sys.exit(f"error: {stage} is not a stage; choose one of: {', '.join(STAGES)}")
+    if stage not in SCRIPTS:
+        sys.exit(f"error: {stage} is not a stage; choose one of: {', '.join(SCRIPTS)}")
     os.execv(sys.executable, [sys.executable, str(REPOSITORY / f"{stage}.py"), *words])
 
 

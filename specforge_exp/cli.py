@@ -76,13 +76,11 @@ def reported(func: Any) -> Any:
         try:
             with told_by_the_system():
                 return func()
-        except InputError as error:  # of a sweep's own files
+        except (InputError, CompactHydraException) as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
-            sys.exit(f"error: {error}")
-        except CompactHydraException as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
-                raise
+            if isinstance(error, InputError):  # of a sweep's own files
+                sys.exit(f"error: {error}")
             cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else ""
             told = "\n".join(filter(None, [str(error), str(cause)]))
             new = begun_entry(sys.argv[1:], Config, told)

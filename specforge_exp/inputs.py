@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from specforge_exp import paths
 from specforge_exp.artifacts import check, read_record, sha256
 from specforge_exp.config import STAGES, Config, from_omegaconf
-from specforge_exp.config.checks import typed
+from specforge_exp.config.checks import typed, usual
 from specforge_exp.config.machine import SAME, command
 from specforge_exp.errors import InputError
 
@@ -130,10 +130,10 @@ def check_options(cfg: Config, stage: str, read: Mapping[str, str] | None = None
         value, before = now[group][name], made.get(group, {})
         if plain(before.get(name, value)) == value:
             continue
-        usual = value in (getattr(type(vars(cfg)[group]), name, None), [], {})
+        left = value == plain(usual(vars(cfg)[group], name))
         # A recipe has options of regen for all stages, and many a regen.py has its own; so has many
         # a prep.py the part of a file that it reads.
-        if stage == "regen" or usual or (places(value) and places(value) == places(before[name])):
+        if stage == "regen" or left or (places(value) and places(value) == places(before[name])):
             left_out.append(f"{key}={typed(before[name])}")
         else:
             given.append(f"{key} was {typed(before[name])}, now {typed(value)}")

@@ -34,13 +34,10 @@ class Interrupt:
         """The handler."""
         self.number = number
 
-    def reraise(self, otherwise: signal.Signals) -> None:
-        """Send the remembered signal again, to whoever handled it before.
-
-        Args:
-            otherwise: what to send when only another process was asked to end.
-        """
-        number = self.number or otherwise
+    def reraise(self) -> None:
+        """Send the remembered signal again, to whoever handled it before; SIGTERM where only
+        another process was asked to end."""
+        number = self.number or signal.SIGTERM
         signal.signal(number, self.before.get(number, signal.SIG_DFL))
         signal.raise_signal(number)
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from specforge_exp.data.tokens import TokenSet
+    from specforge_exp.generation.local.transformers_engine import TransformersEngine
     from specforge_exp.target import Target
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background jobs:
@@ -80,6 +81,16 @@ def composed(*words: str, whole: bool = False) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         read_once(GlobalHydra.instance().config_loader(), FILES_OF_CONF)
         return compose("config", list(words), return_hydra_config=whole)
+
+
+def engine_over(cfg: Config, target: Target, tokenizer: Any, cache_mb: int) -> TransformersEngine:
+    """The engine of this process over a target that is loaded already."""
+    from specforge_exp.generation.local import transformers_engine as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_target", lambda *_: target)
+        patch.setattr(module, "load_tokenizer", lambda _: tokenizer)
+        return module.TransformersEngine(cfg, cache_mb=cache_mb)
 
 
 def small_target(

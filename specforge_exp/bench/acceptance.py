@@ -38,9 +38,9 @@ class PairedAnswer:
         return len(self.with_draft.gained) if self.verified is None else self.verified
 
 
-def bootstrap_interval(values: list[float], resamples: int, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(values: list[float], resamples: int) -> tuple[float, float]:
     """95 % interval of the mean, by resampling requests."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     sample = np.asarray(values)[generator.integers(0, len(values), (resamples, len(values)))]
     low, high = np.percentile(sample.mean(1), [2.5, 97.5])
     return float(low), float(high)
@@ -137,7 +137,7 @@ def summarise(
         "acceptance_by_position": acceptance_by_position(requests, chain_length),
         "verified_per_token": verified_per_token(requests),
         **speeds(requests, seconds),
-        **(compared(requests) if greedy else {"lossless": None, "identical": None}),
+        **compared(requests if greedy else []),
         "target_forwards_saved": saved,
         "tokens": tokens,
         "novel": {
@@ -149,7 +149,8 @@ def summarise(
 
 
 def compared(requests: list[PairedAnswer]) -> dict[str, Any]:
-    """Whether all answers are the target's own, and the share of those that are."""
+    """Whether all answers are the target's own, and the share of those that are; None: not
+    measured."""
     same = [r.with_draft.tokens == r.alone.tokens for r in requests if r.alone is not None]
     if not same:
         return {"lossless": None, "identical": None}

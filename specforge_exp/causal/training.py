@@ -5,7 +5,6 @@ import os
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -33,14 +32,8 @@ def check_start(cfg: Config, stage: str) -> None:
             f"trainer.init={cfg.trainer.init} is a draft's start; {stage} begins with a model's "
             "folder: model.path=<folder>, as <run>/export is one"
         )
-    own = cfg.export
-    usual: dict[str, tuple[Any, Any]] = {
-        "onpolicy": (cfg.onpolicy.name, "none"),
-        "export.format": (own.format, "auto"),
-        "export.push": (own.push, None),
-        "export.source": (own.source, None),
-    }
-    refuse_others(stage, usual, "it trains and exports a model, no draft")
+    of_drafts = "onpolicy.name export.format export.push export.source"
+    refuse_others(stage, cfg, of_drafts, "it trains and exports a model, no draft")
 
 
 def train_causal(cfg: Config, device: torch.device, splits: Splits, run: TrainingRun) -> Record:

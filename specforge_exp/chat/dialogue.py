@@ -113,12 +113,10 @@ class Dialogue:
     def change(self, numbers: dict[str, Any]) -> None:
         """Set temperature and top_p, as far as they are in it; InputError for what does not fit."""
         try:
-            given: dict[str, Any] = {
-                name: float(numbers[name]) for name in SAMPLING if name in numbers
-            }
+            given: dict[str, Any] = {n: float(numbers[n]) for n in SAMPLING if n in numbers}
         except (TypeError, ValueError) as error:
             raise InputError(f"no number: {error}") from None
-        self.settings = replace(self.settings, **dict[str, Any](given))
+        self.settings = replace(self.settings, **given)
 
     def save(self, path: Path) -> str:
         """Write it as one line of JSON; another file that is there stays as it is."""

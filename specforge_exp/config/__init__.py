@@ -153,7 +153,7 @@ class Config:
         started, given = self.bench_engine in ("sglang", "vllm"), self.bench_engine == "openai"
         only_with(self.bench, "bench.", started, "engine=sglang or vllm", "alone")
         only_with(self.bench, "bench.", given, "engine=openai", "alone_url")
-        above_zero("lr", self.lr)
+        above_zero(self, "", "lr")
         if self.lr_point != "mid" and self.lr != (rate := vars(self.loss.lrs)[self.lr_point]):
             raise InputError(
                 f"lr_point={self.lr_point} is lr={rate:g} with loss={self.loss.name}, and lr="
@@ -200,20 +200,13 @@ class Config:
     def check_onpolicy(self) -> None:
         """Refuse what replay cannot go with: the target must run, with the draft whole."""
         self.draft.check_replay()
-        needed = {
-            "target.alone": (self.target.alone, "none"),
-            "target.cache": (self.target.cache, "none"),
-            "target.engine": (self.target.engine, "transformers"),
-            "target.share": (self.target.share, "none"),
-            "target.shard": (self.target.shard, False),
-            "target.pack_tokens": (self.target.pack_tokens, None),
-            "target.compile": (self.target.compile, False),
-            "trainer.shard": (self.trainer.shard, False),
-        }
-        if self.onpolicy.rolls:
-            needed["target.placement"] = (self.target.placement, "inprocess")
+        whole = (
+            "target.alone target.cache target.engine target.share target.shard target.pack_tokens "
+            "target.compile trainer.shard"
+        )
+        here = " target.placement" * self.onpolicy.rolls
         why = "every process asks its own target to judge what its draft has just proposed"
-        refuse_others(f"onpolicy={self.onpolicy.name}", needed, why)
+        refuse_others(f"onpolicy={self.onpolicy.name}", self, whole + here, why)
         length, steps = self.onpolicy.length, self.draft.replay_length
         if length is not None and length > steps:
             raise InputError(
@@ -224,17 +217,12 @@ class Config:
 
     def check_alone(self) -> None:
         """Refuse what one side alone cannot go with: it neither reads a run nor leaves one."""
-        needed = {
-            "target.share": (self.target.share, "none"),
-            "target.dry_run": (self.target.dry_run, False),
-            "target.profile": (self.target.profile, []),
-            "trainer.resume": (self.trainer.resume, True),
-            "trainer.restarts": (self.trainer.restarts, 0),
-            "trainer.profile": (self.trainer.profile, []),
-            "trainer.dump": (self.trainer.dump, []),
-        }
+        of_runs = (
+            "target.share target.dry_run target.profile trainer.resume trainer.restarts "
+            "trainer.profile trainer.dump"
+        )
         why = "it is no run, and reads and writes none"
-        refuse_others(f"target.alone={self.target.alone}", needed, why)
+        refuse_others(f"target.alone={self.target.alone}", self, of_runs, why)
 
     @property
     def keeps_nothing(self) -> bool:

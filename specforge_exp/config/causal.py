@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from specforge_exp.config.checks import above_zero, allow, minimums
+from specforge_exp.config.checks import SWITCHED, above_zero, allow, minimums
 from specforge_exp.errors import InputError
 
 
@@ -29,8 +29,7 @@ class CausalConfig:
         minimums(self, "causal.", z_loss=0, beta2=0)
         if self.beta2 >= 1:
             raise InputError(f"causal.beta2={self.beta2} must be below 1")
-        # YAML reads off and on as truth values.
-        self.liger = {"False": "off", "True": "on"}.get(self.liger, self.liger)
+        self.liger = SWITCHED.get(self.liger, self.liger)
         allow(self, "causal.", liger="auto on off")
         allow(self, "causal.", attention="auto documents sdpa eager flash_attention_2")
 
@@ -48,7 +47,7 @@ class TextSource:
     """Its share of the rows, among those of all sources."""
 
     def __post_init__(self) -> None:
-        above_zero("pretrain.sources.weight", self.weight)
+        above_zero(self, "pretrain.sources.", "weight")
 
 
 @dataclass

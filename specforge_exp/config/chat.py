@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from specforge_exp.config.checks import finite, minimums, only_with
+from specforge_exp.config.checks import finite, minimums, only_with, up_to_one
 from specforge_exp.errors import InputError
 
 
@@ -34,8 +34,7 @@ class ChatConfig:
         finite("chat", self)
         minimums(self, "chat.", temperature=0, max_tokens=1)
         only_with(self, "chat.", self.url is None, "chat.url=null", "draft")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"chat.top_p={self.top_p} must be in (0, 1]")
+        up_to_one(self, "chat.", top_p="(0, 1]")
         if self.url is not None and not re.match("https?://.", self.url):
             raise InputError(
                 f"chat.url={self.url} must begin with http:// or https://, and ends in /v1 mostly"

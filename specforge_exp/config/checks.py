@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from omegaconf import MISSING
@@ -12,6 +12,8 @@ from specforge_exp.errors import InputError
 
 RESERVED = (".partial", ".old", ".tokens", ".features")
 """Ends of working folders' names, and of those that are made of two names (see paths.py)."""
+SWITCHED = {"False": "off", "True": "on"}
+"""YAML reads off and on as truth values."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -27,10 +29,25 @@ def at_least(key: str, value: float | None, minimum: float) -> None:
         raise InputError(f"{key}={value} must be at least {minimum}")
 
 
-def above_zero(key: str, value: float | None) -> None:
-    """Refuse 0 and negative numbers; null passes."""
-    if value is not None and value <= 0:
-        raise InputError(f"{key}={value} must be above 0")
+def above_zero(options: Any, prefix: str, names: str) -> None:
+    """Refuse 0 and negative numbers in fields of `options`, whose keys begin with `prefix`; null
+    passes."""
+    for name in names.split():
+        value = vars(options)[name]
+        if value is not None and value <= 0:
+            raise InputError(f"{prefix}{name}={value} must be above 0")
+
+
+def up_to_one(options: Any, prefix: str, **ranges: str) -> None:
+    """Refuse numbers that are not from 0 to 1 in fields of `options`, whose keys begin with
+    `prefix`; a round bracket leaves an end out, as in "(0, 1]". Null passes."""
+    for name, ends in ranges.items():
+        value = vars(options)[name]
+        left_out = {"(": 0, ")": 1}
+        if value is not None and (
+            not 0 <= value <= 1 or value in (left_out.get(ends[0]), left_out.get(ends[-1]))
+        ):
+            raise InputError(f"{prefix}{name}={value} must be in {ends}")
 
 
 def allow(options: Any, prefix: str, **allowed: str) -> None:
@@ -45,12 +62,27 @@ def minimums(options: Any, prefix: str, **least: float) -> None:
         at_least(prefix + name, vars(options)[name], minimum)
 
 
-def refuse_others(what: str, needed: dict[str, tuple[Any, Any]], why: str) -> None:
-    """Refuse an option that is not what another, `what`, needs: by key what it is and should be."""
-    for key, (value, allowed) in needed.items():
-        if value != allowed:
+def usual(options: Any, name: str) -> Any:
+    """What a field of `options` is by default."""
+    made = next(field.default_factory for field in fields(options) if field.name == name)
+    return made() if callable(made) else getattr(type(options), name)
+
+
+def changed(options: Any, names: str) -> list[str]:
+    """Those of these fields that are not as by default."""
+    return [name for name in names.split() if vars(options)[name] != usual(options, name)]
+
+
+def refuse_others(what: str, cfg: Any, keys: str, why: str) -> None:
+    """Refuse options of `cfg`, by their keys, that are not as by default, as another, `what`, needs
+    them."""
+    for key in keys.split():
+        group, name = key.split(".")
+        options = vars(cfg)[group]
+        if changed(options, name):
+            needed, given = (str(v).lower() for v in (usual(options, name), vars(options)[name]))
             raise InputError(
-                f"{what} needs {key}={str(allowed).lower()}, not {str(value).lower()}: {why}"
+                f"{what} needs {key.removesuffix('.name')}={needed}, not {given}: {why}"
             )
 
 
@@ -60,12 +92,11 @@ def only_with(options: Any, prefix: str, there: bool, what: str, names: str) -> 
 
     A run that is given one is not what its command says, and a grid over one repeats a run.
     """
-    for name in names.split():
-        value, usual = vars(options)[name], getattr(type(options), name, [])
-        if value != usual and not there:
+    for name in changed(options, names):
+        if not there:
             raise InputError(
-                f"{prefix}{name}={typed(value)} needs {what}, without which it changes nothing; "
-                f"give that, or {prefix}{name}={typed(usual)}"
+                f"{prefix}{name}={typed(vars(options)[name])} needs {what}, without which it "
+                f"changes nothing; give that, or {prefix}{name}={typed(usual(options, name))}"
             )
 
 

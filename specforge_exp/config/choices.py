@@ -14,6 +14,7 @@ from specforge_exp.config.checks import (
     one_of,
     only_with,
     safe_name,
+    up_to_one,
 )
 from specforge_exp.data.formats import FORMATS
 from specforge_exp.errors import InputError
@@ -60,7 +61,7 @@ class ModelConfig:
         self.path = expanduser(self.path)  # of a file in conf/, which no shell reads
         safe_name("model.name", self.name)
         allow(self, "model.", dtype="auto float32 bfloat16", init="weights random")
-        above_zero("model.billions", self.billions)
+        above_zero(self, "model.", "billions")
         for layer in self.aux_layers or ():
             at_least("model.aux_layers", layer, 0)
         if ours := [name for name in self.chat_template_kwargs if name in OURS]:
@@ -134,8 +135,7 @@ class DataConfig:
         for key in ("train", "eval"):
             for number, source in enumerate(vars(self)[key]):
                 source.check(f"data.{key}[{number}]")
-        if not 0 <= self.split_eval < 1:
-            raise InputError(f"data.split_eval={self.split_eval} must be in [0, 1)")
+        up_to_one(self, "data.", split_eval="[0, 1)")
         only_with(self, "data.", not self.eval, "data.eval=[]", "split_eval")
         minimums(self, "data.", sample_size=1, max_turns=1)
 
@@ -152,8 +152,7 @@ class LearningRates:
     """The bold one."""
 
     def __post_init__(self) -> None:
-        for name, rate in vars(self).items():
-            above_zero(f"loss.lrs.{name}", rate)
+        above_zero(self, "loss.lrs.", "low mid high")
 
 
 @dataclass
@@ -198,7 +197,7 @@ class LossConfig:
                 f"loss.options={self.options} is for a function of your own, which loss._target_ "
                 f"names; {self._target_} reads none"
             )
-        above_zero("loss.temperature", self.temperature)
+        above_zero(self, "loss.", "temperature")
 
     def weights(self) -> dict[str, float]:
         """Weight of every term, by the field's name."""

@@ -67,8 +67,7 @@ class EngineConfig:
             self, "engine.", concurrency=1, retries=0, tp_size=1, num_servers=1, port=1,
             usd_per_gpu_hour=0,
         )  # fmt: skip
-        for name in ("startup_timeout", "timeout", "patience", "rate_limit"):
-            above_zero(f"engine.{name}", vars(self)[name])
+        above_zero(self, "engine.", "startup_timeout timeout patience rate_limit")
         if self.name == "openai" and not self.urls:
             raise InputError(
                 "engine=openai needs engine.urls=[http://127.0.0.1:30000/v1]: where the servers are"

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from specforge_exp import paths
 from specforge_exp.config import Config, PathsConfig, from_omegaconf
-from specforge_exp.config.resolvers import MATTERS, PACKAGE, REPOSITORY, STAGES
+from specforge_exp.config.resolvers import MATTERS, PACKAGE, REPOSITORY, SCRIPTS
 from specforge_exp.errors import InputError
 
 CONFIG_FLAGS = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
@@ -200,7 +200,7 @@ def program(stage: str) -> list[str]:
     running = Path(sys.argv[0])
     if running.is_absolute() and running.parent == REPOSITORY != PACKAGE.parent:
         return ["specforge", stage]
-    beside = running.stem in (*STAGES, "report", "chat")
+    beside = running.stem in SCRIPTS
     return ["python", str(running.with_name(f"{stage}.py")) if beside else f"{stage}.py"]
 
 
@@ -219,7 +219,7 @@ def command(stage: str, *more: str, away: bool = True) -> str:
         more: options that it has besides.
         away: with -m, so that a launcher runs it; else with -m where this command line has it.
     """
-    ours = Path(sys.argv[0]).stem in (*STAGES, "report", "chat")
+    ours = Path(sys.argv[0]).stem in SCRIPTS
     ours = ours and not any(word.startswith("sweep=") for word in sys.argv)  # it is of other runs
     words, matters = sys.argv[1:] if ours else [], MATTERS.get(stage)
     flags = ["-m"] if away or {"-m", "--multirun"} & {*words} else []

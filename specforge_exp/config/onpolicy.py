@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from specforge_exp.config.checks import above_zero, allow, minimums
+from specforge_exp.config.checks import above_zero, allow, minimums, up_to_one
 from specforge_exp.errors import InputError
 
 
@@ -72,12 +72,8 @@ class OnPolicyConfig:
             self, "onpolicy.", level0=0, start=0, anchors=1, length=1, temperature=0, beyond=0,
             sync_every=1, max_tokens=2,
         )  # fmt: skip
-        above_zero("onpolicy.weight", self.weight)
-        above_zero("onpolicy.budget", self.budget)
-        if not 0 <= self.errors <= 1:
-            raise InputError(f"onpolicy.errors={self.errors} must be in [0, 1]")
-        if not 0 < self.decay <= 1:
-            raise InputError(f"onpolicy.decay={self.decay} must be in (0, 1]")
+        above_zero(self, "onpolicy.", "weight budget")
+        up_to_one(self, "onpolicy.", errors="[0, 1]", decay="(0, 1]")
         for name in ("accepted", "rejected"):
             minimums(
                 vars(self)[name], f"onpolicy.{name}.", **dict.fromkeys(vars(vars(self)[name]), 0)

@@ -16,7 +16,12 @@ REPOSITORY = PACKAGE / "files" if (PACKAGE / "files").is_dir() else PACKAGE.pare
 """The checkout; of an installed package, what the wheel has of it."""
 OF_THE_MODEL = ("pretrain", "sft")
 """Stages that train the model itself."""
-STAGES = ("prefetch", "prep", "regen", "preprocess", "train", "export", "bench", *OF_THE_MODEL)
+SCRIPTS = (
+    "prefetch", "prep", "regen", "preprocess", "train", "export", "bench", "report", "chat",
+    *OF_THE_MODEL,
+)  # fmt: skip
+STAGES = tuple(name for name in SCRIPTS if name not in ("report", "chat"))
+"""Those that a launcher sends elsewhere, or that make what another reads."""
 MATTERS = {
     "prefetch": "experiment model",
     "prep": "experiment data paths",

@@ -22,33 +22,39 @@ def training_settings(cfg: Config) -> dict[str, Any]:
     It is what a run's record and its checkpoints hold as `settings`; two trainings of the same
     settings, tokens and target are the same training.
     """
-    settings = {name: vars(cfg)[name] for name in ("lr", "seed", "epochs", "max_steps")}
+    settings = values_of(cfg, "lr seed epochs max_steps")
     settings |= {f"draft.{key}": value for key, value in cfg.draft.matters().items()}
-    for group, node in {"loss": asdict(cfg.loss), "trainer": asdict(cfg.trainer)}.items():
-        settings |= {f"{group}.{key}": value for key, value in node.items() if key not in QUIET}
+    settings |= all_but_quiet(cfg, "loss") | all_but_quiet(cfg, "trainer")
     if cfg.onpolicy.replays:
         settings |= {f"onpolicy.{key}": value for key, value in cfg.onpolicy.matters().items()}
     if cfg.target.engine != "transformers":  # all others have the same states
-        settings |= {f"target.{key}": vars(cfg.target)[key] for key in ("engine", "args")}
-    settings["model.aux_layers"] = cfg.model.aux_layers
+        settings |= values_of(cfg, "target.engine target.args")
+    settings |= values_of(cfg, "model.aux_layers")
     return settings | chosen(cfg, f"device model.dtype {OF_STATES}")
+
+
+def values_of(cfg: Config, names: str) -> dict[str, Any]:
+    """These options, by their keys."""
+    return {name: attrgetter(name)(cfg) for name in names.split()}
+
+
+def all_but_quiet(cfg: Config, group: str) -> dict[str, Any]:
+    """The options of a node, by their keys, without those of QUIET."""
+    options = asdict(vars(cfg)[group]).items()
+    return {f"{group}.{key}": value for key, value in options if key not in QUIET}
 
 
 def chosen(cfg: Config, names: str) -> dict[str, Any]:
     """Those of these options that are chosen: of the others a record says nothing."""
-    values = {name: attrgetter(name)(cfg) for name in names.split()}
     unchosen: tuple[Any, ...] = (None, False, "auto", {}, [])
-    return {name: value for name, value in values.items() if value not in unchosen}
+    return {k: value for k, value in values_of(cfg, names).items() if value not in unchosen}
 
 
 def causal_settings(cfg: Config, stage: str) -> dict[str, Any]:
     """As `training_settings`, of a training of the model itself."""
-    names = ("lr", "seed", "epochs", "max_steps", "max_length")
-    settings: dict[str, Any] = {name: vars(cfg)[name] for name in names}
-    settings |= {"stage": stage, "model.init": cfg.model.init}
-    settings |= {f"causal.{name}": vars(cfg.causal)[name] for name in ("z_loss", "beta2")}
+    names = "lr seed epochs max_steps max_length model.init causal.z_loss causal.beta2"
+    settings = {"stage": stage, **values_of(cfg, names)}
     if stage == "pretrain":
         settings["pretrain.sources"] = [vars(source) for source in cfg.pretrain.sources]
-        settings["pretrain.eval_documents"] = cfg.pretrain.eval_documents
-    kept = {f"trainer.{k}": v for k, v in asdict(cfg.trainer).items() if k not in QUIET}
-    return settings | chosen(cfg, "device") | kept
+        settings |= values_of(cfg, "pretrain.eval_documents")
+    return settings | chosen(cfg, "device") | all_but_quiet(cfg, "trainer")

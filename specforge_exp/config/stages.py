@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 from specforge_exp.config.checks import (
+    SWITCHED,
     above_zero,
     allow,
     at_least,
@@ -12,6 +13,7 @@ from specforge_exp.config.checks import (
     only_with,
     safe_name,
     shared_evenly,
+    up_to_one,
 )
 from specforge_exp.config.choices import Source
 from specforge_exp.errors import InputError
@@ -99,16 +101,14 @@ class RegenConfig:
     """Make it again even if it is complete."""
 
     def __post_init__(self) -> None:
-        # YAML reads off and on as truth values.
-        self.thinking = {"False": "off", "True": "on"}.get(self.thinking, self.thinking)
+        self.thinking = SWITCHED.get(self.thinking, self.thinking)
         allow(self, "regen.", thinking="model off on kept", truncated="keep drop retry")
-        above_zero("regen.repetition_penalty", self.repetition_penalty)
+        above_zero(self, "regen.", "repetition_penalty")
         minimums(
             self, "regen.", temperature=0, top_k=0, max_tokens=1, num_samples=1,
             samples_per_prompt=1, chunk_size=1, drain=0,
         )  # fmt: skip
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"regen.top_p={self.top_p} must be in (0, 1]")
+        up_to_one(self, "regen.", top_p="(0, 1]")
 
 
 @dataclass
@@ -208,9 +208,8 @@ class TrainerConfig:
             self, "trainer.", restarts=0, batch_size=1, accumulate=1, pack_tokens=1,
             log_every=1, eval_every=1, save_every=1, keep_last=1, weight_decay=0,
         )  # fmt: skip
-        for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
-            if not 0 <= vars(self)[name] <= 1:
-                raise InputError(f"trainer.{name}={vars(self)[name]} must be in [0, 1]")
+        ratios = ("warmup_ratio", "decay_ratio", "min_lr_ratio")
+        up_to_one(self, "trainer.", **dict.fromkeys(ratios, "[0, 1]"))
         allow(self, "trainer.", schedule="cosine linear constant wsd", decay_shape="linear cosine")
         wsd = self.schedule == "wsd"
         only_with(self, "trainer.", wsd, "trainer.schedule=wsd", "decay_ratio decay_shape")
@@ -219,7 +218,7 @@ class TrainerConfig:
                 f"trainer.warmup_ratio={self.warmup_ratio} and trainer.decay_ratio="
                 f"{self.decay_ratio} leave no step between them; their sum must be at most 1"
             )
-        above_zero("trainer.clip", self.clip)
+        above_zero(self, "trainer.", "clip")
         if self.profile and (len(self.profile) != 2 or self.profile[0] < 0 or self.profile[1] < 1):
             raise InputError(f"trainer.profile={self.profile} is not [start, steps], e.g. [10,3]")
         for step in self.dump:
@@ -330,8 +329,7 @@ class BenchConfig:
             self, "bench.", chain_length=1, max_tokens=2, max_length=3, temperature=0,
             bootstrap=1, concurrency=1, verify_cost=0,
         )  # fmt: skip
-        # YAML reads off and on as truth values.
-        self.thinking = {"False": "off", "True": "on"}.get(self.thinking, self.thinking)
+        self.thinking = SWITCHED.get(self.thinking, self.thinking)
         allow(
             self, "bench.", dtype="float32 bfloat16", samples="auto hub shipped",
             turns="first all", average="conversations responses", thinking="model off on",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from specforge_exp.config.checks import above_zero, allow, minimums
+from specforge_exp.config.checks import above_zero, allow, changed, minimums
 from specforge_exp.errors import InputError
 
 OURS = {
@@ -12,6 +12,19 @@ OURS = {
     "tensor_parallel_size",
 }  # fmt: skip
 """Options of a vLLM server that its states depend on."""
+APART = {
+    "pack_tokens cache": (
+        "states kept would be those of other company after an interruption; disk packs the same "
+        "conversations always"
+    ),
+    "pack_tokens shard": "processes that share a target read one conversation at a time",
+    "pack_tokens placement": "workers read one conversation at a time",
+    "compile pack_tokens": "each number of conversations would be compiled by itself",
+    "compile shard": "processes that share a target exchange data within its layers",
+    "compile engine": "vLLM compiles the target itself; target.args are its options",
+    "placement shard": "with ray the trainers hold none of the target",
+}
+"""Of two options why one does not go with the other, as far as they are given (`check_apart`)."""
 
 
 @dataclass
@@ -79,22 +92,19 @@ class TargetConfig:
         allow(self, "target.", cache="none memory disk", placement="inprocess ray")
         allow(self, "target.", engine="transformers vllm", store="ray mooncake", share="none sweep")
         allow(self, "target.", alone="none workers trainer")
-        minimums(self, "target.", workers=1, tp_size=1)
-        above_zero("target.buffer_gb", self.buffer_gb)
-        above_zero("target.share_patience", self.share_patience)
-        minimums(self, "target.", pack_tokens=1)
-        self.check_packing()
-        self.check_compiling()
+        minimums(self, "target.", workers=1, tp_size=1, pack_tokens=1)
+        above_zero(self, "target.", "buffer_gb share_patience")
+        self.check_apart()
         if self.shard and self.cache == "memory":
             raise InputError(
                 "target.shard=true needs target.cache=none or disk: with memory each process would "
                 "keep, and ask for, other conversations"
             )
-        if self.engine == "transformers" and (self.tp_size > 1 or self.python or self.args):
-            key = "tp_size" if self.tp_size > 1 else "python" if self.python else "args"
+        if self.engine == "transformers" and (of_vllm := changed(self, "tp_size python args")):
             raise InputError(
-                f"target.{key} needs target.placement=ray and target.engine=vllm; with transformers"
-                " a target that does not fit one GPU is shared by the trainers: target.shard=true"
+                f"target.{of_vllm[0]} needs target.placement=ray and target.engine=vllm; with "
+                "transformers a target that does not fit one GPU is shared by the trainers: "
+                "target.shard=true"
             )
         window = self.profile
         if window and (len(window) != 2 or window[0] < 0 or window[1] < 1):
@@ -113,63 +123,31 @@ class TargetConfig:
                 "target.placement=ray needs target.cache=none or memory: states on disk are made "
                 "by the trainers themselves, once, with target.placement=inprocess"
             )
-        if self.placement == "ray" and self.shard:
-            raise InputError(
-                "target.placement=ray and target.shard=true exclude each other: with ray the "
-                "trainers hold none of the target"
-            )
-        given = {
-            "workers": self.workers > 1,
-            "dry_run": self.dry_run,
-            "store": self.store != "ray",
-            "share": self.share != "none",
-            "alone": self.alone != "none",
-            "profile": bool(self.profile),
-        }
         if self.share == "sweep" and self.store != "ray":
             raise InputError(
                 f"target.share=sweep needs target.store=ray, not {self.store}: what several runs "
                 "take lies in Ray's store"
             )
-        if self.placement == "inprocess" and any(given.values()):
-            key = next(key for key, value in given.items() if value)
-            raise InputError(f"target.{key} needs target.placement=ray")
+        of_ray = changed(self, "workers dry_run store share alone profile")
+        if self.placement == "inprocess" and of_ray:
+            raise InputError(f"target.{of_ray[0]} needs target.placement=ray")
 
-    def check_packing(self) -> None:
-        """Refuse what conversations read together do not go with."""
-        if self.pack_tokens is None:
-            return
-        needed = {"cache": self.cache != "memory", "shard": not self.shard}
-        needed["placement"] = self.placement == "inprocess"
-        reasons = {
-            "cache": "states kept would be those of other company after an interruption; disk "
-            "packs the same conversations always",
-            "shard": "processes that share a target read one conversation at a time",
-            "placement": "workers read one conversation at a time",
+    def check_apart(self) -> None:
+        """Refuse options that do not go with each other."""
+        given = {
+            "pack_tokens": self.pack_tokens is not None,
+            "compile": self.compile,
+            "shard": self.shard,
+            "cache": self.cache == "memory",
+            "placement": self.placement == "ray",
+            "engine": self.engine == "vllm",
         }
-        self.refuse_beside("pack_tokens", needed, reasons)
-
-    def check_compiling(self) -> None:
-        """Refuse what compiled layers do not go with."""
-        if not self.compile:
-            return
-        needed = {"pack_tokens": self.pack_tokens is None, "shard": not self.shard}
-        needed["engine"] = self.engine == "transformers"
-        reasons = {
-            "pack_tokens": "each number of conversations would be compiled by itself",
-            "shard": "processes that share a target exchange data within its layers",
-            "engine": "vLLM compiles the target itself; target.args are its options",
-        }
-        self.refuse_beside("compile", needed, reasons)
-
-    def refuse_beside(self, option: str, needed: dict[str, bool], reasons: dict[str, str]) -> None:
-        """InputError for the first option that does not fit beside another, with the reason."""
-        for key, fits in needed.items():
-            if not fits:
-                own, other = (str(vars(self)[name]).lower() for name in (option, key))
+        for pair, reason in APART.items():
+            one, other = pair.split()
+            if given[one] and given[other]:
+                own, others = (str(vars(self)[name]).lower() for name in (one, other))
                 raise InputError(
-                    f"target.{option}={own} and target.{key}={other} exclude each other: "
-                    f"{reasons[key]}"
+                    f"target.{one}={own} and target.{other}={others} exclude each other: {reason}"
                 )
 
     @property

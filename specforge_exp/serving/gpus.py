@@ -91,13 +91,8 @@ def tp_size_of(cfg: Config) -> int:
         return cfg.engine.tp_size
     if cfg.engine.command:
         return 1
-    if cfg.model.billions:
-        return tp_size_for(int(cfg.model.billions * 1e9))
-    return tp_size_for(parameters(cfg.model.path))
-
-
-def tp_size_for(count: int) -> int:
-    """GPUs for a model of so many parameters."""
+    given = cfg.model.billions
+    count = given * 1e9 if given else parameters(cfg.model.path)
     return next((gpus for most, gpus in SIZES if count <= most), LARGEST)
 
 

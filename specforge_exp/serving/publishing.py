@@ -12,41 +12,12 @@ from specforge_exp.config.machine import on_the_hub
 from specforge_exp.config.stages import ExportConfig
 from specforge_exp.errors import InputError, first_line
 from specforge_exp.offline import offline
+from specforge_exp.serving.sglang import flag
 
 log = logging.getLogger(__name__)
 
 SETTING = "chain_length temperature max_tokens thinking turns average"
-CARD = """---
-{front}
-tags:
-- speculative-decoding
-- {draft}
----
-
-# {title}
-
-A draft model ({draft}) for speculative decoding of {target}: it guesses tokens that the target
-verifies, so that the target's own answers come sooner. It is of no use without that target.
-
-## How it was trained
-
-| | |
-|---|---|
-{training}
-
-    {command}
-
-## What it earns
-
-{measured}
-
-## How to serve it
-
-    {serve}
-
-`{folder}` is a local copy of this repository. vLLM takes it as
-`--speculative-config '{vllm}'`.
-"""
+CARD = Path(__file__).with_name("card.md.format")
 
 
 def model_card(cfg: Config, run: Path, options: dict[str, Any], vllm: dict[str, Any]) -> str:
@@ -68,8 +39,8 @@ def model_card(cfg: Config, run: Path, options: dict[str, Any], vllm: dict[str, 
     served = {"speculative_draft_model_path": folder, **options}
     words = ["python", "-m", "sglang.launch_server", "--model-path", name]
     for key, value in served.items():
-        words += [f"--{key.replace('_', '-')}", str(value)]
-    return CARD.format(
+        words += flag(key, value)
+    return CARD.read_text(encoding="utf-8").format(
         front=f"base_model: {target}" if hub else "license: other",
         draft=cfg.draft.name, title=folder, target=f"[{name}](https://huggingface.co/{name})"
         if hub else name, training=rows(trained(own, record)), command=typed(own["command"]),

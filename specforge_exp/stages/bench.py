@@ -30,7 +30,7 @@ from specforge_exp.bench.sets import BenchSets, bench_sets, prompt_digests
 from specforge_exp.bench.table import table
 from specforge_exp.config import Config
 from specforge_exp.config.machine import command
-from specforge_exp.config.settings import chosen
+from specforge_exp.config.settings import chosen, values_of
 from specforge_exp.data.conversations import asks_of
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
@@ -102,7 +102,7 @@ def settings_of(cfg: Config) -> dict[str, Any]:
     if cfg.bench.verify == "all":
         del settings["verify"], settings["verify_cost"]
     settings["max_length"] = cfg.bench.max_length or cfg.max_length
-    settings |= {"chain_length": cfg.chain_length, "seed": cfg.seed}
+    settings |= values_of(cfg, "chain_length seed")
     settings |= chosen(cfg, "model.chat_template_kwargs")
     if cfg.bench_engine == "transformers":
         settings |= chosen(cfg, "device threads")

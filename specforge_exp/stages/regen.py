@@ -8,12 +8,10 @@ run continues.
 import asyncio
 import json
 import logging
-import signal
 import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from specforge_exp import paths
 from specforge_exp.artifacts import (
@@ -25,7 +23,7 @@ from specforge_exp.artifacts import (
 )
 from specforge_exp.config import Config
 from specforge_exp.config.machine import command
-from specforge_exp.config.settings import chosen
+from specforge_exp.config.settings import chosen, values_of
 from specforge_exp.drafts.engines import unserved
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Engine
@@ -51,6 +49,11 @@ from specforge_exp.target.loading import fed_by
 
 log = logging.getLogger(__name__)
 
+SETTINGS = (
+    "regen.temperature regen.top_p regen.top_k regen.max_tokens regen.thinking regen.truncated "
+    "regen.num_samples regen.samples_per_prompt seed max_length model.chat_template_kwargs"
+)
+"""Options that the answers depend on, whatever they are."""
 STALE = 30
 """Seconds without a sign of life after which a run counts as ended."""
 
@@ -70,13 +73,7 @@ def regen(cfg: Config) -> Path:
     source, digests = files[0].parent, {path: sha256(path) for path in files}
     inputs = {f"{source.name}/{path.name}": digest for path, digest in digests.items()}
     inputs["the target"] = model_digest(cfg.model.path)
-    options = "temperature top_p top_k max_tokens thinking truncated num_samples samples_per_prompt"
-    settings: dict[str, Any] = {f"regen.{name}": vars(cfg.regen)[name] for name in options.split()}
-    settings |= {
-        "seed": cfg.seed,
-        "max_length": cfg.max_length,
-        "model.chat_template_kwargs": cfg.model.chat_template_kwargs,
-    }
+    settings = values_of(cfg, SETTINGS)
     settings |= chosen(cfg, "regen.repetition_penalty device model.dtype")
     settings |= {f"engine.{name}": value for name, value in answering(cfg.engine).items()}
     fingerprint = Fingerprint(inputs, settings)
@@ -98,7 +95,7 @@ def regen(cfg: Config) -> Path:
         finally:
             store.close()
         if interrupt.number:
-            interrupt.reraise(signal.SIGTERM)
+            interrupt.reraise()
         finish(store, partial)
     return folder
 

@@ -17,7 +17,6 @@ From a step to its loss and gradients:
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -153,7 +152,7 @@ def fit(
                 save(cfg, run, snapshot, measure)
             if stop and not last:
                 log.info("train: stopped after step %d; run the same command to continue", done)
-                interrupt.reraise(signal.SIGTERM)
+                interrupt.reraise()
             fetching = time.monotonic()
     if tracker:
         prune(cfg, run, measure)  # a kill may have come between the last save and this

@@ -25,8 +25,8 @@ from hydra_sweeps.grid.config import ExperimentSweeperConf
 from hydra_sweeps.study.config import OptunaAsyncConf
 from modal_sweep.cli import parser
 from modal_sweep.config import ImageSettings, JobSettings, ModalLauncherConf
-from specforge_exp.__main__ import STAGES
 from specforge_exp.config import Config, draft_config_class, from_omegaconf
+from specforge_exp.config.resolvers import SCRIPTS
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 SAID = [
@@ -79,7 +79,7 @@ def check_options(options: tuple[str, ...]) -> None:
 
 def check_stage(stage: str, words: list[str]) -> None:
     """The options of a stage compose; lists of values have -m before them."""
-    assert stage in STAGES
+    assert stage in SCRIPTS
     words = [re.sub(r"^from=", "export.source=", word) for word in words]
     if words[:1] == ["status"]:
         words = words[1:]
@@ -120,7 +120,7 @@ def check(words: list[str]) -> None:
         [known] = [action.choices for action in parser()._actions if action.choices]
         return _assert({*rest[0].split("|")} <= {*known}, rest)
     script = next(word for word in rest if not word.startswith("-"))
-    if program == "python" and Path(script).stem in STAGES:
+    if program == "python" and Path(script).stem in SCRIPTS:
         return check_stage(Path(script).stem, rest[rest.index(script) + 1 :])
     return _assert((REPOSITORY / script).exists(), script)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_target
+from conftest import engine_over, small_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -27,7 +27,6 @@ from specforge_exp.generation.local.batcher import Batcher, Generated
 from specforge_exp.generation.local.prefixes import BLOCK, Prefixes
 from specforge_exp.generation.local.sampling import choose
 from specforge_exp.generation.local.slots import Slots
-from specforge_exp.generation.local.transformers_engine import TransformersEngine
 from specforge_exp.target import Target, load_tokenizer
 
 DEADLINE = 300
@@ -327,7 +326,7 @@ def test_the_engine_renders_and_decodes(
     cfg: Config, tiny_target: Target, tiny_tokenizer: Any
 ) -> None:
     messages = [{"role": "user", "content": "How many apples has Otto?"}]
-    engine = TransformersEngine(cfg, (tiny_target, tiny_tokenizer), cache_mb=1)
+    engine = engine_over(cfg, tiny_target, tiny_tokenizer, cache_mb=1)
 
     async def scene() -> None:
         answer = await engine.answer(Request(messages, Sampling(max_tokens=300)))
@@ -359,7 +358,7 @@ def test_arguments_of_tool_calls_are_read_as_servers_read_them(
     """OpenAI's are JSON in a string; templates want the object."""
     tokenizer = load_tokenizer(cfg.model)
     tokenizer.chat_template = CALLS
-    engine = TransformersEngine(cfg, (tiny_target, tokenizer), cache_mb=1)
+    engine = engine_over(cfg, tiny_target, tokenizer, cache_mb=1)
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 7}'}}
     said = {"role": "assistant", "content": "", "tool_calls": [call]}
     request = Request([{"role": "user", "content": "now "}, said], Sampling(max_tokens=1))

@@ -15,9 +15,9 @@ from weakref import ref
 import pytest
 from conftest import REPOSITORY
 
-from specforge_exp.__main__ import STAGES
 from specforge_exp.cli import loaded
 from specforge_exp.config import Config
+from specforge_exp.config.resolvers import SCRIPTS
 
 TORCHLESS = """
 import runpy, sys
@@ -52,7 +52,7 @@ def shape(stage: str) -> str:
     return ast.dump(ast.Module(tree.body[1:], [])).replace(f"stages.{stage}:{stage}", "stages.x:x")
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "bench"])
+@pytest.mark.parametrize("stage", [stage for stage in SCRIPTS if stage != "bench"])
 def test_scripts_are_alike(stage: str) -> None:
     assert shape(stage) == shape("train")
 
@@ -172,12 +172,12 @@ def test_a_new_entry_is_given_as_a_whole(words: list[str]) -> None:
 def test_specforge_lists_its_stages() -> None:
     listed = run("-m", "specforge_exp").stdout.splitlines()
     stages = [line.split()[0] for line in listed if line.startswith("  ")]
-    assert stages == list(STAGES)
+    assert stages == list(SCRIPTS)
     assert run("-m", "specforge_exp", "--help").stdout.splitlines() == listed
     assert run("-m", "specforge_exp", "--version").stdout.startswith("specforge 0.")
     wrong = run("-m", "specforge_exp", "trian")
     assert (wrong.returncode, wrong.stdout) == (1, "")
-    assert wrong.stderr == f"error: trian is not a stage; choose one of: {', '.join(STAGES)}\n"
+    assert wrong.stderr == f"error: trian is not a stage; choose one of: {', '.join(SCRIPTS)}\n"
 
 
 def test_specforge_is_the_script() -> None:
@@ -242,7 +242,7 @@ def test_tab_completes_in_a_shell(tmp_path: Path) -> None:
     mine = tmp_path / "conf" / "model" / "mine.yaml"
     mine.parent.mkdir(parents=True)
     mine.write_text("defaults: [tiny]\n")
-    assert completed("specforge ", tmp_path) == list(STAGES)
+    assert completed("specforge ", tmp_path) == list(SCRIPTS)
     assert completed("specforge pre", tmp_path) == ["prefetch", "prep", "preprocess", "pretrain"]
     line = "specforge train --config-dir conf -m loss=full-opd model=mi"
     assert completed(line, tmp_path) == ["model=mine", "model=mistral_small"]

@@ -24,14 +24,14 @@ from chat_templates import tokenizer_of
 from conftest import REPOSITORY
 from modal_app.regen_driver import COMMAND, POISON, REFUSED, write_prompts
 
-from specforge_exp.config import Config, EngineConfig
+from specforge_exp.config import Config, EngineConfig, ModelConfig
 from specforge_exp.errors import InputError
 from specforge_exp.generation.engine import Request, Sampling, ServerDied
 from specforge_exp.generation.rules import rules_of
 from specforge_exp.generation.server_engine import ServerEngine, layout
 from specforge_exp.serving import gpus
 from specforge_exp.serving.command import answering, server_command
-from specforge_exp.serving.gpus import count_servers, parameters, tp_size_for
+from specforge_exp.serving.gpus import count_servers, parameters, tp_size_of
 from specforge_exp.stages.regen import describe, regen
 
 QWEN3_8B = {
@@ -197,11 +197,11 @@ def test_gpus_by_size(config: dict[str, Any], billions: float, gpus: int, tmp_pa
     (tmp_path / "config.json").write_text(json.dumps({**config, "head_dim": 128}))
     count = parameters(str(tmp_path))
     assert count / 1e9 == pytest.approx(billions, abs=0.05)
-    assert tp_size_for(count) == gpus
+    assert tp_size_of(Config(model=ModelConfig(name="m", path=str(tmp_path)))) == gpus
 
 
 def test_a_405b_takes_a_whole_machine() -> None:
-    assert tp_size_for(405_000_000_000) == 8
+    assert tp_size_of(Config(model=ModelConfig(name="m", path="m", billions=405))) == 8
 
 
 def test_a_model_that_says_nothing_of_its_size(tmp_path: Path) -> None:

@@ -4,12 +4,12 @@ import asyncio
 from typing import Any
 
 import pytest
+from conftest import engine_over
 from families import FAMILIES, build, tokens
 
 from specforge_exp.config import Config
 from specforge_exp.generation.engine import Refused, Request, Sampling
 from specforge_exp.generation.local.batcher import Generated
-from specforge_exp.generation.local.transformers_engine import TransformersEngine
 from specforge_exp.target import Target
 
 
@@ -17,7 +17,7 @@ def test_a_long_neighbour_changes_no_answer(cfg: Config, tiny_tokenizer: Any) ->
     """Phi's rotation is another one for all of a forward when one of it is long: such a one is
     refused."""
     model = build(FAMILIES["Phi-4-mini"]()).eval().requires_grad_(False)
-    engine = TransformersEngine(cfg, (Target(model, []), tiny_tokenizer), cache_mb=0)
+    engine = engine_over(cfg, Target(model, []), tiny_tokenizer, cache_mb=0)
     batcher, sampling = engine.batcher, Sampling(max_tokens=24, ignore_eos=True)
     short, longest = tokens(20, 1).tolist(), tokens(104, 2).tolist()
 
@@ -38,7 +38,7 @@ def test_what_the_text_would_lose_is_said(
     cfg: Config, tiny_target: Target, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Special tokens within an answer (channels of thoughts, calls of tools) are not spelt."""
-    engine = TransformersEngine(cfg, (tiny_target, tiny_tokenizer), cache_mb=1)
+    engine = engine_over(cfg, tiny_target, tiny_tokenizer, cache_mb=1)
     said = tiny_tokenizer("<|im_start|>analysis", add_special_tokens=False)["input_ids"]
     request = Request([{"role": "user", "content": "?"}], Sampling())
 

@@ -3,7 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from specforge_exp.config.checks import at_least, one_of, only_with, some_of_all
+from specforge_exp.config.checks import (
+    above_zero,
+    allow,
+    minimums,
+    only_with,
+    some_of_all,
+)
 from specforge_exp.config.choices import DraftConfig
 from specforge_exp.errors import InputError
 
@@ -78,17 +84,15 @@ class DFlashConfig(DraftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("draft.block_size", self.block_size, 2)
-        for name in ("num_layers", "num_features", "num_anchors", "min_loss_tokens"):
-            at_least(f"draft.{name}", vars(self)[name], 1)
-        at_least("draft.mask_token_id", self.mask_token_id, 0)
-        if self.loss_gamma <= 0:
-            raise InputError(f"draft.loss_gamma={self.loss_gamma} must be above 0")
-        one_of("draft.start", self.start, ("target", "random"))
-        one_of("draft.attention", self.attention, ("auto", "flex", "merged"))
-        one_of("draft.position_weights", self.position_weights, ("decay", "dpace"))
-        one_of("draft.divisor", self.divisor, ("weights", "labels"))
-        one_of("draft.window", self.window, ("slot", "block"))
+        minimums(
+            self, "draft.", block_size=2, num_layers=1, num_features=1, num_anchors=1,
+            min_loss_tokens=1, mask_token_id=0,
+        )  # fmt: skip
+        above_zero(self, "draft.", "loss_gamma")
+        allow(
+            self, "draft.", start="target random", attention="auto flex merged",
+            position_weights="decay dpace", divisor="weights labels", window="slot block",
+        )  # fmt: skip
         if not 0 <= self.dpace_alpha <= 1:
             raise InputError(f"draft.dpace_alpha={self.dpace_alpha} must be from 0 to 1")
         dpace = self.position_weights == "dpace"

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from specforge_exp.config.checks import at_least, one_of, only_with
+from specforge_exp.config.checks import allow, minimums, only_with
 from specforge_exp.drafts.dflash.config import DFlashConfig
-from specforge_exp.errors import InputError
 
 
 @dataclass
@@ -37,10 +36,8 @@ class DSparkConfig(DFlashConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("draft.markov_rank", self.markov_rank, 1)
-        one_of("draft.markov_head_type", self.markov_head_type, ("vanilla", "gated", "rnn"))
-        if self.confidence_weight < 0:
-            raise InputError(f"draft.confidence_weight={self.confidence_weight} is below 0")
+        minimums(self, "draft.", markov_rank=1, confidence_weight=0)
+        allow(self, "draft.", markov_head_type="vanilla gated rnn")
         of_head = "confidence_weight confidence_head_with_markov"
         only_with(self, "draft.", self.confident, "draft.enable_confidence_head=true", of_head)
 

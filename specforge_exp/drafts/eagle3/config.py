@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from specforge_exp.config.checks import at_least, one_of, some_of_all
+from specforge_exp.config.checks import allow, minimums, some_of_all, up_to_one
 from specforge_exp.config.choices import DraftConfig, LossConfig
 from specforge_exp.errors import InputError
 
@@ -35,7 +35,7 @@ class Variant:
 
     def check_variant(self, option: str, steps: int) -> None:
         """Refuse what no engine computes; `option` is the name of what says `steps`."""
-        at_least("draft.num_layers", self.num_layers, 1)
+        minimums(self, "draft.", num_layers=1)
         if self.norm_before_fc and self.fc_norm:
             raise InputError(
                 "draft.norm_before_fc=true and draft.fc_norm=true: one norm over the target's "
@@ -83,7 +83,7 @@ class EagleConfig(DraftConfig, Variant):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("draft.start", self.start, ("target", "random"))
+        allow(self, "draft.", start="target random")
         self.check_variant(self.steps_option, self.steps)
 
     @property
@@ -134,12 +134,10 @@ class Eagle3Config(EagleConfig):
     are means over each forward, so trainer.pack_tokens and the number of processes change them."""
 
     def __post_init__(self) -> None:
-        at_least("draft.ttt_length", self.ttt_length, 1)
+        minimums(self, "draft.", ttt_length=1)
         super().__post_init__()
-        if not 0 < self.ttt_decay <= 1:
-            raise InputError(f"draft.ttt_decay={self.ttt_decay} must be in (0, 1]")
-        allowed = ("inference", "specforge", "speculators")
-        one_of("draft.supervision", self.supervision, allowed)
+        up_to_one(self, "draft.", ttt_decay="(0, 1]")
+        allow(self, "draft.", supervision="inference specforge speculators")
 
     def check_replay(self) -> None:
         """The peers' supervision trains states that no proposal has."""

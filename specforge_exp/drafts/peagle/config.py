@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from specforge_exp.config.checks import at_least, minimums, one_of
+from specforge_exp.config.checks import allow, minimums, up_to_one
 from specforge_exp.drafts.eagle3.config import EagleConfig
 from specforge_exp.errors import InputError
 
@@ -36,13 +36,11 @@ class PEagleConfig(EagleConfig):
     peer's way: speculators."""
 
     def __post_init__(self) -> None:
-        minimums(self, "draft.", num_depths=1, max_anchors=1)
-        at_least("draft.mask_token_id", self.mask_token_id, 0)
+        minimums(self, "draft.", num_depths=1, max_anchors=1, mask_token_id=0)
         super().__post_init__()
-        one_of("draft.supervision", self.supervision, ("inference", "speculators"))
-        for name in ("down_sample_ratio", "down_sample_ratio_min", "depth_decay"):
-            if not 0 < vars(self)[name] <= 1:
-                raise InputError(f"draft.{name}={vars(self)[name]} must be in (0, 1]")
+        allow(self, "draft.", supervision="inference speculators")
+        shares = ("down_sample_ratio", "down_sample_ratio_min", "depth_decay")
+        up_to_one(self, "draft.", **dict.fromkeys(shares, "(0, 1]"))
         if self.norm_output:
             raise InputError(
                 "draft.norm_output=true says what the next step is fed, and P-EAGLE's depths are "

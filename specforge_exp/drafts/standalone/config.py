@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from specforge_exp.config.checks import at_least, one_of
+from specforge_exp.config.checks import allow, minimums
 from specforge_exp.config.choices import DraftConfig
 from specforge_exp.errors import InputError
 
@@ -34,9 +34,9 @@ class StandaloneConfig(DraftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("draft.horizon", self.horizon, 1)
+        minimums(self, "draft.", horizon=1)
         self.init = self.init or ("random" if self.path is None else "weights")
-        one_of("draft.init", self.init, ("weights", "random"))
+        allow(self, "draft.", init="weights random")
         if self.path is None and self.init == "random" and not self.config:
             self.config = {"num_hidden_layers": 4}
         if self.init == "weights" and (self.path is None or self.config):

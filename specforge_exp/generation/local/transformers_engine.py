@@ -1,13 +1,12 @@
 """Answers by the target in this process, by continuous batching."""
 
 import asyncio
-from typing import Any
 
 from specforge_exp.config import Config
 from specforge_exp.data.chat import eos_token_ids, prompt_ids, readable
 from specforge_exp.generation.engine import Answer, Refused, Request
 from specforge_exp.generation.local.batcher import Batcher
-from specforge_exp.target import Target, load_target, load_tokenizer, set_up_torch
+from specforge_exp.target import load_target, load_tokenizer, set_up_torch
 from specforge_exp.target.shape import turning_point
 
 
@@ -16,7 +15,6 @@ class TransformersEngine:
 
     Args:
         cfg: model, engine.concurrency, device and threads are read.
-        loaded: a target and its tokenizer; None: they are loaded.
         context: most tokens of a prompt and its answer; None, or more than the model has: the
             model's own, or what it rotates alike.
         cache_mb: MB for the keys and values of what was computed before.
@@ -25,17 +23,9 @@ class TransformersEngine:
         InputError: the target cannot be loaded or is of a kind that needs another engine.
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        loaded: tuple[Target, Any] | None = None,
-        context: int | None = None,
-        cache_mb: int = 1024,
-    ) -> None:
-        device = set_up_torch(cfg)
-        if loaded is None:
-            loaded = load_target(cfg.model, device, cfg.model.dtype), load_tokenizer(cfg.model)
-        target, self.tokenizer = loaded
+    def __init__(self, cfg: Config, context: int | None = None, cache_mb: int = 1024) -> None:
+        target = load_target(cfg.model, set_up_torch(cfg), cfg.model.dtype)
+        self.tokenizer = load_tokenizer(cfg.model)
         text = target.model.config.get_text_config()
         # Beyond it the sequences of a forward would change one another.
         most: int = turning_point(text) or text.max_position_embeddings
