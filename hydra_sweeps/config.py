@@ -63,3 +63,9 @@ class SweepConf:
                 f"with one of them for each of hydra.sweeper.names={list(self.names)}"
             )
         return words
+
+    def check_counts(self, *counts: str) -> None:
+        """SweepError for one of these options that is neither null nor at least 1."""
+        for name in counts:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise SweepError(f"hydra.sweeper.{name}={value} must be at least 1")

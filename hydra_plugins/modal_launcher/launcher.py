@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.utils import JobReturn
-from hydra.plugins.launcher import Launcher
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
 
 from modal_sweep.config import register
 
@@ -30,22 +28,11 @@ class ModalLauncherRegistration(SearchPathPlugin):
         register()
 
 
-class ModalLauncher(Launcher):
+class ModalLauncher(BasicLauncher):
     """Spawns the jobs of a multirun on Modal and brings their results back."""
 
     def __init__(self, **settings: Any) -> None:
-        self.settings = settings
-        self.config: DictConfig
-        self.task_function: TaskFunction
-        self.hydra_context: HydraContext
-
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
-        """Keep what Hydra hands over; nothing is started."""
-        self.hydra_context = hydra_context
-        self.task_function = task_function
-        self.config = config
+        super().__init__()  # the options are read where they are resolved, in `hydra.launcher`
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -58,6 +45,7 @@ class ModalLauncher(Launcher):
         """
         from modal_sweep.client.launch import launch
 
+        assert self.config and self.hydra_context and self.task_function
         return launch(
             self.config, self.hydra_context, self.task_function, job_overrides, initial_job_idx
         )
@@ -70,4 +58,5 @@ class ModalLauncher(Launcher):
         """
         from modal_sweep.client.session import Session
 
+        assert self.config and self.hydra_context and self.task_function
         return Session(self.config, self.hydra_context, self.task_function, total)

@@ -143,10 +143,7 @@ def chosen(jobs: list[Job], patterns: Sequence[str]) -> list[Job]:
 
 def check(options: ExperimentSweeperConf, launcher: Launcher) -> None:
     """Refuse options that do not fit; names them."""
-    for name in ("max_batch_size", "n_jobs", "repeats"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise SweepError(f"hydra.sweeper.{name}={value} must be at least 1")
+    options.check_counts("max_batch_size", "n_jobs", "repeats")
     if options.if_done not in ("skip", "rerun"):
         raise SweepError(f"hydra.sweeper.if_done={options.if_done}: choose one of: skip, rerun")
     if options.repeats > 1 and not options.repeat_key:

@@ -96,9 +96,7 @@ class OptunaAsyncConf(SweepConf):
 
     def check(self) -> None:
         """Refuse options that do not fit; names them."""
-        for name in ("n_jobs", "n_trials"):
-            if (value := getattr(self, name)) < 1:
-                raise SweepError(f"hydra.sweeper.{name}={value} must be at least 1")
+        self.check_counts("n_jobs", "n_trials")
         if self.repeats > 1:
             raise SweepError(
                 f"hydra.sweeper.repeats={self.repeats} is for hydra/sweeper=experiment: a study "

@@ -76,7 +76,7 @@ def renew(study: Study) -> None:
     """Show the others that this process lives; let go of trials that they have taken."""
     if not study.leases.due():
         return
-    stored = {trial.number: trial for trial in study.trials}
+    stored = study.trials
     waiting = {number: trial for number, (trial, _) in study.waiting.items()}
     mine = waiting | {number: running.trial for number, running in study.running.items()}
     for number, trial in mine.items():
@@ -308,7 +308,7 @@ def end(study: Study, number: int, returned: JobReturn) -> None:
     if number not in study.running:  # it was let go
         return
     if not study.leases.alone:
-        stored = next(trial for trial in study.trials if trial.number == number)
+        stored = study.trials[number]
         if stored.state.name != "RUNNING" or not study.leases.is_own(stored):
             let_go(study, number)
             return

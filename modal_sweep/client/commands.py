@@ -8,7 +8,7 @@ from pathlib import Path
 
 from modal_sweep.client import calls, collect, messages, preflight, spawn
 from modal_sweep.client.failures import modal_errors
-from modal_sweep.client.table import Table, rich_table, row
+from modal_sweep.client.table import Table, rich_table, row, state_of
 from modal_sweep.client.volumes import volume
 from modal_sweep.client.watch import Watch
 from modal_sweep.errors import LaunchError
@@ -22,7 +22,7 @@ def list_sweeps(arguments: argparse.Namespace) -> int:
     paths = sorted(arguments.folder.rglob(f"{FOLDER}/jobs.jsonl"))
     for path in paths:
         journal = Journal(path.parent.parent)
-        states = [state_of(record) for record in journal.ordered()]
+        states = [state_of(record, {"state": "in flight"}) for record in journal.ordered()]
         counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
         print(f"{journal.sweep_dir}  {len(states)} jobs: {counts}")
     if not paths:
@@ -40,11 +40,6 @@ def opened(sweep: Path) -> Journal:
         )
     preflight.refuse_elsewhere(journal)
     return journal
-
-
-def state_of(record: JobRecord) -> str:
-    """What the journal says of a job."""
-    return record.status or ("not spawned" if record.call is None else "in flight")
 
 
 def status(arguments: argparse.Namespace) -> int:
@@ -93,13 +88,13 @@ def finish(journal: Journal, records: Sequence[JobRecord]) -> int:
 
 
 def by_number(journal: Journal, numbers: Sequence[int]) -> list[JobRecord]:
-    """The newest job of each number; raises LaunchError for a number that there is not."""
+    """The newest job of each number, once; raises LaunchError for a number that there is not."""
     records = {record.number: record for record in journal.ordered()}
     for number in numbers:
         if number not in records:
             listed = ", ".join(map(str, sorted(records)))
             raise LaunchError(f"{journal.sweep_dir} has no job {number}; it has: {listed}")
-    return [records[number] for number in numbers]
+    return [records[number] for number in dict.fromkeys(numbers)]
 
 
 def logs(arguments: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ from modal_sweep.config import ModalLauncherConf
 from modal_sweep.errors import LaunchError, ResultGone
 from modal_sweep.protocol.journal import JobRecord, Journal
 from modal_sweep.protocol.names import COMMON_DICT, status_dict
+from modal_sweep.protocol.outputs import file_digest
 from modal_sweep.protocol.records import write_whole
 
 log = logging.getLogger(__name__)
@@ -189,7 +190,7 @@ def respawn(journal: Journal, record: JobRecord) -> None:
 
 def is_whole(path: Path, sha256: str) -> bool:
     """Whether a file is there and has that digest."""
-    return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+    return path.exists() and file_digest(path) == sha256
 
 
 def will_spawn(spawner: Spawner, record: JobRecord | None) -> bool:

@@ -21,10 +21,9 @@ def row(record: JobRecord, status: dict[str, Any], prices: dict[str, float]) -> 
     """One job as the table's texts."""
     started = status.get("started")
     seconds = time.time() - started if started else None
-    state = state_of(record, status)
-    if end := record.end:
-        state, seconds = end["status"], end.get("seconds")
-        state += " (outputs not here)" if record.unpulled else ""
+    if record.end is not None:
+        seconds = record.end.get("seconds")
+    state = state_of(record, status) + (" (outputs not here)" if record.unpulled else "")
     attempt = status.get("attempt", 1)
     if attempt > 1:
         state += f" (attempt {attempt})"
@@ -43,10 +42,9 @@ def row(record: JobRecord, status: dict[str, Any], prices: dict[str, float]) -> 
 
 def state_of(record: JobRecord, status: dict[str, Any]) -> str:
     """queued (for GPUs, an image), starting, running, preempted, completed, failed."""
-    if record.call is None:
-        return "not spawned"
     queued = "queued for GPUs" if record.plan["options"]["gpus"] else "queued"
-    return str(status.get("state") or queued)
+    going = "not spawned" if record.call is None else status.get("state") or queued
+    return record.status or str(going)
 
 
 @dataclass

@@ -52,6 +52,22 @@ def test_what_was_superseded_does_not_run_again(
     assert [record.identity for record in Journal(tmp_path).current()] == ["before"]
 
 
+def test_a_number_that_is_given_twice_runs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two calls at once would write to one folder, and the first would be paid for in vain."""
+    journal = Journal(tmp_path)
+    journal.write([{"event": "sweep", "id": "s", "dict": "d"}])
+    planned(journal, "failed", "failed")
+    spawned: list[str] = []
+    monkeypatch.setattr(commands.preflight, "refuse_elsewhere", lambda journal: {})
+    monkeypatch.setattr(spawn, "respawn", lambda journal, record: spawned.append(record.identity))
+    monkeypatch.setattr(commands, "finish", lambda journal, records: len(records))
+    arguments = argparse.Namespace(sweep=tmp_path, job=[0, 0], failed=True)
+    assert commands.rerun(arguments) == 1
+    assert spawned == ["failed"]
+
+
 @pytest.mark.parametrize("place", ["/there/0", "/runs/0"])
 def test_two_jobs_in_one_folder(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
