@@ -52,8 +52,8 @@ BUDGETS = {
     "modal_sweep": 33_370,
     "hydra_sweeps": 31_270,
     "hydra_plugins": 1_010,
-    "specforge_exp": 257_180,
-    "specforge_exp/data": 22_740,
+    "specforge_exp": 258_720,
+    "specforge_exp/data": 24_280,
     "specforge_exp/target": 13_440,
     "specforge_exp/drafts": 57_350,
     "specforge_exp/training": 21_150,
@@ -62,7 +62,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_660,
     "specforge_exp/report": 18_070,
     "specforge_exp/chat": 4_230,
-    "": 323_400,
+    "": 324_940,
     "specforge_exp/causal": 6_280,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
