@@ -53,7 +53,7 @@ BUDGETS = {
     "hydra_sweeps": 31_270,
     "hydra_plugins": 1_010,
     "specforge_exp": 258_720,
-    "specforge_exp/data": 24_280,
+    "specforge_exp/data": 24_290,
     "specforge_exp/target": 13_440,
     "specforge_exp/drafts": 57_350,
     "specforge_exp/training": 21_150,
