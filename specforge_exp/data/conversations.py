@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from specforge_exp.errors import InputError
+from specforge_exp.errors import InputError, naming
 
 _NAMES = {
     "system": "system developer",
@@ -218,7 +218,7 @@ def encode(value: Any, sort: bool = False) -> bytes:
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file that one of our stages wrote; InputError names file and line."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 yield normalise(orjson.loads(line))
