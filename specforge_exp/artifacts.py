@@ -26,7 +26,7 @@ from typing import Any
 
 from specforge_exp.config import REPOSITORY, Config
 from specforge_exp.config.machine import command
-from specforge_exp.errors import REFUSALS, InputError, naming, number_of
+from specforge_exp.errors import FULL, REFUSALS, InputError, naming, number_of
 from specforge_exp.lease import lease
 from specforge_exp.records import sync, sync_tree, unsealed, write_record
 
@@ -187,14 +187,6 @@ def check(folder: Path, command: str, record: str = "run.json") -> None:
             sizes = f"{size} bytes, was written with {before['bytes']}"
             raise InputError(f"{path} is damaged ({sizes}); {remedy}")
         CHECKED.add(key)
-
-
-FULL = {errno.ENOSPC, errno.EDQUOT}
-
-
-def disk_is_full(error: Exception) -> bool:
-    """Whether a write failed for want of room."""
-    return number_of(error) in FULL
 
 
 @contextmanager

@@ -14,6 +14,8 @@ REFUSALS = {
     errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ENFILE, errno.ENOMEM,
 }  # fmt: skip
 """Errors of the system that say what is wrong outside the program; others may be the program's."""
+FULL = {errno.ENOSPC, errno.EDQUOT}
+"""Those for want of room."""
 IN_WORDS = re.compile(r"\(os error (\d+)\)")
 """How safetensors says such an error's number."""
 
