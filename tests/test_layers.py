@@ -49,7 +49,7 @@ FLOORS = {
 }
 """Every house from its floor upwards; the longer name of a file counts."""
 BUDGETS = {
-    "modal_sweep": 33_370,
+    "modal_sweep": 33_480,
     "hydra_sweeps": 31_270,
     "hydra_plugins": 1_010,
     "specforge_exp": 259_680,
@@ -62,7 +62,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_690,
     "specforge_exp/report": 18_070,
     "specforge_exp/chat": 4_230,
-    "": 325_910,
+    "": 326_030,
     "specforge_exp/causal": 6_280,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be

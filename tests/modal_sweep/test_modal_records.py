@@ -23,9 +23,8 @@ for number in range(30):
 
 def test_what_a_kill_left_of_a_file_goes_when_it_is_brought_again(tmp_path: Path) -> None:
     """Not what a living process writes, or one of another machine that writes to the same disk."""
-    done = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
-    )
+    command = [sys.executable, "-c", "import os; print(os.getpid())"]
+    done = subprocess.run(command, check=True, capture_output=True)
     gone, here = int(done.stdout), os.getppid()
     names = [f"a[1].txt.{gone}.partial", f"a[1].txt.{here}.partial", f"a1.txt.{gone}.partial"]
     names += ["a[1].txt.old.partial", f"a[1].txt.{2**70}.partial"]
