@@ -52,8 +52,8 @@ BUDGETS = {
     "modal_sweep": 33_480,
     "hydra_sweeps": 31_270,
     "hydra_plugins": 1_010,
-    "specforge_exp": 259_680,
-    "specforge_exp/data": 24_330,
+    "specforge_exp": 259_920,
+    "specforge_exp/data": 24_570,
     "specforge_exp/target": 13_440,
     "specforge_exp/drafts": 57_800,
     "specforge_exp/training": 21_150,
@@ -62,7 +62,7 @@ BUDGETS = {
     "specforge_exp/bench": 11_690,
     "specforge_exp/report": 18_070,
     "specforge_exp/chat": 4_230,
-    "": 326_030,
+    "": 326_260,
     "specforge_exp/causal": 6_280,
 }
 """Tokens of code in a house or a room of it; what explains the code is free, or it would not be
