@@ -22,7 +22,7 @@ from typing import Any
 
 from specforge_exp.config import Config
 from specforge_exp.config.machine import command
-from specforge_exp.errors import InputError
+from specforge_exp.errors import FULL, REFUSALS, InputError, naming, number_of
 from specforge_exp.lease import lease
 from specforge_exp.provenance import code, git_commit, package_versions
 from specforge_exp.records import sync, sync_tree, unsealed, write_record
@@ -185,25 +185,24 @@ def check(folder: Path, command: str, record: str = "run.json") -> None:
         CHECKED.add(key)
 
 
-def disk_is_full(error: Exception) -> bool:
-    """Whether a write failed for want of room; safetensors says the number in words only."""
-    numbers = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError):
-        return error.errno in numbers
-    return any(f"(os error {number})" in str(error) for number in numbers)
-
-
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk into an InputError that says what to do; nothing complete is lost."""
+    """Turn a full disk, and what else the system refuses to write, into an InputError that says
+    what to do; nothing complete is lost."""
     try:
         yield
     except Exception as error:
-        if not disk_is_full(error):
+        number = number_of(error)
+        why, remedy = "the disk is full", "free some space"
+        if number == errno.EFBIG:
+            why, remedy = "a file is too large for this system", "raise the limit (ulimit -f)"
+        elif number in REFUSALS - FULL and not isinstance(error, OSError):  # which name the file
+            why, remedy = str(error), "mend that"
+        elif number not in FULL:
             raise
         raise InputError(
-            f"the disk is full while writing {path}; free some space and run the same command "
-            "again: complete artifacts are untouched"
+            f"{why} while writing {path}; {remedy} and run the same command again: complete "
+            "artifacts are untouched"
         ) from None
 
 
@@ -318,7 +317,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -3,7 +3,6 @@ the stage. It is where Hydra begins; the rest of the package does not know it.""
 
 import argparse
 import atexit
-import errno
 import gc
 import io
 import logging
@@ -31,14 +30,13 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from specforge_exp import offline, paths
 from specforge_exp.config import Config, from_omegaconf, repository, valueless
 from specforge_exp.config.keys import begun_entry, unknown_key
-from specforge_exp.errors import InputError
+from specforge_exp.errors import InputError, told_by_the_system
 from specforge_exp.provenance import code
 
 Task = Callable[[DictConfig], object]
 
 
 OF_HYDRA = utils.run_and_report
-REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
 WRITTEN = "an option is written epochs=3, in one word without dashes"
 
 
@@ -55,18 +53,6 @@ def prepare_streams() -> None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r"))
         elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
-
-
-@contextmanager
-def told_by_the_system() -> Iterator[None]:
-    """InputError for what may not be read or written here, or finds no room, with its name."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
-        told = [str(error.filename)] if error.filename else []
-        raise InputError(": ".join([*told, str(error.strerror)])) from error
 
 
 def reported(func: Any) -> Any:

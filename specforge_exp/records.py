@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from specforge_exp.errors import InputError
+from specforge_exp.errors import InputError, naming
 
 
 def sync(path: Path) -> None:
@@ -103,7 +103,7 @@ def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.exists():
         return
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = parse(line)

@@ -51,7 +51,7 @@ FLOORS = {
 }
 """Every house from its floor upwards; the longer name of a file counts."""
 BUDGETS = {
-    "modal_sweep": 33_370,
+    "modal_sweep": 33_480,
     "hydra_sweeps": 31_270,
     "hydra_plugins": 1_010,
     "specforge_exp": 256_360,

@@ -3,10 +3,16 @@
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterable
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
+
+STILL = 60.0
+"""Seconds without a write after which a file is written by nobody, if its process is not of this
+machine."""
 
 
 def write_whole(path: Path, content: Iterable[bytes], durable: bool = True) -> None:
@@ -17,6 +23,7 @@ def write_whole(path: Path, content: Iterable[bytes], durable: bool = True) -> N
         durable: also after the machine itself has stopped; False for what can be brought again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    forget_dead(path)
     # A name of its own: the launching process and `attach` may bring the same file at once.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -30,6 +37,17 @@ def write_whole(path: Path, content: Iterable[bytes], durable: bool = True) -> N
         partial.unlink(missing_ok=True)
     if durable:
         sync_folder(path.parent)
+
+
+def forget_dead(path: Path) -> None:
+    """Remove what killed processes have left of a file that they were writing."""
+    for left in path.parent.glob(f"{escape(path.name)}.*.partial"):
+        with suppress(OSError, OverflowError, ValueError):  # another has its number, or it is gone
+            try:
+                os.kill(int(left.name.split(".")[-2]), 0)
+            except ProcessLookupError:
+                if time.time() - left.stat().st_mtime > STILL:
+                    left.unlink()
 
 
 def sync_folder(folder: Path) -> None:

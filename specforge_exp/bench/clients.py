@@ -20,6 +20,7 @@ import orjson
 
 from specforge_exp.bench.speculative import Decoding, Generation
 from specforge_exp.errors import InputError
+from specforge_exp.serving.server import proxy_of
 
 JSON = {"Content-Type": "application/json"}
 PLAIN: dict[str, Any] = {
@@ -116,7 +117,8 @@ async def pieces(
 ) -> AsyncIterator[dict[str, Any]]:
     """The events of a streamed answer; raises InputError for what is none."""
     try:
-        async with http.post(url, data=orjson.dumps(body), headers=JSON) as response:
+        proxy = proxy_of(url)
+        async with http.post(url, data=orjson.dumps(body), headers=JSON, proxy=proxy) as response:
             if response.status != 200:
                 complaint = " ".join((await response.text()).split())[:300]
                 raise InputError(f"{url}: HTTP {response.status}: {complaint}")
@@ -216,7 +218,7 @@ async def counters(http: aiohttp.ClientSession, root: str) -> dict[str, float]:
     """vLLM's counts so far, by name (without `spec_decode_num_`) and position; empty for other
     servers."""
     try:
-        async with http.get(f"{root}/metrics") as response:
+        async with http.get(f"{root}/metrics", proxy=proxy_of(root)) as response:
             text = await response.text() if response.status == 200 else ""
     except (aiohttp.ClientError, OSError):
         return {}
@@ -287,7 +289,7 @@ async def fetch(http: aiohttp.ClientSession, url: str) -> dict[str, Any] | None:
         InputError: nothing answers there.
     """
     try:
-        async with http.get(url) as response:
+        async with http.get(url, proxy=proxy_of(url)) as response:
             content = orjson.loads(await response.read()) if response.status == 200 else None
             return content if isinstance(content, dict) else None
     except (aiohttp.ClientError, OSError) as error:

@@ -172,7 +172,7 @@ class TrainerConfig:
     decay_shape: str = "linear"
     """wsd: linear or cosine."""
     min_lr_ratio: float = 0.0
-    """The schedule ends at this share of lr; constant does not fall."""
+    """The schedule, if it is not constant, ends at this share of lr."""
     weight_decay: float = 0.0
     """AdamW's."""
     clip: float = 0.5
@@ -213,6 +213,8 @@ class TrainerConfig:
         allow(self, "trainer.", schedule="cosine linear constant wsd", decay_shape="linear cosine")
         wsd = self.schedule == "wsd"
         only_with(self, "trainer.", wsd, "trainer.schedule=wsd", "decay_ratio decay_shape")
+        falls = self.schedule != "constant"
+        only_with(self, "trainer.", falls, "another trainer.schedule than constant", "min_lr_ratio")
         if wsd and self.warmup_ratio + self.decay_ratio > 1:
             raise InputError(
                 f"trainer.warmup_ratio={self.warmup_ratio} and trainer.decay_ratio="

@@ -32,7 +32,7 @@ from specforge_exp.data.chat import (
 from specforge_exp.data.conversations import normalise
 from specforge_exp.data.messages import is_given, reasoning_of, split_thoughts
 from specforge_exp.data.tokens import Ints, arrays_of
-from specforge_exp.errors import InputError
+from specforge_exp.errors import InputError, naming, told_by_the_system
 from specforge_exp.records import digest_of, replacing, write_whole
 from specforge_exp.target import load_tokenizer
 
@@ -71,7 +71,7 @@ def cut(path: Path) -> list[LineBlock]:
     blocks: list[LineBlock] = []
     start = at = 0
     first = number = 1
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         for number, line in enumerate(file, 1):
             at += len(line)
             if number - first + 1 >= LINES or at - start >= BYTES:
@@ -95,7 +95,7 @@ def make_chat(cfg: Config) -> Chat:
 
 def read_block(block: LineBlock) -> list[dict[str, Any]]:
     """Its conversations; InputError names file and line."""
-    with block.path.open("rb") as file:
+    with naming(block.path), block.path.open("rb") as file:
         file.seek(block.start)
         lines = file.read(block.stop - block.start).removesuffix(b"\n").split(b"\n")
     records = []
@@ -339,7 +339,8 @@ def serve(connection: Connection, cfg: Config, folder: Path) -> None:
             block = connection.recv()
             complaint = None
             try:
-                encode_block(block, chat, cfg, folder)
+                with told_by_the_system():
+                    encode_block(block, chat, cfg, folder)
             except InputError as error:
                 complaint = str(error)
             connection.send(complaint)

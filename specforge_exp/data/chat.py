@@ -35,7 +35,7 @@ from specforge_exp.data.rendering import (
     tokens_of_prefix,
     warn_of_thinking,
 )
-from specforge_exp.data.turns import Conversation, Turn, Unlike, text_until
+from specforge_exp.data.turns import Conversation, Turn
 
 __all__ = [
     "Chat",
@@ -61,9 +61,9 @@ def opened(chat: Chat, record: Message) -> Conversation:
     messages = [readable(message, chat.thinking) for message in record["conversations"]]
     tools = parsed(record.get("tools"), "tools")
     kwargs = dated({**chat.kwargs, "tools": tools} if tools else chat.kwargs, day_of(record))
-    talk = Conversation(chat, messages, kwargs)
     answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-    talk.until(answers[-1] + 1 if answers else len(messages))  # it may be refused as a whole
+    talk = Conversation(chat, messages, kwargs, answers[-1] + 1 if answers else len(messages))
+    _ = talk.whole  # it may be refused
     for number, at in enumerate(answers, 1):
         if chat.last_turn_only and number < len(answers):
             continue
@@ -76,7 +76,7 @@ def opened(chat: Chat, record: Message) -> Conversation:
             talk.left_out.append("an answer is empty")
             continue
         try:
-            prompt = prompt_text(chat.tokenizer, messages[:at], kwargs)
+            prompt = talk.rendered(messages[:at], prompt=True)
         except Unrenderable:  # nobody asked, or not in a way that the template knows
             talk.left_out.append("no prompt can be made of what stands before an answer")
             continue
@@ -102,11 +102,11 @@ def next_text(talk: Conversation) -> str | None:
         None when no turn is left.
     """
     while talk.waiting:
-        try:
-            return text_until(talk, talk.waiting[-1])
-        except Unlike as reason:
-            talk.left_out.append(str(reason))
-            talk.waiting.pop()
+        text = talk.serving(talk.waiting[-1])
+        if isinstance(text, str):
+            return text
+        talk.left_out.append(str(text))
+        talk.waiting.pop()
     return None
 
 
@@ -124,9 +124,8 @@ def span_in(talk: Conversation, row: TokenRow, turn: Turn) -> tuple[int, int] | 
         said = row.text[len(turn.prompt) : row.offsets[stop][0]]
         if said.strip() == turn.answer:
             return first, stop + 1
-    try:
-        own = text_until(talk, turn)
-    except Unlike:
+    own = talk.serving(turn)
+    if not isinstance(own, str):
         return None
     body = own.rstrip()
     if row.text.startswith(body):
@@ -138,8 +137,7 @@ def span_in(talk: Conversation, row: TokenRow, turn: Turn) -> tuple[int, int] | 
 
 def stop_of(chat: Chat, row: TokenRow, first: int, limit: int) -> int | None:
     """The first token between two that a server stops at."""
-    tokens = enumerate(row.ids[first:limit], first)
-    return next((at for at, token in tokens if token in chat.eos), None)
+    return next((at for at in range(first, limit) if row.ids[at] in chat.eos), None)
 
 
 def replaced_stop(chat: Chat, row: TokenRow, own: str, first: int) -> tuple[int, int] | None:
@@ -148,7 +146,7 @@ def replaced_stop(chat: Chat, row: TokenRow, own: str, first: int) -> tuple[int,
     shown = own[: min((at for at in ends if at >= 0), default=0)].rstrip()
     if not row.text.startswith(shown):  # seen without tokenising a conversation for each turn
         return None
-    (alone,) = chat.rows_of([own])
+    (alone,) = chat.rows_after([row], [own])
     stop = stop_of(chat, alone, first, len(alone.ids))
     if stop is None or stop >= len(row.ids) or row.ids[:stop] != alone.ids[:stop]:
         return None
@@ -201,8 +199,9 @@ def encode_many(chat: Chat, records: Iterable[Message]) -> list[Encoded | Unrend
     while going:
         texts = [next_text(talk) for talk in going]
         going = [talk for talk, text in zip(going, texts, strict=True) if text is not None]
-        rows = chat.rows_of([text for text in texts if text is not None])
-        for talk, row in zip(going, rows, strict=True):
+        before, new = [talk.row for talk in going], [text for text in texts if text is not None]
+        for talk, row in zip(going, chat.rows_after(before, new), strict=True):
+            talk.row = row
             take(talk, row)
         going = [talk for talk in going if talk.waiting]
     return [talk if isinstance(talk, Unrenderable) else result_of(talk) for talk in talks]

@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from specforge_exp.errors import InputError
+from specforge_exp.errors import InputError, naming
 
 _NAMES = {
     "system": "system developer",
@@ -28,6 +28,8 @@ CALLS = ("function_call", "tool_call")
 """Roles whose text is calls of tools."""
 WEIGHTS = ("weight", "loss", "loss_weight", "loss_scale", "train")
 """Whether a message is learnt, as OpenAI, Mistral, ms-swift, LLaMA-Factory and axolotl say it."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")
+"""Thoughts beside the words; the last two stand beside one of the others, which is read."""
 LABELS = ("label", "kto_tag")
 """Whether the last answer is a good one, where every answer has a record of its own (KTO)."""
 LISTS = ("conversations", "messages", "conversation")
@@ -49,8 +51,8 @@ def normalise(record: Any) -> dict[str, Any]:
 
     Raises:
         BadRecord: it has no messages, an unknown role, content or a `system` that is not text,
-            `tools` that are not a JSON list, a weight that is neither 0 nor 1, a false label, or
-            options of a chat template.
+            thoughts beside it that are not, `tools` that are not a JSON list, a weight that is
+            neither 0 nor 1, a false label, or options of a chat template.
     """
     if not isinstance(record, dict):
         raise BadRecord(f"a {type(record).__name__} where an object was expected")
@@ -143,6 +145,7 @@ def normalise_message(message: Any) -> dict[str, Any]:
             content = text  # of several, templates make different things
     if not isinstance(content, str):
         raise BadRecord(f"the content of a {role} message is not text")
+    refuse_parts(ROLES[role], rest)
     if rest.pop("train_detail", None):
         raise BadRecord("a `train_detail`; a message is learnt as a whole")
     for name in WEIGHTS:
@@ -152,10 +155,19 @@ def normalise_message(message: Any) -> dict[str, Any]:
         if weight == 0:
             rest["weight"] = 0
     if role in CALLS:
-        thoughts, mark, text = content.rpartition("</think>")
+        before, mark, text = content.rpartition("</think>")
         if calls := called(text):
-            content, rest["tool_calls"] = thoughts + mark, calls
+            content, rest["tool_calls"] = before + mark, calls
     return {"role": ROLES[role], "content": content, **rest}
+
+
+def refuse_parts(role: str, message: dict[str, Any]) -> None:
+    """Raise BadRecord for an answer's thoughts that are there as a list or an object alone: none
+    would be taught."""
+    thoughts = {n: message[n] for n in THOUGHTS if role == "assistant" and message.get(n)}
+    parts = [name for name, told in thoughts.items() if isinstance(told, list | dict)]
+    if parts and not any(isinstance(told, str) for told in thoughts.values()):
+        raise BadRecord(f"the `{parts[0]}` of an assistant message is not text")
 
 
 def called(text: str) -> list[dict[str, Any]]:
@@ -218,7 +230,7 @@ def encode(value: Any, sort: bool = False) -> bytes:
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file that one of our stages wrote; InputError names file and line."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 yield normalise(orjson.loads(line))

@@ -8,6 +8,8 @@ THOUGHTS = re.compile(r"(\s*(?:<think>)?)((?:(?!<think>).)*?)(</think>\s*)", re.
 """Thoughts in front of an answer; a template that opens them leaves only their end to the model."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys under which servers and data sets hand over thoughts; the first one with text counts."""
+ARGUMENTS = ("parameters", "input", "args", "kwargs")
+"""What others call the arguments of a call; templates read none of them."""
 
 MARKS = (
     ("<think>\n", "\n</think>\n\n"),
@@ -82,7 +84,14 @@ def readable_call(call: dict[str, Any]) -> dict[str, Any]:
     inner = call.get("function", call)
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         raise Unrenderable("a tool call has no name")
-    inner = {**inner, "arguments": parsed(inner.get("arguments") or {}, "tool call's arguments")}
+    arguments: Any = inner.get("arguments")
+    for _ in range(2):  # data that were JSON before they were put into JSON
+        arguments = parsed(arguments or {}, "tool call's arguments") or {}
+    if not isinstance(arguments, dict):
+        raise Unrenderable("a tool call's arguments are no object")
+    if other := next((name for name in ARGUMENTS if inner.get(name) and not arguments), None):
+        raise Unrenderable(f"a tool call has `{other}` for `arguments`")
+    inner = {**inner, "arguments": arguments}
     return {**call, "function": inner} if "function" in call else inner
 
 

@@ -53,8 +53,13 @@ def render(tokenizer: Any, messages: list[Message], kwargs: dict[str, Any]) -> s
             options["chat_template"] = on_day(template, kwargs[TODAY])
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # templates raise whatever their author chose
-        raise Unrenderable(f"the chat template refuses it: {error}") from None
+        raise refused(error) from None
     return text
+
+
+def refused(error: Exception) -> Unrenderable:
+    """What a template's complaint is to us."""
+    return Unrenderable(f"the chat template refuses it: {error}")
 
 
 def prompt_text(tokenizer: Any, messages: list[Message], kwargs: dict[str, Any]) -> str:
@@ -163,6 +168,17 @@ class Chat:
         return {number: token.content.strip() for number, token in tokens.items()}
 
     @cached_property
+    def dividers(self) -> set[int]:
+        """Of these tokens those that are looked for in a text as it stands, before all else."""
+        tokens = self.tokenizer.added_tokens_decoder.items()
+        return {number for number, t in tokens if not (t.normalized or t.single_word)}
+
+    @cached_property
+    def reach(self) -> int:
+        """Characters that tell which of these tokens begins at a place."""
+        return max((len(token) for token in self.tokenizer.added_tokens_encoder), default=0)
+
+    @cached_property
     def stops(self) -> list[str]:
         """The text of `eos`."""
         names = self.tokenizer.convert_ids_to_tokens(sorted(self.eos))
@@ -197,6 +213,13 @@ class Chat:
         both = zip(texts, rows["input_ids"], rows["offset_mapping"], strict=True)
         return [TokenRow(text, ids, offsets) for text, ids, offsets in both]
 
+    def rows_after(self, before: "list[TokenRow]", texts: list[str]) -> "list[TokenRow]":
+        """The same; what a text begins with like the row given for it is not tokenised again."""
+        heads = [head_of(self, row, text) for row, text in zip(before, texts, strict=True)]
+        both = list(zip(heads, texts, strict=True))
+        tails = self.rows_of([text[len(head.text) :] for head, text in both])
+        return [tail.behind(head) for head, tail in zip(heads, tails, strict=True)]
+
 
 @dataclass(frozen=True)
 class TokenRow:
@@ -210,6 +233,15 @@ class TokenRow:
     def token_at(self, character: int) -> int:
         """The first token that begins there or later."""
         return bisect_left(self.offsets, (character,))
+
+    def behind(self, head: "TokenRow") -> "TokenRow":
+        """Both, one after the other."""
+        start = len(head.text)
+        offsets = [(start + first, start + end) for first, end in self.offsets]
+        return TokenRow(head.text + self.text, head.ids + self.ids, head.offsets + offsets)
+
+
+NOTHING = TokenRow("", [], [])
 
 
 @dataclass(frozen=True)
@@ -248,6 +280,23 @@ def tokens_of_prefix(chat: Chat, row: TokenRow, prefix: str) -> int | None:
     tail = chat.ids_of(prefix[row.offsets[cut][0] if cut else 0 :])
     first = cut + len(tail)
     return first if row.ids[cut:first] == tail else None
+
+
+def head_of(chat: Chat, row: TokenRow, text: str) -> TokenRow:
+    """Tokens that a row and a text begin with, up to the last one before which the tokenizer cuts
+    both: those of what follows are the same whatever stands before it."""
+    low, alike = 0, min(len(row.text), len(text))
+    while low < alike:
+        middle = (low + alike + 1) // 2
+        if row.text[low:middle] == text[low:middle]:
+            low = middle
+        else:
+            alike = middle - 1
+    for at in range(row.token_at(alike - chat.reach) - 1, 0, -1):
+        start, end = row.offsets[at]
+        if row.ids[at] in chat.dividers and end + chat.reach <= alike and cuts(chat, row, at):
+            return TokenRow(text[:start], row.ids[:at], row.offsets[:at])
+    return NOTHING
 
 
 def cuts(chat: Chat, row: TokenRow, at: int) -> bool:

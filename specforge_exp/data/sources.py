@@ -23,7 +23,7 @@ from specforge_exp.data.files import (
     without_nulls,
 )
 from specforge_exp.data.formats import FORMATS, Record, convert
-from specforge_exp.errors import InputError, first_line
+from specforge_exp.errors import InputError, first_line, naming
 from specforge_exp.offline import offline
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def unread(source: Source) -> list[str]:
             from pyarrow import parquet
 
             return columns.among(parquet.read_schema(path).names, read=False)
-        with path.open("rb") as file:
+        with naming(path), path.open("rb") as file:
             match next(parse(str(path), file, columns), None):
                 case (_, dict() as first):
                     return columns.among(list(first), read=False)
@@ -183,7 +183,7 @@ def raw_records(source: Source) -> Iterator[Raw | Rejected]:
         tell_passed_over(source.path, SUFFIXES)
     for path in files:
         try:
-            with path.open("rb") as file:
+            with naming(path), path.open("rb") as file:
                 yield from parse(str(path), file, FORMATS[source.format].columns)
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error}") from None

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from specforge_exp.data.messages import (
@@ -12,7 +13,16 @@ from specforge_exp.data.messages import (
     reasoning_of,
     split_thoughts,
 )
-from specforge_exp.data.rendering import Chat, Encoded, prompt_text, refusal, render
+from specforge_exp.data.rendering import (
+    NOTHING,
+    Chat,
+    Encoded,
+    TokenRow,
+    prompt_text,
+    refusal,
+    render,
+)
+from specforge_exp.data.templates import Renderings
 
 PROBE: Message = {"role": "user", "content": "x"}
 """What may follow an answer."""
@@ -94,23 +104,40 @@ class Conversation:
     messages: list[Message]
     kwargs: dict[str, Any]
     """For the template, tools with them."""
+    end: int
+    """Messages up to and with the last answer, or all."""
     waiting: list[Turn] = field(default_factory=list)
     """Turns that no sequence supervises yet."""
     left_out: list[str] = field(default_factory=list)
     sequences: list[Encoded] = field(default_factory=list)
-    texts: dict[int, str] = field(default_factory=dict)
-    """The template's renderings, by how many messages they show."""
+    row: TokenRow = NOTHING
+    """The text that was tokenised last."""
+    texts: dict[int, str | Unrenderable] = field(default_factory=dict)
+    """What `serving` has found, by the turn's number."""
 
-    def until(self, messages: int) -> str:
-        """The first messages as text; raises Unrenderable."""
-        if messages not in self.texts:
-            self.texts[messages] = self.rendered(self.messages[:messages])
-        return self.texts[messages]
+    @cached_property
+    def renderings(self) -> Renderings:
+        """By the template."""
+        return Renderings(self.chat.tokenizer, self.messages, self.kwargs)
 
-    def rendered(self, messages: list[Message]) -> str:
+    @cached_property
+    def whole(self) -> str:
+        """As text up to the end; raises Unrenderable."""
+        return self.rendered(self.messages[: self.end])
+
+    def serving(self, turn: Turn) -> str | Unrenderable:
+        """The text up to a turn, or why there is none."""
+        if turn.number not in self.texts:
+            try:
+                self.texts[turn.number] = text_until(self, turn)
+            except Unrenderable as error:
+                self.texts[turn.number] = Unrenderable(str(error))
+        return self.texts[turn.number]
+
+    def rendered(self, messages: list[Message], prompt: bool = False) -> str:
         """As text; raises Unrenderable."""
         try:
-            text = render(self.chat.tokenizer, messages, self.kwargs)
+            text = self.renderings.text(messages, prompt)
             text.encode()
         except Unrenderable as error:
             raise Unrenderable(refusal(self.chat, messages, self.kwargs, str(error))) from None
@@ -130,7 +157,7 @@ def text_until(talk: Conversation, turn: Turn) -> str:
     for part in (turn.answer, turn.thoughts, json.dumps(calls, ensure_ascii=False)):
         if any(stop in part.removesuffix(stop) for stop in talk.chat.stops):
             raise Unlike("an answer spells a token that ends answers before its end")
-    shown = talk.until(turn.until)
+    shown = talk.whole if turn.until == talk.end else talk.rendered(talk.messages[: turn.until])
     said = shown.removeprefix(turn.prompt) if shown.startswith(turn.prompt) else behind(talk, turn)
     if said is None or cut_thoughts(talk, turn, said):
         said = written(talk, turn, shown)
@@ -161,7 +188,7 @@ def behind(talk: Conversation, turn: Turn) -> str | None:
     *before, asked = talk.messages[: turn.until - 1]
     marked = {**asked, "content": MARKER}
     try:
-        prompt = prompt_text(talk.chat.tokenizer, [*before, marked], talk.kwargs)
+        prompt = talk.rendered([*before, marked], prompt=True)
         shown = talk.rendered([*before, marked, turn.message])
     except Unrenderable:
         return None

@@ -1,7 +1,7 @@
 """The folder of an exported draft, config.json and model.safetensors, written and read."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,35 @@ ALIKE = {
 }  # fmt: skip
 """And what they take alike of text where it is there: vLLM reads yarn's attention_factor, SGLang
 its attn_factor, neither the other's."""
+
+TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "an object": (
+        lambda value: isinstance(value, dict),
+        "eagle_config dflash_config rope_scaling rope_parameters transformer_layer_config "
+        "speculators_config verifier",
+    ),
+    "a whole number above 0": (
+        lambda value: type(value) is int and 0 < value < 2**31,
+        "hidden_size num_attention_heads num_key_value_heads num_hidden_layers head_dim vocab_size "
+        "intermediate_size draft_vocab_size target_hidden_size block_size markov_rank "
+        "max_position_embeddings num_target_layers sliding_window",
+    ),
+    "a token": (lambda value: type(value) is int, "mask_token_id pard_token ptd_token_id"),
+    "a number above 0": (
+        lambda value: type(value) in (int, float) and 0 < value < 1e18, "rope_theta factor"
+    ),
+    "a fraction": (lambda value: isinstance(value, float) and value > 0, "rms_norm_eps"),
+    "a list of layers": (
+        lambda value: isinstance(value, list) and all(type(layer) is int for layer in value),
+        "eagle_aux_hidden_state_layer_ids aux_hidden_state_layer_ids target_layer_ids",
+    ),
+    "a list of words": (
+        lambda value: isinstance(value, list) and all(isinstance(kind, str) for kind in value),
+        "layer_types",
+    ),
+    "a word": (lambda value: isinstance(value, str), "rope_type type model_type hidden_act"),
+}  # fmt: skip
+"""What entries of a config.json are, if they are there: how that is seen, and their names."""
 
 
 def write_export(
@@ -111,15 +140,28 @@ def read_export(folder: Path, keys: Iterable[str] = ()) -> tuple[dict[str, Any],
         keys: as in `check_keys`.
 
     Raises:
-        InputError: a file cannot be read, or a key is missing.
+        InputError: a file cannot be read, a key is missing, or an entry is of another type.
     """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         tensors = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be read as an exported draft: {error}") from None
+    check_types(folder, config)
     check_keys(folder, config, keys)
     return config, tensors
+
+
+def check_types(folder: Path, config: Any) -> None:
+    """Refuse a config.json with an entry, at any depth, that is not what readers take it for."""
+    if not isinstance(config, dict):
+        raise InputError(f"{folder}/config.json is no object")
+    for name, value in config.items():
+        for what, (right, names) in TYPES.items():
+            if name in names.split() and value is not None and not right(value):
+                raise InputError(f"{folder}/config.json: {name}={json.dumps(value)} is not {what}")
+        if isinstance(value, dict):
+            check_types(folder, value)
 
 
 def check_keys(folder: Path, config: dict[str, Any], keys: Iterable[str]) -> None:

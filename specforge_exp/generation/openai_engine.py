@@ -26,7 +26,7 @@ from specforge_exp.generation.engine import (
     ServerDied,
     Unreachable,
 )
-from specforge_exp.serving.server import connections
+from specforge_exp.serving.server import connections, proxy_of
 
 T = TypeVar("T")
 MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
@@ -131,12 +131,14 @@ class OpenAIEngine:
     async def post(self, server: int, path: str, body: bytes | None, session: str = "") -> bytes:
         """One exchange; raises Busy, Refused, Failed or InputError."""
         url = self.urls[server] + path
-        headers = {"Content-Type": "application/json"}
+        headers, proxy = {"Content-Type": "application/json"}, proxy_of(url)
         if session:
             headers["Modal-Session-ID"] = session
         try:
             method = "GET" if body is None else "POST"
-            async with self.session.request(method, url, data=body, headers=headers) as response:
+            async with self.session.request(
+                method, url, data=body, headers=headers, proxy=proxy
+            ) as response:
                 content = await response.read()
         except aiohttp.ConnectionTimeoutError:
             raise Busy("it cannot be reached (time-out)") from None

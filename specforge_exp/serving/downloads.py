@@ -13,8 +13,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from specforge_exp.artifacts import disk_is_full
-from specforge_exp.errors import InputError, first_line
+from specforge_exp.errors import FULL, InputError, first_line, number_of
 from specforge_exp.offline import offline
 
 log = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ def download(name: str) -> Path:
             folder = snapshot_download(name, allow_patterns=FILES, ignore_patterns=OTHER_FORMATS)
             return Path(folder)
         except Exception as error:  # the hub client raises dozens of types
-            if disk_is_full(error):
+            if number_of(error) in FULL:
                 raise
             if wait is None or not passes(error):
                 raise InputError(problem(name, error)) from None

@@ -7,6 +7,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
@@ -20,6 +22,9 @@ READ = 2**24
 TAIL = 20
 """Lines of its log that an error shows."""
 
+HERE = ("localhost", "::1", "0.0.0.0")
+"""Names of this machine, besides 127.*."""
+
 
 def connections(timeout: float, key: str | None) -> aiohttp.ClientSession:
     """Connections to servers; `timeout` in seconds for one answer."""
@@ -29,6 +34,27 @@ def connections(timeout: float, key: str | None) -> aiohttp.ClientSession:
         timeout=aiohttp.ClientTimeout(total=timeout, connect=30.0),
         read_bufsize=READ,
     )
+
+
+def proxy_of(url: str) -> str | None:
+    """The proxy by which HTTP_PROXY or HTTPS_PROXY have a server asked, unless NO_PROXY names it;
+    this machine itself is asked without.
+
+    Raises:
+        InputError: the proxy speaks no HTTP.
+    """
+    place = urlsplit(url)
+    host, port = place.hostname or "", f":{place.port}" if place.port else ""
+    proxy = getproxies().get(place.scheme, "")
+    if not proxy or host in HERE or host.startswith("127.") or proxy_bypass(host + port):
+        return None
+    scheme, found, _ = proxy.partition("://")
+    if found and scheme not in ("http", "https"):
+        raise InputError(
+            f"{url}: {place.scheme}_proxy={proxy} is no http:// or https://; no_proxy={host} asks "
+            "without it"
+        )
+    return proxy if found else f"http://{proxy}"
 
 
 class Server:

@@ -1,6 +1,7 @@
 """Files are whole or not there, and lines of JSON survive kills and neighbours."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,23 @@ from modal_sweep.protocol.records import append_lines
 for number in range(30):
     append_lines(Path(sys.argv[1]), [{"by": sys.argv[2], "number": number, "text": "x" * 300_000}])
 """
+
+
+def test_what_a_kill_left_of_a_file_goes_when_it_is_brought_again(tmp_path: Path) -> None:
+    """Not what a living process writes, or one of another machine that writes to the same disk."""
+    command = [sys.executable, "-c", "import os; print(os.getpid())"]
+    done = subprocess.run(command, check=True, capture_output=True)
+    gone, here = int(done.stdout), os.getppid()
+    names = [f"a[1].txt.{gone}.partial", f"a[1].txt.{here}.partial", f"a1.txt.{gone}.partial"]
+    names += ["a[1].txt.old.partial", f"a[1].txt.{2**70}.partial"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"half")
+    write_whole(tmp_path / "a[1].txt", [b"whole"], durable=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"a[1].txt", *names}
+    for name in names:
+        os.utime(tmp_path / name, (0, 0))
+    write_whole(tmp_path / "a[1].txt", [b"whole"], durable=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"a[1].txt", *names[1:]}
 
 
 def test_a_cut_last_line_is_left_out_and_goes(tmp_path: Path) -> None:

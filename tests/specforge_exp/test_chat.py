@@ -355,6 +355,10 @@ def test_all_calls_and_thoughts_are_shown_or_nothing_is(
         ({"tool_calls": [1]}, "no list of objects"),
         ({"tool_calls": [{"function": {}}]}, "a tool call has no name"),
         ({"tool_calls": [{"name": "f", "arguments": "{"}]}, "arguments are no JSON"),
+        ({"tool_calls": [{"name": "f", "arguments": '"ls"'}]}, "arguments are no JSON"),
+        ({"tool_calls": [{"name": "f", "arguments": "[1]"}]}, "arguments are no object"),
+        ({"tool_calls": [{"name": "f", "arguments": 1.5}]}, "arguments are no object"),
+        ({"tool_calls": [{"name": "f", "parameters": {"a": 1}}]}, "has `parameters` for `argumen"),
         ({"content": "half \ud800"}, "lone surrogate"),
     ],
 )

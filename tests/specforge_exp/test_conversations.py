@@ -103,6 +103,13 @@ def test_no_tools_leave_no_key(tools: object) -> None:
         ({"messages": [{**ASKED, "weight": 0.5}]}, "`weight` of a message is neither .*: 0.5"),
         ({"messages": [{**ASKED, "loss": "no"}]}, "`loss` of a message is neither 0 nor 1"),
         ({"messages": [{**ASKED, "loss_scale": 2.0}]}, "`loss_scale` of a message is neither"),
+        *(
+            (
+                {"messages": [ASKED, {"role": "assistant", "content": "b", name: [{"text": "c"}]}]},
+                name,
+            )
+            for name in ("reasoning", "reasoning_content", "reasoning_details", "thinking_blocks")
+        ),
         ({"messages": [{**ASKED, "train_detail": [{"train": False}]}]}, "`train_detail`"),
         ({"messages": [ASKED, SAID], "label": False}, "`label` is false"),
         ({"messages": [ASKED, SAID], "kto_tag": False}, "`kto_tag` is false"),

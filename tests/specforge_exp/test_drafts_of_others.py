@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 from safetensors.torch import load_file, save_file
-from test_speculators import draft_of, same_weights
+from test_speculators import KINDS, draft_of, same_weights
 
 from specforge_exp.config import Config
 from specforge_exp.drafts.layers import RMSNorm
@@ -166,3 +166,60 @@ def test_half_a_draft(cfg: Config, missing: str, tmp_path: Path) -> None:
     (tmp_path / missing).unlink()
     with pytest.raises(InputError, match=r"is no folder .* with config\.json and one model\.safe"):
         converted(cfg, str(tmp_path))
+
+
+def places(node: dict[str, Any], above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Where entries stand, at any depth."""
+    inside = [p for k, v in node.items() if isinstance(v, dict) for p in places(v, (*above, k))]
+    return [(*above, name) for name in node] + inside
+
+
+OTHER_TYPES = ["1,2", ["a"], [None], {"a": 1}, [], -1, 0, 1.5, True, 10**30]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafted", [None, 4])
+@pytest.mark.parametrize("name", KINDS)
+def test_an_entry_of_another_type(
+    name: str, drafted: int | None, tiny_target: Target, tmp_path: Path
+) -> None:
+    """It is read or refused by name, whichever entry it is, and whatever it is."""
+    draft, target = draft_of(name, tiny_target)
+    draft.write(tmp_path, target, TINY.path, torch.float32, drafted)
+    file = tmp_path / "config.json"
+    text = file.read_text()
+    for *above, last in [*places(json.loads(text)), ("rope_scaling",), ("layer_types",)]:
+        for other in OTHER_TYPES:
+            config = json.loads(text)
+            node = config
+            for key in above:
+                node = node[key]
+            node[last] = other
+            file.write_text(json.dumps(config))
+            try:
+                type(draft).load(tmp_path, target)
+            except InputError as error:
+                assert str(tmp_path) in str(error) or "target" in str(error), error
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "value"),
+    [
+        ("eagle3", "eagle_aux_hidden_state_layer_ids", "1,2,3"), ("eagle3", "eagle_config", [1]),
+        ("eagle3", "num_attention_heads", "4"), ("dflash", "dflash_config", "x"),
+        ("dflash", "aux_hidden_state_layer_ids", "1"), ("dflash", "rms_norm_eps", "1e-6"),
+        ("peagle", "mask_token_id", [7]), ("dspark", "rope_scaling", "linear"),
+    ],
+)  # fmt: skip
+def test_text_for_numbers(
+    name: str, entry: str, value: Any, tiny_target: Target, tmp_path: Path
+) -> None:
+    draft, target = draft_of(name, tiny_target)
+    draft.write(tmp_path, target, TINY.path, torch.float32)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {entry: value}))
+    with pytest.raises(InputError, match=rf"config\.json: {entry}=.* is not a"):
+        type(draft).load(tmp_path, target)
+    file.write_text("[1]")
+    with pytest.raises(InputError, match=r"config\.json is no object"):
+        type(draft).load(tmp_path, target)

@@ -25,6 +25,18 @@ from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
 from specforge_exp.stages.preprocess import preprocess
 
+BAD = Path("/proc/self/mem")
+"""Reading its first bytes is an input/output error."""
+
+
+@pytest.mark.skipif(not BAD.exists(), reason="no /proc")
+def test_an_error_of_the_disk_is_said_by_a_process(cfg: Config, tmp_path: Path) -> None:
+    """It does not look like a process without memory, and the file is named."""
+    (tmp_path / "bad.jsonl").symlink_to(BAD)
+    parts = [blocks.LineBlock(tmp_path / "bad.jsonl", number, 0, 10, 1) for number in range(2)]
+    with pytest.raises(InputError, match=r"bad\.jsonl: Input/output error$"):
+        list(blocks.in_processes(parts, cfg, tmp_path, 2))
+
 
 @pytest.fixture
 def command(cfg: Config, source: Path) -> list[str]:  # noqa: F811

@@ -252,7 +252,7 @@ CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any], str]] = [
     ),
     ("peagle", "sglang", lambda c: c.update(ptd_token_id=8), "are not one token"),
     ("peagle", "sglang", lambda c: c.update(mask_token_id=1024), "none of the tokens 0..1023$"),
-    ("dspark", "speculators", lambda c: c.update(mask_token_id="7"), "mask_token_id=7 is none of"),
+    ("dspark", "speculators", lambda c: c.update(mask_token_id="7"), "is not a token"),
 ]  # fmt: skip
 
 
