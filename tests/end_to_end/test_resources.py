@@ -10,7 +10,6 @@ from typing import Any
 import cloudpickle
 import conftest
 import pytest
-from conftest import CONF
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -359,7 +358,7 @@ def test_paths_on_a_volume_may_be_written_out() -> None:
 
 def count(*arguments: str) -> int:
     """Jobs of a sweep with these arguments."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(conftest.CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
         return sum(map(len, BasicSweeper.split_arguments(overrides, None)))
