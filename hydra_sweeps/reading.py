@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
+from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.default_element import ResultDefault
 from omegaconf import DictConfig
@@ -53,27 +53,41 @@ class FirstRead(ConfigRepository):
         return bool(self.once("config_exists", config_path))
 
 
-def read_once(loader: ConfigLoader, read: dict[Any, Any] | None = None) -> None:
-    """Let a loader remember files, and what it has made of them before a job's values are set.
+class ReadOnce(ConfigLoaderImpl):
+    """A loader that remembers files, and what Hydra merged of them before a job's values are set.
+
+    Sent elsewhere it is the one that it was made of: a container has no sweeper.
+    """
+
+    def __init__(self, loader: ConfigLoaderImpl, read: dict[Any, Any]) -> None:
+        self.loader, self.read = loader, read
+        self.config_search_path = loader.config_search_path
+        self.repository = FirstRead(loader.repository, read)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return object.__new__, (ConfigLoaderImpl,), vars(self.loader)
+
+    def _compose_config_from_defaults_list(
+        self, defaults: list[ResultDefault], repo: Any
+    ) -> DictConfig:
+        key = (repr(defaults), *(source.path for source in repo.get_sources()))
+        if key not in self.read:  # Hydra merges into what it read
+            merged = super()._compose_config_from_defaults_list(defaults, copy.deepcopy(repo))
+            self.read[key] = merged
+        config: DictConfig = copy.deepcopy(self.read[key])
+        return config
+
+
+def read_once(loader: ConfigLoader, read: dict[Any, Any] | None = None) -> ConfigLoader:
+    """A loader for a whole sweep; one that is not Hydra's own stays as it is.
 
     Args:
-        loader: Hydra's; one that is no `ConfigLoaderImpl` stays as it is.
+        loader: that of the command.
         read: what is known already, of other loaders.
     """
     if not isinstance(loader, ConfigLoaderImpl):
-        return
-    read = {} if read is None else read
-    compose = loader._compose_config_from_defaults_list
-
-    def composed(defaults: list[ResultDefault], repo: CachingConfigRepository) -> DictConfig:
-        key = (repr(defaults), *(source.path for source in repo.get_sources()))
-        if key not in read:
-            read[key] = compose(defaults, copy.deepcopy(repo))  # which merges into what it read
-        config: DictConfig = copy.deepcopy(read[key])
-        return config
-
-    loader.repository = FirstRead(loader.repository, read)
-    vars(loader)[compose.__name__] = composed
+        return loader
+    return ReadOnce(loader, {} if read is None else read)
 
 
 def inputs_of(jobs: Iterable[Job]) -> Inputs:

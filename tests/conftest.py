@@ -79,7 +79,8 @@ def composed(*words: str, whole: bool = False) -> DictConfig:
     """conf/ with some words of a command line; `whole`: with Hydra's own node."""
     ConfigStore.instance().store(name="schema", node=Config)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        read_once(GlobalHydra.instance().config_loader(), FILES_OF_CONF)
+        hydra: Any = GlobalHydra.instance().hydra
+        hydra.config_loader = read_once(hydra.config_loader, FILES_OF_CONF)
         return compose("config", list(words), return_hydra_config=whole)
 
 

@@ -102,8 +102,8 @@ def run_grid(
     options: ExperimentSweeperConf, source: Source, launcher: Launcher, arguments: Sequence[str]
 ) -> list[Sequence[JobReturn]]:
     """What `ExperimentSweeper.sweep` does; `launcher` is set up, `arguments` as Hydra got them."""
-    master, loader = source.master, source.context.config_loader
-    read_once(loader)
+    master = source.master
+    source.context.config_loader = loader = read_once(source.context.config_loader)
     check(options, launcher)
     sweep_dir = resolved_sweep_dir(master)
     choices = points(loader, arguments, options.params or {}, options.cases)

@@ -60,8 +60,8 @@ def run_study(
     options: OptunaAsyncConf, source: Source, launcher: Launcher, arguments: Sequence[str]
 ) -> list[JobReturn]:
     """What `OptunaAsyncSweeper.sweep` does; `launcher` is set up, `arguments` as Hydra got them."""
-    master, loader = source.master, source.context.config_loader
-    read_once(loader)
+    master = source.master
+    source.context.config_loader = loader = read_once(source.context.config_loader)
     options.check()
     space = read_space(loader, master, options.params or {}, options.conditional, arguments)
     search = Search(options, source, space)

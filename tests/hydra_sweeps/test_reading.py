@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 from conftest import CONF
 from hydra import initialize_config_dir
@@ -110,7 +111,7 @@ def test_what_is_remembered_is_what_hydra_makes() -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         plain = [loader.load_configuration("config", words, RunMode.RUN) for words in WORDS]
-        read_once(loader)
+        loader = read_once(loader)
         for config, words in zip(plain, WORDS, strict=True):
             again = loader.load_configuration("config", words, RunMode.RUN)
             for one, other in ((config, again), (config.trainer, again.trainer)):
@@ -118,3 +119,14 @@ def test_what_is_remembered_is_what_hydra_makes() -> None:
                 assert about(one) == about(other)
             again.trainer.batch_size = 77  # its user's own
             again.hydra.overrides.task.append("x")
+
+
+def test_elsewhere_nothing_of_it_is_needed() -> None:
+    """The loader goes to containers, which have no sweeper."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        plain = GlobalHydra.instance().config_loader()
+        loader = read_once(plain)
+        loader.load_configuration("config", WORDS[0], RunMode.RUN)
+        sent = cloudpickle.dumps(loader)
+        assert b"hydra_sweeps.reading" not in sent
+        assert type(cloudpickle.loads(sent)) is type(plain) is not type(loader)
