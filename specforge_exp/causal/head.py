@@ -17,26 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from specforge_exp.drafts.head_loss import BLOCK, LOGITS, head_logits
-
-
-@dataclass(frozen=True)
-class Ending:
-    """What a model makes of the bare products of its head: softcap * tanh(scale * x / softcap)."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, products: Tensor) -> Tensor:
-        """Logits; the products themselves where there is nothing to be made of them."""
-        scaled = products if self.scale == 1.0 else products * self.scale
-        return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
-
-    def backward(self, logits: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient in the products, from that in the logits."""
-        if self.softcap is not None:
-            gradient = gradient * (1 - (logits / self.softcap) ** 2)
-        return gradient if self.scale == 1.0 else gradient * self.scale
+from specforge_exp.drafts.head_loss import BLOCK, LOGITS, head_logits, logits_buffer
+from specforge_exp.target.head import Ending
 
 
 @dataclass(frozen=True)
@@ -50,22 +32,15 @@ class NextToken:
     ending: Ending
 
 
-@dataclass(frozen=True)
-class RowValues:
-    """Of every row, detached; [N] fp32."""
-
-    nll_N: Tensor
-    """-log q(next)."""
-    squared_N: Tensor
-    """log(Z)^2."""
-    top1_N: Tensor
-    """1 where no other token is more likely than the next one."""
+Values = dict[str, Tensor]
+"""Of every row, detached, [N] fp32: nll, -log q(next); squared, log(Z)^2; top1, 1 where no other
+token is more likely than the next one."""
 
 
 def next_token_loss(
     state_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wanted: NextToken
-) -> tuple[Tensor, RowValues]:
-    """The loss over rows, to be differentiated as it is, and values of each row.
+) -> tuple[Tensor, Values]:
+    """The loss over rows, to be differentiated, and values of each row.
 
     Args:
         state_NH: post-norm states; their dtype is that of the products.
@@ -73,71 +48,70 @@ def next_token_loss(
         bias_V: its bias.
         wanted: the labels.
     """
-    loss, *values = _NextTokenLoss.apply(state_NH, weight_VH, bias_V, wanted)
-    return loss, RowValues(*values)
+    weights = [weight_VH] if bias_V is None else [weight_VH, bias_V]
+    gradients = [torch.zeros(weight.shape, device=weight.device) for weight in weights]
+    gradients = gradients if torch.is_grad_enabled() else []
+    loss, state_grad, values = visit(state_NH, weights, wanted, gradients)
+    loss = _Differentiated.apply(loss, [state_grad, *gradients], state_NH, *weights)
+    return loss, values
 
 
-class _NextTokenLoss(Function):
-    @staticmethod
-    def forward(ctx: Any, state_NH: Tensor, weight_VH: Tensor, bias_V: Any, wanted: Any) -> Any:
-        gradients = visit(state_NH, weight_VH, bias_V, wanted, any(ctx.needs_input_grad))
-        values, loss = gradients.pop(), gradients.pop()
-        ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(*values)
-        return loss, *values
+class _Differentiated(Function):
+    """A value whose gradient in some tensors is known."""
 
     @staticmethod
-    def backward(ctx: Any, *outer: Any) -> Any:
-        gradients = [None if g is None else g * outer[0] for g in ctx.saved_tensors]
-        return *gradients, *[None] * (4 - len(gradients))
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
+        pairs = zip(gradients, tensors, strict=False)  # without gradients there are none of weights
+        ctx.save_for_backward(*(gradient.to(tensor.dtype) for gradient, tensor in pairs))
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(gradient * outer[0] for gradient in ctx.saved_tensors)
 
 
 @torch.no_grad()
 def visit(
-    state_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wanted: NextToken, gradient: bool
-) -> list[Any]:
-    """Gradients of states, weight and bias (none without `gradient`), the loss, and the values."""
-    N, V, device = len(state_NH), len(weight_VH), state_NH.device
-    narrow_VH = weight_VH.to(state_NH.dtype)
-    size = max(1, LOGITS[device.type] // V)
-    buffer_MV = torch.empty(min(size, N), V, device=device)
-    values = [torch.zeros(N, device=device) for _ in range(3)]
-    state_grad = torch.zeros_like(state_NH)
-    weight_grad = torch.zeros(*weight_VH.shape, device=device) if gradient else None
-    bias_grad = torch.zeros(V, device=device) if gradient and bias_V is not None else None
-    for start in range(0, N, size):
-        rows = slice(start, start + size)
-        logits_MV = head_logits(state_NH[rows], narrow_VH, buffer_MV)
-        if bias_V is not None:
+    state_NH: Tensor, weights: list[Tensor], wanted: NextToken, gradients: list[Tensor]
+) -> tuple[Tensor, Tensor, Values]:
+    """The loss, the gradient of the states (0 without `gradients`), and the values.
+
+    Args:
+        state_NH: as `next_token_loss`.
+        weights: the head, and its bias if it has one.
+        wanted: the labels.
+        gradients: get those of the weights added, in fp32; [] makes none.
+    """
+    V, device = len(weights[0]), state_NH.device
+    narrow_VH = weights[0].to(state_NH.dtype)
+    size, block = (max(1, limit[device.type] // V) for limit in (LOGITS, BLOCK))
+    buffer_MV = logits_buffer(min(size, len(state_NH)), state_NH, narrow_VH)
+    state_grad, visited = torch.zeros_like(state_NH), []
+    chunks = (x.split(size) for x in (state_NH, state_grad, wanted.labels_N))
+    for state_MH, back_MH, label_M in zip(*chunks, strict=True):
+        logits_MV = head_logits(state_MH, narrow_VH, buffer_MV)
+        for bias_V in weights[1:]:
             logits_MV += bias_V
-        block = max(1, BLOCK[device.type] // V)
-        for first in range(0, len(logits_MV), block):
-            part = slice(first, first + block)
-            at = slice(start + first, start + first + len(logits_MV[part]))
-            for total, value_L in zip(
-                values, visit_block(logits_MV[part], wanted, at), strict=True
-            ):
-                total[at] = value_L
-        if weight_grad is not None:
+        blocks = zip(logits_MV.split(block), label_M.split(block), strict=True)
+        visited += [visit_block(*part, wanted) for part in blocks]
+        if gradients:
             narrow_MV = logits_MV.to(state_NH.dtype)
-            state_grad[rows] = narrow_MV @ narrow_VH
-            if narrow_MV.dtype == weight_grad.dtype:
-                weight_grad.addmm_(narrow_MV.T, state_NH[rows])
+            torch.mm(narrow_MV, narrow_VH, out=back_MH)
+            if narrow_MV.dtype == torch.float32:
+                gradients[0].addmm_(narrow_MV.T, state_MH)
             else:
-                weight_grad += narrow_MV.T @ state_NH[rows]
-            if bias_grad is not None:
-                bias_grad += logits_MV.sum(0)
-    summed = values[0].double().sum() + wanted.z_loss * values[1].double().sum()
-    loss = (summed / wanted.divisor).float()
-    if weight_grad is None:
-        return [loss, values]
-    gradients = [state_grad, weight_grad.to(weight_VH.dtype)]
-    return [*gradients, *([bias_grad] if bias_grad is not None else []), loss, values]
+                gradients[0] += narrow_MV.T @ state_MH
+        for bias_grad in gradients[1:]:
+            bias_grad.add_(logits_MV.sum(0))
+    nll_N, squared_N, top1_N = (torch.cat(parts) for parts in zip(*visited, strict=True))
+    summed = nll_N.double().sum() + wanted.z_loss * squared_N.double().sum()
+    values = {"nll": nll_N, "squared": squared_N, "top1": top1_N}
+    return (summed / wanted.divisor).float(), state_grad, values
 
 
-def visit_block(products_LV: Tensor, wanted: NextToken, at: slice) -> tuple[Tensor, ...]:
+def visit_block(products_LV: Tensor, label_L: Tensor, wanted: NextToken) -> tuple[Tensor, ...]:
     """nll, log(Z)^2 and top1 of some rows; their products become the gradient of the loss."""
-    logits_LV, label_L1 = wanted.ending.logits(products_LV), wanted.labels_N[at][:, None]
+    logits_LV, label_L1 = wanted.ending.logits(products_LV), label_L[:, None]
     best_L1 = logits_LV.amax(-1, keepdim=True)
     own_L1 = logits_LV.gather(1, label_L1)
     q_LV = (logits_LV - best_L1).exp_()

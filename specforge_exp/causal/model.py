@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
-from specforge_exp.causal.head import Ending, NextToken, RowValues, next_token_loss
+from specforge_exp.causal.head import NextToken, Values, next_token_loss
 from specforge_exp.config import ModelConfig
 from specforge_exp.config.causal import CausalConfig
 from specforge_exp.drafts.rows import number_in_each
@@ -26,6 +26,7 @@ from specforge_exp.sharding import save_shared_once
 from specforge_exp.target import packing
 from specforge_exp.target.anatomy import find_layers, one_line, visited
 from specforge_exp.target.files import model_config, not_loadable, plain, quantised
+from specforge_exp.target.head import Ending
 from specforge_exp.target.loading import check_weights, from_files, no_bars_in_logs
 from specforge_exp.target.shape import each_layer
 from specforge_exp.training.batches import Batch, moved
@@ -82,7 +83,7 @@ class Causal(nn.Module):
             window_K: the predicted tokens of the optimiser window.
         """
         device = batch.ids_T.device
-        at_N = moved(predicted(batch), device)
+        at_N = moved(predicted(batch).nonzero()[:, 0], device)
         enabled = self.compute_dtype != torch.float32
         with torch.autocast(device.type, self.compute_dtype, enabled=enabled):
             states_TH = self.states(batch.ids_T, batch.lengths)
@@ -94,28 +95,29 @@ class Causal(nn.Module):
             NextToken(labels_N, divisor, z_loss, self.ending),
         )  # fmt: skip
         pairs_B2 = None if torch.is_grad_enabled() else by_conversation(values, batch, z_loss)
-        sums = {name: getattr(values, f"{name}_N").sum()[None] for name in ("nll", "top1")}
+        sums = {name: values[name].sum()[None] for name in ("nll", "top1")}
         sums["rows"] = torch.full((1,), float(len(at_N)), device=device)
         flops = needed_flops(self, batch.lengths, len(at_N))
         return loss, Outcome(loss, loss.detach()[None], sums, pairs_B2, flops)
 
 
 def predicted(batch: Batch) -> Tensor:
-    """Positions whose next token is supervised and of the same conversation, on the CPU; [N]."""
+    """Whether a position's next token is supervised and of the same conversation, on the CPU; [T]
+    bool."""
     counts_T = torch.zeros_like(batch.turns_T, dtype=torch.bool)
     counts_T[:-1] = batch.turns_T[1:] > 0
     counts_T[torch.tensor(batch.lengths).cumsum(0) - 1] = False
-    return counts_T.nonzero()[:, 0]
+    return counts_T
 
 
-def by_conversation(values: RowValues, batch: Batch, z_loss: float) -> Tensor:
+def by_conversation(values: Values, batch: Batch, z_loss: float) -> Tensor:
     """Of each conversation the sum of its losses and its predicted tokens; [B, 2] float64."""
-    at_N, lengths_B = predicted(batch), torch.tensor(batch.lengths)
-    loss_T = torch.zeros(len(batch.turns_T), dtype=torch.float64)
-    loss_T[at_N] = (values.nll_N + z_loss * values.squared_N).double().cpu()
-    counts_T = torch.zeros(len(loss_T), dtype=torch.long).index_fill_(0, at_N, 1)
+    counts_T = predicted(batch)
+    loss_T = torch.zeros(len(counts_T), dtype=torch.float64)
+    loss_T[counts_T] = (values["nll"] + z_loss * values["squared"]).double().cpu()
     sums_B = torch.stack([part.sum() for part in loss_T.split(batch.lengths)])
-    return torch.stack([sums_B, number_in_each(counts_T, lengths_B).double()], 1)
+    counts_B = number_in_each(counts_T, torch.tensor(batch.lengths))
+    return torch.stack([sums_B, counts_B.double()], 1)
 
 
 WITHOUT_PAIRS = ("linear_attention", "conv", "moe", "mlp")

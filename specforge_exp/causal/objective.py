@@ -61,7 +61,7 @@ def causal_lm(causal: Causal, device: torch.device) -> Objective:
     """The model's objective, as the training loop wants it."""
 
     def denominators(batch: Batch) -> Tensor:
-        return torch.tensor([float(len(predicted(batch)))], dtype=torch.float64)
+        return torch.tensor([float(predicted(batch).sum())], dtype=torch.float64)
 
     def forward(batch: Batch, window_K: Tensor) -> Outcome:
         outcome: Outcome = causal(batch, window_K)[1]

@@ -9,7 +9,6 @@ from functools import partial
 import torch
 
 from specforge_exp.causal.export import export_model
-from specforge_exp.causal.head import Ending
 from specforge_exp.causal.lean import spare
 from specforge_exp.causal.model import Causal, choose_attention, new_model, patch, without_dropout
 from specforge_exp.causal.objective import CAUSAL, causal_lm
@@ -18,6 +17,7 @@ from specforge_exp.config.checks import refuse_others
 from specforge_exp.errors import InputError
 from specforge_exp.sharding import shard_model, without_numbers
 from specforge_exp.target.anatomy import read_end
+from specforge_exp.target.head import Ending
 from specforge_exp.training.loop import Splits, TrainingRun, fit
 from specforge_exp.training.ranks import Ranks
 from specforge_exp.training.running import Record, count, ended
@@ -94,4 +94,4 @@ def measured(causal: Causal, device: torch.device) -> tuple[Ending, str]:
     _, head = read_end(causal.model, causal.decoder)
     name = choose_attention(causal.model, causal.decoder, causal.cfg, device)
     log.info("attention: %s", name)
-    return Ending(head.scale, head.softcap), name
+    return head.ending, name

@@ -18,6 +18,25 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True)
+class Ending:
+    """What a model makes of the bare products of its head: softcap * tanh(scale * x / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, products: Tensor) -> Tensor:
+        """Logits; the products themselves where there is nothing to be made of them."""
+        scaled = products if self.scale == 1.0 else products * self.scale
+        return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
+
+    def backward(self, logits: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient in the products, from that in the logits."""
+        if self.softcap is not None:
+            gradient = gradient * (1 - (logits / self.softcap) ** 2)
+        return gradient if self.scale == 1.0 else gradient * self.scale
+
+
+@dataclass(frozen=True)
 class Head:
     """softcap * tanh(scale * (W h + b) / softcap), as far as the model has these."""
 
@@ -28,10 +47,15 @@ class Head:
     tokens: int | None = None
     """Rows that the tokenizer has a token for; the padding after them is never sampled."""
 
+    @property
+    def ending(self) -> Ending:
+        """What is made of its products."""
+        return Ending(self.scale, self.softcap)
+
     @torch.no_grad()
     def __call__(self, hidden_NH: Tensor) -> Tensor:
         """Logits [N, V] of post-norm last hidden states, in their dtype."""
-        logits_NV = self.finish(F.linear(hidden_NH, self.weight_VH, self.bias_V))
+        logits_NV = self.ending.logits(F.linear(hidden_NH, self.weight_VH, self.bias_V))
         if self.tokens is not None and self.tokens < len(self.weight_VH):
             logits_NV[..., self.tokens :] = float("-inf")
         return logits_NV
@@ -41,15 +65,7 @@ class Head:
         logits_NL = hidden_NH @ self.weight_VH[columns].T
         if self.bias_V is not None:
             logits_NL = logits_NL + self.bias_V[columns]
-        return self.finish(logits_NL.float())
-
-    def finish(self, logits: Tensor) -> Tensor:
-        """What the model makes of the bare products."""
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+        return self.ending.logits(logits_NL.float())
 
 
 def fit_head(

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specforge_exp.causal import head as head_module
 from specforge_exp.causal import training
-from specforge_exp.causal.head import Ending, NextToken, next_token_loss
+from specforge_exp.causal.head import NextToken, next_token_loss
 from specforge_exp.causal.model import (
     Causal,
     choose_attention,
@@ -31,6 +31,7 @@ from specforge_exp.config import Config
 from specforge_exp.config.causal import CausalConfig
 from specforge_exp.errors import InputError
 from specforge_exp.target.anatomy import read_end, visited
+from specforge_exp.target.head import Ending
 from specforge_exp.training.batches import Batch
 from specforge_exp.training.checkpoint import METRICS
 from specforge_exp.training.ranks import Ranks
@@ -61,7 +62,7 @@ def causal(model: Any, **options: Any) -> Causal:
     without_dropout(model)
     made = Causal(model, CausalConfig(**options))
     head = read_end(model, made.decoder)[1]
-    made.ending = Ending(head.scale, head.softcap)
+    made.ending = head.ending
     made.take_attention(choose_attention(model, made.decoder, made.cfg, CPU))
     return made
 
@@ -185,8 +186,8 @@ def test_the_head_is_what_autograd_finds(ending: Ending, monkeypatch: pytest.Mon
     nll_N = torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
     expected = (nll_N + 0.1 * log_z_N**2).sum() / divisor
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(values.nll_N, nll_N)
-    assert values.top1_N.tolist() == (logits_NV.argmax(-1) == labels_N).float().tolist()
+    torch.testing.assert_close(values["nll"], nll_N)
+    assert values["top1"].tolist() == (logits_NV.argmax(-1) == labels_N).float().tolist()
     for ours, theirs in zip(found, torch.autograd.grad(2 * expected, tensors), strict=True):
         torch.testing.assert_close(ours, theirs)
 

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from specforge_exp.causal.head import Ending
 from specforge_exp.causal.model import (
     Causal,
     choose_attention,
@@ -47,6 +46,7 @@ from specforge_exp.losses import Loss
 from specforge_exp.target import Head, Target, take_dtype
 from specforge_exp.target.anatomy import read_end
 from specforge_exp.target.files import plain
+from specforge_exp.target.head import Ending
 from specforge_exp.training.batches import Batch, moved
 from specforge_exp.training.objective import Outcome, Replay, Sample
 
@@ -125,7 +125,7 @@ class Standalone(Draft[StandaloneConfig]):
             causal.take_attention(causal.model.config.get_text_config()._attn_implementation)
             return self
         _, head = read_end(self.model, causal.decoder)
-        if Ending(head.scale, head.softcap) != Ending() or head.bias_V is not None:
+        if head.ending != Ending() or head.bias_V is not None:
             kind = self.model.config.model_type
             raise InputError(
                 f"a model of {kind} cannot be a stand-alone draft: its head scales, caps or adds"
