@@ -15,7 +15,7 @@ from jinja2 import Template
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
+from transformers.utils import chat_template_utils
 
 from specforge_exp.data.messages import Message
 from specforge_exp.data.rendering import TODAY, on_day, refused, render
@@ -29,6 +29,8 @@ SAFE = {(str, name) for name in dir(str) if name[0] != "_" and "format" not in n
 """What the sandbox hands out as it is."""
 SCALARS = (str, int, float, bool, type(None))
 RENDER = PreTrainedTokenizerBase.apply_chat_template
+COMPILE = vars(chat_template_utils).get("_compile_jinja_template")
+"""Of transformers 5.17 to 5.24; None: of another one, which renders all by itself."""
 NOT_OF_TEMPLATES = {*signature(RENDER).parameters, "messages", "conversations"} - {"tools"}
 """Names of arguments that mean something to transformers."""
 
@@ -60,7 +62,8 @@ class RememberingSandbox(ImmutableSandboxedEnvironment):
 @lru_cache
 def compiled(template: str) -> Template:
     """A chat template, ready to run."""
-    sandbox = _compile_jinja_template(template).environment.overlay()
+    assert COMPILE is not None
+    sandbox = COMPILE(template).environment.overlay()
     sandbox.__class__ = RememberingSandbox
     made: Template = sandbox.from_string(template)
     return made
@@ -95,7 +98,8 @@ class Renderings:
         """Whether a rendering is the template's alone: nothing else is asked of the tokenizer."""
         own = type(self.tokenizer).apply_chat_template is RENDER
         plain = all(type(value) in SCALARS for key, value in self.kwargs.items() if key != "tools")
-        return own and plain and not NOT_OF_TEMPLATES & self.kwargs.keys()
+        ours = own and plain and not NOT_OF_TEMPLATES & self.kwargs.keys()
+        return ours and COMPILE is not None
 
     @cached_property
     def template(self) -> Template:

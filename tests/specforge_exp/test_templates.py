@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_chat_templates import THOUGHT, assistant, conversations, user
 
+from specforge_exp.data import templates
 from specforge_exp.data.chat import Encoded, Message, Unrenderable, dated, encode_many, render
 from specforge_exp.data.rendering import NOTHING, Chat
 from specforge_exp.data.templates import SAFE, Renderings, compiled
@@ -67,6 +68,16 @@ def test_the_sandbox_is_that_of_transformers(
     for _ in range(2):  # the second time verdicts are remembered
         assert shown(many.text, messages) == shown(render, tokenizer, messages, kwargs)
     assert messages == [user("{0}"), assistant("b", reasoning="c")]
+
+
+def test_another_transformers_renders_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may name its compiling of a template otherwise."""
+    tokenizer, messages = tokenizer_of(QWEN3), [user("a"), assistant("b", reasoning="c")]
+    compiled.cache_clear()
+    monkeypatch.setattr(templates, "COMPILE", None)
+    many = Renderings(tokenizer, messages, QWEN3.kwargs)
+    assert many.text(messages) == render(tokenizer, messages, QWEN3.kwargs)
+    assert compiled.cache_info().misses == 0
 
 
 def test_what_is_handed_out_unasked_is_safe() -> None:
