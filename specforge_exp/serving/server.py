@@ -51,8 +51,8 @@ def proxy_of(url: str) -> str | None:
     scheme, found, _ = proxy.partition("://")
     if found and scheme not in ("http", "https"):
         raise InputError(
-            f"{url}: {place.scheme}_proxy={proxy} is no http:// or https://; no_proxy={host} asks "
-            "without it"
+            f"{url}: {place.scheme}_proxy begins with {scheme}://, not http:// or https://; "
+            f"no_proxy={host} asks without it"
         )
     return proxy if found else f"http://{proxy}"
 
