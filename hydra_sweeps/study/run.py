@@ -68,7 +68,7 @@ def run_study(
     first = first_points(search)
     sweep_dir = resolved_sweep_dir(master).absolute()
     examples = check_jobs(search)
-    check_environment(examples, launcher)
+    check_environment(examples, launcher, options.ignore)
     jobs = [*examples, *choices(search)]
     refuse_other_choices(master, jobs[len(examples) :], arguments, ["launcher"])
     place = place_of(options, sweep_dir)

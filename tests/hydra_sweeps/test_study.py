@@ -216,3 +216,11 @@ def test_the_searches_that_come_along(tmp_path: Path) -> None:
     cost = of("hparams_search=opd_cost", *dry)
     assert cost.endswith("\n32 runs\n")
     assert "maximize simulated_length, minimize gpu_hours" in cost
+
+
+def test_a_variable_that_only_an_ignored_key_reads(tmp_path: Path) -> None:
+    """It is no part of what a trial measures, so it may be missing here, as in a grid."""
+    one = ["x=choice(1,2)", "hydra.sweeper.n_trials=1", "+note=${oc.env:NOWHERE_SET}"]
+    with pytest.raises(SweepError, match="NOWHERE_SET"):
+        study(tmp_path, *one)
+    assert len(study(tmp_path, *one, "hydra.sweeper.ignore=[note]")) == 1

@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tests.study_app import toy
 
@@ -75,7 +75,8 @@ def study(
     sweeper = Plugins.instance().instantiate_sweeper(
         hydra_context=context, task_function=task, config=config
     )
-    returned: list[JobReturn] = sweeper.sweep(list(config.hydra.overrides.task))
+    typed = OmegaConf.to_container(config.hydra.overrides.task)  # interpolations as they were
+    returned: list[JobReturn] = sweeper.sweep(typed)
     return returned
 
 
