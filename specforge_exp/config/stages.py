@@ -213,8 +213,6 @@ class TrainerConfig:
         allow(self, "trainer.", schedule="cosine linear constant wsd", decay_shape="linear cosine")
         wsd = self.schedule == "wsd"
         only_with(self, "trainer.", wsd, "trainer.schedule=wsd", "decay_ratio decay_shape")
-        falls = self.schedule != "constant"
-        only_with(self, "trainer.", falls, "another trainer.schedule than constant", "min_lr_ratio")
         if wsd and self.warmup_ratio + self.decay_ratio > 1:
             raise InputError(
                 f"trainer.warmup_ratio={self.warmup_ratio} and trainer.decay_ratio="

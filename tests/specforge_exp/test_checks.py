@@ -131,10 +131,6 @@ NOT_TOGETHER: list[tuple[dict[str, Any], str]] = [
             ("bench.alone_url", "http://x/v1", "engine=openai"),
         ]
     ),
-    (
-        {"trainer.schedule": "constant", "trainer.min_lr_ratio": 0.1},
-        "trainer.min_lr_ratio=0.1 needs another trainer.schedule than constant, without which",
-    ),
     ({"bench.alone": False}, "bench.alone=false needs engine=sglang or vllm"),
     (
         {"data.split_eval": 0.1, "data.eval": [Source("synthetic:eval", limit=1)]},

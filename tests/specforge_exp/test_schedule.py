@@ -21,9 +21,7 @@ def rates(total: int, cfg: TrainerConfig) -> list[float]:
 @given(SCHEDULES, st.sampled_from(["linear", "cosine"]), st.floats(0, 0.5), st.floats(0, 0.5))
 def test_up_and_then_never_up_again(schedule: str, shape: str, warmup: float, floor: float) -> None:
     own: dict[str, Any] = {"decay_shape": shape} if schedule == "wsd" else {}
-    if schedule != "constant":
-        own["min_lr_ratio"] = floor
-    cfg = TrainerConfig(schedule=schedule, warmup_ratio=warmup, **own)
+    cfg = TrainerConfig(schedule=schedule, warmup_ratio=warmup, min_lr_ratio=floor, **own)
     found = rates(100, cfg)
     top = found.index(max(found))
     assert found[: top + 1] == sorted(found[: top + 1])
