@@ -257,7 +257,8 @@ def run_processes(grid: Grid, n_jobs: int) -> None:
 
 def unchanged(grid: Grid, job: Job) -> bool:
     """Whether the inputs of a job are what they were; it has failed otherwise."""
-    why = changed({path: grid.inputs[path] for path in grid.inputs if path in job.inputs})
+    own = job.inputs
+    why = changed({path: before for path, before in grid.inputs.items() if path in own})
     if why:
         grid.end(job.number, failure(job.overrides, JobFailed(why)))
     return not why

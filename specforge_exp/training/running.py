@@ -15,6 +15,7 @@ from torch import Tensor
 from specforge_exp import paths
 from specforge_exp.artifacts import (
     Fingerprint,
+    another,
     changed_target,
     contents,
     describe,
@@ -110,18 +111,21 @@ def joined_run(cfg: Config, fingerprint: Fingerprint, ranks: Ranks) -> TrainingR
             code: each would go its own way with a part of every step.
     """
     layout = {f"trainer.{k}": v for k, v in asdict(cfg.trainer).items() if k not in APART}
-    own = {**layout, **fingerprint.settings, **fingerprint.inputs, "the code": code(cfg)}
-    told = ranks.gather((socket.gethostname(), own))
+    own = {**layout, **fingerprint.settings, "code": code(cfg)}
+    told = ranks.gather((socket.gethostname(), own, fingerprint.inputs))
     ranks.decided(partial(check_alike, told))
     return TrainingRun(paths.run_dir(cfg), fingerprint, ranks)
 
 
-def check_alike(told: list[tuple[str, dict[str, Any]]]) -> None:
-    """InputError where a process has something else than the first one, by host and what it has."""
-    first = told[0][1]
-    for number, (host, own) in enumerate(told):
+def check_alike(told: list[tuple[str, dict[str, Any], dict[str, str]]]) -> None:
+    """InputError where a process has something else than the first one: of each its host, its
+    options and the digests of its inputs, of which a cache may have more files than another."""
+    _, first, firsts = told[0]
+    for number, (host, own, inputs) in enumerate(told):
         others = [f"{name}={own.get(name)}, the first one {first.get(name)}"
                   for name in {**first, **own} if own.get(name) != first.get(name)]  # fmt: skip
+        others += [f"other files of {name}" for name in {**firsts, **inputs}
+                   if another(inputs.get(name), firsts.get(name))]  # fmt: skip
         if others:
             raise InputError(
                 f"process {number} on {host} has {'; '.join(others[:3])}: all machines need the "

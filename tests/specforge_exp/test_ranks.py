@@ -37,6 +37,7 @@ from specforge_exp.errors import InputError
 from specforge_exp.stages.train import train
 from specforge_exp.training.checkpoint import step_folders
 from specforge_exp.training.ranks import STORE, TIMEOUT, join, launch
+from specforge_exp.training.running import check_alike
 from specforge_exp.training.streamed import PATIENCE
 
 COMPARED = ("loss", "ce", "alpha/0", "top1/2", "simulated_length", "supervised")
@@ -118,6 +119,21 @@ def trainings(cfg: Config) -> list[list[str]]:
         )
     ]
     return ranks.gather(answers)
+
+
+def test_who_has_something_else_is_named() -> None:
+    """Of a hub id one cache may have more files; another file, or another tokens, is not alike."""
+    options, target = {"lr": 1.0, "trainer.shard": False}, "a/b\nconfig.json 1\nw.safetensors 2"
+    first = "one", options, {"x.tokens": "abc", "the target": target}
+    check_alike([first, ("two", {**options}, {"x.tokens": "abc", "the target": "a/b"})])
+    for inputs, what in (
+        ({"x.tokens": "abd", "the target": target}, r"other files of x\.tokens:"),
+        ({"x.tokens": "abc", "the target": "a/b\nconfig.json 3"}, "other files of the target:"),
+    ):
+        with pytest.raises(InputError, match=f"process 1 on two has {what}"):
+            check_alike([first, ("two", options, inputs)])
+    with pytest.raises(InputError, match=r"has trainer\.shard=True, the first one False: all"):
+        check_alike([first, first, ("two", options | {"trainer.shard": True}, first[2])])
 
 
 @pytest.mark.slow
