@@ -4,39 +4,64 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 from specforge_exp.config import REPOSITORY, Config
+from specforge_exp.config.own_code import own_files
 
 PACKAGE = Path(__file__).parent
 PACKAGES = "torch transformers tokenizers safetensors hydra-core omegaconf numpy".split()
 
 
 def code(cfg: Config) -> str:
-    """Digest of the package's sources and of the modules that loss and draft name, as they were
-    when this process asked first: it imports them then, and what is edited later is not its own.
+    """Digest of the package's sources and of `own_code`, as they were when this process asked
+    first: it imports them then, and what is edited later is not its own.
     """
-    targets = {cfg.loss._target_, cfg.draft._target_}
-    return code_at_first(os.getpid(), *sorted(name.rpartition(".")[0] for name in targets))
+    own = own_code(cfg)
+    digest = code_at_first(os.getpid())
+    return short_digest([digest, *sorted(own.values())]) if own else digest
 
 
 @cache
-def code_at_first(process: int, *modules: str) -> str:
-    """The same, of the package and these modules; `process` is not that of a fork's parent."""
-    files = {str(file.relative_to(PACKAGE)): file for file in PACKAGE.rglob("*.py")}
-    for name in modules:
-        if not name.startswith(f"{PACKAGE.name}."):
-            with suppress(Exception):  # what cannot be found is said where it is used
-                spec = find_spec(name)
-                files |= {name: Path(str(spec.origin))} if spec and spec.has_location else {}
-    digest = hashlib.sha256()
-    for name, file in sorted(files.items()):
-        digest.update(name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()[:16]
+def code_at_first(process: int) -> str:
+    """Digest of the package's sources; `process` is not that of a fork's parent."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    return short_digest([str(file.relative_to(PACKAGE)) + digest_of(file) for file in files])
+
+
+def own_code(cfg: Config, *groups: str) -> dict[str, str]:
+    """Digests of what loss and draft name outside of this package, by dotted path, with all that it
+    imports from beside it; as they were when this process asked first.
+
+    Args:
+        cfg: the configuration.
+        groups: loss, draft or both, which is all.
+    """
+    targets = {"loss": cfg.loss._target_, "draft": cfg.draft._target_}
+    names = {targets[group] for group in groups or targets}
+    digests = {f"the code of {name}": own_at_first(os.getpid(), name) for name in sorted(names)}
+    return {name: digest for name, digest in digests.items() if digest}
+
+
+@cache
+def own_at_first(process: int, target: str) -> str:
+    """Digest of `own_files`; "" where there are none. `process` as above."""
+    files = own_files(target)
+    return short_digest(map(digest_of, files)) if files else ""
+
+
+def digest_of(file: Path) -> str:
+    """Of a file's content."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def short_digest(texts: Iterable[str]) -> str:
+    """Of texts, in their order."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def git_commit() -> str | None:

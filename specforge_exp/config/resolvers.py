@@ -11,6 +11,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from specforge_exp.config.own_code import own_files
+
 PACKAGE = Path(__file__).resolve().parent.parent
 REPOSITORY = PACKAGE / "files" if (PACKAGE / "files").is_dir() else PACKAGE.parent
 """The checkout; of an installed package, what the wheel has of it."""
@@ -96,6 +98,11 @@ def text_paths(sources: Sequence[Mapping[str, Any]]) -> list[str]:
     return [str(Path(place).expanduser()) for place in places]
 
 
+def own_code(*targets: str) -> list[str]:
+    """Files of losses and drafts of one's own."""
+    return [str(file) for target in targets for file in own_files(target)]
+
+
 def if_done(stage: str, resume: bool) -> str:
     """Whether -m leaves a finished run alone; the other stages look for what has changed."""
     return "skip" if stage in ("train", *OF_THE_MODEL) and resume else "rerun"
@@ -105,6 +112,6 @@ def register() -> None:
     """Make them known to OmegaConf under their own names."""
     for function in (
         folder_name, repository, gpu_count, both_secrets, when_losses_differ, in_a_sweep,
-        returned, directions, watched, text_paths, if_done,
+        returned, directions, watched, text_paths, own_code, if_done,
     ):  # fmt: skip
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)

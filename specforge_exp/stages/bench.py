@@ -36,6 +36,7 @@ from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
 from specforge_exp.inputs import require, unchanged
 from specforge_exp.lease import lease
+from specforge_exp.provenance import own_code
 from specforge_exp.records import write_record
 from specforge_exp.target import check_gpus, load_tokenizer
 from specforge_exp.training.checkpoint import last_step, step_folders
@@ -54,6 +55,7 @@ def bench(cfg: Config) -> float:
     inputs = {
         "the export": sha256(folder / "run.json"),
         "the target": model_digest(cfg.model.path),
+        **own_code(cfg, "draft"),
     }
     settings = settings_of(cfg)
     inputs["the draft"] = exported_draft(cfg)

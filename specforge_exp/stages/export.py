@@ -32,6 +32,7 @@ from specforge_exp.data.tokens import read_split
 from specforge_exp.drafts.speculators import in_speculators_layout
 from specforge_exp.errors import InputError
 from specforge_exp.inputs import commands, lacking
+from specforge_exp.provenance import own_code
 from specforge_exp.serving.downloads import download
 from specforge_exp.serving.publishing import model_card, publish
 from specforge_exp.target import DTYPES, Target, load_target, set_up_torch
@@ -84,7 +85,7 @@ def exported(cfg: Config) -> Path:
     # From its record, for a training may remove it; one of an older version does not say it.
     digest = checkpoint.record.get("draft") or sha256(step / "draft.safetensors")
     fingerprint = Fingerprint(
-        {**checkpoint.record["inputs"], "the checkpoint": digest},
+        {**checkpoint.record["inputs"], "the checkpoint": digest, **own_code(cfg, "draft")},
         {"export.dtype": cfg.export.dtype, "step": checkpoint.step, "layout": layout(cfg)},
     )
     if reusable(folder / "run.json", fingerprint, cfg.export.force, "export"):
@@ -148,7 +149,8 @@ def converted(cfg: Config, source: str) -> Path:
         )
     digests = {"the checkpoint": sha256(file), "its config": sha256(theirs / "config.json")}
     fingerprint = Fingerprint(
-        {"the target": model_digest(cfg.model.path), **digests}, {"layout": layout(cfg)}
+        {"the target": model_digest(cfg.model.path), **digests, **own_code(cfg, "draft")},
+        {"layout": layout(cfg)},
     )
     if reusable(folder / "run.json", fingerprint, cfg.export.force, "export"):
         return folder

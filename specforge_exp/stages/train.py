@@ -36,6 +36,7 @@ from specforge_exp.onpolicy.cost import cost_lines
 from specforge_exp.onpolicy.judges import Elsewhere
 from specforge_exp.onpolicy.replay import Replayer, replayer_of
 from specforge_exp.onpolicy.rollout import Rollouts
+from specforge_exp.provenance import own_code
 from specforge_exp.sharding import shard_draft, without_numbers
 from specforge_exp.target import (
     Target,
@@ -389,6 +390,7 @@ def fingerprint_of(cfg: Config, tokens: Path) -> Fingerprint:
     inputs = {
         tokens.name: sha256(tokens / "run.json"),
         "the target": model_digest(cfg.model.path),
+        **own_code(cfg),
     }
     if (origin := cfg.draft.origin) is not None:
         inputs["draft.path"] = model_digest(origin)

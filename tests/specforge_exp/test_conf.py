@@ -371,20 +371,27 @@ def test_large_models_say_their_size() -> None:
 
 @pytest.mark.parametrize("name", ["experiment", "optuna_async"])
 @pytest.mark.parametrize("init", ["other", "{}/other", "{}/other/step-000003", "other/export"])
-def test_a_sweep_knows_what_its_runs_are_made_of(name: str, init: str, tmp_path: Path) -> None:
-    """Tokens, weights to begin with, a model or a text that were made again are others."""
+def test_a_sweep_knows_what_its_runs_are_made_of(
+    name: str, init: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens, weights to begin with, a model, a text or a loss that were made again are others."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_loss.py").write_text("import own_parts")
+    (tmp_path / "own_parts.py").touch()
     cfg = composed("model=tiny", "data.name=d", f"paths.datasets={tmp_path}")
     words = [f"trainer.init={init.format(tmp_path)}", f"paths.checkpoints={tmp_path}"]
     words += [f"hydra/sweeper={name}", "model=tiny", "data.name=d", f"paths.datasets={tmp_path}"]
     words += [f"model.path={tmp_path}/m", "draft=standalone", f"draft.path={tmp_path}/d"]
     words += [f"pretrain.sources=[{{path: {tmp_path}/a.txt}}, {{path: {tmp_path}/t}}]"]
+    words += ["loss._target_=own_loss.mine"]
     job = Job(0, [], conftest.composed(*words, whole=True))
     weights = tmp_path / "other" / init.partition("other/")[2]
     record = weights / ("state.json" if "step" in init else "run.json")
     seen, tokens = {job.digest()}, paths.tokens_dir(cfg) / "run.json"
-    for file in (tokens, record, *map(tmp_path.joinpath, ("m/a", "d/a", "a.txt", "t/b/c.txt"))):
+    names = "m/a", "d/a", "a.txt", "t/b/c.txt", "own_parts.py", "own_loss.py"
+    for file in (tokens, record, *map(tmp_path.joinpath, names)):
         file.parent.mkdir(parents=True, exist_ok=True)
         for content in ("made", "made again"):
             file.write_text(content)
             seen.add(job.digest())
-    assert len(seen) == 13
+    assert len(seen) == 17

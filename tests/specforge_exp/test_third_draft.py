@@ -20,6 +20,7 @@ from specforge_exp.config import (
     draft_config_class,
     from_omegaconf,
 )
+from specforge_exp.config.own_code import own_files
 from specforge_exp.errors import InputError
 from specforge_exp.stages.bench import bench
 from specforge_exp.stages.export import export
@@ -78,6 +79,10 @@ def test_every_stage_takes_it(cfg: Config, tokens: Path) -> None:
     result = json.loads(paths.bench_file(cfg).read_text())
     assert all(figures["lossless"] for figures in result["datasets"].values())
     assert result["settings"]["chain_length"] == 2
+    records = [paths.run_dir(cfg) / "run.json", paths.export_dir(cfg) / "run.json"]
+    made_of = [json.loads(file.read_text())["inputs"] for file in records] + [result["inputs"]]
+    assert len({inputs["the code of toy_draft.Toy"] for inputs in made_of}) == 1
+    assert "config.py" in {file.name for file in own_files(cfg.draft._target_)}
 
 
 def test_options_load_no_torch() -> None:

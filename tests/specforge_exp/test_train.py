@@ -1,7 +1,9 @@
 """The training loop: it learns, resumes where it was, and refuses what does not belong."""
 
 import json
+import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -332,6 +334,26 @@ def test_a_target_of_other_numbers_is_another_run(run: Config) -> None:
     (paths.run_dir(run) / "run.json").unlink()
     with pytest.raises(InputError, match=r"model\.dtype was None, now bfloat16"):
         train(run)
+
+
+def test_another_loss_of_ones_own_is_another_run(
+    run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever edits a loss and trains again does not want the numbers of the old one."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "lab_loss.py").write_text("from lab_terms import mine\n")
+    (tmp_path / "lab_terms.py").write_text("from specforge_exp.losses import opd as mine\n")
+    run.loss, run.max_steps = replace(run.loss, _target_="lab_loss.mine"), 1
+    first = train(run)
+    assert train(run) == first
+    (tmp_path / "lab_terms.py").write_text("from specforge_exp.losses import opd as mine  # new\n")
+    assert train(run) == first  # this process has imported what it was then
+    process = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: -process)
+    with pytest.raises(InputError, match=r"the code of lab_loss\.mine has changed.*resume=false"):
+        train(run)
+    for name in ("lab_loss", "lab_terms"):
+        del sys.modules[name]
 
 
 def test_tokens_of_another_target_are_refused(run: Config, tmp_path: Path) -> None:
