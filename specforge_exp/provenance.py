@@ -15,6 +15,8 @@ from specforge_exp.config.own_code import own_files
 
 PACKAGE = Path(__file__).parent
 PACKAGES = "torch transformers tokenizers safetensors hydra-core omegaconf numpy".split()
+COMPUTE = "torch transformers tokenizers numpy".split()
+"""Those of them that do."""
 
 
 def code(cfg: Config) -> str:
@@ -62,6 +64,12 @@ def digest_of(file: Path) -> str:
 def short_digest(texts: Iterable[str]) -> str:
     """Of texts, in their order."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def maker(cfg: Config) -> str:
+    """The code and the packages of this process, in words."""
+    versions = package_versions()
+    return ", ".join([f"code {code(cfg)}", *(f"{name} {versions.get(name)}" for name in COMPUTE)])
 
 
 def git_commit() -> str | None:

@@ -35,7 +35,7 @@ from specforge_exp.inference.split import Split, check_shared_memory, joins
 from specforge_exp.inference.store import check_mooncake, silent
 from specforge_exp.inference.worker import TargetWorker
 from specforge_exp.interrupt import ended_cleanly
-from specforge_exp.provenance import code
+from specforge_exp.provenance import maker
 
 log = logging.getLogger(__name__)
 
@@ -118,10 +118,11 @@ def fleet_of(cfg: Config, split: Split) -> Iterator[Fleet]:
             )  # fmt: skip
             workers = make_workers(ray, cfg, split, fleet.store)  # they live as long as this name
             trials = begin(ray, workers, fleet)
-            if others := {trial["host"] for trial in trials if trial["code"] != code(cfg)}:
+            if others := {trial["host"] for trial in trials if trial["maker"] != maker(cfg)}:
                 raise InputError(
-                    f"workers on {', '.join(sorted(others))} run other code than this training: "
-                    f"bring all machines to the same, then ray stop and ray start there; {RESUME}"
+                    f"workers on {', '.join(sorted(others))} run other code or packages than this "
+                    "training: bring all machines to the same, then ray stop and ray start there; "
+                    f"{RESUME}"
                 )
             log.info(
                 "train: workers are ready: Ray took %.1f s, loading %.1f s",

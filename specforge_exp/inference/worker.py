@@ -21,7 +21,7 @@ from specforge_exp.inference.profiling import profiled
 from specforge_exp.inference.states import bytes_of, crossing, packed
 from specforge_exp.inference.store import Bytes, StateStore, store_at
 from specforge_exp.paths import run_dir
-from specforge_exp.provenance import code
+from specforge_exp.provenance import maker
 from specforge_exp.target import Target, check_decoding, load_target, set_up_torch
 from specforge_exp.target.segments import check_segments, verify_segments
 
@@ -113,7 +113,7 @@ class TargetWorker:
             run([np.zeros(size, dtype=int32)])
             seconds = time.monotonic() - began
         told = {"pid": os.getpid(), "tokens_per_s": size / seconds, "apart": apart}
-        return told | {"code": code(self.cfg), "host": socket.gethostname()}
+        return told | {"maker": maker(self.cfg), "host": socket.gethostname()}
 
     def ends(self) -> dict[str, Any]:
         """What `Ends` is made of, its tensors as bytes."""

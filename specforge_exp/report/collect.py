@@ -86,8 +86,8 @@ class SweepRun:
     """The keys of `choices` that a study sampled."""
     returned: dict[str, float]
     """What the run returned, by objective."""
-    code: str = ""
-    """Digest of the code that trained it; empty: not known."""
+    makers: str = ""
+    """The code and packages that trained it; empty: not known."""
     gpus: int = 1
     usd_per_hour: float | None = None
     """Of the whole machine; None: unknown."""
@@ -333,7 +333,7 @@ def add_record(run: SweepRun, record: dict[str, Any]) -> None:
     for key, value in (("loss", (config.get("loss") or {}).get("name")), ("lr", config.get("lr"))):
         if value is not None:
             run.choices.setdefault(key, value)
-    run.code = str(record.get("code") or "")
+    run.makers = " and ".join(map(str, record.get("makers") or []))
     gpus = record.get("processes") or (config.get("trainer") or {}).get("gpus")
     run.gpus = int(gpus or run.gpus) + int(record.get("workers") or 0)
     if evaluation := numbers(record.get("evaluation") or {}):

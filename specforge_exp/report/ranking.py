@@ -255,9 +255,7 @@ def otherwise(ranking: Ranking) -> list[str]:
     ways = sorted({way for entry in ranking.ranked for way in entry.measured})
     if len(ways) < 2:
         return []
-    parts = [way.split(", ") for way in ways]
-    own = [[part for part in each if not all(part in way for way in parts)] for each in parts]
-    named = " beside ".join(", ".join(each) or "no other" for each in own)
+    named = " beside ".join(differing(ways))
     again = "bench=standard" if "held-out" in named else "bench.force=true"
     return [
         f"NOT COMPARABLE, measured otherwise: {named}; {script('bench')} sweep=<folder> {again} "
@@ -266,14 +264,21 @@ def otherwise(ranking: Ranking) -> list[str]:
 
 
 def by_other_code(ranking: Ranking) -> list[str]:
-    """That not all were trained by the same code, and which by which."""
+    """That not all were trained by the same code and packages, and which by which."""
     runs: dict[str, list[str]] = {}
-    for run in [run for entry in ranking.ranked for run in entry.runs if run.code]:
-        runs.setdefault(run.code, []).append(run.label)
+    for run in [run for entry in ranking.ranked for run in entry.runs if run.makers]:
+        runs.setdefault(run.makers, []).append(run.label)
     if len(runs) < 2:
         return []
-    parts = [f"{some(labels)} by {code[:8]}" for code, labels in runs.items()]
-    return [f"Not all were trained by the same code: {'; '.join(parts)} (`code` in run.json)."]
+    parts = [f"{some(runs[by])} by {own}" for by, own in zip(runs, differing([*runs]), strict=True)]
+    return [f"Not all were trained by the same code and packages: {'; '.join(parts)}."]
+
+
+def differing(texts: list[str]) -> list[str]:
+    """Of lists in words what not all of them have."""
+    parts = [text.split(", ") for text in texts]
+    own = [[part for part in each if not all(part in text for text in parts)] for each in parts]
+    return [", ".join(each) or "no other" for each in own]
 
 
 def some(labels: list[str]) -> str:

@@ -6,6 +6,7 @@ Written under another name and renamed; nothing is pickled.
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,9 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / f"step-{step:06d}"
 
 
-def save_checkpoint(run_dir: Path, snapshot: Snapshot, fingerprint: Fingerprint) -> Path:
+def save_checkpoint(
+    run_dir: Path, snapshot: Snapshot, fingerprint: Fingerprint, makers: Sequence[str] = ()
+) -> Path:
     """Write a checkpoint and return its folder; InputError when the disk is full."""
     folder = step_folder(run_dir, snapshot.step)
     partial = folder.with_suffix(".partial")
@@ -124,6 +127,7 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, fingerprint: Fingerprint)
         save_file(snapshot.partial | random, partial / "loop.safetensors")
         shutil.copyfile(run_dir / METRICS, partial / METRICS)
         record: dict[str, Any] = {"inputs": fingerprint.inputs, "settings": fingerprint.settings}
+        record["makers"] = makers
         record["draft"] = sha256(partial / "draft.safetensors")  # what is made of it says this
         record |= {"step": snapshot.step, "files": contents(partial, [*FILES, METRICS])}
         write_record(partial / "state.json", record)

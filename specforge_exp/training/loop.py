@@ -285,7 +285,7 @@ def divisors(
 def save(cfg: Config, run: TrainingRun, snapshot: Snapshot, measure: Measure) -> None:
     """The first process writes a checkpoint and removes old ones; the others wait for it."""
     if run.ranks.rank == 0:
-        save_checkpoint(run.folder, snapshot, run.fingerprint)
+        save_checkpoint(run.folder, snapshot, run.fingerprint, run.makers)
         prune(cfg, run, measure)
     run.ranks.wait()
 
@@ -329,6 +329,10 @@ def resume(
     if isinstance(tokens, RowStream):
         tokens.restore(checkpoint.partial)
     log.info("train: continuing after step %d", checkpoint.step)
+    before = checkpoint.record.get("makers", [])
+    if {*before} - {*run.makers} and run.ranks.rank == 0:
+        log.warning("train: steps up to here are of %s; now: %s", " and ".join(before), *run.makers)
+    run.makers[:0] = [maker for maker in before if maker not in run.makers]
     return checkpoint.step
 
 

@@ -30,7 +30,7 @@ from specforge_exp.data.tokens import TokenSet, read_split
 from specforge_exp.drafts.vocabulary import read_mapping
 from specforge_exp.errors import InputError
 from specforge_exp.lease import lease
-from specforge_exp.provenance import code
+from specforge_exp.provenance import code, maker
 from specforge_exp.records import metric_lines, write_record
 from specforge_exp.target import check_gpus, set_up_torch, take_what_is_there, text_config
 from specforge_exp.training.checkpoint import (
@@ -107,14 +107,14 @@ def joined_run(cfg: Config, fingerprint: Fingerprint, ranks: Ranks) -> TrainingR
     """The run of this process among those that train together.
 
     Raises:
-        InputError: another one, of torchrun's on another machine, has other options, inputs or
-            code: each would go its own way with a part of every step.
+        InputError: another one, of torchrun's on another machine, has other options, inputs, code
+            or packages: each would go its own way with a part of every step.
     """
     layout = {f"trainer.{k}": v for k, v in asdict(cfg.trainer).items() if k not in APART}
-    own = {**layout, **fingerprint.settings, "code": code(cfg)}
+    own = {**layout, **fingerprint.settings, "code and packages": maker(cfg)}
     told = ranks.gather((socket.gethostname(), own, fingerprint.inputs))
     ranks.decided(partial(check_alike, told))
-    return TrainingRun(paths.run_dir(cfg), fingerprint, ranks)
+    return TrainingRun(paths.run_dir(cfg), fingerprint, ranks, [maker(cfg)])
 
 
 def check_alike(told: list[tuple[str, dict[str, Any], dict[str, str]]]) -> None:
@@ -129,7 +129,7 @@ def check_alike(told: list[tuple[str, dict[str, Any], dict[str, str]]]) -> None:
         if others:
             raise InputError(
                 f"process {number} on {host} has {'; '.join(others[:3])}: all machines need the "
-                "same command, configuration files, tokens and code"
+                "same command, configuration files, tokens, code and packages"
             )
 
 
@@ -206,6 +206,7 @@ def ended(cfg: Config, run: TrainingRun, evaluation: dict[str, float], **more: A
     record = describe(cfg, run.fingerprint.inputs, run.fingerprint.settings)
     seconds = round(logged_seconds(run.folder), 1)
     record |= {"seconds": seconds, "processes": run.ranks.world, "evaluation": evaluation, **more}
+    record["makers"] = run.makers
     if run.ranks.rank == 0:
         record["files"] = contents(run.folder, ["metrics.jsonl", "evaluation.json"])
         write_record(run.folder / "run.json", record)

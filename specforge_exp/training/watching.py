@@ -6,7 +6,7 @@ neither. Off by default; no number depends on them.
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,6 +29,8 @@ class TrainingRun:
     folder: Path
     fingerprint: Fingerprint
     ranks: Ranks
+    makers: list[str] = field(default_factory=list)
+    """See `provenance.maker`: of those that have made steps of it, this process's last."""
 
 
 @dataclass(frozen=True)

@@ -61,17 +61,19 @@ def test_runs_of_other_code_are_named(tmp_path: Path) -> None:
     plans = grid(("baseline", "full-opd"))
     sweep_dir = write_sweep(tmp_path, plans)
 
-    def said(*codes: str) -> str:
-        for plan, code in zip(plans, codes, strict=False):
+    def said(*makers: str) -> str:
+        for plan, maker in zip(plans, makers, strict=False):
             file = tmp_path / plan.name / "run.json"
-            file.write_text(json.dumps(json.loads(file.read_text()) | {"code": code}))
+            own = {"makers": [f"{maker}, torch 1"]}
+            file.write_text(json.dumps(json.loads(file.read_text()) | own))
         sentences = headline(rank(collect(sweep_dir), "loss", 300))
         return " ".join(line for line in sentences if "same code" in line)
 
-    assert said() == said("aaaaaaaabbbb") == said(*["aaaaaaaabbbb"] * len(plans)) == ""
-    told = said("ccccccccdddd")
-    assert told.count("by aaaaaaaa") == told.count(" by cccccccc") == 1
-    assert f"{len(plans) - 4} more by aaaaaaaa" in told
+    assert said() == said("code aa") == said(*["code aa"] * len(plans)) == ""
+    told = said("code cc, numpy 2")
+    assert told.count("by code aa.") + told.count("by code aa;") == 1
+    assert told.count(" by code cc, numpy 2") == 1 and "torch" not in told
+    assert f"{len(plans) - 4} more by code aa" in told
 
 
 @pytest.mark.parametrize("metric", ["simulated_length", "loss", "accepted_length"])

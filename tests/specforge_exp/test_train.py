@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from specforge_exp import paths
+from specforge_exp import paths, provenance
 from specforge_exp.config import Config, LossConfig, TrainerConfig
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
@@ -334,6 +334,23 @@ def test_a_target_of_other_numbers_is_another_run(run: Config) -> None:
     (paths.run_dir(run) / "run.json").unlink()
     with pytest.raises(InputError, match=r"model\.dtype was None, now bfloat16"):
         train(run)
+
+
+def test_steps_of_other_code_or_packages_are_told(
+    run: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.max_steps = 4
+    train(run)
+    folder = paths.run_dir(run)
+    [first] = json.loads((folder / "run.json").read_text())["makers"]
+    (folder / "run.json").unlink()
+    shutil.rmtree(folder / "step-000004")
+    monkeypatch.setattr(provenance, "COMPUTE", ["torch"])
+    train(run)
+    makers = json.loads((folder / "run.json").read_text())["makers"]
+    assert makers[0] == first != makers[1] and first.startswith(makers[1])
+    [told] = [r.getMessage() for r in caplog.records if "steps up to here" in r.getMessage()]
+    assert all(maker in told for maker in makers)
 
 
 def test_another_loss_of_ones_own_is_another_run(
