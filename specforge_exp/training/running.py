@@ -144,9 +144,12 @@ def settled(cfg: Config, stage: str, run: TrainingRun) -> Record | None:
     if not cfg.trainer.resume:  # `fit` starts over, once nothing can be refused any more
         return None
     record = run.folder / "run.json"
-    if reusable(record, run.fingerprint, False, stage, OVER) and not torn(run.folder, stage):
-        return read_record(record)
-    return None
+    if not reusable(record, run.fingerprint, False, stage, OVER) or torn(run.folder, stage):
+        return None
+    made, own = read_record(record), maker(cfg)
+    if own not in (by := made.get("makers", [own])):
+        log.info("%s: it was made by %s; this is %s", stage, " and ".join(by), own)
+    return made
 
 
 def read_tokens(tokens: Path) -> tuple[dict[str, Tensor], Splits]:

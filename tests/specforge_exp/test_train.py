@@ -351,6 +351,13 @@ def test_steps_of_other_code_or_packages_are_told(
     assert makers[0] == first != makers[1] and first.startswith(makers[1])
     [told] = [r.getMessage() for r in caplog.records if "steps up to here" in r.getMessage()]
     assert all(maker in told for maker in makers)
+    caplog.clear()
+    caplog.set_level("INFO")
+    train(run)
+    assert "it was made by" not in caplog.text
+    monkeypatch.setattr(provenance, "COMPUTE", ["numpy"])
+    train(run)
+    assert f"train: it was made by {' and '.join(makers)}; this is code" in caplog.text
 
 
 def test_another_loss_of_ones_own_is_another_run(
