@@ -1,9 +1,9 @@
 """Write-once artifacts: made under `<name>.partial`, renamed, reused when their inputs match.
 
-Beside each lies run.json, which says what made it: command, commit, versions, inputs, settings; and
-what it consists of: size and digest of every file. Three laws: an artifact has one writer at a
-time; hours of unfinished work are removed by `<stage>.force=true` only; what is read has been
-compared with its record.
+Beside each lies run.json, which says what made it: command, commit, versions, machine, inputs,
+settings; and what it consists of: size and digest of every file. Three laws: an artifact has one
+writer at a time; hours of unfinished work are removed by `<stage>.force=true` only; what is read
+has been compared with its record.
 """
 
 import errno
@@ -24,7 +24,7 @@ from specforge_exp.config import Config
 from specforge_exp.config.machine import command
 from specforge_exp.errors import FULL, REFUSALS, InputError, naming, number_of
 from specforge_exp.lease import lease
-from specforge_exp.provenance import code, git_commit, package_versions
+from specforge_exp.provenance import code, git_commit, machine, package_versions
 from specforge_exp.records import sync, sync_tree, unsealed, write_record
 
 log = logging.getLogger(__name__)
@@ -371,6 +371,7 @@ def describe(cfg: Config, inputs: dict[str, str], settings: dict[str, Any]) -> d
         "git": git_commit(),
         "code": code(cfg),
         "packages": package_versions(),
+        "machine": machine(cfg.device),
         "inputs": inputs,
         "settings": settings,
         "config": asdict(cfg),

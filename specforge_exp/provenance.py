@@ -1,19 +1,24 @@
-"""What made a number, beside options and inputs: the code and the packages."""
+"""What made a number, beside options and inputs: the code, the packages and the machine."""
 
 import hashlib
 import os
 import platform
+import re
 import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from specforge_exp.config import REPOSITORY, Config
 from specforge_exp.config.own_code import own_files
 
 PACKAGE = Path(__file__).parent
+CPU = Path("/proc/cpuinfo")
 PACKAGES = "torch transformers tokenizers safetensors hydra-core omegaconf numpy".split()
 COMPUTE = "torch transformers tokenizers numpy".split()
 """Those of them that do."""
@@ -89,3 +94,22 @@ def package_versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def machine(device: str) -> str:
+    """This machine's GPUs that a process sees which has loaded torch, unless `device` is cpu; else
+    its cores."""
+    torch: Any = sys.modules.get("torch")
+    if torch and device != "cpu" and torch.cuda.is_available():
+        here = range(torch.cuda.device_count())
+        names = Counter(torch.cuda.get_device_name(number) for number in here)
+        return ", ".join(f"{count} x {name}" for name, count in names.items())
+    known = re.search(r"model name\s*: (.*)", CPU.read_text()) if CPU.exists() else None
+    return f"{cores()} cores of {known[1] if known else platform.machine()}"

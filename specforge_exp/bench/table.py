@@ -12,7 +12,7 @@ def table(result: dict[str, Any], published: list[str]) -> str:
     head += f" {'forwards saved':>14}  lossless"
     lines = [
         f"{result['draft']}: chain of {settings['chain_length']}, temperature "
-        f"{settings['temperature']}, at most {settings['max_tokens']} tokens{served(settings)}",
+        f"{settings['temperature']}, at most {settings['max_tokens']} tokens{served(result)}",
         *origin(result),
         head,
     ]
@@ -52,11 +52,14 @@ def table(result: dict[str, Any], published: list[str]) -> str:
     return "\n".join([*lines, *published])
 
 
-def served(settings: dict[str, Any]) -> str:
-    """Which engine answered, and how many prompts at a time, where that was not this process."""
-    if "engine" not in settings:
-        return ""
-    return f", engine={settings['engine']['name']}, {settings['concurrency']} at a time"
+def served(result: dict[str, Any]) -> str:
+    """Which engine answered, and how many prompts at a time, where that was not this process; and
+    where, as far as that is known."""
+    settings = result["settings"]
+    name = settings.get("engine", {}).get("name")
+    asked = f", engine={name}, {settings['concurrency']} at a time" if name else ""
+    here = "" if name == "openai" else result.get("machine")
+    return f"{asked}, on {here}" if here else asked
 
 
 def times(ratio: float | None) -> str:

@@ -33,6 +33,7 @@ from specforge_exp.data.conversations import normalise
 from specforge_exp.data.messages import is_given, reasoning_of, split_thoughts
 from specforge_exp.data.tokens import Ints, arrays_of
 from specforge_exp.errors import InputError, naming, told_by_the_system
+from specforge_exp.provenance import cores
 from specforge_exp.records import digest_of, replacing, write_whole
 from specforge_exp.target import load_tokenizer
 
@@ -273,8 +274,7 @@ def encode_blocks(blocks: list[LineBlock], cfg: Config, folder: Path) -> Iterato
     """
     processes = cfg.preprocess.processes
     if processes is None:
-        here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        processes = min(here or 1, len(blocks) // WORTH)
+        processes = min(cores(), len(blocks) // WORTH)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a core
     chat = make_chat(cfg)
     if min(processes, len(blocks)) > 1:

@@ -45,6 +45,7 @@ def test_complete_is_reused_and_says_what_made_it(tmp_path: Path, cfg: Config) -
         "git",
         "code",
         "packages",
+        "machine",
         "inputs",
         "settings",
         "seconds",

@@ -158,7 +158,8 @@ def test_bench_measures_once(
     low, high = figures["accepted_length_ci95"]
     assert low <= figures["accepted_length"] <= high
     assert len(figures["acceptance_by_position"]) == cfg.chain_length
-    assert "lossless" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "lossless" in said and f", on {result['machine']}" in said.splitlines()[0]
     stamp = file.stat().st_mtime_ns
     assert bench(cfg) == average
     assert file.stat().st_mtime_ns == stamp

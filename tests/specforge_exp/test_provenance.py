@@ -5,13 +5,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from specforge_exp import provenance
 from specforge_exp.config import Config
 from specforge_exp.config.own_code import own_files
-from specforge_exp.provenance import code, code_at_first, git_commit
+from specforge_exp.provenance import code, code_at_first, cores, git_commit, machine
 
 
 def test_a_changed_tree_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,3 +106,19 @@ def test_of_an_installed_package_its_own_files_count(
     (folder / "other.py").touch()
     monkeypatch.syspath_prepend(str(folder))
     assert own_files("kit.losses.mine") == [folder / "kit/__init__.py", folder / "kit/losses.py"]
+
+
+def test_the_machine_is_its_gpus_or_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has not loaded torch computes on none; so does device=cpu."""
+    names = "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3", "NVIDIA L4"
+    cuda = SimpleNamespace(
+        is_available=lambda: True, device_count=lambda: 3, get_device_name=lambda n: names[n]
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert machine("auto") == "2 x NVIDIA H100 80GB HBM3, 1 x NVIDIA L4"
+    here = machine("cpu")
+    assert here.startswith(f"{cores()} cores of ") and here.partition(" of ")[2]
+    cuda.is_available = lambda: False
+    assert machine("auto") == here
+    monkeypatch.delitem(sys.modules, "torch")
+    assert machine("auto") == here
