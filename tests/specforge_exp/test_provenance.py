@@ -1,6 +1,8 @@
 """What made a number: which code, which packages."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,11 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from test_train import run
 
-from specforge_exp import provenance
+from specforge_exp import paths, provenance
 from specforge_exp.config import Config
-from specforge_exp.config.own_code import own_files
 from specforge_exp.provenance import code, code_at_first, cores, git_commit, machine
+from specforge_exp.stages.train import train
+
+__all__ = ["run"]
 
 
 def test_a_changed_tree_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,49 +70,6 @@ def test_a_loss_of_ones_own_is_part_of_the_code(
         assert code(replace(cfg, loss=replace(cfg.loss, _target_=target))) == seen[0]
 
 
-def test_what_code_of_ones_own_is_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that a module imports from beside it, however it says so; read, not imported."""
-    files = {
-        "lab/__init__.py": "",
-        "lab/losses.py": "import torch\nfrom . import terms\nfrom .deep.more import f\nimport own",
-        "lab/terms.py": "from specforge_exp.losses import opd\nfrom ..lab import later\n",
-        "lab/later.py": "def f():\n    import lab.losses, json\n    import broken\n",
-        "lab/deep/__init__.py": "from ..wide import *",
-        "lab/deep/more.py": "from . import sibling, nothing",
-        "lab/deep/sibling.py": "",
-        "lab/wide.py": "",
-        "lab/unused.py": "",
-        "own.py": "",
-        "broken.py": "import own(",
-        "specforge_exp/losses.py": "",
-    }
-    for name, text in files.items():
-        file = tmp_path / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    found = own_files("lab.losses.mine")
-    left_out = {"lab/unused.py", "specforge_exp/losses.py"}
-    assert found == sorted(tmp_path / name for name in {*files} - left_out)
-    assert not {"lab", "own", "broken"} & {*sys.modules}
-    assert own_files("own.mine") == [tmp_path / "own.py"]
-    assert own_files("lab.nothing.mine") == [tmp_path / "lab" / "__init__.py"]
-    for target in ("specforge_exp.losses.opd", "sys.nothing", "nowhere.at.all", ""):
-        assert own_files(target) == []
-
-
-def test_of_an_installed_package_its_own_files_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "site-packages"
-    (folder / "kit").mkdir(parents=True)
-    (folder / "kit" / "__init__.py").write_text("import other")
-    (folder / "kit" / "losses.py").touch()
-    (folder / "other.py").touch()
-    monkeypatch.syspath_prepend(str(folder))
-    assert own_files("kit.losses.mine") == [folder / "kit/__init__.py", folder / "kit/losses.py"]
-
-
 def test_the_machine_is_its_gpus_or_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has not loaded torch computes on none; so does device=cpu."""
     names = "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3", "NVIDIA L4"
@@ -122,3 +84,27 @@ def test_the_machine_is_its_gpus_or_its_cores(monkeypatch: pytest.MonkeyPatch) -
     assert machine("auto") == here
     monkeypatch.delitem(sys.modules, "torch")
     assert machine("auto") == here
+
+
+def test_steps_of_other_code_or_packages_are_told(
+    run: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.max_steps = 4
+    train(run)
+    folder = paths.run_dir(run)
+    [first] = json.loads((folder / "run.json").read_text())["makers"]
+    (folder / "run.json").unlink()
+    shutil.rmtree(folder / "step-000004")
+    monkeypatch.setattr(provenance, "COMPUTE", ["torch"])
+    train(run)
+    makers = json.loads((folder / "run.json").read_text())["makers"]
+    assert makers[0] == first != makers[1] and first.startswith(makers[1])
+    [told] = [r.getMessage() for r in caplog.records if "steps up to here" in r.getMessage()]
+    assert all(maker in told for maker in makers)
+    caplog.clear()
+    caplog.set_level("INFO")
+    train(run)
+    assert "it was made by" not in caplog.text
+    monkeypatch.setattr(provenance, "COMPUTE", ["numpy"])
+    train(run)
+    assert f"train: it was made by {' and '.join(makers)}; this is code" in caplog.text

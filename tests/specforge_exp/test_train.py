@@ -1,9 +1,7 @@
 """The training loop: it learns, resumes where it was, and refuses what does not belong."""
 
 import json
-import os
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from specforge_exp import paths, provenance
+from specforge_exp import paths
 from specforge_exp.config import Config, LossConfig, TrainerConfig
 from specforge_exp.data.tokens import read_split
 from specforge_exp.errors import InputError
@@ -334,50 +332,6 @@ def test_a_target_of_other_numbers_is_another_run(run: Config) -> None:
     (paths.run_dir(run) / "run.json").unlink()
     with pytest.raises(InputError, match=r"model\.dtype was None, now bfloat16"):
         train(run)
-
-
-def test_steps_of_other_code_or_packages_are_told(
-    run: Config, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run.max_steps = 4
-    train(run)
-    folder = paths.run_dir(run)
-    [first] = json.loads((folder / "run.json").read_text())["makers"]
-    (folder / "run.json").unlink()
-    shutil.rmtree(folder / "step-000004")
-    monkeypatch.setattr(provenance, "COMPUTE", ["torch"])
-    train(run)
-    makers = json.loads((folder / "run.json").read_text())["makers"]
-    assert makers[0] == first != makers[1] and first.startswith(makers[1])
-    [told] = [r.getMessage() for r in caplog.records if "steps up to here" in r.getMessage()]
-    assert all(maker in told for maker in makers)
-    caplog.clear()
-    caplog.set_level("INFO")
-    train(run)
-    assert "it was made by" not in caplog.text
-    monkeypatch.setattr(provenance, "COMPUTE", ["numpy"])
-    train(run)
-    assert f"train: it was made by {' and '.join(makers)}; this is code" in caplog.text
-
-
-def test_another_loss_of_ones_own_is_another_run(
-    run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever edits a loss and trains again does not want the numbers of the old one."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "lab_loss.py").write_text("from lab_terms import mine\n")
-    (tmp_path / "lab_terms.py").write_text("from specforge_exp.losses import opd as mine\n")
-    run.loss, run.max_steps = replace(run.loss, _target_="lab_loss.mine"), 1
-    first = train(run)
-    assert train(run) == first
-    (tmp_path / "lab_terms.py").write_text("from specforge_exp.losses import opd as mine  # new\n")
-    assert train(run) == first  # this process has imported what it was then
-    process = os.getpid()
-    monkeypatch.setattr(os, "getpid", lambda: -process)
-    with pytest.raises(InputError, match=r"the code of lab_loss\.mine has changed.*resume=false"):
-        train(run)
-    for name in ("lab_loss", "lab_terms"):
-        del sys.modules[name]
 
 
 def test_tokens_of_another_target_are_refused(run: Config, tmp_path: Path) -> None:
